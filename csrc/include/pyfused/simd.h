@@ -1,0 +1,199 @@
+// What is a vector here? GCC/Clang vector extensions of one width per instruction set, with loads, stores and maths.
+//
+// The file is compiled once per instruction set. Everything lives in a namespace of that name, so that no inline function
+// built for AVX-512 can be picked by the linker for the baseline.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef PYFUSED_ISA
+#define PYFUSED_ISA baseline
+#endif
+
+namespace pyfused::PYFUSED_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vint __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(kWidth * 2)));
+
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+
+// Codes that Python passes for a dtype.
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Runs `call` with T naming the element type.
+#define PYFUSED_BY_DTYPE(dtype, ...)                        \
+  switch (dtype) {                                   \
+    case kFloat32: { using T = float; __VA_ARGS__; } break; \
+    case kFloat16: { using T = f16; __VA_ARGS__; } break; \
+    case kBFloat16: { using T = bf16; __VA_ARGS__; } break; \
+  }
+
+#define PYFUSED_INLINE inline __attribute__((always_inline))
+
+PYFUSED_INLINE vfloat splat(float x) { return x - vfloat{}; }
+template <class To, class From> PYFUSED_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// ---- half precision <-> float32 -------------------------------------------------------------------------------------
+
+PYFUSED_INLINE vfloat widen_bf16(vhalf h) { return bits_as<vfloat>(__builtin_convertvector(h, vuint) << 16); }
+
+PYFUSED_INLINE vhalf narrow_bf16(vfloat x) {
+  vuint u = bits_as<vuint>(x);
+  vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  vuint is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+  return __builtin_convertvector(is_nan ? ((u >> 16) | 0x40u) : rounded, vhalf);
+}
+
+PYFUSED_INLINE vfloat widen_f16(vhalf h) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps((__m128i)h);
+#else
+  vuint u = __builtin_convertvector(h, vuint);
+  vuint magnitude = (u & 0x7fffu) << 13;
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals on the way.
+  vfloat scaled = bits_as<vfloat>(magnitude) * bits_as<vfloat>(vuint{} + 0x77800000u);
+  vuint special = (u & 0x7c00u) == 0x7c00u;
+  vuint y = special ? (magnitude | 0x7f800000u) : bits_as<vuint>(scaled);
+  return bits_as<vfloat>(y | ((u & 0x8000u) << 16));
+#endif
+}
+
+PYFUSED_INLINE vhalf narrow_f16(vfloat x) {
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (vhalf)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vuint u = bits_as<vuint>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  // Normal range: rebias by subtracting 112 exponents, rounding to nearest even in the 13 dropped bits.
+  vuint normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Subnormal range: adding 0.5 aligns the float's mantissa with the half's, and the adder rounds.
+  vuint tiny = bits_as<vuint>(bits_as<vfloat>(a) + splat(0.5f)) - 0x3f000000u;
+  vuint y = a < 0x38800000u ? tiny : normal;
+  y = a >= 0x477ff000u ? vuint{} + 0x7c00u : y;
+  y = a > 0x7f800000u ? vuint{} + 0x7e00u : y;
+  return __builtin_convertvector(y | sign, vhalf);
+#endif
+}
+
+// ---- loads and stores, any alignment --------------------------------------------------------------------------------
+
+PYFUSED_INLINE vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof(v)); return v; }
+PYFUSED_INLINE vfloat load(const f16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_f16(v); }
+PYFUSED_INLINE vfloat load(const bf16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_bf16(v); }
+PYFUSED_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+PYFUSED_INLINE void store(f16* p, vfloat v) { vhalf h = narrow_f16(v); std::memcpy(p, &h, sizeof(h)); }
+PYFUSED_INLINE void store(bf16* p, vfloat v) { vhalf h = narrow_bf16(v); std::memcpy(p, &h, sizeof(h)); }
+
+// The first n lanes, 0 <= n < kWidth; the others read as zero and are not written.
+template <class T> PYFUSED_INLINE vfloat load_partial(const T* p, int64_t n) {
+  T lanes[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T> PYFUSED_INLINE void store_partial(T* p, vfloat v, int64_t n) {
+  T lanes[kWidth];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+template <class T> PYFUSED_INLINE float load_one(const T* p) { return load_partial(p, 1)[0]; }
+template <> PYFUSED_INLINE float load_one(const float* p) { return *p; }
+template <class T> PYFUSED_INLINE void store_one(T* p, float x) { store_partial(p, splat(x), 1); }
+template <> PYFUSED_INLINE void store_one(float* p, float x) { *p = x; }
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+PYFUSED_INLINE vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PYFUSED_INLINE vfloat min(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+PYFUSED_INLINE float sum_lanes(vfloat v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  __m256 h = (__m256)v;
+#endif
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+#else
+  float s = 0;
+  for (int i = 0; i < kWidth; ++i) s += v[i];
+  return s;
+#endif
+}
+PYFUSED_INLINE float max_lanes(vfloat v) {
+  float m = v[0];
+  for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// v as it stands, kept from being contracted into a fused multiply-add with what follows.
+PYFUSED_INLINE vfloat rounded(vfloat v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// e^x within 2 ulp for x in [-87.3, 88.3]; 0 below (and for -inf), inf above. NaN stays NaN.
+// Cody-Waite reduction x = n ln2 + r, then the degree-6 polynomial of Cephes' expf.
+PYFUSED_INLINE vfloat exp(vfloat x) {
+  const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  vfloat c = x < splat(-87.33654f) ? splat(-87.33654f) : x;
+  c = c > splat(88.722839f) ? splat(88.722839f) : c;
+  vfloat z = c * splat(1.44269504088896341f) + shift;
+  vfloat n = z - shift;
+  vfloat r = c - n * splat(0.693359375f);
+  r = r + n * splat(2.12194440e-4f);
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  vfloat scale = bits_as<vfloat>((bits_as<vint>(z) - 0x4b400000 + 127) << 23);
+  vfloat y = p * scale;
+  return x < splat(-87.33654f) ? vfloat{} : y;
+}
+
+}  // namespace pyfused::PYFUSED_ISA

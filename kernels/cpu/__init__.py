@@ -1,0 +1,1 @@
+"""Launchers of csrc/cpu: allocate the outputs and pass pointers to pyfused._cpu."""

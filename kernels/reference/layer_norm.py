@@ -1,0 +1,31 @@
+"""layer_norm in plain PyTorch: the definition of truth (Ba et al. 2016, arXiv:1607.06450)."""
+
+import torch
+
+
+def forward(x, weight, bias, eps, residual, save):
+    """(y, total, mean, rstd) of total = x + residual; statistics in float32, or float64 for float64 input."""
+    total = None if residual is None else x + residual
+    t = x if residual is None else total
+    wide = t.double() if t.dtype == torch.float64 else t.float()
+    mean = wide.mean(-1)
+    rstd = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
+    y = (wide - mean[..., None]) * rstd[..., None] * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), total, mean if save else None, rstd if save else None
+
+
+def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
+    """(grad_x, grad_weight, grad_bias); `x` is what was normalised, grad_total the gradient of x + residual, if any."""
+    wide = mean.dtype
+    xhat = (x.to(wide) - mean[..., None]) * rstd[..., None]
+    dy = grad_y.to(wide)
+    g = dy * weight.to(wide)
+    grad_x = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    if grad_total is not None:
+        grad_x = grad_x + grad_total
+    rows = tuple(range(x.dim() - 1))
+    grad_weight = (dy * xhat).sum(rows) if rows else dy * xhat
+    grad_bias = (dy.sum(rows) if rows else dy) if has_bias else None
+    return grad_x.to(x.dtype), grad_weight.to(x.dtype), None if grad_bias is None else grad_bias.to(x.dtype)

@@ -1,0 +1,88 @@
+"""Which native code can run here? Loads pyfused._cpu and pyfused._cuda; a missing or broken one is a reason, not a crash."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+# What the kernels call a dtype (csrc/include/pyfused/simd.h).
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Instruction sets that a test machine has run. avx512 is built, and can be forced, but is never picked by itself yet.
+PROVEN_ISAS = ("baseline", "avx2")
+
+_active_isa: str | None = None
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"pyfused.{name}"), ""
+    except ModuleNotFoundError as error:
+        if error.name != f"pyfused.{name}":
+            raise
+        return None, f"the extension pyfused.{name} is not built"
+    except Exception as error:  # a broken build must not take the package down
+        warnings.warn(f"pyfused.{name} cannot be loaded and is not used: {error}", RuntimeWarning, stacklevel=2)
+        return None, f"the extension pyfused.{name} cannot be loaded: {error}"
+
+
+def cpu_supported() -> list[str]:
+    """Instruction sets that are built and that this processor runs, weakest first; empty without the extension."""
+    module, _ = _load("_cpu")
+    return list(module.supported) if module else []
+
+
+@functools.cache
+def _default_isa() -> str | None:
+    supported = cpu_supported()
+    forced = os.environ.get("PYFUSED_ISA")
+    if forced and supported and forced not in supported:
+        raise ValueError(f"PYFUSED_ISA={forced!r}: this build and processor support {', '.join(supported)}")
+    return forced or next((isa for isa in reversed(supported) if isa in PROVEN_ISAS), None)
+
+
+def isa() -> str | None:
+    """The instruction set in use, or None without the extension."""
+    return _active_isa or _default_isa()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the CPU kernels of another instruction set inside the block; for tests and benchmarks, not thread-safe."""
+    global _active_isa
+    if name not in cpu_supported():
+        raise ValueError(f"isa {name!r}: this build and processor support {cpu_supported()}")
+    before, _active_isa = _active_isa, name
+    try:
+        yield
+    finally:
+        _active_isa = before
+
+
+def cpu() -> ModuleType:
+    """The kernels of the instruction set in use: pyfused._cpu.<isa>."""
+    module, reason = _load("_cpu")
+    if module is None:
+        raise RuntimeError(reason)
+    return getattr(module, _active_isa or _default_isa())
+
+
+def cuda() -> ModuleType:
+    """The CUDA kernels: pyfused._cuda."""
+    module, reason = _load("_cuda")
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def missing(name: str) -> str:
+    """Why the extension `_cpu` or `_cuda` cannot be used; empty when it can."""
+    return _load(name)[1]

@@ -1,0 +1,36 @@
+"""What is bad input? The checks that every public operator shares; each error names the argument and what it takes."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as people write it: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_floating(tensor: torch.Tensor, argument: str) -> None:
+    """A float tensor, of a dtype that pyfused computes in."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{argument} is {name_of(tensor.dtype)}; it takes float32, float16, bfloat16 or float64")
+
+
+def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_name: str) -> None:
+    """A tensor of the dtype and on the device of another."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{argument} is {name_of(tensor.dtype)}; it takes {like_name}'s dtype, {name_of(like.dtype)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{argument} is on {tensor.device}; it takes {like_name}'s device, {like.device}")
+
+
+def check_shape(tensor: torch.Tensor, argument: str, shape: tuple[int, ...], meaning: str) -> None:
+    """A tensor of exactly this shape; `meaning` says where the numbers come from, such as "(N,)"."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; it takes {meaning} = {shape}")

@@ -1,0 +1,80 @@
+"""How does an operator reach its kernels? Registration in torch.ops.pyfused, autograd, and the direct call in eager mode.
+
+Measured per call on one core: a direct Python call 1.3 us, Library.impl 4.5, autograd.Function 9.5, register_autograd 11
+to 40. So eager mode with plain tensors calls the kernel directly, through autograd.Function where a gradient is wanted;
+tensor subclasses and torch.compile go through the registered operator, which has its own fake and autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import dispatch
+
+LIBRARY = torch.library.Library("pyfused", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str)
+_is_compiling = torch.compiler.is_compiling
+
+
+class Operator:
+    """A registered operator. Calling it with positional arguments returns the outputs of its schema, as a tuple.
+
+    Args:
+        name: the name in torch.ops.pyfused; `<kernel>_backward` calls `backward` of kernels/<backend>/<kernel>.py.
+        schema: arguments and returns, as torch.library.define takes them.
+        fake: the shapes, dtypes and strides of the outputs for given inputs.
+        setup_context, backward: as torch.autograd.Function has them; absent for operators that are themselves backward.
+
+    A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ):
+        self.name = name
+        self.kernel = name.removesuffix("_backward")
+        self.function = "backward" if name.endswith("_backward") else "forward"
+        LIBRARY.define(f"{name}{schema}")
+        LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pyfused::{name}", fake, lib=LIBRARY)
+        self.autograd: type[torch.autograd.Function] | None = None
+        if backward is not None:
+            torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+            members = {
+                "forward": staticmethod(self.direct),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(once_differentiable(backward)),
+            }
+            self.autograd = type(f"pyfused.{name}", (torch.autograd.Function,), members)
+        self.overload = getattr(torch.ops.pyfused, name).default
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        if _is_compiling():
+            return self.overload(*args)
+        wants_grad = False
+        for a in args:
+            if type(a) not in _PLAIN:
+                return self.overload(*args)
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                wants_grad = True
+        if wants_grad and self.autograd is not None and torch.is_grad_enabled():
+            return self.autograd.apply(*args)
+        return self.direct(*args)
+
+    def direct(self, *args: Any) -> tuple[Any, ...]:
+        """Runs the chosen kernel, with no autograd and no dispatcher."""
+        return dispatch.choose(self.kernel, self.function, args)(*args)
+
+    def _registered(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        like = args[0]
+        return tuple(t if t is not None else like.new_empty(0) for t in self.direct(*args))

@@ -1,0 +1,31 @@
+"""Which backends can be tested on this machine, and how does a test run on one of them?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from .. import _extensions, dispatch
+
+
+def available(device: str = "cpu") -> list[str]:
+    """Names for running(): "reference", "cpu:<isa>" for each instruction set of this processor, "triton", "cuda"."""
+    names = ["reference"]
+    if device == "cpu":
+        names += [f"cpu:{isa}" for isa in _extensions.cpu_supported()]
+    if not dispatch._missing("triton") and (device != "cpu" or dispatch.interpreting()):
+        names.append("triton")
+    if device == "cuda" and not dispatch._missing("cuda"):
+        names.append("cuda")
+    return names
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Forces one of available() strictly: a case that the backend lacks raises BackendError instead of falling through."""
+    backend, _, isa = name.partition(":")
+    with ExitStack() as stack:
+        if isa:
+            stack.enter_context(_extensions.use_isa(isa))
+        stack.enter_context(dispatch.backend(backend, strict=True))
+        yield

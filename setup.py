@@ -1,0 +1,74 @@
+"""How is pyfused built? setuptools for the packages, CMake (CMakeLists.txt) for the extensions pyfused._cpu and _cuda.
+
+The extensions are optional: without a compiler the install goes on as pure Python and `pyfused env` says what is missing.
+PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+KERNELS = {f"pyfused.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()}
+
+
+class CMakeBuild(build_ext):
+    """Configures once, builds every target, and copies what came out to where setuptools wants it."""
+
+    def run(self):
+        try:
+            self.build_with_cmake()
+        except Exception as error:
+            if os.environ.get("PYFUSED_REQUIRE_EXTENSIONS") == "1":
+                raise
+            self.extensions = []
+            print(f"warning: pyfused is installed without its native kernels: {error}", file=sys.stderr)
+
+    def build_with_cmake(self):
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        out = build / "out"
+        if out.exists():
+            shutil.rmtree(out)
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise RuntimeError("cmake is not on the PATH")
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        arguments = [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPYFUSED_BUILD_CUDA={os.environ.get('PYFUSED_BUILD_CUDA', '1')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        built = {path.name.split(".")[0]: path for path in out.glob("*.so")}
+        # _cuda is built only where CMake found nvcc: what was not built is not an extension of this install.
+        self.extensions = [ext for ext in self.extensions if ext.name.split(".")[-1] in built]
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built[extension.name.split(".")[-1]], target)
+        if self.inplace:
+            self.extensions = []
+
+    def get_outputs(self):
+        return [self.get_ext_fullpath(ext.name) for ext in self.extensions]
+
+
+setup(
+    packages=[*find_packages(include=["pyfused", "pyfused.*"]), *KERNELS],
+    package_dir={"": ".", **KERNELS},
+    package_data={"pyfused": ["py.typed", "presets/*/*"]},
+    ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)

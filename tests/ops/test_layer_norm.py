@@ -1,0 +1,114 @@
+"""Is layer_norm right on every backend? Values, gradients, strides, errors, registration."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.testing import assert_close
+
+SHAPES = [(1, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (2, 4097), (0, 8)]
+
+
+def make(shape, dtype, device, scale=1.0):
+    return (torch.randn(shape, device=device) * scale + 0.5).to(dtype)
+
+
+def plain(x, weight, bias, eps, residual=None):
+    total = x if residual is None else x + residual
+    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
+def test_forward_and_backward(each_backend, dtype, device, shape, with_bias, with_residual):
+    n = shape[-1]
+    inputs = {"x": make(shape, dtype, device), "weight": make((n,), dtype, device)}
+    inputs["bias"] = make((n,), dtype, device) if with_bias else None
+    inputs["residual"] = make(shape, dtype, device) if with_residual else None
+    cotangents = [make(shape, dtype, device), make(shape, dtype, device)]
+
+    def run(function, wide):
+        cast = {k: None if v is None else v.to(wide).requires_grad_() for k, v in inputs.items()}
+        out = function(cast)
+        out = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * c.to(wide)).sum() for o, c in zip(out, cotangents))
+        grads = torch.autograd.grad(loss, [v for v in cast.values() if v is not None])
+        return [*out, *grads]
+
+    def mine(t):
+        return pyfused.layer_norm(t["x"], t["weight"], t["bias"], eps=1e-5, residual=t["residual"])
+
+    def theirs(t):
+        y, total = plain(t["x"], t["weight"], t["bias"], 1e-5, t["residual"])
+        return (y, total) if with_residual else y
+
+    actual = run(mine, dtype)
+    expected, truth = run(theirs, dtype), run(theirs, torch.float64)
+    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
+        assert a.dtype == dtype
+        assert_close(a, p, t, f"output {i}")
+
+
+def test_no_grad_matches_grad(each_backend, device):
+    x, w = torch.randn(5, 33, device=device), torch.randn(33, device=device, requires_grad=True)
+    with torch.no_grad():
+        alone = pyfused.layer_norm(x, w)
+    assert torch.equal(alone, pyfused.layer_norm(x, w).detach())
+
+
+def test_strided_rows(each_backend, device):
+    base = torch.randn(4, 6, 80, device=device)
+    w, b = torch.randn(40, device=device), torch.randn(40, device=device)
+    for x in (base[:, 2, :40], base[:, :, 40:], base.transpose(0, 1)[..., :40], base[..., ::2]):
+        assert_close(pyfused.layer_norm(x, w, b), plain(x, w, b, 1e-5)[0], plain(x.double(), w.double(), b.double(), 1e-5)[0])
+
+
+def test_large_offset_keeps_variance(each_backend, device):
+    """A mean far from zero: a one-pass sum of squares in float32 would lose the variance."""
+    x = torch.randn(4, 768, device=device) + 3000
+    w, b = torch.ones(768, device=device), torch.zeros(768, device=device)
+    assert_close(pyfused.layer_norm(x, w, b), plain(x, w, b, 1e-5)[0], plain(x.double(), w.double(), b.double(), 1e-5)[0])
+
+
+def test_gradcheck_reference():
+    x, w, b, r = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 6), (6,), (6,), (3, 6)])
+    assert torch.autograd.gradcheck(lambda *t: pyfused.layer_norm(t[0], t[1], t[2], residual=t[3]), (x, w, b, r))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_opcheck(each_backend, device, residual):
+    x = torch.randn(3, 16, device=device, requires_grad=True)
+    w, b = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
+    r = torch.randn(3, 16, device=device, requires_grad=True) if residual else None
+    torch.library.opcheck(torch.ops.pyfused.layer_norm, (x, w, b, 1e-5, r, True))
+    g = torch.randn(3, 16, device=device)
+    stats = torch.randn(3, device=device), torch.rand(3, device=device)
+    args = (g, g if residual else None, x.detach(), w.detach(), *stats, True)
+    torch.library.opcheck(torch.ops.pyfused.layer_norm_backward, args)
+
+
+def test_backward_is_not_differentiable_twice(each_backend, device):
+    x, w = torch.randn(2, 8, device=device, requires_grad=True), torch.ones(8, device=device)
+    (g,) = torch.autograd.grad(pyfused.layer_norm(x, w).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "x is int64"),
+        ({"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\)"),
+        ({"weight": torch.ones(8, dtype=torch.float16)}, TypeError, "weight is float16"),
+        ({"bias": torch.ones(1, 8)}, ValueError, "bias has shape"),
+        ({"residual": torch.ones(8)}, ValueError, "residual has shape"),
+        ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), **change}
+    with pytest.raises(error, match=message):
+        pyfused.layer_norm(**arguments)
