@@ -1,9 +1,13 @@
 """The public operators: checks, schema, fake and autograd of each; the kernels are in kernels/."""
 
-from . import layer_norm as _layer_norm
-from .layer_norm import layer_norm
+import importlib
 
-# Operator name -> the module that defines it (the name itself is the function).
-MODULES = {"layer_norm": _layer_norm}
+# `pyfused.ops.attention` is the function; MODULES holds the modules, for explain() and the tests.
+NAMES = ("attention", "ffn", "layer_norm")
+MODULES = {name: importlib.import_module(f".{name}", __name__) for name in NAMES}
 
-__all__ = ["MODULES", "layer_norm"]
+from .attention import attention  # noqa: E402
+from .ffn import ffn  # noqa: E402
+from .layer_norm import layer_norm  # noqa: E402
+
+__all__ = ["MODULES", "NAMES", "attention", "ffn", "layer_norm"]

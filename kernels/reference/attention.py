@@ -1,0 +1,61 @@
+"""attention in plain PyTorch: the definition of truth. Materialises the scores; every other backend must not.
+
+The backward differentiates this forward, so that the two cannot disagree.
+"""
+
+import torch
+
+from ._philox import keep_mask
+
+
+def scores(query, key, is_causal, padding_mask, attn_bias, scale):
+    """(B, H, Sq, Sk) scores, -inf where a query may not look; float32 at least."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group = query.shape[1] // key.shape[1]
+    s = query.to(wide) @ key.to(wide).repeat_interleave(group, 1).transpose(-1, -2) * scale
+    if attn_bias is not None:
+        s = s + attn_bias.to(wide)
+    sq, sk = s.shape[-2:]
+    if is_causal:
+        i = torch.arange(sq, device=s.device)[:, None]
+        j = torch.arange(sk, device=s.device)[None]
+        s = s.masked_fill(j > i + sk - sq, -torch.inf)
+    if padding_mask is not None:
+        s = s.masked_fill(~padding_mask[:, None, None, :], -torch.inf)
+    return s
+
+
+def probabilities(s):
+    """Softmax over the keys; a row with no visible key is zeros, with zero gradient."""
+    dead = (s == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+
+
+def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+    """(out, lse); lse (B, H, Sq) is the log-sum-exp of a row's scores, +inf for a row with no visible key."""
+    s = scores(query, key, is_causal, padding_mask, attn_bias, scale)
+    p = probabilities(s)
+    if dropout_p > 0.0:
+        p = p * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
+    group = query.shape[1] // key.shape[1]
+    out = p @ value.to(p.dtype).repeat_interleave(group, 1)
+    out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    if not save:
+        return out, None
+    lse = torch.logsumexp(s, -1)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf).float()
+
+
+def backward(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+):
+    """(grad_query, grad_key, grad_value, grad_bias)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+        if wants_bias:
+            leaves.append(attn_bias.detach().requires_grad_())
+        bias = leaves[3] if wants_bias else attn_bias
+        again, _ = forward(*leaves[:3], is_causal, padding_mask, bias, scale, dropout_p, seed, False)
+        grads = torch.autograd.grad(again, leaves, grad_out)
+    grads = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads[:3]] + [g.contiguous() for g in grads[3:]]
+    return grads[0], grads[1], grads[2], grads[3] if wants_bias else None

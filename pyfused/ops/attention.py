@@ -1,0 +1,190 @@
+"""attention: softmax(scale * query key^T + attn_bias, over the keys a query may see) value (Vaswani et al. 2017).
+
+An online softmax over tiles of keys (Dao et al. 2022, arXiv:2205.14135): no Sq x Sk tensor, forward or backward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ._checks import check_floating, check_like, check_shape, name_of
+from ._operator import Operator
+
+MAX_HEAD_SIZE = 256
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    padding_mask: torch.Tensor | None = None,
+    relative_bias: Any = None,
+    attn_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Scaled dot-product attention with its masks, bias and dropout inside one kernel.
+
+    Args:
+        query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides, used
+            in place; only a last dimension that is not contiguous is copied.
+        key, value: (B, Hkv, Sk, D) of query's dtype and device; Hkv divides H, and query head h reads head h * Hkv // H.
+        is_causal: query i sees key j when j <= i + Sk - Sq (aligned at the bottom right).
+        padding_mask: (B, Sk), any dtype; nonzero marks a real token.
+        relative_bias: T5's bias computed inside the kernel; not supported yet, anything but None is refused.
+        attn_bias: additive bias of query's dtype, broadcastable to (B, H, Sq, Sk); -inf hides a key. Its own gradient, if
+            it requires one, is a dense (B, H, Sq, Sk) tensor; nothing else here is.
+        scale: multiplies the scores; 1/sqrt(D) if None.
+        dropout_p: each probability becomes 0 with this chance, else is divided by 1 - dropout_p; 0 <= dropout_p < 1. The mask
+            comes from torch's default generator of query's device (torch.manual_seed) and is the same on every backend.
+
+    Returns:
+        (B, H, Sq, D) of query's dtype, stored as (B, Sq, H, D), so that merging the heads is a view. A query that sees no
+        key gives zeros and has zero gradient.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    return _ATTENTION(
+        *bind(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            padding_mask=padding_mask,
+            relative_bias=relative_bias,
+            attn_bias=attn_bias,
+            scale=scale,
+            dropout_p=dropout_p,
+        )
+    )[0]
+
+
+def bind(
+    query,
+    key,
+    value,
+    *,
+    is_causal=False,
+    padding_mask=None,
+    relative_bias=None,
+    attn_bias=None,
+    scale=None,
+    dropout_p=0.0,
+) -> tuple[Any, ...]:
+    """Checks the arguments and puts them in the registered operator's order."""
+    check_floating(query, "query")
+    check_like(key, "key", query, "query")
+    check_like(value, "value", query, "query")
+    if query.dim() != 4:
+        raise ValueError(f"query has shape {tuple(query.shape)}; it takes (B, H, Sq, D)")
+    if key.dim() != 4:
+        raise ValueError(f"key has shape {tuple(key.shape)}; it takes (B, Hkv, Sk, D)")
+    b, h, sq, d = query.shape
+    kb, hkv, sk, kd = key.shape
+    if kb != b or kd != d:
+        raise ValueError(f"key has shape {tuple(key.shape)}; it takes (B, Hkv, Sk, D) with query's B = {b} and D = {d}")
+    if value.shape != key.shape:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's shape, {tuple(key.shape)}")
+    if hkv == 0 or h % hkv:
+        raise ValueError(f"key has {hkv} heads; it takes a number that divides query's {h}")
+    if not 1 <= d <= MAX_HEAD_SIZE:
+        raise ValueError(f"query has head size {d}; it takes 1 to {MAX_HEAD_SIZE}")
+    if sq < 1 or sk < 1:
+        raise ValueError(f"query and key have lengths {sq} and {sk}; they take at least 1")
+    if relative_bias is not None:
+        raise ValueError("relative_bias is not supported yet; it takes None (attn_bias takes a materialised bias)")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it takes 0 <= dropout_p < 1")
+    if padding_mask is not None:
+        if not isinstance(padding_mask, torch.Tensor):
+            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; it takes a torch.Tensor")
+        check_shape(padding_mask, "padding_mask", (b, sk), "(B, Sk)")
+        if padding_mask.device != query.device:
+            raise ValueError(f"padding_mask is on {padding_mask.device}; it takes query's device, {query.device}")
+        padding_mask = (padding_mask if padding_mask.dtype == torch.bool else padding_mask != 0).contiguous()
+    if attn_bias is not None:
+        if isinstance(attn_bias, torch.Tensor) and attn_bias.dtype == torch.bool:
+            raise TypeError(f"attn_bias is bool; it is added to the scores and takes {name_of(query.dtype)} (-inf hides)")
+        check_like(attn_bias, "attn_bias", query, "query")
+        try:
+            attn_bias = attn_bias.expand(b, h, sq, sk)
+        except RuntimeError:
+            shape = tuple(attn_bias.shape)
+            raise ValueError(f"attn_bias has shape {shape}; it takes one that broadcasts to {(b, h, sq, sk)}") from None
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    save = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (attn_bias is not None and attn_bias.requires_grad)
+    )
+    scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
+    query, key, value = (t if t.stride(3) == 1 or d == 1 else t.contiguous() for t in (query, key, value))
+    return query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save
+
+
+def _like(query):
+    """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
+    b, h, s, d = query.shape
+    return torch.empty((b, s, h, d), dtype=query.dtype, device=query.device).transpose(1, 2)
+
+
+def _fake(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+    shape = query.shape[:3] if save else (0,)
+    return _like(query), torch.empty(shape, dtype=torch.float32, device=query.device) if save else query.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _ = inputs
+    out, lse = output
+    ctx.options = (is_causal, scale, dropout_p)
+    ctx.has = (padding_mask is not None, attn_bias is not None, seed is not None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in (lse,) if t is not None))
+    ctx.save_for_backward(query, key, value, out, lse, *(t for t in (padding_mask, attn_bias, seed) if t is not None))
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return (None,) * 10
+    query, key, value, out, lse, *rest = ctx.saved_tensors
+    padding_mask, attn_bias, seed = (rest.pop(0) if has else None for has in ctx.has)
+    is_causal, scale, dropout_p = ctx.options
+    wants_bias = attn_bias is not None and ctx.needs_input_grad[5]
+    grad_out = grad_out if grad_out.stride(3) == 1 or query.shape[3] == 1 else grad_out.contiguous()
+    grads = _ATTENTION_BACKWARD(
+        grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+    )
+    return *grads[:3], None, None, grads[3] if wants_bias else None, None, None, None, None
+
+
+def _backward_fake(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+):
+    grad_bias = torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else query.new_empty(0)
+    return _like(query), _like(key), _like(value), grad_bias
+
+
+_ATTENTION = Operator(
+    "attention",
+    "(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? padding_mask, Tensor? attn_bias, float scale,"
+    " float dropout_p, Tensor? seed, bool save) -> (Tensor out, Tensor lse)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_ATTENTION_BACKWARD = Operator(
+    "attention_backward",
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal,"
+    " Tensor? padding_mask, Tensor? attn_bias, float scale, float dropout_p, Tensor? seed, bool wants_bias)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    fake=_backward_fake,
+)

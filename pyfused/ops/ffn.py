@@ -1,0 +1,126 @@
+"""ffn: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), the position-wise feed-forward of Vaswani et al. 2017."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._checks import check_floating, check_like, check_shape
+from ._operator import Operator
+
+# GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
+ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")
+_ALIASES = {"gelu_new": "gelu_tanh"}
+
+
+def canonical_activation(activation: str) -> str:
+    """The name the kernels know; raises ValueError for a name they do not."""
+    name = _ALIASES.get(activation, activation)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; it takes {', '.join((*ACTIVATIONS, *_ALIASES))}")
+    return name
+
+
+def ffn(
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor | None,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor | None,
+    *,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The feed-forward network, with the activation and the residual addition inside the kernels.
+
+    Args:
+        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
+        w_in, b_in: (F, N) as nn.Linear stores it, and (F,) or None; of x's dtype and device, as all that follow.
+        w_out, b_out: (M, F) and (M,) or None.
+        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        residual: (..., M), added to the result, or None.
+
+    Returns:
+        (..., M) of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    return _FFN(*bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))[0]
+
+
+def bind(x, w_in, b_in, w_out, b_out, *, activation, residual=None) -> tuple[Any, ...]:
+    """Checks the arguments and puts them in the registered operator's order."""
+    check_floating(x, "x")
+    if x.dim() == 0:
+        raise ValueError("x has shape (); it takes (..., N)")
+    tensors = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out, "residual": residual}
+    optional = ("b_in", "b_out", "residual")
+    save = x.requires_grad
+    for name, tensor in tensors.items():
+        if tensor is not None or name not in optional:
+            check_like(tensor, name, x, "x")
+            save = save or tensor.requires_grad
+    n = x.shape[-1]
+    if w_in.dim() != 2 or w_in.shape[1] != n:
+        raise ValueError(f"w_in has shape {tuple(w_in.shape)}; it takes (F, N) with x's N = {n}")
+    f = w_in.shape[0]
+    if w_out.dim() != 2 or w_out.shape[1] != f:
+        raise ValueError(f"w_out has shape {tuple(w_out.shape)}; it takes (M, F) with w_in's F = {f}")
+    m = w_out.shape[0]
+    if b_in is not None:
+        check_shape(b_in, "b_in", (f,), "(F,)")
+    if b_out is not None:
+        check_shape(b_out, "b_out", (m,), "(M,)")
+    if residual is not None:
+        check_shape(residual, "residual", (*x.shape[:-1], m), "(..., M)")
+    return x, w_in, b_in, w_out, b_out, canonical_activation(activation), residual, save and torch.is_grad_enabled()
+
+
+def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
+    y = torch.empty((*x.shape[:-1], w_out.shape[0]), dtype=x.dtype, device=x.device)
+    return y, torch.empty((*x.shape[:-1], w_in.shape[0]), dtype=x.dtype, device=x.device) if save else x.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_in, b_in, w_out, b_out, activation, residual, _ = inputs
+    ctx.activation, ctx.has = activation, (b_in is not None, b_out is not None, residual is not None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+    ctx.save_for_backward(x, w_in, w_out, output[1])
+
+
+def _backward(ctx, grad_y, _grad_pre):
+    if grad_y is None:
+        return (None,) * 8
+    has_b_in, has_b_out, has_residual = ctx.has
+    grads = _FFN_BACKWARD(grad_y, *ctx.saved_tensors, ctx.activation, has_b_in, has_b_out)
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
+    grad_b_in, grad_b_out = grad_b_in if has_b_in else None, grad_b_out if has_b_out else None
+    return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None, grad_y if has_residual else None, None
+
+
+def _backward_fake(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+    def contiguous(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    grad_b_in = x.new_empty(w_in.shape[0] if has_b_in else 0)
+    grad_b_out = x.new_empty(w_out.shape[0] if has_b_out else 0)
+    return contiguous(x), contiguous(w_in), grad_b_in, contiguous(w_out), grad_b_out
+
+
+_FFN = Operator(
+    "ffn",
+    "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, Tensor? residual, bool save)"
+    " -> (Tensor y, Tensor pre)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_FFN_BACKWARD = Operator(
+    "ffn_backward",
+    "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool has_b_in, bool has_b_out)"
+    " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
+    fake=_backward_fake,
+)
