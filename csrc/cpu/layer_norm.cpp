@@ -22,49 +22,58 @@ template <class T> struct Forward {
   int64_t n, x_stride, residual_stride;
   float eps;
 
-  // A row of `total` as the rest of the network sees it: rounded to T when it is stored.
-  void row(int64_t r, float* scratch) const {
-    const T* px = x + r * x_stride;
-    const T* pr = residual ? residual + r * residual_stride : nullptr;
-    T* pt = total ? total + r * n : nullptr;
-    vfloat sum{};
-    auto gather = [&](int64_t i, vfloat v) {
-      store(scratch + i, v);
-      sum += v;
-    };
+  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is bound
+  // by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
+  template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const {
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-      vfloat v = load(px + i);
-      if (pr) {
-        store(pt + i, v + load(pr + i));
-        v = load(pt + i);
-      }
-      gather(i, v);
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) step(k, i + k * kWidth);
     }
-    if (i < n) {
-      vfloat v = load_partial(px + i, n - i);
-      if (pr) {
-        store_partial(pt + i, v + load_partial(pr + i, n - i), n - i);
-        v = load_partial(pt + i, n - i);
-      }
-      gather(i, v);  // lanes past the end are zero
+    for (; i + kWidth <= n; i += kWidth) step(0, i);
+    return i;
+  }
+
+  // Writes x + residual, rounded to T as the rest of the network sees it, and returns the row to normalise.
+  const T* add_residual(int64_t r) const {
+    const T *px = x + r * x_stride, *pr = residual + r * residual_stride;
+    T* pt = total + r * n;
+    const int64_t i = vectors([&](int, int64_t i) { store(pt + i, load(px + i) + load(pr + i)); });
+    if (i < n) store_partial(pt + i, load_partial(px + i, n - i) + load_partial(pr + i, n - i), n - i);
+    return pt;
+  }
+
+  void row(int64_t r) const {
+    const T* px = residual ? add_residual(r) : x + r * x_stride;
+    vfloat sum[4] = {};
+    int64_t i = vectors([&](int k, int64_t i) { sum[k] += load(px + i); });
+    if (i < n) sum[1] += load_partial(px + i, n - i);
+    float mu = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
+    // Second pass about that mean; what is left of the sum corrects it, so a large offset costs no precision.
+    vfloat square[4] = {}, rest[4] = {};
+    i = vectors([&](int k, int64_t i) {
+      vfloat d = load(px + i) - mu;
+      rest[k] += d;
+      square[k] += d * d;
+    });
+    float tail_rest = 0, tail_square = 0;
+    for (; i < n; ++i) {
+      const float d = load_one(px + i) - mu;
+      tail_rest += d, tail_square += d * d;
     }
-    const float mu = sum_lanes(sum) / n;
-    vfloat square{};
-    for (i = 0; i + kWidth <= n; i += kWidth) {
-      vfloat d = load(scratch + i) - mu;
-      square += d * d;
-    }
-    float tail = 0;
-    for (; i < n; ++i) tail += (scratch[i] - mu) * (scratch[i] - mu);
-    const float rs = 1.0f / std::sqrt((sum_lanes(square) + tail) / n + eps);
+    const float shift = (sum_lanes((rest[0] + rest[1]) + (rest[2] + rest[3])) + tail_rest) / n;
+    const float mean_square = (sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + tail_square) / n;
+    mu += shift;
+    const float variance = mean_square - shift * shift;
+    const float rs = 1.0f / std::sqrt((!(variance < 0) ? variance : 0) + eps);
     T* py = y + r * n;
-    for (i = 0; i + kWidth <= n; i += kWidth) {
-      vfloat v = (load(scratch + i) - mu) * rs * load(weight + i);
-      store(py + i, bias ? v + load(bias + i) : v);
+    if (bias) {
+      i = vectors([&](int, int64_t i) { store(py + i, (load(px + i) - mu) * rs * load(weight + i) + load(bias + i)); });
+    } else {
+      i = vectors([&](int, int64_t i) { store(py + i, (load(px + i) - mu) * rs * load(weight + i)); });
     }
     if (i < n) {
-      vfloat v = (load(scratch + i) - mu) * rs * load_partial(weight + i, n - i);
+      vfloat v = (load_partial(px + i, n - i) - mu) * rs * load_partial(weight + i, n - i);
       store_partial(py + i, bias ? v + load_partial(bias + i, n - i) : v, n - i);
     }
     if (mean) mean[r] = mu, rstd[r] = rs;
@@ -117,9 +126,7 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
     Forward<T> f{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)y, (T*)total,
                  (float*)mean, (float*)rstd, n, x_stride, residual_stride, (float)eps};
     parallel_chunks(threads_for(rows, 8 * n), rows, [&](int, int64_t begin, int64_t end) {
-      float* scratch = (float*)std::malloc((n + kWidth) * sizeof(float));
-      for (int64_t r = begin; r < end; ++r) f.row(r, scratch);
-      std::free(scratch);
+      for (int64_t r = begin; r < end; ++r) f.row(r);
     });
   })
 }

@@ -6,24 +6,28 @@ from pyfused._extensions import DTYPE_CODES, cpu
 
 
 def _rows(x):
-    """x as (rows, N) without a copy where its strides allow one row stride, and that stride."""
-    x = x.reshape(-1, x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] != 1:
+    """x with its rows contiguous, and one stride from row to row; copies only where the strides have no such form."""
+    n = x.shape[-1]
+    if x.is_contiguous():
+        return x, n
+    x = x.reshape(-1, n)
+    if x.stride(1) != 1 and n != 1:
         x = x.contiguous()
     return x, x.stride(0)
 
 
 def forward(x, weight, bias, eps, residual, save):
+    n = x.shape[-1]
     rows, stride = _rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = rstd = total = None
-    residual_rows, residual_stride = None, 0
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = rstd = total = residual_rows = None
+    residual_stride = 0
     if residual is not None:
         residual_rows, residual_stride = _rows(residual)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = torch.empty_like(y)
     if save:
         mean = torch.empty(x.shape[:-1], dtype=torch.float32)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     cpu().layer_norm_forward(
@@ -35,8 +39,8 @@ def forward(x, weight, bias, eps, residual, save):
         0 if total is None else total.data_ptr(),
         0 if mean is None else mean.data_ptr(),
         0 if rstd is None else rstd.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
+        x.numel() // n,
+        n,
         stride,
         residual_stride,
         eps,
@@ -46,10 +50,11 @@ def forward(x, weight, bias, eps, residual, save):
 
 
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
+    n = x.shape[-1]
     rows, stride = _rows(x)
     grad_y, weight = grad_y.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight)
     grad_bias = torch.empty_like(weight) if has_bias else None
     cpu().layer_norm_backward(
@@ -62,8 +67,8 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
         grad_x.data_ptr(),
         grad_weight.data_ptr(),
         0 if grad_bias is None else grad_bias.data_ptr(),
-        rows.shape[0],
-        rows.shape[1],
+        x.numel() // n,
+        n,
         stride,
         DTYPE_CODES[x.dtype],
     )

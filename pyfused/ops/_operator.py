@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .. import dispatch
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str)
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -61,15 +61,14 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _is_compiling():
             return self.overload(*args)
-        wants_grad = False
         for a in args:
-            if type(a) not in _PLAIN:
+            if a.__class__ not in _PLAIN:
                 return self.overload(*args)
-            if isinstance(a, torch.Tensor) and a.requires_grad:
-                wants_grad = True
-        if wants_grad and self.autograd is not None and torch.is_grad_enabled():
-            return self.autograd.apply(*args)
-        return self.direct(*args)
+        if self.autograd is not None and torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, torch.Tensor) and a.requires_grad:
+                    return self.autograd.apply(*args)
+        return dispatch.choose(self.kernel, self.function, args)(*args)
 
     def direct(self, *args: Any) -> tuple[Any, ...]:
         """Runs the chosen kernel, with no autograd and no dispatcher."""
