@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
 def _check_backend(name: str, argument: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{argument}={name!r} is no backend; there are {', '.join(BACKENDS)}")
-    reason = _missing(name)
+    reason = missing(name)
     if reason:
         raise ValueError(f"{argument}={name!r}: {reason}")
 
@@ -81,7 +82,7 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _missing(name: str) -> str:
+def missing(name: str) -> str:
     """Why no operator can run on this backend on this machine; empty when some can."""
     if name == "cpu":
         return _extensions.missing("_cpu")
@@ -97,7 +98,7 @@ def _missing(name: str) -> str:
 
 def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     """Why this backend cannot touch such tensors, whatever the operator."""
-    reason = _missing(name)
+    reason = missing(name)
     if reason or name == "reference":
         return reason
     devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreting() else ("cuda",)}[name]

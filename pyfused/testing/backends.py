@@ -13,19 +13,19 @@ def available(device: str = "cpu") -> list[str]:
     names = ["reference"]
     if device == "cpu":
         names += [f"cpu:{isa}" for isa in _extensions.cpu_supported()]
-    if not dispatch._missing("triton") and (device != "cpu" or dispatch.interpreting()):
+    if not dispatch.missing("triton") and (device != "cpu" or dispatch.interpreting()):
         names.append("triton")
-    if device == "cuda" and not dispatch._missing("cuda"):
+    if device == "cuda" and not dispatch.missing("cuda"):
         names.append("cuda")
     return names
 
 
 @contextmanager
-def running(name: str) -> Iterator[None]:
-    """Forces one of available() strictly: a case that the backend lacks raises BackendError instead of falling through."""
+def running(name: str, *, strict: bool = True) -> Iterator[None]:
+    """Forces one of available(); strictly, a case that it lacks raises BackendError instead of falling through."""
     backend, _, isa = name.partition(":")
     with ExitStack() as stack:
         if isa:
             stack.enter_context(_extensions.use_isa(isa))
-        stack.enter_context(dispatch.backend(backend, strict=True))
+        stack.enter_context(dispatch.backend(backend, strict=strict))
         yield

@@ -1,0 +1,66 @@
+# The commands one needs. Each makes its own environment (.venv) on a fresh machine; on a machine with a GPU and no
+# network use `make gpu`, which takes the Python that is there.
+#
+# make run     env, verify and generate on the bundled preset, with tokens per second beside transformers'
+# make test    every test that needs no GPU
+# make lint    ruff and mypy
+# make bench   every benchmark on the CPU, into benchmarks/results
+# make gpu     build, GPU tests, sanitizer and benchmarks on a machine with a GPU (PART=tests|sanitize|bench for one of them)
+# make clean   removes what the others made
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc kernels -type f -not -name '*.pyc') pyproject.toml setup.py CMakeLists.txt
+PART ?= all
+
+.PHONY: run test lint bench gpu clean
+
+run: $(VENV)/run.stamp
+	$(BIN)/pyfused env
+	$(BIN)/pyfused verify gpt2_tiny_en
+	$(BIN)/pyfused generate gpt2_tiny_en --prompt "In the beginning" --max-new-tokens 96
+	$(BIN)/python -m pyfused.bench.beside_transformers gpt2_tiny_en
+
+test: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks --device cpu
+
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m benchmarks.gpu --part $(PART)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyfused/*.so .pytest_cache .mypy_cache .ruff_cache
+
+# torch first, by itself: asked for through a range, pip would take a build with gigabytes of CUDA packages.
+$(VENV)/base.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/lib.stamp: $(VENV)/base.stamp $(SOURCES)
+	$(BIN)/pip install --quiet -e ".[text,keras]"
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/lib.stamp
+	$(BIN)/pip install --quiet "transformers==5.23.0"
+	touch $@
+
+# keras-hub without its dependencies: they would bring TensorFlow.
+$(VENV)/test.stamp: $(VENV)/lib.stamp
+	$(BIN)/pip install --quiet -e ".[test]"
+	$(BIN)/pip install --quiet --no-deps "keras-hub==0.32.0"
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/lib.stamp
+	$(BIN)/pip install --quiet -e ".[lint]"
+	touch $@

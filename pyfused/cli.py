@@ -1,0 +1,136 @@
+"""What can one do from a terminal? `pyfused env`, `pyfused generate`, `pyfused verify`; --json on each.
+
+An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("pyfused: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: nothing to say, and nobody to say it to
+        return 141
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"pyfused: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyfused", description="Fused transformer kernels, from the command line.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    env = commands.add_parser("env", help="versions, backends, instruction sets, devices, and what is missing")
+    env.set_defaults(run=_env)
+
+    generate = commands.add_parser("generate", help="continue a text, streaming to the terminal")
+    generate.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--seed", type=int, metavar="N")
+    generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser("verify", help="compare every backend with the float64 reference on a preset's weights")
+    verify.add_argument("preset", metavar="PRESET")
+    verify.set_defaults(run=_verify)
+
+    for command in (generate, verify):
+        command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
+        command.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default")
+    for command in (env, generate, verify):
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from .environment import describe, render
+
+    facts = describe()
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts))
+    return 0
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device; it takes cpu or cuda[:N]") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not supported; it takes cpu or cuda[:N]")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name!r}: no CUDA device here")
+    return str(device)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from . import Generator
+    from .checkpoints import load_tokenizer
+    from .models import Backbone
+
+    model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype).eval()
+    tokenizer = load_tokenizer(arguments.preset)
+    prompt = tokenizer.encode(arguments.prompt)
+    stream = tokenizer.stream()
+    began, first = time.perf_counter(), 0.0
+
+    def on_token(_row: int, token: int) -> None:
+        nonlocal first
+        first = first or time.perf_counter()
+        if not arguments.json and token != tokenizer.end_token_id:
+            print(stream.push(token), end="", flush=True)
+
+    if not arguments.json:
+        print(arguments.prompt, end="", flush=True)
+    stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
+    (tokens,) = Generator(model).generate(
+        [prompt],
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_token_ids=stop,
+        on_token=on_token,
+    )
+    ended = time.perf_counter()
+    rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
+    if arguments.json:
+        text = tokenizer.decode([t for t in tokens if t != tokenizer.end_token_id])
+        result = {"preset": arguments.preset, "prompt": arguments.prompt, "text": text, "tokens": tokens}
+        result |= {"seconds_to_first_token": first - began, "tokens_per_second": rate}
+        print(json.dumps(result, indent=2))
+    else:
+        print(stream.finish(), flush=True)
+        speed = f", then {rate:.0f} tokens/s" if rate else ""
+        print(f"[{len(tokens)} tokens; first after {1000 * (first - began):.0f} ms{speed}]", file=sys.stderr)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .verify import render, verify
+
+    report = verify(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

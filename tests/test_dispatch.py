@@ -1,0 +1,113 @@
+"""Does the table choose what it says, and can a user force and understand it?"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyfused
+from pyfused import _extensions, dispatch
+
+X, W = torch.ones(2, 8), torch.ones(8)
+
+
+def test_explain_names_every_backend():
+    said = pyfused.explain("layer_norm", X, W)
+    assert {v.backend for v in said.verdicts} == set(dispatch.BACKENDS)
+    assert sum(v.runs for v in said.verdicts) == 1
+    assert all(v.reason for v in said.verdicts)
+    assert said.backend in str(said)
+    assert said.backend == "cpu"
+    assert pyfused.explain("layer_norm", X.double(), W.double()).backend == "reference"
+
+
+def test_explain_agrees_with_what_runs(monkeypatch):
+    ran = []
+    for name in ("reference", "cpu"):
+        module = dispatch.kernel(name, "layer_norm")
+        original = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
+    dispatch._candidates.cache_clear()
+    try:
+        for forced in (None, "reference", "cpu"):
+            if forced is None:
+                pyfused.layer_norm(X, W)
+                assert ran[-1] == pyfused.explain("layer_norm", X, W).backend
+            else:
+                with pyfused.backend(forced):
+                    pyfused.layer_norm(X, W)
+                    assert ran[-1] == forced == pyfused.explain("layer_norm", X, W).backend
+    finally:
+        dispatch._candidates.cache_clear()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="name='gpu' is no backend"), pyfused.backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="operator='conv' is unknown"):
+        pyfused.explain("conv", X)
+    with pytest.raises(ValueError, match="isa 'mmx'"), _extensions.use_isa("mmx"):
+        pass
+
+
+def test_forced_backend_gives_way_visibly_and_strictly_raises():
+    wide = X.double(), W.double()
+    with pyfused.backend("cpu"):
+        assert pyfused.explain("layer_norm", *wide).backend == "reference"
+        pyfused.layer_norm(*wide)
+    with pyfused.backend("cpu", strict=True), pytest.raises(pyfused.BackendError, match="not float64"):
+        pyfused.layer_norm(*wide)
+
+
+def test_backend_nests_and_restores():
+    with pyfused.backend("reference"):
+        with pyfused.backend("cpu"):
+            assert pyfused.explain("layer_norm", X, W).backend == "cpu"
+        assert pyfused.explain("layer_norm", X, W).backend == "reference"
+    assert pyfused.explain("layer_norm", X, W).backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("PYFUSED_BACKEND", "reference", "reference"),
+        ("PYFUSED_BACKEND", "gpu", "PYFUSED_BACKEND='gpu' is no backend"),
+        ("PYFUSED_ISA", "baseline", "baseline"),
+        ("PYFUSED_ISA", "neon2", "PYFUSED_ISA='neon2'"),
+    ],
+)
+def test_environment_variables(name, value, said):
+    code = (
+        "import torch, pyfused; from pyfused import _extensions; x = torch.ones(2, 8); w = torch.ones(8);"
+        "pyfused.layer_norm(x, w); print(pyfused.explain('layer_norm', x, w).backend, _extensions.isa())"
+    )
+    import os
+
+    environment = os.environ | {name: value}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert said in out.stdout + out.stderr
+
+
+def test_threads_follow_torch():
+    """The kernels use torch's OpenMP pool: the answer is the same, and torch.set_num_threads is honoured."""
+    x, w = torch.randn(2048, 1024), torch.randn(1024)
+    one = pyfused.layer_norm(x, w)
+    torch.set_num_threads(2)
+    try:
+        two = pyfused.layer_norm(x, w)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+    maps = open("/proc/self/maps").read()
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1, "two OpenMP runtimes are loaded"
+
+
+def test_tensor_subclasses_go_through_the_registered_operator():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x, w = mode.from_tensor(torch.ones(2, 8)), mode.from_tensor(torch.ones(8))
+        y = pyfused.layer_norm(x, w)
+    assert type(y).__name__ == "FakeTensor"
+    assert y.shape == (2, 8)

@@ -1,0 +1,113 @@
+"""Does pyfused install? A wheel from an sdist, in a fresh environment away from the source, and without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CALL = """
+import torch, pyfused, pathlib
+x = torch.randn(3, 40); w = torch.randn(40); b = torch.randn(40)
+y = pyfused.layer_norm(x, w, b)
+assert torch.allclose(y, torch.nn.functional.layer_norm(x, (40,), w, b), atol=1e-5)
+q = torch.randn(1, 2, 5, 8)
+assert torch.allclose(pyfused.attention(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-5)
+print(pyfused.explain("layer_norm", x, w, b).backend, pathlib.Path(pyfused.__file__).parent)
+"""
+
+
+def run(*command, cwd, **env):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tracked and untracked files, so that a build leaves nothing in the tree under test."""
+    target = tmp_path_factory.mktemp("source") / "pyfused"
+    skip = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, target, ignore=skip)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Built as users build it: sdist first, then the wheel from that sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    # The build tools of this environment are used: an isolated build would only download the same ones again.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out, PYFUSED_REQUIRE_EXTENSIONS="1")
+    assert len(list(out.glob("*.tar.gz"))) == 1
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def environment(path, *packages, **env):
+    """A fresh environment that sees this one's torch, with the packages installed from files, offline."""
+    run(sys.executable, "-m", "venv", "--without-pip", path, cwd=ROOT)
+    python = path / "bin" / "python"
+    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True)
+    # pip and torch come from the outer environment, at the end of the path: an installed pyfused there must not win.
+    target = Path(site.stdout.strip())
+    (target / "outer.pth").write_text(f"import sys; sys.path.append({str(outer_site())!r})\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    run(*pip, *packages, cwd=path, **env)
+    return python
+
+
+def outer_site():
+    import torch
+
+    return Path(torch.__file__).parents[1]
+
+
+def test_wheel_away_from_the_source(wheel, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    for need in ("pyfused/kernels/reference/attention.py", "pyfused/kernels/triton/attention.py", "pyfused/py.typed",
+                 "pyfused/presets/gpt2_tiny_en/model.safetensors"):
+        assert need in names
+    assert any(n.startswith("pyfused/_cpu") for n in names)
+    assert not any(n.startswith("kernels/") for n in names), "a top-level `kernels` would shadow another package"
+    python = environment(tmp_path / "env", wheel)
+    backend, where = run(python, "-c", CALL, cwd=tmp_path).split()
+    assert backend == "cpu"
+    assert Path(where).is_relative_to(tmp_path)
+    assert run(tmp_path / "env" / "bin" / "pyfused", "env", cwd=tmp_path).startswith("versions")
+
+
+def test_installs_and_runs_without_a_compiler(source, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    python = environment(tmp_path / "env", copy, CXX="/nonexistent/c++", CC="/nonexistent/cc", PYFUSED_BUILD_CUDA="0")
+    backend, _ = run(python, "-c", CALL, cwd=tmp_path).split()
+    assert backend == "reference"
+    said = run(python, "-m", "pyfused", "env", cwd=tmp_path)
+    assert "the extension pyfused._cpu is not built" in said
+    assert "slower" in said
+
+
+def test_editable_without_isolation(source, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    python = environment(tmp_path / "env", "-e", copy, PYFUSED_BUILD_CUDA="0")
+    backend, where = run(python, "-c", CALL, cwd=tmp_path).split()
+    assert backend == "cpu"
+    assert Path(where).is_relative_to(copy)
+
+
+def test_broken_extension_is_a_warning(wheel, tmp_path):
+    python = environment(tmp_path / "env", wheel)
+    (extension,) = (tmp_path / "env").rglob("_cpu*.so")
+    extension.write_bytes(b"not a shared object")
+    code = "import warnings; warnings.simplefilter('error')\n" + CALL
+    failed = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "pyfused._cpu cannot be loaded" in failed.stderr
+    backend, _ = run(python, "-W", "ignore", "-c", CALL, cwd=tmp_path).split()
+    assert backend == "reference"
