@@ -1,0 +1,80 @@
+"""attention beside scaled_dot_product_attention: plain, causal, padded, with a dense bias, decoding, and training.
+
+4 B H Sq Sk D float operations forward (half of that where causal), and 3 Sq Sk exponentials a head do not count.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.bench import Case
+
+
+def cases(device):
+    for b, h, s, d in [(1, 12, 128, 64), (1, 12, 512, 64), (2, 16, 1024, 64), (1, 12, 512, 80)]:
+        q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2) for _ in range(3))
+        bias = torch.randn(1, h, s, s, device=device)
+        keep = torch.ones(b, s, dtype=torch.bool, device=device)
+        keep[:, s // 2 :] = False
+        mask = keep[:, None, None, :]
+        name, flops = f"{b}x{h}x{s}x{d}", 4 * b * h * s * s * d
+        with torch.no_grad():
+            yield Case(
+                name,
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+                },
+                flops=flops,
+            )
+            yield Case(
+                f"{name} causal",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, is_causal=True),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                },
+                flops=flops / 2,
+            )
+            yield Case(
+                f"{name} dense bias",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, attn_bias=bias),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+                },
+                flops=flops,
+            )
+            yield Case(
+                f"{name} half padding",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, padding_mask=keep),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+                },
+                flops=flops / 2,
+            )
+    for b, h, s, d in [(1, 12, 160, 64), (1, 12, 1024, 64), (8, 12, 1024, 64)]:
+        q = torch.randn(b, 1, h, d, device=device).transpose(1, 2)
+        k, v = (torch.randn(b, h, 1024, d, device=device)[:, :, :s] for _ in range(2))
+        with torch.no_grad():
+            yield Case(
+                f"decode {b}x{h}x{s}x{d}",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, is_causal=True),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+                },
+                bytes=2 * b * h * s * d * 4,
+            )
+    for b, h, s, d in [(8, 4, 256, 40), (1, 12, 512, 64)]:
+        q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        g = torch.randn(b, s, h, d, device=device).transpose(1, 2)
+
+        def train(call, q=q, k=k, v=v, g=g):
+            return torch.autograd.grad(call(q, k, v, is_causal=True), (q, k, v), g)
+
+        yield Case(
+            f"train {b}x{h}x{s}x{d} causal",
+            {
+                "pyfused": lambda: train(pyfused.attention),
+                "torch": lambda: train(F.scaled_dot_product_attention),
+            },
+            flops=14 * b * h * s * s * d / 2,
+        )

@@ -1,0 +1,30 @@
+"""ffn beside torch's linear, gelu, linear: bound by the weights' bytes for few rows, by the matrix rate for many."""
+
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.bench import Case
+
+
+def cases(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, n, f in [(1, 768, 3072), (4, 768, 3072), (16, 768, 3072), (128, 768, 3072), (512, 768, 3072)]:
+            x, r = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
+            w_in, b_in = (torch.randn(f, n, device=device) / n**0.5).to(dtype), torch.randn(f, device=device).to(dtype)
+            w_out, b_out = (torch.randn(n, f, device=device) / f**0.5).to(dtype), torch.randn(n, device=device).to(dtype)
+
+            def plain(x=x, r=r, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out):
+                return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out) + r
+
+            def fused(x=x, r=r, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out):
+                return pyfused.ffn(x, w_in, b_in, w_out, b_out, activation="gelu_tanh", residual=r)
+
+            with torch.no_grad():
+                yield Case(
+                    f"{rows}x{n}x{f} {str(dtype).removeprefix('torch.')}",
+                    {"pyfused": fused, "torch": plain},
+                    bytes=2 * n * f * x.element_size() if rows <= 16 else 0,
+                    flops=4 * rows * n * f if rows > 16 else 0,
+                    tolerance=3e-2,
+                )

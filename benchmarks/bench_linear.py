@@ -1,0 +1,23 @@
+"""linear beside torch's: bound by the weights' bytes for few rows, by the matrix rate for many."""
+
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.bench import Case
+
+
+def cases(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        for n, m in [(768, 2304), (768, 768), (3072, 768), (768, 50257)]:
+            w, b = (torch.randn(m, n, device=device) / n**0.5).to(dtype), torch.randn(m, device=device).to(dtype)
+            for rows in (1, 4, 16, 128):
+                x = torch.randn(rows, n, device=device).to(dtype)
+                with torch.no_grad():
+                    yield Case(
+                        f"{rows}x{n} -> {m} {str(dtype).removeprefix('torch.')}",
+                        {"pyfused": lambda: pyfused.linear(x, w, b), "torch": lambda: F.linear(x, w, b)},
+                        bytes=n * m * x.element_size() if rows <= 16 else 0,
+                        flops=2 * rows * n * m if rows > 16 else 0,
+                        tolerance=3e-2,
+                    )

@@ -1,0 +1,134 @@
+"""How is a case timed? Providers in turn, many rounds, outputs compared in the same run, medians and ratios reported.
+
+An absolute time means little on a shared machine: what counts is the ratio to the baseline, and the share of the
+machine's own ceilings (copy bandwidth, matrix rate), measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Case:
+    """One row of a benchmark.
+
+    Args:
+        name: such as "512x768 float32 residual".
+        providers: name -> a function of no arguments that returns a tensor (or a tuple whose first item is compared).
+        baseline: the provider that ratios refer to; "pyfused" is compared with the best of the others as well.
+        bytes, flops: the least that the case must move and do, for GB/s and GFLOP/s; 0 if not meaningful.
+        tolerance: the largest difference between outputs that is accepted, relative to the largest magnitude.
+        synchronise: "cuda" times with events; "cpu" with the clock.
+    """
+
+    name: str
+    providers: dict[str, Callable[[], Any]]
+    baseline: str = "torch"
+    bytes: float = 0.0
+    flops: float = 0.0
+    tolerance: float = 1e-3
+    rounds: int = 60
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def measure(case: Case, device: str = "cpu", seconds: float = 4.0) -> dict[str, Any]:
+    """Times every provider of a case, interleaved, and checks that they agree.
+
+    Args:
+        case: what to run.
+        device: "cpu" or "cuda".
+        seconds: about how long the case may take in all; at least five rounds are run.
+
+    Returns:
+        {"case", "seconds": {provider: median}, "ratio": {provider: its time / pyfused's}, "gb_per_s", "gflop_per_s"}.
+
+    Raises:
+        AssertionError: two providers disagree, or an output is not finite: a fast wrong answer is no result.
+    """
+    first = {name: _first(call()).detach().float().cpu() for name, call in case.providers.items()}
+    expected = first[case.baseline]
+    scale = expected.abs().max().item()
+    for name, out in first.items():
+        if not torch.isfinite(out).all() or scale == 0.0:
+            raise AssertionError(f"{case.name}: {name} gives zeros or a value that is not finite")
+        worst = (out - expected).abs().max().item()
+        if worst > case.tolerance * scale:
+            raise AssertionError(f"{case.name}: {name} is {worst:.3e} from {case.baseline}, largest magnitude {scale:.3e}")
+    clock = _time_cuda if device == "cuda" else _time_cpu
+    samples: dict[str, list[float]] = {name: [] for name in case.providers}
+    began = time.perf_counter()
+    for done in range(case.rounds):
+        for name, call in case.providers.items():
+            samples[name].append(clock(call))
+        if done >= 4 and time.perf_counter() - began > seconds:
+            break
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    own = medians["pyfused"]
+    return {
+        "case": case.name,
+        "seconds": medians,
+        "rounds": len(next(iter(samples.values()))),
+        "ratio": {name: value / own for name, value in medians.items() if name != "pyfused"},
+        "gb_per_s": case.bytes / own / 1e9,
+        "gflop_per_s": case.flops / own / 1e9,
+        **case.extra,
+    }
+
+
+def _time_cpu(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _time_cuda(call: Callable[[], Any], repeat: int = 10) -> float:
+    """Seconds per call on the device, by events; the L2 cache is overwritten before, as in real use between layers."""
+    torch.empty(64 << 20, dtype=torch.int8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat
+
+
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """What this machine can do at most, with the threads in use: copy bandwidth (GB/s) and matrix rate (GFLOP/s)."""
+    clock = _time_cuda if device == "cuda" else _time_cpu
+    size = 1 << (30 if device == "cuda" else 27)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    copy = min(clock(lambda: target.copy_(source)) for _ in range(7))
+    read = min(clock(lambda: source.sum()) for _ in range(7))
+    product = min(clock(lambda: a @ b) for _ in range(7))
+    return {
+        "copy_gb_per_s": 2 * size / copy / 1e9,
+        "read_gb_per_s": size / read / 1e9,
+        f"matmul_{str(dtype).removeprefix('torch.')}_gflop_per_s": 2 * n**3 / product / 1e9,
+    }
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table: times in ms, and how many times faster pyfused is than each other provider."""
+    lines = []
+    for row in rows:
+        own = row["seconds"]["pyfused"] * 1e3
+        peers = "  ".join(f"{name} x{ratio:.2f}" for name, ratio in row["ratio"].items())
+        rate = f"{row['gb_per_s']:.1f} GB/s" if row["gb_per_s"] else ""
+        rate = f"{row['gflop_per_s']:.0f} GFLOP/s" if row["gflop_per_s"] else rate
+        lines.append(f"{row['case']:<44} {own:>9.3f} ms  {rate:<14} {peers}")
+    return "\n".join(lines)
