@@ -12,7 +12,10 @@ def cases(device):
         for rows, n, f in [(1, 768, 3072), (4, 768, 3072), (16, 768, 3072), (128, 768, 3072), (512, 768, 3072)]:
             x, r = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
             w_in, b_in = (torch.randn(f, n, device=device) / n**0.5).to(dtype), torch.randn(f, device=device).to(dtype)
-            w_out, b_out = (torch.randn(n, f, device=device) / f**0.5).to(dtype), torch.randn(n, device=device).to(dtype)
+            w_out, b_out = (
+                (torch.randn(n, f, device=device) / f**0.5).to(dtype),
+                torch.randn(n, device=device).to(dtype),
+            )
 
             def plain(x=x, r=r, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out):
                 return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out) + r

@@ -3,6 +3,8 @@
 Both compute the last position's logits for the prompt, as generation needs them. Floor of a token: 124M weights read once.
 """
 
+import tempfile
+
 import torch
 
 import pyfused
@@ -11,20 +13,19 @@ from pyfused.bench import Case
 PROMPT, CACHED = 128, 160
 
 
-def models(device, dtype=torch.float32):
-    """The same random weights in transformers' model and in pyfused's."""
+def models(device, dtype):
+    """The same random weights in transformers' model, in float32, and in pyfused's."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from pyfused.checkpoints import from_hf_module
-
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config()).to(device).eval()
-    return from_hf_module(theirs).to(device=device, dtype=dtype).eval(), theirs
+    theirs = GPT2LMHeadModel(GPT2Config())
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        mine = pyfused.GPT2Backbone.from_preset(directory, device=device, dtype=dtype)
+    return mine.eval(), theirs.to(device).eval()
 
 
 def cases(device):
-    from transformers import StaticCache
-
     ids = torch.randint(50257, (1, CACHED + 1), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
@@ -60,4 +61,3 @@ def cases(device):
                 tolerance=1e-3 if dtype == torch.float32 else 5e-2,
                 rounds=40,
             )
-    del StaticCache

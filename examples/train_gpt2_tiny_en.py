@@ -12,6 +12,7 @@ examples/gpt2_tiny_en/<provider>.csv, and --plot draws both. No dropout, so that
 
 import argparse
 import csv
+import json
 import math
 import re
 import tempfile
@@ -92,9 +93,8 @@ def make_model(provider: str):
             return backbone.token_embedding(hidden, reverse=True)
 
         return backbone, logits
-    from transformers import GPT2LMHeadModel
-
     from pyfused.checkpoints import save_hf
+    from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as directory:
         save_hf(backbone, directory)
@@ -110,7 +110,9 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_RATE * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train(provider: str, train_tokens: torch.Tensor, held_out: torch.Tensor, steps: int) -> tuple[torch.nn.Module, list]:
+def train(
+    provider: str, train_tokens: torch.Tensor, held_out: torch.Tensor, steps: int
+) -> tuple[torch.nn.Module, list]:
     """Trains and returns the model and its curve: (step, training loss, held-out loss or None)."""
     model, logits = make_model(provider)
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -164,9 +166,10 @@ def plot() -> None:
     for provider in ("torch", "pyfused"):
         with (HERE / f"{provider}.csv").open() as file:
             rows = list(csv.DictReader(file))
-        curves[provider] = [float(r["loss"]) for r in rows], [
-            (int(r["step"]), float(r["held_out_loss"])) for r in rows if r["held_out_loss"]
-        ]
+        curves[provider] = (
+            [float(r["loss"]) for r in rows],
+            [(int(r["step"]), float(r["held_out_loss"])) for r in rows if r["held_out_loss"]],
+        )
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), height_ratios=[3, 1])
     for provider, style in (("torch", {"lw": 3, "alpha": 0.4}), ("pyfused", {"lw": 0.8})):
         losses, held = curves[provider]
@@ -185,8 +188,11 @@ def save(model: pyfused.GPT2Backbone, tokenizer, directory: Path) -> None:
     """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
     from pyfused.checkpoints import save_hf
 
-    directory.mkdir(parents=True, exist_ok=True)
-    save_hf(model, directory, storage_dtype=torch.float16, end_token_id=tokenizer.token_to_id(END))
+    save_hf(model.half(), directory)
+    path = directory / "config.json"
+    end = tokenizer.token_to_id(END)
+    config = json.loads(path.read_text()) | {"dtype": "float32", "bos_token_id": end, "eos_token_id": end}
+    path.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(directory / "tokenizer.json"))
 
 

@@ -72,7 +72,7 @@ def cpu() -> ModuleType:
     module, reason = _load("_cpu")
     if module is None:
         raise RuntimeError(reason)
-    return getattr(module, _active_isa or _default_isa())
+    return getattr(module, _active_isa or _default_isa() or "baseline")
 
 
 def cuda() -> ModuleType:

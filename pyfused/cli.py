@@ -46,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="N")
     generate.set_defaults(run=_generate)
 
-    verify = commands.add_parser("verify", help="compare every backend with the float64 reference on a preset's weights")
+    verify = commands.add_parser(
+        "verify", help="compare every backend with the float64 reference on a preset's weights"
+    )
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
 
     for command in (generate, verify):
         command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
-        command.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default")
+        command.add_argument(
+            "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
+        )
     for command in (env, generate, verify):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

@@ -66,7 +66,9 @@ def describe() -> dict[str, Any]:
         "gpus": gpus,
         "backends": backends,
         "preferences": {device: list(order) for device, order in dispatch.PREFERENCES.items()},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYFUSED_") or k == "TRITON_INTERPRET"},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith("PYFUSED_") or k == "TRITON_INTERPRET"
+        },
         "missing": missing,
     }
 

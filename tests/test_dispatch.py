@@ -1,7 +1,9 @@
 """Does the table choose what it says, and can a user force and understand it?"""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,8 +84,6 @@ def test_environment_variables(name, value, said):
         "import torch, pyfused; from pyfused import _extensions; x = torch.ones(2, 8); w = torch.ones(8);"
         "pyfused.layer_norm(x, w); print(pyfused.explain('layer_norm', x, w).backend, _extensions.isa())"
     )
-    import os
-
     environment = os.environ | {name: value}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert said in out.stdout + out.stderr
@@ -99,8 +99,10 @@ def test_threads_follow_torch():
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one, two)
-    maps = open("/proc/self/maps").read()
-    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1, "two OpenMP runtimes are loaded"
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1, (
+        "two OpenMP runtimes are loaded"
+    )
 
 
 def test_tensor_subclasses_go_through_the_registered_operator():

@@ -43,7 +43,17 @@ def wheel(source, tmp_path_factory):
     """Built as users build it: sdist first, then the wheel from that sdist."""
     out = tmp_path_factory.mktemp("dist")
     # The build tools of this environment are used: an isolated build would only download the same ones again.
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out, PYFUSED_REQUIRE_EXTENSIONS="1")
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        out,
+        source,
+        cwd=out,
+        PYFUSED_REQUIRE_EXTENSIONS="1",
+    )
     assert len(list(out.glob("*.tar.gz"))) == 1
     (path,) = out.glob("*.whl")
     return path
@@ -53,7 +63,9 @@ def environment(path, *packages, **env):
     """A fresh environment that sees this one's torch, with the packages installed from files, offline."""
     run(sys.executable, "-m", "venv", "--without-pip", path, cwd=ROOT)
     python = path / "bin" / "python"
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True)
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
+    )
     # pip and torch come from the outer environment, at the end of the path: an installed pyfused there must not win.
     target = Path(site.stdout.strip())
     (target / "outer.pth").write_text(f"import sys; sys.path.append({str(outer_site())!r})\n")
@@ -70,8 +82,12 @@ def outer_site():
 
 def test_wheel_away_from_the_source(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    for need in ("pyfused/kernels/reference/attention.py", "pyfused/kernels/triton/attention.py", "pyfused/py.typed",
-                 "pyfused/presets/gpt2_tiny_en/model.safetensors"):
+    for need in (
+        "pyfused/kernels/reference/attention.py",
+        "pyfused/kernels/triton/attention.py",
+        "pyfused/py.typed",
+        "pyfused/presets/gpt2_tiny_en/model.safetensors",
+    ):
         assert need in names
     assert any(n.startswith("pyfused/_cpu") for n in names)
     assert not any(n.startswith("kernels/") for n in names), "a top-level `kernels` would shadow another package"

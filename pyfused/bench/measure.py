@@ -64,7 +64,9 @@ def measure(case: Case, device: str = "cpu", seconds: float = 4.0) -> dict[str, 
             raise AssertionError(f"{case.name}: {name} gives zeros or a value that is not finite")
         worst = (out - expected).abs().max().item()
         if worst > case.tolerance * scale:
-            raise AssertionError(f"{case.name}: {name} is {worst:.3e} from {case.baseline}, largest magnitude {scale:.3e}")
+            raise AssertionError(
+                f"{case.name}: {name} is {worst:.3e} from {case.baseline}, largest magnitude {scale:.3e}"
+            )
     clock = _time_cuda if device == "cuda" else _time_cpu
     samples: dict[str, list[float]] = {name: [] for name in case.providers}
     began = time.perf_counter()

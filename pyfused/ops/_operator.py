@@ -48,7 +48,7 @@ class Operator:
         LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused::{name}", fake, lib=LIBRARY)
         self.autograd: type[torch.autograd.Function] | None = None
-        if backward is not None:
+        if backward is not None and setup_context is not None:
             torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
             members = {
                 "forward": staticmethod(self.direct),

@@ -110,7 +110,9 @@ def bind(
         padding_mask = (padding_mask if padding_mask.dtype == torch.bool else padding_mask != 0).contiguous()
     if attn_bias is not None:
         if isinstance(attn_bias, torch.Tensor) and attn_bias.dtype == torch.bool:
-            raise TypeError(f"attn_bias is bool; it is added to the scores and takes {name_of(query.dtype)} (-inf hides)")
+            raise TypeError(
+                f"attn_bias is bool; it is added to the scores and takes {name_of(query.dtype)} (-inf hides)"
+            )
         check_like(attn_bias, "attn_bias", query, "query")
         try:
             attn_bias = attn_bias.expand(b, h, sq, sk)
@@ -169,7 +171,9 @@ def _backward(ctx, grad_out, _grad_lse):
 def _backward_fake(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
 ):
-    grad_bias = torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else query.new_empty(0)
+    grad_bias = (
+        torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else query.new_empty(0)
+    )
     return _like(query), _like(key), _like(value), grad_bias
 
 

@@ -67,7 +67,9 @@ def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
 def _fake(x, weight, bias, eps, residual, save):
     rows = x.shape[:-1] if save else (0,)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else x.new_empty(0)
-    stats = [torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2)] if save else [x.new_empty(0)] * 2
+    stats = (
+        [torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2)] if save else [x.new_empty(0)] * 2
+    )
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), total, stats[0], stats[1]
 
 
