@@ -1,0 +1,58 @@
+"""Everything a GPU must show, in parts: `python -m benchmarks.gpu --part tests|sanitize|bench|all`.
+
+tests: every GPU test. sanitize: compute-sanitizer memcheck and racecheck on the operators' small cases. bench: every
+operator beside its peers, into benchmarks/results/<device>.json. A summary comes last; exit status 1 if a part failed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+
+
+def tests() -> list[list[str]]:
+    return [[*PYTEST, "--maxfail=30", "tests/ops", "tests/models", "tests/test_generation.py"]]
+
+
+def sanitize() -> list[list[str]]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise RuntimeError("compute-sanitizer is not on the PATH")
+    small = [*PYTEST, "tests/ops/test_layer_norm.py", "-k", "cuda and float32 and not 4097"]
+    return [[tool, "--tool", kind, "--error-exitcode", "9", *small] for kind in ("memcheck", "racecheck")]
+
+
+def bench() -> list[list[str]]:
+    names = ["layer_norm", "attention", "ffn", "linear"]
+    return [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--save", "--only", *names]]
+
+
+def main() -> int:
+    parts = {"tests": tests, "sanitize": sanitize, "bench": bench}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--part", choices=[*parts, "all"], default="all")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make gpu: no CUDA device here", file=sys.stderr)
+        return 2
+    summary, failed = [], False
+    for name in parts if arguments.part == "all" else [arguments.part]:
+        for command in parts[name]():
+            began = time.perf_counter()
+            code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+            failed = failed or code != 0
+            summary.append(f"{name:<9} {'ok' if code == 0 else f'FAILED ({code})':<12} {time.perf_counter() - began:6.0f} s")
+    print("\n" + torch.cuda.get_device_name() + "\n" + "\n".join(summary))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Does the command line do what it says, and fail in one line?"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pyfused.cli import main
+
+PRESET = "gpt2_tiny_en"
+
+
+def call(capsys, *arguments):
+    status = main(list(arguments))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_env_says_what_is_missing_and_what_it_costs(capsys):
+    status, out, _ = call(capsys, "env")
+    assert status == 0
+    for word in ("pyfused", "torch", "cpu kernels", "avx2", "backend reference", "backend cuda"):
+        assert word in out
+    status, out, _ = call(capsys, "env", "--json")
+    facts = json.loads(out)
+    assert facts["backends"]["reference"] == "available"
+    assert facts["cpu"]["in_use"] in facts["cpu"]["supported"]
+    assert all(cost for cost in facts["missing"].values())
+
+
+def test_generate_streams_text_that_the_model_learned(capsys):
+    status, out, err = call(capsys, "generate", PRESET, "--prompt", "And God said", "--max-new-tokens", "24")
+    assert status == 0
+    assert out.startswith("And God said")
+    words = out.split()
+    assert len(words) > 10
+    assert "tokens/s" in err
+
+
+def test_generate_json_and_seed(capsys):
+    arguments = ["generate", PRESET, "--prompt", "The king", "--max-new-tokens", "12", "--temperature", "0.8", "--json"]
+    runs = [json.loads(call(capsys, *arguments, "--seed", seed)[1]) for seed in ("1", "1", "2")]
+    assert runs[0]["tokens"] == runs[1]["tokens"] != runs[2]["tokens"]
+    assert len(runs[0]["tokens"]) <= 12
+    assert runs[0]["tokens_per_second"] > 0
+
+
+def test_generate_matches_transformers(capsys):
+    from transformers import GPT2LMHeadModel
+
+    import torch
+    from pyfused.checkpoints import load_tokenizer, resolve_preset
+
+    ids = load_tokenizer(PRESET).encode("In the beginning")
+    model = GPT2LMHeadModel.from_pretrained(resolve_preset(PRESET)).eval()
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+    _, out, _ = call(capsys, "generate", PRESET, "--prompt", "In the beginning", "--max-new-tokens", "40", "--json")
+    assert json.loads(out)["tokens"] == expected
+
+
+def test_verify_passes_on_the_bundled_preset(capsys):
+    status, out, _ = call(capsys, "verify", PRESET)
+    assert status == 0
+    assert out.rstrip().endswith("PASS")
+    assert "cpu:avx2" in out
+    status, out, _ = call(capsys, "verify", PRESET, "--json", "--dtype", "bfloat16")
+    report = json.loads(out)
+    assert status == 0
+    assert report["passed"]
+    assert report["dtype"] == "bfloat16"
+
+
+def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
+    from pyfused import dispatch
+
+    module = dispatch.kernel("cpu", "layer_norm")
+    original = module.forward
+
+    def wrong(*args):
+        y, *rest = original(*args)
+        return y * 1.001, *rest
+
+    monkeypatch.setattr(module, "forward", wrong)
+    dispatch._candidates.cache_clear()
+    try:
+        status, out, _ = call(capsys, "verify", PRESET)
+    finally:
+        dispatch._candidates.cache_clear()
+    assert status == 1
+    assert "FAIL" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["generate", "no_such_preset", "--prompt", "x"], "no_such_preset"),
+        (["generate", PRESET, "--prompt", ""], "prompt"),
+        (["generate", PRESET, "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", PRESET, "--prompt", "x", "--max-new-tokens", "100000"], "max_new_tokens"),
+        (["generate", PRESET, "--prompt", "x", "--device", "tpu"], "tpu"),
+        (["generate", PRESET, "--prompt", "x", "--dtype", "int8"], "int8"),
+        (["verify", "/nonexistent"], "/nonexistent"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, said):
+    status, out, err = call(capsys, *arguments)
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("pyfused: ")
+    assert said in err
+    assert "Traceback" not in err + out
+
+
+def test_usage_errors_exit_with_2():
+    out = subprocess.run([sys.executable, "-m", "pyfused", "generate", PRESET], capture_output=True, text=True)
+    assert out.returncode == 2
+    assert "--prompt" in out.stderr
+    assert "Traceback" not in out.stderr
