@@ -1,6 +1,7 @@
 """pyfused: fused transformer kernels for PyTorch, and GPT-2, ALBERT, T5 and FNet made of them."""
 
 from .dispatch import BackendError, backend, explain
+from .models import Backbone, GPT2Backbone
 from .ops import attention, ffn, layer_norm
 
 __version__ = "0.1.0"
