@@ -1,7 +1,7 @@
 """What is in a preset's directory, under pyfused's names, and how does a module get it?
 
-`open_checkpoint` looks at the configuration and at the headers of the weight files, and refuses what does not fit before
-a byte of weights is read; `Checkpoint` then streams the tensors or copies them into a module.
+`open_checkpoint` looks at the configuration and at the headers of the weight files, and refuses what does not fit
+before a byte of weights is read; `Checkpoint` then streams the tensors or copies them into a module.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the checkpoint says: its configuration, else its tensors. ValueError where it says no single one."""
+        """The dtype that the checkpoint says: its configuration, else its tensors; ValueError if not one."""
         file = self.directory / _CONFIG
         kind, stated = self._stated_dtype
         if kind == "keras" and stated is not None:
@@ -74,7 +74,7 @@ class Checkpoint:
             yield name, tensor
 
     def check_module(self, module: nn.Module) -> None:
-        """Raises ValueError unless the module's state dict has the checkpoint's names and shapes; looks at nothing else."""
+        """Raises ValueError unless the module's state dict has the checkpoint's names and shapes."""
         shapes = self.shapes
         own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         kind = type(module).__name__
@@ -155,7 +155,7 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
 
 def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
     name = keras.class_name(raw, file)
-    model = next((model for model, maps in MODELS.items() if maps.KERAS_CLASS == name), None)
+    model = next((model for model, maps in MODELS.items() if name == maps.KERAS_CLASS), None)
     if model is None:
         classes = ", ".join(maps.KERAS_CLASS for maps in MODELS.values())
         raise ValueError(f"{file}: the class is {name!r}; pyfused reads {classes}")

@@ -1,7 +1,8 @@
 """How do GPT-2's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Both directions for Hugging Face, reading only for Keras. Hugging Face keeps GPT-2's linear weights as (in, out), Keras as
-(in, heads, head size); pyfused has nn.Linear's (out, in), with query, key and value as one matrix, rows in that order.
+Both directions for Hugging Face, reading only for Keras. Hugging Face keeps GPT-2's linear weights as (in, out),
+Keras as (in, heads, head size); pyfused has nn.Linear's (out, in), with query, key and value as one matrix, rows in
+that order.
 """
 
 from __future__ import annotations
@@ -30,20 +31,23 @@ HF_ACTIVATIONS = {
 _HF_HARMLESS = {
     # about the file
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
-    "torch_dtype", "transformers.js_config", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
-    "_attn_implementation_internal", "tokenizer_class", "prefix", "finetuning_task", "task_specific_params", "n_ctx",
+    "torch_dtype", "transformers.js_config", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "tokenizer_class", "prefix", "finetuning_task",
+    "task_specific_params", "n_ctx",
     # how it is initialised, trained, or returns
-    "initializer_range", "use_cache", "gradient_checkpointing", "output_attentions", "output_hidden_states", "output_past",
-    "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "is_decoder", "is_encoder_decoder",
-    "tf_legacy_loss", "keys_to_ignore_at_inference", "chunk_size_feed_forward", "remove_invalid_values",
+    "initializer_range", "use_cache", "gradient_checkpointing", "output_attentions", "output_hidden_states",
+    "output_past", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "is_decoder",
+    "is_encoder_decoder", "tf_legacy_loss", "keys_to_ignore_at_inference", "chunk_size_feed_forward",
+    "remove_invalid_values",
     # heads
     "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "predict_special_tokens",
     # generation
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "do_sample",
-    "max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups", "num_return_sequences", "temperature",
-    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
+    "do_sample", "max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups",
+    "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
 }  # fmt: skip
 
 _HF_REFUSED = {
@@ -98,10 +102,10 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def settle_head(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Decides from the files whether the output matrix is the token embedding, and drops a redundant ``lm_head.weight``.
+    """Decides from the files whether the output matrix is the token embedding, and drops a redundant head.
 
-    Files of a bare GPT2Model have no head whatever the configuration says. Where the configuration ties but the file holds
-    two different matrices, the file is right, as it is for transformers; that is worth a warning.
+    Files of a bare GPT2Model have no head whatever the configuration says. Where the configuration ties but the
+    file holds two different matrices, the file is right, as it is for transformers; that is worth a warning.
     """
     head, embedding = entries.get(HF_HEAD), entries.get("wte.weight")
     untied = head is not None and not config["tie_embedding_weights"]
@@ -117,7 +121,7 @@ def settle_head(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers' configuration for GPT2Backbone's constructor arguments. Raises ValueError for what it cannot say."""
+    """transformers' configuration for GPT2Backbone's arguments. Raises ValueError for what it cannot say."""
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim is {hidden_dim}; transformers' GPT-2 takes multiples of num_heads, {num_heads}")

@@ -58,7 +58,7 @@ def weight_files(directory: Path) -> list[Path]:
     pickled = sorted(path.name for path in directory.glob("*.bin") if path.name.startswith("pytorch_model"))
     if pickled:
         raise ValueError(
-            f"{directory / pickled[0]}: a pickled file can run any code when it is read, so pyfused reads safetensors only; "
+            f"{directory / pickled[0]}: a pickled file can run any code when it is read, so only safetensors are read; "
             f"convert it once where you trust it: transformers' from_pretrained, then save_pretrained"
         )
     raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}")
@@ -84,7 +84,7 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def select(entries: dict[str, Entry], prefix: str, ignored: Iterable[str]) -> dict[str, Entry]:
-    """Strips the head model's ``prefix`` and drops tensors whose stripped name matches a pattern of ``ignored`` whole."""
+    """Strips the head model's ``prefix`` and drops tensors whose stripped name a pattern of ``ignored`` matches."""
     patterns = [re.compile(pattern) for pattern in ignored]
     result: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -98,7 +98,7 @@ def select(entries: dict[str, Entry], prefix: str, ignored: Iterable[str]) -> di
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file. Raises ValueError naming the file, and the tensor where it is one's fault."""
+    """The tensors of one safetensors file. Raises ValueError naming the file, and the tensor if it is one's fault."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -146,7 +146,7 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         raise ValueError(
-            f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, data_offsets {offsets!r} span {end - begin}"
+            f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, not those of data_offsets {offsets!r}"
         )
     if data + end > size:
         raise ValueError(f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated")

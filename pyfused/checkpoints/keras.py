@@ -126,7 +126,7 @@ def _read_file(path: Path) -> Iterator[Entry]:
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(f"{path}: Keras weights need h5py: pip install h5py") from error
+        raise ImportError(f"{path}: Keras weights need h5py: pip install 'pyfused[keras]'") from error
     try:
         size = path.stat().st_size
         with h5py.File(path, "r", locking=False) as file:

@@ -1,8 +1,8 @@
 """In which directory are a preset's files?
 
-A preset is, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's published names;
-``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the network, through
-huggingface_hub or kagglehub, which are imported here alone.
+A preset is, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's published
+names; ``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the
+network, through huggingface_hub or kagglehub, which are imported here alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def bundled_presets() -> dict[str, Path]:
 
 
 def presets_of(models: set[str]) -> dict[str, dict[str, Any]]:
-    """Name to ``{"metadata": {"description", "path", ...}, ...}`` of every known preset of these models, as KerasHub's."""
+    """Name to ``{"metadata": {"description", "path", ...}, ...}``, KerasHub's form, of all presets of these models."""
     result = {}
     for name, directory in bundled_presets().items():
         if (model := read_json(directory / "config.json").get("model_type")) in models:
@@ -122,7 +122,9 @@ def _from_hugging_face(handle: str, want: Want) -> Path:
     try:
         hub: Any = import_module("huggingface_hub")
     except ImportError as error:
-        raise ImportError(f"{handle} needs the Hugging Face hub's client: pip install huggingface_hub") from error
+        raise ImportError(
+            f"{handle} needs the Hugging Face hub's client, huggingface_hub: pip install 'pyfused[hub]'"
+        ) from error
     try:
         return Path(hub.snapshot_download(repo_id=repo, allow_patterns=list(_FILES[want])))
     except Exception as error:
@@ -138,7 +140,7 @@ def _from_kaggle(handle: str, want: Want) -> Path:
     try:
         hub: Any = import_module("kagglehub")
     except ImportError as error:
-        raise ImportError(f"{handle} needs Kaggle's client: pip install kagglehub") from error
+        raise ImportError(f"{handle} needs Kaggle's client, kagglehub: pip install 'pyfused[hub]'") from error
     if want == "weights":
         try:
             return Path(hub.model_download(name))

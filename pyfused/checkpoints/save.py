@@ -21,9 +21,9 @@ from pyfused.checkpoints.storage import FLOATS
 def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes a pyfused backbone as a Hugging Face checkpoint into ``directory``, made if need be.
 
-    The dtype is that of the parameters, one for all. Each file appears complete or not at all; files of an older, sharded
-    checkpoint in the directory are refused rather than left to be confused with the new one.
-    Raises TypeError for a module that is no backbone of a model pyfused reads, ValueError for what the format cannot say.
+    The dtype is that of the parameters, one for all. Each file appears complete or not at all; files of an older,
+    sharded checkpoint in the directory are refused rather than left to be confused with the new one. Raises
+    TypeError for a module that is no backbone of a model pyfused reads, ValueError for what the format cannot say.
     """
     from pyfused.models.backbone import model_name
 

@@ -92,8 +92,8 @@ def open_files(entries: list[Entry]) -> dict[Path, MappedFile]:
 def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, transposed: bool = False) -> None:
     """Copies one stored tensor into ``target``, casting to its dtype and moving to its device.
 
-    target: contiguous, the same number of elements; with ``transposed`` (out, in), the file holding (in, out) with either
-    side possibly split over several dimensions.
+    target: contiguous, the same number of elements; with ``transposed`` (out, in), the file holding (in, out) with
+    either side possibly split over several dimensions.
     """
     if not transposed:
         flat = target.view(-1)

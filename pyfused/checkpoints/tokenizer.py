@@ -1,8 +1,9 @@
 """How does text become GPT-2's token ids and back, and how is a stream of ids printed as it comes?
 
-Byte-level BPE, run by the `tokenizers` library, from any of the three sets of files that presets come with. Words are split
-by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow splits by another
-model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those GPT-2 was trained on.
+Byte-level BPE, run by the `tokenizers` library, from any of the three sets of files that presets come with. Words
+are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
+splits by another model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those
+GPT-2 was trained on.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id.
 
-        Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a byte that
-        a reduced vocabulary lacks.
+        Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
+        byte that a reduced vocabulary lacks.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, got {type(text).__name__}")
@@ -73,7 +74,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD. IndexError for unknown ids."""
+        """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
+
+        Raises IndexError for an id that is not in the vocabulary.
+        """
         return b"".join(self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, index: int) -> bytes:
@@ -119,8 +123,10 @@ class StreamDecoder:
 
 
 def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a preset (see `resolve_preset`): from Hugging Face's tokenizer.json, from vocab.json and merges.txt, or
-    from Keras's assets/tokenizer/{vocabulary.json,merges.txt}.
+    """The tokenizer of a preset (see `resolve_preset`), from the first of these files that it has.
+
+    They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or Keras's assets/tokenizer/vocabulary.json with
+    merges.txt.
 
     Raises ValueError naming the file for one that is missing, damaged, or asks for something else than byte-level BPE;
     ImportError without the `tokenizers` package.
@@ -129,7 +135,7 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError(f"{directory}: text needs the tokenizers package: pip install tokenizers") from error
+        raise ImportError(f"{directory}: text needs the tokenizers package: pip install 'pyfused[text]'") from error
     described = directory / "tokenizer.json"
     keras_config: dict[str, Any] | None = None
     if described.is_file():
@@ -247,7 +253,7 @@ def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _token_bytes(token: str) -> bytes:
-    """A token's characters as bytes; an added token may hold characters outside the alphabet and is then taken literally."""
+    """A token's characters as bytes; an added token with characters outside the alphabet is taken literally."""
     try:
         return bytes(_BYTES[character] for character in token)
     except KeyError:

@@ -30,8 +30,8 @@ _DTYPES = {
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch.dtype of a name such as "bfloat16" (or "torch.bfloat16"), or the dtype itself.
 
-    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for any other dtype or name,
-    TypeError for what is neither.
+    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for any other dtype
+    or name, TypeError for what is neither.
     """
     takes = f"one of {', '.join(_DTYPES)}, as a name or a torch.dtype"
     if isinstance(dtype, torch.dtype):
@@ -79,7 +79,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has, from which `from_config` makes an equal, untrained model."""
+        """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -106,8 +106,8 @@ class Backbone(nn.Module, ABC):
         dtype: a name or a torch.dtype; None is what the checkpoint says.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
-        Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown override,
-        and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
+        Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
+        override, and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
         """
         target = None if dtype is None else resolve_dtype(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
