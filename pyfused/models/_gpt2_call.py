@@ -130,11 +130,10 @@ def _encoder(given, call: Call, config: dict[str, Any], b: int, like: Tensor) ->
     if mask is not None and memory is None:
         raise ValueError("encoder_padding_mask is given without encoder_hidden_states")
     if memory is not None:
-        size = (b, None, config["hidden_dim"])
-        call.memory = _inputs.states(memory, "encoder_hidden_states", "(B, Se, D)", size, like)
+        width = config["hidden_dim"]
+        call.memory = _inputs.states(memory, "encoder_hidden_states", "(B, Se, D)", (b, None, width), like)
         if mask is not None:
-            size = (b, call.memory.shape[1])
-            mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", size, like.device)
+            mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", (b, call.memory.shape[1]), like.device)
         if call.cache is not None:
             call.cache.encoder_mask = mask
     elif held is not None and call.cache is not None:

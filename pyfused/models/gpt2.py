@@ -144,7 +144,7 @@ class GPT2Backbone(Backbone):
         sizes |= {"max_sequence_length": max_sequence_length}
         config = {**sizes, "dropout": dropout, **OPTIONS, **kwargs}
         _check_config(config, sizes)
-        factory = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self._config = config
         self.name, self.embedding_dropout = config["name"], _rate(config, "embedding")
         self.token_embedding = ReversibleEmbedding(
@@ -220,8 +220,7 @@ class GPT2Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.final_norm.weight)
-            x, branch = self.run_layers(self.embed(call), call)
-            x = x if branch is None else self.final_norm(x, branch)[0]
+            x = self.run(call)
         if call.cache is not None:
             call.cache.length += x.shape[1]
         if call.hidden_states is None and call.attentions is None:
@@ -234,6 +233,20 @@ class GPT2Backbone(Backbone):
             None if cross is None else tuple(cross),
         )
 
+    def run(self, call: Call, last: Tensor | None = None) -> Tensor:
+        """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
+        x, branch = self.embed(call), None
+        for layer in self.layers if x.numel() else ():
+            if call.hidden_states is not None:
+                call.hidden_states.append(x if branch is None else x + branch)
+            x, branch = layer(x, branch, call)
+        if branch is None:
+            return x
+        if last is not None:
+            rows = torch.arange(x.shape[0], device=x.device)
+            x, branch = x[rows, last], branch[rows, last]
+        return self.final_norm(x, branch)[0]
+
     def embed(self, call: Call) -> Tensor:
         """(B, S, D): tokens plus positions, plus token types where there are any."""
         tokens = self.token_embedding(call.token_ids) if call.inputs_embeds is None else call.inputs_embeds
@@ -241,15 +254,6 @@ class GPT2Backbone(Backbone):
         if call.token_type_ids is not None:
             x = x + self.token_embedding(call.token_type_ids)
         return F.dropout(x, self.embedding_dropout) if self.training and self.embedding_dropout else x
-
-    def run_layers(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """The pair whose sum the final norm takes, (B, S, D) each; an empty x comes back alone."""
-        branch: Tensor | None = None
-        for layer in self.layers if x.numel() else ():
-            if call.hidden_states is not None:
-                call.hidden_states.append(x if branch is None else x + branch)
-            x, branch = layer(x, branch, call)
-        return x, branch
 
 
 def _rate(config: dict[str, Any], site: str) -> float:

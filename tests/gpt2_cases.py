@@ -1,4 +1,4 @@
-"""How do the golden cases become calls? Their tensors, and transformers' weights under pyfused's names."""
+"""What do the GPT-2 tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
 
 import functools
 import json
@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from pyfused import GPT2Backbone
 
-ROOT = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parent / "golden"
+
+
+LINEAR = ("query_key_value", "key_value", "output", "outer", "c_fc", "q_attn")
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def gpt2_state(state):
             parts[parts.index("c_attn")] = "key_value" if "crossattention" in parts else "query_key_value"
         if "c_proj" in parts:
             parts[parts.index("c_proj")] = "outer" if "mlp" in parts else "output"
-        linear = parts[-1] == "weight" and parts[-2] in ("query_key_value", "key_value", "output", "outer", "c_fc", "q_attn")
+        linear = parts[-1] == "weight" and parts[-2] in LINEAR
         out[".".join(names.get(p, p) for p in parts)] = tensor.t().contiguous() if linear else tensor.clone()
     return out
 
@@ -81,3 +84,26 @@ def gpt2(config, state, dtype=torch.float32):
 def gpt2_of_case(entry, dtype=torch.float32):
     weights = manifest()["weights"][entry["weights"]]
     return gpt2(weights["hf_config"], load_file(ROOT / weights["file"]), dtype)
+
+
+def hf_gpt2(state=None, dtype=torch.float32, seed=0, spread=0.05, attention="sdpa", **config):
+    """transformers' GPT2Model (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter: random
+    biases and norms too, all of standard deviation `spread`."""
+    from transformers import GPT2Config, GPT2Model
+
+    toy = {"vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_inner": 56, "n_positions": 40}
+    model = GPT2Model._from_config(GPT2Config(**{**toy, **config}), attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_cross_attn.weight")) else 0.0
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    if state is not None:
+        model.load_state_dict(state)
+    return model.to(dtype).eval()
+
+
+def like_hf(hf, dtype=None):
+    """The pyfused model with the weights of a transformers GPT2Model."""
+    dtype = dtype or next(hf.parameters()).dtype
+    return gpt2(hf.config.to_dict(), {k: v.to(dtype) for k, v in hf.state_dict().items()}, dtype)
