@@ -1,0 +1,21 @@
+"""Which checkpoints can pyfused read and write? Hugging Face and Keras directories, by one set of names.
+
+checkpoint = open_checkpoint("hf://openai-community/gpt2")   # or a directory, a bundled name, a KerasHub name
+checkpoint.load_into(module)                                 # or: for name, tensor in checkpoint.tensors(): ...
+"""
+
+from pyfused.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pyfused.checkpoints.presets import presets_of, resolve_preset
+from pyfused.checkpoints.save import save_hf
+from pyfused.checkpoints.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "StreamDecoder",
+    "Tokenizer",
+    "load_tokenizer",
+    "open_checkpoint",
+    "presets_of",
+    "resolve_preset",
+    "save_hf",
+]

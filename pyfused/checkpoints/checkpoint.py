@@ -1,0 +1,187 @@
+"""What is in a preset's directory, under pyfused's names, and how does a module get it?
+
+`open_checkpoint` looks at the configuration and at the headers of the weight files, and refuses what does not fit
+before a byte of weights is read; `Checkpoint` then streams the tensors or copies them into a module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyfused.checkpoints import gpt2, hf, keras
+from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.plan import Plan, check_plan, fill
+from pyfused.checkpoints.presets import resolve_preset
+from pyfused.checkpoints.storage import FLOATS, Entry, open_files
+
+MODELS: dict[str, ModuleType] = {"gpt2": gpt2}
+
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A preset that has been looked at: which model, its constructor arguments, and where its weights lie.
+
+    model: "gpt2". config: the backbone's constructor arguments but dtype. directory: where its files are.
+    """
+
+    model: str
+    config: dict[str, Any]
+    directory: Path
+    _stated_dtype: Any = field(repr=False)
+    _plan: Plan | None = field(repr=False)
+    _entries: Mapping[str, Entry] = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the checkpoint says: its configuration, else its tensors; ValueError if not one."""
+        file = self.directory / _CONFIG
+        kind, stated = self._stated_dtype
+        if kind == "keras" and stated is not None:
+            return keras.policy_dtype(stated, file)
+        if stated is not None:
+            name = stated.removeprefix("torch.") if isinstance(stated, str) else stated
+            for dtype in FLOATS:
+                if name == str(dtype).removeprefix("torch."):
+                    return dtype
+            raise ValueError(f"{file}: dtype is {stated!r}; pass dtype= one of {_names()}")
+        found = {entry.dtype for entry in self._entries.values()}
+        if len(found) > 1:
+            raise ValueError(f"{file} states no dtype and the tensors have {_names(found)}; pass dtype=")
+        return found.pop() if found else torch.float32
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its pyfused name."""
+        return {name: target.shape for name, target in self._weights().items()}
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (pyfused name, tensor in the CPU's memory) one at a time, in ``dtype`` or the checkpoint's own."""
+        plan, dtype = self._weights(), dtype or self.dtype
+        files = open_files(list(self._entries.values()))
+        for name, target in plan.items():
+            tensor = torch.empty(target.shape, dtype=dtype, device="cpu")
+            fill(tensor, target, self._entries, files)
+            yield name, tensor
+
+    def check_module(self, module: nn.Module) -> None:
+        """Raises ValueError unless the module's state dict has the checkpoint's names and shapes."""
+        shapes = self.shapes
+        own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        kind = type(module).__name__
+        for name in sorted(own.keys() | shapes.keys()):
+            if name not in own:
+                raise ValueError(f"{self.directory}: tensor {name!r} has no place in this {kind}")
+            if name not in shapes:
+                raise ValueError(f"{self.directory}: tensor {name!r}, which this {kind} has, is not in the checkpoint")
+            if own[name] != shapes[name]:
+                raise ValueError(
+                    f"{self.directory}: tensor {name!r} has shape {shapes[name]}, this {kind} takes {own[name]}"
+                )
+
+    @torch.no_grad()
+    def load_into(self, module: nn.Module) -> None:
+        """Copies every tensor into the module's parameters, keeping their dtypes and devices.
+
+        Peak memory is the module plus a few MB. Raises ValueError before anything is written when names, shapes or
+        files do not fit, or a parameter has no memory yet (meta device).
+        """
+        self.check_module(module)
+        state = module.state_dict()
+        for name, tensor in state.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"module: {name} is on the meta device; give it memory first, with to_empty(device=...)"
+                )
+            if not tensor.is_contiguous() or not tensor.is_floating_point():
+                raise ValueError(
+                    f"module: {name} must be a contiguous floating-point tensor, got strides {tensor.stride()}, "
+                    f"{tensor.dtype}"
+                )
+        files = open_files(list(self._entries.values()))
+        for name, target in self._weights().items():
+            fill(state[name], target, self._entries, files)
+
+    def _weights(self) -> Plan:
+        if self._plan is None:
+            raise ValueError(f"{self.directory}: opened without its weights (weights=False)")
+        return self._plan
+
+
+def open_checkpoint(preset: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
+    """Finds a preset (see `resolve_preset`), reads its configuration and checks the headers of its weight files.
+
+    weights=False looks at the configuration alone, downloads nothing else and needs no weight file.
+    Raises ValueError naming file and option, or file and tensor, for whatever is missing, damaged, unknown or does not
+    fit; ImportError when a source or a format needs a package that is not installed.
+    """
+    directory = resolve_preset(preset, "weights" if weights else "config")
+    file = directory / _CONFIG
+    if not file.is_file():
+        raise ValueError(f"{directory}: not a preset, it has no {_CONFIG}")
+    raw = read_json(file)
+    if keras.is_keras(raw):
+        return _open_keras(directory, file, raw, weights)
+    if hf.is_hf(raw):
+        return _open_hf(directory, file, raw, weights)
+    raise ValueError(f"{file}: neither a Hugging Face configuration (model_type) nor a Keras one (class_name)")
+
+
+def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
+    model = hf.model_type(raw, file)
+    if model not in MODELS:
+        raise ValueError(f"{file}: model_type is {model!r}; pyfused reads {', '.join(MODELS)}")
+    maps = MODELS[model]
+    config = maps.config_from_hf(raw, file)
+    stated = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
+    dtype = ("hf", stated[0] if stated else None)
+    if not weights:
+        return Checkpoint(model, config, directory, dtype, None, {})
+    found = hf.read_entries(directory)
+    files = list(dict.fromkeys(entry.file for entry in found.values())) or hf.weight_files(directory)
+    entries = hf.select(found, maps.HF_PREFIX, maps.HF_IGNORED)
+    config, entries = maps.settle_head(config, entries)
+    return _checked(Checkpoint(model, config, directory, dtype, None, entries), maps.hf_plan, files)
+
+
+def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
+    name = keras.class_name(raw, file)
+    model = next((model for model, maps in MODELS.items() if name == maps.KERAS_CLASS), None)
+    if model is None:
+        classes = ", ".join(maps.KERAS_CLASS for maps in MODELS.values())
+        raise ValueError(f"{file}: the class is {name!r}; pyfused reads {classes}")
+    options = raw.get("config")
+    if not isinstance(options, dict):
+        raise ValueError(f"{file}: config is {options!r:.100}; it takes the backbone's constructor arguments")
+    config = MODELS[model].config_from_keras(options, file)
+    dtype = ("keras", options.get("dtype"))
+    if not weights:
+        return Checkpoint(model, config, directory, dtype, None, {})
+    entries = keras.read_entries(directory)
+    checkpoint = Checkpoint(model, config, directory, dtype, None, entries)
+    return _checked(checkpoint, MODELS[model].keras_plan, keras.weight_files(directory))
+
+
+def _checked(checkpoint: Checkpoint, make_plan: Any, files: list[Path]) -> Checkpoint:
+    layers, held = checkpoint.config["num_layers"], len(checkpoint._entries)
+    where = checkpoint.directory / _CONFIG
+    if layers > held:  # before a plan for a billion layers is made
+        raise ValueError(f"{where}: calls for {layers} layers, but {files[0]} and its shards hold {held} tensors")
+    plan = make_plan(checkpoint.config)
+    check_plan(plan, checkpoint._entries, files, where)
+    return Checkpoint(
+        checkpoint.model, checkpoint.config, checkpoint.directory, checkpoint._stated_dtype, plan, checkpoint._entries
+    )
+
+
+def _names(dtypes: Any = FLOATS) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

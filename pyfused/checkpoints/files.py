@@ -1,0 +1,111 @@
+"""How are a checkpoint's small files read when nobody vouches for them?
+
+JSON with a size limit and no duplicate keys, option by option with its type checked, and shard names that cannot
+leave the directory. Every complaint is a ValueError that starts with the file's path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_LARGEST_JSON = 64 << 20  # the index of the largest sharded models is about 1 MB; a vocabulary about 10
+_ABSENT = object()
+
+
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` for json: two values under one key mean that two readers could disagree on the file."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ValueError naming the file when it is no such thing."""
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_JSON:
+            raise ValueError(f"{size} bytes; at most {_LARGEST_JSON} are read as JSON")
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=reject_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def shard_path(index: Path, name: object, suffix: str) -> Path:
+    """The shard ``name`` of an index file: a plain file name beside the index, never a path to somewhere else."""
+    if not isinstance(name, str) or not name.endswith(suffix) or name.startswith("."):
+        raise ValueError(f"{index}: names the shard {name!r}; a shard is the plain name of a {suffix} file")
+    if any(character in name for character in "/\\:\0"):
+        raise ValueError(f"{index}: names the shard {name!r}, which is a path; shards lie beside their index")
+    path = index.parent / name
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, although {index.name} lists it")
+    return path
+
+
+class Options:
+    """Takes options out of a configuration one by one; what is left at the end must be known to be harmless."""
+
+    def __init__(self, raw: dict[str, Any], file: Path) -> None:
+        self._left = dict(raw)
+        self._file = file
+
+    def _fail(self, name: str, value: object, takes: str) -> ValueError:
+        return ValueError(f"{self._file}: {name} is {value!r}; it takes {takes}")
+
+    def raw(self, name: str, default: Any = _ABSENT, aliases: Iterable[str] = ()) -> Any:
+        """The value under ``name`` or one of its aliases; two that disagree are refused."""
+        found = {key: self._left.pop(key) for key in (name, *aliases) if key in self._left}
+        if not found:
+            if default is _ABSENT:
+                raise ValueError(f"{self._file}: {name} is missing")
+            return default
+        key, value = next(iter(found.items()))
+        for other, also in found.items():
+            if also != value:
+                raise ValueError(f"{self._file}: {key} is {value!r} but {other}, another name for it, is {also!r}")
+        return value
+
+    def integer(self, name: str, default: Any = _ABSENT, aliases: Iterable[str] = ()) -> int:
+        value = self.raw(name, default, aliases)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise self._fail(name, value, "an integer from 1 to 2**31 - 1")
+        return value
+
+    def number(self, name: str, default: Any = _ABSENT, high: float = math.inf) -> float:
+        value = self.raw(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._fail(name, value, "a number")
+        if not math.isfinite(value) or not 0 <= value <= high:
+            raise self._fail(
+                name, value, "a finite number of at least 0" + (f" and at most {high}" if high < math.inf else "")
+            )
+        return float(value)
+
+    def boolean(self, name: str, default: Any = _ABSENT) -> bool:
+        value = self.raw(name, default)
+        if not isinstance(value, bool):
+            raise self._fail(name, value, "true or false")
+        return value
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Options that would change what is computed, unless they are off (null, false, 0 or empty)."""
+        for name in names:
+            if value := self._left.pop(name, None):
+                raise ValueError(f"{self._file}: {name} is {value!r}: {why}")
+
+    def finish(self, harmless: Iterable[str] = (), prefixes: tuple[str, ...] = ()) -> None:
+        """Refuses by name every option left over that is not listed as without effect on the outputs."""
+        known = set(harmless)
+        unknown = sorted(name for name in self._left if name not in known and not name.startswith(prefixes or ("\0",)))
+        if unknown:
+            values = ", ".join(f"{name}={self._left[name]!r}" for name in unknown)
+            raise ValueError(f"{self._file}: options that pyfused does not know and therefore cannot honour: {values}")

@@ -1,0 +1,163 @@
+"""In which directory are a preset's files?
+
+A preset is, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's published
+names; ``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the
+network, through huggingface_hub or kagglehub, which are imported here alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from pyfused.checkpoints.files import read_json
+
+Want = Literal["weights", "config", "tokenizer"]
+
+
+def _published(model: str, name: str, description: str, params: int, hf_repo: str | None) -> dict[str, Any]:
+    metadata = {"description": description, "params": params, "path": model}
+    return {"metadata": metadata, "kaggle_handle": f"kaggle://keras/{model}/keras/{name}/3", "hf_repo": hf_repo}
+
+
+# KerasHub 0.32's GPT-2 presets; the Hugging Face repository holds the same weights
+_GPT2: tuple[tuple[str, str, int, str | None], ...] = (
+    ("gpt2_base_en", "12 layers, English", 124_439_808, "openai-community/gpt2"),
+    ("gpt2_base_en_cnn_dailymail", "12 layers, English, fine-tuned to summarise news", 124_439_808, None),
+    ("gpt2_medium_en", "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
+    ("gpt2_large_en", "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
+    ("gpt2_extra_large_en", "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
+)
+PUBLISHED: dict[str, dict[str, Any]] = {row[0]: _published("gpt2", *row) for row in _GPT2}
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                    "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")  # fmt: skip
+_FILES: dict[Want, tuple[str, ...]] = {
+    "config": ("config.json",),
+    "tokenizer": ("config.json", *_TOKENIZER_FILES),
+    "weights": (
+        "config.json", "metadata.json", *_TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json",
+        "model-*-of-*.safetensors", "model.weights.h5", "model.weights.json", "model_*.weights.h5",
+    ),
+}  # fmt: skip
+
+# Needed only sometimes: a Kaggle preset is fetched file by file and has one set or the other
+_OPTIONAL = frozenset(_TOKENIZER_FILES) - {"tokenizer.json"}
+
+
+def bundled_directory() -> Path:
+    """The directory in the package with one directory for every preset that it ships."""
+    return Path(__file__).resolve().parent.parent / "presets"
+
+
+def bundled_presets() -> dict[str, Path]:
+    """The presets in the package by name."""
+    root = bundled_directory()
+    return {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))} if root.is_dir() else {}
+
+
+def presets_of(models: set[str]) -> dict[str, dict[str, Any]]:
+    """Name to ``{"metadata": {"description", "path", ...}, ...}``, KerasHub's form, of all presets of these models."""
+    result = {}
+    for name, directory in bundled_presets().items():
+        if (model := read_json(directory / "config.json").get("model_type")) in models:
+            result[name] = {"metadata": {"description": "comes with pyfused", "path": model}}
+    return result | {name: entry for name, entry in PUBLISHED.items() if entry["metadata"]["path"] in models}
+
+
+def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Path:
+    """The directory of a preset's files, downloaded (or found in the hub's cache) where it is not on this machine.
+
+    want: "weights" (everything), "config" or "tokenizer"; less is downloaded for the latter two.
+    Raises TypeError for anything but a name or a path, ValueError when nothing matches or a download fails, and
+    ImportError when the package that a source needs is missing; all say what was tried.
+    """
+    if isinstance(preset, str):
+        if preset.startswith("hf://"):
+            return _from_hugging_face(preset, want)
+        if preset.startswith("kaggle://"):
+            return _from_kaggle(preset, want)
+        if "://" in preset:
+            raise ValueError(
+                f"preset is {preset!r}: unknown source; it takes hf:// or kaggle://, a name or a directory"
+            )
+        if preset in (shipped := bundled_presets()):
+            return shipped[preset]
+    elif not isinstance(preset, os.PathLike):
+        raise TypeError(f"preset must be a name or the path of a directory, got {type(preset).__name__}")
+    path = Path(preset)
+    if path.is_dir() and str(preset):
+        return path
+    if str(preset) in PUBLISHED:
+        return _from_published(str(preset), want)
+    tried = [f"the presets that pyfused ships ({', '.join(bundled_presets()) or 'none'})",
+             f"the local directory {path} ({'a file' if path.is_file() else 'there is none'})",
+             f"KerasHub's names ({', '.join(PUBLISHED)})"]  # fmt: skip
+    hint = (
+        f"; a Hugging Face repository is written hf://{preset}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(preset)) else ""
+    )
+    raise ValueError(f"preset is {str(preset)!r}, which nothing matches; tried {'; '.join(tried)}{hint}")
+
+
+def _from_published(name: str, want: Want) -> Path:
+    entry = PUBLISHED[name]
+    try:
+        return _from_kaggle(entry["kaggle_handle"], want)
+    except ImportError as error:
+        if entry["hf_repo"] is None:
+            raise
+        try:
+            return _from_hugging_face(f"hf://{entry['hf_repo']}", want)
+        except ImportError as second:
+            raise ImportError(f"preset {name!r} has to be downloaded; tried: {error}; {second}") from error
+
+
+def _from_hugging_face(handle: str, want: Want) -> Path:
+    repo = handle.removeprefix("hf://")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ValueError(f"preset is {handle!r}; a Hugging Face repository is written hf://owner/repo")
+    try:
+        hub: Any = import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            f"{handle} needs the Hugging Face hub's client, huggingface_hub: pip install 'pyfused[hub]'"
+        ) from error
+    try:
+        return Path(hub.snapshot_download(repo_id=repo, allow_patterns=list(_FILES[want])))
+    except Exception as error:
+        raise ValueError(f"{handle}: cannot be downloaded: {_first_line(error)}") from error
+
+
+def _from_kaggle(handle: str, want: Want) -> Path:
+    name = handle.removeprefix("kaggle://")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){3,4}", name):
+        raise ValueError(
+            f"preset is {handle!r}; a Kaggle model is written kaggle://owner/model/framework/variation[/version]"
+        )
+    try:
+        hub: Any = import_module("kagglehub")
+    except ImportError as error:
+        raise ImportError(f"{handle} needs Kaggle's client, kagglehub: pip install 'pyfused[hub]'") from error
+    if want == "weights":
+        try:
+            return Path(hub.model_download(name))
+        except Exception as error:
+            raise ValueError(f"{handle}: cannot be downloaded: {_first_line(error)}") from error
+    directory: Path | None = None
+    for file in _FILES[want]:
+        try:
+            path = Path(hub.model_download(name, path=file))
+        except Exception as error:
+            if file in _OPTIONAL:
+                continue
+            raise ValueError(f"{handle}: {file} cannot be downloaded: {_first_line(error)}") from error
+        directory = directory or path.parents[file.count("/")]
+    assert directory is not None  # config.json is not optional
+    return directory
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

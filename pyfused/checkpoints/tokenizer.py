@@ -1,0 +1,260 @@
+"""How does text become GPT-2's token ids and back, and how is a stream of ids printed as it comes?
+
+Byte-level BPE, run by the `tokenizers` library, from any of the three sets of files that presets come with. Words
+are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
+splits by another model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those
+GPT-2 was trained on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.presets import resolve_preset
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each character of byte-level BPE stands for: itself where it prints, else 256 onwards in order."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_of_character()
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `load_tokenizer`; ``backend`` is the `tokenizers.Tokenizer` that does the work."""
+
+    def __init__(self, backend: Any, end_token: str | None = END_OF_TEXT) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self._vocabulary_size = len(vocabulary)
+        self._end_token_id = vocabulary.get(end_token) if end_token is not None else None
+        self._tokens = {index: _token_bytes(token) for token, index in vocabulary.items()}
+        self._special = sorted(
+            (token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True
+        )
+        self._missing = {byte for character, byte in _BYTES.items() if character not in vocabulary}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are, added ones included."""
+        return self._vocabulary_size
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a text, or None if the vocabulary has none."""
+        return self._end_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id.
+
+        Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
+        byte that a reduced vocabulary lacks.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has no UTF-8 form: {error}") from error
+        if self._missing:
+            self._check_known(text)
+        ids: list[int] = self.backend.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
+
+        Raises IndexError for an id that is not in the vocabulary.
+        """
+        return b"".join(self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character. IndexError for an unknown id."""
+        try:
+            return self._tokens[int(index)]
+        except KeyError:
+            raise IndexError(f"token id {index} is not in the vocabulary of {self.vocabulary_size} tokens") from None
+
+    def stream(self) -> StreamDecoder:
+        """A decoder to feed one id after another."""
+        return StreamDecoder(self)
+
+    def _check_known(self, text: str) -> None:
+        for token in self._special:
+            text = text.replace(token, "")
+        for character in text:
+            if self._missing.intersection(character.encode("utf-8")):
+                raise ValueError(
+                    f"text holds {character!r}, for which this vocabulary of {self.vocabulary_size} tokens has no token"
+                )
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back the bytes of a character until it is complete.
+
+    All that `push` and, at the end, `finish` return is together exactly `Tokenizer.decode` of the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, index: int) -> str:
+        """The text that became certain with this id; often empty within an emoji."""
+        return self._decoder.decode(self._tokenizer.token_bytes(index))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the ids ended inside a character. The decoder can then be used anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a preset (see `resolve_preset`), from the first of these files that it has.
+
+    They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or Keras's assets/tokenizer/vocabulary.json with
+    merges.txt.
+
+    Raises ValueError naming the file for one that is missing, damaged, or asks for something else than byte-level BPE;
+    ImportError without the `tokenizers` package.
+    """
+    directory = resolve_preset(preset, "tokenizer")
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(f"{directory}: text needs the tokenizers package: pip install 'pyfused[text]'") from error
+    described = directory / "tokenizer.json"
+    keras_config: dict[str, Any] | None = None
+    if described.is_file():
+        raw = read_json(described)
+        if "model" in raw:
+            return _from_description(tokenizers, described, raw)
+        keras_config = _keras_config(raw, described)
+    elif (directory / "vocab.json").is_file():
+        end, prefix = _hf_options(directory)
+        special = [end] if end is not None else []
+        return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
+    assets = directory / "assets" / "tokenizer"
+    if not (assets / "vocabulary.json").is_file():
+        raise ValueError(
+            f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, and "
+            f"assets/tokenizer/vocabulary.json with merges.txt"
+        )
+    config = keras_config or {}
+    unsplittable = config.get("unsplittable_tokens")
+    return _from_files(
+        tokenizers,
+        assets / "vocabulary.json",
+        assets / "merges.txt",
+        [END_OF_TEXT] if unsplittable is None else unsplittable,
+        config.get("add_prefix_space", False),
+        END_OF_TEXT,
+    )
+
+
+def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Tokenizer:
+    kind = raw["model"].get("type", "BPE") if isinstance(raw["model"], dict) else None
+    decoder = raw.get("decoder")
+    parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+    if kind != "BPE" or [part.get("type") for part in parts if isinstance(part, dict)] != ["ByteLevel"]:
+        raise ValueError(f"{path}: not byte-level BPE: the model is {kind!r}, the decoder {decoder!r:.100}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
+    end, _ = _hf_options(path.parent)
+    if end is not None and backend.token_to_id(end) is None:
+        raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
+    return Tokenizer(backend, end or END_OF_TEXT)
+
+
+def _from_files(
+    tokenizers: Any, vocabulary_file: Path, merges_file: Path, special: Any, prefix: Any, end: str | None
+) -> Tokenizer:
+    vocabulary = read_json(vocabulary_file)
+    for token, index in vocabulary.items():
+        if type(index) is not int or not 0 <= index < 2**31:
+            raise ValueError(
+                f"{vocabulary_file}: token {token!r} has the id {index!r}; it takes an integer of at least 0"
+            )
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError(f"{vocabulary_file}: two tokens have the same id")
+    if not isinstance(special, list) or not all(isinstance(token, str) for token in special):
+        raise ValueError(f"{vocabulary_file}: the unsplittable tokens are {special!r}; they take a list of str")
+    for token in special:
+        if token not in vocabulary:
+            raise ValueError(f"{vocabulary_file}: the special token {token!r} is missing")
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=_merges(merges_file, vocabulary)))
+    except Exception as error:
+        raise ValueError(f"{vocabulary_file}, {merges_file}: {error}") from error
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    return Tokenizer(backend, end)
+
+
+def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    merges = []
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or any(token not in vocabulary for token in (*pair, "".join(pair))):
+            raise ValueError(f"{path}: line {number}, {line!r:.100}, is no pair of tokens that merge into a third")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _hf_options(directory: Path) -> tuple[str | None, bool]:
+    """End token and prefix space from tokenizer_config.json; GPT-2's own where there is none."""
+    path = directory / "tokenizer_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if raw.get("add_bos_token") or raw.get("add_eos_token"):
+        raise ValueError(
+            f"{path}: add_bos_token or add_eos_token is on; pyfused adds no tokens, put them into the text"
+        )
+    end = raw.get("eos_token", END_OF_TEXT)
+    end = end.get("content") if isinstance(end, dict) else end
+    if end is not None and not isinstance(end, str):
+        raise ValueError(f"{path}: eos_token is {end!r}; it takes a token or null")
+    return end, bool(raw.get("add_prefix_space", False))
+
+
+def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    name, config = raw.get("class_name"), raw.get("config")
+    if name != "GPT2Tokenizer" or not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: the class is {name!r}; pyfused reads GPT2Tokenizer, or a tokenizer.json of Hugging Face"
+        )
+    if config.get("sequence_length") is not None:
+        raise ValueError(
+            f"{path}: sequence_length is {config['sequence_length']!r}; pyfused neither pads nor cuts: set it to null"
+        )
+    return config
+
+
+def _token_bytes(token: str) -> bytes:
+    """A token's characters as bytes; an added token with characters outside the alphabet is taken literally."""
+    try:
+        return bytes(_BYTES[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8")

@@ -1,0 +1,163 @@
+"""How does a language model continue prompts? One prefill of all of them, then a token per row and step from a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+
+from ._decoding import EagerSteps, GraphSteps, Steps
+from .models.gpt2 import GPT2Backbone
+from .sampling import Sampler, uniforms
+
+
+class Generator:
+    """Continues prompts with a GPT2Backbone; the logits are those of its token embedding.
+
+    On a CUDA device one step is captured as a CUDA graph and replayed; the graphs of the last few batch shapes are kept,
+    so a Generator is worth keeping. The model is used in evaluation mode and left in the mode it was in.
+
+    Args:
+        model: a GPT2Backbone, on any device and in any dtype.
+
+    Example:
+        tokens = pyfused.Generator(model).generate([[464, 3290]], max_new_tokens=20)
+    """
+
+    def __init__(self, model: GPT2Backbone):
+        if not isinstance(model, GPT2Backbone):
+            raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone")
+        self.model = model
+        self._graphs: dict[object, GraphSteps] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """New tokens of each prompt, in the prompts' order.
+
+        Args:
+            prompts: token ids; their lengths may differ. None at all gives an empty list.
+            max_new_tokens: at most this many per prompt.
+            temperature: 0 takes the likeliest token (the next three then change nothing); else it divides the logits.
+            top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds
+                this much probability. With both, top_p cuts what top_k left.
+            seed: of the draws; None takes one from torch's default generator. The draws of row r depend on (seed, r)
+                alone, not on the other prompts.
+            stop_token_ids: a row ends behind one of these, which is returned too, as transformers does.
+            on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
+
+        Raises:
+            ValueError: an empty prompt, no room (prompt + max_new_tokens > max_sequence_length), a number out of range.
+            TypeError: a wrong type. IndexError: a token id outside the vocabulary.
+        """
+        arrays = self._check_prompts(prompts)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        places = self.model.get_config()["max_sequence_length"]
+        for row, prompt in enumerate(arrays):
+            if len(prompt) + max_new_tokens > places:
+                raise ValueError(
+                    f"prompts[{row}] has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; "
+                    f"together they take at most max_sequence_length = {places}"
+                )
+        sampler = Sampler(temperature, top_k, top_p)
+        stops = self._check_stops(stop_token_ids)
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
+        draws = uniforms(seed, len(arrays), max_new_tokens)
+        if not arrays:
+            return []
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                steps = self._steps(arrays, max_new_tokens, sampler)
+                return _run(steps, arrays, max_new_tokens, draws.to(self.model.device), stops, on_token)
+        finally:
+            self.model.train(training)
+
+    def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
+        capacity = max(len(p) for p in prompts) + max_new_tokens - 1  # the last token is never fed
+        if self.model.device.type != "cuda":
+            return EagerSteps(self.model, len(prompts), capacity, sampler)
+        key = GraphSteps.key(self.model, len(prompts), capacity, sampler)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = GraphSteps(self.model, len(prompts), capacity, sampler)
+        while len(self._graphs) >= 4:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph  # the latest goes last
+        return graph
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)):
+            raise TypeError(f"prompts is a {type(prompts).__name__}; it takes a list of lists of token ids")
+        vocabulary = self.model.get_config()["vocabulary_size"]
+        arrays = []
+        for row, prompt in enumerate(prompts):
+            if isinstance(prompt, (str, bytes)) or not isinstance(prompt, (Sequence, np.ndarray)):
+                raise TypeError(f"prompts[{row}] is a {type(prompt).__name__}; it takes a list of token ids")
+            if len(prompt) == 0:
+                raise ValueError(f"prompts[{row}] is empty; it takes at least one token")
+            array = np.asarray(prompt)
+            if array.dtype.kind not in "iu" or array.ndim != 1:
+                raise TypeError(
+                    f"prompts[{row}] holds {array.dtype} in {array.ndim} dimensions; it takes a list of integers"
+                )
+            if array.min() < 0 or array.max() >= vocabulary:
+                worst = array.min() if array.min() < 0 else array.max()
+                raise IndexError(f"prompts[{row}] holds {worst}; it takes token ids 0 to {vocabulary - 1}")
+            arrays.append(array.astype(np.int64))
+        return arrays
+
+    def _check_stops(self, stop_token_ids: Collection[int]) -> frozenset[int]:
+        if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, Collection):
+            raise TypeError(f"stop_token_ids is {stop_token_ids!r}; it takes a collection of token ids")
+        vocabulary = self.model.get_config()["vocabulary_size"]
+        for token in stop_token_ids:
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                raise TypeError(f"stop_token_ids holds {token!r}; it takes token ids")
+            if not 0 <= token < vocabulary:
+                raise IndexError(f"stop_token_ids holds {token}; it takes token ids 0 to {vocabulary - 1}")
+        return frozenset(int(token) for token in stop_token_ids)
+
+
+def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token) -> list[list[int]]:
+    """The loop. Slots are what the model computes; a slot whose row has stopped is dropped, or runs on unheard."""
+    slots = list(range(len(prompts)))
+    out: list[list[int]] = [[] for _ in slots]
+    done = [False] * len(slots)
+    tokens = steps.start(prompts, draws[:, 0])
+    if not stops and on_token is None and draws.is_cuda:
+        # Nobody looks at a token before the end, so the host runs ahead of the GPU.
+        history = [tokens.clone()]
+        history += [steps.next(draws[:, t]).clone() for t in range(1, count)]
+        return torch.stack(history, 1).tolist()
+    for t in range(count):
+        if t:
+            tokens = steps.next(draws[:, t])
+        for row, token in zip(slots, tokens.tolist()):
+            if done[row]:
+                continue
+            out[row].append(token)
+            done[row] = token in stops
+            if on_token is not None:
+                on_token(row, token)
+        alive = [slot for slot, row in enumerate(slots) if not done[row]]
+        if not alive:
+            break
+        if len(alive) < len(slots) and steps.keep(alive):
+            slots = [slots[slot] for slot in alive]
+            draws = draws[alive]
+    return out

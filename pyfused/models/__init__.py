@@ -1,0 +1,6 @@
+"""The models; each file reads like its paper."""
+
+from .backbone import Backbone
+from .gpt2 import GPT2Backbone, GPT2Output
+
+__all__ = ["Backbone", "GPT2Backbone", "GPT2Output"]

@@ -1,0 +1,112 @@
+"""What may a model be called with? The checks that all models share; each error names the input and what it takes.
+
+Values come as numpy arrays or tensors, from the host or from the model's device. What the host holds is looked at: ids
+out of range raise IndexError. What is on a GPU already is not, since looking would synchronise, unless PYFUSED_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def gather(inputs: Any, keywords: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """One dict of a call's inputs: Keras's dict, keywords, or both where no name occurs twice."""
+    if inputs is None:
+        found: dict[str, Any] = {}
+    elif isinstance(inputs, Mapping):
+        found = dict(inputs)
+    else:
+        raise TypeError(f"inputs is a {type(inputs).__name__}; it takes a dict with token_ids and padding_mask")
+    if twice := sorted(found.keys() & keywords.keys()):
+        raise ValueError(f"{twice[0]} is given in the dict and as a keyword; it takes one of the two")
+    found.update(keywords)
+    for name in found:
+        if name not in known:
+            raise ValueError(f"inputs has an unknown key {name!r}; it takes {', '.join(known)}")
+    return found
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    """A numpy array as a tensor; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        if value.dtype in (np.uint16, np.uint32, np.uint64):  # torch has little arithmetic for these
+            value = value.astype(np.int64)
+        if value.dtype.kind not in "biuf":
+            raise TypeError(f"{name} is a numpy array of {value.dtype}; it takes numbers")
+        return torch.tensor(value)
+    raise TypeError(f"{name} is a {type(value).__name__}; it takes a numpy array or a torch.Tensor")
+
+
+def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: int, device: torch.device) -> Tensor:
+    """Integers in [0, limit) as int64 on `device`. `size` has None where any length goes; `shape` says it in words."""
+    found = tensor(value, name)
+    if found.dtype not in _INTEGERS:
+        raise TypeError(f"{name} is {_dtype(found)}; it takes integers")
+    if found.dim() != len(size) or any(s is not None and s != n for s, n in zip(size, found.shape)):
+        wanted = "" if None in size else f" = {size}"
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape}{wanted}")
+    if found.numel() and _may_look(found):
+        low, high = (int(v) for v in torch.aminmax(found))
+        if low < 0 or high >= limit:
+            raise IndexError(f"{name} holds {low if low < 0 else high}; it takes 0 to {limit - 1}")
+    return found.to(device, torch.int64)
+
+
+def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """A padding mask as bool on `device`, or None where the host can see that nothing is masked.
+
+    Any dtype; a fraction counts as 0, since Keras casts to int32 first.
+    """
+    found = tensor(value, name)
+    if tuple(found.shape) != size:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape} = {size}")
+    if found.dtype.is_complex:
+        raise TypeError(f"{name} is {_dtype(found)}; it takes integers, bool or floats")
+    real = found if found.dtype == torch.bool else found.trunc() != 0 if found.is_floating_point() else found != 0
+    if found.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    return real.to(device)
+
+
+def states(value: Any, name: str, shape: str, size: tuple[int | None, ...], like: Tensor) -> Tensor:
+    """Floats of the given shape, in the dtype and on the device of `like`."""
+    found = tensor(value, name)
+    if not found.is_floating_point():
+        raise TypeError(f"{name} is {_dtype(found)}; it takes floats")
+    if found.dim() != len(size) or any(s is not None and s != n for s, n in zip(size, found.shape)):
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape} with {size}")
+    return found.to(like.device, like.dtype)
+
+
+def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """A 4-D attention mask, bool (True: may look) or additive, as an additive bias that broadcasts to `size`."""
+    found = tensor(value, name)
+    hint = "; a (B, S) mask of real tokens is padding_mask" if found.dim() == 2 else ""
+    if found.dim() != 4 or any(n not in (1, s) for n, s in zip(found.shape, size)):
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes (B, 1 or H, S, Sk) = {size}{hint}")
+    if found.dtype == torch.bool:
+        found = found.to(like.device)
+        return torch.zeros(found.shape, dtype=like.dtype, device=like.device).masked_fill(~found, -torch.inf)
+    if not found.is_floating_point():
+        raise TypeError(f"{name} is {_dtype(found)}; it takes bool, or floats that are added to the scores")
+    return found.to(like.device, like.dtype)
+
+
+def _dtype(found: Tensor) -> str:
+    return str(found.dtype).removeprefix("torch.")
+
+
+def _may_look(found: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return found.device.type == "cpu" or os.environ.get("PYFUSED_CHECK") == "1"

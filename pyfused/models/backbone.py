@@ -1,0 +1,142 @@
+"""What do all models share: construction from a configuration or a preset, and the choice of class and dtype?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pyfused.checkpoints import open_checkpoint, presets_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Model name, as a checkpoint gives it, to the class, which is imported when it is needed: models import this file.
+REGISTRY: dict[str, str] = {"gpt2": "pyfused.models.gpt2:GPT2Backbone"}
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch.dtype of a name such as "bfloat16" (or "torch.bfloat16"), or the dtype itself.
+
+    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for any other dtype
+    or name, TypeError for what is neither.
+    """
+    takes = f"one of {', '.join(_DTYPES)}, as a name or a torch.dtype"
+    if isinstance(dtype, torch.dtype):
+        if dtype not in _DTYPES.values():
+            raise ValueError(f"dtype is {dtype}; it takes {takes}")
+        return dtype
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype is of type {type(dtype).__name__}; it takes {takes}")
+    name = dtype.removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it takes {takes}")
+    return _DTYPES[name]
+
+
+def model_names(cls: type) -> set[str]:
+    """The models, as checkpoints name them, that ``cls`` can hold: all of them for Backbone itself."""
+    if cls is Backbone:
+        return set(REGISTRY)
+    paths = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
+    return {name for name, path in REGISTRY.items() if path in paths}
+
+
+def model_name(cls: type) -> str:
+    """The one model that a backbone's class is. Raises TypeError for a class that is not one."""
+    names = model_names(cls)
+    if len(names) != 1:
+        raise TypeError(f"model is a {cls.__name__}; it takes a backbone of one of {', '.join(REGISTRY)}")
+    return names.pop()
+
+
+class _Presets:
+    """Makes ``presets`` an attribute of the class, as KerasHub has it."""
+
+    def __get__(self, instance: object, owner: type) -> dict[str, dict[str, Any]]:
+        return presets_of(model_names(owner))
+
+
+class Backbone(nn.Module, ABC):
+    """A transformer without a task: token ids in, hidden states out. Subclasses take their sizes as keywords.
+
+    ``presets``: name to metadata of the published and bundled presets that this class can load.
+    """
+
+    presets = _Presets()
+
+    @abstractmethod
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A model with newly initialised weights from what `get_config` returned."""
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config is of type {type(config).__name__}; it takes a dict of constructor arguments")
+        return cls(**config)
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike[str],
+        load_weights: bool = True,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The model of a preset, in evaluation mode.
+
+        preset: a bundled name, a local directory in Hugging Face or Keras format, a KerasHub name, hf://owner/repo or
+        kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset picks the class by the checkpoint.
+        load_weights: False leaves the random initialisation and reads the configuration alone.
+        device: where the weights go; None is torch's default device.
+        dtype: a name or a torch.dtype; None is what the checkpoint says.
+        overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
+
+        Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
+        override, and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
+        """
+        target = None if dtype is None else resolve_dtype(dtype)
+        checkpoint = open_checkpoint(preset, weights=load_weights)
+        if checkpoint.model not in model_names(cls):
+            raise ValueError(
+                f"preset {str(preset)!r} is a {checkpoint.model} checkpoint; {cls.__name__} takes "
+                f"{', '.join(sorted(model_names(cls))) or 'none'}"
+            )
+        if unknown := sorted(set(overrides) - set(checkpoint.config)):
+            raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(checkpoint.config)}")
+        kind = _class_of(checkpoint.model) if cls is Backbone else cls
+        config = checkpoint.config | overrides | {"dtype": target or checkpoint.dtype}
+        place = torch.get_default_device() if device is None else torch.device(device)
+        if not load_weights:
+            with place:
+                return kind.from_config(config).eval()
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        checkpoint.check_module(model)
+        bare = {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - model.state_dict().keys()
+        if bare:
+            raise RuntimeError(
+                f"{kind.__name__}: {sorted(bare)} are not in its state dict, so that nothing would fill them"
+            )
+        model.to_empty(device=place)
+        checkpoint.load_into(model)
+        return model.eval()
+
+
+def _class_of(model: str) -> Any:
+    module, _, name = REGISTRY[model].partition(":")
+    return getattr(importlib.import_module(module), name)

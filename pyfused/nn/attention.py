@@ -1,0 +1,158 @@
+"""How do tokens look at each other, and at an encoder? Multi-head attention with fused projections and a KV cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.reference import attention as reference
+from ..ops import attention
+from .kv_cache import KVCache
+from .layers import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """Which keys a query may see: arguments of pyfused.attention that all layers share."""
+
+    is_causal: bool = False
+    padding_mask: Tensor | None = None
+    attn_bias: Tensor | None = None
+
+
+EVERYTHING = Visibility()
+CAUSAL = Visibility(is_causal=True)
+
+
+class _Attention(nn.Module):
+    """What both kinds share: the sizes, the operator call, and the output projection (D, H * d)."""
+
+    def __init__(self, hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype):
+        super().__init__()
+        head_size = head_size or hidden_dim // num_heads
+        self.num_heads, self.head_size = num_heads, head_size
+        self.scale = 1.0 / math.sqrt(head_size) if scale is None else scale
+        self.dropout = dropout
+        self.output = Linear(num_heads * head_size, hidden_dim, bias, device=device, dtype=dtype)
+
+    def _attend(self, query, key, value, visible, probabilities):
+        """query (B, H, S, d), key and value (B, H, Sk, d) -> (B, S, D)."""
+        if probabilities is not None:
+            probabilities.append(self._probabilities(query, key, visible))
+        out = attention(
+            query,
+            key,
+            value,
+            is_causal=visible.is_causal,
+            padding_mask=visible.padding_mask,
+            attn_bias=visible.attn_bias,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(out.transpose(1, 2).flatten(2))  # a view: (B, H, S, d) is stored as (B, S, H, d)
+
+    def _probabilities(self, query, key, visible):
+        """(B, H, S, Sk), before dropout, by the reference: the operator never has them in memory."""
+        mask = None if visible.padding_mask is None else visible.padding_mask != 0
+        scores = reference.scores(query, key, visible.is_causal, mask, visible.attn_bias, self.scale)
+        return reference.probabilities(scores).to(query.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_size={self.head_size}, scale={self.scale:.6g}, dropout={self.dropout}"
+
+
+class SelfAttention(_Attention):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with one projection for query, key and value.
+
+    Args:
+        hidden_dim, num_heads: D and H.
+        head_size: d; D // H if None. The parameters are query_key_value.{weight (3 * H * d, D), bias}, rows in that
+            order, and output.{weight (D, H * d), bias}.
+        scale: multiplies the scores; 1 / sqrt(d) if None.
+        dropout: of the probabilities, in training.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        head_size: int | None = None,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype)
+        inner = num_heads * self.head_size
+        self.query_key_value = Linear(hidden_dim, 3 * inner, bias, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        visible: Visibility = EVERYTHING,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        probabilities: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, S, D) -> (B, S, D).
+
+        visible: which keys count; its masks cover the cached tokens too. cache: keys and values of earlier tokens, to
+        which those of x are appended as layer `layer`. probabilities: a list that gets this layer's (B, H, S, Sk).
+        """
+        b, s, _ = x.shape
+        qkv = self.query_key_value(x).view(b, s, 3, self.num_heads, self.head_size)
+        if cache is None:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            query = qkv.select(2, 0).transpose(1, 2)
+            key, value = cache.append(layer, qkv.narrow(2, 1, 2))
+        return self._attend(query, key, value, visible, probabilities)
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention from one sequence to another, with one projection for key and value.
+
+    Args: as SelfAttention's. The parameters are query.{weight (H * d, D), bias}, key_value.{weight
+    (2 * H * d, D), bias} and output.{weight (D, H * d), bias}.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        head_size: int | None = None,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype)
+        inner = num_heads * self.head_size
+        self.query = Linear(hidden_dim, inner, bias, device=device, dtype=dtype)
+        self.key_value = Linear(hidden_dim, 2 * inner, bias, device=device, dtype=dtype)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's output (B, Se, D) as keys and values, views (B, H, Se, d)."""
+        b, s, _ = memory.shape
+        key_value = self.key_value(memory).view(b, s, 2, self.num_heads, self.head_size)
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def forward(
+        self,
+        x: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        visible: Visibility = EVERYTHING,
+        probabilities: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, S, D), and keys and values of `project` -> (B, S, D)."""
+        b, s, _ = x.shape
+        query = self.query(x).view(b, s, self.num_heads, self.head_size).transpose(1, 2)
+        return self._attend(query, *key_value, visible, probabilities)

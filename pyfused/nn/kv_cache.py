@@ -1,0 +1,95 @@
+"""Where do the keys and values of past tokens live? In buffers of fixed size, written in place, one per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once for `capacity` tokens.
+
+    A model appends the tokens it is given behind the `length` that are there and moves `length` on; setting
+    `length` back forgets the rest. Each layer has one tensor (2, B, H, capacity, D), so that a step writes its key and
+    its value in one copy, and attention reads one head's keys as one stretch of memory.
+
+    Args:
+        num_layers, batch_size, num_heads, capacity, head_size: L, B, H (of the keys), tokens per row, D.
+        dtype, device: those of the model.
+
+    Attributes:
+        length: tokens in every row.
+        cross: a layer's keys and values (B, H, Se, D) of the encoder, once cross-attention has computed them.
+        encoder_mask: (B, Se), which of those are real, or None.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        capacity: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        shape = (2, batch_size, num_heads, capacity, head_size)
+        # Zeros: a masked value is multiplied by a probability of zero, which memory that holds NaN would survive.
+        self._set([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)])
+        self.length = 0
+        self.positions: Tensor | None = None
+        self.cross: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.encoder_mask: Tensor | None = None
+
+    def _set(self, buffers: list[Tensor]) -> None:
+        self._buffers = buffers
+        self._layers = [(kv.permute(1, 3, 0, 2, 4), kv[0], kv[1]) for kv in buffers]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self._buffers[0].shape[3]
+
+    @property
+    def batch_size(self) -> int:
+        return self._buffers[0].shape[1]
+
+    @property
+    def signature(self) -> tuple[int, int, int, torch.dtype, torch.device]:
+        """Layers, heads, head size, dtype, device: what a model must have to use this cache."""
+        kv = self._buffers[0]
+        return len(self._buffers), kv.shape[2], kv.shape[4], kv.dtype, kv.device
+
+    def at_positions(self, positions: Tensor, extent: int) -> None:
+        """From now on each row writes one token at its own place and reads `extent` places, of which the caller masks
+        those beyond its own. positions: (B,) int64 on the cache's device, read anew by every append, so that a CUDA
+        graph may hold it."""
+        self._rows = torch.arange(self.batch_size, device=positions.device)
+        self.positions, self._extent = positions, extent
+
+    def append(self, layer: int, key_value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes key_value (B, S, 2, H, D) into a layer; returns its keys and values so far, views (B, H, Sk, D)."""
+        places, keys, values = self._layers[layer]
+        if self.positions is None:
+            start, new = self.length, key_value.shape[1]
+            end = start + new
+            places.narrow(1, start, new).copy_(key_value)
+        else:
+            end = self._extent
+            places[self._rows, self.positions] = key_value[:, 0]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def keys(self, layer: int) -> Tensor:
+        """The keys of a layer so far, a view (B, H, length, D)."""
+        return self._layers[layer][1][:, :, : self.length]
+
+    def values(self, layer: int) -> Tensor:
+        """The values of a layer so far, a view (B, H, length, D)."""
+        return self._layers[layer][2][:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only these rows, (B',) int64; costs one copy of the cache, about what one step reads."""
+        self._set([kv.index_select(1, rows) for kv in self._buffers])
+        self.cross = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.cross]
+        self.encoder_mask = None if self.encoder_mask is None else self.encoder_mask[rows]
