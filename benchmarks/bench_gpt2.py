@@ -8,7 +8,10 @@ import tempfile
 import torch
 
 import pyfused
+from pyfused._decoding import prefill
 from pyfused.bench import Case
+from pyfused.models._gpt2_call import Call
+from pyfused.nn import EVERYTHING
 
 PROMPT, CACHED = 128, 160
 
@@ -27,37 +30,48 @@ def models(device, dtype):
 
 def cases(device):
     ids = torch.randint(50257, (1, CACHED + 1), generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.no_grad():
+    prompt, last = ids[:, :PROMPT], ids[:, CACHED:]
+    with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             mine, theirs = models(device, dtype)
-            generator = pyfused.Generator(mine)
-            prompt = ids[:, :PROMPT]
-            label = str(dtype).removeprefix("torch.")
-            yield Case(
-                f"prompt {PROMPT} {label}",
-                {
-                    "pyfused": lambda: generator.prefill(prompt),
-                    "transformers": lambda: theirs(prompt, logits_to_keep=1).logits[:, -1],
-                },
-                baseline="transformers",
-                flops=2 * 85e6 * PROMPT,
-                tolerance=1e-3 if dtype == torch.float32 else 5e-2,
-                rounds=15,
-            )
-            past = theirs(ids[:, :CACHED], use_cache=True).past_key_values
-            last = ids[:, CACHED:]
+            cache = mine.new_cache(1, CACHED + 64)
+            places = torch.arange(CACHED + 64, device=device)
 
-            def step(past=past, last=last):
+            def my_prompt():
+                cache.length = 0
+                return prefill(mine, cache, [prompt[0].cpu().numpy()])
+
+            def my_token():
+                cache.length = CACHED
+                hidden = mine.run(Call(last, places[CACHED : CACHED + 1], visible=EVERYTHING, cache=cache))
+                return mine.token_embedding(hidden[:, 0], reverse=True)
+
+            def their_prompt():
+                return theirs(prompt, logits_to_keep=1, use_cache=True).logits[:, -1]
+
+            past = theirs(ids[:, :CACHED], use_cache=True).past_key_values
+
+            def their_token():
                 out = theirs(last, past_key_values=past, use_cache=True).logits[:, -1]
                 past.crop(CACHED)
                 return out
 
-            state = generator.prefill(ids[:, :CACHED], keep=True)
+            label = str(dtype).removeprefix("torch.")
+            tolerance = 1e-3 if dtype == torch.float32 else 1e-1
             yield Case(
-                f"token with {CACHED} cached {label}",
-                {"pyfused": lambda: generator.peek(state, last), "transformers": step},
-                baseline="transformers",
+                f"prompt of {PROMPT} {label}",
+                {"pyfused": my_prompt, "transformers float32": their_prompt},
+                baseline="transformers float32",
+                flops=2 * 85e6 * PROMPT,
+                tolerance=tolerance,
+                seconds=20.0,
+            )
+            prefill(mine, cache, [ids[0, :CACHED].cpu().numpy()])
+            yield Case(
+                f"token, {CACHED} cached {label}",
+                {"pyfused": my_token, "transformers float32": their_token},
+                baseline="transformers float32",
                 bytes=sum(p.numel() * p.element_size() for p in mine.parameters()),
-                tolerance=1e-3 if dtype == torch.float32 else 5e-2,
-                rounds=40,
+                tolerance=tolerance,
+                seconds=10.0,
             )

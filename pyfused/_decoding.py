@@ -27,7 +27,7 @@ class Steps(Protocol):
         """Drops all other slots and returns True, or returns False: they run on."""
 
 
-def _prefill(model: GPT2Backbone, cache, prompts: list[np.ndarray]) -> Tensor:
+def prefill(model: GPT2Backbone, cache, prompts: list[np.ndarray]) -> Tensor:
     """Fills the cache; the logits behind each prompt, (B, V).
 
     Prompts are padded on the right: under a causal mask no real token sees the padding, so that no mask is needed, and
@@ -56,7 +56,7 @@ class EagerSteps:
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
         self._lengths = [len(p) for p in prompts]
-        self._tokens = self._sampler(_prefill(self._model, self._cache, prompts), uniform)
+        self._tokens = self._sampler(prefill(self._model, self._cache, prompts), uniform)
         self._settle()
         return self._tokens
 
@@ -117,7 +117,7 @@ class GraphSteps:
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
         self._cache.positions, self._cache.length = None, 0
-        logits = _prefill(self._model, self._cache, prompts)
+        logits = prefill(self._model, self._cache, prompts)
         self._cache.positions = self._positions
         self._tokens.copy_(self._sampler(logits, uniform))
         self._positions.copy_(torch.tensor([len(p) for p in prompts]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Case:
         baseline: the provider that ratios refer to; "pyfused" is compared with the best of the others as well.
         bytes, flops: the least that the case must move and do, for GB/s and GFLOP/s; 0 if not meaningful.
         tolerance: the largest difference between outputs that is accepted, relative to the largest magnitude.
-        synchronise: "cuda" times with events; "cpu" with the clock.
+        rounds, seconds: at most so many, and so long; at least five rounds.
     """
 
     name: str
@@ -35,20 +35,19 @@ class Case:
     flops: float = 0.0
     tolerance: float = 1e-3
     rounds: int = 60
-    extra: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 4.0
 
 
 def _first(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple | list) else out
 
 
-def measure(case: Case, device: str = "cpu", seconds: float = 4.0) -> dict[str, Any]:
+def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
     """Times every provider of a case, interleaved, and checks that they agree.
 
     Args:
         case: what to run.
         device: "cpu" or "cuda".
-        seconds: about how long the case may take in all; at least five rounds are run.
 
     Returns:
         {"case", "seconds": {provider: median}, "ratio": {provider: its time / pyfused's}, "gb_per_s", "gflop_per_s"}.
@@ -73,7 +72,7 @@ def measure(case: Case, device: str = "cpu", seconds: float = 4.0) -> dict[str, 
     for done in range(case.rounds):
         for name, call in case.providers.items():
             samples[name].append(clock(call))
-        if done >= 4 and time.perf_counter() - began > seconds:
+        if done >= 4 and time.perf_counter() - began > case.seconds:
             break
     medians = {name: statistics.median(values) for name, values in samples.items()}
     own = medians["pyfused"]
@@ -84,7 +83,6 @@ def measure(case: Case, device: str = "cpu", seconds: float = 4.0) -> dict[str, 
         "ratio": {name: value / own for name, value in medians.items() if name != "pyfused"},
         "gb_per_s": case.bytes / own / 1e9,
         "gflop_per_s": case.flops / own / 1e9,
-        **case.extra,
     }
 
 
