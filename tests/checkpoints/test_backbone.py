@@ -45,7 +45,9 @@ def test_overrides_and_random_weights(golden, standin):
     assert Backbone.from_preset(directory, dropout=0.0).get_config()["dropout"] == 0.0
     with pytest.raises(ValueError, match=r"overrides: unknown \['depth', 'dropuot'\]; they take vocabulary_size, "):
         Backbone.from_preset(directory, dropuot=0.0, depth=3)
-    with pytest.raises(ValueError, match=r"'position_embedding.weight' has shape \(16, 12\), this Standin takes \(8, 12\)"):
+    with pytest.raises(
+        ValueError, match=r"'position_embedding.weight' has shape \(16, 12\), this Standin takes \(8, 12\)"
+    ):
         Backbone.from_preset(directory, max_sequence_length=8)
     fresh = Backbone.from_preset(directory, load_weights=False, num_layers=1, dtype="bfloat16")
     assert len(fresh.layers) == 1

@@ -49,8 +49,9 @@ def test_local_directories(golden, tmp_path):
     assert resolve_preset(directory) == resolve_preset(str(directory)) == directory
     with pytest.raises(ValueError, match=r"not a preset, it has no config.json"):
         open_checkpoint(tmp_path)
-    for content, said in (("{}", "neither a Hugging Face configuration"), ("[1]", "holds a JSON list"), ("{", "as JSON"),
-                          ("\udcff", "as JSON"), ("[" * 10**5, "as JSON"), ("9" * 10**5, "as JSON")):  # fmt: skip
+    contents = {"{}": "neither a Hugging Face configuration", "[1]": "holds a JSON list"}
+    contents |= dict.fromkeys(["{", "\udcff", "[" * 10**5, "9" * 10**5], "cannot be read as JSON")
+    for content, said in contents.items():
         (tmp_path / "config.json").write_text(content, errors="surrogateescape")
         with pytest.raises(ValueError, match=rf"config.json: .*{said}"):
             open_checkpoint(tmp_path)
