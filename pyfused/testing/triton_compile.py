@@ -55,6 +55,7 @@ class Case:
         kernel: "module:function" of a @triton.jit function.
         signature: types of the run-time arguments, as compile_kernel() takes them.
         constexprs: values of the others; a Triton dtype is written as "tl.bfloat16".
+        options: what else the launcher passes to the compiler, such as enable_fp_fusion.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compile_kernel(
@@ -72,6 +74,7 @@ def compile_kernel(
     target: str,
     num_warps: int = 4,
     num_stages: int = 3,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Compiles a @triton.jit function for one target; needs a process in which TRITON_INTERPRET was never set.
 
@@ -106,7 +109,8 @@ def compile_kernel(
             raise ValueError(f"signature[{name!r}]={signature[name]!r}: the only hint is :16")
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     source = ASTSource(jit_function, types, {name: _constant(value) for name, value in constexprs.items()}, attributes)
-    kernel = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
+    kernel = triton.compile(source, target=gpu, options=options)
     texts: tuple[str, ...] = ("amdgcn", "ttgir")
     if "cubin" in kernel.asm:
         registers, spills = _nvidia_usage(kernel.asm["cubin"])
@@ -180,7 +184,7 @@ def _main(target: str, asked: str, answered: str) -> None:
     for case in json.loads(Path(asked).read_text()):
         module, _, function = case["kernel"].partition(":")
         jit_function = getattr(importlib.import_module(module), function)
-        keys = ("signature", "constexprs", "num_warps", "num_stages")
+        keys = ("signature", "constexprs", "num_warps", "num_stages", "options")
         print(f"{case['name']}:", flush=True)  # stays last in the output if the compiler crashes
         results[case["name"]] = asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
     Path(answered).write_text(json.dumps(results))
