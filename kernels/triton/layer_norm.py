@@ -4,14 +4,14 @@ Moves: x (and residual) read once, y (and total) written once. Does 8 N float op
 Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and
 45 us. Backward, 4096 x 1024: three tensors, 8.4 us, plus a launch and 1 us for the partial sums.
 
-Tiling: a program holds ROWS whole rows in registers, 8192 elements at most up to N = 8192, so that at small N several
-rows are in flight and a warp owns a row (its two sums are shuffles, no barrier). Beyond N = 16384 a program walks one row
-in blocks, and the second and third pass over it come from the L2. The variance is the two-pass one, corrected by
-the mean of the deviations: a mean far from zero costs no digits.
+Tiling: a program holds ROWS whole rows in registers, about 4096 elements, so that at small N several rows are in flight
+and a warp owns a row (its sums are shuffles, no barrier). Beyond N = 16384 a program walks one row in blocks, and the
+second and third pass over it come from the L2. The variance is the two-pass one, corrected by the mean of the
+deviations: a mean far from zero costs no digits.
 
 Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight. Weight gradients
-in two stages without atomics, so bitwise repeatable: a fixed set of programs sums a fixed share of the rows each, a second
-kernel adds those sums in order. Beyond N = 8192 the sums need a second read of x and grad_y, by columns.
+in two stages without atomics, so bitwise repeatable: a fixed set of programs sums a fixed share of the rows each, a
+second kernel adds those sums in order. Beyond N = 8192 the sums need a second read of x and grad_y, by columns.
 """
 
 import functools
@@ -107,7 +107,7 @@ def _backward_kernel(
     weight = tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         row = ((program * steps + step) * ROWS + tl.arange(0, ROWS))[:, None]
         live = (row < rows) & (col < n)
         dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
@@ -169,7 +169,7 @@ def _column_sums_kernel(
     col = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         row = ((share * steps + step) * ROWS + tl.arange(0, ROWS))[:, None]
         live = (row < rows) & (col < n)
         dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
