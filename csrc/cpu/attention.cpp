@@ -7,8 +7,8 @@ namespace {
 
 // Keys in a tile: scores and value rows of a tile stay in L1 together. A multiple of kRows.
 inline int64_t tile_keys(int64_t d) {
-  const int64_t n = 6144 / d / kRows * kRows;
-  return n < 2 * kRows ? 2 * kRows : (n > 16 * kRows ? 16 * kRows : n);
+  const int64_t n = 4608 / d / kRows * kRows;
+  return n < 2 * kRows ? 2 * kRows : (n > 12 * kRows ? 12 * kRows : n);
 }
 
 template <class T> struct Forward {
@@ -19,12 +19,13 @@ template <class T> struct Forward {
   // One group of queries over all the keys they see. Scratch: query and output (d, kGroup), scores (tile, kGroup).
   void group(const Group<T>& g, const Keys<T>& keys, float* query, float* sum, float* s) const {
     const int64_t d = p.d, tile = tile_keys(d);
-    to_lanes(p.query.at(g.b, g.h, g.first), p.query.row, g.rows, d, p.scale * kLog2E, query, kGroup);
+    const vfloat scale = splat(p.scale * kLog2E);
+    to_lanes(p.query.at(g.b, g.h, g.first), p.query.row, g.rows, d, query, kGroup);
     for (int64_t i = 0; i < d * kGroup; i += kWidth) store(sum + i, vfloat{});
     vfloat highest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {};
     for (int64_t c0 = 0; c0 < g.most; c0 += tile) {
       const int64_t n = g.most - c0 < tile ? g.most - c0 : tile;
-      products<true, kZero>(n, keys.key + c0 * keys.key_step, keys.key_step, query, kGroup, d, s, kGroup);
+      dots(n, keys.key + c0 * keys.key_step, keys.key_step, query, kGroup, d, s, kGroup, scale);
       g.finish_scores(p, keys, c0, n, s, kGroup);
       vfloat factor[2];
       for (int v = 0; v < 2; ++v) {

@@ -147,23 +147,17 @@ struct Philox {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// C[r][lane] = C[r][lane] * factor + sum over k of A(r, k) B[k][lane], for R rows and kGroup lanes, all in registers.
+// The sum over k of A(r, k) B[k][lane], for R rows and kGroup lanes, all in registers, and then
+// kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum.
 // kAlong: A's depth is contiguous and `step` is between rows; else A's rows are contiguous and `step` is between k.
-enum Start { kZero, kAdd, kScaled };
-template <int R, bool kAlong, Start kStart>
+enum Finish { kNew, kAdd, kScaled };
+template <int R, bool kAlong, Finish kFinish>
 PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
                             int64_t c_step, const vfloat* factor) {
-  vfloat acc[R][2];
+  vfloat acc[R][2] = {};
   const float* row[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    row[r] = kAlong ? a + r * step : a + r;
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      acc[r][v] = kStart == kZero ? vfloat{} : load(c + r * c_step + v * kWidth);
-      if (kStart == kScaled) acc[r][v] *= factor[v];
-    }
-  }
+  for (int r = 0; r < R; ++r) row[r] = a + r * step;
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
     const vfloat b0 = load(b), b1 = load(b + kWidth);
 #pragma GCC unroll 8
@@ -174,35 +168,52 @@ PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_
     if (!kAlong) a += step;
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store(c + r * c_step, acc[r][0]), store(c + r * c_step + kWidth, acc[r][1]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      float* at = c + r * c_step + v * kWidth;
+      if (kFinish == kNew) store(at, acc[r][v] * factor[0]);
+      if (kFinish == kAdd) store(at, load(at) + acc[r][v] * factor[0]);
+      if (kFinish == kScaled) store(at, load(at) * factor[v] + acc[r][v]);
+    }
 }
 
-template <bool kAlong, Start kStart>
+template <bool kAlong, Finish kFinish>
 inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
-                     int64_t c_step, const vfloat* factor = nullptr) {
+                     int64_t c_step, const vfloat* factor) {
   const int64_t next = kAlong ? step : 1;
   for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step)
-    product<kRows, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
+    product<kRows, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
   switch (rows) {
-    case 5: return product<5, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
-    case 4: return product<4, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
-    case 3: return product<3, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
-    case 2: return product<2, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
-    case 1: return product<1, kAlong, kStart>(a, step, b, b_step, depth, c, c_step, factor);
+    case 5: return product<5, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 4: return product<4, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 3: return product<3, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 2: return product<2, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 1: return product<1, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
   }
+}
+
+// Dot products of key rows with the queries in the lanes, times factor. A long chain of additions is cut: its rounding
+// error grows with its length.
+inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
+                 int64_t c_step, vfloat factor) {
+  constexpr int64_t kChain = 64;
+  products<true, kNew>(rows, a, step, b, b_step, d < kChain ? d : kChain, c, c_step, &factor);
+  for (int64_t k = kChain; k < d; k += kChain)
+    products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, d - k < kChain ? d - k : kChain, c, c_step, &factor);
 }
 
 // ---- queries in and out of the lanes --------------------------------------------------------------------------------
 
-// (rows, d) elements -> (d, step) floats, times factor; lanes past `rows` are zero.
+// (rows, d) elements -> (d, step) floats; lanes past `rows` are zero.
 template <class T>
-inline void to_lanes(const T* from, int64_t row_step, int64_t rows, int64_t d, float factor, float* to, int64_t step) {
+inline void to_lanes(const T* from, int64_t row_step, int64_t rows, int64_t d, float* to, int64_t step) {
   for (int v = 0; v < 2; ++v)
     for (int64_t i = 0; i < d; i += kWidth) {
       vfloat t[kWidth];
       for (int r = 0; r < kWidth; ++r) {
         const T* p = from + (v * kWidth + r) * row_step + i;
-        t[r] = v * kWidth + r >= rows ? vfloat{} : (d - i >= kWidth ? load(p) : load_partial(p, d - i)) * factor;
+        t[r] = v * kWidth + r >= rows ? vfloat{} : (d - i >= kWidth ? load(p) : load_partial(p, d - i));
       }
       transpose(t);
       const int64_t n = d - i < kWidth ? d - i : kWidth;
