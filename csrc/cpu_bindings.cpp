@@ -23,6 +23,7 @@ namespace py = pybind11;
     KERNEL(isa, layer_norm_forward);                  \
     KERNEL(isa, layer_norm_backward);                 \
     KERNEL(isa, attention_forward);                   \
+    KERNEL(isa, attention_backward);                  \
   }
 
 PYBIND11_MODULE(_cpu, m) {

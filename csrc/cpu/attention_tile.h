@@ -147,30 +147,33 @@ struct Philox {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// The sum over k of A(r, k) B[k][lane], for R rows and kGroup lanes, all in registers, and then
+// The sum over k of A(r, k) B[k][lane], for R rows and V vectors of lanes, all in registers, and then
 // kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum.
 // kAlong: A's depth is contiguous and `step` is between rows; else A's rows are contiguous and `step` is between k.
 enum Finish { kNew, kAdd, kScaled };
-template <int R, bool kAlong, Finish kFinish>
+template <int R, int V, bool kAlong, Finish kFinish>
 PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
                             int64_t c_step, const vfloat* factor) {
-  vfloat acc[R][2] = {};
+  vfloat acc[R][V] = {};
   const float* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = a + r * step;
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
-    const vfloat b0 = load(b), b1 = load(b + kWidth);
+    vfloat lanes[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) lanes[v] = load(b + v * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vfloat x = splat(kAlong ? row[r][k] : a[r]);
-      acc[r][0] += x * b0, acc[r][1] += x * b1;
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += x * lanes[v];
     }
     if (!kAlong) a += step;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < V; ++v) {
       float* at = c + r * c_step + v * kWidth;
       if (kFinish == kNew) store(at, acc[r][v] * factor[0]);
       if (kFinish == kAdd) store(at, load(at) + acc[r][v] * factor[0]);
@@ -178,18 +181,18 @@ PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_
     }
 }
 
-template <bool kAlong, Finish kFinish>
+template <bool kAlong, Finish kFinish, int V = 2>
 inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
                      int64_t c_step, const vfloat* factor) {
   const int64_t next = kAlong ? step : 1;
   for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step)
-    product<kRows, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    product<kRows, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
   switch (rows) {
-    case 5: return product<5, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 4: return product<4, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 3: return product<3, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 2: return product<2, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 1: return product<1, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 5: return product<5, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 4: return product<4, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 3: return product<3, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 2: return product<2, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 1: return product<1, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
   }
 }
 
@@ -323,6 +326,7 @@ template <class T> struct Group {
   int64_t b, h, first, rows, fewest, most;  // keys seen by the first and the last query
   vint seen[2];
 
+  Group() = default;
   Group(const Problem<T>& p, const Keys<T>& keys, int64_t b, int64_t h, int64_t first) : b(b), h(h), first(first) {
     rows = p.sq - first < kGroup ? p.sq - first : kGroup;
     fewest = most = keys.count;
@@ -342,6 +346,14 @@ template <class T> struct Group {
         float* at = s + (c - c0) * step + v * kWidth;
         store(at, (vint{} + (int32_t)c) < seen[v] ? load(at) : hidden);
       }
+  }
+
+  // The bias is read once and in short pieces of many rows, which no hardware prefetcher follows.
+  void prefetch_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n) const {
+    if (p.bias_stride[3] != 1 || !p.bias_stride[2]) return;
+    const T* base = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + keys.position[c0];
+    for (int64_t i = first; i < first + rows; ++i)
+      for (int64_t j = 0; j < n; j += 64 / (int64_t)sizeof(T)) __builtin_prefetch(base + i * p.bias_stride[2] + j);
   }
 
   void add_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {

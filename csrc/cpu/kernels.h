@@ -18,5 +18,8 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
 // for the backward those three of out and of grad_out. out, grad_query, grad_key and grad_value are dense (B, S, H, D).
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
                        addr layout, bool causal, double scale, double dropout_p, int dtype);
+void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
+                        addr seed, addr grad_query, addr grad_key, addr grad_value, addr grad_bias, addr layout,
+                        bool causal, double scale, double dropout_p, int dtype);
 
 }  // namespace pyfused::PYFUSED_ISA

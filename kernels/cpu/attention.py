@@ -45,3 +45,33 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
         DTYPE_CODES[query.dtype],
     )
     return out, lse
+
+
+def backward(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+):
+    grad_query, grad_key, grad_value = (_empty_like(t) for t in (query, key, value))
+    # Zeros: tiles that causality or padding hides are skipped.
+    grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
+    layout = _layout(query, key, value, attn_bias, out, grad_out)
+    cpu().attention_backward(
+        grad_out.data_ptr(),
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        _address(padding_mask),
+        _address(attn_bias),
+        _address(seed),
+        grad_query.data_ptr(),
+        grad_key.data_ptr(),
+        grad_value.data_ptr(),
+        _address(grad_bias),
+        layout.buffer_info()[0],
+        is_causal,
+        scale,
+        dropout_p,
+        DTYPE_CODES[query.dtype],
+    )
+    return grad_query, grad_key, grad_value, grad_bias
