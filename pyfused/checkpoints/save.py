@@ -1,6 +1,6 @@
 """How is a model written so that transformers, and pyfused, load it again?
 
-``config.json`` and ``model.safetensors`` in Hugging Face's naming, one tensor in memory at a time beside the model.
+``config.json`` and ``model.safetensors`` in Hugging Face's naming.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from pyfused.checkpoints.checkpoint import MODELS
-from pyfused.checkpoints.hf import DTYPES, INDEX, WHOLE
+from pyfused.checkpoints.hf import INDEX, WHOLE
 from pyfused.checkpoints.storage import FLOATS
 
 
@@ -43,26 +43,15 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise ValueError(f"directory: {path} holds a sharded checkpoint ({INDEX}); save to another place")
     described = maps.config_to_hf(config, str(dtype).removeprefix("torch."))
     path.mkdir(parents=True, exist_ok=True)
-    names = {
-        (name if name == maps.HF_HEAD else maps.HF_PREFIX + name): (ours, flip)
+    tensors = {
+        (piece.name if piece.name == maps.HF_HEAD else maps.HF_PREFIX + piece.name): (
+            state[ours].t() if piece.transposed else state[ours]
+        ).contiguous()
         for ours, target in plan.items()
-        for name, flip in ((piece.name, piece.transposed) for piece in target.pieces)
+        for piece in target.pieces
     }
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (ours, flip) in names.items():
-        shape = list(state[ours].shape)
-        begin, end = end, end + state[ours].numel() * dtype.itemsize
-        label = next(label for label, kind in DTYPES.items() if kind == dtype)
-        header[name] = {"dtype": label, "shape": shape[::-1] if flip else shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
     unfinished = path / (WHOLE + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for ours, flip in names.values():
-            tensor = state[ours].detach().cpu()
-            file.write(memoryview((tensor.t() if flip else tensor).contiguous().view(-1).view(torch.uint8).numpy()))
+    save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, path / WHOLE)
     unfinished = path / "config.json.unfinished"
     unfinished.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
