@@ -41,10 +41,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def shard_path(index: Path, name: object, suffix: str) -> Path:
     """The shard ``name`` of an index file: a plain file name beside the index, never a path to somewhere else."""
+    if isinstance(name, str) and any(character in name for character in "/\\:\0"):
+        raise ValueError(f"{index}: names the shard {name!r}, which is a path; shards lie beside their index")
     if not isinstance(name, str) or not name.endswith(suffix) or name.startswith("."):
         raise ValueError(f"{index}: names the shard {name!r}; a shard is the plain name of a {suffix} file")
-    if any(character in name for character in "/\\:\0"):
-        raise ValueError(f"{index}: names the shard {name!r}, which is a path; shards lie beside their index")
     path = index.parent / name
     if not path.is_file():
         raise ValueError(f"{path}: missing, although {index.name} lists it")

@@ -17,7 +17,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SLICE_BYTES = 8 << 20  # what is resident twice at any time; larger slices load no faster
+_SLICE_BYTES = 4 << 20  # what is resident twice at any time; larger slices load no faster
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pyfused.checkpoints import open_checkpoint, presets_of
 
@@ -116,15 +117,16 @@ class Backbone(nn.Module, ABC):
                 f"preset {str(preset)!r} is a {checkpoint.model} checkpoint; {cls.__name__} takes "
                 f"{', '.join(sorted(model_names(cls))) or 'none'}"
             )
-        if unknown := sorted(set(overrides) - set(checkpoint.config)):
-            raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(checkpoint.config)}")
+        known = [*checkpoint.config, "name", "trainable"]
+        if unknown := sorted(set(overrides) - set(known)):
+            raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(known)}")
         kind = _class_of(checkpoint.model) if cls is Backbone else cls
         config = checkpoint.config | overrides | {"dtype": target or checkpoint.dtype}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
             with place:
                 return kind.from_config(config).eval()
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model = kind.from_config(config)
         checkpoint.check_module(model)
         bare = {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - model.state_dict().keys()
@@ -132,9 +134,37 @@ class Backbone(nn.Module, ABC):
             raise RuntimeError(
                 f"{kind.__name__}: {sorted(bare)} are not in its state dict, so that nothing would fill them"
             )
-        model.to_empty(device=place)
+        _allocate(model, place)
         checkpoint.load_into(model)
         return model.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips the filling of new tensors: on the meta device a first uniform_ imports 900 modules and takes 130 MB."""
+
+    _FILLS = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_", "mul_", "clamp_", "erfinv_", "add_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or getattr(func, "__name__", None) in self._FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives the tensors of a model on the meta device memory, unfilled. Module.to_empty would import 486 modules."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                tensors[name] = made[id(tensor)]
 
 
 def _class_of(model: str) -> Any:

@@ -1,0 +1,113 @@
+"""Does from_preset build the right class in the right dtype, and do the errors name what was wrong?"""
+
+import pytest
+import torch
+from gpt2_standin import Standin
+
+from pyfused.checkpoints import open_checkpoint
+from pyfused.models.backbone import Backbone, model_name, model_names, resolve_dtype
+
+
+def test_resolve_dtype():
+    for name in ("float32", "bfloat16", "float16", "float64"):
+        dtype = getattr(torch, name)
+        assert resolve_dtype(name) is resolve_dtype(dtype) is resolve_dtype(f"torch.{name}") is dtype
+    for wrong in ("int8", "float", "", torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match=r"dtype is .*; it takes one of float32"):
+            resolve_dtype(wrong)
+    for wrong in (None, 32, float):
+        with pytest.raises(TypeError, match=r"dtype is of type .*; it takes one of float32"):
+            resolve_dtype(wrong)
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "keras_gpt2", "keras_gpt2_bf16"])
+def test_from_preset(golden, standin, same, name):
+    directory = golden / "ckpt" / name
+    checkpoint = open_checkpoint(directory)
+    for cls in (Backbone, standin):
+        model = cls.from_preset(directory)
+        assert type(model) is standin
+        assert not model.training
+        same(model.state_dict(), checkpoint.tensors())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.get_config() == checkpoint.config | {"dtype": str(checkpoint.dtype).removeprefix("torch.")}
+    again = standin.from_config(model.get_config())
+    assert {n: (t.shape, t.dtype) for n, t in again.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in model.state_dict().items()
+    }
+    for dtype in ("float16", torch.bfloat16, torch.float64):
+        model = Backbone.from_preset(str(directory), dtype=dtype)
+        same(model.state_dict(), checkpoint.tensors(resolve_dtype(dtype)))
+
+
+def test_overrides_and_random_weights(golden, standin):
+    directory = golden / "ckpt" / "hf_gpt2"
+    assert Backbone.from_preset(directory, dropout=0.0).get_config()["dropout"] == 0.0
+    with pytest.raises(ValueError, match=r"overrides: unknown \['depth', 'dropuot'\]; they take vocabulary_size, "):
+        Backbone.from_preset(directory, dropuot=0.0, depth=3)
+    with pytest.raises(
+        ValueError, match=r"'position_embedding.weight' has shape \(16, 12\), this Standin takes \(8, 12\)"
+    ):
+        Backbone.from_preset(directory, max_sequence_length=8)
+    fresh = Backbone.from_preset(directory, load_weights=False, num_layers=1, dtype="bfloat16")
+    assert len(fresh.layers) == 1
+    assert fresh.final_norm.weight.dtype == torch.bfloat16
+    assert torch.equal(fresh.final_norm.weight, torch.ones(12, dtype=torch.bfloat16))
+    loaded = Backbone.from_preset(directory)
+    assert not torch.equal(loaded.token_embedding.weight, Backbone.from_preset(directory, False).token_embedding.weight)
+
+
+def test_load_weights_false_needs_no_weight_file(preset, standin):
+    directory = preset("keras_gpt2")
+    (directory / "model.weights.h5").unlink()
+    assert isinstance(Backbone.from_preset(directory, load_weights=False), standin)
+    with pytest.raises(ValueError, match="no weights found"):
+        Backbone.from_preset(directory)
+
+
+def test_a_subclass_refuses_another_model(golden, monkeypatch, standin):
+    class Other(Standin):
+        pass
+
+    class Mine(standin):
+        pass
+
+    assert type(Mine.from_preset(golden / "ckpt" / "hf_gpt2")) is Mine
+    from pyfused.models import backbone
+
+    monkeypatch.setattr(backbone, "REGISTRY", {"t5": f"{Other.__module__}:{Other.__qualname__}"})
+    with pytest.raises(ValueError, match=r"is a gpt2 checkpoint; Other takes t5"):
+        Other.from_preset(golden / "ckpt" / "hf_gpt2")
+
+
+def test_the_registry(standin):
+    assert model_names(Backbone) == {"gpt2"} == model_names(standin)
+    assert model_name(standin) == "gpt2"
+    with pytest.raises(TypeError, match="model is a Linear; it takes a backbone of one of gpt2"):
+        model_name(torch.nn.Linear)
+    assert set(standin.presets) >= {"gpt2_base_en", "gpt2_extra_large_en"}
+    assert standin.presets["gpt2_base_en"]["metadata"]["params"] == 124_439_808
+    with pytest.raises(TypeError, match="config is of type list"):
+        standin.from_config([1])
+
+
+def test_tensors_outside_the_state_dict_are_refused(golden, standin, monkeypatch):
+    """Nothing would fill them on the way from the meta device."""
+
+    class Hidden(standin):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_buffer("positions", torch.arange(3), persistent=False)
+
+    with pytest.raises(RuntimeError, match=r"Hidden: \['positions'\] are not in its state dict"):
+        Hidden.from_preset(golden / "ckpt" / "hf_gpt2")
+
+
+def test_shared_parameters_stay_shared(golden, standin):
+    class Shared(standin):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.layers[1].attention_norm.weight = self.layers[0].attention_norm.weight
+
+    model = Shared.from_preset(golden / "ckpt" / "hf_gpt2")
+    assert model.layers[1].attention_norm.weight is model.layers[0].attention_norm.weight

@@ -1,0 +1,113 @@
+"""Does loading peak near one copy of the weights, and is nothing imported that is not needed?"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+# One embedding of a third of the weights, the rest in matrices that are transposed on the way: 298 MB
+SIZES = {"vocabulary_size": 24_000, "num_layers": 4, "num_heads": 16, "hidden_dim": 1024, "intermediate_dim": 4096}
+POSITIONS = 256
+
+MEASURE = """
+import sys
+sys.path[:0] = sys.argv[2].split(":")
+import torch
+import gpt2_standin
+from pyfused.models import backbone
+from pyfused.checkpoints import open_checkpoint
+
+backbone.REGISTRY["gpt2"] = "gpt2_standin:Standin"
+torch.set_num_threads(1)
+
+def memory(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+open_checkpoint(sys.argv[1])  # whatever is imported on the way does not count
+before = memory("VmRSS")
+try:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+except OSError:
+    pass  # then the peak of the imports counts too, which makes the test stricter
+model = backbone.Backbone.from_preset(sys.argv[1], dtype=sys.argv[3])
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+assert all(bool(p[-1].ne(0).all()) for p in model.parameters())
+print(weights, memory("VmHWM") - before)
+"""
+
+
+def write_hf(directory: Path) -> None:
+    width, inner = SIZES["hidden_dim"], SIZES["intermediate_dim"]
+    shapes = {"wte.weight": (SIZES["vocabulary_size"], width), "wpe.weight": (POSITIONS, width)}
+    for i in range(SIZES["num_layers"]):
+        for name, into, out in (
+            ("attn.c_attn", width, 3 * width), ("attn.c_proj", width, width), ("mlp.c_fc", width, inner),
+            ("mlp.c_proj", inner, width),
+        ):  # fmt: skip
+            shapes |= {f"h.{i}.{name}.weight": (into, out), f"h.{i}.{name}.bias": (out,)}
+        shapes |= {f"h.{i}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+    shapes |= {f"ln_f.{kind}": (width,) for kind in ("weight", "bias")}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    config = {"model_type": "gpt2", "vocab_size": SIZES["vocabulary_size"], "n_layer": SIZES["num_layers"],
+              "n_head": SIZES["num_heads"], "n_embd": width, "n_positions": POSITIONS}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def write_keras(directory: Path) -> None:
+    width, inner, heads = SIZES["hidden_dim"], SIZES["intermediate_dim"], SIZES["num_heads"]
+    generator = np.random.default_rng(0)
+    with h5py.File(directory / "model.weights.h5", "w") as file:
+
+        def write(path: str, *shapes: tuple[int, ...]) -> None:
+            for index, shape in enumerate(shapes):
+                file[f"layers/{path}/vars/{index}"] = generator.standard_normal(shape, dtype="f4")
+
+        write("reversible_embedding", (SIZES["vocabulary_size"], width))
+        write("position_embedding", (POSITIONS, width))
+        write("layer_normalization", (width,), (width,))
+        for i in range(SIZES["num_layers"]):
+            block = "transformer_decoder" + (f"_{i}" if i else "")
+            attention = f"{block}/_self_attention_layer"
+            for part in ("query", "key", "value"):
+                write(f"{attention}/{part}_dense", (width, heads, width // heads), (heads, width // heads))
+            write(f"{attention}/output_dense", (heads, width // heads, width), (width,))
+            write(f"{block}/_self_attention_layer_norm", (width,), (width,))
+            write(f"{block}/_feedforward_layer_norm", (width,), (width,))
+            write(f"{block}/_feedforward_intermediate_dense", (width, inner), (inner,))
+            write(f"{block}/_feedforward_output_dense", (inner, width), (width,))
+    config = SIZES | {"max_sequence_length": POSITIONS, "dropout": 0.1, "dtype": "float32"}
+    described = {"class_name": "GPT2Backbone", "registered_name": "keras_hub>GPT2Backbone", "config": config}
+    (directory / "config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("write", [write_hf, write_keras])
+def test_peak_memory(tmp_path, write):
+    write(tmp_path)
+    root = Path(__file__).resolve().parents[2]
+    paths = f"{root}:{Path(__file__).resolve().parent}"
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path), paths, dtype]
+        weights, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        assert weights > 290e6 / (1 if dtype == "float32" else 2)
+        assert weights < peak <= 1.15 * weights, f"{peak / weights:.3f} copies of the weights in {dtype}"
+
+
+def test_optional_packages_are_imported_only_where_needed(golden):
+    code = (
+        "import sys, pyfused.checkpoints as c; c.open_checkpoint(sys.argv[1]);"
+        "print([n for n in ('h5py', 'tokenizers', 'huggingface_hub', 'kagglehub', 'transformers', 'triton', 'keras') "
+        "if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(golden / "ckpt" / "hf_gpt2")]
+    root = str(Path(__file__).resolve().parents[2])
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,174 @@
+"""Is a preset found where it should be, and does the error list what was tried?"""
+
+import builtins
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from pyfused.checkpoints import open_checkpoint, presets, presets_of, resolve_preset
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Makes the import of some packages fail."""
+
+    def remove(*names):
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return remove
+
+
+@pytest.fixture
+def hub(monkeypatch, golden):
+    """Clients that note what they are asked for and hand out a golden directory."""
+    calls = []
+    hugging_face, kaggle = types.ModuleType("huggingface_hub"), types.ModuleType("kagglehub")
+
+    def snapshot_download(repo_id, allow_patterns):
+        calls.append((repo_id, allow_patterns))
+        return str(golden / "ckpt" / "hf_gpt2")
+
+    def model_download(handle, path=None):
+        calls.append((handle, path))
+        found = golden / "ckpt" / "keras_gpt2_task" / (path or "")
+        if not found.exists():
+            raise OSError(f"404\n{path}")
+        return str(found)
+
+    hugging_face.snapshot_download, kaggle.model_download = snapshot_download, model_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hugging_face)
+    monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
+    return calls
+
+
+def test_local_directories(golden, tmp_path):
+    directory = golden / "ckpt" / "hf_gpt2"
+    assert resolve_preset(directory) == resolve_preset(str(directory)) == directory
+    with pytest.raises(ValueError, match=r"not a preset, it has no config.json"):
+        open_checkpoint(tmp_path)
+    contents = {"{}": "neither a Hugging Face configuration", "[1]": "holds a JSON list"}
+    contents |= dict.fromkeys(["{", "\udcff", "[" * 10**5, "9" * 10**5], "cannot be read as JSON")
+    for content, said in contents.items():
+        (tmp_path / "config.json").write_text(content, errors="surrogateescape")
+        with pytest.raises(ValueError, match=rf"config.json: .*{said}"):
+            open_checkpoint(tmp_path)
+
+
+def test_bundled_names_come_first(monkeypatch, tmp_path, golden, preset):
+    monkeypatch.setattr(presets, "bundled_directory", lambda: tmp_path)
+    directory = preset("hf_gpt2")
+    assert resolve_preset("hf_gpt2") == directory
+    assert presets_of({"gpt2"})["hf_gpt2"]["metadata"]["path"] == "gpt2"
+    assert "hf_gpt2" not in presets_of({"t5"})
+    with pytest.raises(ValueError, match=r"'../hf_gpt2', which nothing matches"):
+        resolve_preset("../hf_gpt2")
+
+
+def test_nothing_matches(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("no_such_preset", str(tmp_path / "file"), ""):
+        with pytest.raises(ValueError, match=r"nothing matches; tried the presets that pyfused ships \(.*\); the local "
+                                             r"directory .*; KerasHub's names \(gpt2_base_en, "):  # fmt: skip
+            resolve_preset(name)
+    with pytest.raises(ValueError, match="a Hugging Face repository is written hf://openai-community/gpt2"):
+        resolve_preset("openai-community/gpt2")
+    with pytest.raises(ValueError, match=r"'modelscope://a/b': unknown source; it takes hf:// or kaggle://"):
+        resolve_preset("modelscope://a/b")
+    with pytest.raises(ValueError, match="written hf://owner/repo"):
+        resolve_preset("hf://gpt2")
+    with pytest.raises(ValueError, match="written kaggle://owner/model"):
+        resolve_preset("kaggle://keras/gpt2")
+    with pytest.raises(TypeError, match="preset must be a name or the path of a directory, got int"):
+        resolve_preset(3)
+
+
+def test_hugging_face(hub, golden):
+    assert open_checkpoint("hf://openai-community/gpt2").directory == golden / "ckpt" / "hf_gpt2"
+    repo, patterns = hub.pop()
+    assert repo == "openai-community/gpt2"
+    assert {"config.json", "model.safetensors", "model.weights.h5", "vocab.json"} <= set(patterns)
+    assert not any("bin" in pattern for pattern in patterns)
+    open_checkpoint("hf://openai-community/gpt2", weights=False)
+    assert hub.pop() == ("openai-community/gpt2", ["config.json"])
+
+
+def test_kaggle(hub, golden):
+    directory = golden / "ckpt" / "keras_gpt2_task"
+    handle = "keras/gpt2/keras/gpt2_base_en/3"
+    assert open_checkpoint("gpt2_base_en").directory == directory
+    assert hub.pop() == (handle, None)
+    assert open_checkpoint(f"kaggle://{handle}", weights=False).directory == directory
+    assert hub.pop() == (handle, "config.json")
+    assert resolve_preset(f"kaggle://{handle}", "tokenizer") == directory
+    assert {path for _, path in hub} >= {"tokenizer.json", "assets/tokenizer/merges.txt", "vocab.json"}
+
+
+def test_failed_downloads(hub, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("404 not found\nmany more lines")
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", fail)
+    monkeypatch.setattr(sys.modules["kagglehub"], "model_download", fail)
+    with pytest.raises(ValueError, match=r"hf://a/b: cannot be downloaded: RuntimeError: 404 not found$"):
+        resolve_preset("hf://a/b")
+    with pytest.raises(ValueError, match=r"gpt2_base_en/3: cannot be downloaded: RuntimeError: 404 not found$"):
+        resolve_preset("gpt2_base_en")
+    with pytest.raises(ValueError, match=r"config.json cannot be downloaded: RuntimeError: 404 not found$"):
+        resolve_preset("gpt2_base_en", "config")
+
+
+def test_missing_packages(hub, without):
+    without("kagglehub")
+    resolve_preset("gpt2_medium_en")
+    assert hub.pop()[0] == "openai-community/gpt2-medium"  # the same weights, from the source that there is
+    with pytest.raises(ImportError, match=r"gpt2_base_en_cnn_dailymail/3 needs Kaggle's client.*pip install"):
+        resolve_preset("gpt2_base_en_cnn_dailymail")
+    without("huggingface_hub")
+    with pytest.raises(ImportError, match=r"hf://a/b needs the Hugging Face hub's client.*pip install"):
+        resolve_preset("hf://a/b")
+    with pytest.raises(ImportError, match=r"'gpt2_base_en' has to be downloaded; tried: .*Kaggle's.*; .*Hugging Face"):
+        resolve_preset("gpt2_base_en")
+
+
+def test_without_h5py(golden, without):
+    without("h5py")
+    with pytest.raises(ImportError, match=r"model.weights.h5: Keras weights need h5py: pip install"):
+        open_checkpoint(golden / "ckpt" / "keras_gpt2")
+    assert open_checkpoint(golden / "ckpt" / "keras_gpt2", weights=False).model == "gpt2"
+
+
+def test_published_names_are_kerashubs():
+    keras_hub = pytest.importorskip("keras_hub")
+    theirs = keras_hub.models.GPT2Backbone.presets
+    ours = presets_of({"gpt2"})
+    assert set(theirs) <= set(ours)
+    for name, entry in theirs.items():
+        assert ours[name]["kaggle_handle"] == entry["kaggle_handle"]
+        assert ours[name]["metadata"]["params"] == entry["metadata"]["params"]
+
+
+def test_nothing_is_unpickled(golden, monkeypatch):
+    """Opening and loading any golden directory calls neither pickle nor torch.load, nor opens a file for writing."""
+    import pickle
+
+    import torch
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("called")
+
+    opened = builtins.open
+
+    def read_only(file, mode="r", *args, **kwargs):
+        assert set(mode) <= set("rbt"), (file, mode)
+        return opened(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(pickle, "load", forbidden)
+    monkeypatch.setattr(pickle, "loads", forbidden)
+    monkeypatch.setattr(pickle, "Unpickler", forbidden)
+    monkeypatch.setattr(builtins, "open", read_only)
+    for directory in sorted(Path(golden / "ckpt").iterdir()):
+        assert len(dict(open_checkpoint(directory).tensors())) == 28
