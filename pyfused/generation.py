@@ -15,7 +15,7 @@ from .sampling import Sampler, uniforms
 class Generator:
     """Continues prompts with a GPT2Backbone; the logits are those of its token embedding.
 
-    On a CUDA device one step is captured as a CUDA graph and replayed; the graphs of the last few batch shapes are kept:
+    On a CUDA device one step is captured as a CUDA graph and replayed. The graphs of the last few shapes are kept, so
     keep the Generator. The model is used in evaluation mode and left in the mode it was in.
 
     Args:

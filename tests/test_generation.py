@@ -7,6 +7,7 @@ from gpt2_cases import hf_gpt2, like_hf
 
 import pyfused
 from pyfused import Generator
+from pyfused._decoding import GraphSteps
 from pyfused.sampling import Sampler, uniforms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -293,3 +294,44 @@ def test_a_generator_takes_a_backbone():
     with pytest.raises(TypeError, match="model is a Linear"):
         Generator(torch.nn.Linear(2, 2))
     assert pyfused.Generator is Generator
+
+
+class Replayed(GraphSteps):
+    """The graph's step with its fixed shapes, run operator by operator where there is no GPU to capture it."""
+
+    def _capture(self):
+        self.replay = self._step
+        return self
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 3.0, "top_k": 9, "top_p": 0.8, "seed": 2}], ids=["greedy", "drawn"]
+)
+def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, monkeypatch, sampling):
+    """Positions on the device, the whole capacity read behind a mask, stopped rows that run on, and use by a second call."""
+    stop = Generator(model).generate(prompts[:1], 3, **sampling)[0][2]
+    calls = [(prompts[:6], NEW, []), (prompts[:6], NEW, [stop]), (prompts[6:12], NEW - 3, [])]
+    want = [Generator(model).generate(p, n, **sampling, stop_token_ids=s) for p, n, s in calls]
+    kept: list[Replayed] = []
+
+    def steps(self, arrays, max_new_tokens, sampler):
+        if not kept:
+            kept.append(Replayed(self.model, 6, 40, sampler))
+        return kept[0]
+
+    monkeypatch.setattr(Generator, "_steps", steps)
+    generator = Generator(model)
+    for (p, n, s), tokens in zip(calls, want):
+        assert generator.generate(p, n, **sampling, stop_token_ids=s) == tokens
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_gives_the_same_tokens(model, prompts, expected):
+    generator = Generator(model)
+    for _ in range(2):  # captures, then replays from the start
+        assert generator.generate(prompts[:7], NEW) == expected[:7]
+        assert generator.generate(prompts[:7], NEW, on_token=lambda row, token: None) == expected[:7]
+    assert len(generator._graphs) == 1
+    for rows in range(1, 7):
+        assert generator.generate(prompts[:rows], NEW) == expected[:rows]
+    assert len(generator._graphs) == 4
