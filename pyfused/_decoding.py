@@ -95,8 +95,8 @@ class EagerSteps:
 
 
 class GraphSteps:
-    """One step as a CUDA graph, replayed: no launch overhead, no synchronisation. Tokens, positions, cache and draws stay
-    where they are; attention reads the whole capacity and masks what a row has not reached."""
+    """One step as a CUDA graph, replayed: no launch overhead, no synchronisation. Tokens, positions, cache and draws
+    stay where they are; attention reads the whole capacity and masks what a row has not reached."""
 
     def __init__(self, model: GPT2Backbone, batch_size: int, capacity: int, sampler: Sampler):
         self._model, self._sampler = model, sampler

@@ -1,4 +1,4 @@
-"""How does a language model continue prompts? One prefill of all of them, then a token per row and step from a KV cache."""
+"""How does a language model continue prompts? One prefill of all, then a token per row and step from a KV cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .sampling import Sampler, uniforms
 class Generator:
     """Continues prompts with a GPT2Backbone; the logits are those of its token embedding.
 
-    On a CUDA device one step is captured as a CUDA graph and replayed; the graphs of the last few batch shapes are kept,
-    so a Generator is worth keeping. The model is used in evaluation mode and left in the mode it was in.
+    On a CUDA device one step is captured as a CUDA graph and replayed. The graphs of the last few shapes are kept, so
+    keep the Generator. The model is used in evaluation mode and left in the mode it was in.
 
     Args:
         model: a GPT2Backbone, on any device and in any dtype.
@@ -110,11 +110,12 @@ class Generator:
                 raise TypeError(f"prompts[{row}] is a {type(prompt).__name__}; it takes a list of token ids")
             if len(prompt) == 0:
                 raise ValueError(f"prompts[{row}] is empty; it takes at least one token")
-            array = np.asarray(prompt)
+            try:
+                array = np.asarray(prompt)
+            except ValueError:
+                raise TypeError(f"prompts[{row}] is not one list of integers") from None
             if array.dtype.kind not in "iu" or array.ndim != 1:
-                raise TypeError(
-                    f"prompts[{row}] holds {array.dtype} in {array.ndim} dimensions; it takes a list of integers"
-                )
+                raise TypeError(f"prompts[{row}] is {array.ndim}-D of {array.dtype}; it takes a list of integers")
             if array.min() < 0 or array.max() >= vocabulary:
                 worst = array.min() if array.min() < 0 else array.max()
                 raise IndexError(f"prompts[{row}] holds {worst}; it takes token ids 0 to {vocabulary - 1}")

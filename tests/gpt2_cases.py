@@ -87,8 +87,8 @@ def gpt2_of_case(entry, dtype=torch.float32):
 
 
 def hf_gpt2(state=None, dtype=torch.float32, seed=0, spread=0.05, attention="sdpa", **config):
-    """transformers' GPT2Model (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter: random
-    biases and norms too, all of standard deviation `spread`."""
+    """transformers' GPT2Model (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter:
+    random biases and norms too, all of standard deviation `spread`."""
     from transformers import GPT2Config, GPT2Model
 
     toy = {"vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_inner": 56, "n_positions": 40}
@@ -96,7 +96,9 @@ def hf_gpt2(state=None, dtype=torch.float32, seed=0, spread=0.05, attention="sdp
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_cross_attn.weight")) else 0.0
+            centre = (
+                1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_cross_attn.weight")) else 0.0
+            )
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
     if state is not None:
         model.load_state_dict(state)

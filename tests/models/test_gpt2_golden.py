@@ -36,7 +36,9 @@ def test_last_hidden_state(name, device):
     actual = gpt2_of_case(entry).to(device)(call)
     truth = truth_of(outputs)["last_hidden_state"]
     references = {k: v["last_hidden_state"] for k, v in outputs.items() if not k.startswith("ref64")}
-    live = [v for v in references.values() if (v.double() - truth).abs().max() < 1e-3]  # the others give means in dead rows
+    live = [
+        v for v in references.values() if (v.double() - truth).abs().max() < 1e-3
+    ]  # the others give means in dead rows
     assert live
     for plain in live:
         assert_close(actual, plain, truth, name)

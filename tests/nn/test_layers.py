@@ -1,0 +1,129 @@
+"""Do the modules replace torch.nn's? The same state dicts, values by the tolerance rule, and the residual."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyfused.nn import (
+    CAUSAL,
+    CrossAttention,
+    FeedForward,
+    KVCache,
+    LayerNorm,
+    Linear,
+    ReversibleEmbedding,
+    SelfAttention,
+)
+from pyfused.testing import assert_close
+
+
+def both(mine, theirs, *inputs):
+    """mine in float32, theirs in float32 and float64, on the same weights."""
+    mine.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        plain = theirs(*inputs)
+        truth = theirs.double()(*(t.double() for t in inputs))
+        theirs.float()
+        return mine(*inputs), plain, truth
+
+
+@pytest.mark.parametrize(
+    "shape, affine, bias", [(24, True, True), (24, True, False), (24, False, True), ((4, 6), True, True)]
+)
+def test_layer_norm(shape, affine, bias):
+    theirs = nn.LayerNorm(shape, 1e-3, affine, bias)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    mine = LayerNorm(shape, 1e-3, affine, bias)
+    dims = (shape,) if isinstance(shape, int) else shape
+    x, residual = torch.randn(3, 5, *dims), torch.randn(3, 5, *dims)
+    assert_close(*both(mine, theirs, x))
+    y, total = mine(x, residual)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, theirs(x + residual))
+    with pytest.raises(ValueError, match="residual has shape"):
+        mine(x, residual[:1])
+    with pytest.raises((ValueError, TypeError), match="has shape"):
+        mine(x[..., :-1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias):
+    mine, theirs = Linear(24, 40, bias), nn.Linear(24, 40, bias)
+    x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 40)
+    assert_close(*both(mine, theirs, x))
+    torch.testing.assert_close(mine(x, residual), theirs(x) + residual)
+
+
+@pytest.mark.parametrize(
+    "activation, function", [("gelu_new", nn.GELU("tanh")), ("gelu", nn.GELU()), ("relu", nn.ReLU())]
+)
+def test_feed_forward(activation, function):
+    mine = FeedForward(24, 56, activation)
+    theirs = nn.Sequential(nn.Linear(24, 56), function, nn.Linear(56, 24))
+    names = {"0": "inner", "2": "outer"}
+    mine.load_state_dict({f"{names[k[0]]}{k[1:]}": v for k, v in theirs.state_dict().items()})
+    x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        plain = theirs(x)
+        assert_close(mine(x), plain, theirs.double()(x.double()))
+        torch.testing.assert_close(mine(x, residual), plain + residual)
+    with pytest.raises(ValueError, match="activation='swiglu'"):
+        FeedForward(24, 56, "swiglu")
+
+
+def test_reversible_embedding():
+    mine, theirs = ReversibleEmbedding(11, 6), nn.Embedding(11, 6)
+    mine.load_state_dict(theirs.state_dict())
+    ids, hidden = torch.tensor([[1, 10], [0, 3]]), torch.randn(2, 3, 6)
+    assert torch.equal(mine(ids), theirs(ids))
+    torch.testing.assert_close(mine(hidden, reverse=True), hidden @ theirs.weight.t())
+    untied = ReversibleEmbedding(11, 6, tie_weights=False)
+    assert {k: tuple(v.shape) for k, v in untied.state_dict().items()} == {"weight": (11, 6), "reverse_weight": (11, 6)}
+
+
+@pytest.mark.parametrize("head_size", [None, 5])
+def test_self_attention_is_torchs(head_size):
+    mine = SelfAttention(24, 4, head_size, scale=0.3)
+    d = mine.head_size
+    assert mine.query_key_value.weight.shape == (3 * 4 * d, 24)
+    assert mine.output.weight.shape == (24, 4 * d)
+    x = torch.randn(2, 7, 24)
+    probabilities = []
+    out = mine(x, CAUSAL, probabilities=probabilities)
+    q, k, v = (t.unflatten(-1, (4, d)).transpose(1, 2) for t in mine.query_key_value(x).chunk(3, -1))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, mine.output(expected.transpose(1, 2).flatten(2)))
+    torch.testing.assert_close((probabilities[0] @ v), expected)
+
+
+def test_cross_attention_is_torchs():
+    mine = CrossAttention(24, 4)
+    x, memory = torch.randn(2, 7, 24), torch.randn(2, 3, 24)
+    out = mine(x, mine.project(memory))
+    q = mine.query(x).unflatten(-1, (4, 6)).transpose(1, 2)
+    k, v = (t.unflatten(-1, (4, 6)).transpose(1, 2) for t in mine.key_value(memory).chunk(2, -1))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, mine.output(expected.transpose(1, 2).flatten(2)))
+
+
+def test_kv_cache_writes_where_it_should():
+    cache = KVCache(1, 2, 3, 8, 4, dtype=torch.float32, device="cpu")
+    first, second = torch.randn(2, 5, 2, 3, 4), torch.randn(2, 1, 2, 3, 4)
+    key, value = cache.append(0, first)
+    assert torch.equal(key, first[:, :, 0].transpose(1, 2))
+    assert torch.equal(value, first[:, :, 1].transpose(1, 2))
+    cache.length = 5
+    cache.at_positions(torch.tensor([2, 5]), 6)
+    key, value = cache.append(0, second)
+    assert key.shape == (2, 3, 6, 4)
+    for row, place in ((0, 2), (1, 5)):
+        assert torch.equal(key[row, :, place], second[row, 0, 0])
+        assert torch.equal(value[row, :, place], second[row, 0, 1])
+    assert torch.equal(key[0, :, 3:5], first[0, 3:5, 0].transpose(0, 1))
+    cache.select(torch.tensor([1]))
+    cache.positions = None
+    cache.length = 6
+    assert cache.batch_size == 1
+    assert torch.equal(cache.keys(0)[0, :, 5], second[1, 0, 0])
+    assert torch.equal(cache.values(0)[0, :, :5], first[1, :, 1].transpose(0, 1))
