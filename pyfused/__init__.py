@@ -1,9 +1,14 @@
 """pyfused: fused transformer kernels for PyTorch, and GPT-2, ALBERT, T5 and FNet made of them."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .dispatch import BackendError, backend, explain
-from .generation import Generator
-from .models import Backbone, GPT2Backbone
 from .ops import attention, ffn, layer_norm
+
+if TYPE_CHECKING:
+    from .generation import Generator
+    from .models import Backbone, GPT2Backbone
 
 __version__ = "0.1.0"
 
@@ -19,3 +24,16 @@ __all__ = [
     "ffn",
     "layer_norm",
 ]
+
+# Imported when they are first asked for: who wants an operator does not wait for the models.
+_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "Generator": "generation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module 'pyfused' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
