@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import attention, ffn, layer_norm
+from .ops import attention, ffn, layer_norm, linear
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "ffn",
     "layer_norm",
+    "linear",
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
