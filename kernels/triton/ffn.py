@@ -155,19 +155,22 @@ def _activation_backward_kernel(pre_ptr, grad_ptr, inner_ptr, size, ACTIVATION: 
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def linear_tile(dtype):
+_AMD = torch.version.hip is not None
+
+
+def linear_tile(dtype, amd=_AMD):
     """Blocks, warps and stages of _linear_kernel; 64 KB of shared memory are all that an AMD chip has."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    stages = 2 if torch.version.hip else 3
+    stages = 2 if amd else 3
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
 
 
-def stream_tile(rows, dtype):
+def stream_tile(rows, dtype, amd=_AMD):
     """Blocks, warps and stages of _stream_kernel: 16 KB of 16-bit weights a step in one row's, 32 KB in flight else."""
     if rows == 1:
         return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2}
-    deep, stages = (64, 3) if dtype == torch.float32 else (128, 2 if torch.version.hip else 4)
+    deep, stages = (64, 3) if dtype == torch.float32 else (128, 2 if amd else 4)
     return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
 
 
