@@ -35,7 +35,7 @@ template <class T> struct Forward {
   // Keys c0 .. c0 + n - 1; s is scratch for their scores, (n, kGroup).
   void tile(State& g, const Keys<T>& keys, int64_t c0, int64_t n, float* s) const {
     if (p.bias) g.group.prefetch_bias(p, keys, c0, n);
-    dots(n, keys.key + c0 * keys.key_step, keys.key_step, g.query, kGroup, p.d, s, kGroup, splat(p.scale * kLog2E));
+    dots(n, keys.key + c0 * keys.key_step, keys.key_step, g.query, kGroup, p.d, s, kGroup, splat(p.scale));
     g.group.finish_scores(p, keys, c0, n, s, kGroup);
     vfloat factor[2];
     for (int v = 0; v < 2; ++v) {
@@ -47,11 +47,11 @@ template <class T> struct Forward {
       for (; c < n; ++c) m[0] = max(m[0], load(at + c * kGroup));
       const vfloat now = max(max(m[0], m[1]), max(m[2], m[3]));
       const vfloat safe = now == splat(-INFINITY) ? vfloat{} : now;  // -inf - -inf would be NaN
-      factor[v] = exp2(g.highest[v] - safe);
+      factor[v] = exp_of_score(g.highest[v] - safe);
       g.highest[v] = now;
       vfloat t{};
       for (c = 0; c < n; ++c) {
-        const vfloat e = exp2(load(at + c * kGroup) - safe);
+        const vfloat e = exp_of_score(load(at + c * kGroup) - safe);
         store(at + c * kGroup, e);
         t += e;
       }
@@ -74,7 +74,7 @@ template <class T> struct Forward {
     if (!lse) return;
     for (int64_t i = 0; i < g.group.rows; ++i) {
       const float m = g.highest[i / kWidth][i % kWidth], l = g.total[i / kWidth][i % kWidth];
-      lse[(b * p.h + h) * p.sq + first + i] = m == -INFINITY ? INFINITY : m * kLn2 + std::log(l);
+      lse[(b * p.h + h) * p.sq + first + i] = m == -INFINITY ? INFINITY : m + std::log(l);
     }
   }
 

@@ -74,7 +74,7 @@ template <class T> struct Backward {
     Group<T> group[kBlockGroups];
     vfloat row_lse[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
     for (int64_t i = 0; i < groups * kGroup; ++i) {
-      row_lse[i / kWidth][i % kWidth] = i < rows ? lse[(b * p.h + h) * p.sq + first + i] * kLog2E : INFINITY;
+      row_lse[i / kWidth][i % kWidth] = i < rows ? lse[(b * p.h + h) * p.sq + first + i] : INFINITY;
       row_delta[i / kWidth][i % kWidth] = i < rows ? delta(b, h, first + i) : 0;
     }
     for (int g = 0; g < groups; ++g) {
@@ -97,7 +97,7 @@ template <class T> struct Backward {
       for (int g = begin; g < groups; ++g) {
         float *w = x.weights + g * kGroup, *ds = x.grad_scores + g * kGroup;
         const int64_t seen = group[g].most - c0 < n ? group[g].most - c0 : n;
-        dots(seen, key, keys.key_step, x.query_lanes + g * lanes, kGroup, p.d, w, kBlockQueries, splat(p.scale * kLog2E));
+        dots(seen, key, keys.key_step, x.query_lanes + g * lanes, kGroup, p.d, w, kBlockQueries, splat(p.scale));
         group[g].finish_scores(p, keys, c0, seen, w, kBlockQueries);
         dots(seen, value, keys.value_step, x.grad_out_lanes + g * lanes, kGroup, p.d, ds, kBlockQueries, one);
         gradient_of_scores(group[g], keys, c0, seen, w, ds, row_lse + 2 * g, row_delta + 2 * g);
@@ -124,7 +124,7 @@ template <class T> struct Backward {
                           const vfloat* row_lse, const vfloat* row_delta) const {
     auto each = [&](int64_t c, int v, auto mask) {
       float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
-      const vfloat e = exp2(load(pw) - row_lse[v]);
+      const vfloat e = exp_of_score(load(pw) - row_lse[v]);
       store(ps, e * (mask(load(ps)) - row_delta[v]));
       store(pw, mask(e));
     };

@@ -26,7 +26,7 @@ template <class T> struct Few {
     return p.d - i >= kWidth ? load(x + i) : load_partial(x + i, p.d - i);
   }
 
-  // Scores, in units of log2, of keys c0 .. c0 + n - 1 (n <= kWidth).
+  // Scores of keys c0 .. c0 + n - 1 (n <= kWidth).
   PYFUSED_INLINE vfloat scores(const float* query, const T* const* row) const {
     vfloat dot[kWidth] = {};
     int64_t i = 0;
@@ -83,7 +83,7 @@ template <class T> struct Few {
           if (p.bias) {
             const T* at = p.bias + b * p.bias_stride[0] + head * p.bias_stride[1] + i * p.bias_stride[2];
             for (int u = 0; u < kWidth; ++u)
-              x[u] += kLog2E * load_one(at + position[c + u < n ? c + u : n - 1] * p.bias_stride[3]);
+              x[u] += load_one(at + position[c + u < n ? c + u : n - 1] * p.bias_stride[3]);
           }
           if (n - c < kWidth) x = lane_numbers() < (vint{} + (int32_t)(n - c)) ? x : splat(-INFINITY);
           store(s + c, x);
@@ -92,10 +92,10 @@ template <class T> struct Few {
         float* own = state + r * state_size();
         const float before = own[0], found = max_lanes(top), now = before > found ? before : found;
         const float safe = now == -INFINITY ? 0 : now;
-        const float factor = exp2(splat(before - safe))[0];
+        const float factor = exp_of_score(splat(before - safe))[0];
         vfloat total{};
         for (int64_t c = 0; c < n; c += kWidth) {
-          const vfloat e = exp2(load(s + c) - safe);
+          const vfloat e = exp_of_score(load(s + c) - safe);
           store(s + c, e);
           total += e;
         }
@@ -115,7 +115,7 @@ template <class T> struct Few {
       for (int64_t t = 1; t < splits; ++t) {
         const float* other = own + t * queries * size;
         const float now = own[0] > other[0] ? own[0] : other[0], safe = now == -INFINITY ? 0 : now;
-        const float mine = exp2(splat(own[0] - safe))[0], theirs = exp2(splat(other[0] - safe))[0];
+        const float mine = exp_of_score(splat(own[0] - safe))[0], theirs = exp_of_score(splat(other[0] - safe))[0];
         own[0] = now;
         for (int64_t k = 1; k < size; ++k) own[k] = own[k] * mine + other[k] * theirs;
       }
@@ -126,7 +126,7 @@ template <class T> struct Few {
         if (p.d - k >= kWidth) store(to + k, x);
         else store_partial(to + k, x, p.d - k);
       }
-      if (lse) lse[(b * p.h + head) * p.sq + i] = own[0] == -INFINITY ? INFINITY : own[0] * kLn2 + std::log(own[1]);
+      if (lse) lse[(b * p.h + head) * p.sq + i] = own[0] == -INFINITY ? INFINITY : own[0] + std::log(own[1]);
     }
   }
 
@@ -146,7 +146,7 @@ template <class T> struct Few {
         keys.list(p, b);
         for (int64_t r = 0; r < queries; ++r) {
           const T* from = p.query.at(b, kv * group + r / p.sq, r % p.sq);
-          for (int64_t k = 0; k < p.d; k += kWidth) store(query + r * padded() + k, get(from, k) * (p.scale * kLog2E));
+          for (int64_t k = 0; k < p.d; k += kWidth) store(query + r * padded() + k, get(from, k) * p.scale);
         }
         float* state = states + item * queries * size;
         for (int64_t i = 0; i < queries * size; ++i) state[i] = i % size ? 0 : -INFINITY;

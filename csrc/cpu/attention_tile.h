@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kGroup = 2 * kWidth;
 constexpr int kRows = 6;  // 6 rows x 2 vectors: 12 accumulators, 2 operands and a broadcast fit 16 registers
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 template <class T> struct Strided {  // (batch, head, sequence) strides; the last dimension is contiguous
   T* data;
@@ -91,17 +90,20 @@ template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
   return v[0];
 }
 
-// 2^x for x <= 127, exactly 0 from -127 down and for -inf; NaN stays NaN. Degree 6, relative error 2e-9 on [-1/2, 1/2].
-PYFUSED_INLINE vfloat exp2(vfloat x) {
+// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. simd.h's exp with one clamp and no select: a score
+// less the highest is never above 0, and the clamp gives the scale factor 2^-127, which is written as 0.
+// (Scores in units of log2 would save one operation here and cost a rounding of each score and of the log-sum-exp.)
+PYFUSED_INLINE vfloat exp_of_score(vfloat x) {
   const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer in the low bits of the mantissa
-  x = max(splat(-127.0f), x);
-  vfloat z = x + shift, r = x - (z - shift);
-  vfloat p = splat(1.5340880782e-04f);
-  p = p * r + splat(1.3396469876e-03f);
-  p = p * r + splat(9.6184778959e-03f);
-  p = p * r + splat(5.5503409356e-02f);
-  p = p * r + splat(2.4022647738e-01f);
-  p = p * r + splat(6.9314718246e-01f);
+  x = max(splat(-127 * 0.6931472f), x);
+  const vfloat z = x * splat(1.44269504088896341f) + shift, n = z - shift;
+  const vfloat r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  vfloat p = splat(1.3815027196e-03f);  // relative error 3e-9 on [-ln(2)/2, ln(2)/2]
+  p = p * r + splat(8.3687249571e-03f);
+  p = p * r + splat(4.1668377817e-02f);
+  p = p * r + splat(1.6666521132e-01f);
+  p = p * r + splat(4.9999994040e-01f);
+  p = p * r + splat(1.0f);
   p = p * r + splat(1.0f);
   return p * bits_as<vfloat>((bits_as<vint>(z) - (0x4b400000 - 127)) << 23);
 }
@@ -336,7 +338,7 @@ template <class T> struct Group {
       seen[i / kWidth][i % kWidth] = i < rows ? (int32_t)keys.seen_by(p, first + i) : 0;
   }
 
-  // Scores of keys c0 .. c0 + n - 1, (n, step) in units of log2: adds the bias and hides what causality hides.
+  // Scores of keys c0 .. c0 + n - 1, (n, step): adds the bias and hides what causality hides.
   void finish_scores(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {
     if (p.bias) add_bias(p, keys, c0, n, s, step);
     if (!p.causal) return;
@@ -383,7 +385,7 @@ template <class T> struct Group {
         }
         for (int64_t k = 0; k < m; ++k) {
           float* at = s + (c + k) * step + v * kWidth;
-          store(at, load(at) + t[k] * kLog2E);
+          store(at, load(at) + t[k]);
         }
       }
     }
