@@ -24,6 +24,9 @@ namespace py = pybind11;
     KERNEL(isa, layer_norm_backward);                 \
     KERNEL(isa, attention_forward);                   \
     KERNEL(isa, attention_backward);                  \
+    KERNEL(isa, linear_forward);                      \
+    KERNEL(isa, ffn_forward);                         \
+    KERNEL(isa, ffn_activation);                      \
   }
 
 PYBIND11_MODULE(_cpu, m) {

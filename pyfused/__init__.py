@@ -3,7 +3,7 @@
 from .dispatch import BackendError, backend, explain
 from .generation import Generator
 from .models import Backbone, GPT2Backbone
-from .ops import attention, ffn, layer_norm
+from .ops import attention, ffn, layer_norm, linear
 
 __version__ = "0.1.0"
 
@@ -18,4 +18,5 @@ __all__ = [
     "explain",
     "ffn",
     "layer_norm",
+    "linear",
 ]
