@@ -21,6 +21,7 @@ void attention_forward(addr query, addr key, addr value, addr mask, addr bias, a
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
                         addr seed, addr grad_query, addr grad_key, addr grad_value, addr grad_bias, addr layout,
                         bool causal, double scale, double dropout_p, int dtype);
+
 // ---- linear ---------------------------------------------------------------------------------------------------------
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int dtype);
