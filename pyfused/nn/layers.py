@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import ffn, layer_norm
+from ..ops import ffn, layer_norm, linear
 from ..ops.ffn import canonical_activation
-from ._linear import linear
 
 
 class LayerNorm(nn.LayerNorm):
