@@ -6,6 +6,8 @@ kernels take. Here the parameters are bound once per generation, and the argumen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -34,14 +36,15 @@ def bindable(model: GPT2Backbone) -> bool:
 
 
 class BoundStep:
-    """The forward pass of one new token per row through a KV cache, to logits. Takes a bindable model, and no gradient."""
+    """The forward pass of one new token per row, through a KV cache, to logits. For a bindable model; no gradient."""
 
     def __init__(self, model: GPT2Backbone):
         self._tokens, self._positions = model.token_embedding.weight, model.position_embedding.weight
         head = model.token_embedding
         self._head = head.weight if head.tie_weights else head.reverse_weight
         self._final = _norm(model.final_norm)
-        attention = model.layers[0].attention
+        layers: Any = model.layers
+        attention = layers[0].attention
         self._heads, self._head_size = attention.num_heads, attention.head_size
         self._layers = [
             (
@@ -54,7 +57,7 @@ class BoundStep:
                 *_matrix(layer.feed_forward.outer),
                 layer.feed_forward.activation,
             )
-            for layer in model.layers
+            for layer in layers
         ]
 
     def __call__(self, tokens: Tensor, position_ids: Tensor, cache: KVCache, padding_mask: Tensor | None) -> Tensor:
