@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .models._gpt2_step import BoundStep, bindable
 from .models.gpt2 import Call, GPT2Backbone
-from .nn import CAUSAL, EVERYTHING, Visibility
+from .nn import CAUSAL, Visibility
 from .sampling import Sampler
 
 
@@ -53,6 +54,7 @@ class EagerSteps:
         self._cache = model.new_cache(batch_size, capacity)
         self._places = torch.arange(capacity, device=model.device)
         self._lengths: list[int] = []
+        self._bound = BoundStep(model) if bindable(model) else None
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
         self._lengths = [len(p) for p in prompts]
@@ -68,21 +70,25 @@ class EagerSteps:
             self._cache.at_positions(torch.tensor(self._lengths, device=self._places.device), max(self._lengths) + 1)
 
     def next(self, uniform: Tensor) -> Tensor:
-        cache, visible = self._cache, EVERYTHING
+        cache, mask = self._cache, None
         if cache.positions is None:
             position_ids = self._places.narrow(0, cache.length, 1)
         else:
             extent = max(self._lengths) + 1
             cache.at_positions(cache.positions, extent)
-            visible = Visibility(padding_mask=self._places[:extent] <= cache.positions[:, None])
+            mask = self._places[:extent] <= cache.positions[:, None]
             position_ids = cache.positions[:, None]
-        hidden = self._model.run(Call(self._tokens[:, None], position_ids, visible=visible, cache=cache))
+        if self._bound is not None:
+            logits = self._bound(self._tokens[:, None], position_ids, cache, mask)
+        else:
+            call = Call(self._tokens[:, None], position_ids, visible=Visibility(padding_mask=mask), cache=cache)
+            logits = self._model.token_embedding(self._model.run(call)[:, 0], reverse=True)
         if cache.positions is None:
             cache.length += 1
         else:
             cache.positions += 1
         self._lengths = [n + 1 for n in self._lengths]
-        self._tokens = self._sampler(self._model.token_embedding(hidden[:, 0], reverse=True), uniform)
+        self._tokens = self._sampler(logits, uniform)
         return self._tokens
 
     def keep(self, slots: list[int]) -> bool:

@@ -7,7 +7,8 @@ from gpt2_cases import hf_gpt2, like_hf
 
 import pyfused
 from pyfused import Generator
-from pyfused._decoding import GraphSteps
+from pyfused._decoding import EagerSteps, GraphSteps
+from pyfused.models._gpt2_step import bindable
 from pyfused.sampling import Sampler, uniforms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -296,6 +297,23 @@ def test_a_generator_takes_a_backbone():
     assert pyfused.Generator is Generator
 
 
+def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
+    """The step that calls no module gives way where that would pass something over, with the same tokens."""
+    heard: list[int] = []
+    other = like_hf(hf).to(DEVICE)
+    assert bindable(other)
+    handle = other.layers[1].feed_forward.register_forward_hook(lambda *_: heard.append(1))
+    assert not bindable(other)
+    assert EagerSteps(other, 1, 4, Sampler())._bound is None
+    assert Generator(other).generate(prompts[:3], NEW) == expected[:3]
+    if DEVICE == "cpu":  # a replayed CUDA graph calls no Python
+        assert len(heard) == NEW
+    handle.remove()
+    assert bindable(other)
+    other.layers[0].feed_forward.inner = torch.nn.Linear(24, 56)
+    assert not bindable(other)
+
+
 class Replayed(GraphSteps):
     """The graph's step with its fixed shapes, run operator by operator where there is no GPU to capture it."""
 
@@ -308,7 +326,7 @@ class Replayed(GraphSteps):
     "sampling", [{}, {"temperature": 3.0, "top_k": 9, "top_p": 0.8, "seed": 2}], ids=["greedy", "drawn"]
 )
 def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, monkeypatch, sampling):
-    """Positions on the device, the whole capacity read behind a mask, stopped rows that run on, and use by a second call."""
+    """Positions on the device, the whole capacity read behind a mask, stopped rows that run on, and a second call."""
     stop = Generator(model).generate(prompts[:1], 3, **sampling)[0][2]
     calls = [(prompts[:6], NEW, []), (prompts[:6], NEW, [stop]), (prompts[6:12], NEW - 3, [])]
     want = [Generator(model).generate(p, n, **sampling, stop_token_ids=s) for p, n, s in calls]

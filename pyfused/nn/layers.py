@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import ffn, layer_norm
+from ..ops import ffn, layer_norm, linear
 from ..ops.ffn import canonical_activation
-from ._linear import linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,7 +33,7 @@ class LayerNorm(nn.LayerNorm):
         weight = flat.new_ones(flat.shape[-1]) if weight is None else weight.flatten()
         bias = None if bias is None else bias.flatten()
         flat_residual = None if residual is None else residual.flatten(-dims)
-        out = layer_norm(flat, weight, bias, eps=self.eps, residual=flat_residual)
+        out: Any = layer_norm(flat, weight, bias, eps=self.eps, residual=flat_residual)
         if residual is None:
             return out.view(input.shape)
         return out[0].view(input.shape), out[1].view(input.shape)

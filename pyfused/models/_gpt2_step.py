@@ -1,0 +1,90 @@
+"""How does GPT-2 feed one token per row at the cost of its kernels alone? With everything looked up and checked once.
+
+A step of 12 layers calls 88 modules and checks the arguments of 49 operators, which is more Python than a small model's
+kernels take. Here the parameters are bound once per generation, and the arguments fit by construction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..nn import FeedForward, KVCache, LayerNorm, Linear, ReversibleEmbedding, SelfAttention
+from ..ops.attention import _ATTENTION
+from ..ops.ffn import _FFN
+from ..ops.layer_norm import _LAYER_NORM
+from ..ops.linear import _LINEAR
+from .gpt2 import GPT2Backbone, GPT2Block
+
+_PLAIN = {
+    GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, FeedForward, ReversibleEmbedding,
+    nn.Embedding,
+}  # fmt: skip
+
+
+def bindable(model: GPT2Backbone) -> bool:
+    """Whether nothing would be passed over: no hook, no replaced or patched module, no tensor subclass."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    for m in model.modules():
+        if type(m) not in _PLAIN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+            return False
+    return all(type(p) is nn.Parameter for p in model.parameters())
+
+
+class BoundStep:
+    """The forward pass of one new token per row, through a KV cache, to logits. For a bindable model; no gradient."""
+
+    def __init__(self, model: GPT2Backbone):
+        self._tokens, self._positions = model.token_embedding.weight, model.position_embedding.weight
+        head = model.token_embedding
+        self._head = head.weight if head.tie_weights else head.reverse_weight
+        self._final = _norm(model.final_norm)
+        layers: Any = model.layers
+        attention = layers[0].attention
+        self._heads, self._head_size = attention.num_heads, attention.head_size
+        self._layers = [
+            (
+                *_norm(layer.attention_norm),
+                *_matrix(layer.attention.query_key_value),
+                layer.attention.scale,
+                *_matrix(layer.attention.output),
+                *_norm(layer.feed_forward_norm),
+                *_matrix(layer.feed_forward.inner),
+                *_matrix(layer.feed_forward.outer),
+                layer.feed_forward.activation,
+            )
+            for layer in layers
+        ]
+
+    def __call__(self, tokens: Tensor, position_ids: Tensor, cache: KVCache, padding_mask: Tensor | None) -> Tensor:
+        """tokens (B, 1), position_ids (1,) or (B, 1), padding_mask (B, Sk) bool or None -> logits (B, V)."""
+        norm, linear, attention, ffn = (op.direct for op in (_LAYER_NORM, _LINEAR, _ATTENTION, _FFN))
+        b, h, d = tokens.shape[0], self._heads, self._head_size
+        x = F.embedding(tokens, self._tokens) + F.embedding(position_ids, self._positions)
+        branch = None
+        for i, (w1, b1, eps, wqkv, bqkv, scale, wo, bo, w2, b2, eps2, w_in, b_in, w_out, b_out, name) in enumerate(
+            self._layers
+        ):
+            y, total, _, _ = norm(x, w1, b1, eps, branch, False)
+            x = x if branch is None else total
+            qkv = linear(y, wqkv, bqkv, None)[0].view(b, 1, 3, h, d)
+            key, value = cache.append(i, qkv.narrow(2, 1, 2))
+            query = qkv.select(2, 0).transpose(1, 2)
+            out, _ = attention(query, key, value, False, padding_mask, None, scale, 0.0, None, False)
+            branch = linear(out.view(b, 1, h * d), wo, bo, None)[0]
+            y, x, _, _ = norm(x, w2, b2, eps2, branch, False)
+            branch = ffn(y, w_in, b_in, w_out, b_out, name, None, False)[0]
+        y = norm(x, *self._final, branch, False)[0]
+        return linear(y, self._head, None, None)[0][:, 0]
+
+
+def _norm(norm: LayerNorm) -> tuple[Tensor, Tensor | None, float]:
+    return norm.weight, norm.bias, norm.eps
+
+
+def _matrix(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
