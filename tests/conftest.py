@@ -12,6 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
+from pyfused.testing.triton_interpreter import repair_interpreter  # noqa: E402
+
+if not HAS_GPU:
+    repair_interpreter()
 torch.set_num_threads(1)
 
 

@@ -1,0 +1,58 @@
+"""Where is Triton's interpreter wrong, so that a kernel that is right on a GPU fails in it? The repairs, for tests only.
+
+Found in Triton 3.6 to 3.9: the interpreter keeps bfloat16 as its 16 bits in unsigned integers, and
+- tl.dot multiplies those integers as if they were the values;
+- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even, and subnormals come out wrong.
+A kernel must not work around either: on a GPU both are right and fast.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """The values of bfloat16 bit patterns (uint16), exactly."""
+    return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint16) of float32 values rounded to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+@functools.cache
+def repair_interpreter() -> None:
+    """Makes bfloat16 right in Triton's interpreter, for this process. Does nothing where Triton is not installed."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ModuleNotFoundError:
+        return
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    to_nearest = (None, interpreter._ir.ROUNDING_MODE.RTNE)
+
+    def convert_float(data, source, target, rounding_mode):
+        if source == tl.bfloat16 and target == tl.float32:
+            return bfloat16_to_float32(data)
+        if source == tl.float32 and target == tl.bfloat16 and rounding_mode in to_nearest:
+            return float32_to_bfloat16(data)
+        return convert(data, source, target, rounding_mode)
+
+    def widened(handle):
+        kind = handle.dtype.scalar
+        if kind == tl.bfloat16:
+            return interpreter.TensorHandle(bfloat16_to_float32(handle.data), tl.float32)
+        if kind == tl.float16:  # the same values, and several times faster: numpy's float16 product has no BLAS
+            return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
+        return handle
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
