@@ -50,24 +50,30 @@ template <class T> struct Forward {
       gather(i, v);  // lanes past the end are zero
     }
     const float mu = sum_lanes(sum) / n;
-    vfloat square{};
+    // What the rounded sum left in the mean comes out as the mean of the deviations.
+    vfloat square{}, drift{};
     for (i = 0; i + kWidth <= n; i += kWidth) {
       vfloat d = load(scratch + i) - mu;
+      drift += d;
       square += d * d;
     }
-    float tail = 0;
-    for (; i < n; ++i) tail += (scratch[i] - mu) * (scratch[i] - mu);
-    const float rs = 1.0f / std::sqrt((sum_lanes(square) + tail) / n + eps);
+    float square_tail = 0, drift_tail = 0;
+    for (; i < n; ++i) {
+      drift_tail += scratch[i] - mu;
+      square_tail += (scratch[i] - mu) * (scratch[i] - mu);
+    }
+    const float shift = (sum_lanes(drift) + drift_tail) / n;
+    const float rs = 1.0f / std::sqrt(std::fmax((sum_lanes(square) + square_tail) / n - shift * shift, 0.0f) + eps);
     T* py = y + r * n;
     for (i = 0; i + kWidth <= n; i += kWidth) {
-      vfloat v = (load(scratch + i) - mu) * rs * load(weight + i);
+      vfloat v = (load(scratch + i) - mu - shift) * rs * load(weight + i);
       store(py + i, bias ? v + load(bias + i) : v);
     }
     if (i < n) {
-      vfloat v = (load(scratch + i) - mu) * rs * load_partial(weight + i, n - i);
+      vfloat v = (load(scratch + i) - mu - shift) * rs * load_partial(weight + i, n - i);
       store_partial(py + i, bias ? v + load_partial(bias + i, n - i) : v, n - i);
     }
-    if (mean) mean[r] = mu, rstd[r] = rs;
+    if (mean) mean[r] = mu + shift, rstd[r] = rs;
   }
 };
 

@@ -3,23 +3,16 @@
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cpu
-
-
-def _rows(x):
-    """x as (rows, N) without a copy where its strides allow one row stride, and that stride."""
-    x = x.reshape(-1, x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
+from pyfused.kernels.layout import as_rows
 
 
 def forward(x, weight, bias, eps, residual, save):
-    rows, stride = _rows(x)
+    rows, stride = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean = rstd = total = None
     residual_rows, residual_stride = None, 0
     if residual is not None:
-        residual_rows, residual_stride = _rows(residual)
+        residual_rows, residual_stride = as_rows(residual)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if save:
         mean = torch.empty(x.shape[:-1], dtype=torch.float32)
@@ -46,7 +39,7 @@ def forward(x, weight, bias, eps, residual, save):
 
 
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
-    rows, stride = _rows(x)
+    rows, stride = as_rows(x)
     grad_y, weight = grad_y.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x = torch.empty(x.shape, dtype=x.dtype)

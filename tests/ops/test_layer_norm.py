@@ -51,6 +51,22 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_bias, wit
         assert_close(a, p, t, f"output {i}")
 
 
+def test_rows_too_long_for_one_tile(each_backend, device):
+    """Longer than a Triton program keeps in registers: the blocks of a row, and the column sums of the backward."""
+    inputs = [make(s, torch.float32, device) for s in [(3, 16400), (16400,), (16400,), (3, 16400)]]
+    cotangents = [make((3, 16400), torch.float32, device) for _ in range(2)]
+
+    def run(function, wide):
+        x, w, b, r = (t.to(wide).requires_grad_() for t in inputs)
+        out = function(x, w, b, r)
+        return [*out, *torch.autograd.grad(out, (x, w, b, r), [c.to(wide) for c in cotangents])]
+
+    actual = run(lambda x, w, b, r: pyfused.layer_norm(x, w, b, residual=r), torch.float32)
+    expected, truth = (run(lambda x, w, b, r: plain(x, w, b, 1e-5, r), wide) for wide in (torch.float32, torch.float64))
+    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
+        assert_close(a, p, t, f"output {i}")
+
+
 def test_no_grad_matches_grad(each_backend, device):
     x, w = torch.randn(5, 33, device=device), torch.randn(33, device=device, requires_grad=True)
     with torch.no_grad():

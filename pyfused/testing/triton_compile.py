@@ -1,0 +1,194 @@
+"""What does a Triton kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
+
+`triton.compile` needs no driver: the Triton wheel brings ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. It does
+need kernels decorated while TRITON_INTERPRET was not set, and the numeric tests set it; so compile_cases() compiles in
+a process of its own, one for a whole list: starting it takes 2 s, a kernel 1 to 5 s, or none if Triton's cache has it.
+
+    CASES = [Case("forward", "package.module:kernel", {"x_ptr": "*bf16:16", "n": "i32"}, {"BLOCK": 1024})]
+    for name, compiled in compile_cases(CASES, "sm_90").items():
+        check_resources(compiled, name, "sm_90")
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+
+# Shared memory that one block may ask for, in bytes: A100 163 KB, H100 227 KB, MI300 64 KB.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target.
+
+    Attributes:
+        registers: 32-bit vector registers per thread.
+        spills: bytes of local memory per thread: what did not fit into registers. 0 is what a kernel wants.
+        shared: bytes of shared memory per block.
+        asm: text by name: "ptx" and "sass" for NVIDIA, "amdgcn" for AMD, "ttgir" for both.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    asm: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to compile, as compile_cases() takes it.
+
+    Attributes:
+        name: what a failure is reported under.
+        kernel: "module:function" of a @triton.jit function.
+        signature: types of the run-time arguments, as compile_kernel() takes them.
+        constexprs: values of the others; a Triton dtype is written as "tl.bfloat16".
+        options: what else the launcher passes to the compiler, such as enable_fp_fusion.
+    """
+
+    name: str
+    kernel: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compile_kernel(
+    jit_function: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    target: str,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles a @triton.jit function for one target; needs a process in which TRITON_INTERPRET was never set.
+
+    Args:
+        signature: type by argument name: "i32", "fp32", "*bf16"; with ":16" appended ("*bf16:16", "i32:16") the value
+            is a multiple of 16, as the launcher finds for aligned pointers and strides, and as vector loads need.
+        constexprs: value by argument name. Every argument is in exactly one of the two.
+        target: "sm_80", "sm_90" or "gfx942".
+
+    Raises:
+        ValueError: an unknown target, an argument in neither or both; what the compiler raises passes through.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is unknown; it takes {', '.join(TARGETS)}")
+    names = getattr(jit_function, "arg_names", None)
+    if not isinstance(jit_function, triton.JITFunction) or names is None:
+        raise ValueError("jit_function is no triton.JITFunction: was it decorated while TRITON_INTERPRET was set?")
+    given = sorted([*signature, *constexprs])
+    if given != sorted(names):
+        raise ValueError(f"{jit_function.__name__} takes {sorted(names)}; signature and constexprs give {given}")
+    types, attributes = {}, {}
+    for position, name in enumerate(names):
+        kind, _, hint = signature.get(name, "constexpr").partition(":")
+        types[name] = kind
+        if hint == "16":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif hint:
+            raise ValueError(f"signature[{name!r}]={signature[name]!r}: the only hint is :16")
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    source = ASTSource(jit_function, types, {name: _constant(value) for name, value in constexprs.items()}, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
+    kernel = triton.compile(source, target=gpu, options=options)
+    texts: tuple[str, ...] = ("amdgcn", "ttgir")
+    if "cubin" in kernel.asm:
+        registers, spills = _nvidia_usage(kernel.asm["cubin"])
+        texts = ("ptx", "sass", "ttgir")  # "sass" is made by the disassembler when it is asked for
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
+            for key in ("vgpr_count", "private_segment_fixed_size")
+        )
+    return Compiled(registers, spills, kernel.metadata.shared, {name: kernel.asm[name] for name in texts})
+
+
+def compile_cases(cases: Sequence[Case], target: str) -> dict[str, Compiled]:
+    """Compiles every case for one target in a fresh process, and returns the results by case name.
+
+    Raises:
+        RuntimeError: a case does not compile; the message has its name and the compiler's last words.
+    """
+    names = [case.name for case in cases]
+    if len(set(names)) != len(names):
+        raise ValueError(f"cases: the names {names} are not all different")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "cases.json", Path(folder) / "compiled.json"
+        asked.write_text(json.dumps([asdict(case) for case in cases]))
+        command = [sys.executable, "-m", __name__, target, str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+        return {name: Compiled(**values) for name, values in json.loads(answered.read_text()).items()}
+
+
+def check_resources(compiled: Compiled, name: str, target: str) -> None:
+    """Raises AssertionError where a kernel spills, or asks for more shared memory than the chip has."""
+    what = f"{name} on {target}"
+    assert compiled.spills == 0, f"{what}: {compiled.spills} bytes a thread spilled ({compiled.registers} registers)"
+    limit = SHARED_LIMIT[target]
+    assert compiled.shared <= limit, f"{what}: {compiled.shared} bytes of shared memory; the chip has {limit}"
+
+
+def cuobjdump() -> str:
+    """The path of NVIDIA's cuobjdump; the Triton wheel has one."""
+    from triton import knobs
+
+    return knobs.nvidia.cuobjdump.path
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("tl."):
+        import triton.language as tl
+
+        return getattr(tl, value.removeprefix("tl."))
+    return value
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory, per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump(), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _main(target: str, asked: str, answered: str) -> None:
+    results = {}
+    for case in json.loads(Path(asked).read_text()):
+        module, _, function = case["kernel"].partition(":")
+        jit_function = getattr(importlib.import_module(module), function)
+        keys = ("signature", "constexprs", "num_warps", "num_stages", "options")
+        print(f"{case['name']}:", flush=True)  # stays last in the output if the compiler crashes
+        results[case["name"]] = asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
+    Path(answered).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
