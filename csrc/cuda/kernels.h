@@ -1,0 +1,22 @@
+// What may cuda_bindings.cpp call? The launchers of every operator. `addr` is a device pointer or a stream handle, 0 for
+// none; strides count elements; dtype is 0 float32, 1 float16, 2 bfloat16. Python has checked everything (pyfused/ops).
+// A launcher returns once the kernels are in the stream; a CUDA error throws std::runtime_error.
+#pragma once
+
+#include <cstdint>
+
+namespace pyfused::cuda {
+
+using addr = std::uintptr_t;
+
+// ---- layer_norm -----------------------------------------------------------------------------------------------------
+void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
+                        int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype,
+                        int device, addr stream);
+// How many shares the rows fall into; `partial` holds that many times (2, n) floats.
+int64_t layer_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
+void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
+                         addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
+                         int64_t x_stride, int dtype, int device, addr stream);
+
+}  // namespace pyfused::cuda

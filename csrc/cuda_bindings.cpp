@@ -1,0 +1,16 @@
+// Which CUDA kernels may Python call? The list below: pyfused._cuda.<kernel>. It imports where there is no driver.
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+// Every launcher runs without the interpreter's lock: it touches no Python object.
+#define KERNEL(name) m.def(#name, &pyfused::cuda::name, py::call_guard<py::gil_scoped_release>())
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "pyfused's CUDA kernels; raw pointers and a stream in, nothing out";
+  KERNEL(layer_norm_forward);
+  KERNEL(layer_norm_backward_parts);
+  KERNEL(layer_norm_backward);
+}

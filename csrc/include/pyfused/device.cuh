@@ -1,0 +1,60 @@
+// What does every CUDA kernel need, whatever the operator? Vectors of 16 bytes, conversions, reductions in fixed order.
+// Framework-free. Kernels are started with PYFUSED_LAUNCH only, so that a host shim can run the same source.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#ifndef PYFUSED_LAUNCH
+#define PYFUSED_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#endif
+
+namespace pyfused {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T> __device__ inline T narrow(float v);
+template <> __device__ inline float narrow<float>(float v) { return v; }
+template <> __device__ inline __half narrow<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// V elements that one instruction loads: V * sizeof(T) is 16 where the launcher found everything aligned, else V is 1.
+template <class T, int V> struct alignas(V * sizeof(T)) Pack {
+  T at[V];
+};
+
+template <int V, class T> __device__ inline Pack<T, V> load(const T* p) {
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, class T> __device__ inline void store(T* p, const Pack<T, V>& v) {
+  *reinterpret_cast<Pack<T, V>*>(p) = v;
+}
+
+// The sum over a warp, the same in every lane: each step adds the same two values in both of its lanes.
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+  return v;
+}
+
+// The sum over a block of whole warps; every thread calls it and gets it. `scratch` holds a float for each warp.
+__device__ inline float block_sum(float v, float* scratch) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  v = warp_sum(v);
+  if (lane == 0) scratch[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = warp_sum(lane < warps ? scratch[lane] : 0.0f);
+  __syncthreads();  // scratch may be written again
+  return v;
+}
+
+}  // namespace pyfused

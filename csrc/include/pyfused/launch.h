@@ -1,0 +1,55 @@
+// How does a launcher run on the caller's device, and how does a CUDA error become a Python exception? Host code only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace pyfused {
+
+// Says which operator, shape and device an error belongs to; pybind11 makes it a RuntimeError.
+struct Launch {
+  const char* what;
+  int64_t rows, n;
+  int device;
+
+  void check(cudaError_t error) const {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string(what) + " of shape (" + std::to_string(rows) + ", " + std::to_string(n) +
+                             ") on cuda:" + std::to_string(device) + ": " + cudaGetErrorString(error));
+  }
+  // A launch reports what is wrong with itself at once; what a running kernel does wrong is seen by a later call.
+  void check() const { check(cudaGetLastError()); }
+};
+
+// Makes `device` current for a scope: this library's static runtime has a current device of its own.
+class OnDevice {
+ public:
+  explicit OnDevice(const Launch& launch) {
+    launch.check(cudaGetDevice(&before_));
+    if (before_ != launch.device) {
+      launch.check(cudaSetDevice(launch.device));
+      moved_ = true;
+    }
+  }
+  ~OnDevice() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+inline bool aligned16(std::initializer_list<std::uintptr_t> addresses) {
+  for (std::uintptr_t a : addresses)
+    if (a % 16) return false;
+  return true;
+}
+
+}  // namespace pyfused

@@ -1,0 +1,242 @@
+"""ffn in Triton: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), with x (R, N), w_in (F, N), w_out (M, F).
+
+Three ways, all with float32 accumulation (float32 inputs multiply in float32, not TF32):
+
+1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few rows
+   of a weight matrix; where those are too few programs to fill the chip, K is split over programs too, and the partial
+   sums are added in a fixed order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches
+   of about 1.3 us in a CUDA graph. Not yet measured.
+2. More rows, only when the Triton backend is forced: two products in tiles, bias, activation and residual in their
+   epilogues, tiles in groups so that a group's weights stay in the L2. It saves the activation's pass over (R, F), 4 R F
+   bytes of 16-bit data: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, of 97 us of arithmetic (at 800 TFLOP/s, both
+   products) at N = M = 768. Not yet measured.
+3. More rows by default: slower_forward() hands them to the library products (cuBLAS) of kernels/reference. A Triton
+   product reaches about 80% of cuBLAS on an H100, which costs more than the pass it saves. That is an expectation from
+   published numbers: not yet measured here.
+
+Backward: library products around one kernel that reads `pre` and the gradient of the inner activations and gives the
+inner activations and grad_pre: one pass of 8 R F bytes in 16 bits instead of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.layout import as_rows
+from pyfused.kernels.reference.ffn import linear_gradients
+from pyfused.kernels.triton._activation import activate, activate_with_slope
+
+FEW_ROWS = 16  # the least height of a tensor-core tile
+PROGRAMS = 264  # two for each of an H100's 132 multiprocessors; a constant, so that splits depend on the shape alone
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+@triton.jit
+def _finish(
+    total, row, col, live, bias_ptr, residual_ptr, y_ptr, pre_ptr, n, residual_stride,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a product: y = activation(total + bias) + residual; row (., 1) in int64, col (1, .)."""
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)
+    if SAVE:
+        tl.store(pre_ptr + row * n + col, total, mask=live)
+    total = activate(total, ACTIVATION)
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + row * residual_stride + col, mask=live, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n + col, total, mask=live)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, rows, n, k, x_stride, w_stride_n, w_stride_k, residual_stride,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y (rows, n) = activation(x (rows, k) w (n, k)^T + bias) + residual, a tile a program."""
+    # GROUP tiles of rows go through the columns together: their x and the columns' w are read from the L2.
+    high, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (GROUP * wide) * GROUP
+    group = tl.minimum(high - first, GROUP)
+    within = program % (GROUP * wide)
+    row = (first + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = within // group * BLOCK_N + tl.arange(0, BLOCK_N)
+    deep = tl.arange(0, BLOCK_K)
+    # Rows past the end wrap round instead of a mask in the loop; nothing of theirs is stored.
+    x_at = x_ptr + (row % rows).to(tl.int64)[:, None] * x_stride + deep[None, :]
+    w_at = w_ptr + (col % n).to(tl.int64)[None, :] * w_stride_n + deep.to(tl.int64)[:, None] * w_stride_k
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN_K:
+            x, w = tl.load(x_at), tl.load(w_at)
+        else:
+            x = tl.load(x_at, mask=deep[None, :] < k - start, other=0.0)
+            w = tl.load(w_at, mask=deep[:, None] < k - start, other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+        x_at += BLOCK_K
+        w_at += BLOCK_K * w_stride_k
+    _finish(
+        total, row.to(tl.int64)[:, None], col[None, :], (row < rows)[:, None] & (col < n)[None, :],
+        bias_ptr, residual_ptr, y_ptr, pre_ptr, n, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _stream_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, partial_ptr,
+    rows, n, k, share, x_stride, w_stride_n, w_stride_k, residual_stride,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same product for rows <= ROWS; with SPLIT, the part of it from `share` values of k, in float32."""
+    part = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, ROWS)
+    deep = tl.arange(0, BLOCK_K)
+    end = tl.minimum(part * share + share, k)
+    w_ptr += (col % n).to(tl.int64)[:, None] * w_stride_n
+    if ROWS == 1:  # no matrix unit has a use: products stay apart until the end
+        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for start in range(part * share, end, BLOCK_K):
+            at = start + deep
+            x = tl.load(x_ptr + at, mask=at < end, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + at.to(tl.int64)[None, :] * w_stride_k, mask=at[None, :] < end, other=0.0)
+            products += x[None, :] * w.to(tl.float32)
+        total = tl.sum(products, axis=1)[None, :]
+    else:
+        x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride
+        total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for start in range(part * share, end, BLOCK_K):
+            at = start + deep
+            x = tl.load(x_ptr + at[None, :], mask=at[None, :] < end, other=0.0)
+            w = tl.load(w_ptr + at.to(tl.int64)[None, :] * w_stride_k, mask=at[None, :] < end, other=0.0)
+            total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    live = (row < rows)[:, None] & (col < n)[None, :]
+    if SPLIT:
+        at = (part.to(tl.int64) * rows + row[:, None]) * n + col[None, :]
+        tl.store(partial_ptr + at, total, mask=live)
+    else:
+        _finish(
+            total, row.to(tl.int64)[:, None], col[None, :], live,
+            bias_ptr, residual_ptr, y_ptr, pre_ptr, n, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, parts, rows, n, residual_stride,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts (parts, rows, n) of one row in order, then the epilogue."""
+    row = tl.program_id(1).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    col = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    live = col < n
+    total = tl.zeros((1, BLOCK), tl.float32)
+    for part in range(parts):
+        total += tl.load(partial_ptr + (part * rows + row) * n + col, mask=live, other=0.0)
+    _finish(
+        total, row, col, live, bias_ptr, residual_ptr, y_ptr, pre_ptr, n, residual_stride,
+        ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _activation_backward_kernel(pre_ptr, grad_ptr, inner_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """inner = activation(pre); grad, which holds the gradient of inner, becomes that of pre."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pre = tl.load(pre_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    inner, slope = activate_with_slope(pre, ACTIVATION)
+    tl.store(inner_ptr + at, inner, mask=at < size)
+    tl.store(grad_ptr + at, grad * slope, mask=at < size)
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+_AMD = torch.version.hip is not None
+
+
+def linear_tile(dtype, amd=_AMD):
+    """Blocks, warps and stages of _linear_kernel; 64 KB of shared memory are all that an AMD chip has."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    stages = 2 if amd else 3
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
+
+
+def stream_tile(rows, dtype, amd=_AMD):
+    """Blocks, warps and stages of _stream_kernel: 16 KB of 16-bit weights a step in one row's, 32 KB in flight else."""
+    if rows == 1:
+        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2}
+    deep, stages = (64, 3) if dtype == torch.float32 else (128, 2 if amd else 4)
+    return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
+
+
+def _share(n, k, tile):
+    """How many values of k a program of _stream_kernel takes, so that there are about PROGRAMS of them."""
+    blocks = triton.cdiv(k, tile["BLOCK_K"])
+    split = min(max(PROGRAMS // triton.cdiv(n, tile["BLOCK_N"]), 1), blocks)
+    return triton.cdiv(blocks, split) * tile["BLOCK_K"]
+
+
+def _linear(x, x_stride, w, bias, activation, residual, residual_stride, save):
+    """(activation(x w^T + bias) + residual, the same before the activation if `save`); x (rows, k), w (n, k)."""
+    (rows, k), n = x.shape, w.shape[0]
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    pre = torch.empty_like(y) if save else None
+    if rows == 0 or n == 0:
+        return y, pre
+    if k == 0:  # a sum of nothing; an empty tensor has no memory to read from
+        x, w, k, x_stride = y.new_zeros((rows, 1)), y.new_zeros((n, 1)), 1, 1
+    tensors = (w if bias is None else bias.contiguous(), y if residual is None else residual, y, pre if save else y)
+    strides = (x_stride, w.stride(0), w.stride(1), residual_stride)
+    flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "SAVE": save}
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
+    if rows > FEW_ROWS:
+        tile = linear_tile(x.dtype)
+        grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
+        _linear_kernel[grid](
+            x, w, *tensors, rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile
+        )
+        return y, pre
+    tile = stream_tile(rows, x.dtype)
+    share = _share(n, k, tile)
+    parts = triton.cdiv(k, share)
+    partial = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else y
+    _stream_kernel[(triton.cdiv(n, tile["BLOCK_N"]), parts)](
+        x, w, *tensors, partial, rows, n, k, share, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
+    )
+    if parts > 1:
+        _combine_kernel[(triton.cdiv(n, 256), rows)](
+            partial, *tensors, parts, rows, n, residual_stride, **flags, BLOCK=256, num_warps=2
+        )
+    return y, pre
+
+
+def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
+    x_rows, x_stride = as_rows(x)
+    residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    inner, pre = _linear(x_rows, x_stride, w_in, b_in, activation, None, 0, save)
+    y, _ = _linear(inner, inner.stride(0), w_out, b_out, "none", residual_rows, residual_stride, False)
+    pre = None if pre is None else pre.view(*x.shape[:-1], w_in.shape[0])
+    return y.view(*x.shape[:-1], w_out.shape[0]), pre
+
+
+def slower_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
+    if x.shape[:-1].numel() > FEW_ROWS:
+        return f"above {FEW_ROWS} rows cuBLAS products are expected to be faster (not yet measured)"
+    return None
+
+
+def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+    pre = pre.contiguous()
+    grad = (grad_y.reshape(-1, grad_y.shape[-1]) @ w_out).view(pre.shape)
+    inner = torch.empty_like(pre)
+    size = pre.numel()
+    if size:
+        _activation_backward_kernel[(triton.cdiv(size, 2048),)](
+            pre, grad, inner, size, ACTIVATION=activation, BLOCK=2048, num_warps=4
+        )
+    return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)

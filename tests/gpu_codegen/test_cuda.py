@@ -1,0 +1,64 @@
+"""Are the built CUDA kernels what they should be: no spills, 16-byte accesses, both architectures, no driver needed to import?"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from pyfused._extensions import _load, missing
+from pyfused.testing.triton_compile import cuobjdump
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None and bool(missing("_cuda")), reason="needs nvcc")
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+
+@pytest.fixture(scope="module")
+def extension():
+    module, reason = _load("_cuda")
+    assert module is not None, f"nvcc is here, and yet: {reason}"
+    return module.__file__
+
+
+def test_imports_without_torch_or_a_driver(extension):
+    code = "import importlib.util as u; s = u.spec_from_file_location('_cuda', {!r}); m = u.module_from_spec(s); "
+    code += "s.loader.exec_module(m); print(m.layer_norm_backward_parts(1000, 768, 132))"
+    done = subprocess.run([sys.executable, "-c", code.format(extension)], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) <= 264
+
+
+def test_an_error_names_operator_shape_and_device(extension):
+    """Device 99 is on no machine, nor is a driver on most."""
+    with pytest.raises(RuntimeError, match=r"^layer_norm forward of shape \(4, 8\) on cuda:99: "):
+        _load("_cuda")[0].layer_norm_forward(0, 0, 0, 0, 0, 0, 0, 0, 4, 8, 8, 0, 1e-5, 0, 99, 0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills(extension, architecture):
+    command = [cuobjdump(), "--dump-resource-usage", "-arch", architecture, extension]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert len(usage) >= 30, f"{len(usage)} kernels for {architecture}"
+    spilled = [row for row in usage if int(row[2]) or int(row[4])]
+    assert not spilled
+    assert all(int(shared) <= 48 * 1024 for _, _, _, shared, _ in usage)  # static
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vector_kernels_move_16_bytes_at_a_time(extension, architecture):
+    """Every kernel whose V is above 1 (Li4 or Li8 after the dtype in its mangled name) loads 16 bytes; the others do not."""
+    command = [cuobjdump(), "-sass", "-arch", architecture, extension]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = re.split(r"\n\s+Function : ", text)[1:]
+    seen = {True: 0, False: 0}
+    for kernel in kernels:
+        name, _, body = kernel.partition("\n")
+        match = re.search(r"(?:forward|backward|column_sums)\w*_kernelI(?:f|6__half|13__nv_bfloat16)Li(\d+)E", name)
+        if match is None:
+            continue
+        vector = match[1] != "1"
+        assert ("LDG.E.128" in body) == vector, name
+        seen[vector] += 1
+    assert min(seen.values()) >= 15, seen
