@@ -8,7 +8,7 @@ Each program owns the rows that it writes, so the sums have a fixed order and th
 import triton
 import triton.language as tl
 
-from ._attention_tiles import MASKED_STAGES, exponential, in_units, keep_tile, key_tiles, load_tile
+from ._attention_tiles import MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
 
 
 @triton.jit
@@ -16,7 +16,9 @@ def _query_step(
     grad_query,
     row_sum,
     query,
+    query_rows,
     grad_out,
+    grad_rows,
     lse,
     delta,
     key_ptr,
@@ -45,7 +47,7 @@ def _query_step(
     MASKED: tl.constexpr,
 ):
     """One tile of keys."""
-    NATURAL: tl.constexpr = query.dtype == tl.float32
+    NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     visible = keys < key_length
@@ -53,7 +55,11 @@ def _query_step(
         visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
     key_rows = keys.to(tl.int64)[:, None]
     key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
-    s = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if NATURAL:
+        s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        s = tl.dot(query, tl.trans(key))
+    s *= scale
     tile_mask = live[:, None]
     if MASKED:
         tile_mask = tile_mask & visible[None, :]
@@ -61,8 +67,11 @@ def _query_step(
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=tile_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
     p = exponential(s - lse[:, None], NATURAL)  # lse is +inf in a row that sees nothing
-    value = load_tile(value_ptr + key_rows * stride_vs + dims[None, :], visible, dims, D, MASKED)
-    dp = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+    if NATURAL:
+        dp = dot_rows(grad_rows, live, value_ptr + keys.to(tl.int64) * stride_vs, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        value = load_tile(value_ptr + key_rows * stride_vs + dims[None, :], visible, dims, D, MASKED)
+        dp = tl.dot(grad_out, tl.trans(value))
     if seed is not None:
         dp = tl.where(keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
@@ -141,8 +150,8 @@ def grad_query_kernel(
     dims = tl.arange(0, BLOCK_D)
     batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
 
+    NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
-    query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
     grad_rows = grad_out_ptr + batch64 * stride_gb + head64 * stride_gh + queries64 * stride_gs
     grad_out = load_tile(grad_rows[:, None] + dims[None, :], live, dims, D, True)
     out_offset = batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
@@ -151,7 +160,12 @@ def grad_query_kernel(
     flat = (batch64 * heads + head64) * query_length + queries
     tl.store(delta_ptr + flat, delta, mask=live)
     lse = tl.load(lse_ptr + flat, mask=live, other=float("inf"))
-    lse = in_units(lse, query.dtype == tl.float32)
+    lse = in_units(lse, NATURAL)
+    query = None
+    if NATURAL:
+        grad_out = None  # both are read again, in pieces
+    else:
+        query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
 
     key_head = (head // GROUP).to(tl.int64)
     key_ptr += batch64 * stride_kb + key_head * stride_kh
@@ -185,15 +199,15 @@ def grad_query_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(full_start, full_end, BLOCK_N):
         grad_query, row_sum = _query_step(
-            grad_query, row_sum, query, grad_out, lse, delta, key_ptr, value_ptr, mask_row, bias_rows, grad_bias_rows, seed,
-            flat_heads, queries, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row, bias_rows,
+            grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
             query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
         grad_query, row_sum = _query_step(
-            grad_query, row_sum, query, grad_out, lse, delta, key_ptr, value_ptr, mask_row, bias_rows, grad_bias_rows, seed,
-            flat_heads, queries, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row, bias_rows,
+            grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
             query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, True,
         )  # fmt: skip
     if correction_ptr is not None:
@@ -213,7 +227,9 @@ def _key_step(
     grad_key,
     grad_value,
     key,
+    key_rows,
     value,
+    value_rows,
     query_ptr,
     grad_out_ptr,
     lse_ptr,
@@ -245,7 +261,7 @@ def _key_step(
 
     Rows of hidden keys may hold anything, inf included: they reach no other row, and the kernel zeroes them at its end.
     """
-    NATURAL: tl.constexpr = key.dtype == tl.float32
+    NATURAL: tl.constexpr = key is None
     queries = start + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     live = queries < query_length
@@ -257,7 +273,11 @@ def _key_step(
     else:
         lse = tl.load(lse_ptr + queries)
         delta = tl.load(delta_ptr + queries)
-    s = tl.dot(key, tl.trans(query), input_precision="ieee") * scale
+    if NATURAL:
+        s = dot_rows(key_rows, visible, query_ptr + queries.to(tl.int64) * stride_qs, live, D, BLOCK_N, BLOCK_M)
+    else:
+        s = tl.dot(key, tl.trans(query))
+    s *= scale
     if bias_columns is not None:
         bias_mask = visible[:, None]
         if MASKED:
@@ -276,7 +296,10 @@ def _key_step(
         keep = tl.trans(keep_tile(seed, flat_heads, queries, first_key, threshold, BLOCK_M, BLOCK_N).to(tl.int8)) != 0
         kept = tl.where(keep, p, 0.0)
     grad_value = tl.dot(kept.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
-    dp = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+    if NATURAL:
+        dp = dot_rows(value_rows, visible, grad_out_ptr + queries.to(tl.int64) * stride_gs, live, D, BLOCK_N, BLOCK_M)
+    else:
+        dp = tl.dot(value, tl.trans(grad_out))
     if seed is not None:
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[None, :])
@@ -343,9 +366,13 @@ def grad_key_value_kernel(
     if mask_ptr is not None:
         visible = visible & (tl.load(mask_ptr + batch64 * key_length + keys, mask=visible, other=0) != 0)
     key_rows = key_ptr + batch64 * stride_kb + key_head64 * stride_kh + keys64 * stride_ks
-    key = load_tile(key_rows[:, None] + dims[None, :], visible, dims, D, True)
     value_rows = value_ptr + batch64 * stride_vb + key_head64 * stride_vh + keys64 * stride_vs
-    value = load_tile(value_rows[:, None] + dims[None, :], visible, dims, D, True)
+    NATURAL: tl.constexpr = key_ptr.dtype.element_ty == tl.float32
+    key = None
+    value = None
+    if not NATURAL:
+        key = load_tile(key_rows[:, None] + dims[None, :], visible, dims, D, True)
+        value = load_tile(value_rows[:, None] + dims[None, :], visible, dims, D, True)
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -384,15 +411,15 @@ def grad_key_value_kernel(
             bias_columns = bias_ptr + batch64 * stride_bb + head64 * stride_bh + keys64 * stride_bk
         for start in range(full_start, full_end, BLOCK_M):
             grad_key, grad_value = _key_step(
-                grad_key, grad_value, key, value, query_base, grad_base, lse_base, delta_base, correction_base,
-                bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale, threshold, stride_qs, stride_gs,
+                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                correction_base, bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale, threshold, stride_qs, stride_gs,
                 stride_bq, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, False,
             )  # fmt: skip
         for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
             start = tl.where(i < front_count, front_start + i * BLOCK_M, full_end + (i - front_count) * BLOCK_M)
             grad_key, grad_value = _key_step(
-                grad_key, grad_value, key, value, query_base, grad_base, lse_base, delta_base, correction_base,
-                bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale, threshold, stride_qs, stride_gs,
+                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                correction_base, bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale, threshold, stride_qs, stride_gs,
                 stride_bq, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, True,
             )  # fmt: skip
     grad_key *= grad_scale

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._attention_tiles import LN2, MASKED_STAGES, exponential, in_units, keep_tile, key_tiles, load_tile
+from ._attention_tiles import LN2, MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
 
 
 @triton.jit
@@ -12,6 +12,7 @@ def _step(
     row_sum,
     row_max,
     query,
+    query_rows,
     key_ptr,
     value_ptr,
     mask_row,
@@ -37,15 +38,18 @@ def _step(
     MASKED: tl.constexpr,
 ):
     """Folds one tile of keys into the running output. Not MASKED: every query of the tile sees every key of it."""
-    NATURAL: tl.constexpr = query.dtype == tl.float32
+    NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     visible = keys < key_length
     if MASKED and mask_row is not None:
         visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
     key_rows = keys.to(tl.int64)[:, None]
-    key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
-    s = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if NATURAL:
+        s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
+        s = tl.dot(query, tl.trans(key))
     if SCALE_FIRST:
         s = s * scale
     if bias_rows is not None:
@@ -156,7 +160,10 @@ def forward_kernel(
     batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
 
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
-    query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
+    NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
+    query = None
+    if not NATURAL:
+        query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
     key_ptr += batch64 * stride_kb + key_head.to(tl.int64) * stride_kh
     value_ptr += batch64 * stride_vb + key_head.to(tl.int64) * stride_vh
     mask_row = mask_ptr
@@ -187,14 +194,14 @@ def forward_kernel(
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for start in range(full_start, full_end, BLOCK_N):
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
             start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
             D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
             start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
             D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, True,
         )  # fmt: skip
@@ -206,7 +213,7 @@ def forward_kernel(
     out_mask = live[:, None] & (dims < D)[None, :]
     tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
     if lse_ptr is not None:
-        if query.dtype != tl.float32:
+        if not NATURAL:
             row_max = row_max * LN2
         lse = tl.where(dead, float("inf"), row_max + tl.log(row_sum))
         lse_rows = lse_ptr + part.to(tl.int64) * stride_lc + flat_heads.to(tl.int64) * query_length + queries

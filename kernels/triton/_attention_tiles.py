@@ -50,6 +50,22 @@ def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexp
 
 
 @triton.jit
+def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """a b^T for rows of float32 at the pointers a_rows (M) and b_rows (N), 32 columns at a time.
+
+    Without TF32 an NVIDIA product of float32 runs on the ordinary cores, and the compiler keeps the whole inner dimension of
+    both operands in registers: at D = 128 that spills, whatever the tile. The second read of a tile comes from L1.
+    """
+    total = tl.zeros((M, N), tl.float32)
+    for start in tl.range(0, D, 32, num_stages=1):
+        dims = start + tl.arange(0, 32)
+        a = tl.load(a_rows[:, None] + dims[None, :], mask=a_mask[:, None] & (dims < D)[None, :], other=0.0)
+        b = tl.load(b_rows[:, None] + dims[None, :], mask=b_mask[:, None] & (dims < D)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def key_range(mask_row, key_length):
     """(first, end, whole): real keys lie in [first, end), and `whole` says that every key there is real.
 

@@ -78,7 +78,8 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
     group = h // hkv
     chip, processors = _chip(query.device)
     packed = group * sq <= _PACK_ROWS
-    c = config("decode" if packed else "forward", d, query.dtype, chip)
+    extras = (attn_bias is not None) + (seed is not None)
+    c = config("decode" if packed else "forward", d, query.dtype, chip, extras)
     programs = b * hkv if packed else b * h * triton.cdiv(sq, c.block_m)
     chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
     if chunks > 1:
@@ -166,11 +167,14 @@ def backward(
     correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
     chip, _ = _chip(query.device)
     keep_scale, threshold = _dropout(dropout_p, seed)
-    scalars = (scale, _in_units(scale, query.dtype), keep_scale, threshold)
+    # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
+    constant = sk == 1
+    scalars = (0.0 if constant else scale, _in_units(scale, query.dtype), keep_scale, threshold)
     inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
 
-    c = config("grad_query", d, query.dtype, chip)
+    extras = (attn_bias is not None) + (seed is not None)
+    c = config("grad_query", d, query.dtype, chip, extras)
     _launch(
         grad_query_kernel,
         (b * h * triton.cdiv(sq, c.block_m),),
@@ -198,9 +202,12 @@ def backward(
         **c.options,
         tensor=query,
     )
-    if grad_bias is not None and correction is not None:
-        grad_bias *= correction[..., None]
-    c = config("grad_key_value", d, query.dtype, chip)
+    if grad_bias is not None:
+        if constant:
+            grad_bias.zero_()
+        elif correction is not None:
+            grad_bias *= correction[..., None]
+    c = config("grad_key_value", d, query.dtype, chip, extras)
     _launch(
         grad_key_value_kernel,
         (b * hkv * triton.cdiv(sk, c.block_n),),
