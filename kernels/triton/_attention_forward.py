@@ -1,0 +1,257 @@
+"""How does attention's forward run on a GPU? One pass over the keys with a running maximum and sum (FlashAttention-2)."""
+
+import triton
+import triton.language as tl
+
+from ._attention_tiles import LN2, MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
+
+
+@triton.jit
+def _step(
+    acc,
+    row_sum,
+    row_max,
+    query,
+    query_rows,
+    key_ptr,
+    value_ptr,
+    mask_row,
+    bias_rows,
+    seed,
+    flat_heads,
+    queries,
+    live,
+    start,
+    scale,
+    threshold,
+    stride_ks,
+    stride_vs,
+    stride_bk,
+    query_length,
+    key_length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Folds one tile of keys into the running output. Not MASKED: every query of the tile sees every key of it."""
+    NATURAL: tl.constexpr = query is None
+    keys = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    visible = keys < key_length
+    if MASKED and mask_row is not None:
+        visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
+    key_rows = keys.to(tl.int64)[:, None]
+    if NATURAL:
+        s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
+        s = tl.dot(query, tl.trans(key))
+    if SCALE_FIRST:
+        s = s * scale
+    if bias_rows is not None:
+        bias_mask = live[:, None]
+        if MASKED:
+            bias_mask = bias_mask & visible[None, :]
+        bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=bias_mask, other=0.0)
+        s += in_units(bias.to(tl.float32), NATURAL)
+    if MASKED:
+        allowed = visible[None, :]
+        if IS_CAUSAL:
+            allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
+        s = tl.where(allowed, s, -float("inf"))
+    # With a positive scale the maximum may be taken before scaling, and scaling becomes half of a multiply-add.
+    peak = tl.max(s, 1)
+    if not SCALE_FIRST:
+        peak = peak * scale
+    new_max = tl.maximum(row_max, peak)
+    shift = new_max
+    if MASKED or bias_rows is not None:
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: exp(-inf - 0) is 0, not NaN
+    if SCALE_FIRST:
+        p = exponential(s - shift[:, None], NATURAL)
+    else:
+        p = exponential(s * scale - shift[:, None], NATURAL)
+    alpha = exponential(row_max - shift, NATURAL)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+    value = load_tile(value_ptr + key_rows * stride_vs + dims[None, :], visible, dims, D, MASKED)
+    acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision="ieee")
+    return acc, row_sum, new_max
+
+
+@triton.jit(do_not_specialize=["threshold", "query_length", "key_length", "chunk"])
+def forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    lse_ptr,
+    mask_ptr,
+    bias_ptr,
+    seed_ptr,
+    scale,
+    keep_scale,
+    threshold,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_oc,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_bb,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    stride_lc,
+    heads,
+    query_length,
+    key_length,
+    chunk,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (query tiles * B * heads, chunks of keys).
+
+    PACKED: the rows of a tile are the queries of a whole group of heads that share a key head, so that keys are read once
+    for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
+    """
+    PACK: tl.constexpr = GROUP if PACKED else 1
+    tiles = tl.cdiv(query_length * PACK, BLOCK_M)
+    program = tl.program_id(0)
+    # Late query tiles have the most keys under a causal mask: they start first, so that the last wave is of short ones.
+    tile = tiles - 1 - program % tiles
+    head_sets = heads // PACK
+    batch = program // tiles // head_sets
+    head_set = program // tiles % head_sets
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PACKED:
+        live = rows < query_length * GROUP
+        queries = rows % query_length
+        head = head_set * GROUP + rows // query_length
+        key_head = head_set
+        first_query = 0
+        last_query = query_length - 1
+    else:
+        live = rows < query_length
+        queries = rows
+        head = head_set + tl.zeros_like(rows)
+        key_head = head_set // GROUP
+        first_query = tile * BLOCK_M
+        last_query = first_query + BLOCK_M - 1
+    dims = tl.arange(0, BLOCK_D)
+    batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+
+    query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
+    NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
+    query = None
+    if not NATURAL:
+        query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
+    key_ptr += batch64 * stride_kb + key_head.to(tl.int64) * stride_kh
+    value_ptr += batch64 * stride_vb + key_head.to(tl.int64) * stride_vh
+    mask_row = mask_ptr
+    if mask_ptr is not None:
+        mask_row = mask_ptr + batch64 * key_length
+    bias_rows = bias_ptr
+    if bias_ptr is not None:
+        bias_rows = bias_ptr + batch64 * stride_bb + head64 * stride_bh + queries64 * stride_bq
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    flat_heads = batch * heads + head
+
+    part = tl.program_id(1)
+    full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
+        mask_row,
+        first_query,
+        last_query,
+        part * chunk,
+        part * chunk + chunk,
+        query_length,
+        key_length,
+        IS_CAUSAL,
+        BLOCK_N,
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for start in range(full_start, full_end, BLOCK_N):
+        acc, row_sum, row_max = _step(
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
+            start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, False,
+        )  # fmt: skip
+    for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
+        start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
+        acc, row_sum, row_max = _step(
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
+            start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, True,
+        )  # fmt: skip
+
+    dead = row_sum == 0.0
+    row_sum = tl.where(dead, 1.0, row_sum)
+    out = acc * (keep_scale / row_sum)[:, None]
+    out_rows = out_ptr + part.to(tl.int64) * stride_oc + batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
+    out_mask = live[:, None] & (dims < D)[None, :]
+    tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
+    if lse_ptr is not None:
+        if not NATURAL:
+            row_max = row_max * LN2
+        lse = tl.where(dead, float("inf"), row_max + tl.log(row_sum))
+        lse_rows = lse_ptr + part.to(tl.int64) * stride_lc + flat_heads.to(tl.int64) * query_length + queries
+        tl.store(lse_rows, lse, mask=live)
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    rows,
+    heads,
+    query_length,
+    chunks,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Adds the chunks of one query up, weighted by their sums; one program per (batch, head, query), a fixed order."""
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    parts, dims = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    lse = tl.load(part_lse_ptr + parts.to(tl.int64) * rows + row64, mask=parts < chunks, other=float("inf"))
+    lse = tl.where(lse == float("inf"), -float("inf"), lse)  # +inf marks a chunk in which the query sees no key
+    peak = tl.max(lse, 0)
+    dead = peak == -float("inf")
+    weight = tl.exp(lse - tl.where(dead, 0.0, peak))
+    total = tl.where(dead, 1.0, tl.sum(weight, 0))
+    tile = (parts.to(tl.int64) * rows + row64)[:, None] * D + dims[None, :]
+    part = tl.load(part_ptr + tile, mask=(parts < chunks)[:, None] & (dims < D)[None, :], other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / total
+    batch, head, i = row64 // query_length // heads, row64 // query_length % heads, row64 % query_length
+    out_row = out_ptr + batch * stride_ob + head * stride_oh + i * stride_os
+    tl.store(out_row + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row64, tl.where(dead, float("inf"), peak + tl.log(total)))

@@ -1,0 +1,142 @@
+"""What do attention's forward and backward kernels share? Visible key ranges, guarded tile loads, the dropout bits."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+_SCAN = tl.constexpr(1024)
+MASKED_STAGES = tl.constexpr(1)
+
+
+@triton.jit
+def in_units(x, NATURAL: tl.constexpr):
+    """A log-probability in the units that scores have in the kernels: natural ones for float32, else powers of two.
+
+    exp2 is the hardware's. Folding log2(e) into the scale saves a multiplication per score, but rounds each score and its
+    log-sum-exp apart before they are subtracted, which float32 results show.
+    """
+    if NATURAL:
+        return x
+    else:
+        return x * LOG2E
+
+
+@triton.jit
+def exponential(x, NATURAL: tl.constexpr):
+    if NATURAL:
+        return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexpr):
+    """Rows x BLOCK_D; zeros past the head size, and where GUARD_ROWS in rows that row_mask hides.
+
+    Zeros, never what lies in memory there: 0 * NaN would reach a sum.
+    """
+    EVEN: tl.constexpr = D == dims.shape[0]
+    if GUARD_ROWS:
+        if EVEN:
+            return tl.load(pointers, mask=row_mask[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=row_mask[:, None] & (dims < D)[None, :], other=0.0)
+    else:
+        if EVEN:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """a b^T for rows of float32 at the pointers a_rows (M) and b_rows (N), 32 columns at a time.
+
+    Without TF32 an NVIDIA product of float32 runs on the ordinary cores, and the compiler keeps the whole inner dimension of
+    both operands in registers: at D = 128 that spills, whatever the tile. The second read of a tile comes from L1.
+    """
+    total = tl.zeros((M, N), tl.float32)
+    for start in tl.range(0, D, 32, num_stages=1):
+        dims = start + tl.arange(0, 32)
+        a = tl.load(a_rows[:, None] + dims[None, :], mask=a_mask[:, None] & (dims < D)[None, :], other=0.0)
+        b = tl.load(b_rows[:, None] + dims[None, :], mask=b_mask[:, None] & (dims < D)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def key_range(mask_row, key_length):
+    """(first, end, whole): real keys lie in [first, end), and `whole` says that every key there is real.
+
+    A padded batch is nearly always one run of real tokens, and then the tiles inside the run need no mask at all. The scan
+    reads key_length bytes per program, which stay in cache, and saves the launch that computing it once would cost.
+    """
+    lanes = tl.arange(0, _SCAN)
+    first = tl.full((_SCAN,), 2147483647, tl.int32)
+    last = tl.full((_SCAN,), -1, tl.int32)
+    count = tl.zeros((_SCAN,), tl.int32)
+    for start in range(0, key_length, _SCAN):
+        keys = start + lanes
+        real = tl.load(mask_row + keys, mask=keys < key_length, other=0) != 0
+        first = tl.minimum(first, tl.where(real, keys, 2147483647))
+        last = tl.maximum(last, tl.where(real, keys, -1))
+        count += real.to(tl.int32)
+    end = tl.max(last, 0) + 1
+    first = tl.minimum(tl.min(first, 0), end)
+    return first, end, tl.sum(count, 0) == end - first
+
+
+@triton.jit
+def key_tiles(
+    mask_row,
+    first_query,
+    last_query,
+    chunk_start,
+    chunk_end,
+    query_length,
+    key_length,
+    IS_CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which key tiles do queries first_query to last_query need, of the keys [chunk_start, chunk_end)?
+
+    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count): the tiles [full_start, full_end) show
+    every key to every query; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
+    """
+    first = chunk_start
+    end = tl.minimum(chunk_end, key_length)
+    whole = True
+    if mask_row is not None:
+        real_first, real_end, whole = key_range(mask_row, key_length)
+        first = tl.maximum(first, real_first)
+        end = tl.minimum(end, real_end)
+    full_end = end
+    if IS_CAUSAL:
+        shift = key_length - query_length
+        end = tl.minimum(end, last_query + shift + 1)
+        full_end = tl.minimum(end, first_query + shift + 1)
+    end = tl.maximum(end, first)
+    front_start = first // BLOCK_N * BLOCK_N
+    full_start = tl.cdiv(first, BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_start)
+    full_end = tl.where(whole, full_end, full_start)
+    front_count = tl.where(end > first, (full_start - front_start) // BLOCK_N, 0)
+    tail_count = tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_N)
+    return full_start, full_end, front_start, front_count, full_end, tail_count
+
+
+@triton.jit
+def keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N): True where dropout keeps; bit for bit kernels/reference/_philox.keep_mask.
+
+    One counter gives the words of four neighbouring keys, so a quarter of the columns is computed and then interleaved: as
+    one byte each, since interleaving moves them between threads.
+    """
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
+    quads = zero + (start // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    w0, w1, w2, w3 = tl.philox(seed, quads, zero + queries[:, None], zero + flat_heads[:, None], zero)
+    bound = threshold.to(tl.uint32, bitcast=True)
+    even = tl.interleave((w0 >= bound).to(tl.int8), (w2 >= bound).to(tl.int8))
+    odd = tl.interleave((w1 >= bound).to(tl.int8), (w3 >= bound).to(tl.int8))
+    return tl.interleave(even, odd) != 0

@@ -1,0 +1,237 @@
+"""attention in Triton: which tiles and how many warps, and the launches of _attention_forward.py and _attention_backward.py."""
+
+import functools
+import math
+
+import torch
+import triton
+
+from ._attention_backward import grad_key_value_kernel, grad_query_kernel
+from ._attention_configs import block_d, config
+from ._attention_forward import combine_kernel, forward_kernel
+
+_LOG2E = math.log2(math.e)
+_PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
+_CHUNK = 256  # keys a program should at least have before the keys of one query tile are split over several
+
+
+@functools.cache
+def _chip(device: torch.device) -> tuple[str, int]:
+    """Which configurations to use, and how many multiprocessors there are."""
+    if device.type == "cpu":
+        return "interpreter", 16
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942", properties.multi_processor_count
+    if properties.major == 9:
+        return "sm_90", properties.multi_processor_count
+    big = properties.shared_memory_per_block_optin >= 163 * 1024
+    return "sm_80" if big else "sm_86", properties.multi_processor_count
+
+
+def _launch(kernel, grid, *args, tensor, **options):
+    """On the tensor's device, which need not be the current one, and its current stream."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _like(tensor):
+    """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
+    b, h, s, d = tensor.shape
+    return torch.empty((b, s, h, d), dtype=tensor.dtype, device=tensor.device).transpose(1, 2)
+
+
+def _dropout(dropout_p, seed):
+    """keep_scale, and the threshold of kernels/reference/_philox as the bits of an int32."""
+    if seed is None:
+        return 1.0, 0
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    return 1.0 / (1.0 - dropout_p), threshold - 2**32 if threshold >= 2**31 else threshold
+
+
+def _in_units(scale, dtype):
+    """The factor that takes query key^T to the units of _attention_tiles.in_units."""
+    return scale if dtype == torch.float32 else scale * _LOG2E
+
+
+def _bias_strides(attn_bias):
+    return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
+
+
+def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
+    """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
+    chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, 64))
+    size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
+    return triton.cdiv(key_length, size), size
+
+
+def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+    b, h, sq, d = query.shape
+    hkv, sk = key.shape[1:3]
+    out = _like(query)
+    lse = torch.empty((b, h, sq), dtype=torch.float32, device=query.device) if save else None
+    if b == 0:
+        return out, lse
+    group = h // hkv
+    chip, processors = _chip(query.device)
+    packed = group * sq <= _PACK_ROWS
+    extras = (attn_bias is not None) + (seed is not None)
+    c = config("decode" if packed else "forward", d, query.dtype, chip, extras)
+    programs = b * hkv if packed else b * h * triton.cdiv(sq, c.block_m)
+    chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
+    if chunks > 1:
+        part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
+        part_lse = torch.empty((chunks, b, h, sq), dtype=torch.float32, device=query.device)
+        target, target_lse, out_strides = part, part_lse, part.stride()[:4]
+    else:
+        target, target_lse, out_strides = out, lse, (0, *out.stride()[:3])
+    keep_scale, threshold = _dropout(dropout_p, seed)
+    _launch(
+        forward_kernel,
+        (programs, chunks),
+        query,
+        key,
+        value,
+        target,
+        target_lse,
+        padding_mask,
+        attn_bias,
+        seed,
+        _in_units(scale, query.dtype),
+        keep_scale,
+        threshold,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *out_strides,
+        *_bias_strides(attn_bias),
+        b * h * sq,
+        h,
+        sq,
+        sk,
+        chunk,
+        D=d,
+        BLOCK_D=block_d(d),
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        GROUP=group,
+        IS_CAUSAL=is_causal,
+        SCALE_FIRST=attn_bias is not None or not scale > 0,
+        PACKED=packed,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        tensor=query,
+    )
+    if chunks > 1:
+        _launch(
+            combine_kernel,
+            (b * h * sq,),
+            part,
+            part_lse,
+            out,
+            lse,
+            *out.stride()[:3],
+            b * h * sq,
+            h,
+            sq,
+            chunks,
+            D=d,
+            BLOCK_D=block_d(d),
+            BLOCK_C=triton.next_power_of_2(chunks),
+            num_warps=4,
+            tensor=query,
+        )
+    return out, lse
+
+
+def backward(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+):
+    b, h, sq, d = query.shape
+    hkv, sk = key.shape[1:3]
+    # out comes from forward, but the registered operator may be called with any.
+    out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = lse.contiguous()
+    grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
+    grad_bias = None
+    if wants_bias:
+        # Tiles that no query may see are skipped, so their zeros must be there already.
+        skips = is_causal or padding_mask is not None
+        grad_bias = (torch.zeros if skips else torch.empty)((b, h, sq, sk), dtype=query.dtype, device=query.device)
+    if b == 0:
+        return grad_query, grad_key, grad_value, grad_bias
+    delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
+    correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
+    chip, _ = _chip(query.device)
+    keep_scale, threshold = _dropout(dropout_p, seed)
+    # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
+    constant = sk == 1
+    scalars = (0.0 if constant else scale, _in_units(scale, query.dtype), keep_scale, threshold)
+    inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
+
+    extras = (attn_bias is not None) + (seed is not None)
+    c = config("grad_query", d, query.dtype, chip, extras)
+    _launch(
+        grad_query_kernel,
+        (b * h * triton.cdiv(sq, c.block_m),),
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        padding_mask,
+        attn_bias,
+        seed,
+        grad_query,
+        delta,
+        correction,
+        grad_bias,
+        *scalars,
+        *inputs,
+        *out.stride()[:3],
+        *_bias_strides(attn_bias),
+        h,
+        sq,
+        sk,
+        **shared,
+        **c.options,
+        tensor=query,
+    )
+    if grad_bias is not None:
+        if constant:
+            grad_bias.zero_()
+        elif correction is not None:
+            grad_bias *= correction[..., None]
+    c = config("grad_key_value", d, query.dtype, chip, extras)
+    _launch(
+        grad_key_value_kernel,
+        (b * hkv * triton.cdiv(sk, c.block_n),),
+        grad_out,
+        query,
+        key,
+        value,
+        lse,
+        delta,
+        correction,
+        padding_mask,
+        attn_bias,
+        seed,
+        grad_key,
+        grad_value,
+        *scalars,
+        *inputs,
+        *grad_key.stride()[:3],
+        *_bias_strides(attn_bias),
+        hkv,
+        sq,
+        sk,
+        **shared,
+        **c.options,
+        tensor=query,
+    )
+    return grad_query, grad_key, grad_value, grad_bias

@@ -1,0 +1,77 @@
+"""Does attention compile for the GPUs it is meant for: no spills, shared memory that fits, matrix instructions?"""
+
+import inspect
+
+import pytest
+import torch
+
+from pyfused.kernels.triton import _attention_backward, _attention_forward
+from pyfused.kernels.triton._attention_configs import block_d, config
+from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+KERNELS = {
+    "forward": (_attention_forward, "forward_kernel"),
+    "decode": (_attention_forward, "forward_kernel"),
+    "grad_query": (_attention_backward, "grad_query_kernel"),
+    "grad_key_value": (_attention_backward, "grad_key_value_kernel"),
+}
+UNALIGNED = ("threshold", "query_length", "key_length", "heads", "key_heads", "chunk")
+FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr")
+
+
+def case(kernel, d, kind, target, given="causal"):
+    """One kernel as the launcher would ask for it; `given` names the options that are on, causal mask bias dropout."""
+    module, function = KERNELS[kernel]
+    c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given))
+    constants = {"D": d, "BLOCK_D": block_d(d), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": 1, "stride_bk": 1}
+    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given, "PACKED": kernel == "decode"}
+    absent = {
+        "mask_ptr": "mask" not in given,
+        "bias_ptr": "bias" not in given,
+        "grad_bias_ptr": "bias" not in given,
+        "seed_ptr": "dropout" not in given,
+        "correction_ptr": kind != "fp32",
+    }
+    types = {}
+    names = list(inspect.signature(getattr(module, function).fn).parameters)
+    for name in names:
+        if absent.get(name):
+            constants[name] = None
+        elif name.endswith("_ptr"):
+            special = {"mask_ptr": "*i1:16", "seed_ptr": "*i64:16"} | dict.fromkeys(FLOATS, "*fp32:16")
+            types[name] = special.get(name, f"*{kind}:16")
+        elif name not in constants:
+            types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"
+    constants = {name: value for name, value in constants.items() if name in names}
+    title = f"{kernel} {kind} D={d} {given}"
+    return Case(title, f"{module.__name__}:{function}", types, constants, c.num_warps, c.num_stages)
+
+
+EVERYTHING = "causal mask bias dropout"
+
+
+def cases(target):
+    yield case("forward", 64, "bf16", target)
+    yield case("forward", 128, "fp16", target, EVERYTHING)
+    yield case("decode", 64, "bf16", target, "causal mask")
+    yield case("grad_query", 64, "bf16", target)
+    yield case("grad_key_value", 64, "bf16", target)
+    yield case("grad_key_value", 128, "bf16", target, "causal dropout")
+    if target == "sm_80":  # sm_90 runs float32 with the same tiles
+        yield case("forward", 256, "fp32", target, EVERYTHING)
+        yield case("grad_key_value", 64, "fp32", target, EVERYTHING)
+    else:
+        yield case("forward", 256, "bf16", target, "mask")
+        yield case("grad_query", 128, "bf16", target, EVERYTHING)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_compiles(target):
+    for name, compiled in compile_cases(list(cases(target)), target).items():
+        check_resources(compiled, name, target)
+        if target == "gfx942":
+            assert "v_mfma" in compiled.asm["amdgcn"], name
+        elif " fp32 " not in name:
+            on_hopper = target == "sm_90" and not name.startswith("decode") and "128" not in name
+            assert ("wgmma.mma_async" if on_hopper else "mma") in compiled.asm["ptx"], name

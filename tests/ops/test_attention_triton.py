@@ -1,0 +1,106 @@
+"""Do the paths that only the Triton attention has agree with the reference? Packed heads, split keys, skipped tiles, bits."""
+
+import pytest
+import torch
+
+from pyfused import dispatch
+from pyfused.kernels.reference import attention as reference
+from pyfused.kernels.reference._philox import keep_mask
+from pyfused.testing import assert_close, available
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif("triton" not in available(DEVICE), reason="Triton cannot run here")
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return dispatch.kernel("triton", "attention")
+
+
+def make(b, h, hkv, sq, sk, d, dtype=torch.float32):
+    shapes = ((b, sq, h, d), (b, sk, hkv, d), (b, sk, hkv, d))
+    return [torch.randn(s, device=DEVICE).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def check(kernel, qkv, is_causal, mask, bias=None, scale=0.3, p=0.0, seed=None, poisoned=None):
+    """forward and lse against the reference in float64; returns what the kernel gave."""
+    rest = (is_causal, mask, bias, scale, p, seed, True)
+    out, lse = kernel.forward(*(poisoned or qkv), *rest)
+    plain, _ = reference.forward(*qkv, *rest)
+    wide = (is_causal, mask, None if bias is None else bias.double(), scale, p, seed, True)
+    truth, true_lse = reference.forward(*(t.double() for t in qkv), *wide)
+    assert_close(out, plain, truth, "out")
+    assert torch.equal(lse.isinf(), true_lse.isinf())
+    seen = lse.isfinite()
+    torch.testing.assert_close(lse[seen], true_lse[seen])
+    return out, lse
+
+
+@pytest.mark.parametrize("b, h, sq, sk, p", [(2, 2, 37, 70, 0.3), (1, 3, 1, 255, 0.75), (1, 1, 70, 130, 0.5)])
+def test_dropout_bits_are_the_reference_s(kernel, b, h, sq, sk, p):
+    """Equal scores and one value dimension per key: output (i, j) is zero exactly where (i, j) is dropped."""
+    query, key = torch.zeros(b, h, sq, 256, device=DEVICE), torch.randn(b, h, sk, 256, device=DEVICE)
+    value = torch.eye(sk, 256, device=DEVICE).expand(b, h, sk, 256)
+    seed = torch.randint(0, 2**63 - 1, (1,), device=DEVICE)
+    out, _ = kernel.forward(query, key, value, False, None, None, 1.0, p, seed, False)
+    assert torch.equal(out[..., :sk] != 0, keep_mask(seed, p, (b, h, sq, sk)))
+
+
+@pytest.mark.parametrize(
+    "pad, h, hkv, sq, d",
+    [
+        ("none", 4, 1, 1, 64),
+        ("right", 2, 2, 3, 40),
+        ("left", 2, 1, 16, 16),
+        ("holes", 4, 2, 2, 8),
+        ("all", 2, 1, 1, 16),
+    ],
+)
+def test_few_queries_many_keys(kernel, pad, h, hkv, sq, d):
+    """Keys split over programs and added up, heads of a group packed where they fit; NaN in padding reaches nothing."""
+    sk = 777
+    j = torch.arange(sk, device=DEVICE)
+    mask = {
+        "none": None,
+        "right": torch.stack((j < 300, j < sk)),
+        "left": torch.stack((j >= 600, j >= 1)),
+        "holes": torch.rand(2, sk, device=DEVICE) > 0.4,
+        "all": torch.stack((j < 0, j < sk)),
+    }[pad]
+    qkv = make(2, h, hkv, sq, sk, d)
+    poisoned = [t.clone() for t in qkv]
+    if mask is not None:
+        for t, garbage in zip(poisoned[1:], (float("nan"), float("inf"))):
+            t.transpose(1, 2)[~mask] = garbage
+    check(kernel, qkv, True, mask, poisoned=poisoned)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+def test_any_sign_of_scale(kernel, scale):
+    check(kernel, make(1, 2, 1, 40, 70, 8), True, None, scale=scale)
+
+
+def test_backward_is_bitwise_repeatable_and_skips_padding(kernel):
+    query, key, value = make(2, 2, 1, 33, 70, 24)
+    mask = torch.arange(70, device=DEVICE)[None] < torch.tensor([[20], [70]], device=DEVICE)
+    bias = torch.randn(1, 2, 1, 70, device=DEVICE).expand(2, 2, 33, 70)
+    seed = torch.randint(0, 2**63 - 1, (1,), device=DEVICE)
+    rest = (True, mask, bias, 0.3, 0.2, seed)
+    out, lse = kernel.forward(query, key, value, *rest, True)
+    grad_out = torch.randn_like(out)
+    first, second = (kernel.backward(grad_out, query, key, value, out, lse, *rest, True) for _ in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+    for name, grad in zip(("key", "value"), first[1:3]):
+        assert (grad.transpose(1, 2)[~mask] == 0).all(), name
+    assert (first[3].permute(0, 3, 1, 2)[~mask] == 0).all()
+
+
+def test_one_key_has_zero_gradient(kernel):
+    """The softmax of one score is 1, whatever the score."""
+    query, key, value = make(2, 2, 2, 5, 1, 24)
+    bias = torch.randn(2, 2, 5, 1, device=DEVICE)
+    out, lse = kernel.forward(query, key, value, False, None, bias, 0.3, 0.0, None, True)
+    grads = kernel.backward(torch.randn_like(out), query, key, value, out, lse, False, None, bias, 0.3, 0.0, None, True)
+    assert [bool((g == 0).all()) for g in grads] == [True, True, False, True]

@@ -1,0 +1,38 @@
+"""Are the repairs of Triton's interpreter right, and is the fault that they repair still there?"""
+
+import numpy as np
+import pytest
+import torch
+
+from pyfused import dispatch
+from pyfused.testing.triton_interpreter import bfloat16_to_float32, float32_to_bfloat16
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+SPECIAL = [float("inf"), -float("inf"), float("nan"), 1e-39, -1e-40, 3.4e38, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]
+
+
+def test_conversions_are_torch_s():
+    x = torch.cat([torch.randn(10000), torch.tensor(SPECIAL)])
+    rounded = torch.from_numpy(float32_to_bfloat16(x.numpy()).view(np.int16)).view(torch.bfloat16)
+    torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    bits = x.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    widened = torch.from_numpy(bfloat16_to_float32(bits))
+    torch.testing.assert_close(widened, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    c = tl.dot(tl.load(a_ptr + i * N + j), tl.load(b_ptr + i * N + j))
+    tl.store(c_ptr + i * N + j, c.to(c_ptr.dtype.element_ty))
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="a GPU runs the kernels themselves")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dot(dtype):
+    a, b = torch.randn(2, 32, 32).to(dtype)
+    c = torch.empty(32, 32, dtype=dtype)
+    product[(1,)](a, b, c, N=32)
+    torch.testing.assert_close(c, (a.float() @ b.float()).to(dtype))
