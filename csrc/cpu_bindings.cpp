@@ -22,6 +22,9 @@ namespace py = pybind11;
   [](py::module_ m) {                                 \
     KERNEL(isa, layer_norm_forward);                  \
     KERNEL(isa, layer_norm_backward);                 \
+    KERNEL(isa, linear_forward);                      \
+    KERNEL(isa, ffn_forward);                         \
+    KERNEL(isa, ffn_activation);                      \
   }
 
 PYBIND11_MODULE(_cpu, m) {

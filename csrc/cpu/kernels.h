@@ -13,4 +13,14 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
 
+// ---- linear ---------------------------------------------------------------------------------------------------------
+void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
+                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int dtype);
+
+// ---- ffn ------------------------------------------------------------------------------------------------------------
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
+                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
+void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
+
 }  // namespace pyfused::PYFUSED_ISA

@@ -3,11 +3,12 @@
 import importlib
 
 # `pyfused.ops.attention` is the function; MODULES holds the modules, for explain() and the tests.
-NAMES = ("attention", "ffn", "layer_norm")
+NAMES = ("attention", "ffn", "layer_norm", "linear")
 MODULES = {name: importlib.import_module(f".{name}", __name__) for name in NAMES}
 
 from .attention import attention  # noqa: E402
 from .ffn import ffn  # noqa: E402
 from .layer_norm import layer_norm  # noqa: E402
+from .linear import linear  # noqa: E402
 
-__all__ = ["MODULES", "NAMES", "attention", "ffn", "layer_norm"]
+__all__ = ["MODULES", "NAMES", "attention", "ffn", "layer_norm", "linear"]

@@ -60,11 +60,11 @@ class Operator:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _is_compiling():
-            return self.overload(*args)
+            return self._overloaded(args)
         wants_grad = False
         for a in args:
             if type(a) not in _PLAIN:
-                return self.overload(*args)
+                return self._overloaded(args)
             if isinstance(a, torch.Tensor) and a.requires_grad:
                 wants_grad = True
         if wants_grad and self.autograd is not None and torch.is_grad_enabled():
@@ -75,6 +75,12 @@ class Operator:
         """Runs the chosen kernel, with no autograd and no dispatcher."""
         return dispatch.choose(self.kernel, self.function, args)(*args)
 
-    def _registered(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def _registered(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         like = args[0]
-        return tuple(t if t is not None else like.new_empty(0) for t in self.direct(*args))
+        outputs = tuple(t if t is not None else like.new_empty(0) for t in self.direct(*args))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _overloaded(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Through the dispatcher, which returns a single output bare."""
+        outputs = self.overload(*args)
+        return outputs if isinstance(outputs, tuple) else (outputs,)

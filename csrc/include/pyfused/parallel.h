@@ -42,4 +42,20 @@ template <class Body> inline void parallel_chunks(int threads, int64_t items, co
 #endif
 }
 
+// Calls body(phase, share) for every share of phase 0, then, once all of them are done, of phase 1, and so on: one region
+// with a barrier between phases, which costs about 1 us where a new region costs 14.
+template <class Body> inline void parallel_phases(int threads, int phases, const Body& body) {
+  if (threads <= 1) {
+    for (int phase = 0; phase < phases; ++phase) body(phase, 0);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  for (int phase = 0; phase < phases; ++phase) {
+    for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads()) body(phase, share);
+#pragma omp barrier
+  }
+#endif
+}
+
 }  // namespace pyfused::PYFUSED_ISA

@@ -196,4 +196,29 @@ PYFUSED_INLINE vfloat exp(vfloat x) {
   return x < splat(-87.33654f) ? vfloat{} : y;
 }
 
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+template <int... I> struct Lanes {};
+#if defined(__AVX512F__)
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif defined(__AVX2__)
+typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef Lanes<0, 1, 2, 3> AllLanes;
+#endif
+
+// Swaps the off-diagonal blocks of size S of a matrix whose rows are v.
+template <int S, int... I> PYFUSED_INLINE void transpose_step(vfloat* v, Lanes<I...> lanes) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kWidth; ++r)
+    if (!(r & S)) {
+      vfloat a = v[r], b = v[r + S];
+      v[r] = __builtin_shufflevector(a, b, (I & S ? kWidth + I - S : I)...);
+      v[r + S] = __builtin_shufflevector(a, b, (I & S ? kWidth + I : I + S)...);
+    }
+  if constexpr (S > 1) transpose_step<S / 2>(v, lanes);
+}
+// Transposes kWidth vectors of kWidth lanes in place.
+PYFUSED_INLINE void transpose(vfloat* v) { transpose_step<kWidth / 2>(v, AllLanes{}); }
+
 }  // namespace pyfused::PYFUSED_ISA

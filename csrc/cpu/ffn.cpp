@@ -1,0 +1,47 @@
+// ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h in one parallel region.
+//
+// For a few rows it moves the weights once, N F + F M elements, and nothing else of that size. The activation, the biases and
+// the residual are applied while the sums are in L1; `inner` (rows, F) is stored in the dtype of x, as plain PyTorch does.
+#include "kernels.h"
+
+#include "pyfused/gemm.h"
+
+namespace pyfused::PYFUSED_ISA {
+
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
+                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype) {
+  PYFUSED_BY_DTYPE(dtype, {
+    Product<T> products[2] = {{(const T*)x, (const T*)w_in, (const T*)b_in, nullptr, (T*)inner, (T*)pre,
+                               rows, f, n, x_stride, w_in_stride, 0, activation},
+                              {(const T*)inner, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
+                               rows, m, f, f, w_out_stride, residual_stride, kIdentity}};
+    run_products(products, 2);
+  })
+}
+
+// inner = activation(pre), and grad_pre = grad_inner times its derivative where they are given; count elements, any of the
+// outputs may be the array it is computed from.
+void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype) {
+  PYFUSED_BY_DTYPE(dtype, {
+    const T *p = (const T*)pre, *g = (const T*)grad_inner;
+    T *y = (T*)inner, *d = (T*)grad_pre;
+    const int64_t blocks = (count + 255) / 256;
+    PYFUSED_BY_ACTIVATION(activation, {
+      auto one = [&](int64_t i, auto get, auto put) __attribute__((always_inline)) {
+        const vfloat v = get(p + i);
+        if (g) put(d + i, A::gradient(v, get(g + i)));
+        if (y) put(y + i, A::value(v));
+      };
+      parallel_chunks(threads_for(blocks, 256 * 16), blocks, [&](int, int64_t begin, int64_t end) {
+        int64_t i = begin * 256, last = end * 256 < count ? end * 256 : count;
+        for (; i + kWidth <= last; i += kWidth)
+          one(i, [](const T* q) { return load(q); }, [](T* q, vfloat v) { store(q, v); });
+        if (const int64_t rest = last - i)
+          one(i, [rest](const T* q) { return load_partial(q, rest); }, [rest](T* q, vfloat v) { store_partial(q, v, rest); });
+      });
+    })
+  })
+}
+
+}  // namespace pyfused::PYFUSED_ISA

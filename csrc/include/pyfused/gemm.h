@@ -1,0 +1,328 @@
+// How does y = x W^T + b run on a CPU? Two kernels that read W as nn.Linear stores it, row by row, and never pack it.
+//
+// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W passes once through the
+//   core whatever M is, and sets the pace: 4 M K N / M bytes in float32. The rows of x stay in L1/L2 as float32.
+// gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth); each step
+//   broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual 6x16
+//   micro-kernel with the roles swapped, so that what is packed is the small operand. Half-precision rows of W are widened
+//   six at a time into L1, once for all panels.
+//
+// In both, the rows of W worked on together lie far apart in a block, so the block is read as a few long streams: the
+// prefetchers of one Zen 3 core then fetch 20-24 GB/s, where one stream or four neighbouring rows of 3 KB get 13-15 (and
+// software prefetch makes both slower).
+//
+// A Product runs in two phases, pack and run, with a barrier between; several products can share one parallel region.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "activation.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace pyfused::PYFUSED_ISA {
+
+constexpr int kGemvBlock = 96;      // outputs of a gemv finished together
+constexpr int kGemvUnit = 12;       // outputs that one share takes or leaves
+constexpr int kGroup = 6;           // rows of W in the gemm's micro-kernel
+constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups
+constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
+constexpr int64_t kBlockK = 384;    // a panel of 384 x 16 floats is 24 KB
+constexpr int64_t kChain = 128;     // products summed one after another in a register: longer chains lose bits
+constexpr int64_t kBlockM = 512;    // rows of x whose partial sums, kGemmBlock x kBlockM floats, stay in L2
+constexpr int64_t kPairStep = 2 * kWidth;
+
+// ---- two vectors at once --------------------------------------------------------------------------------------------
+
+struct Pair { vfloat a, b; };
+
+// 2 kWidth consecutive elements as float32. For bfloat16 in the order even, odd: one load, one shift and one mask.
+// x is stored in the order of W's type, so a dot product need not know it.
+PYFUSED_INLINE Pair load_pair(const float* p) { return {load(p), load(p + kWidth)}; }
+PYFUSED_INLINE Pair load_pair(const f16* p) { return {load(p), load(p + kWidth)}; }
+PYFUSED_INLINE Pair load_pair(const bf16* p) {
+  vuint u;
+  std::memcpy(&u, p, sizeof(u));
+  return {bits_as<vfloat>(u << 16), bits_as<vfloat>(u & 0xffff0000u)};
+}
+template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) {
+  T lanes[2 * kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_pair(lanes);
+}
+
+// ---- one product ----------------------------------------------------------------------------------------------------
+
+// y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual; `pre`, if asked for, is what the activation is given.
+// Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
+template <class T> struct Product {
+  const T *x, *weight, *bias, *residual;
+  T *y, *pre;
+  int64_t m, n, k, x_stride, weight_stride, residual_stride;
+  int activation;
+  float* packed = nullptr;   // packed_size() floats
+  float* scratch = nullptr;  // scratch_size() floats for each share
+
+  // Widening pays twice in a gemm (the rows go through L1 again), so half precision stays with gemv longer: at 16 rows
+  // 1.4 times faster, where float32 is as fast either way from 9 rows on.
+  static constexpr int64_t kGemvRows = sizeof(T) == 4 ? 8 : 16;
+
+  bool by_gemv() const { return m <= kGemvRows; }
+  int64_t padded_k() const { return (k + kPairStep - 1) / kPairStep * kPairStep; }
+  static int64_t padded_m(int64_t rows) { return (rows + kWidth - 1) / kWidth * kWidth; }
+  int64_t block_m() const { return padded_m(m < kBlockM ? m : kBlockM); }
+  int64_t packed_size() const { return by_gemv() ? m * padded_k() : padded_m(m) * k; }
+  int64_t scratch_size() const {
+    return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kGroup * (kBlockK + kWidth) + kWidth * kGemmBlock;
+  }
+
+  int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
+  int64_t run_unit() const { return by_gemv() ? kGemvUnit : kGemmBlock; }
+  int64_t run_items() const { return (n + run_unit() - 1) / run_unit(); }
+
+  void pack(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) by_gemv() ? pack_row(i) : pack_panel(i * kPanel);
+  }
+  void run(int share, int64_t begin, int64_t end) const {
+    float* own = scratch + share * scratch_size();
+    const int64_t first = begin * run_unit(), last = end * run_unit() < n ? end * run_unit() : n;
+    by_gemv() ? run_gemv(first, last, own) : run_gemm(first, last, own);
+  }
+
+  // Row i of y for outputs [j, j + count), from the sums over k.
+  template <class A> void finish_row(int64_t i, int64_t j, int64_t count, const float* sums) const {
+    const T* r = residual ? residual + i * residual_stride + j : nullptr;
+    const T* b = bias ? bias + j : nullptr;
+    T *out = y + i * n + j, *keep = pre ? pre + i * n + j : nullptr;
+    int64_t c = 0;
+    for (; c + kWidth <= count; c += kWidth) {
+      vfloat v = load(sums + c);
+      if (b) v += load(b + c);
+      if (keep) store(keep + c, v);
+      v = A::value(v);
+      store(out + c, r ? v + load(r + c) : v);
+    }
+    if (const int64_t rest = count - c) {
+      vfloat v = load_partial(sums + c, rest);
+      if (b) v += load_partial(b + c, rest);
+      if (keep) store_partial(keep + c, v, rest);
+      v = A::value(v);
+      store_partial(out + c, r ? v + load_partial(r + c, rest) : v, rest);
+    }
+  }
+  void finish(int64_t i, int64_t j, int64_t count, const float* sums) const {
+    PYFUSED_BY_ACTIVATION(activation, finish_row<A>(i, j, count, sums);)
+  }
+
+  // ---- gemv ---------------------------------------------------------------------------------------------------------
+
+  void pack_row(int64_t i) const {
+    const T* from = x + i * x_stride;
+    float* to = packed + i * padded_k();
+    for (int64_t c = 0; c < k; c += kPairStep) {
+      Pair p = c + kPairStep <= k ? load_pair(from + c) : load_pair_partial(from + c, k - c);
+      store(to + c, p.a);
+      store(to + c + kWidth, p.b);
+    }
+  }
+
+  void run_gemv(int64_t first, int64_t last, float* sums) const {
+    for (int64_t j = first; j < last; j += kGemvBlock) {
+      const int64_t count = last - j < kGemvBlock ? last - j : kGemvBlock;
+      switch (m) {  // the tile is what sixteen registers hold
+        case 1: dots<1, 4>(j, count, sums); break;
+        case 2: dots<2, 4>(j, count, sums); break;
+        case 3: dots<3, 4>(j, count, sums); break;
+        case 5: dots<5, 2>(j, count, sums); break;
+        case 6: dots<6, 2>(j, count, sums); break;
+        default: dots<4, 3>(j, count, sums);
+      }
+      for (int64_t i = 0; i < m; ++i) finish(i, j, count, sums + i * kGemvBlock);
+    }
+  }
+
+  template <int MB, int R> void dots(int64_t j, int64_t count, float* sums) const {
+    const int64_t apart = count / R;
+    for (int64_t c = 0; c < apart; ++c) every_row<MB, R>(j + c, apart, sums + c);
+    for (int64_t c = apart * R; c < count; ++c) every_row<MB, 1>(j + c, 0, sums + c);
+  }
+
+  // R rows of W, `apart` rows from each other, with all rows of x, MB at a time: only the first MB wait for the memory.
+  template <int MB, int R> PYFUSED_INLINE void every_row(int64_t j, int64_t apart, float* sums) const {
+    int64_t i = 0;
+    for (; i + MB <= m; i += MB) dot_tile<MB, R>(i, j, apart, sums);
+    if constexpr (MB == 4) switch (m - i) {
+        case 1: dot_tile<1, R>(i, j, apart, sums); break;
+        case 2: dot_tile<2, R>(i, j, apart, sums); break;
+        case 3: dot_tile<3, R>(i, j, apart, sums); break;
+      }
+  }
+
+  template <int MB, int R> void dot_tile(int64_t i, int64_t j, int64_t apart, float* sums) const {
+    const int64_t ldx = padded_k(), stream = apart * weight_stride;
+    const float* px = packed + i * ldx;
+    const T* w = weight + j * weight_stride;
+    vfloat acc[MB][R];
+#pragma GCC unroll 8
+    for (int a = 0; a < MB; ++a)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[a][r] = vfloat{};
+    auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
+      Pair v[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) v[r] = get(w + r * stream + c);
+#pragma GCC unroll 8
+      for (int a = 0; a < MB; ++a) {
+        vfloat u = load(px + a * ldx + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].a;
+      }
+#pragma GCC unroll 8
+      for (int a = 0; a < MB; ++a) {
+        vfloat u = load(px + a * ldx + c + kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].b;
+      }
+    };
+    int64_t c = 0;
+    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const T* p) { return load_pair(p); });
+    if (c < k) step(c, [rest = k - c](const T* p) { return load_pair_partial(p, rest); });
+#pragma GCC unroll 8
+    for (int a = 0; a < MB; ++a)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[(i + a) * kGemvBlock + r * apart] = sum_lanes(acc[a][r]);
+  }
+
+  // ---- gemm ---------------------------------------------------------------------------------------------------------
+
+  // A panel holds (k, width); the last is one vector wide if no more rows than that remain. Rows past m are zero.
+  static int width_of(int64_t rows) { return rows > kWidth ? kPanel : kWidth; }
+
+  void pack_panel(int64_t i) const {
+    const int width = width_of(m - i);
+    float* to = packed + i * k;
+    for (int half = 0; half < width; half += kWidth) {
+      const int64_t rows = m - i - half < kWidth ? m - i - half : kWidth;
+      for (int64_t c = 0; c < k; c += kWidth) {
+        const int64_t rest = k - c;
+        vfloat v[kWidth];
+        for (int r = 0; r < kWidth; ++r) {
+          const T* from = x + (i + half + (r < rows ? r : 0)) * x_stride + c;
+          v[r] = r >= rows ? vfloat{} : rest >= kWidth ? load(from) : load_partial(from, rest);
+        }
+        transpose(v);
+        for (int r = 0; r < kWidth && r < rest; ++r) store(to + (c + r) * width + half, v[r]);
+      }
+    }
+  }
+
+  void run_gemm(int64_t first, int64_t last, float* own) const {
+    float* widened = own + kGemmBlock * block_m();
+    float* sums = widened + kGroup * (kBlockK + kWidth);
+    for (int64_t i0 = 0; i0 < m; i0 += kBlockM) {
+      const int64_t rows = m - i0 < kBlockM ? m - i0 : kBlockM, ld = padded_m(rows);
+      for (int64_t j = first; j < last; j += kGemmBlock) {
+        const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
+        for (int64_t c = 0; c < k || c == 0; c += kBlockK)
+          block(i0, rows, j, count, c, k - c < kBlockK ? k - c : kBlockK, own, ld, widened);
+        for (int64_t i = 0; i < rows; i += kWidth) {
+          for (int64_t r = 0; r < count; r += kWidth) {
+            vfloat v[kWidth];
+            for (int q = 0; q < kWidth; ++q) v[q] = load(own + (r + q) * ld + i);
+            transpose(v);
+            for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
+          }
+          for (int64_t q = 0; q < kWidth && i + q < rows; ++q) finish(i0 + i + q, j, count, sums + q * kGemmBlock);
+        }
+      }
+    }
+  }
+
+  // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i. Rows of `own` past `count` hold anything.
+  void block(int64_t i0, int64_t rows, int64_t j, int64_t count, int64_t c, int64_t depth, float* own, int64_t ld,
+             float* widened) const {
+    const int64_t groups = (count + kGroup - 1) / kGroup;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* w[kGroup];
+      for (int64_t q = 0; q < kGroup; ++q) {
+        const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
+        w[q] = as_float(weight + (j + r) * weight_stride + c, depth, widened + q * (kBlockK + kWidth));
+      }
+      for (int64_t i = 0; i < rows; i += kPanel) {
+        const int width = width_of(m - i0 - i);
+        const float* panel = packed + (i0 + i) * k + c * width;
+        float* out = own + g * ld + i;
+        width == kPanel ? outer_tile<2>(w, panel, depth, out, groups * ld, c == 0)
+                        : outer_tile<1>(w, panel, depth, out, groups * ld, c == 0);
+      }
+    }
+  }
+  static const float* as_float(const float* from, int64_t, float*) { return from; }
+  template <class H> static const float* as_float(const H* from, int64_t depth, float* to) {
+    int64_t c = 0;
+    for (; c + kWidth <= depth; c += kWidth) store(to + c, load(from + c));
+    for (; c < depth; ++c) to[c] = load_one(from + c);
+    return to;
+  }
+
+  template <int V>
+  static void outer_tile(const float* const* w, const float* panel, int64_t depth, float* out, int64_t ld, bool first) {
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *w4 = w[4], *w5 = w[5];
+    int64_t c = 0;
+    do {
+      const int64_t stop = depth - c < kChain ? depth : c + kChain;
+      vfloat acc[kGroup][V];
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = vfloat{};
+      for (; c < stop; ++c) {
+        const float s[kGroup] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
+        vfloat u[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) u[v] = load(panel + (c * V + v) * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[r][v] += splat(s[r]) * u[v];
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          float* p = out + r * ld + v * kWidth;
+          store(p, first ? acc[r][v] : acc[r][v] + load(p));
+        }
+      first = false;
+    } while (c < depth);
+  }
+};
+
+// Runs products one after another in a single parallel region, each seeing what the one before wrote.
+template <class T> void run_products(Product<T>* products, int number) {
+  int threads = 1;
+  int64_t packed = 0, scratch = 0;
+  for (int i = 0; i < number; ++i) {
+    const Product<T>& p = products[i];
+    const int wanted = threads_for(p.run_items(), p.run_unit() * p.k * p.m);
+    threads = wanted > threads ? wanted : threads;
+    packed = p.packed_size() > packed ? p.packed_size() : packed;
+    scratch = p.scratch_size() > scratch ? p.scratch_size() : scratch;
+  }
+  // One allocation, on a cache line; a product packs only after every share of the one before has run.
+  packed = (packed + 15) / 16 * 16;
+  scratch = (scratch + 15) / 16 * 16;
+  void* memory = std::malloc((packed + threads * scratch) * sizeof(float) + 64);
+  float* base = (float*)(((std::uintptr_t)memory + 63) / 64 * 64);
+  for (int i = 0; i < number; ++i) products[i].packed = base, products[i].scratch = base + packed;
+  parallel_phases(threads, 2 * number, [&](int phase, int share) {
+    const Product<T>& p = products[phase / 2];
+    const int64_t items = phase % 2 ? p.run_items() : p.pack_items();
+    const int64_t begin = items * share / threads, end = items * (share + 1) / threads;
+    phase % 2 ? p.run(share, begin, end) : p.pack(begin, end);
+  });
+  std::free(memory);
+}
+
+}  // namespace pyfused::PYFUSED_ISA

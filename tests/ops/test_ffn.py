@@ -1,0 +1,185 @@
+"""Is ffn right on every backend? Values, gradients, the activations on a dense grid and at extremes, errors, registration."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.ops.ffn import ACTIVATIONS
+from pyfused.testing import assert_close
+
+PLAIN = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+# (N, F, M), each with every number of rows, and biases and residual in turn.
+SIZES = [(1, 5, 1), (5, 1, 96), (96, 131, 40)]
+ROWS = [1, 2, 7, 16, 17, 129]
+# The sizes whose products are worth tiling, with all options on; the interpreter of Triton is too slow for more of them.
+LARGE = [(2, 768, 1000, 96), (16, 96, 768, 1000), (17, 1000, 96, 768)]
+
+
+def plain(x, w_in, b_in, w_out, b_out, activation, residual):
+    y = F.linear(PLAIN[activation](F.linear(x, w_in, b_in)), w_out, b_out)
+    return y if residual is None else y + residual
+
+
+def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws=1):
+    """Judges the outputs and gradients of several draws together: of one number alone, plain PyTorch's error says little."""
+
+    def make(*shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    def run(function, wide):
+        x, w_in, b_in, w_out, b_out, residual = (None if t is None else t.to(wide).requires_grad_() for t in inputs)
+        y = function(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
+        leaves = [t for t in (x, w_in, b_in, w_out, b_out, residual) if t is not None]
+        return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
+
+    drawn = []
+    for _ in range(draws):
+        inputs = [make(*lead, n), make(f, n, scale=n**-0.5), make(f) if biases[0] else None]
+        inputs += [make(m, f, scale=f**-0.5), make(m) if biases[1] else None, make(*lead, m) if with_residual else None]
+        cotangent = make(*lead, m)
+        drawn.append(list(zip(run(pyfused.ffn, dtype), run(plain, dtype), run(plain, torch.float64))))
+    for i, judged in enumerate(zip(*drawn)):
+        assert all(actual.dtype == dtype for actual, _, _ in judged)
+        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, biases {biases}, residual {with_residual}: output {i}"
+        assert_close(*map(torch.stack, zip(*judged)), what)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_and_backward(each_backend, dtype, device, activation):
+    interpreted = each_backend == "triton" and device == "cpu"
+    options = list(itertools.product([(True, True), (False, True), (True, False), (False, False)], [True, False]))
+    for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
+        if interpreted and i % 4 != 0:
+            continue
+        draws = 20 if 1 in size else 5 if rows < 3 else 2
+        for biases, with_residual in (options[i % 8], options[(i + 3) % 8]):  # 36 cases: each option with most sizes
+            check(activation, dtype, device, (rows,), *size, biases, with_residual, 2 if interpreted else draws)
+    check(activation, dtype, device, (2, 3), 10, 20, 10, (True, True), True)
+    check(activation, dtype, device, (), 10, 20, 10, (True, True), True, draws=2)
+
+
+@pytest.mark.parametrize("rows, n, f, m", LARGE)
+def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
+    check("gelu_tanh", dtype, device, (rows,), n, f, m, (True, True), True)
+
+
+def scalar(x, activation):
+    """activation(x) elementwise, through an ffn of one feature whose weights are one."""
+    one = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    return pyfused.ffn(x[:, None], one, None, one, None, activation=activation)[:, 0]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_on_a_dense_grid(each_backend, dtype, device, activation):
+    """Chunk by chunk, so that a small value next to large ones is held to its own scale."""
+    points, chunks = (2000, 25) if each_backend == "triton" and device == "cpu" else (200000, 400)
+    wide = torch.linspace(-15, 15, points)
+    fine = torch.logspace(-6, 0, points // 10)
+    for grid in (wide, fine, -fine):
+        grid = grid.to(dtype).to(device)
+
+        def run(function, x):
+            x = x.clone().requires_grad_()
+            y = function(x)
+            return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+        actual = run(lambda x: scalar(x, activation), grid)
+        expected, truth = run(PLAIN[activation], grid), run(PLAIN[activation], grid.double())
+        for a, p, t in zip(actual, expected, truth):
+            for i, parts in enumerate(zip(a.chunk(chunks), p.chunk(chunks), t.chunk(chunks))):
+                assert_close(*parts, f"{activation}, chunk {i}")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 40], ids=["few", "many"])
+def test_extreme_inputs_do_as_torch_does(each_backend, dtype, device, activation, rows):
+    values = [1e4, -1e4, 100.0, -100.0, 88.5, -88.5, 0.0, -0.0, float("nan"), float("inf"), float("-inf"), 6e-5]
+    for value in values:
+        x = torch.full((rows,), value, dtype=dtype, device=device)
+        y, expected = scalar(x, activation), PLAIN[activation](x)
+        assert torch.equal(y.isnan(), expected.isnan()), value
+        assert torch.equal(y.isinf(), expected.isinf()), value
+        if expected.isfinite().all():
+            assert_close(y, expected, PLAIN[activation](x.double()), f"{activation}({value})")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_gradients_do_as_torch_does(each_backend, dtype, device, activation):
+    def gradient(function, dtype):
+        x = torch.tensor([1e4, -1e4, 100.0, -100.0, 0.0, float("nan")], dtype=dtype, device=device, requires_grad=True)
+        return torch.autograd.grad(function(x).sum(), x)[0]
+
+    actual = gradient(lambda x: scalar(x, activation), dtype)
+    expected, truth = gradient(PLAIN[activation], dtype), gradient(PLAIN[activation], torch.float64)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert_close(actual[finite], expected[finite], truth[finite])
+
+
+def test_alias_and_no_grad(each_backend, device):
+    x, w_in, w_out = (torch.randn(s, device=device) for s in [(5, 12), (20, 12), (12, 20)])
+    named = pyfused.ffn(x, w_in, None, w_out, None, activation="gelu_tanh")
+    assert torch.equal(named, pyfused.ffn(x, w_in, None, w_out, None, activation="gelu_new"))
+    w_in.requires_grad_()
+    assert torch.equal(named, pyfused.ffn(x, w_in, None, w_out, None, activation="gelu_tanh").detach())
+
+
+def test_strides(each_backend, device):
+    base, residuals = torch.randn(4, 6, 80, device=device), torch.randn(4, 6, 50, device=device)
+    w_in, w_out = torch.randn(60, 90, device=device)[:, :40], torch.randn(60, 24, device=device).t()
+    for x in (base[..., :40], base[..., 1::2], base[:1, :, 20:60].expand(4, 6, 40)):
+        for residual in (None, residuals[..., 3:27]):
+            actual = pyfused.ffn(x, w_in, None, w_out, None, activation="silu", residual=residual)
+            tensors = (x, w_in, None, w_out, None)
+            truth = plain(*(t if t is None else t.double() for t in tensors), "silu", None if residual is None else residual.double())
+            assert_close(actual, plain(*tensors, "silu", residual), truth)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_reference(activation):
+    shapes = [(2, 3, 4), (6, 4), (6,), (5, 6), (5,), (2, 3, 5)]
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *t: pyfused.ffn(*t[:5], activation=activation, residual=t[5]), tensors)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(each_backend, device, full):
+    x, w_in, b_in, w_out, b_out, residual = (
+        torch.randn(s, device=device, requires_grad=True) for s in [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
+    )
+    if not full:
+        b_in = b_out = residual = None
+    torch.library.opcheck(torch.ops.pyfused.ffn, (x, w_in, b_in, w_out, b_out, "gelu", residual, True))
+    grad_y, pre = torch.randn(3, 6, device=device), torch.randn(3, 10, device=device)
+    arguments = (grad_y, x.detach(), w_in.detach(), w_out.detach(), pre, "gelu", full, full)
+    torch.library.opcheck(torch.ops.pyfused.ffn_backward, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "x is int64"),
+        ({"w_in": torch.ones(16, 7)}, ValueError, r"w_in has shape \(16, 7\)"),
+        ({"w_out": torch.ones(8, 8)}, ValueError, r"w_out has shape \(8, 8\)"),
+        ({"w_out": torch.ones(8, 16, dtype=torch.bfloat16)}, TypeError, "w_out is bfloat16"),
+        ({"b_in": torch.ones(8)}, ValueError, "b_in has shape"),
+        ({"b_out": torch.ones(16)}, ValueError, "b_out has shape"),
+        ({"residual": torch.ones(8)}, ValueError, "residual has shape"),
+        ({"activation": "swish"}, ValueError, "activation='swish'"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"x": torch.ones(2, 8), "w_in": torch.ones(16, 8), "b_in": None, "w_out": torch.ones(8, 16), "b_out": None}
+    with pytest.raises(error, match=message):
+        pyfused.ffn(**{**arguments, "activation": "relu", **change})

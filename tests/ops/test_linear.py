@@ -1,0 +1,163 @@
+"""Is linear right on every backend that has it? Values, gradients, strides, errors, registration."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused import dispatch
+from pyfused.testing import assert_close, available, running
+
+BACKENDS = [
+    name
+    for name in available("cuda" if torch.cuda.is_available() else "cpu")
+    if dispatch.kernel(name.partition(":")[0], "linear") is not None
+]
+# (rows, K, N): every kernel and every edge of its tiles; 8 and 16 rows are where gemv ends, 513 rows are two blocks.
+SHAPES = [
+    *itertools.product([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 129], [(1, 5), (5, 1), (96, 768), (131, 97)]),
+    *itertools.product([1, 2, 7, 16, 17, 129], [(768, 1000), (1000, 96), (800, 51)]),
+    (513, (40, 50)),
+    (0, (8, 8)),
+    (3, (16, 0)),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request):
+    with running(request.param):
+        yield request.param
+
+
+def plain(x, weight, bias=None, residual=None):
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def make(dtype, device, *shape, scale=1.0):
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def draws(numbers):
+    """How many inputs to judge together: of a few numbers alone, plain PyTorch's largest error says little."""
+    return min(50, max(1, 200 // max(numbers, 1)))
+
+
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
+def test_forward(each_backend, dtype, device, with_bias, with_residual):
+    for rows, (k, n) in SHAPES:
+        judged = []
+        for _ in range(draws(rows * n)):
+            x, weight = make(dtype, device, rows, k), make(dtype, device, n, k, scale=k**-0.5)
+            bias = make(dtype, device, n) if with_bias else None
+            residual = make(dtype, device, rows, n) if with_residual else None
+            y = pyfused.linear(x, weight, bias, residual=residual)
+            assert y.dtype == dtype
+            assert y.is_contiguous()
+            truth = plain(*(None if t is None else t.double() for t in (x, weight, bias, residual)))
+            judged.append((y, plain(x, weight, bias, residual), truth))
+        assert_close(*map(torch.cat, zip(*judged)), f"rows {rows}, K {k}, N {n}")
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 33), (40,), (2, 0, 7)], ids=str)
+def test_gradients(each_backend, dtype, device, shape):
+    k, n = shape[-1], 21
+    out = (*shape[:-1], n)
+    inputs = [make(dtype, device, *s) for s in (shape, (n, k), (n,), out)]
+    cotangent = make(dtype, device, *out)
+
+    def run(function, wide):
+        leaves = [t.to(wide).requires_grad_() for t in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
+
+    actual = run(lambda x, w, b, r: pyfused.linear(x, w, b, residual=r), dtype)
+    for i, (a, p, t) in enumerate(zip(actual, run(plain, dtype), run(plain, torch.float64))):
+        assert a.dtype == dtype
+        assert_close(a, p, t, f"output {i}")
+
+
+def test_only_wanted_gradients(each_backend, device):
+    x, weight = make(torch.float32, device, 4, 8), make(torch.float32, device, 6, 8).requires_grad_()
+    pyfused.linear(x, weight).sum().backward()
+    assert x.grad is None
+    assert torch.allclose(weight.grad, x.sum(0).expand(6, 8), atol=1e-5)
+
+
+def test_strides(each_backend, dtype, device):
+    base, weights = make(dtype, device, 4, 6, 80), make(dtype, device, 50, 90)
+    wide = make(dtype, device, 4, 6, 100)
+    for weight in (weights[:, :40], weights[:40, 20:60], weights[:50:2, 3:43], make(dtype, device, 40, 50).t()):
+        n = weight.shape[0]
+        for x in (base[..., :40], base[..., 40:], base[..., ::2], base.transpose(0, 1)[..., 7:47], base[:1, :1, :40].expand(4, 6, 40)):
+            residual = wide[..., :n] if x.shape[0] == 4 else wide.transpose(0, 1)[..., 1 : n + 1]
+            for r in (None, residual):
+                truth = plain(x.double(), weight.double(), None, None if r is None else r.double())
+                assert_close(pyfused.linear(x, weight, residual=r), plain(x, weight, None, r), truth)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows):
+    x, weight = make(dtype, device, rows, 70), make(dtype, device, 30, 70)
+    x[0, 69] = float("nan")
+    x[-1, 3] = float("inf")
+    weight[7, 5] = float("-inf")
+    y, expected = pyfused.linear(x, weight), plain(x, weight)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+    assert torch.equal(y.isneginf(), expected.isneginf())
+
+
+def test_two_threads_agree_with_one(each_backend, dtype, device):
+    x, weight, bias = make(dtype, device, 33, 512), make(dtype, device, 700, 512), make(dtype, device, 700)
+    for rows in (1, 5, 33):
+        alone = pyfused.linear(x[:rows], weight, bias)
+        torch.set_num_threads(2)
+        try:
+            both = pyfused.linear(x[:rows], weight, bias)
+        finally:
+            torch.set_num_threads(1)
+        truth = plain(x[:rows].double(), weight.double(), bias.double())
+        assert_close(both, alone, truth)
+
+
+def test_gradcheck_reference():
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(2, 3, 4), (5, 4), (5,), (2, 3, 5)]]
+    assert torch.autograd.gradcheck(lambda x, w, b, r: pyfused.linear(x, w, b, residual=r), tensors)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(each_backend, device, full):
+    x, weight, bias, residual = (torch.randn(s, device=device, requires_grad=True) for s in [(3, 8), (6, 8), (6,), (3, 6)])
+    arguments = (x, weight, bias if full else None, residual if full else None)
+    torch.library.opcheck(torch.ops.pyfused.linear, arguments)
+
+
+def test_explain_names_the_reason_for_a_transposed_weight():
+    x, weight = torch.randn(2, 64), torch.randn(64, 32).t()
+    if "cpu:baseline" in BACKENDS:
+        assert pyfused.explain("linear", x, weight).backend == "reference"
+        assert "contiguous" in str(pyfused.explain("linear", x, weight))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "x is int64"),
+        ({"weight": torch.ones(4, 7)}, ValueError, r"weight has shape \(4, 7\)"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight has shape \(8,\)"),
+        ({"weight": torch.ones(4, 8, dtype=torch.float16)}, TypeError, "weight is float16"),
+        ({"bias": torch.ones(5)}, ValueError, "bias has shape"),
+        ({"residual": torch.ones(4)}, ValueError, "residual has shape"),
+        ({"residual": torch.ones(2, 4, device="meta")}, ValueError, "residual is on meta"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"x": torch.ones(2, 8), "weight": torch.ones(4, 8), **change}
+    with pytest.raises(error, match=message):
+        pyfused.linear(**arguments)
