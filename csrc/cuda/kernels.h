@@ -1,5 +1,5 @@
-// What may cuda_bindings.cpp call? The launchers of every operator. `addr` is a device pointer or a stream handle, 0 for
-// none; strides count elements; dtype is 0 float32, 1 float16, 2 bfloat16. Python has checked everything (pyfused/ops).
+// What may cuda_bindings.cpp call? The launchers of every operator. `addr` is a device pointer or a stream handle, 0
+// for none; strides count elements; dtype is 0 float32, 1 float16, 2 bfloat16. Python has checked everything.
 // A launcher returns once the kernels are in the stream; a CUDA error throws std::runtime_error.
 #pragma once
 

@@ -4,11 +4,11 @@
 // measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and 45 us. Backward of 4096 x 1024: 8.4 us, plus a
 // second launch and 1 us for the partial sums.
 //
-// Tiling: up to N = 1024 a warp owns a row, four rows a block, so that short rows fill the chip and no barrier is met; a
-// lane holds 8, 16 or 32 elements in registers. Up to 16384 a block owns a row, 32 elements a thread. Beyond, a block
-// walks the row and reads it again from the L2. The variance is the two-pass one, corrected by the mean of the deviations.
-// Every access has 16 bytes where all addresses and strides allow it. Else the same kernels move one element at a time,
-// and a row walks through the L2 from N = 257 on: the addresses alone would fill the registers.
+// Tiling: up to N = 1024 a warp owns a row, four rows a block, so that short rows fill the chip and no barrier is met;
+// a lane holds 8, 16 or 32 elements in registers. Up to 16384 a block owns a row, 32 elements a thread. Beyond, a block
+// walks the row and reads it again from the L2. The variance is the two-pass one, corrected by the mean of the
+// deviations. Every access has 16 bytes where all addresses and strides allow it. Else the same kernels move one element
+// at a time, and a row walks through the L2 from N = 257 on: the addresses alone would fill the registers.
 //
 // Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight. Weight gradients
 // in two stages, bitwise repeatable: a share of the rows each (in registers up to N = 8192, by columns beyond), then the
@@ -27,7 +27,6 @@ constexpr int kBlockRow = 16384;       // the longest row that a block keeps in 
 constexpr int kBackwardRow = 8192;     // and backward, where a thread also keeps two sums an element
 constexpr int kColumns = 128;          // of a block that sums columns
 constexpr int kSums = 8;               // threads that share a column of partial sums
-constexpr int64_t kGrid = 1 << 30;     // blocks of a grid; more rows go round again
 
 template <class T> struct Tensors {
   const T *x, *residual, *weight, *bias;
@@ -319,15 +318,6 @@ __global__ void __launch_bounds__(kWarp* kSums)
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-unsigned capped(int64_t blocks) { return (unsigned)(blocks < kGrid ? blocks : kGrid); }
-
-// Threads of a block that owns a row of n elements, `each` of them a thread: whole warps, 1024 at most.
-unsigned row_threads(int64_t n, int each) {
-  const int64_t warps = up(up(n, each), kWarp);
-  return (unsigned)((warps < 32 ? warps : 32) * kWarp);
-}
-
 template <class T, int V, int ITEMS> void forward_by_warp(const Tensors<T>& a, addr stream) {
   auto kernel = forward_kernel<T, V, ITEMS, true>;
   PYFUSED_LAUNCH(kernel, capped(up(a.rows, kRowsPerBlock)), kRowsPerBlock * kWarp, 0, stream, a);
@@ -369,18 +359,6 @@ template <class T, int V> void backward(const Gradients<T>& a, int64_t parts, ad
   const dim3 tiles((unsigned)up(a.n, kColumns * V), (unsigned)parts);
   PYFUSED_LAUNCH(columns, tiles, kColumns, 0, stream, a);
 }
-
-#define PYFUSED_BY_DTYPE(dtype, ...)                            \
-  if (dtype == 0) {                                             \
-    using T = float;                                            \
-    __VA_ARGS__                                                 \
-  } else if (dtype == 1) {                                      \
-    using T = __half;                                           \
-    __VA_ARGS__                                                 \
-  } else {                                                      \
-    using T = __nv_bfloat16;                                    \
-    __VA_ARGS__                                                 \
-  }
 
 }  // namespace
 

@@ -13,6 +13,19 @@
   kernel<<<grid, block, shared, (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #endif
 
+// Runs the statement with T as the dtype of a code.
+#define PYFUSED_BY_DTYPE(dtype, ...) \
+  if (dtype == 0) {                  \
+    using T = float;                 \
+    __VA_ARGS__                      \
+  } else if (dtype == 1) {           \
+    using T = __half;                \
+    __VA_ARGS__                      \
+  } else {                           \
+    using T = __nv_bfloat16;         \
+    __VA_ARGS__                      \
+  }
+
 namespace pyfused {
 
 constexpr int kWarp = 32;

@@ -46,6 +46,17 @@ class OnDevice {
   bool moved_ = false;
 };
 
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a grid: a kernel goes round again over what is beyond.
+inline unsigned capped(int64_t blocks) { return (unsigned)(blocks < (1 << 30) ? blocks : 1 << 30); }
+
+// Threads of a block that owns a row of n elements, `each` of them a thread: whole warps, 1024 at most.
+inline unsigned row_threads(int64_t n, int each) {
+  const int64_t warps = up(up(n, each), 32);
+  return (unsigned)((warps < 32 ? warps : 32) * 32);
+}
+
 inline bool aligned16(std::initializer_list<std::uintptr_t> addresses) {
   for (std::uintptr_t a : addresses)
     if (a % 16) return false;
