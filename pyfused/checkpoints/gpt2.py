@@ -133,11 +133,15 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     dropout = config.get("dropout", 0.1)
     rates = {name: config.get(f"{name}_dropout") for name in ("embedding", "attention", "residual")}
     rates = {name: dropout if rate is None else rate for name, rate in rates.items()}
+    # transformers' default, which lies outside a smaller vocabulary.
+    end = 50256 if config["vocabulary_size"] > 50256 else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "dtype": dtype,
         "vocab_size": config["vocabulary_size"],
+        "bos_token_id": end,
+        "eos_token_id": end,
         "n_positions": config.get("max_sequence_length", 1024),
         "n_embd": hidden_dim,
         "n_layer": config["num_layers"],
