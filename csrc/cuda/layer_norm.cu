@@ -43,12 +43,8 @@ template <class T> struct Gradients {
 };
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
-
 // The sum over the threads that own a row: a warp, or a block with its scratch.
-template <bool WARP> __device__ float row_sum(float v, float* scratch) {
-  if constexpr (WARP) return warp_sum(v);
-  else return block_sum(v, scratch);
-}
+template <bool WARP> __device__ float row_sum(float v, float* f) { return WARP ? warp_sum(v) : block_sum(v, f); }
 
 // in += other, rounded and kept in `total`.
 template <class T, int V>
@@ -367,8 +363,7 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
     constexpr int V = 16 / sizeof(T);
     if (aligned16({x, residual, weight, bias, y, total}) && n % V == 0 && x_stride % V == 0 && residual_stride % V == 0)
       forward<T, V>(a, stream);
-    else
-      forward<T, 1>(a, stream);
+    else forward<T, 1>(a, stream);
   })
   launch.check();
 }
@@ -392,8 +387,7 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
       constexpr int V = 16 / sizeof(T);
       if (aligned16({grad_y, grad_total, x, weight, grad_x}) && n % V == 0 && x_stride % V == 0)
         backward<T, V>(a, parts, stream);
-      else
-        backward<T, 1>(a, parts, stream);
+      else backward<T, 1>(a, parts, stream);
       launch.check();
     }
     auto kernel = reduce_kernel<T>;

@@ -57,7 +57,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activate_with_slope(x, ACTIVATION: tl.constexpr):
     """(activation(x), its derivative) for float32 x."""
     if ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         p, slope = _logistic_with_slope(x)
         return x * p, p + x * slope
