@@ -1,18 +1,17 @@
 // layer_norm on CUDA: total = x + residual; y = (total - mean) * rstd * weight + bias, statistics in float32.
 //
-// Moves: reads x (and residual) once, writes y (and total) once. Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet
-// measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and 45 us. Backward of 4096 x 1024: 8.4 us, plus a
-// second launch and 1 us for the partial sums.
+// Moves: x (and residual) read once, y (and total) written once. Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet
+// measured: N = 768 alone 17 us, with residual 34; N = 1024 22 and 45. Backward, 4096 x 1024: 8.4 us, 1 for the sums.
 //
 // Tiling: up to N = 1024 a warp owns a row, four rows a block, so that short rows fill the chip and no barrier is met;
-// a lane holds 8, 16 or 32 elements in registers. Up to 16384 a block owns a row, 32 elements a thread. Beyond, a block
+// a lane holds 8, 16 or 32 elements in registers. Up to 8192 a block owns a row, 16 elements a thread. Beyond, a block
 // walks the row and reads it again from the L2. The variance is the two-pass one, corrected by the mean of the
-// deviations. Every access has 16 bytes where all addresses and strides allow it. Else the same kernels move one element
-// at a time, and a row walks through the L2 from N = 257 on: the addresses alone would fill the registers.
+// deviations. Every access has 16 bytes where all addresses and strides allow it; else the kernels move one element at
+// a time, and a row walks through the L2 from N = 257 on: the addresses alone would fill the registers.
 //
-// Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight. Weight gradients
-// in two stages, bitwise repeatable: a share of the rows each (in registers up to N = 8192, by columns beyond), then the
-// shares in order. No atomics.
+// Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total, g = grad_y * weight. Weight gradients
+// in two stages, bitwise repeatable, no atomics: a share of the rows each (in registers up to N = 8192, by columns
+// beyond), then the shares in order.
 #include "kernels.h"
 #include "pyfused/device.cuh"
 #include "pyfused/launch.h"
@@ -23,8 +22,7 @@ namespace {
 constexpr int kRowsPerBlock = 4;       // of rows that a warp owns, forward
 constexpr int kBackwardRows = 8;       // and backward, where a block also adds up its warps' sums
 constexpr int kWarpRow = 1024;         // the longest of them
-constexpr int kBlockRow = 16384;       // the longest row that a block keeps in registers, forward
-constexpr int kBackwardRow = 8192;     // and backward, where a thread also keeps two sums an element
+constexpr int kBlockRow = 8192;        // the longest row that a block keeps in registers, 16 elements a thread
 constexpr int kColumns = 128;          // of a block that sums columns
 constexpr int kSums = 8;               // threads that share a column of partial sums
 
@@ -45,11 +43,27 @@ template <class T> struct Gradients {
 };
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
-
 // The sum over the threads that own a row: a warp, or a block with its scratch.
-template <bool WARP> __device__ float row_sum(float v, float* scratch) {
-  if constexpr (WARP) return warp_sum(v);
-  else return block_sum(v, scratch);
+template <bool WARP> __device__ float row_sum(float v, float* f) { return WARP ? warp_sum(v) : block_sum(v, f); }
+
+// in += other, rounded and kept in `total`.
+template <class T, int V>
+__device__ void add(const Tensors<T>& a, int64_t row, int64_t at, const Pack<T, V>& other, Pack<T, V>& in) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) in.at[j] = narrow<T>(widen(in.at[j]) + widen(other.at[j]));
+  store<V>(a.total + row * a.n + at, in);
+}
+
+// y = deviation * rstd * weight + bias
+template <class T, int V>
+__device__ void write(const Tensors<T>& a, int64_t row, int64_t at, const float (&deviation)[V], float rstd) {
+  const Pack<T, V> weight = load<V>(a.weight + at);
+  Pack<T, V> bias{}, out;
+  if (a.bias) bias = load<V>(a.bias + at);
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    out.at[j] = narrow<T>(deviation[j] * rstd * widen(weight.at[j]) + (a.bias ? widen(bias.at[j]) : 0.0f));
+  store<V>(a.y + row * a.n + at, out);
 }
 
 // A row in registers: ITEMS vectors of V elements a thread, `step` threads a row.
@@ -63,23 +77,20 @@ __global__ void __launch_bounds__(WARP ? kRowsPerBlock * kWarp : 512) forward_ke
   for (int64_t row = blockIdx.x * together + (WARP ? threadIdx.x / kWarp : 0); row < a.rows;
        row += gridDim.x * together) {
     const T* x = a.x + row * a.x_stride;
-    float t[ITEMS][V];
-    float sum = 0;
+    float t[ITEMS][V], sum = 0;
     Pack<T, V> in[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)  // all loads of a row are under way before the first is used
       if (first + i * step < n) in[i] = load<V>(x + first + i * step);
     if (a.residual) {
       const T* residual = a.residual + row * a.residual_stride;
-      T* total = a.total + row * a.n;
+      Pack<T, V> other[ITEMS];
 #pragma unroll
       for (int i = 0; i < ITEMS; ++i)
-        if (first + i * step < n) {
-          const Pack<T, V> other = load<V>(residual + first + i * step);
+        if (first + i * step < n) other[i] = load<V>(residual + first + i * step);
 #pragma unroll
-          for (int j = 0; j < V; ++j) in[i].at[j] = narrow<T>(widen(in[i].at[j]) + widen(other.at[j]));
-          store<V>(total + first + i * step, in[i]);
-        }
+      for (int i = 0; i < ITEMS; ++i)
+        if (first + i * step < n) add(a, row, first + i * step, other[i], in[i]);
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
@@ -101,18 +112,12 @@ __global__ void __launch_bounds__(WARP ? kRowsPerBlock * kWarp : 512) forward_ke
     const float shift = row_sum<WARP>(drift, scratch) / n;
     const float variance = fmaxf(row_sum<WARP>(square, scratch) / n - shift * shift, 0.0f);
     const float rstd = 1.0f / sqrtf(variance + a.eps);
-    T* y = a.y + row * a.n;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i)
-      if (const int at = first + i * step; at < n) {
-        const Pack<T, V> weight = load<V>(a.weight + at);
-        Pack<T, V> bias{}, out;
-        if (a.bias) bias = load<V>(a.bias + at);
+    for (int i = 0; i < ITEMS; ++i) {
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-          out.at[j] = narrow<T>((t[i][j] - shift) * rstd * widen(weight.at[j]) + (a.bias ? widen(bias.at[j]) : 0.0f));
-        store<V>(y + at, out);
-      }
+      for (int j = 0; j < V; ++j) t[i][j] -= shift;
+      if (first + i * step < n) write(a, row, first + i * step, t[i], rstd);
+    }
     if (first == 0 && a.mean) a.mean[row] = rough + shift, a.rstd[row] = rstd;
   }
 }
@@ -123,20 +128,14 @@ template <class T, int V> __global__ void __launch_bounds__(1024) forward_long_k
   const int64_t step = (int64_t)blockDim.x * V, first = (int64_t)threadIdx.x * V;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* x = a.x + row * a.x_stride;
-    T* total = a.total + row * a.n;
     float sum = 0;
     for (int64_t at = first; at < a.n; at += step) {
       Pack<T, V> in = load<V>(x + at);
-      if (a.residual) {
-        const Pack<T, V> other = load<V>(a.residual + row * a.residual_stride + at);
-#pragma unroll
-        for (int j = 0; j < V; ++j) in.at[j] = narrow<T>(widen(in.at[j]) + widen(other.at[j]));
-        store<V>(total + at, in);
-      }
+      if (a.residual) add(a, row, at, load<V>(a.residual + row * a.residual_stride + at), in);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum += widen(in.at[j]);
     }
-    if (a.residual) x = total;  // a thread reads back only what it wrote itself
+    if (a.residual) x = a.total + row * a.n;  // a thread reads back only what it wrote itself
     const float rough = block_sum(sum, scratch) / a.n;
     float drift = 0, square = 0;
     for (int64_t at = first; at < a.n; at += step) {
@@ -152,17 +151,29 @@ template <class T, int V> __global__ void __launch_bounds__(1024) forward_long_k
     const float variance = fmaxf(block_sum(square, scratch) / a.n - shift * shift, 0.0f);
     const float rstd = 1.0f / sqrtf(variance + a.eps);
     for (int64_t at = first; at < a.n; at += step) {
-      const Pack<T, V> in = load<V>(x + at), weight = load<V>(a.weight + at);
-      Pack<T, V> bias{}, out;
-      if (a.bias) bias = load<V>(a.bias + at);
+      const Pack<T, V> in = load<V>(x + at);
+      float deviation[V];
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        out.at[j] = narrow<T>((widen(in.at[j]) - rough - shift) * rstd * widen(weight.at[j]) +
-                              (a.bias ? widen(bias.at[j]) : 0.0f));
-      store<V>(a.y + row * a.n + at, out);
+      for (int j = 0; j < V; ++j) deviation[j] = widen(in.at[j]) - rough - shift;
+      write(a, row, at, deviation, rstd);
     }
     if (first == 0 && a.mean) a.mean[row] = rough + shift, a.rstd[row] = rstd;
   }
+}
+
+// g is rounded before it is used: else, at N = 1, g - mean(g) would not be exactly zero.
+template <class T, int V>
+__device__ void write_gradient(const Gradients<T>& a, int64_t row, int64_t at, const Pack<T, V>& dy,
+                               const Pack<T, V>& x, float mean, float rstd, float mean_g, float mean_gx) {
+  const Pack<T, V> weight = load<V>(a.weight + at);
+  Pack<T, V> extra{}, out;
+  if (a.grad_total) extra = load<V>(a.grad_total + row * a.n + at);
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float xhat = (widen(x.at[j]) - mean) * rstd, g = __fmul_rn(widen(dy.at[j]), widen(weight.at[j]));
+    out.at[j] = narrow<T>((g - mean_g - xhat * mean_gx) * rstd + (a.grad_total ? widen(extra.at[j]) : 0.0f));
+  }
+  store<V>(a.grad_x + row * a.n + at, out);
 }
 
 // A block takes a share of the rows and keeps the sums of its weight gradients in registers. g and xhat are computed
@@ -194,7 +205,7 @@ __global__ void __launch_bounds__(WARP ? kBackwardRows * kWarp : 512) backward_k
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const float d = widen(dy[i].at[j]), xhat = (widen(x[i].at[j]) - mean) * rstd;
-          const float g = __fmul_rn(d, widen(weight.at[j]));  // rounded: at N = 1, g - mean(g) is exactly zero
+          const float g = __fmul_rn(d, widen(weight.at[j]));
           sum_g += g;
           sum_gx += g * xhat;
           grad_weight[i][j] += d * xhat;
@@ -204,41 +215,29 @@ __global__ void __launch_bounds__(WARP ? kBackwardRows * kWarp : 512) backward_k
     const float mean_g = row_sum<WARP>(sum_g, scratch) / n, mean_gx = row_sum<WARP>(sum_gx, scratch) / n;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
-      if (const int at = first + i * step; at < n) {
-        const Pack<T, V> weight = load<V>(a.weight + at);
-        Pack<T, V> extra{}, out;
-        if (a.grad_total) extra = load<V>(a.grad_total + row * a.n + at);
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const float xhat = (widen(x[i].at[j]) - mean) * rstd;
-          const float g = __fmul_rn(widen(dy[i].at[j]), widen(weight.at[j]));
-          out.at[j] = narrow<T>((g - mean_g - xhat * mean_gx) * rstd + (a.grad_total ? widen(extra.at[j]) : 0.0f));
-        }
-        store<V>(a.grad_x + row * a.n + at, out);
-      }
+      if (const int at = first + i * step; at < n)
+        write_gradient(a, row, at, dy[i], x[i], mean, rstd, mean_g, mean_gx);
   }
   float* partial = a.partial + blockIdx.x * 2 * a.n;
 #pragma unroll
   for (int which = 0; which < 2; ++which, partial += a.n) {
     float(*grad)[V] = which ? grad_bias : grad_weight;
+    if (WARP) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const int at = first + i * step + j;
+        if constexpr (WARP) sums[own][at] = grad[i][j];
+        else if (at < n) partial[at] = grad[i][j];
+      }
     if constexpr (WARP) {  // the warps of a block hold the same columns: add them in order
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < ITEMS; ++i)
-#pragma unroll
-        for (int j = 0; j < V; ++j) sums[own][first + i * step + j] = grad[i][j];
       __syncthreads();
       for (int at = threadIdx.x; at < n; at += blockDim.x) {
         float total = 0;
         for (int warp = 0; warp < kBackwardRows; ++warp) total += sums[warp][at];
         partial[at] = total;
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < ITEMS; ++i)
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (first + i * step < n) partial[first + i * step + j] = grad[i][j];
     }
   }
 }
@@ -261,18 +260,8 @@ template <class T, int V> __global__ void __launch_bounds__(1024) backward_long_
       }
     }
     const float mean_g = block_sum(sum_g, scratch) / a.n, mean_gx = block_sum(sum_gx, scratch) / a.n;
-    for (int64_t at = first; at < a.n; at += step) {
-      const Pack<T, V> dy = load<V>(grad_y + at), in = load<V>(x + at), weight = load<V>(a.weight + at);
-      Pack<T, V> extra{}, out;
-      if (a.grad_total) extra = load<V>(a.grad_total + row * a.n + at);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const float g = __fmul_rn(widen(dy.at[j]), widen(weight.at[j]));
-        out.at[j] = narrow<T>((g - mean_g - (widen(in.at[j]) - mean) * rstd * mean_gx) * rstd +
-                              (a.grad_total ? widen(extra.at[j]) : 0.0f));
-      }
-      store<V>(a.grad_x + row * a.n + at, out);
-    }
+    for (int64_t at = first; at < a.n; at += step)
+      write_gradient(a, row, at, load<V>(grad_y + at), load<V>(x + at), mean, rstd, mean_g, mean_gx);
   }
 }
 
@@ -329,8 +318,8 @@ template <class T, int V> void forward(const Tensors<T>& a, addr stream) {
     if (a.n <= 512) return forward_by_warp<T, V, 16 / V>(a, stream);
     if (a.n <= kWarpRow) return forward_by_warp<T, V, 32 / V>(a, stream);
     if (a.n <= kBlockRow) {
-      auto kernel = forward_kernel<T, V, 32 / V, false>;
-      PYFUSED_LAUNCH(kernel, capped(a.rows), row_threads(a.n, 32), 0, stream, a);
+      auto kernel = forward_kernel<T, V, 16 / V, false>;
+      PYFUSED_LAUNCH(kernel, capped(a.rows), row_threads(a.n, 16), 0, stream, a);
       return;
     }
   }
@@ -347,7 +336,7 @@ template <class T, int V> void backward(const Gradients<T>& a, int64_t parts, ad
   if (a.n <= 256) return backward_by_warp<T, V, 8 / V>(a, parts, stream);
   if constexpr (V > 1) {
     if (a.n <= kWarpRow) return backward_by_warp<T, V, 32 / V>(a, parts, stream);
-    if (a.n <= kBackwardRow) {
+    if (a.n <= kBlockRow) {
       auto kernel = backward_kernel<T, V, 16 / V, false>;
       PYFUSED_LAUNCH(kernel, (unsigned)parts, row_threads(a.n, 16), 0, stream, a);
       return;
@@ -374,8 +363,7 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
     constexpr int V = 16 / sizeof(T);
     if (aligned16({x, residual, weight, bias, y, total}) && n % V == 0 && x_stride % V == 0 && residual_stride % V == 0)
       forward<T, V>(a, stream);
-    else
-      forward<T, 1>(a, stream);
+    else forward<T, 1>(a, stream);
   })
   launch.check();
 }
@@ -399,8 +387,7 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
       constexpr int V = 16 / sizeof(T);
       if (aligned16({grad_y, grad_total, x, weight, grad_x}) && n % V == 0 && x_stride % V == 0)
         backward<T, V>(a, parts, stream);
-      else
-        backward<T, 1>(a, parts, stream);
+      else backward<T, 1>(a, parts, stream);
       launch.check();
     }
     auto kernel = reduce_kernel<T>;
