@@ -48,13 +48,19 @@ template <class T> struct Backward {
     }
   }
 
-  float delta(int64_t b, int64_t h, int64_t i) const {
-    const T *o = out.at(b, h, i), *g = grad_out.at(b, h, i);
-    vfloat sum{};
-    int64_t k = 0;
-    for (; k + kWidth <= p.d; k += kWidth) sum += load(o + k) * load(g + k);
-    if (k < p.d) sum += load_partial(o + k, p.d - k) * load_partial(g + k, p.d - k);
-    return sum_lanes(sum);
+  // delta in the lanes, added up in the order of dots(): a query with one visible key then has out = value and
+  // delta = grad_out value^T to the last bit, and the gradient of its score is the zero that it should be.
+  void deltas(const float* grad_out_lanes, const float* out_lanes, vfloat* delta) const {
+    for (int v = 0; v < 2; ++v) {
+      vfloat total{};
+      for (int64_t k = 0; k < p.d; k += kChain) {
+        vfloat sum{};
+        for (int64_t i = k; i < p.d && i < k + kChain; ++i)
+          sum += load(out_lanes + i * kGroup + v * kWidth) * load(grad_out_lanes + i * kGroup + v * kWidth);
+        total = k ? total + sum : sum;
+      }
+      delta[v] = total;
+    }
   }
 
   // C (rows, width) += factor * A (rows, depth) B (depth, width), with A as it lies in a tile.
@@ -73,15 +79,16 @@ template <class T> struct Backward {
     const int64_t lanes = p.d * kGroup;
     Group<T> group[kBlockGroups];
     vfloat row_lse[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
-    for (int64_t i = 0; i < groups * kGroup; ++i) {
+    for (int64_t i = 0; i < groups * kGroup; ++i)
       row_lse[i / kWidth][i % kWidth] = i < rows ? lse[(b * p.h + h) * p.sq + first + i] : INFINITY;
-      row_delta[i / kWidth][i % kWidth] = i < rows ? delta(b, h, first + i) : 0;
-    }
     for (int g = 0; g < groups; ++g) {
       const int64_t i = first + g * kGroup;
       group[g] = Group<T>(p, keys, b, h, i);
       to_lanes(p.query.at(b, h, i), p.query.row, group[g].rows, p.d, x.query_lanes + g * lanes, kGroup);
       to_lanes(grad_out.at(b, h, i), grad_out.row, group[g].rows, p.d, x.grad_out_lanes + g * lanes, kGroup);
+      float* out_lanes = x.grad_query_lanes + g * lanes;  // not in use yet
+      to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
+      deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
     }
     for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});
     copy_rows(p.query, b, h, first, rows, x.query_rows);

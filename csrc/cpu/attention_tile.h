@@ -198,11 +198,12 @@ inline void products(int64_t rows, const float* a, int64_t step, const float* b,
   }
 }
 
-// Dot products of key rows with the queries in the lanes, times factor. A long chain of additions is cut: its rounding
-// error grows with its length.
+// A long chain of additions is cut: its rounding error grows with its length.
+constexpr int64_t kChain = 64;
+
+// Dot products of key rows with the queries in the lanes, times factor.
 inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
                  int64_t c_step, vfloat factor) {
-  constexpr int64_t kChain = 64;
   products<true, kNew>(rows, a, step, b, b_step, d < kChain ? d : kChain, c, c_step, &factor);
   for (int64_t k = kChain; k < d; k += kChain)
     products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, d - k < kChain ? d - k : kChain, c, c_step, &factor);

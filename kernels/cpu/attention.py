@@ -10,9 +10,13 @@ from pyfused._extensions import DTYPE_CODES, cpu
 def _layout(query, key, value, attn_bias, *more):
     """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
     b, h, sq, d = query.shape
-    strides = [s for t in (query, key, value) for s in t.stride()[:3]]
-    bias = attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
-    return array("q", (b, h, key.shape[1], sq, key.shape[2], d, *strides, *bias, *(s for t in more for s in t.stride()[:3])))
+    sizes = [b, h, key.shape[1], sq, key.shape[2], d]
+    for t in (query, key, value):
+        sizes += t.stride()[:3]
+    sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
+    for t in more:
+        sizes += t.stride()[:3]
+    return array("q", sizes)
 
 
 def _address(tensor):
