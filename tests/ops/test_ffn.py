@@ -1,4 +1,4 @@
-"""Is ffn right on every backend? Values, gradients, activations on a dense grid and at extremes, errors, registration."""
+"""Is ffn right on every backend? Values, gradients, activations on a grid and at extremes, errors, registration."""
 
 import itertools
 
