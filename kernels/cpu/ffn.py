@@ -57,7 +57,7 @@ def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def _activation(pre, grad_inner, inner, grad_pre, activation):
-    """inner = activation(pre), grad_pre = grad_inner activation'(pre); all contiguous, in place where one is given twice."""
+    """inner = activation(pre), grad_pre = grad_inner activation'(pre); contiguous, in place if one is given twice."""
     cpu().ffn_activation(
         pre.data_ptr(),
         pointer(grad_inner),

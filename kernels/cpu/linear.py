@@ -33,9 +33,10 @@ def _native(dtype):
 def library_is_faster(rows, *weights):
     """Why MKL or oneDNN should do these products, or None. From measurements on one Zen 3 core, at the sizes of GPT-2.
 
-    float32, speed relative to F.linear: 1.4 to 2 at one row, 2 to 3.4 at 2 to 8 rows, 1.5 to 2 at 16 and 32, 1.1 to 1.3
-    at 128, 0.98 to 1.1 at 256, 0.84 to 1.07 at 512 and 1024. float16 and bfloat16, where torch has no fast product without
-    AVX-512 instructions for them: 2.2 to 2.6 at one row, 4 at 3 rows, 5 to 7 from 5 rows to 300.
+    Speed relative to F.linear, quiet and busy machine. float32: 1.2 to 2 at one row, 1.5 to 5 at 2 to 8 rows, 1.2 to
+    2.6 at 16 and 32, 1.07 to 1.8 at 128, 0.98 to 1.1 at 256, 0.84 to 1.07 at 512 and 1024. bfloat16 (float16 is like
+    it), where torch has no fast product without AVX-512 instructions for it: 1.2 to 2.6 at one row, 3 to 5.6 at 4 to
+    16 rows, 4 to 8 from there to 300.
     """
     if any(w.stride(1) != 1 for w in weights):
         return "a weight whose last dimension is not contiguous would be copied"

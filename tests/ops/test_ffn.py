@@ -1,4 +1,4 @@
-"""Is ffn right on every backend? Values, gradients, activations on a dense grid and at extremes, errors, registration."""
+"""Is ffn right on every backend? Values, gradients, activations on a grid and at extremes, errors, registration."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def plain(x, w_in, b_in, w_out, b_out, activation, residual):
 
 
 def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws=1):
-    """Judges outputs and gradients of several draws together: of one number alone, plain PyTorch's error says little."""
+    """Judges outputs and gradients of several draws together: plain PyTorch's error in one number says little."""
 
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)

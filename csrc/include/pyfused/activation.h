@@ -1,8 +1,8 @@
 // Which activations are there, and what are their derivatives? Each takes one exponential and one division at most.
 //
-// value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that little cancels: errors stay within a
-// few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN, and the limits at infinity are those of
-// torch's formulas (gelu and silu of -inf are NaN there, from -inf times 0). Below 1e-36 a result may come out as zero.
+// value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that little cancels: errors stay
+// within a few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN, and the limits at infinity
+// are those of torch's formulas (gelu and silu of -inf are NaN there, from -inf times 0). Results below 1e-36 may be 0.
 #pragma once
 
 #include "simd.h"

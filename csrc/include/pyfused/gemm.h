@@ -1,15 +1,15 @@
 // How does y = x W^T + b run on a CPU? Two kernels that read W as nn.Linear stores it, row by row, and never pack it.
 //
-// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W is fetched from memory
-//   once, however many rows x has, and sets the pace: K N elements. The rows of x stay in L1/L2 as float32.
+// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W is fetched from
+//   memory once, however many rows x has, and sets the pace: K N elements. The rows of x stay in L1/L2 as float32.
 // gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth); each
-//   step broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual 6x16
-//   micro-kernel with the roles swapped, so that what is packed is the small operand: 60-80 GFLOP/s of about 100.
+//   step broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual
+//   6x16 micro-kernel with the roles swapped, so what is packed is the small operand: 60-80 GFLOP/s of about 100.
 //   Half-precision rows of W are widened six at a time into L1, once for all panels.
 //
 // In both, the rows of W worked on together lie far apart in a block, so the block is read as a few long streams: the
-// prefetchers of one Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16), where one stream or four neighbouring rows of
-// 3 KB get 13-15. Software prefetch made every variant slower.
+// prefetchers of one Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16), where one stream or four neighbouring rows
+// of 3 KB get 13-15. Software prefetch made every variant slower.
 //
 // A Product runs in two phases, pack and run, with a barrier between; several products can share one parallel region.
 #pragma once
@@ -54,7 +54,7 @@ template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) 
 
 // ---- one product ----------------------------------------------------------------------------------------------------
 
-// y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual; `pre`, if asked for, is what the activation is given.
+// y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual; `pre`, if asked for, is the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
 template <class T> struct Product {
   const T *x, *weight, *bias, *residual;
@@ -239,7 +239,7 @@ template <class T> struct Product {
     }
   }
 
-  // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i. Rows of `own` past `count` hold anything.
+  // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i; rows past `count` are not used.
   void block(int64_t i0, int64_t rows, int64_t j, int64_t count, int64_t c, int64_t depth, float* own, int64_t ld,
              float* widened) const {
     const int64_t groups = (count + kGroup - 1) / kGroup;
