@@ -23,6 +23,8 @@ def plain(x, weight, bias, eps, residual=None):
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
 def test_forward_and_backward(each_backend, dtype, device, shape, with_bias, with_residual):
+    if each_backend == "triton" and device == "cpu" and len(shape) == 3:
+        shape = (shape[0], min(shape[1], 5), shape[2])  # the interpreter takes 20 ms a row
     n = shape[-1]
     inputs = {"x": make(shape, dtype, device), "weight": make((n,), dtype, device)}
     inputs["bias"] = make((n,), dtype, device) if with_bias else None
