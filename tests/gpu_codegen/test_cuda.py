@@ -1,4 +1,4 @@
-"""Are the built CUDA kernels what they should be: no spills, 16-byte accesses, two architectures, no driver to import?"""
+"""Are the built CUDA kernels what they should be: no spills, 16-byte accesses, two architectures, no driver needed?"""
 
 import re
 import shutil
