@@ -1,7 +1,7 @@
-// ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h in one parallel region.
+// ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h in one region.
 //
-// For a few rows it moves the weights once, N F + F M elements, and nothing else of that size. The activation, the biases and
-// the residual are applied while the sums are in L1; `inner` (rows, F) is stored in the dtype of x, as plain PyTorch does.
+// For a few rows it moves the weights once, N F + F M elements, and nothing else of that size. The activation, the biases
+// and the residual are applied while the sums are in L1; `inner` (rows, F) is stored in x's dtype, as plain PyTorch does.
 #include "kernels.h"
 
 #include "pyfused/gemm.h"
@@ -20,8 +20,8 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
   })
 }
 
-// inner = activation(pre), and grad_pre = grad_inner times its derivative where they are given; count elements, any of the
-// outputs may be the array it is computed from.
+// inner = activation(pre), and grad_pre = grad_inner times its derivative where they are given; `count` elements, an output
+// may be the array it is computed from.
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
     const T *p = (const T*)pre, *g = (const T*)grad_inner;
@@ -38,7 +38,8 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
         for (; i + kWidth <= last; i += kWidth)
           one(i, [](const T* q) { return load(q); }, [](T* q, vfloat v) { store(q, v); });
         if (const int64_t rest = last - i)
-          one(i, [rest](const T* q) { return load_partial(q, rest); }, [rest](T* q, vfloat v) { store_partial(q, v, rest); });
+          one(i, [rest](const T* q) { return load_partial(q, rest); },
+              [rest](T* q, vfloat v) { store_partial(q, v, rest); });
       });
     })
   })

@@ -1,11 +1,11 @@
-"""ffn on the CPU: launches csrc/cpu/ffn.cpp; where the library's products are faster, they run around its fused activation."""
+"""ffn on the CPU: launches csrc/cpu/ffn.cpp, or its activation between library products where those are faster."""
 
 import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.reference.ffn import linear_gradients
 
+from ..reference.ffn import linear_gradients
 from .linear import library_is_faster, matrix, pointer
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
@@ -57,7 +57,7 @@ def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def _activation(pre, grad_inner, inner, grad_pre, activation):
-    """inner = activation(pre) and grad_pre = grad_inner activation'(pre), all contiguous; in place where one is given twice."""
+    """inner = activation(pre), grad_pre = grad_inner activation'(pre); all contiguous, in place where one is given twice."""
     cpu().ffn_activation(
         pre.data_ptr(),
         pointer(grad_inner),

@@ -1,4 +1,4 @@
-"""linear: y = x weight^T + bias (+ residual), torch.nn.functional.linear with the residual addition inside the kernel."""
+"""linear: y = x weight^T + bias (+ residual), torch.nn.functional.linear with the residual inside the kernel."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ def test_strides(each_backend, dtype, device):
     wide = make(dtype, device, 4, 6, 100)
     for weight in (weights[:, :40], weights[:40, 20:60], weights[:50:2, 3:43], make(dtype, device, 40, 50).t()):
         n = weight.shape[0]
-        for x in (base[..., :40], base[..., 40:], base[..., ::2], base.transpose(0, 1)[..., 7:47], base[:1, :1, :40].expand(4, 6, 40)):
+        views = base[..., :40], base[..., 40:], base[..., ::2], base.transpose(0, 1)[..., 7:47]
+        for x in (*views, base[:1, :1, :40].expand(4, 6, 40)):
             residual = wide[..., :n] if x.shape[0] == 4 else wide.transpose(0, 1)[..., 1 : n + 1]
             for r in (None, residual):
                 truth = plain(x.double(), weight.double(), None, None if r is None else r.double())
@@ -131,7 +132,8 @@ def test_gradcheck_reference():
 
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(each_backend, device, full):
-    x, weight, bias, residual = (torch.randn(s, device=device, requires_grad=True) for s in [(3, 8), (6, 8), (6,), (3, 6)])
+    shapes = [(3, 8), (6, 8), (6,), (3, 6)]
+    x, weight, bias, residual = (torch.randn(s, device=device, requires_grad=True) for s in shapes)
     arguments = (x, weight, bias if full else None, residual if full else None)
     torch.library.opcheck(torch.ops.pyfused.linear, arguments)
 

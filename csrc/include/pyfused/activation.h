@@ -1,8 +1,8 @@
-// Which activations are there, and what are their derivatives? Each as one pass over vectors, one exponential and one division.
+// Which activations are there, and what are their derivatives? Each takes one exponential and one division at most.
 //
-// value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that nothing cancels: relative errors stay
-// within a few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN, and the limits at infinity are
-// those of torch's formulas (gelu and silu of -inf are NaN there, from -inf times 0).
+// value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that little cancels: errors stay within a
+// few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN, and the limits at infinity are those of
+// torch's formulas (gelu and silu of -inf are NaN there, from -inf times 0). Below 1e-36 a result may come out as zero.
 #pragma once
 
 #include "simd.h"
@@ -25,13 +25,13 @@ enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGel
 
 PYFUSED_INLINE vfloat magnitude(vfloat x) { return bits_as<vfloat>(bits_as<vuint>(x) & 0x7fffffffu); }
 
-// The logistic function s(z), and s(z) s(-z), its derivative; through e^-|z|, so neither overflows nor cancels.
+// The logistic function s(z) and 1 - s(z) = s(-z); through e^-|z|, so neither overflows nor cancels.
 struct Logistic {
-  vfloat s, slope;
+  vfloat s, rest;
   PYFUSED_INLINE explicit Logistic(vfloat z) {
-    const vfloat e = exp(-magnitude(z)), r = splat(1.0f) / (splat(1.0f) + e);
-    s = z < vfloat{} ? e * r : r;
-    slope = e * r * r;
+    const vfloat e = exp(-magnitude(z)), near = splat(1.0f) / (splat(1.0f) + e), far = e * near;
+    s = z < vfloat{} ? far : near;
+    rest = z < vfloat{} ? near : far;
   }
 };
 
@@ -49,7 +49,7 @@ struct Silu {  // x s(x)
   static PYFUSED_INLINE vfloat value(vfloat x) { return x / (splat(1.0f) + exp(-x)); }
   static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
     const Logistic l(x);
-    return g * (l.s + x * l.slope);
+    return g * (l.s * (splat(1.0f) + x * l.rest));
   }
 };
 
@@ -68,27 +68,30 @@ struct Tanh {
   }
   static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
     const vfloat e = exp(magnitude(x) * splat(-2.0f)), r = splat(1.0f) / (splat(1.0f) + e);
-    return g * splat(4.0f) * e * r * r;  // 1 / cosh^2
+    const vfloat t = value(x);
+    return g * (magnitude(x) < splat(1.0f) ? splat(1.0f) - t * t : splat(4.0f) * e * r * r);  // both are 1 / cosh^2
   }
 };
 
 struct Gelu {  // x P(x), P the normal distribution, with the smaller of its two tails computed
   vfloat tail, bell;  // P(-|x|), e^(-x^2 / 2)
   PYFUSED_INLINE explicit Gelu(vfloat x) {
-    // erfc(a) = t Q(t) e^(-a^2) with t = 1 / (1 + 0.38 a), a = |x| / sqrt(2): the form of Abramowitz and Stegun 7.1.26. Q is
-    // fitted here for the least relative error, 2.0e-8, over 0 <= a <= 11; further out e^(-a^2) is zero.
-    const vfloat a = magnitude(x), t = splat(1.0f) / (splat(1.0f) + a * splat(0.38f * 0.70710678118654752f));
-    vfloat q = splat(0.059042670891184104f);
-    q = q * t + splat(-0.2626638586707317f);
-    q = q * t + splat(0.36468587630278865f);
-    q = q * t + splat(-0.16244640633980978f);
-    q = q * t + splat(0.23074224864656496f);
-    q = q * t + splat(0.13832707388279938f);
-    q = q * t + splat(0.20399445702111724f);
-    q = q * t + splat(0.2139061327392831f);
-    q = q * t + splat(0.21441179554699233f);
+    // erfc(a) = e^(-a^2) (1 + u Q(u)), u = t - 1, t = 1 / (1 + 0.36 a), a = |x| / sqrt(2): as in Abramowitz and Stegun
+    // 7.1.26, but exact at zero. Q is fitted for the least relative error, 1.4e-8 over 0 <= a <= 11; further out
+    // e^(-a^2) is zero.
+    const vfloat finite = magnitude(x) > splat(64.0f) ? splat(64.0f) : magnitude(x);
+    const vfloat a = finite * splat(0.36f * 0.70710678118654752f), u = -a / (splat(1.0f) + a);
+    vfloat q = splat(0.06780595085f);
+    q = q * u + splat(0.2434261216f);
+    q = q * u + splat(0.1901682835f);
+    q = q * u + splat(-0.313721754f);
+    q = q * u + splat(-0.2943513386f);
+    q = q * u + splat(1.412080039f);
+    q = q * u + splat(3.825432111f);
+    q = q * u + splat(4.581632069f);
+    q = q * u + splat(3.134385452f);
     bell = exp(x * x * splat(-0.5f));
-    tail = splat(0.5f) * t * q * bell;
+    tail = (splat(0.5f) + splat(0.5f) * u * q) * bell;
   }
   static PYFUSED_INLINE vfloat value(vfloat x) {
     const Gelu n(x);
@@ -110,7 +113,7 @@ struct GeluTanh {  // x (1 + tanh u) / 2 = x s(2 u), u = sqrt(2 / pi) (x + 0.044
   static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
     const Logistic l(twice_u(x));
     const vfloat slope = splat(1.5957691216057308f) * (splat(1.0f) + x * x * splat(3 * 0.044715f));
-    return g * (l.s + x * slope * l.slope);
+    return g * (l.s * (splat(1.0f) + x * slope * l.rest));
   }
 };
 

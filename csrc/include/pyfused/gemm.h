@@ -1,15 +1,15 @@
 // How does y = x W^T + b run on a CPU? Two kernels that read W as nn.Linear stores it, row by row, and never pack it.
 //
-// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W passes once through the
-//   core whatever M is, and sets the pace: 4 M K N / M bytes in float32. The rows of x stay in L1/L2 as float32.
-// gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth); each step
-//   broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual 6x16
-//   micro-kernel with the roles swapped, so that what is packed is the small operand. Half-precision rows of W are widened
-//   six at a time into L1, once for all panels.
+// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W is fetched from memory
+//   once, however many rows x has, and sets the pace: K N elements. The rows of x stay in L1/L2 as float32.
+// gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth); each
+//   step broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual 6x16
+//   micro-kernel with the roles swapped, so that what is packed is the small operand: 60-80 GFLOP/s of about 100.
+//   Half-precision rows of W are widened six at a time into L1, once for all panels.
 //
 // In both, the rows of W worked on together lie far apart in a block, so the block is read as a few long streams: the
-// prefetchers of one Zen 3 core then fetch 20-24 GB/s, where one stream or four neighbouring rows of 3 KB get 13-15 (and
-// software prefetch makes both slower).
+// prefetchers of one Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16), where one stream or four neighbouring rows of
+// 3 KB get 13-15. Software prefetch made every variant slower.
 //
 // A Product runs in two phases, pack and run, with a barrier between; several products can share one parallel region.
 #pragma once

@@ -42,7 +42,7 @@ template <class Body> inline void parallel_chunks(int threads, int64_t items, co
 #endif
 }
 
-// Calls body(phase, share) for every share of phase 0, then, once all of them are done, of phase 1, and so on: one region
+// Calls body(phase, share) for every share of phase 0, then, once all of them are done, of phase 1, and so on: a region
 // with a barrier between phases, which costs about 1 us where a new region costs 14.
 template <class Body> inline void parallel_phases(int threads, int phases, const Body& body) {
   if (threads <= 1) {
