@@ -1,7 +1,8 @@
 """What are the activations and their derivatives, in float32, inside a Triton kernel?
 
-gelu_tanh is written with the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)): it keeps its digits where tanh u is
-near -1. tanh is a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would lose them; relative error below one rounding.
+gelu_tanh is written with the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)): it keeps its digits where
+tanh u is near -1. tanh is a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would lose them; its relative error is
+below one rounding.
 GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415).
 """
 

@@ -1,15 +1,15 @@
-"""ffn in Triton: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), with x (R, N), w_in (F, N), w_out (M, F).
+"""ffn in Triton: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual); x (R, N), w_in (F, N), w_out (M, F).
 
 Three ways, all with float32 accumulation (float32 inputs multiply in float32, not TF32):
 
-1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few rows
-   of a weight matrix; where those are too few programs to fill the chip, K is split over programs too, and the partial
-   sums are added in a fixed order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches
+1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few
+   rows of a weight matrix; where those are too few programs to fill the chip, K is split over programs too, and the
+   partial sums are added in a fixed order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches
    of about 1.3 us in a CUDA graph. Not yet measured.
 2. More rows, only when the Triton backend is forced: two products in tiles, bias, activation and residual in their
-   epilogues, tiles in groups so that a group's weights stay in the L2. It saves the activation's pass over (R, F), 4 R F
-   bytes of 16-bit data: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, of 97 us of arithmetic (at 800 TFLOP/s, both
-   products) at N = M = 768. Not yet measured.
+   epilogues, tiles in groups so that a group's weights stay in the L2. It saves the activation's pass over (R, F),
+   4 R F bytes of 16-bit data: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at
+   800 TFLOP/s) at N = M = 768. Not yet measured.
 3. More rows by default: slower_forward() hands them to the library products (cuBLAS) of kernels/reference. A Triton
    product reaches about 80% of cuBLAS on an H100, which costs more than the pass it saves. That is an expectation from
    published numbers: not yet measured here.

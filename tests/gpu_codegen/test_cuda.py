@@ -1,4 +1,4 @@
-"""Are the built CUDA kernels what they should be: no spills, 16-byte accesses, both architectures, no driver needed to import?"""
+"""Are the built CUDA kernels what they should be: no spills, 16-byte accesses, two architectures, no driver needed?"""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def test_nothing_spills(extension, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vector_kernels_move_16_bytes_at_a_time(extension, architecture):
-    """Every kernel whose V is above 1 (Li4 or Li8 after the dtype in its mangled name) loads 16 bytes; the others do not."""
+    """V follows the dtype in a mangled name (Li4, Li8): above 1 the kernel loads 16 bytes, else it never does."""
     command = [cuobjdump(), "-sass", "-arch", architecture, extension]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = re.split(r"\n\s+Function : ", text)[1:]

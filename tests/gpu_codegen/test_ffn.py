@@ -15,7 +15,8 @@ def product(name, kernel, kind, tile, scalars, pointers="", **constants):
     """A case of one of the two product kernels; weights as nn.Linear has them, so w_stride_k is 1."""
     types = {f"{p}_ptr": f"*{kind}:16" for p in ("x", "w", "bias", "residual", "y", "pre")}
     types |= {f"{p}_ptr": "*fp32:16" for p in pointers.split()}
-    types |= {s: "i32:16" for s in ("n", "k", "x_stride", "w_stride_n", "residual_stride", *scalars)} | {"rows": "i32"}
+    types |= dict.fromkeys(("n", "k", "x_stride", "w_stride_n", "residual_stride", *scalars), "i32:16")
+    types["rows"] = "i32"
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants |= {**FLAGS, **tile, "w_stride_k": 1, "PRECISION": "ieee" if kind == "fp32" else "tf32"}
     return Case(name, f"{MODULE}:{kernel}", types, constants, warps, stages)
