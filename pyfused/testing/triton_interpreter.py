@@ -1,9 +1,13 @@
-"""Where is Triton's interpreter wrong, so that a kernel that is right on a GPU fails in it? The repairs, for tests only.
+"""Where is Triton's interpreter wrong, so that a kernel right on a GPU fails in it? The repairs, for tests only.
 
 Found in Triton 3.6 to 3.9: the interpreter keeps bfloat16 as its 16 bits in unsigned integers, and
 - tl.dot multiplies those integers as if they were the values;
-- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even, and subnormals come out wrong.
-A kernel must not work around either: on a GPU both are right and fast.
+- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even; subnormals come out wrong.
+And where it is right but unlike the hardware: a float32 tl.dot goes through BLAS, whose order of summation depends on
+shapes and layouts, so that a b^T and (b a^T)^T differ in their last bits. On a GPU each element is one chain of
+multiply-adds over the inner dimension and they agree; attention's backward needs that, as it computes scores in two
+kernels.
+A kernel must not work around any of this: on a GPU it is right and fast.
 """
 
 from __future__ import annotations
@@ -23,6 +27,14 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a @ b, each element summed over the inner dimension from its first index to its last."""
+    total = np.array(np.broadcast_to(total, (a.shape[0], b.shape[1])))
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[None, k, :]
+    return total
 
 
 @functools.cache
@@ -51,8 +63,10 @@ def repair_interpreter() -> None:
             return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
         return handle
 
-    def create_dot(self, a, b, *rest):
-        return dot(self, widened(a), widened(b), *rest)
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar == b.dtype.scalar == d.dtype.scalar == tl.float32 and a.data.ndim == 2:
+            return interpreter.TensorHandle(ordered_product(a.data, b.data, d.data), tl.float32)
+        return dot(self, widened(a), widened(b), d, *rest)
 
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
