@@ -22,6 +22,8 @@ namespace py = pybind11;
   [](py::module_ m) {                                 \
     KERNEL(isa, layer_norm_forward);                  \
     KERNEL(isa, layer_norm_backward);                 \
+    KERNEL(isa, attention_forward);                   \
+    KERNEL(isa, attention_backward);                  \
   }
 
 PYBIND11_MODULE(_cpu, m) {

@@ -1,6 +1,7 @@
 """attention in plain PyTorch: the definition of truth. Materialises the scores; every other backend must not.
 
-The backward differentiates this forward, so that the two cannot disagree.
+The backward is written out: inside a registered operator (torch.compile, opcheck) autograd records nothing, so that
+differentiating the forward is not possible there. gradcheck holds the two together.
 """
 
 import torch
@@ -50,12 +51,18 @@ def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
 ):
     """(grad_query, grad_key, grad_value, grad_bias)."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        if wants_bias:
-            leaves.append(attn_bias.detach().requires_grad_())
-        bias = leaves[3] if wants_bias else attn_bias
-        again, _ = forward(*leaves[:3], is_causal, padding_mask, bias, scale, dropout_p, seed, False)
-        grads = torch.autograd.grad(again, leaves, grad_out)
-    grads = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads[:3]] + [g.contiguous() for g in grads[3:]]
-    return grads[0], grads[1], grads[2], grads[3] if wants_bias else None
+    p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale))
+    keep = torch.ones_like(p)
+    if dropout_p > 0.0:
+        keep = keep * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
+    group = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (t.to(p.dtype).repeat_interleave(group, 1) for t in (key, value))
+    grad_out = grad_out.to(p.dtype)
+    grad_p = grad_out @ wide_value.transpose(-1, -2) * keep
+    grad_s = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    grad_query = grad_s @ wide_key * scale
+    grad_key = grad_s.transpose(-1, -2) @ query.to(p.dtype) * scale
+    grad_value = (p * keep).transpose(-1, -2) @ grad_out
+    grad_key, grad_value = (t.unflatten(1, (-1, group)).sum(2) for t in (grad_key, grad_value))
+    grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
+    return *grads, grad_s.to(query.dtype) if wants_bias else None

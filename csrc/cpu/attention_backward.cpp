@@ -1,0 +1,231 @@
+// attention's backward on the CPU: the gradients of query, key, value and bias, in O(S) memory.
+//
+//   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
+//   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
+//
+// Five products of 2 Sq Sk D each, against the forward's two. An item is a key head, whose dK and dV are summed over the
+// query heads of its group by one thread, in order. Where there are fewer items than threads, the queries of an item are
+// split in parts, and the parts summed in order: repeatable for a given number of threads, and no atomics.
+#include "attention_tile.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+constexpr int kBlockGroups = 64 / kGroup < 1 ? 1 : 64 / kGroup;  // a block is the depth of the products for dK and dV
+constexpr int kBlockQueries = kBlockGroups * kGroup;
+constexpr int64_t kTileKeys = 8 * kRows;
+
+template <class T> struct Backward {
+  Problem<T> p;
+  Strided<const T> out, grad_out;
+  const float* lse;
+  T *grad_query, *grad_key, *grad_value, *grad_bias;
+
+  // Row-major blocks are padded to whole vectors.
+  int64_t width() const { return (p.d + kWidth - 1) / kWidth * kWidth; }
+
+  struct Scratch {
+    float *query_lanes, *grad_out_lanes, *grad_query_lanes;  // (d, kGroup) for each group of the block
+    float *query_rows, *grad_out_rows;                       // (kBlockQueries, width)
+    float *weights, *grad_scores;                            // (kTileKeys, kBlockQueries)
+    float* base;
+
+    explicit Scratch(const Backward& f) {
+      const int64_t lanes = f.p.d * kBlockQueries, rows = f.width() * kBlockQueries, tile = kTileKeys * kBlockQueries;
+      base = floats(3 * lanes + 2 * rows + 2 * tile);
+      query_lanes = base, grad_out_lanes = query_lanes + lanes, grad_query_lanes = grad_out_lanes + lanes;
+      query_rows = grad_query_lanes + lanes, grad_out_rows = query_rows + rows;
+      weights = grad_out_rows + rows, grad_scores = weights + tile;
+    }
+  };
+
+  // rows of T -> (kBlockQueries, width) floats, zero beyond what is there.
+  void copy_rows(const Strided<const T>& from, int64_t b, int64_t h, int64_t first, int64_t rows, float* to) const {
+    for (int64_t i = 0; i < kBlockQueries; ++i, to += width()) {
+      const T* row = from.at(b, h, first + i);
+      for (int64_t k = 0; k < p.d; k += kWidth)
+        store(to + k, i >= rows ? vfloat{} : (p.d - k >= kWidth ? load(row + k) : load_partial(row + k, p.d - k)));
+    }
+  }
+
+  // delta in the lanes, added up in the order of dots(): a query with one visible key then has out = value and
+  // delta = grad_out value^T to the last bit, and the gradient of its score is the zero that it should be.
+  void deltas(const float* grad_out_lanes, const float* out_lanes, vfloat* delta) const {
+    for (int v = 0; v < 2; ++v) {
+      vfloat total{};
+      for (int64_t k = 0; k < p.d; k += kChain) {
+        vfloat sum{};
+        for (int64_t i = k; i < p.d && i < k + kChain; ++i)
+          sum += load(out_lanes + i * kGroup + v * kWidth) * load(grad_out_lanes + i * kGroup + v * kWidth);
+        total = k ? total + sum : sum;
+      }
+      delta[v] = total;
+    }
+  }
+
+  // C (rows, width) += factor * A (rows, depth) B (depth, width), with A as it lies in a tile.
+  void add_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* c, float factor) const {
+    const vfloat f = splat(factor);
+    int64_t k = 0;
+    for (; k + kGroup <= width(); k += kGroup)
+      products<true, kAdd>(rows, a, kBlockQueries, b + k, width(), depth, c + k, width(), &f);
+    if (k < width()) products<true, kAdd, 1>(rows, a, kBlockQueries, b + k, width(), depth, c + k, width(), &f);
+  }
+
+  // One block of queries of one head against all the keys it sees.
+  void block(const Keys<T>& keys, const Scratch& x, int64_t b, int64_t h, int64_t first, float* dk, float* dv) const {
+    const int64_t rows = p.sq - first < kBlockQueries ? p.sq - first : kBlockQueries;
+    const int groups = (int)((rows + kGroup - 1) / kGroup);
+    const int64_t lanes = p.d * kGroup;
+    Group<T> group[kBlockGroups];
+    vfloat row_lse[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
+    for (int64_t i = 0; i < groups * kGroup; ++i)
+      row_lse[i / kWidth][i % kWidth] = i < rows ? lse[(b * p.h + h) * p.sq + first + i] : INFINITY;
+    for (int g = 0; g < groups; ++g) {
+      const int64_t i = first + g * kGroup;
+      group[g] = Group<T>(p, keys, b, h, i);
+      to_lanes(p.query.at(b, h, i), p.query.row, group[g].rows, p.d, x.query_lanes + g * lanes, kGroup);
+      to_lanes(grad_out.at(b, h, i), grad_out.row, group[g].rows, p.d, x.grad_out_lanes + g * lanes, kGroup);
+      float* out_lanes = x.grad_query_lanes + g * lanes;  // not in use yet
+      to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
+      deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
+    }
+    for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});
+    copy_rows(p.query, b, h, first, rows, x.query_rows);
+    copy_rows(grad_out, b, h, first, rows, x.grad_out_rows);
+
+    const vfloat one = splat(1.0f);
+    const int64_t most = group[groups - 1].most;
+    for (int64_t c0 = 0; c0 < most; c0 += kTileKeys) {
+      const int64_t n = most - c0 < kTileKeys ? most - c0 : kTileKeys;
+      const float *key = keys.key + c0 * keys.key_step, *value = keys.value + c0 * keys.value_step;
+      int begin = 0;  // the first group of the block that sees anything of this tile
+      while (group[begin].most <= c0) ++begin;
+      for (int g = begin; g < groups; ++g) {
+        float *w = x.weights + g * kGroup, *ds = x.grad_scores + g * kGroup;
+        const int64_t seen = group[g].most - c0 < n ? group[g].most - c0 : n;
+        dots(seen, key, keys.key_step, x.query_lanes + g * lanes, kGroup, p.d, w, kBlockQueries, splat(p.scale));
+        group[g].finish_scores(p, keys, c0, seen, w, kBlockQueries);
+        dots(seen, value, keys.value_step, x.grad_out_lanes + g * lanes, kGroup, p.d, ds, kBlockQueries, one);
+        gradient_of_scores(group[g], keys, c0, seen, w, ds, row_lse + 2 * g, row_delta + 2 * g);
+        for (int64_t c = seen; c < n; ++c)
+          for (int v = 0; v < 2; ++v)
+            store(w + c * kBlockQueries + v * kWidth, vfloat{}), store(ds + c * kBlockQueries + v * kWidth, vfloat{});
+        products<false, kAdd>(p.d, key, keys.key_step, ds, kBlockQueries, seen, x.grad_query_lanes + g * lanes, kGroup, &one);
+      }
+      const int64_t skip = begin * kGroup, depth = groups * kGroup - skip;
+      add_rows(n, x.weights + skip, x.grad_out_rows + skip * width(), depth, dv + c0 * width(), 1.0f);
+      add_rows(n, x.grad_scores + skip, x.query_rows + skip * width(), depth, dk + c0 * width(), p.scale);
+      if (grad_bias) store_bias(keys, b, h, first, rows, skip, c0, n, x.grad_scores);
+    }
+    const vfloat scale[2] = {splat(p.scale), splat(p.scale)};
+    for (int g = 0; g < groups; ++g) {
+      const int64_t i = first + g * kGroup;
+      from_lanes(x.grad_query_lanes + g * lanes, scale, grad_query + ((b * p.sq + i) * p.h + h) * p.d, p.h * p.d,
+                 group[g].rows, p.d);
+    }
+  }
+
+  // w: scores -> dropped-out probabilities; ds: grad_out value^T -> the gradient of the scores.
+  void gradient_of_scores(const Group<T>& g, const Keys<T>& keys, int64_t c0, int64_t n, float* w, float* ds,
+                          const vfloat* row_lse, const vfloat* row_delta) const {
+    auto each = [&](int64_t c, int v, auto mask) {
+      float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
+      const vfloat e = exp_of_score(load(pw) - row_lse[v]);
+      store(ps, e * (mask(load(ps)) - row_delta[v]));
+      store(pw, mask(e));
+    };
+    if (p.dropout)
+      g.dropout(p, keys, c0, n, [&](int64_t c, int v, vint kept) {
+        each(c, v, [&](vfloat y) { return kept ? y * p.keep_scale : vfloat{}; });
+      });
+    else
+      for (int64_t c = 0; c < n; ++c)
+        for (int v = 0; v < 2; ++v) each(c, v, [](vfloat y) { return y; });
+  }
+
+  void store_bias(const Keys<T>& keys, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t skip, int64_t c0,
+                  int64_t n, const float* ds) const {
+    for (int64_t i = skip; i < rows; ++i) {
+      T* to = grad_bias + ((b * p.h + h) * p.sq + first + i) * p.sk;
+      for (int64_t c = 0; c < n; ++c) store_one(to + keys.position[c0 + c], ds[c * kBlockQueries + i]);
+    }
+  }
+
+  // Sums the parts and scatters the visible keys' rows; hidden keys have zero gradient.
+  void finish(const Keys<T>& keys, int64_t b, int64_t kv, float* sums, int64_t parts) const {
+    const int64_t size = p.sk * width();
+    for (int which = 0; which < 2; ++which) {
+      float* sum = sums + which * size;
+      for (int64_t t = 1; t < parts; ++t)
+        for (int64_t i = 0; i < keys.count * width(); i += kWidth)
+          store(sum + i, load(sum + i) + load(sum + 2 * t * size + i));
+      T* to = (which ? grad_value : grad_key) + (b * p.sk * p.hkv + kv) * p.d;
+      for (int64_t j = 0, c = 0; j < p.sk; ++j, to += p.hkv * p.d) {
+        const bool visible = c < keys.count && keys.position[c] == j;
+        for (int64_t k = 0; k < p.d; k += kWidth) {
+          const vfloat v = visible ? load(sum + c * width() + k) : vfloat{};
+          if (p.d - k >= kWidth) store(to + k, v);
+          else store_partial(to + k, v, p.d - k);
+        }
+        c += visible;
+      }
+    }
+  }
+
+  void run() const {
+    const int64_t group = p.h / p.hkv, heads = p.b * p.hkv, per_head = (p.sq + kBlockQueries - 1) / kBlockQueries;
+    const int64_t blocks = group * per_head, size = 2 * p.sk * width();
+    const int threads = threads_for(heads * blocks, 10 * (p.sq < kBlockQueries ? p.sq : kBlockQueries) * p.sk * p.d);
+    const int64_t most = (threads + heads - 1) / heads, parts = most < blocks ? most : blocks;
+    float* partial = parts > 1 ? floats(heads * parts * size) : nullptr;
+    parallel_chunks(threads < heads * parts ? threads : (int)(heads * parts), heads * parts,
+                    [&](int, int64_t begin, int64_t end) {
+      Keys<T> keys;
+      Scratch scratch(*this);
+      float* own = partial ? nullptr : floats(size);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / parts / p.hkv, kv = item / parts % p.hkv;
+        keys.list(p, b);
+        keys.rows(p, b, kv, keys.count);
+        auto cost = [&](int64_t n) {
+          const int64_t last = n % per_head * kBlockQueries + kBlockQueries - 1;
+          return kRows + keys.seen_by(p, last < p.sq ? last : p.sq - 1);
+        };
+        float* sums = partial ? partial + item * size : own;
+        for (int64_t i = 0; i < size; i += kWidth) store(sums + i, vfloat{});
+        const int64_t last = share_begin(item % parts + 1, (int)parts, blocks, cost);
+        for (int64_t n = share_begin(item % parts, (int)parts, blocks, cost); n < last; ++n)
+          block(keys, scratch, b, kv * group + n / per_head, n % per_head * kBlockQueries, sums, sums + size / 2);
+        if (!partial) finish(keys, b, kv, sums, 1);
+      }
+      std::free(own), std::free(scratch.base);
+      keys.release();
+    });
+    if (!partial) return;
+    parallel_chunks(threads < heads ? threads : (int)heads, heads, [&](int, int64_t begin, int64_t end) {
+      Keys<T> keys;
+      for (int64_t n = begin; n < end; ++n) {
+        keys.list(p, n / p.hkv);
+        finish(keys, n / p.hkv, n % p.hkv, partial + n * parts * size, parts);
+      }
+      keys.release();
+    });
+    std::free(partial);
+  }
+};
+
+}  // namespace
+
+void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
+                        addr seed, addr grad_query, addr grad_key, addr grad_value, addr grad_bias, addr layout,
+                        bool causal, double scale, double dropout_p, int dtype) {
+  const int64_t* n = (const int64_t*)layout;
+  PYFUSED_BY_DTYPE(dtype, {
+    const Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
+    Backward<T>{p, {(const T*)out, n[19], n[20], n[21]}, {(const T*)grad_out, n[22], n[23], n[24]}, (const float*)lse,
+                (T*)grad_query, (T*)grad_key, (T*)grad_value, (T*)grad_bias}.run();
+  })
+}
+
+}  // namespace pyfused::PYFUSED_ISA

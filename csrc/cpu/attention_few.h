@@ -1,0 +1,166 @@
+// How does attention decode? A few queries against many keys: key and value rows are streamed once, in place.
+//
+// Here keys are in the lanes: kWidth dot products at a time, reduced together, so nothing is packed or transposed. The
+// query heads that share a key head are taken together. Where there are fewer key heads than threads the keys are split, and
+// the partial results combined in the order of the splits (repeatable for a given number of threads).
+#pragma once
+
+#include "attention_tile.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+template <class T> struct Few {
+  static constexpr int64_t kMost = kWidth / 2, kTile = 64, kLeastSplit = 256;
+  Problem<T> p;
+  T* out;
+  float* lse;
+
+  static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout; }
+
+  // What a split knows of one query: highest score, sum of exponentials, and the weighted sum of values.
+  int64_t padded() const { return (p.d + kWidth - 1) / kWidth * kWidth; }
+  int64_t state_size() const { return 2 + padded(); }
+
+  PYFUSED_INLINE vfloat get(const T* x, int64_t i) const {
+    return p.d - i >= kWidth ? load(x + i) : load_partial(x + i, p.d - i);
+  }
+
+  // Scores of keys c0 .. c0 + n - 1 (n <= kWidth).
+  PYFUSED_INLINE vfloat scores(const float* query, const T* const* row) const {
+    vfloat dot[kWidth] = {};
+    int64_t i = 0;
+    for (; i + kWidth <= p.d; i += kWidth) {
+      const vfloat q = load(query + i);
+#pragma GCC unroll 16
+      for (int u = 0; u < kWidth; ++u) dot[u] += q * load(row[u] + i);
+    }
+    if (i < p.d)
+      for (int u = 0; u < kWidth; ++u) dot[u] += load(query + i) * load_partial(row[u] + i, p.d - i);
+    return sums(dot);
+  }
+
+  // sum[0 .. N kWidth) = sum * factor + weights x value rows, columns from i.
+  template <int N>
+  PYFUSED_INLINE void add_values(float* sum, float factor, const float* weight, const T* base, const int32_t* position,
+                                 int64_t n, int64_t i) const {
+    vfloat acc[N];
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) acc[u] = load(sum + i + u * kWidth) * factor;
+    for (int64_t c = 0; c < n; ++c) {
+      const T* row = base + position[c] * p.value.row + i;
+      const vfloat w = splat(weight[c]);
+      if (N == 1) {
+        acc[0] += w * get(row - i, i);
+      } else {
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) acc[u] += w * load(row + u * kWidth);
+      }
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) store(sum + i + u * kWidth, acc[u]);
+  }
+
+  // All queries of one key head over visible keys [begin, end). state is zeroed; query is (queries, padded).
+  void keys_of(int64_t b, int64_t kv, const Keys<T>& keys, int64_t begin, int64_t end, const float* query,
+               float* state) const {
+    const int64_t group = p.h / p.hkv, queries = group * p.sq;
+    const T *key = p.key.at(b, kv, 0), *value = p.value.at(b, kv, 0);
+    float s[kTile];
+    for (int64_t c0 = begin; c0 < end; c0 += kTile)
+      for (int64_t r = 0; r < queries; ++r) {
+        const int64_t head = kv * group + r / p.sq, i = r % p.sq;
+        int64_t last = keys.seen_by(p, i);
+        last = last < end ? last : end;
+        const int64_t n = last - c0 < kTile ? last - c0 : kTile;
+        if (n <= 0) continue;
+        const int32_t* position = keys.position + c0;
+        vfloat top = splat(-INFINITY);
+        for (int64_t c = 0; c < n; c += kWidth) {
+          const T* row[kWidth];
+          for (int u = 0; u < kWidth; ++u) row[u] = key + position[c + u < n ? c + u : n - 1] * p.key.row;
+          vfloat x = scores(query + r * padded(), row);
+          if (p.bias) {
+            const T* at = p.bias + b * p.bias_stride[0] + head * p.bias_stride[1] + i * p.bias_stride[2];
+            for (int u = 0; u < kWidth; ++u)
+              x[u] += load_one(at + position[c + u < n ? c + u : n - 1] * p.bias_stride[3]);
+          }
+          if (n - c < kWidth) x = lane_numbers() < (vint{} + (int32_t)(n - c)) ? x : splat(-INFINITY);
+          store(s + c, x);
+          top = max(top, x);
+        }
+        float* own = state + r * state_size();
+        const float before = own[0], found = max_lanes(top), now = before > found ? before : found;
+        const float safe = now == -INFINITY ? 0 : now;
+        const float factor = exp_of_score(splat(before - safe))[0];
+        vfloat total{};
+        for (int64_t c = 0; c < n; c += kWidth) {
+          const vfloat e = exp_of_score(load(s + c) - safe);
+          store(s + c, e);
+          total += e;
+        }
+        own[0] = now, own[1] = own[1] * factor + sum_lanes(total);
+        int64_t k = 0;
+        for (; k + 8 * kWidth <= p.d; k += 8 * kWidth) add_values<8>(own + 2, factor, s, value, position, n, k);
+        for (; k + 4 * kWidth <= p.d; k += 4 * kWidth) add_values<4>(own + 2, factor, s, value, position, n, k);
+        for (; k < p.d; k += kWidth) add_values<1>(own + 2, factor, s, value, position, n, k);
+      }
+  }
+
+  void finish(int64_t b, int64_t kv, float* state, int64_t splits) const {
+    const int64_t group = p.h / p.hkv, queries = group * p.sq, size = state_size();
+    for (int64_t r = 0; r < queries; ++r) {
+      const int64_t head = kv * group + r / p.sq, i = r % p.sq;
+      float* own = state + r * size;
+      for (int64_t t = 1; t < splits; ++t) {
+        const float* other = own + t * queries * size;
+        const float now = own[0] > other[0] ? own[0] : other[0], safe = now == -INFINITY ? 0 : now;
+        const float mine = exp_of_score(splat(own[0] - safe))[0], theirs = exp_of_score(splat(other[0] - safe))[0];
+        own[0] = now;
+        for (int64_t k = 1; k < size; ++k) own[k] = own[k] * mine + other[k] * theirs;
+      }
+      const float factor = own[1] == 0 ? 0 : 1 / own[1];
+      T* to = out + ((b * p.sq + i) * p.h + head) * p.d;
+      for (int64_t k = 0; k < p.d; k += kWidth) {
+        const vfloat x = own[1] == 0 ? vfloat{} : load(own + 2 + k) * factor;
+        if (p.d - k >= kWidth) store(to + k, x);
+        else store_partial(to + k, x, p.d - k);
+      }
+      if (lse) lse[(b * p.h + head) * p.sq + i] = own[0] == -INFINITY ? INFINITY : own[0] + std::log(own[1]);
+    }
+  }
+
+  void run() const {
+    const int64_t heads = p.b * p.hkv, group = p.h / p.hkv, queries = group * p.sq, size = state_size();
+    const int64_t most = p.sk / kLeastSplit > 1 ? p.sk / kLeastSplit : 1;
+    const int threads = threads_for(heads * most, 4 * queries * (p.sk < kLeastSplit ? p.sk : kLeastSplit) * p.d);
+    int64_t splits = (threads + heads - 1) / heads;
+    splits = splits < most ? splits : most;
+    float* states = floats(heads * splits * queries * size);
+    parallel_chunks(threads < heads * splits ? threads : (int)(heads * splits), heads * splits,
+                    [&](int, int64_t first, int64_t last) {
+      Keys<T> keys;
+      float* query = floats(queries * padded());
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t b = item / splits / p.hkv, kv = item / splits % p.hkv, split = item % splits;
+        keys.list(p, b);
+        for (int64_t r = 0; r < queries; ++r) {
+          const T* from = p.query.at(b, kv * group + r / p.sq, r % p.sq);
+          for (int64_t k = 0; k < p.d; k += kWidth) store(query + r * padded() + k, get(from, k) * p.scale);
+        }
+        float* state = states + item * queries * size;
+        for (int64_t i = 0; i < queries * size; ++i) state[i] = i % size ? 0 : -INFINITY;
+        keys_of(b, kv, keys, keys.count * split / splits, keys.count * (split + 1) / splits, query, state);
+        if (splits == 1) finish(b, kv, state, 1);
+      }
+      std::free(query);
+      keys.release();
+    });
+    if (splits > 1)
+      for (int64_t n = 0; n < heads; ++n) finish(n / p.hkv, n % p.hkv, states + n * splits * queries * size, splits);
+    std::free(states);
+  }
+};
+
+}  // namespace
+}  // namespace pyfused::PYFUSED_ISA

@@ -1,0 +1,414 @@
+// What do attention's forward and backward share on the CPU? The problem, the visible keys, and the tile operations.
+//
+// Everything is laid out with QUERIES IN THE LANES: a group of kGroup = 2 kWidth queries is transposed once to (D, kGroup),
+// and a tile of scores is (keys, kGroup). Both products then broadcast elements of key and value rows as they lie in memory
+// (a key row per score row, a value element per output row), so nothing needs packing into panels, any D and any
+// number of keys costs no padding, a softmax is lane-wise with no horizontal reduction, hidden keys are simply not in the
+// list of rows, and Philox's counters, one per query, are the lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <utility>
+
+#include "kernels.h"
+#include "pyfused/parallel.h"
+#include "pyfused/simd.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+constexpr int kGroup = 2 * kWidth;
+constexpr int kRows = 6;  // 6 rows x 2 vectors: 12 accumulators, 2 operands and a broadcast fit 16 registers
+
+template <class T> struct Strided {  // (batch, head, sequence) strides; the last dimension is contiguous
+  T* data;
+  int64_t batch, head, row;
+  T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+};
+
+template <class T> struct Problem {
+  int64_t b, h, hkv, sq, sk, d;
+  Strided<const T> query, key, value;
+  const uint8_t* mask;  // (B, Sk), nonzero for a real key, or null
+  const T* bias;
+  int64_t bias_stride[4];
+  bool causal, dropout;
+  float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
+  uint32_t threshold, seed[2];
+
+  Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr layout, bool causal, double scale,
+          double dropout_p)
+      : mask((const uint8_t*)mask), bias((const T*)bias), causal(causal), dropout(seed != 0), scale((float)scale),
+        keep_scale((float)(1.0 / (1.0 - dropout_p))) {
+    const int64_t* n = (const int64_t*)layout;  // in the order of kernels.h
+    b = n[0], h = n[1], hkv = n[2], sq = n[3], sk = n[4], d = n[5];
+    query = {(const T*)q, n[6], n[7], n[8]};
+    key = {(const T*)k, n[9], n[10], n[11]};
+    value = {(const T*)v, n[12], n[13], n[14]};
+    for (int i = 0; i < 4; ++i) bias_stride[i] = n[15 + i];
+    const double words = std::nearbyint(dropout_p * 4294967296.0);
+    threshold = words < 4294967295.0 ? (uint32_t)words : 4294967295u;
+    for (int i = 0; i < 2; ++i) this->seed[i] = seed ? (uint32_t)(*(const uint64_t*)seed >> (32 * i)) : 0;
+  }
+};
+
+inline float* floats(int64_t n) {
+  return (float*)std::aligned_alloc(64, ((n > 0 ? n : 1) * sizeof(float) + 63) / 64 * 64);
+}
+
+// ---- vector helpers -------------------------------------------------------------------------------------------------
+
+using Lanes = std::make_integer_sequence<int, kWidth>;
+#if defined(__clang__)
+#define PYFUSED_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else  // GCC has that spelling only from version 12 on
+#define PYFUSED_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vint{(index)...})
+#endif
+// Lanes with bit S clear from a, the others from b, S lanes earlier; and the other half of that exchange.
+template <int S, int... I> PYFUSED_INLINE vfloat mix_low(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
+  return PYFUSED_SHUFFLE(a, b, (I & S) ? I - S + kWidth : I);
+}
+template <int S, int... I> PYFUSED_INLINE vfloat mix_high(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
+  return PYFUSED_SHUFFLE(a, b, (I & S) ? I + kWidth : I + S);
+}
+template <int S = 1> PYFUSED_INLINE void transpose(vfloat (&v)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & S) continue;
+    vfloat low = mix_low<S>(v[i], v[i + S], Lanes{}), high = mix_high<S>(v[i], v[i + S], Lanes{});
+    v[i] = low, v[i + S] = high;
+  }
+  if constexpr (2 * S < kWidth) transpose<2 * S>(v);
+}
+// Lane i of the result is the sum of the lanes of v[i].
+template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; i += 2 * S)
+    v[i] = mix_low<S>(v[i], v[i + S], Lanes{}) + mix_high<S>(v[i], v[i + S], Lanes{});
+  if constexpr (2 * S < kWidth) return sums<2 * S>(v);
+  return v[0];
+}
+
+// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. simd.h's exp with one clamp and no select: a score
+// less the highest is never above 0, and the clamp gives the scale factor 2^-127, which is written as 0.
+// (Scores in units of log2 would save one operation here and cost a rounding of each score and of the log-sum-exp.)
+PYFUSED_INLINE vfloat exp_of_score(vfloat x) {
+  const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer in the low bits of the mantissa
+  x = max(splat(-127 * 0.6931472f), x);
+  const vfloat z = x * splat(1.44269504088896341f) + shift, n = z - shift;
+  const vfloat r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  vfloat p = splat(1.3815027196e-03f);  // relative error 3e-9 on [-ln(2)/2, ln(2)/2]
+  p = p * r + splat(8.3687249571e-03f);
+  p = p * r + splat(4.1668377817e-02f);
+  p = p * r + splat(1.6666521132e-01f);
+  p = p * r + splat(4.9999994040e-01f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  return p * bits_as<vfloat>((bits_as<vint>(z) - (0x4b400000 - 127)) << 23);
+}
+
+PYFUSED_INLINE vint lane_numbers() {
+  vint v;
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+
+// High and low halves of the 64-bit products of unsigned lanes with one factor.
+PYFUSED_INLINE void multiply(vuint a, uint32_t factor, vuint& high, vuint& low) {
+  typedef uint64_t vwide __attribute__((vector_size(kWidth * 4)));
+  const vwide keep_low = vwide{} + 0xffffffffull;
+  vwide even, odd, wide = bits_as<vwide>(a);
+#if defined(__AVX512F__)
+  const __m512i f = _mm512_set1_epi64(factor);
+  even = (vwide)_mm512_mul_epu32((__m512i)wide, f), odd = (vwide)_mm512_mul_epu32((__m512i)(wide >> 32), f);
+#elif defined(__AVX2__)
+  const __m256i f = _mm256_set1_epi64x(factor);
+  even = (vwide)_mm256_mul_epu32((__m256i)wide, f), odd = (vwide)_mm256_mul_epu32((__m256i)(wide >> 32), f);
+#else
+  even = (wide & keep_low) * factor, odd = (wide >> 32) * factor;
+#endif
+  high = bits_as<vuint>((even >> 32) | (odd & ~keep_low));
+  low = bits_as<vuint>((even & keep_low) | (odd << 32));
+}
+
+// Philox4x32-10 (Salmon et al. 2011) with counter (quad, query in the lanes, flat head, 0): words for four keys.
+struct Philox {
+  uint32_t k0, k1;
+  PYFUSED_INLINE void operator()(uint32_t quad, vuint query, uint32_t head, vuint (&w)[4]) const {
+    vuint c0 = vuint{} + quad, c1 = query, c2 = vuint{} + head, c3 = vuint{}, h0, l0, h1, l1;
+    uint32_t a = k0, b = k1;
+    for (int round = 0; round < 10; ++round, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+      multiply(c0, 0xD2511F53u, h0, l0);
+      multiply(c2, 0xCD9E8D57u, h1, l1);
+      c0 = h1 ^ c1 ^ a, c1 = l1, c2 = h0 ^ c3 ^ b, c3 = l0;
+    }
+    w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
+  }
+};
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// The sum over k of A(r, k) B[k][lane], for R rows and V vectors of lanes, all in registers, and then
+// kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum.
+// kAlong: A's depth is contiguous and `step` is between rows; else A's rows are contiguous and `step` is between k.
+enum Finish { kNew, kAdd, kScaled };
+template <int R, int V, bool kAlong, Finish kFinish>
+PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
+                            int64_t c_step, const vfloat* factor) {
+  vfloat acc[R][V] = {};
+  const float* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = a + r * step;
+  for (int64_t k = 0; k < depth; ++k, b += b_step) {
+    vfloat lanes[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) lanes[v] = load(b + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vfloat x = splat(kAlong ? row[r][k] : a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += x * lanes[v];
+    }
+    if (!kAlong) a += step;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* at = c + r * c_step + v * kWidth;
+      if (kFinish == kNew) store(at, acc[r][v] * factor[0]);
+      if (kFinish == kAdd) store(at, load(at) + acc[r][v] * factor[0]);
+      if (kFinish == kScaled) store(at, load(at) * factor[v] + acc[r][v]);
+    }
+}
+
+template <bool kAlong, Finish kFinish, int V = 2>
+inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
+                     int64_t c_step, const vfloat* factor) {
+  const int64_t next = kAlong ? step : 1;
+  for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step)
+    product<kRows, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+  switch (rows) {
+    case 5: return product<5, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 4: return product<4, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 3: return product<3, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 2: return product<2, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 1: return product<1, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+  }
+}
+
+// A long chain of additions is cut: its rounding error grows with its length.
+constexpr int64_t kChain = 64;
+
+// Dot products of key rows with the queries in the lanes, times factor.
+inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
+                 int64_t c_step, vfloat factor) {
+  products<true, kNew>(rows, a, step, b, b_step, d < kChain ? d : kChain, c, c_step, &factor);
+  for (int64_t k = kChain; k < d; k += kChain)
+    products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, d - k < kChain ? d - k : kChain, c, c_step, &factor);
+}
+
+// ---- queries in and out of the lanes --------------------------------------------------------------------------------
+
+// (rows, d) elements -> (d, step) floats; lanes past `rows` are zero.
+template <class T>
+inline void to_lanes(const T* from, int64_t row_step, int64_t rows, int64_t d, float* to, int64_t step) {
+  for (int v = 0; v < 2; ++v)
+    for (int64_t i = 0; i < d; i += kWidth) {
+      vfloat t[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        const T* p = from + (v * kWidth + r) * row_step + i;
+        t[r] = v * kWidth + r >= rows ? vfloat{} : (d - i >= kWidth ? load(p) : load_partial(p, d - i));
+      }
+      transpose(t);
+      const int64_t n = d - i < kWidth ? d - i : kWidth;
+      for (int64_t j = 0; j < n; ++j) store(to + (i + j) * step + v * kWidth, t[j]);
+    }
+}
+
+// (d, kGroup) floats, times a factor for each lane -> (rows, d) elements.
+template <class T>
+inline void from_lanes(const float* from, const vfloat* factor, T* to, int64_t row_step, int64_t rows, int64_t d) {
+  for (int v = 0; v < 2; ++v)
+    for (int64_t i = 0; i < d; i += kWidth) {
+      vfloat t[kWidth];
+      const int64_t n = d - i < kWidth ? d - i : kWidth;
+      for (int64_t j = 0; j < kWidth; ++j) {
+        vfloat x = j < n ? load(from + (i + j) * kGroup + v * kWidth) * factor[v] : vfloat{};
+        t[j] = factor[v] == vfloat{} ? vfloat{} : x;  // a lane that saw no key is zero, whatever 0 * x is
+      }
+      transpose(t);
+      for (int r = 0; r < kWidth && v * kWidth + r < rows; ++r) {
+        T* p = to + (v * kWidth + r) * row_step + i;
+        if (n == kWidth) store(p, t[r]);
+        else store_partial(p, t[r], n);
+      }
+    }
+}
+
+// Rows of T as contiguous rows of float.
+template <class T> inline void widen_row(const T* from, int64_t d, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= d; i += kWidth) store(to + i, load(from + i));
+  if (i < d) store_partial(to + i, load_partial(from + i, d - i), d - i);
+}
+
+// ---- the keys of one batch entry and key head -----------------------------------------------------------------------
+
+// Only real keys are listed, so padding costs nothing and its key and value rows are never read.
+template <class T> struct Keys {
+  int32_t* position = nullptr;  // position of the c-th visible key, ascending
+  float *key_pack = nullptr, *value_pack = nullptr;
+  int64_t count = 0, batch = -1, head = -1, packed = 0;
+  const float *key = nullptr, *value = nullptr;  // rows of float, wherever they are
+  int64_t key_step = 0, value_step = 0;
+  bool direct = false;
+
+  void list(const Problem<T>& p, int64_t b) {
+    if (b == batch) return;
+    if (!position) position = (int32_t*)floats(p.sk);
+    batch = b, head = -1, count = 0;
+    for (int64_t j = 0; j < p.sk; ++j) {
+      position[count] = (int32_t)j;
+      count += !p.mask || p.mask[b * p.sk + j];
+    }
+  }
+  // Points key and value at rows of float: the tensors' own where they are float and a gapless run (and, with many queries
+  // to come, dense enough for the TLB), else a copy, made as far as `needed` keys.
+  void rows(const Problem<T>& p, int64_t b, int64_t kv_head, int64_t needed) {
+    list(p, b);
+    if (kv_head != head) {
+      head = kv_head, packed = 0;
+      const bool run = count && position[count - 1] - position[0] == count - 1;
+      const bool dense = p.key.row <= 2 * p.d && p.value.row <= 2 * p.d;
+      direct = sizeof(T) == sizeof(float) && run && (dense || p.sq <= 4 * kGroup);
+      if (direct) {
+        key = (const float*)p.key.at(b, kv_head, position[0]), key_step = p.key.row;
+        value = (const float*)p.value.at(b, kv_head, position[0]), value_step = p.value.row;
+      } else {
+        if (!key_pack) key_pack = floats(p.sk * p.d), value_pack = floats(p.sk * p.d);
+        key = key_pack, value = value_pack, key_step = value_step = p.d;
+      }
+    }
+    if (direct) return;
+    for (; packed < needed; ++packed) {
+      widen_row(p.key.at(b, kv_head, position[packed]), p.d, key_pack + packed * p.d);
+      widen_row(p.value.at(b, kv_head, position[packed]), p.d, value_pack + packed * p.d);
+    }
+  }
+  // How many of the visible keys query i sees.
+  int64_t seen_by(const Problem<T>& p, int64_t i) const {
+    if (!p.causal) return count;
+    const int64_t last = i + p.sk - p.sq;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (position[middle] <= last) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+  void release() { std::free(position), std::free(key_pack), std::free(value_pack); }
+};
+
+// The first item of a share, when items of unequal cost are split in order over `threads` shares of about the same cost.
+template <class Cost> inline int64_t share_begin(int64_t share, int threads, int64_t items, const Cost& cost) {
+  if (share <= 0) return 0;
+  if (share >= threads) return items;
+  int64_t total = 0, item = 0, sum = 0;
+  for (int64_t i = 0; i < items; ++i) total += cost(i);
+  while (item < items && sum < total / threads * share) sum += cost(item++);
+  return item;
+}
+
+// ---- a group of queries ---------------------------------------------------------------------------------------------
+
+// Lanes of one group: queries first .. first + rows - 1 of head h.
+template <class T> struct Group {
+  int64_t b, h, first, rows, fewest, most;  // keys seen by the first and the last query
+  vint seen[2];
+
+  Group() = default;
+  Group(const Problem<T>& p, const Keys<T>& keys, int64_t b, int64_t h, int64_t first) : b(b), h(h), first(first) {
+    rows = p.sq - first < kGroup ? p.sq - first : kGroup;
+    fewest = most = keys.count;
+    if (!p.causal) return;
+    fewest = keys.seen_by(p, first), most = keys.seen_by(p, first + rows - 1);
+    for (int i = 0; i < kGroup; ++i)
+      seen[i / kWidth][i % kWidth] = i < rows ? (int32_t)keys.seen_by(p, first + i) : 0;
+  }
+
+  // Scores of keys c0 .. c0 + n - 1, (n, step): adds the bias and hides what causality hides.
+  void finish_scores(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {
+    if (p.bias) add_bias(p, keys, c0, n, s, step);
+    if (!p.causal) return;
+    const vfloat hidden = splat(-INFINITY);
+    for (int64_t c = fewest > c0 ? fewest : c0; c < c0 + n; ++c)
+      for (int v = 0; v < 2; ++v) {
+        float* at = s + (c - c0) * step + v * kWidth;
+        store(at, (vint{} + (int32_t)c) < seen[v] ? load(at) : hidden);
+      }
+  }
+
+  // The bias is read once and in short pieces of many rows, which no hardware prefetcher follows.
+  void prefetch_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n) const {
+    if (p.bias_stride[3] != 1 || !p.bias_stride[2]) return;
+    const T* base = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + keys.position[c0];
+    for (int64_t i = first; i < first + rows; ++i)
+      for (int64_t j = 0; j < n; j += 64 / (int64_t)sizeof(T)) __builtin_prefetch(base + i * p.bias_stride[2] + j);
+  }
+
+  void add_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {
+    const T* base = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1];
+    const int64_t si = p.bias_stride[2], sj = p.bias_stride[3];
+    for (int64_t c = 0; c < n; c += kWidth) {
+      const int64_t m = n - c < kWidth ? n - c : kWidth, j = keys.position[c0 + c];
+      const bool run = sj == 1 && keys.position[c0 + c + m - 1] - j == m - 1;
+      for (int v = 0; v < 2; ++v) {
+        vfloat t[kWidth];
+        if (run) {
+          for (int r = 0; r < kWidth; ++r) {
+            const int64_t lane = v * kWidth + r, i = first + (lane < rows ? lane : rows - 1);
+            const T* at = base + i * si + j;
+            t[r] = m == kWidth ? load(at) : load_partial(at, m);
+          }
+          transpose(t);
+        } else {
+          for (int64_t k = 0; k < m; ++k) {
+            float lanes[kWidth];
+            for (int r = 0; r < kWidth; ++r) {
+              const int64_t lane = v * kWidth + r, i = first + (lane < rows ? lane : rows - 1);
+              lanes[r] = load_one(base + i * si + keys.position[c0 + c + k] * sj);
+            }
+            t[k] = load(lanes);
+          }
+        }
+        for (int64_t k = 0; k < m; ++k) {
+          float* at = s + (c + k) * step + v * kWidth;
+          store(at, load(at) + t[k]);
+        }
+      }
+    }
+  }
+
+  // Calls body(key of the tile, vector of the group, lanes kept) with the lanes as all ones or all zeros.
+  template <class Body>
+  void dropout(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, const Body& body) const {
+    const Philox philox{p.seed[0], p.seed[1]};
+    const vuint lanes = bits_as<vuint>(lane_numbers()) + (uint32_t)first;
+    vuint words[2][4];
+    for (int64_t c = 0, quad = -1; c < n; ++c) {
+      const int64_t j = keys.position[c0 + c];
+      if (j >> 2 != quad) {
+        quad = j >> 2;
+        for (int v = 0; v < 2; ++v)
+          philox((uint32_t)quad, lanes + (uint32_t)(v * kWidth), (uint32_t)(b * p.h + h), words[v]);
+      }
+      for (int v = 0; v < 2; ++v) body(c, v, words[v][j & 3] >= p.threshold);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyfused::PYFUSED_ISA

@@ -1,0 +1,81 @@
+"""attention on the CPU: launches csrc/cpu/attention.cpp and attention_backward.cpp."""
+
+from array import array
+
+import torch
+
+from pyfused._extensions import DTYPE_CODES, cpu
+
+
+def _layout(query, key, value, attn_bias, *more):
+    """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
+    b, h, sq, d = query.shape
+    sizes = [b, h, key.shape[1], sq, key.shape[2], d]
+    for t in (query, key, value):
+        sizes += t.stride()[:3]
+    sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
+    for t in more:
+        sizes += t.stride()[:3]
+    return array("q", sizes)
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _empty_like(query):
+    """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
+    b, h, s, d = query.shape
+    return torch.empty((b, s, h, d), dtype=query.dtype).transpose(1, 2)
+
+
+def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+    out = _empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
+    layout = _layout(query, key, value, attn_bias)
+    cpu().attention_forward(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        _address(padding_mask),
+        _address(attn_bias),
+        _address(seed),
+        out.data_ptr(),
+        _address(lse),
+        layout.buffer_info()[0],
+        is_causal,
+        scale,
+        dropout_p,
+        DTYPE_CODES[query.dtype],
+    )
+    return out, lse
+
+
+def backward(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+):
+    grad_query, grad_key, grad_value = (_empty_like(t) for t in (query, key, value))
+    # Zeros: tiles that causality or padding hides are skipped.
+    grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
+    layout = _layout(query, key, value, attn_bias, out, grad_out)
+    cpu().attention_backward(
+        grad_out.data_ptr(),
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        _address(padding_mask),
+        _address(attn_bias),
+        _address(seed),
+        grad_query.data_ptr(),
+        grad_key.data_ptr(),
+        grad_value.data_ptr(),
+        _address(grad_bias),
+        layout.buffer_info()[0],
+        is_causal,
+        scale,
+        dropout_p,
+        DTYPE_CODES[query.dtype],
+    )
+    return grad_query, grad_key, grad_value, grad_bias

@@ -1,0 +1,400 @@
+"""Is attention right on every backend? Values, gradients, masks, bias, dropout, strides, memory, errors, opcheck."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pyfused.kernels.reference import attention as reference
+from pyfused.kernels.reference._philox import keep_mask
+
+import pyfused
+from pyfused.testing import assert_close
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """B, H, Hkv, Sq, Sk, D and the options of one comparison; seldom says that an interpreter is too slow for it."""
+
+    sizes: tuple[int, int, int, int, int, int]
+    is_causal: bool = False
+    padding: str = ""  # "random", "left", "right", "all" (one batch entry has no real token)
+    bias: str = ""  # "full", "head" (1, H, Sq, Sk), "row" (B, 1, 1, Sk), "batch" (Sq, Sk)
+    hidden: bool = False  # some of the bias is -inf
+    dropout_p: float = 0.0
+    scale: float | None = None
+    seldom: bool = False
+
+    def __str__(self):
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:-1]}
+        options = [name if value is True else str(value) for name, value in values.items() if value]
+        return "-".join(["x".join(map(str, self.sizes)), *options])
+
+
+# Small sizes have many batch entries: of few numbers, the largest error is an accident.
+CASES = [
+    Case((1, 1, 1, 1, 1, 1)),
+    Case((6, 3, 3, 7, 7, 8), is_causal=True),
+    Case((6, 4, 2, 7, 2, 8), is_causal=True),  # the first queries see no key
+    Case((12, 2, 1, 2, 7, 40), is_causal=True, bias="head"),
+    Case((6, 2, 2, 7, 33, 13), padding="random", bias="full", hidden=True),
+    Case((2, 2, 2, 20, 37, 16), is_causal=True, padding="left", bias="row"),
+    Case((4, 2, 1, 17, 17, 8), is_causal=True, padding="left", dropout_p=0.3),
+    Case((8, 2, 2, 5, 37, 8), padding="all", bias="batch", dropout_p=0.1, scale=0.7),
+    Case((2, 2, 2, 16, 40, 3), padding="right", bias="full", dropout_p=0.5, scale=-0.4),
+    Case((8, 4, 1, 1, 129, 64), padding="random"),
+    Case((2, 2, 2, 127, 127, 40), is_causal=True, dropout_p=0.1, seldom=True),
+    Case((1, 2, 1, 129, 137, 64), is_causal=True, bias="head", seldom=True),
+    Case((2, 2, 2, 137, 129, 64), padding="right", seldom=True),
+    Case((2, 2, 2, 129, 129, 80), padding="random", bias="full", seldom=True),
+    Case((1, 2, 2, 127, 137, 128), is_causal=True, padding="left", seldom=True),
+    Case((1, 2, 1, 33, 137, 256), bias="row", seldom=True),
+    Case((1, 1, 1, 1025, 1025, 64), is_causal=True, seldom=True),
+    Case((1, 2, 1, 2, 1025, 80), is_causal=True, padding="right", seldom=True),
+]
+# One query against a cache: of one row per head, which nobody differentiates.
+DECODING = [
+    Case((4, 8, 2, 1, 1025, 40), bias="full", seldom=True),
+    Case((2, 4, 4, 1, 137, 64), is_causal=True, padding="left", seldom=True),
+    Case((2, 2, 2, 3, 70, 80), is_causal=True, padding="right"),
+]
+
+
+def skip_if_slow(case, backend):
+    if case.seldom and backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("too long for Triton's interpreter")
+
+
+def make_mask(kind, b, sk, device):
+    position = torch.arange(sk, device=device)
+    length = torch.tensor([1 + (sk - 1) * (n + 1) // (b + 1) for n in range(b)], device=device)[:, None]
+    if kind == "random":
+        return torch.rand(b, sk, device=device) < 0.6
+    if kind == "all":
+        return torch.arange(b, device=device)[:, None].ne(0).expand(b, sk)
+    return position < length if kind == "right" else position >= sk - length
+
+
+def make(case, dtype, device):
+    b, h, hkv, sq, sk, d = case.sizes
+    inputs = {"query": torch.randn(b, h, sq, d, device=device).to(dtype)}
+    inputs["key"], inputs["value"] = (torch.randn(b, hkv, sk, d, device=device).to(dtype) for _ in range(2))
+    options = {"is_causal": case.is_causal, "scale": case.scale, "dropout_p": case.dropout_p}
+    if case.padding:
+        options["padding_mask"] = make_mask(case.padding, b, sk, device)
+    if case.bias:
+        shape = {"full": (b, h, sq, sk), "head": (1, h, sq, sk), "row": (b, 1, 1, sk), "batch": (sq, sk)}[case.bias]
+        hidden = torch.rand(shape, device=device) < (0.2 if case.hidden else 0.0)
+        inputs["attn_bias"] = torch.randn(shape, device=device).to(dtype).masked_fill(hidden, -torch.inf)
+    return inputs, options
+
+
+def plain(inputs, options, seed=None, logarithm=False):
+    """Softmax attention as one writes it in PyTorch, every step in the dtype of the inputs; dead rows are zeros."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    group, (sq, d), sk = query.shape[1] // key.shape[1], query.shape[2:], key.shape[2]
+    scale = options["scale"] if options["scale"] is not None else d**-0.5
+    s = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scale
+    if "attn_bias" in inputs:
+        s = s + inputs["attn_bias"]
+    if options["is_causal"]:
+        s = s.masked_fill(torch.ones(sq, sk, device=s.device).tril(sk - sq) == 0, -torch.inf)
+    if "padding_mask" in options:
+        s = s.masked_fill(~options["padding_mask"][:, None, None], -torch.inf)
+    dead = (s == -torch.inf).all(-1, keepdim=True)
+    s = s.masked_fill(dead, 0)
+    p = ((s - s.logsumexp(-1, keepdim=True)).exp() if logarithm else torch.softmax(s, -1)).masked_fill(dead, 0)
+    if seed is not None:
+        p = p * keep_mask(seed, options["dropout_p"], p.shape) / (1 - options["dropout_p"])
+    return p @ value.repeat_interleave(group, 1)
+
+
+def drawn_seed(options, device):
+    """The seed that attention will draw next, with the generator left as it was."""
+    if not options["dropout_p"]:
+        return None
+    generator = torch.cuda if device == "cuda" else torch
+    state = generator.get_rng_state()
+    seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    generator.set_rng_state(state)
+    return seed
+
+
+@pytest.mark.parametrize("case", CASES + DECODING, ids=str)
+def test_forward(each_backend, dtype, device, case):
+    skip_if_slow(case, each_backend)
+    inputs, options = make(case, dtype, device)
+    seed = drawn_seed(options, device)
+    out = pyfused.attention(**inputs, **options)
+    assert out.dtype == dtype
+    assert out.transpose(1, 2).is_contiguous()
+    truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
+    assert_close(out, plain(inputs, options, seed), truth)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(each_backend, dtype, device, case):
+    """The yardstick is softmax written exp(s - logsumexp(s)): whoever keeps one log-sum-exp per row for the backward,
+    as SDPA's flash kernels do too, and not the probabilities, has the rounding of that number in the gradients."""
+    skip_if_slow(case, each_backend)
+    inputs, options = make(case, dtype, device)
+    cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
+    seed = drawn_seed(options, device)
+
+    def gradients(function, wide):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+
+    actual = gradients(lambda t: pyfused.attention(**t, **options), dtype)
+    expected = gradients(lambda t: plain(t, options, seed, logarithm=True), dtype)
+    truth = gradients(lambda t: plain(t, options, seed), torch.float64)
+    for name, a, p, t in zip(inputs, actual, expected, truth):
+        assert a.dtype == dtype
+        assert_close(a, p, t, f"gradient of {name}")
+
+
+def test_agrees_with_sdpa(each_backend, dtype, device):
+    query, key, value = (torch.randn(2, 3, 33, 16, device=device).to(dtype) for _ in range(3))
+    out = pyfused.attention(query, key, value, is_causal=True)
+    truth = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)
+    assert_close(out, F.scaled_dot_product_attention(query, key, value, is_causal=True), truth)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 20, 20, 8), (2, 2, 1, 2, 40, 8)], ids=str)
+def test_what_padding_hides_does_not_matter(each_backend, device, sizes):
+    """Keys and values of padding hold garbage: 1e30 on every backend, NaN where hidden rows are not even read."""
+    inputs, options = make(Case(sizes, is_causal=True, padding="random", bias="full"), torch.float32, device)
+    options["padding_mask"][:, 0] = True
+    hidden = ~options["padding_mask"][:, None, :, None]
+    cotangent = torch.randn(inputs["query"].shape, device=device)
+
+    def run(garbage):
+        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+        changed = {k: v.masked_fill(hidden, garbage) if k in ("key", "value") else v for k, v in leaves.items()}
+        out = pyfused.attention(**changed, **options)
+        return out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)
+
+    clean = run(0.0)
+    for garbage in (1e30, *((torch.nan, torch.inf) if each_backend.startswith("cpu") else ())):
+        for a, b in zip(clean, run(garbage)):
+            assert torch.equal(a, b)
+
+
+def test_dead_rows_are_zero(each_backend, dtype, device):
+    query, key, value = (torch.randn(2, 2, 6, 8, device=device).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0] * 6], device=device)
+    out = pyfused.attention(query, key, value, is_causal=True, padding_mask=mask)
+    assert (out[0, :, :3] == 0).all()
+    assert (out[1] == 0).all()
+    out.backward(torch.ones_like(out))
+    assert (query.grad[0, :, :3] == 0).all()
+    assert (value.grad[0, :, :3] == 0).all()
+    assert all((t.grad[1] == 0).all() for t in (query, key, value))
+    tensors, options = [t.detach() for t in (query, key, value)], (True, mask != 0, None, 0.3, 0.0, None, True)
+    _, lse = torch.ops.pyfused.attention(*tensors, *options)
+    assert (lse[0, :, :3] == torch.inf).all()
+    assert (lse[1] == torch.inf).all()
+    _, plain_lse = reference.forward(*tensors, *options)
+    truth = torch.logsumexp(reference.scores(*(t.double() for t in tensors[:2]), *options[:4]), -1)
+    assert_close(lse[0, :, 3:], plain_lse[0, :, 3:], truth[0, :, 3:])
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 20, 20, 8), (2, 2, 2, 1, 40, 8)], ids=str)
+def test_views_go_through_without_a_copy(each_backend, device, sizes):
+    """Views of one (B, S, 3, H, D) tensor arrive at the kernel with their own pointers and strides."""
+    from pyfused.ops.attention import bind
+
+    b, h, _, sq, sk, d = sizes
+    packed = torch.randn(b, sk, 3, h, d, device=device)
+    views = [packed[:, :, i].transpose(1, 2) for i in range(3)]
+    views[0] = views[0][:, :, sk - sq :]
+    for view, bound in zip(views, bind(*views, is_causal=True)):
+        assert (bound.data_ptr(), bound.stride()) == (view.data_ptr(), view.stride())
+    dense = [v.contiguous() for v in views]
+    expected = pyfused.attention(*dense, is_causal=True)
+    assert torch.equal(pyfused.attention(*views, is_causal=True), expected)
+    last = [v.transpose(2, 3).contiguous().transpose(2, 3) for v in dense]  # a last dimension that is not contiguous
+    assert torch.equal(pyfused.attention(*last, is_causal=True), expected)
+    shared = dense[0][:, :1].expand(b, h, sq, d)  # stride 0 over the heads
+    assert torch.equal(pyfused.attention(shared, *dense[1:]), pyfused.attention(shared.contiguous(), *dense[1:]))
+
+
+def test_bias_of_any_strides(each_backend, device):
+    query, key, value = (torch.randn(2, 2, n, 8, device=device) for n in (18, 21, 21))
+    full = torch.randn(2, 2, 18, 21, device=device)
+    for bias in (full.transpose(2, 3).contiguous().transpose(2, 3), torch.randn(21, device=device),
+                 torch.randn(18, 1, device=device), torch.randn(2, 1, 1, 1, device=device),
+                 torch.randn(2, 2, 18, 42, device=device)[..., ::2]):  # fmt: skip
+        dense = bias.expand(2, 2, 18, 21).contiguous()
+        a, b = (pyfused.attention(query, key, value, attn_bias=t) for t in (bias, dense))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 19, 23, 32), (1, 2, 1, 1, 30, 32)], ids=str)
+def test_dropout_keeps_what_philox_says(each_backend, device, sizes):
+    """With value = identity the output is the probabilities themselves, and 0 exactly where the generator drops."""
+    b, h, hkv, sq, sk, d = sizes
+    query, key = torch.randn(b, h, sq, d, device=device), torch.randn(b, hkv, sk, d, device=device)
+    value = torch.eye(sk, d, device=device).expand(b, hkv, sk, d)
+    seed = drawn_seed({"dropout_p": 0.4}, device)
+    out = pyfused.attention(query, key, value, dropout_p=0.4)
+    assert torch.equal(out[..., :sk] != 0, keep_mask(seed, 0.4, (b, h, sq, sk)))
+
+
+def test_dropout_is_reproducible_and_fair(each_backend, device):
+    sk = d = 64
+    query, key = torch.randn(2, 2, 40, d, device=device), torch.randn(2, 2, sk, d, device=device)
+    value = torch.eye(sk, device=device).expand(2, 2, sk, d)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return pyfused.attention(query, key, value, dropout_p=0.25)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    kept, n = (first != 0).double().mean().item(), first.numel()
+    assert abs(kept - 0.75) < 5 * (0.25 * 0.75 / n) ** 0.5
+
+
+def test_dropout_is_the_same_backwards(each_backend, device):
+    """grad_value for a cotangent of ones is the sum over the queries of the probabilities that the forward kept."""
+    query, key = torch.randn(1, 2, 20, 8, device=device), torch.randn(1, 2, 24, 8, device=device)
+    value = torch.eye(24, device=device).expand(1, 2, 24, 24).contiguous()
+    padded = [F.pad(t, (0, 16)).requires_grad_() for t in (query, key)]
+    value.requires_grad_()
+    out = pyfused.attention(*padded, value, dropout_p=0.5)
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    weights = out.detach()
+    assert_close(grad[..., 0], weights.sum(2), weights.double().sum(2))
+    assert torch.equal(grad[..., 0] == 0, (weights == 0).all(2))
+
+
+def test_gradcheck_reference():
+    inputs, options = make(Case((2, 2, 1, 4, 5, 3), is_causal=True, padding="left", bias="head"), torch.float64, "cpu")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *t: pyfused.attention(*t[:3], attn_bias=t[3], **options), leaves)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(each_backend, device, full):
+    query = torch.randn(1, 2, 4, 8, device=device, requires_grad=True)
+    key, value = (torch.randn(1, 1, 5, 8, device=device, requires_grad=True) for _ in range(2))
+    mask = torch.ones(1, 5, dtype=torch.bool, device=device) if full else None
+    bias = torch.randn(1, 2, 4, 5, device=device, requires_grad=True) if full else None
+    seed = torch.tensor([7], device=device) if full else None
+    common = (True, mask, bias, 0.3, 0.2 if full else 0.0, seed)
+    torch.library.opcheck(torch.ops.pyfused.attention, (query, key, value, *common, True))
+    args = [None if t is None else t.detach() for t in (query, key, value)]
+    out, lse = torch.ops.pyfused.attention(*args, *(t.detach() if t is bias and full else t for t in common), True)
+    common = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in common)
+    torch.library.opcheck(torch.ops.pyfused.attention_backward, (torch.randn_like(out), *args, out, lse, *common, full))
+
+
+def test_no_grad_matches_grad(each_backend, device):
+    query, key, value = (torch.randn(1, 2, 9, 8, device=device, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        alone = pyfused.attention(query, key, value)
+    assert torch.equal(alone, pyfused.attention(query, key, value).detach())
+
+
+def test_backward_is_not_differentiable_twice(each_backend, device):
+    query = torch.randn(1, 1, 3, 8, device=device, requires_grad=True)
+    out = pyfused.attention(query, query.detach(), query.detach())
+    (g,) = torch.autograd.grad(out.pow(2).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 300, 300, 24), (2, 3, 3, 130, 170, 24), (1, 2, 2, 2, 1500, 24)], ids=str)
+def test_threads_do_not_change_the_result(each_backend, sizes):
+    if not each_backend.startswith("cpu"):
+        pytest.skip("about the CPU kernels' threads")
+    inputs, options = make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu")
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        try:
+            leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+            out = pyfused.attention(**leaves, **options)
+            return out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        finally:
+            torch.set_num_threads(1)
+
+    one, two, again, five = run(1), run(2), run(2), run(5)
+    for a, b, c, d in zip(one, two, again, five):
+        assert torch.equal(b, c)  # repeatable bit by bit for a number of threads
+        for other in (b, d):
+            assert_close(other, a, a.double())
+
+
+MEMORY = """
+import resource, torch, pyfused
+from pyfused.testing import running
+torch.set_num_threads(1)
+def step(s):
+    q, k, v = (torch.randn(1, 1, s, 16, requires_grad=True) for _ in range(3))
+    pyfused.attention(q, k, v, is_causal=True).sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with running("{backend}"):
+    step(256)
+    before = peak()
+    step(8192)
+    print(peak() - before)
+"""
+
+
+def test_memory_is_linear(each_backend):
+    """S = 8192: the scores would be 256 MiB; inputs, gradients and scratch of one head are some 6 MiB."""
+    if not each_backend.startswith("cpu"):
+        pytest.skip("measured for the CPU kernels")
+    import subprocess
+    import sys
+
+    script = MEMORY.format(backend=each_backend)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32 * 1024  # KiB
+
+
+def ones(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"query": [1.0]}, TypeError, "query is a list"),
+        ({"query": ones(2, 4, 3, 8, dtype=torch.int64)}, TypeError, "query is int64"),
+        ({"query": ones(4, 3, 8)}, ValueError, r"query has shape \(4, 3, 8\)"),
+        ({"key": ones(2, 5, 8)}, ValueError, r"key has shape \(2, 5, 8\)"),
+        ({"key": 3}, TypeError, "key is a int"),
+        ({"key": ones(2, 2, 5, 8, dtype=torch.float16)}, TypeError, "key is float16; it takes query's dtype, float32"),
+        ({"value": ones(2, 2, 5, 8, dtype=torch.float16)}, TypeError, "value is float16"),
+        ({"key": ones(3, 2, 5, 8)}, ValueError, "key has shape"),
+        ({"key": ones(2, 2, 5, 9)}, ValueError, "key has shape"),
+        ({"key": ones(2, 2, 5, 8, device="meta")}, ValueError, "key is on meta"),
+        ({"value": ones(2, 2, 6, 8)}, ValueError, "value has shape"),
+        ({"key": ones(2, 3, 5, 8), "value": ones(2, 3, 5, 8)}, ValueError, "key has 3 heads"),
+        ({"key": ones(2, 0, 5, 8), "value": ones(2, 0, 5, 8)}, ValueError, "key has 0 heads"),
+        ({k: ones(2, 2, 5, 257) for k in ("query", "key", "value")}, ValueError, "head size 257"),
+        ({k: ones(2, 2, 5, 0) for k in ("query", "key", "value")}, ValueError, "head size 0"),
+        ({"query": ones(2, 4, 0, 8)}, ValueError, "lengths 0 and 5"),
+        ({"key": ones(2, 2, 0, 8), "value": ones(2, 2, 0, 8)}, ValueError, "lengths 3 and 0"),
+        ({"relative_bias": object()}, ValueError, "relative_bias"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+        ({"padding_mask": [[1] * 5] * 2}, TypeError, "padding_mask is a list"),
+        ({"padding_mask": ones(2, 3)}, ValueError, r"padding_mask has shape \(2, 3\)"),
+        ({"padding_mask": ones(2, 5, device="meta")}, ValueError, "padding_mask is on meta"),
+        ({"attn_bias": 1.0}, TypeError, "attn_bias is a float"),
+        ({"attn_bias": ones(3, 5, dtype=torch.bool)}, TypeError, "attn_bias is bool"),
+        ({"attn_bias": ones(3, 5, dtype=torch.float16)}, TypeError, "attn_bias is float16"),
+        ({"attn_bias": ones(4, 5)}, ValueError, r"attn_bias has shape \(4, 5\)"),
+        ({"attn_bias": ones(1, 2, 4, 3, 5)}, ValueError, "attn_bias has shape"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"query": ones(2, 4, 3, 8), "key": ones(2, 2, 5, 8), "value": ones(2, 2, 5, 8), **change}
+    with pytest.raises(error, match=message):
+        pyfused.attention(**arguments)
