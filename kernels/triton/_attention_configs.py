@@ -1,20 +1,21 @@
-"""Which tiles, warps and pipeline stages does each attention kernel use? A table: nothing is tuned while a program runs.
+"""Which tiles, warps and pipeline stages does each attention kernel use? A table: nothing is tuned at run time.
 
-Timing candidates at run time would cost seconds per shape and could not happen inside a CUDA graph. Every row below compiles
-without a spill for the worst case that it serves (tests/gpu_codegen/test_attention.py holds a sample of them); none has been
-timed, so all of it is *not yet measured*.
+Timing candidates at run time would cost seconds per shape and could not happen inside a CUDA graph. The rows compile
+without a spill for the cases that they serve (tests/gpu_codegen/test_attention.py holds a sample of them); none has
+been timed, so all of it is *not yet measured*.
 
 The reasoning, for B4 H16 S2048 D64 bf16 on an H100 (132 multiprocessors, 65,536 registers and 227 KB each):
-- Forward: 4 B H Sq Sk D = 69 GFLOP and 67 MB (q, k, v, out), that is 22 us of memory and 86 us at 798 TFLOP/s of matrix rate:
-  compute-bound. It also takes 268 M exponentials, 16 per clock and multiprocessor: 72 us, which run beside the matrix unit
-  only if two blocks share a multiprocessor. So D = 64 uses 128 x 64 tiles on one warpgroup: 224 registers x 128 threads and
-  64 KB allow two such blocks. Predicted 170 us, 400 TFLOP/s; half of it under a causal mask.
+- Forward: 4 B H Sq Sk D = 69 GFLOP and 67 MB (q, k, v, out), that is 22 us of memory and 86 us at 798 TFLOP/s of matrix
+  rate: compute-bound. It also takes 268 M exponentials, 16 per clock and multiprocessor: 72 us, which run beside the
+  matrix unit only if two blocks share a multiprocessor. So D = 64 uses 128 x 64 tiles on one warpgroup: 231 registers x
+  128 threads and 64 KB allow two such blocks. Predicted 170 us, 400 TFLOP/s; half of it under a causal mask.
 - D = 128: 128 x 64 on two warpgroups, since one would need 128 registers a thread for the output alone.
 - Backward: 7 products in place of 2 (scores and dP are computed in both kernels), 240 GFLOP. The key kernel holds two
-  accumulators of BLOCK_N x D and three tiles of scores; 128 keys on two warpgroups leave 64 queries at D = 64, 32 at 128.
-  A row of warps has 16 rows of a tile on Hopper: a tile of 64 rows on 8 warps would compute its scores twice.
+  accumulators of BLOCK_N x D and three tiles of scores; 128 keys on two warpgroups leave 64 queries at D = 64, 32 at
+  128. A row of warps has 16 rows of a tile on Hopper: a tile of 64 rows on 8 warps would compute its scores twice.
 - A bias or dropout costs about 60 registers a thread each (a bias tile on its way, Philox's words), so those cases have
-  rows of their own with smaller tiles.
+  rows of their own with smaller tiles; where a tile has fewer than 64 rows, Hopper runs mma.sync in place of wgmma.
+- Masked tiles (the diagonal, the tail, padding with holes) run unpipelined: MASKED_STAGES in _attention_tiles.py.
 - float32 runs on the ordinary cores of an NVIDIA chip: small tiles, many warps, and 67 TFLOP/s at the very best.
 - MI300 has 512 registers a thread and 64 KB of shared memory per block: one stage, four wavefronts.
 """
@@ -51,12 +52,12 @@ def block_d(head_size: int) -> int:
     return max(16, 1 << (head_size - 1).bit_length())
 
 
-# Rows by head size up to 64, 128 and 256. A number behind the kernel's name: how many of bias and dropout there are, if fewer
-# rows than that do not fit.
+# Rows by head size: up to 64, 128, 256. A kernel's name with a number is for so many of (bias, dropout), the bare name
+# for all other counts.
 _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_90": {
         "forward0": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 16, 4, 1)),
+        "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
         "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
         "grad_query0": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
         "grad_query": ((64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
@@ -71,7 +72,7 @@ _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "grad_query0": ((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         "grad_query": ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
         "grad_key_value0": ((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
-        "grad_key_value": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+        "grad_key_value": ((32, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 1)),
     },
     "gfx942": {
         "forward": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
@@ -83,10 +84,10 @@ _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
 # Chips with 99 KB of shared memory per block: the rows that leave room for a bias and dropout fit them.
 _HALF["sm_86"] = {kernel: rows for kernel, rows in _HALF["sm_80"].items() if not kernel[-1].isdigit()}
 _NVIDIA_FLOAT32 = {
-    "forward": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    "forward": ((16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     "decode": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
     "grad_query": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    "grad_key_value": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 16, 1)),
+    "grad_key_value": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 8, 8, 1)),
 }
 _AMD_FLOAT32 = {
     "forward": ((32, 32, 4, 1),) * 3,
@@ -110,7 +111,7 @@ def config(kernel: str, head_size: int, dtype: torch.dtype, chip: str, extras: i
 
     Args:
         kernel: "forward", "decode", "grad_query" or "grad_key_value".
-        chip: one of CHIPS; "sm_80" serves any NVIDIA chip with its shared memory that has no rows, "sm_86" those with less.
+        chip: one of CHIPS; "sm_80" serves every NVIDIA chip without rows that has its shared memory, "sm_86" the rest.
         extras: how many of attn_bias and dropout there are.
     """
     if chip == "interpreter":

@@ -1,4 +1,4 @@
-"""How does attention's forward run on a GPU? One pass over the keys with a running maximum and sum (FlashAttention-2)."""
+"""How does attention's forward run on a GPU? One pass over the keys, a running maximum and sum (FlashAttention-2)."""
 
 import triton
 import triton.language as tl
@@ -130,8 +130,8 @@ def forward_kernel(
 ):
     """Grid (query tiles * B * heads, chunks of keys).
 
-    PACKED: the rows of a tile are the queries of a whole group of heads that share a key head, so that keys are read once
-    for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
+    PACKED: the rows of a tile are the queries of a whole group of heads that share a key head, so that keys are read
+    once for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
     """
     PACK: tl.constexpr = GROUP if PACKED else 1
     tiles = tl.cdiv(query_length * PACK, BLOCK_M)
@@ -194,22 +194,24 @@ def forward_kernel(
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for start in range(full_start, full_end, BLOCK_N):
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
-            start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, False,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads,
+            queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
+            BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads, queries, live,
-            start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, True,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads,
+            queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
+            BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, True,
         )  # fmt: skip
 
     dead = row_sum == 0.0
     row_sum = tl.where(dead, 1.0, row_sum)
     out = acc * (keep_scale / row_sum)[:, None]
-    out_rows = out_ptr + part.to(tl.int64) * stride_oc + batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
+    out_rows = (
+        out_ptr + part.to(tl.int64) * stride_oc + batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
+    )
     out_mask = live[:, None] & (dims < D)[None, :]
     tl.store(out_rows[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
     if lse_ptr is not None:

@@ -13,8 +13,8 @@ MASKED_STAGES = tl.constexpr(1)
 def in_units(x, NATURAL: tl.constexpr):
     """A log-probability in the units that scores have in the kernels: natural ones for float32, else powers of two.
 
-    exp2 is the hardware's. Folding log2(e) into the scale saves a multiplication per score, but rounds each score and its
-    log-sum-exp apart before they are subtracted, which float32 results show.
+    exp2 is the hardware's. Folding log2(e) into the scale saves a multiplication per score, but rounds each score and
+    its log-sum-exp apart before they are subtracted, which float32 results show.
     """
     if NATURAL:
         return x
@@ -36,7 +36,7 @@ def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexp
 
     Zeros, never what lies in memory there: 0 * NaN would reach a sum.
     """
-    EVEN: tl.constexpr = D == dims.shape[0]
+    EVEN: tl.constexpr = dims.shape[0] == D
     if GUARD_ROWS:
         if EVEN:
             return tl.load(pointers, mask=row_mask[:, None], other=0.0)
@@ -53,8 +53,9 @@ def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexp
 def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """a b^T for rows of float32 at the pointers a_rows (M) and b_rows (N), 32 columns at a time.
 
-    Without TF32 an NVIDIA product of float32 runs on the ordinary cores, and the compiler keeps the whole inner dimension of
-    both operands in registers: at D = 128 that spills, whatever the tile. The second read of a tile comes from L1.
+    Without TF32 an NVIDIA product of float32 runs on the ordinary cores, and the compiler keeps the whole inner
+    dimension of both operands in registers: at D = 128 that spills, whatever the tile. The second read of a tile comes
+    from L1.
     """
     total = tl.zeros((M, N), tl.float32)
     for start in tl.range(0, D, 32, num_stages=1):
@@ -69,8 +70,9 @@ def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N
 def key_range(mask_row, key_length):
     """(first, end, whole): real keys lie in [first, end), and `whole` says that every key there is real.
 
-    A padded batch is nearly always one run of real tokens, and then the tiles inside the run need no mask at all. The scan
-    reads key_length bytes per program, which stay in cache, and saves the launch that computing it once would cost.
+    A padded batch is nearly always one run of real tokens, and then the tiles inside the run need no mask at all. The
+    scan reads key_length bytes per program, which stay in cache, and saves the launch that computing it once would
+    cost.
     """
     lanes = tl.arange(0, _SCAN)
     first = tl.full((_SCAN,), 2147483647, tl.int32)
@@ -101,8 +103,8 @@ def key_tiles(
 ):
     """Which key tiles do queries first_query to last_query need, of the keys [chunk_start, chunk_end)?
 
-    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count): the tiles [full_start, full_end) show
-    every key to every query; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
+    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count): the tiles [full_start, full_end)
+    show every key to every query; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
     """
     first = chunk_start
     end = tl.minimum(chunk_end, key_length)
@@ -130,8 +132,8 @@ def key_tiles(
 def keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N): True where dropout keeps; bit for bit kernels/reference/_philox.keep_mask.
 
-    One counter gives the words of four neighbouring keys, so a quarter of the columns is computed and then interleaved: as
-    one byte each, since interleaving moves them between threads.
+    One counter gives the words of four neighbouring keys, so a quarter of the columns is computed and then
+    interleaved: as one byte each, since interleaving moves them between threads.
     """
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     quads = zero + (start // 4 + tl.arange(0, BLOCK_N // 4))[None, :]

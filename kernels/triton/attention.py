@@ -1,4 +1,4 @@
-"""attention in Triton: which tiles and how many warps, and the launches of _attention_forward.py and _attention_backward.py."""
+"""attention in Triton: which tiles and how many warps, and the launches of the kernels in _attention_*.py."""
 
 import functools
 import math
@@ -6,9 +6,10 @@ import math
 import torch
 import triton
 
-from ._attention_backward import grad_key_value_kernel, grad_query_kernel
 from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
+from ._attention_grad_key_value import grad_key_value_kernel
+from ._attention_grad_query import grad_query_kernel
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many

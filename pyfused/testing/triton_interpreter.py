@@ -1,12 +1,13 @@
-"""Where is Triton's interpreter wrong, so that a kernel that is right on a GPU fails in it? The repairs, for tests only.
+"""Where is Triton's interpreter wrong, so that a kernel right on a GPU fails in it? The repairs, for tests only.
 
 Found in Triton 3.6 to 3.9: the interpreter keeps bfloat16 as its 16 bits in unsigned integers, and
 - tl.dot multiplies those integers as if they were the values;
-- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even, and subnormals come out wrong.
-And where it is right but unlike the hardware: a float32 tl.dot goes through BLAS, whose order of summation depends on shapes and
-layouts, so that a b^T and (b a^T)^T differ in their last bits. On a GPU each element is one chain of multiply-adds over the
-inner dimension and they agree, which attention's backward relies on: it computes a score in two kernels.
-A kernel must not work around either: on a GPU both are right and fast.
+- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even; subnormals come out wrong.
+And where it is right but unlike the hardware: a float32 tl.dot goes through BLAS, whose order of summation depends on
+shapes and layouts, so that a b^T and (b a^T)^T differ in their last bits. On a GPU each element is one chain of
+multiply-adds over the inner dimension and they agree; attention's backward needs that, as it computes scores in two
+kernels.
+A kernel must not work around any of this: on a GPU it is right and fast.
 """
 
 from __future__ import annotations

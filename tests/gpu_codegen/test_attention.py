@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from pyfused.kernels.triton import _attention_backward, _attention_forward
+from pyfused.kernels.triton import _attention_forward, _attention_grad_key_value, _attention_grad_query
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
@@ -13,8 +13,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = {
     "forward": (_attention_forward, "forward_kernel"),
     "decode": (_attention_forward, "forward_kernel"),
-    "grad_query": (_attention_backward, "grad_query_kernel"),
-    "grad_key_value": (_attention_backward, "grad_key_value_kernel"),
+    "grad_query": (_attention_grad_query, "grad_query_kernel"),
+    "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
 }
 UNALIGNED = ("threshold", "query_length", "key_length", "heads", "key_heads", "chunk")
 FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr")

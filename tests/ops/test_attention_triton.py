@@ -1,4 +1,4 @@
-"""Do the paths that only the Triton attention has agree with the reference? Packed heads, split keys, skipped tiles, bits."""
+"""Are the paths right that only the Triton attention has? Packed heads, split keys, skipped tiles, dropout bits."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyfused import dispatch
-from pyfused.testing.triton_interpreter import bfloat16_to_float32, float32_to_bfloat16
+from pyfused.testing.triton_interpreter import bfloat16_to_float32, float32_to_bfloat16, ordered_product
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -20,6 +20,13 @@ def test_conversions_are_torch_s():
     bits = x.bfloat16().view(torch.int16).numpy().view(np.uint16)
     widened = torch.from_numpy(bfloat16_to_float32(bits))
     torch.testing.assert_close(widened, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_ordered_product_of_the_transposes_is_the_transpose():
+    a, b, total = (np.random.default_rng(0).standard_normal(s, np.float32) for s in ((40, 24), (24, 56), (40, 56)))
+    c = ordered_product(a, b, total)
+    assert np.array_equal(c.T, ordered_product(b.T, a.T, total.T))
+    np.testing.assert_allclose(c, total + a @ b, rtol=1e-4, atol=1e-5)
 
 
 @triton.jit

@@ -1,0 +1,222 @@
+"""How do the gradients of query and bias run on a GPU? One program per tile of queries, the probabilities recomputed.
+
+With P the probabilities, M the dropout mask over 1 - p, and delta_i = sum_d dO_id O_id:
+    dV = (P M)^T dO,   dP = (dO V^T) M,   dS = P (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dbias = dS
+Each program owns the rows that it writes, so the sums have a fixed order and the result is bitwise repeatable.
+"""
+
+import triton
+import triton.language as tl
+
+from ._attention_tiles import MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
+
+
+@triton.jit
+def _query_step(
+    grad_query,
+    row_sum,
+    query,
+    query_rows,
+    grad_out,
+    grad_rows,
+    lse,
+    delta,
+    key_ptr,
+    value_ptr,
+    mask_row,
+    bias_rows,
+    grad_bias_rows,
+    seed,
+    flat_heads,
+    queries,
+    live,
+    start,
+    scale,
+    keep_scale,
+    threshold,
+    stride_ks,
+    stride_vs,
+    stride_bk,
+    query_length,
+    key_length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys."""
+    NATURAL: tl.constexpr = query is None
+    keys = start + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    visible = keys < key_length
+    if MASKED and mask_row is not None:
+        visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
+    key_rows = keys.to(tl.int64)[:, None]
+    key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
+    if NATURAL:
+        s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        s = tl.dot(query, tl.trans(key))
+    s *= scale
+    tile_mask = live[:, None]
+    if MASKED:
+        tile_mask = tile_mask & visible[None, :]
+    if bias_rows is not None:
+        bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=tile_mask, other=0.0)
+        s += in_units(bias.to(tl.float32), NATURAL)
+    p = exponential(s - lse[:, None], NATURAL)  # lse is +inf in a row that sees nothing
+    if NATURAL:
+        dp = dot_rows(grad_rows, live, value_ptr + keys.to(tl.int64) * stride_vs, visible, D, BLOCK_M, BLOCK_N)
+    else:
+        value = load_tile(value_ptr + key_rows * stride_vs + dims[None, :], visible, dims, D, MASKED)
+        dp = tl.dot(grad_out, tl.trans(value))
+    if seed is not None:
+        dp = tl.where(keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    if MASKED:
+        allowed = visible[None, :]
+        if IS_CAUSAL:
+            allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
+        p = tl.where(allowed, p, 0.0)
+        ds = tl.where(allowed, ds, 0.0)
+    if NATURAL:
+        row_sum += tl.sum(p, 1)
+    if grad_bias_rows is not None:
+        tl.store(grad_bias_rows[:, None] + keys[None, :], ds.to(key.dtype), mask=tile_mask)
+    return tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee"), row_sum
+
+
+@triton.jit(do_not_specialize=["threshold", "query_length", "key_length"])
+def grad_query_kernel(
+    grad_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    lse_ptr,
+    mask_ptr,
+    bias_ptr,
+    seed_ptr,
+    grad_query_ptr,
+    delta_ptr,
+    correction_ptr,
+    grad_bias_ptr,
+    grad_scale,
+    scale,
+    keep_scale,
+    threshold,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_bb,
+    stride_bh,
+    stride_bq,
+    stride_bk,
+    heads,
+    query_length,
+    key_length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Grid (query tiles * B * heads). Also stores what the other kernel reads, and the bias's gradient.
+
+    grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
+    probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.
+    """
+    tiles = tl.cdiv(query_length, BLOCK_M)
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles  # the longest rows of a causal mask first
+    batch, head = program // tiles // heads, program // tiles % heads
+    queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = queries < query_length
+    dims = tl.arange(0, BLOCK_D)
+    batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+
+    NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
+    query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
+    grad_rows = grad_out_ptr + batch64 * stride_gb + head64 * stride_gh + queries64 * stride_gs
+    grad_out = load_tile(grad_rows[:, None] + dims[None, :], live, dims, D, True)
+    out_offset = batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
+    out = load_tile((out_ptr + out_offset)[:, None] + dims[None, :], live, dims, D, True)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    flat = (batch64 * heads + head64) * query_length + queries
+    tl.store(delta_ptr + flat, delta, mask=live)
+    lse = tl.load(lse_ptr + flat, mask=live, other=float("inf"))
+    lse = in_units(lse, NATURAL)
+    query = None
+    if NATURAL:
+        grad_out = None  # both are read again, in pieces
+    else:
+        query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
+
+    key_head = (head // GROUP).to(tl.int64)
+    key_ptr += batch64 * stride_kb + key_head * stride_kh
+    value_ptr += batch64 * stride_vb + key_head * stride_vh
+    mask_row = mask_ptr
+    if mask_ptr is not None:
+        mask_row = mask_ptr + batch64 * key_length
+    bias_rows = bias_ptr
+    if bias_ptr is not None:
+        bias_rows = bias_ptr + batch64 * stride_bb + head64 * stride_bh + queries64 * stride_bq
+    grad_bias_rows = grad_bias_ptr
+    if grad_bias_ptr is not None:
+        grad_bias_rows = grad_bias_ptr + flat * key_length
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    flat_heads = batch * heads + head + tl.zeros_like(queries)
+
+    full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
+        mask_row,
+        tile * BLOCK_M,
+        tile * BLOCK_M + BLOCK_M - 1,
+        0,
+        key_length,
+        query_length,
+        key_length,
+        IS_CAUSAL,
+        BLOCK_N,
+    )
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(full_start, full_end, BLOCK_N):
+        grad_query, row_sum = _query_step(
+            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row,
+            bias_rows, grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold,
+            stride_ks, stride_vs, stride_bk, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, False,
+        )  # fmt: skip
+    for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
+        start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
+        grad_query, row_sum = _query_step(
+            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row,
+            bias_rows, grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold,
+            stride_ks, stride_vs, stride_bk, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, True,
+        )  # fmt: skip
+    if correction_ptr is not None:
+        correction = tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
+        tl.store(correction_ptr + flat, correction, mask=live)
+        grad_query *= correction[:, None]
+    grad_query *= grad_scale
+    tl.store(
+        (grad_query_ptr + out_offset)[:, None] + dims[None, :],
+        grad_query.to(grad_query_ptr.dtype.element_ty),
+        mask=live[:, None] & (dims < D)[None, :],
+    )
