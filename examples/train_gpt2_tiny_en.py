@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="what `bible` printed")
     parser.add_argument("--provider", choices=["pyfused", "torch"], default="pyfused")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", type=Path, help="directory for the trained preset (provider pyfused)")
     parser.add_argument("--curve", type=Path, help="where to write the loss curve")
