@@ -3,9 +3,12 @@
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
 //
-// Five products of 2 Sq Sk D each, against the forward's two. An item is a key head, whose dK and dV are summed over the
-// query heads of its group by one thread, in order. Where there are fewer items than threads, the queries of an item are
-// split in parts, and the parts summed in order: repeatable for a given number of threads, and no atomics.
+// Five products of 2 Sq Sk D each, against the forward's two. An item is a key head, whose dK and dV are summed over
+// the query heads of its group by one thread, in order. Where there are fewer items than threads, the queries of an
+// item are split in parts, and the parts summed in order: repeatable for a given number of threads, and no atomics.
+//
+// Times the speed of SDPA's backward, measured as in attention.cpp: B1 H12 S512 D64 1.13-1.24, causal 1.8-2.3, D128
+// 1.1-1.17, B16 H4 S128 D40 causal 1.25-1.45 (with dropout 1.6-1.8), bfloat16 causal 20.
 #include "attention_tile.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -111,7 +114,8 @@ template <class T> struct Backward {
         for (int64_t c = seen; c < n; ++c)
           for (int v = 0; v < 2; ++v)
             store(w + c * kBlockQueries + v * kWidth, vfloat{}), store(ds + c * kBlockQueries + v * kWidth, vfloat{});
-        products<false, kAdd>(p.d, key, keys.key_step, ds, kBlockQueries, seen, x.grad_query_lanes + g * lanes, kGroup, &one);
+        float* grad = x.grad_query_lanes + g * lanes;
+        products<false, kAdd>(p.d, key, keys.key_step, ds, kBlockQueries, seen, grad, kGroup, &one);
       }
       const int64_t skip = begin * kGroup, depth = groups * kGroup - skip;
       add_rows(n, x.weights + skip, x.grad_out_rows + skip * width(), depth, dv + c0 * width(), 1.0f);

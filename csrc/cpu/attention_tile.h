@@ -1,10 +1,10 @@
 // What do attention's forward and backward share on the CPU? The problem, the visible keys, and the tile operations.
 //
-// Everything is laid out with QUERIES IN THE LANES: a group of kGroup = 2 kWidth queries is transposed once to (D, kGroup),
-// and a tile of scores is (keys, kGroup). Both products then broadcast elements of key and value rows as they lie in memory
-// (a key row per score row, a value element per output row), so nothing needs packing into panels, any D and any
-// number of keys costs no padding, a softmax is lane-wise with no horizontal reduction, hidden keys are simply not in the
-// list of rows, and Philox's counters, one per query, are the lanes.
+// Everything is laid out with QUERIES IN THE LANES: a group of kGroup = 2 kWidth queries is transposed once to
+// (D, kGroup), and a tile of scores is (keys, kGroup). Both products then broadcast elements of key and value rows as
+// they lie in memory (a key row per score row, a value element per output row). So nothing needs packing into panels,
+// any D and any number of keys costs no padding, a softmax is lane-wise with no horizontal reduction, hidden keys are
+// simply not in the list of rows, and Philox's counters, one per query, are the lanes.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "pyfused/parallel.h"
+#include "pyfused/philox.h"
 #include "pyfused/simd.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -90,8 +91,8 @@ template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
   return v[0];
 }
 
-// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. simd.h's exp with one clamp and no select: a score
-// less the highest is never above 0, and the clamp gives the scale factor 2^-127, which is written as 0.
+// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. simd.h's exp with one clamp and no select: a
+// score less the highest is never above 0, and the clamp gives the scale 2^-127, whose exponent bits are those of 0.
 // (Scores in units of log2 would save one operation here and cost a rounding of each score and of the log-sum-exp.)
 PYFUSED_INLINE vfloat exp_of_score(vfloat x) {
   const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer in the low bits of the mantissa
@@ -113,39 +114,6 @@ PYFUSED_INLINE vint lane_numbers() {
   for (int i = 0; i < kWidth; ++i) v[i] = i;
   return v;
 }
-
-// High and low halves of the 64-bit products of unsigned lanes with one factor.
-PYFUSED_INLINE void multiply(vuint a, uint32_t factor, vuint& high, vuint& low) {
-  typedef uint64_t vwide __attribute__((vector_size(kWidth * 4)));
-  const vwide keep_low = vwide{} + 0xffffffffull;
-  vwide even, odd, wide = bits_as<vwide>(a);
-#if defined(__AVX512F__)
-  const __m512i f = _mm512_set1_epi64(factor);
-  even = (vwide)_mm512_mul_epu32((__m512i)wide, f), odd = (vwide)_mm512_mul_epu32((__m512i)(wide >> 32), f);
-#elif defined(__AVX2__)
-  const __m256i f = _mm256_set1_epi64x(factor);
-  even = (vwide)_mm256_mul_epu32((__m256i)wide, f), odd = (vwide)_mm256_mul_epu32((__m256i)(wide >> 32), f);
-#else
-  even = (wide & keep_low) * factor, odd = (wide >> 32) * factor;
-#endif
-  high = bits_as<vuint>((even >> 32) | (odd & ~keep_low));
-  low = bits_as<vuint>((even & keep_low) | (odd << 32));
-}
-
-// Philox4x32-10 (Salmon et al. 2011) with counter (quad, query in the lanes, flat head, 0): words for four keys.
-struct Philox {
-  uint32_t k0, k1;
-  PYFUSED_INLINE void operator()(uint32_t quad, vuint query, uint32_t head, vuint (&w)[4]) const {
-    vuint c0 = vuint{} + quad, c1 = query, c2 = vuint{} + head, c3 = vuint{}, h0, l0, h1, l1;
-    uint32_t a = k0, b = k1;
-    for (int round = 0; round < 10; ++round, a += 0x9E3779B9u, b += 0xBB67AE85u) {
-      multiply(c0, 0xD2511F53u, h0, l0);
-      multiply(c2, 0xCD9E8D57u, h1, l1);
-      c0 = h1 ^ c1 ^ a, c1 = l1, c2 = h0 ^ c3 ^ b, c3 = l0;
-    }
-    w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
-  }
-};
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
@@ -184,8 +152,8 @@ PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_
 }
 
 template <bool kAlong, Finish kFinish, int V = 2>
-inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
-                     int64_t c_step, const vfloat* factor) {
+inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth,
+                     float* c, int64_t c_step, const vfloat* factor) {
   const int64_t next = kAlong ? step : 1;
   for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step)
     product<kRows, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
@@ -205,8 +173,10 @@ constexpr int64_t kChain = 64;
 inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
                  int64_t c_step, vfloat factor) {
   products<true, kNew>(rows, a, step, b, b_step, d < kChain ? d : kChain, c, c_step, &factor);
-  for (int64_t k = kChain; k < d; k += kChain)
-    products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, d - k < kChain ? d - k : kChain, c, c_step, &factor);
+  for (int64_t k = kChain; k < d; k += kChain) {
+    const int64_t depth = d - k < kChain ? d - k : kChain;
+    products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, depth, c, c_step, &factor);
+  }
 }
 
 // ---- queries in and out of the lanes --------------------------------------------------------------------------------
@@ -217,9 +187,14 @@ inline void to_lanes(const T* from, int64_t row_step, int64_t rows, int64_t d, f
   for (int v = 0; v < 2; ++v)
     for (int64_t i = 0; i < d; i += kWidth) {
       vfloat t[kWidth];
-      for (int r = 0; r < kWidth; ++r) {
-        const T* p = from + (v * kWidth + r) * row_step + i;
-        t[r] = v * kWidth + r >= rows ? vfloat{} : (d - i >= kWidth ? load(p) : load_partial(p, d - i));
+      if (rows == kGroup && d - i >= kWidth) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kWidth; ++r) t[r] = load(from + (v * kWidth + r) * row_step + i);
+      } else {
+        for (int r = 0; r < kWidth; ++r) {
+          const T* p = from + (v * kWidth + r) * row_step + i;
+          t[r] = v * kWidth + r >= rows ? vfloat{} : (d - i >= kWidth ? load(p) : load_partial(p, d - i));
+        }
       }
       transpose(t);
       const int64_t n = d - i < kWidth ? d - i : kWidth;
@@ -274,8 +249,8 @@ template <class T> struct Keys {
       count += !p.mask || p.mask[b * p.sk + j];
     }
   }
-  // Points key and value at rows of float: the tensors' own where they are float and a gapless run (and, with many queries
-  // to come, dense enough for the TLB), else a copy, made as far as `needed` keys.
+  // Points key and value at rows of float: the tensors' own where they are float and a gapless run (and, with many
+  // queries to come, dense enough for the TLB), else a copy, made as far as `needed` keys.
   void rows(const Problem<T>& p, int64_t b, int64_t kv_head, int64_t needed) {
     list(p, b);
     if (kv_head != head) {
@@ -312,7 +287,7 @@ template <class T> struct Keys {
   void release() { std::free(position), std::free(key_pack), std::free(value_pack); }
 };
 
-// The first item of a share, when items of unequal cost are split in order over `threads` shares of about the same cost.
+// The first item of a share, when items of unequal cost are split in order over `threads` shares of about equal cost.
 template <class Cost> inline int64_t share_begin(int64_t share, int threads, int64_t items, const Cost& cost) {
   if (share <= 0) return 0;
   if (share >= threads) return items;
@@ -360,33 +335,31 @@ template <class T> struct Group {
   }
 
   void add_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {
-    const T* base = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1];
-    const int64_t si = p.bias_stride[2], sj = p.bias_stride[3];
+    const int64_t sj = p.bias_stride[3];
+    const T* row[kGroup];  // lanes past the last query read its row
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const int64_t query = first + (i < rows ? i : rows - 1);
+      row[i] = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2];
+    }
     for (int64_t c = 0; c < n; c += kWidth) {
-      const int64_t m = n - c < kWidth ? n - c : kWidth, j = keys.position[c0 + c];
-      const bool run = sj == 1 && keys.position[c0 + c + m - 1] - j == m - 1;
+      const int64_t m = n - c < kWidth ? n - c : kWidth;
+      const int32_t* j = keys.position + c0 + c;
+      const bool run = m == kWidth && sj == 1 && j[m - 1] - j[0] == m - 1;
       for (int v = 0; v < 2; ++v) {
-        vfloat t[kWidth];
-        if (run) {
-          for (int r = 0; r < kWidth; ++r) {
-            const int64_t lane = v * kWidth + r, i = first + (lane < rows ? lane : rows - 1);
-            const T* at = base + i * si + j;
-            t[r] = m == kWidth ? load(at) : load_partial(at, m);
-          }
+        float* at = s + c * step + v * kWidth;
+        if (run) {  // a square of the bias, kept in registers
+          vfloat t[kWidth];
+#pragma GCC unroll 16
+          for (int r = 0; r < kWidth; ++r) t[r] = load(row[v * kWidth + r] + j[0]);
           transpose(t);
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) store(at + k * step, load(at + k * step) + t[k]);
         } else {
           for (int64_t k = 0; k < m; ++k) {
             float lanes[kWidth];
-            for (int r = 0; r < kWidth; ++r) {
-              const int64_t lane = v * kWidth + r, i = first + (lane < rows ? lane : rows - 1);
-              lanes[r] = load_one(base + i * si + keys.position[c0 + c + k] * sj);
-            }
-            t[k] = load(lanes);
+            for (int r = 0; r < kWidth; ++r) lanes[r] = load_one(row[v * kWidth + r] + j[k] * sj);
+            store(at + k * step, load(at + k * step) + load(lanes));
           }
-        }
-        for (int64_t k = 0; k < m; ++k) {
-          float* at = s + (c + k) * step + v * kWidth;
-          store(at, load(at) + t[k]);
         }
       }
     }

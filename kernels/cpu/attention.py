@@ -26,7 +26,7 @@ def _address(tensor):
 def _empty_like(query):
     """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
     b, h, s, d = query.shape
-    return torch.empty((b, s, h, d), dtype=query.dtype).transpose(1, 2)
+    return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
 
 
 def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
