@@ -57,10 +57,10 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 
 # keras-hub without its dependencies: they would bring TensorFlow.
 $(VENV)/test.stamp: $(VENV)/lib.stamp
-	$(BIN)/pip install --quiet -e ".[test]"
+	$(BIN)/pip install --quiet --group test
 	$(BIN)/pip install --quiet --no-deps "keras-hub==0.32.0"
 	touch $@
 
-$(VENV)/lint.stamp: $(VENV)/lib.stamp
-	$(BIN)/pip install --quiet -e ".[lint]"
+$(VENV)/lint.stamp: $(VENV)/lib.stamp pyproject.toml
+	$(BIN)/pip install --quiet --group lint
 	touch $@

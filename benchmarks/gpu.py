@@ -49,7 +49,9 @@ def main() -> int:
             began = time.perf_counter()
             code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
             failed = failed or code != 0
-            summary.append(f"{name:<9} {'ok' if code == 0 else f'FAILED ({code})':<12} {time.perf_counter() - began:6.0f} s")
+            summary.append(
+                f"{name:<9} {'ok' if code == 0 else f'FAILED ({code})':<12} {time.perf_counter() - began:6.0f} s"
+            )
     print("\n" + torch.cuda.get_device_name() + "\n" + "\n".join(summary))
     return 1 if failed else 0
 

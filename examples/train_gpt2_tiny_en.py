@@ -93,8 +93,9 @@ def make_model(provider: str):
             return backbone.token_embedding(hidden, reverse=True)
 
         return backbone, logits
-    from pyfused.checkpoints import save_hf
     from transformers import GPT2LMHeadModel
+
+    from pyfused.checkpoints import save_hf
 
     with tempfile.TemporaryDirectory() as directory:
         save_hf(backbone, directory)

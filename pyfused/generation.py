@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ._decoding import EagerSteps, GraphSteps, Steps
+from .models.backbone import Backbone
 from .models.gpt2 import GPT2Backbone
 from .sampling import Sampler, uniforms
 
@@ -25,7 +26,7 @@ class Generator:
         tokens = pyfused.Generator(model).generate([[464, 3290]], max_new_tokens=20)
     """
 
-    def __init__(self, model: GPT2Backbone):
+    def __init__(self, model: Backbone):
         if not isinstance(model, GPT2Backbone):
             raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone")
         self.model = model

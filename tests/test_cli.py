@@ -47,9 +47,9 @@ def test_generate_json_and_seed(capsys):
 
 
 def test_generate_matches_transformers(capsys):
+    import torch
     from transformers import GPT2LMHeadModel
 
-    import torch
     from pyfused.checkpoints import load_tokenizer, resolve_preset
 
     ids = load_tokenizer(PRESET).encode("In the beginning")

@@ -59,9 +59,7 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     grad_bias = torch.empty_like(weight) if has_bias else None
     parts = cuda().layer_norm_backward_parts(*rows.shape, _multiprocessors(x.device))
     partial = torch.empty((parts, 2, rows.shape[1]), dtype=torch.float32, device=x.device)
-    pointers = map(
-        _pointer, (grad_y, grad_total, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias, partial)
-    )
+    pointers = map(_pointer, (grad_y, grad_total, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias, partial))
     dtype = DTYPE_CODES[x.dtype]
     cuda().layer_norm_backward(*pointers, parts, *rows.shape, stride, dtype, *_where(x.device))
     return grad_x, grad_weight, grad_bias

@@ -26,7 +26,12 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     tokenizer = load_tokenizer(preset)
     ids = tokenizer.encode(prompt)
     inputs = torch.tensor([ids])
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.end_token_id, "eos_token_id": None}
+    options = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.end_token_id,
+        "eos_token_id": None,
+    }
 
     def run_mine() -> list[int]:
         return mine.generate([ids], new_tokens)[0]
@@ -46,7 +51,9 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
             seconds[name].append(time.perf_counter() - began)
     rates = {name: new_tokens / statistics.median(values) for name, values in seconds.items()}
     ratio = rates["pyfused"] / rates["transformers"]
-    print(f"{preset}, {len(ids)} + {new_tokens} tokens, batch 1, {torch.get_num_threads()} thread(s), greedy tokens equal")
+    print(
+        f"{preset}, {len(ids)} + {new_tokens} tokens, batch 1, {torch.get_num_threads()} thread(s), greedy tokens equal"
+    )
     print(f"pyfused {rates['pyfused']:.0f} tokens/s, transformers {rates['transformers']:.0f} tokens/s: {ratio:.2f}x")
     return rates
 

@@ -77,6 +77,7 @@ class Backbone(nn.Module, ABC):
     """
 
     presets = _Presets()
+    token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]:

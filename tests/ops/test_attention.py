@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from pyfused.kernels.reference import attention as reference
-from pyfused.kernels.reference._philox import keep_mask
 
 import pyfused
+from pyfused.kernels.reference import attention as reference
+from pyfused.kernels.reference._philox import keep_mask
 from pyfused.testing import assert_close
 
 
