@@ -1,13 +1,13 @@
 // attention's forward on the CPU: out = softmax(scale * query key^T + bias) value, with dropout, in O(S) memory.
 //
 // An online softmax (Dao et al. 2022): a tile of keys at a time, with the highest score and the sum of exponentials of
-// each query carried along. Does 4 Sq Sk D operations and Sq Sk exponentials, half of both under causality: what a group
-// of queries cannot see is neither computed nor read. One AVX2 core: the products alone reach its ceiling, 100 GFLOP/s.
+// each query carried along. Does 4 Sq Sk D operations and Sq Sk exponentials, half of both under causality: what a
+// group of queries cannot see is neither computed nor read. One AVX2 core: the products alone reach 100 GFLOP/s.
 //
-// Times SDPA's speed, float32, one thread of a 2-core AVX2 machine under load (medians of processor time, interleaved; the
-// span is over runs): B1 H12 S512 D64 1.09-1.20, causal 1.83-2.18, half padded 2.1-2.3, dense bias 0.93-1.04 (12.6 MB of
-// bias to read: the same bias with row stride 0 costs 3% over none), S2048 causal 1.3-1.4, D80/128/256 1.02-1.09/
-// 1.02-1.08/0.96-1.02, B16 H4 S128 D40 causal 1.4-1.5; bfloat16 causal 2.1-2.3, float16 2.7-3.2.
+// Times SDPA's speed, float32, one thread of a 2-core AVX2 machine UNDER LOAD (interleaved medians of processor time;
+// the span is over all runs): B1 H12 S512 D64 1.08-1.20, causal 1.76-2.18, half padded 2.1-2.3, dense bias 0.93-1.05
+// (12.6 MB of bias to read; the same with row stride 0 costs 2-5% over none), S2048 causal 1.27-1.41, D80 1.02-1.13,
+// D128 1.02-1.10, D256 0.96-1.09, B16 H4 S128 D40 causal 1.23-1.54; bfloat16 causal 1.9-2.4, float16 2.7-3.2.
 #include "attention_few.h"
 #include "attention_tile.h"
 

@@ -8,7 +8,7 @@
 // item are split in parts, and the parts summed in order: repeatable for a given number of threads, and no atomics.
 //
 // Times the speed of SDPA's backward, measured as in attention.cpp: B1 H12 S512 D64 1.13-1.24, causal 1.8-2.3, D128
-// 1.1-1.17, B16 H4 S128 D40 causal 1.25-1.45 (with dropout 1.6-1.8), bfloat16 causal 20.
+// 1.07-1.17, B16 H4 S128 D40 causal 1.25-1.45 (with dropout 1.6-1.8), bfloat16 causal 20.
 #include "attention_tile.h"
 
 namespace pyfused::PYFUSED_ISA {

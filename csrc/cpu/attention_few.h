@@ -4,8 +4,8 @@
 // query heads that share a key head are taken together. Where there are fewer key heads than threads the keys are
 // split, and the partial results combined in the order of the splits (repeatable for a given number of threads).
 //
-// Times SDPA's speed, measured as in attention.cpp, one query, 12 heads of 64: 2048 keys 1.03-1.14 (bfloat16 3.1-4.8), 512
-// keys 0.91-1.04, 128 keys 0.7-0.8: there the call from Python takes as long as the kernel.
+// Times SDPA's speed, measured as in attention.cpp, one query, 12 heads of 64: 2048 keys 1.03-1.27 (bfloat16 3.1-4.8),
+// 512 keys 0.91-1.04, 128 keys 0.66-0.82: there the call from Python takes as long as the kernel.
 #pragma once
 
 #include "attention_tile.h"

@@ -1,4 +1,4 @@
-// Which probabilities does dropout keep? Philox4x32-10, the bits of kernels/reference/_philox.py, for a vector of queries.
+// Which probabilities does dropout keep? Philox4x32-10 for a vector of queries, as kernels/reference/_philox.py has it.
 #pragma once
 
 #include "pyfused/simd.h"
