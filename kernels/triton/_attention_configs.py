@@ -1,7 +1,7 @@
 """Which tiles, warps and pipeline stages does each attention kernel use? A table: nothing is tuned at run time.
 
 Timing candidates at run time would cost seconds per shape and could not happen inside a CUDA graph. The rows compile
-without a spill for the cases that they serve (tests/gpu_codegen/test_attention.py holds a sample of them); none has
+without a spill for the cases that they serve (tests/gpu_codegen/test_attention_codegen.py holds a sample of them); none has
 been timed, so all of it is *not yet measured*.
 
 The reasoning, for B4 H16 S2048 D64 bf16 on an H100 (132 multiprocessors, 65,536 registers and 227 KB each):

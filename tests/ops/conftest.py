@@ -23,3 +23,18 @@ def dtype(request):
 @pytest.fixture
 def device():
     return DEVICE
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what a backend is not asked: cases marked seldom in Triton's interpreter, which would take minutes, and
+    what is about the CPU kernels alone, on the others."""
+    kept, dropped = [], []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = parameters.get("each_backend", "")
+        slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
+        foreign = item.get_closest_marker("cpu_kernels") is not None and not backend.startswith("cpu")
+        (dropped if slow or foreign else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept

@@ -60,11 +60,6 @@ DECODING = [
 ]
 
 
-def skip_if_slow(case, backend):
-    if case.seldom and backend == "triton" and not torch.cuda.is_available():
-        pytest.skip("too long for Triton's interpreter")
-
-
 def make_mask(kind, b, sk, device):
     position = torch.arange(sk, device=device)
     length = torch.tensor([1 + (sk - 1) * (n + 1) // (b + 1) for n in range(b)], device=device)[:, None]
@@ -122,7 +117,6 @@ def drawn_seed(options, device):
 
 @pytest.mark.parametrize("case", CASES + DECODING, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    skip_if_slow(case, each_backend)
     inputs, options = make(case, dtype, device)
     seed = drawn_seed(options, device)
     out = pyfused.attention(**inputs, **options)
@@ -136,7 +130,6 @@ def test_forward(each_backend, dtype, device, case):
 def test_backward(each_backend, dtype, device, case):
     """The yardstick is softmax written exp(s - logsumexp(s)): whoever keeps one log-sum-exp per row for the backward,
     as SDPA's flash kernels do too, and not the probabilities, has the rounding of that number in the gradients."""
-    skip_if_slow(case, each_backend)
     inputs, options = make(case, dtype, device)
     cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
     seed = drawn_seed(options, device)
@@ -306,10 +299,9 @@ def test_backward_is_not_differentiable_twice(each_backend, device):
         g.sum().backward()
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 300, 300, 24), (2, 3, 3, 130, 170, 24), (1, 2, 2, 2, 1500, 24)], ids=str)
 def test_threads_do_not_change_the_result(each_backend, sizes):
-    if not each_backend.startswith("cpu"):
-        pytest.skip("about the CPU kernels' threads")
     inputs, options = make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu")
 
     def run(threads):
@@ -345,10 +337,9 @@ with running("{backend}"):
 """
 
 
+@pytest.mark.cpu_kernels
 def test_memory_is_linear(each_backend):
     """S = 8192: the scores would be 256 MiB; inputs, gradients and scratch of one head are some 6 MiB."""
-    if not each_backend.startswith("cpu"):
-        pytest.skip("measured for the CPU kernels")
     import subprocess
     import sys
 

@@ -70,7 +70,7 @@ def test_forward_and_backward(each_backend, dtype, device, activation):
                 *size,
                 biases,
                 with_residual,
-                min(draws, 8) if interpreted else draws,
+                min(draws, 5) if interpreted else draws,
             )
     check(activation, dtype, device, (2, 3), 10, 20, 10, (True, True), True)
     check(activation, dtype, device, (), 10, 20, 10, (True, True), True, draws=2)
