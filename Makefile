@@ -31,7 +31,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m benchmarks --device cpu
+	$(BIN)/python -m benchmarks --device cpu --save
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
