@@ -55,13 +55,29 @@ template <class To, class From> PYFUSED_INLINE To bits_as(From x) {
 
 // ---- half precision <-> float32 -------------------------------------------------------------------------------------
 
-PYFUSED_INLINE vfloat widen_bf16(vhalf h) { return bits_as<vfloat>(__builtin_convertvector(h, vuint) << 16); }
+// The low 16 bits of each lane; what lies above is zero. GCC's own conversion takes each lane through memory on AVX2.
+PYFUSED_INLINE vhalf low_halves(vuint u) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // within each half of the register
+  return (vhalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector(u, vhalf);
+#endif
+}
+
+PYFUSED_INLINE vfloat widen_bf16(vhalf h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+#else
+  return bits_as<vfloat>(__builtin_convertvector(h, vuint) << 16);
+#endif
+}
 
 PYFUSED_INLINE vhalf narrow_bf16(vfloat x) {
   vuint u = bits_as<vuint>(x);
   vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   vuint is_nan = (u & 0x7fffffffu) > 0x7f800000u;
-  return __builtin_convertvector(is_nan ? ((u >> 16) | 0x40u) : rounded, vhalf);
+  return low_halves(is_nan ? ((u >> 16) | 0x40u) : rounded);
 }
 
 PYFUSED_INLINE vfloat widen_f16(vhalf h) {
