@@ -20,7 +20,7 @@ PART ?= all
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
 	$(BIN)/pyfused verify gpt2_tiny_en
-	$(BIN)/pyfused generate gpt2_tiny_en --prompt "In the beginning" --max-new-tokens 96
+	$(BIN)/pyfused generate gpt2_tiny_en --prompt "In the beginning" --max-new-tokens 96 --temperature 0.7 --top-k 40 --seed 1
 	$(BIN)/python -m pyfused.bench.beside_transformers gpt2_tiny_en
 
 test: $(VENV)/test.stamp

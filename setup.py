@@ -68,6 +68,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["pyfused", "pyfused.*"]), *KERNELS],
     package_dir={"": ".", **KERNELS},
+    include_package_data=False,  # what MANIFEST.in lists is for the sdist; the wheel takes package_data
     package_data={"pyfused": ["py.typed", "presets/*/*"]},
     ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],
     cmdclass={"build_ext": CMakeBuild},
