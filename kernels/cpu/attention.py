@@ -51,6 +51,14 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
     return out, lse
 
 
+def slower_backward(grad_out, query, *rest):
+    """Few float32 queries: plain PyTorch keeps nothing of size S x S there either, and its gradients are closer."""
+    if query.dtype == torch.float32 and query.shape[2] <= 8:
+        # Against softmax, of 360 random gradients 27 exceeded the tolerance rule here (up to 2.3 times the bound), none there.
+        return "up to 8 float32 queries: plain PyTorch does not go through a rounded log-sum-exp"
+    return None
+
+
 def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
 ):

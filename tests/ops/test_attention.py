@@ -146,6 +146,22 @@ def test_backward(each_backend, dtype, device, case):
         assert_close(a, p, t, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
+def test_few_queries_have_the_gradients_of_softmax(device, sizes):
+    """With no backend forced, and against ordinary softmax: no log-sum-exp rounded to float32 in between."""
+    inputs, options = make(Case(sizes), torch.float32, device)
+    cotangent = torch.randn(inputs["query"].shape, device=device)
+
+    def gradients(function, wide):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+
+    actual = gradients(lambda t: pyfused.attention(**t, **options), torch.float32)
+    expected, truth = (gradients(lambda t: plain(t, options), wide) for wide in (torch.float32, torch.float64))
+    for name, a, p, t in zip(inputs, actual, expected, truth):
+        assert_close(a, p, t, f"gradient of {name}")
+
+
 def test_agrees_with_sdpa(each_backend, dtype, device):
     query, key, value = (torch.randn(2, 3, 33, 16, device=device).to(dtype) for _ in range(3))
     out = pyfused.attention(query, key, value, is_causal=True)
