@@ -3,7 +3,8 @@
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
 a module per operator with `forward`, `backward` and, where they matter, two kinds of function that return a reason or None:
 `unsupported_forward(*args)`: the module cannot do this case; `slower_forward(*args)`: it can, and measurements say that the
-next backend is faster, or closer to float64. A forced backend ignores the second kind and gives way, visibly in explain(), to the first.
+next backend is faster, or closer to float64. A forced backend ignores the second kind and gives way, visibly in explain(), to
+the first.
 """
 
 from __future__ import annotations
