@@ -7,10 +7,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
-#ifndef PYFUSED_LAUNCH
+// What a host compiler cannot parse: a launch, and the block's dynamic shared memory, PYFUSED_SHARED_BYTES(name).
+// The host shim has its own of both.
+#ifndef PYFUSED_CUDA_ON_CPU
 #define PYFUSED_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#define PYFUSED_SHARED_BYTES(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
 // Runs the statement with T as the dtype of a code.

@@ -46,6 +46,12 @@ class OnDevice {
   bool moved_ = false;
 };
 
+// Lets a kernel ask for `bytes` of dynamic shared memory: beyond 48 KiB that needs permission. Call before each launch.
+template <class Kernel> void allow_shared(const Launch& launch, Kernel* kernel, size_t bytes) {
+  if (bytes > 48 * 1024)
+    launch.check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks of a grid: a kernel goes round again over what is beyond.
