@@ -8,7 +8,7 @@ from .ops import attention, ffn, layer_norm, linear
 
 if TYPE_CHECKING:
     from .generation import Generator
-    from .models import Backbone, GPT2Backbone
+    from .models import Backbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "GPT2Backbone",
     "Generator",
+    "T5Backbone",
     "__version__",
     "attention",
     "backend",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "Generator": "generation"}
+_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "T5Backbone": "models", "Generator": "generation"}
 
 
 def __getattr__(name: str) -> Any:
