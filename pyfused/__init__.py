@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import attention, ffn, layer_norm, linear
+from .ops import RelativeBias, attention, ffn, layer_norm, linear, relative_bias
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "GPT2Backbone",
     "Generator",
+    "RelativeBias",
     "__version__",
     "attention",
     "backend",
@@ -24,6 +25,7 @@ __all__ = [
     "ffn",
     "layer_norm",
     "linear",
+    "relative_bias",
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
