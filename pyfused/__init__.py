@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import attention, ffn, gated_ffn, layer_norm, linear, rms_norm
+from .ops import RelativeBias, attention, ffn, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "GPT2Backbone",
     "Generator",
+    "RelativeBias",
     "T5Backbone",
     "__version__",
     "attention",
@@ -26,6 +27,7 @@ __all__ = [
     "gated_ffn",
     "layer_norm",
     "linear",
+    "relative_bias",
     "rms_norm",
 ]
 

@@ -29,7 +29,18 @@ def _empty_like(query):
     return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def unsupported_forward(*args):
+    return "no relative_bias yet" if len(args) > 10 and args[10] is not None else None
+
+
+def unsupported_backward(*args):
+    return "no relative_bias yet" if len(args) > 13 and args[13] is not None else None
+
+
+def forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128,
+):  # fmt: skip
     out = _empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
     layout = _layout(query, key, value, attn_bias)
@@ -60,8 +71,9 @@ def slower_backward(grad_out, query, *rest):
 
 
 def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
-):
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+):  # fmt: skip
     grad_query, grad_key, grad_value = (_empty_like(t) for t in (query, key, value))
     # Zeros: tiles that causality or padding hides are skipped.
     grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
@@ -86,4 +98,4 @@ def backward(
         dropout_p,
         DTYPE_CODES[query.dtype],
     )
-    return grad_query, grad_key, grad_value, grad_bias
+    return grad_query, grad_key, grad_value, grad_bias, None
