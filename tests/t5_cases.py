@@ -6,7 +6,19 @@ from safetensors.torch import load_file
 
 from pyfused import T5Backbone
 
-__all__ = ["ROOT", "case", "call_of", "hf_t5", "like_hf", "live", "manifest", "outputs_of", "t5", "t5_of_case", "t5_state"]
+__all__ = [
+    "ROOT",
+    "case",
+    "call_of",
+    "hf_t5",
+    "like_hf",
+    "live",
+    "manifest",
+    "outputs_of",
+    "t5",
+    "t5_of_case",
+    "t5_state",
+]
 
 RENAMED = {
     "input_ids": "encoder_token_ids", "attention_mask": "encoder_padding_mask",

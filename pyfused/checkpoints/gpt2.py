@@ -23,6 +23,7 @@ HF_HEAD, HF_EMBEDDING = "lm_head.weight", "wte.weight"
 DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
 DEPTHS = ("num_layers",)
 
+
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """GPT2Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
     options = Options(raw, file)

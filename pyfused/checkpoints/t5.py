@@ -200,7 +200,9 @@ def hf_plan(config: dict[str, Any]) -> Plan:
             plan[f"{ours}.feed_forward_norm.weight"] = whole((width,), f"{last}.layer_norm.weight")
             names = {"gate": "wi_0", "up": "wi_1"} if config["use_gated_activation"] else {"inner": "wi"}
             for name, matrix in names.items():
-                plan[f"{ours}.feed_forward.{name}.weight"] = whole((inner, width), f"{last}.DenseReluDense.{matrix}.weight")
+                plan[f"{ours}.feed_forward.{name}.weight"] = whole(
+                    (inner, width), f"{last}.DenseReluDense.{matrix}.weight"
+                )
             plan[f"{ours}.feed_forward.outer.weight"] = whole((width, inner), f"{last}.DenseReluDense.wo.weight")
         plan[f"{stack}.final_norm.weight"] = whole((width,), f"{stack}.final_layer_norm.weight")
     return plan

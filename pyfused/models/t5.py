@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import (
-    CrossAttention, FeedForward, GatedFeedForward, KVCache, ReversibleEmbedding, RMSNorm, T5Attention,
-)  # fmt: skip
+from ..nn import CrossAttention, FeedForward, GatedFeedForward, KVCache, ReversibleEmbedding, RMSNorm, T5Attention
 from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
@@ -63,8 +61,11 @@ class T5Layer(nn.Module):
                 d, heads, size, scale=1.0, dropout=self.dropout, bias=False, **factory
             )
         self.feed_forward_norm = RMSNorm(d, eps, **factory)
-        options = {"dropout": self.dropout, **factory}
-        inner, activation = config["intermediate_dim"], config["activation"]
+        inner, activation, options = (
+            config["intermediate_dim"],
+            config["activation"],
+            {"dropout": self.dropout, **factory},
+        )
         self.feed_forward: FeedForward | GatedFeedForward
         if config["use_gated_activation"]:
             self.feed_forward = GatedFeedForward(d, inner, activation, **options)
@@ -217,7 +218,9 @@ class T5Backbone(Backbone):
         c = self._config
         heads = c["num_heads"]
         size = c["key_value_dim"] or c["hidden_dim"] // heads
-        return KVCache(len(self.decoder.layers), batch_size, heads, capacity, size, dtype=self.dtype, device=self.device)
+        return KVCache(
+            len(self.decoder.layers), batch_size, heads, capacity, size, dtype=self.dtype, device=self.device
+        )
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """Hidden states behind the final norm of each stack: {"encoder_sequence_output": (B, Se, D),

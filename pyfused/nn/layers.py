@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 # For training with dropout behind the activation, which the operators do not have
-_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}
 
 
 class FeedForward(nn.Module):
