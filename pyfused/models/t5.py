@@ -15,6 +15,7 @@ V vocabulary, Sk keys: cached tokens plus Sd.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,16 +62,9 @@ class T5Layer(nn.Module):
                 d, heads, size, scale=1.0, dropout=self.dropout, bias=False, **factory
             )
         self.feed_forward_norm = RMSNorm(d, eps, **factory)
-        inner, activation, options = (
-            config["intermediate_dim"],
-            config["activation"],
-            {"dropout": self.dropout, **factory},
-        )
-        self.feed_forward: FeedForward | GatedFeedForward
-        if config["use_gated_activation"]:
-            self.feed_forward = GatedFeedForward(d, inner, activation, **options)
-        else:
-            self.feed_forward = FeedForward(d, inner, activation, bias=False, **options)
+        kind: Any = GatedFeedForward if config["use_gated_activation"] else partial(FeedForward, bias=False)
+        inner, activation = config["intermediate_dim"], config["activation"]
+        self.feed_forward = kind(d, inner, activation, dropout=self.dropout, **factory)
 
     def forward(self, x: Tensor, branch: Tensor | None, call: StackCall) -> tuple[Tensor, Tensor]:
         """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
