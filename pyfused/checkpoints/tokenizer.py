@@ -201,7 +201,7 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Token
     pieces = kind == "Unigram" and steps in (["Metaspace"], ["ByteFallback", "Metaspace"])
     if not pieces and (kind != "BPE" or steps != ["ByteLevel"]):
         raise ValueError(
-            f"{path}: neither byte-level BPE nor a unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
+            f"{path}: not byte-level BPE and no unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
         )
     if pieces:
         always = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
