@@ -144,6 +144,8 @@ class T5Backbone(Backbone):
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
 
+    texts = (("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"))
+
     def __init__(
         self,
         vocabulary_size: int,
