@@ -89,7 +89,9 @@ def _compile(source: Path, flags: Sequence[str], headers: str) -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr[:6000]}")
-            if source.suffix == ".cu":  # its statics are the kernels' shared memory: the engine must know where they lie
+            if (
+                source.suffix == ".cu"
+            ):  # its statics are the kernels' shared memory: the engine must know where they lie
                 section = ".bss=cuda_shared,alloc,load,data,contents"
                 subprocess.run(["objcopy", "--rename-section", section, str(half_made)], check=True)
             half_made.rename(target)
