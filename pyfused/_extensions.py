@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -19,6 +19,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PROVEN_ISAS = ("baseline", "avx2")
 
 _active_isa: str | None = None
+_emulated: Callable[[], ModuleType] | None = None
 
 
 @functools.cache
@@ -75,8 +76,21 @@ def cpu() -> ModuleType:
     return getattr(module, _active_isa or _default_isa() or "baseline")
 
 
+def emulate_cuda(load: Callable[[], ModuleType]) -> None:
+    """From now on the CUDA kernels are those of load(), called at first use, and run on CPU tensors; for the tests, whose
+    host shim compiles the same sources for the CPU. Call it before any operator runs."""
+    global _emulated
+    _emulated = load
+
+
+def emulating_cuda() -> bool:
+    return _emulated is not None
+
+
 def cuda() -> ModuleType:
     """The CUDA kernels: pyfused._cuda."""
+    if _emulated is not None:
+        return _emulated()
     module, reason = _load("_cuda")
     if module is None:
         raise RuntimeError(reason)

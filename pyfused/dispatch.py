@@ -88,6 +88,8 @@ def missing(name: str) -> str:
     if name == "cpu":
         return _extensions.missing("_cpu")
     if name == "cuda":
+        if _extensions.emulating_cuda():
+            return ""
         return _extensions.missing("_cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -102,9 +104,10 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     reason = missing(name)
     if reason or name == "reference":
         return reason
-    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreting() else ("cuda",)}[name]
-    if device not in devices:
-        return f"runs on {devices[0]} tensors, not on {device}"
+    emulated = {"cpu": True, "cuda": _extensions.emulating_cuda(), "triton": interpreting()}[name]
+    takes = "cpu" if emulated else "cuda"
+    if device != takes:
+        return f"runs on {takes} tensors, not on {device}"
     if dtype not in _KERNEL_DTYPES:
         return f"takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return ""

@@ -1,36 +1,19 @@
 """layer_norm on CUDA: launches csrc/cuda/layer_norm.cu on the current stream of the tensors' device."""
 
-import functools
-
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.layout import as_rows
 
-_UNPROVEN = "unproven on this device: no result file shows it right and faster"
-
-
-def _pointer(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _where(device):
-    """What each launcher takes last: the device's index and the current stream's handle."""
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
-
-
-@functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from ._launch import UNPROVEN, multiprocessors, pointer, where
 
 
 def slower_forward(x, weight, bias, eps, residual, save):
-    return _UNPROVEN
+    return UNPROVEN
 
 
 def slower_backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
-    return _UNPROVEN
+    return UNPROVEN
 
 
 def forward(x, weight, bias, eps, residual, save):
@@ -44,9 +27,9 @@ def forward(x, weight, bias, eps, residual, save):
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    pointers = map(_pointer, (rows, residual_rows, weight, bias, y, total, mean, rstd))
+    pointers = map(pointer, (rows, residual_rows, weight, bias, y, total, mean, rstd))
     dtype = DTYPE_CODES[x.dtype]
-    cuda().layer_norm_forward(*pointers, *rows.shape, stride, residual_stride, eps, dtype, *_where(x.device))
+    cuda().layer_norm_forward(*pointers, *rows.shape, stride, residual_stride, eps, dtype, *where(x.device))
     return y, total, mean, rstd
 
 
@@ -57,9 +40,9 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty_like(weight)
     grad_bias = torch.empty_like(weight) if has_bias else None
-    parts = cuda().layer_norm_backward_parts(*rows.shape, _multiprocessors(x.device))
+    parts = cuda().layer_norm_backward_parts(*rows.shape, multiprocessors(x.device))
     partial = torch.empty((parts, 2, rows.shape[1]), dtype=torch.float32, device=x.device)
-    pointers = map(_pointer, (grad_y, grad_total, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias, partial))
+    pointers = map(pointer, (grad_y, grad_total, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias, partial))
     dtype = DTYPE_CODES[x.dtype]
-    cuda().layer_norm_backward(*pointers, parts, *rows.shape, stride, dtype, *_where(x.device))
+    cuda().layer_norm_backward(*pointers, parts, *rows.shape, stride, dtype, *where(x.device))
     return grad_x, grad_weight, grad_bias

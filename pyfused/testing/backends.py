@@ -15,7 +15,7 @@ def available(device: str = "cpu") -> list[str]:
         names += [f"cpu:{isa}" for isa in _extensions.cpu_supported()]
     if not dispatch.missing("triton") and (device != "cpu" or dispatch.interpreting()):
         names.append("triton")
-    if device == "cuda" and not dispatch.missing("cuda"):
+    if not dispatch.missing("cuda") and (device != "cpu" or _extensions.emulating_cuda()):
         names.append("cuda")
     return names
 

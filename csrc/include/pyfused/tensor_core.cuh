@@ -4,10 +4,13 @@
 #pragma once
 
 #include "pyfused/device.cuh"
+#ifdef PYFUSED_CUDA_ON_CPU
+#include "tensor_core.h"
+#endif
 
 namespace pyfused {
 
-#ifndef PYFUSED_CUDA_ON_CPU
+#ifndef PYFUSED_CUDA_ON_CPU  // there, tensor_core.h of the shim has them
 
 __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 

@@ -1,0 +1,521 @@
+// The fibers, their scheduler and the barriers behind engine.h. One launch at a time; any number of OS threads may ask.
+#include "engine.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+// The linker's names for the section that holds every static __shared__ array; absent when there is none.
+extern "C" {
+extern unsigned char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
+extern unsigned char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
+}
+
+namespace cuda_on_cpu {
+
+Now now;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024, kGuard = 4096;
+constexpr int kWarp = 32;
+constexpr size_t kSharedWithoutAsking = 48 * 1024, kSharedMost = 227 * 1024;
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+// A stack and the place where it stopped. On x86-64 the switch is written out: swapcontext makes two system calls.
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+};
+extern "C" void cuda_on_cpu_switch(void** save, void* load);
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.hidden cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+void prepare(Context& c, unsigned char* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + kStack);
+  *--top = nullptr;  // keeps the stack aligned as a call would
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  c.stack_pointer = top;
+}
+void jump(Context& from, Context& to) { cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer); }
+#else
+struct Context {
+  ucontext_t at;
+};
+void prepare(Context& c, unsigned char* stack, void (*entry)()) {
+  getcontext(&c.at);
+  c.at.uc_stack.ss_sp = stack;
+  c.at.uc_stack.ss_size = kStack;
+  c.at.uc_link = nullptr;
+  makecontext(&c.at, entry, 0);
+}
+void jump(Context& from, Context& to) { swapcontext(&from.at, &to.at); }
+#endif
+
+// Stacks outlive a launch: mapping them is slow. Below each lies a page that must not be touched.
+std::vector<unsigned char*> stacks;
+unsigned char* stack_of(size_t index) {
+  while (stacks.size() <= index) {
+    void* p = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) abort();
+    mprotect(p, kGuard, PROT_NONE);
+    stacks.push_back(static_cast<unsigned char*>(p) + kGuard);
+  }
+  return stacks[index];
+}
+
+// ---- what runs ------------------------------------------------------------------------------------------------------
+enum class State { kReady, kBlockBarrier, kWarpOperation, kGridBarrier, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int group;
+};
+
+struct Thread {
+  Context context;
+  State state = State::kReady;
+  Site site{};
+  uint3 index{};
+  unsigned char* stack = nullptr;
+  int warp = 0, value = 0, group = 0;
+  unsigned mask = 0;
+  void* mine = nullptr;
+  std::vector<Copy> copies;
+  void* fake_stack = nullptr;
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Thread> threads;
+  std::unique_ptr<unsigned char[]> dynamic_shared;
+  std::vector<unsigned char> saved_static;
+  int done = 0, at_barrier = 0, at_grid_barrier = 0;
+  Site barrier{};  // the one that at_barrier threads stand at
+};
+
+Block* block = nullptr;
+Thread* thread = nullptr;
+Context scheduler;
+Body body = nullptr;
+const void* body_context = nullptr;
+bool failed = false;
+std::string failure;
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, size_t> shared_allowed;
+uint64_t order = 0;
+std::mutex launching;
+
+std::string place(const Site& site) {
+  const char* name = strrchr(site.file, '/');
+  return std::string(site.what) + " (" + (name ? name + 1 : site.file) + ":" + std::to_string(site.line) + ")";
+}
+
+std::string text(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+void fail(const std::string& message) {
+  if (!failed) failure = message;
+  failed = true;
+}
+
+// ---- switching ------------------------------------------------------------------------------------------------------
+#if SANITIZED
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+#endif
+
+void back_to_scheduler(bool for_good) {
+#if SANITIZED
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread->fake_stack, scheduler_stack, scheduler_stack_size);
+#endif
+  (void)for_good;
+  Thread* me = thread;
+  jump(me->context, scheduler);
+#if SANITIZED
+  __sanitizer_finish_switch_fiber(me->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+void enter() {
+#if SANITIZED
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  body(body_context);
+  thread->state = State::kDone;
+  if (!thread->copies.empty()) async_wait(0);
+  ++block->done;
+  back_to_scheduler(true);
+  abort();  // a finished fiber is never resumed
+}
+
+void run(Thread& t) {
+  thread = &t;
+  now.thread = t.index;
+#if SANITIZED
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, t.stack, kStack);
+#endif
+  jump(scheduler, t.context);
+#if SANITIZED
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void wait(State state, Site site) {
+  thread->state = state;
+  thread->site = site;
+  back_to_scheduler(false);
+}
+
+// ---- scheduling -----------------------------------------------------------------------------------------------------
+// 0: every thread goes on to its next barrier or warp operation in turn. 1: the last warp first, as far as it gets, its
+// last lane first. Others are seeds: warps and lanes shuffled in each round.
+struct Order {
+  std::vector<int> warps, lanes;
+  bool far = false;
+  std::mt19937_64 random{order};
+
+  Order(int warp_count) {
+    for (int w = 0; w < warp_count; ++w) warps.push_back(order == 1 ? warp_count - 1 - w : w);
+    for (int l = 0; l < kWarp; ++l) lanes.push_back(order == 1 ? kWarp - 1 - l : l);
+    far = order == 1;
+  }
+  void next_round() {
+    if (order < 2) return;
+    for (auto* v : {&warps, &lanes})
+      for (size_t i = v->size(); i > 1; --i) std::swap((*v)[i - 1], (*v)[random() % i]);
+    far = random() % 2;
+  }
+};
+
+std::string waiting() {
+  std::string out;
+  std::map<std::string, std::pair<int, int>> groups;  // place -> how many, first thread
+  for (size_t i = 0; i < block->threads.size(); ++i) {
+    const Thread& t = block->threads[i];
+    const std::string where = t.state == State::kDone ? "have returned" : "wait at " + place(t.site);
+    auto [it, fresh] = groups.insert({where, {0, (int)i}});
+    (void)fresh;
+    ++it->second.first;
+  }
+  for (auto& [where, threads] : groups)
+    out += (out.empty() ? "" : "; ") + std::to_string(threads.first) + " threads (first " +
+           std::to_string(threads.second) + ") " + where;
+  return out;
+}
+
+// Runs the block until every thread has returned or stands at a grid barrier.
+void run_block(Block& b, Order& how) {
+  block = &b;
+  now.block = b.index;
+  now.dynamic_shared = b.dynamic_shared.get();
+  const int count = (int)b.threads.size();
+  while (!failed) {
+    bool progress = false;
+    how.next_round();
+    for (int w : how.warps) {
+      bool ran;
+      do {
+        ran = false;
+        for (int l : how.lanes) {
+          const int i = w * kWarp + l;
+          if (i >= count || b.threads[i].state != State::kReady) continue;
+          run(b.threads[i]);
+          ran = progress = true;
+          if (failed) return;
+        }
+      } while (ran && how.far);
+    }
+    if (progress) continue;
+    if (b.done == count || b.at_grid_barrier == count) return;
+    return fail("divergent barrier in block " + text(b.index) + ": " + waiting());
+  }
+}
+
+// Fibers that a failure left in the middle never leave their frames, whose red zones would stay.
+void forget_abandoned_fibers() {
+#if SANITIZED
+  for (unsigned char* stack : stacks) __asan_unpoison_memory_region(stack, kStack);
+#endif
+}
+
+#if SANITIZED
+void poison_static_shared() {}  // its red zones may not be written; the other build does it
+#else
+void poison_static_shared() {
+  if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
+}
+#endif
+
+__attribute__((no_sanitize("address"))) void copy_bytes(unsigned char* to, const unsigned char* from, size_t bytes) {
+  for (volatile size_t i = 0; i < bytes; i = i + 1) to[i] = from[i];
+}
+
+size_t static_shared_bytes() { return __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0; }
+
+void start_block(Block& b, uint3 index, dim3 dim, size_t shared, size_t first_stack) {
+  b.index = index;
+  b.done = b.at_barrier = b.at_grid_barrier = 0;
+  const size_t count = (size_t)dim.x * dim.y * dim.z;
+  if (!b.dynamic_shared) b.dynamic_shared.reset(new unsigned char[shared + 1]);
+  memset(b.dynamic_shared.get(), 0xff, shared);
+  b.threads.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    Thread& t = b.threads[i];
+    t.state = State::kReady;
+    t.index = {(unsigned)(i % dim.x), (unsigned)(i / dim.x % dim.y), (unsigned)(i / dim.x / dim.y)};
+    t.warp = (int)(i / kWarp);
+    t.group = 0;
+    t.copies.clear();
+    t.stack = stack_of(first_stack + i);
+    prepare(t.context, t.stack, enter);
+  }
+}
+
+uint3 block_index(uint64_t i, dim3 grid) {
+  return {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
+}
+
+void run_one_by_one(dim3 grid, dim3 dim, size_t shared) {
+  const uint64_t count = (uint64_t)grid.x * grid.y * grid.z;
+  Order how((dim.x * dim.y * dim.z + kWarp - 1) / kWarp);
+  Block b;
+  const uint64_t half = (count + 1) / 2;
+  for (uint64_t i = 0; i < count && !failed; ++i) {
+    const uint64_t even_first = i < half ? 2 * i : 2 * (i - half) + 1;
+    const uint64_t at = order == 0 ? i : order == 1 ? count - 1 - i : even_first;
+    start_block(b, block_index(at, grid), dim, shared, 0);
+    poison_static_shared();
+    run_block(b, how);
+    if (!failed && b.at_grid_barrier) fail("grid barrier in a launch that is not cooperative: " + waiting());
+  }
+}
+
+void run_together(dim3 grid, dim3 dim, size_t shared) {
+  const uint64_t count = (uint64_t)grid.x * grid.y * grid.z;
+  const size_t threads = (size_t)dim.x * dim.y * dim.z;
+  Order how((threads + kWarp - 1) / kWarp);
+  std::vector<Block> blocks(count);
+  poison_static_shared();
+  for (uint64_t i = 0; i < count; ++i) {
+    start_block(blocks[i], block_index(i, grid), dim, shared, i * threads);
+    blocks[i].saved_static.resize(static_shared_bytes());
+    copy_bytes(blocks[i].saved_static.data(), __start_cuda_shared, static_shared_bytes());
+  }
+  for (uint64_t returned = 0; returned < count && !failed;) {
+    uint64_t arrived = 0;
+    returned = 0;
+    for (uint64_t i = 0; i < count && !failed; ++i) {
+      Block& b = blocks[order == 1 ? count - 1 - i : i];
+      if (b.done < (int)threads) {
+        copy_bytes(__start_cuda_shared, b.saved_static.data(), static_shared_bytes());
+        run_block(b, how);
+        copy_bytes(b.saved_static.data(), __start_cuda_shared, static_shared_bytes());
+      }
+      returned += b.done == (int)threads;
+      arrived += b.at_grid_barrier == (int)threads;
+    }
+    if (failed || returned == count) return;
+    if (arrived < count)
+      return fail("divergent grid barrier: " + std::to_string(arrived) + " of " + std::to_string(count) + " blocks are there");
+    for (Block& b : blocks) {
+      b.at_grid_barrier = 0;
+      for (Thread& t : b.threads) t.state = State::kReady;
+    }
+  }
+}
+
+}  // namespace
+
+// ---- what kernels and launchers call --------------------------------------------------------------------------------
+int block_barrier(Site site, int value) {
+  Block& b = *block;
+  if (b.at_barrier == 0) b.barrier = site;
+  if (b.barrier.line != site.line || strcmp(b.barrier.what, site.what) != 0) {
+    broken(site, ("divergent barrier: another thread is at " + place(b.barrier)).c_str());
+  }
+  Thread* me = thread;
+  me->value = value;
+  if (++b.at_barrier == (int)b.threads.size()) {
+    int sum = 0;
+    for (Thread& t : b.threads) sum += t.value;
+    for (Thread& t : b.threads) t.state = State::kReady, t.value = sum;
+    b.at_barrier = 0;
+    back_to_scheduler(false);
+  } else {
+    wait(State::kBlockBarrier, site);
+  }
+  return me->value;
+}
+
+void grid_barrier(Site site) {
+  ++block->at_grid_barrier;
+  wait(State::kGridBarrier, site);
+}
+
+unsigned lane() {
+  const uint3 t = now.thread;
+  return (t.x + now.block_dim.x * (t.y + now.block_dim.y * t.z)) % kWarp;
+}
+
+void warp_operation(Site site, unsigned mask, void* mine, Apply apply) {
+  Thread* me = thread;
+  const size_t first = (size_t)me->warp * kWarp, count = block->threads.size();
+  if (!(mask >> lane() & 1)) broken(site, "the lane is not in its own mask");
+  me->mask = mask;
+  me->mine = mine;
+  me->site = site;
+  me->state = State::kWarpOperation;
+  void* lanes[kWarp] = {};
+  bool all = true;
+  for (int l = 0; l < kWarp; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (first + l >= count) broken(site, "the mask names lanes that the block does not have");
+    Thread& t = block->threads[first + l];
+    if (t.state != State::kWarpOperation) {
+      all = false;
+      continue;
+    }
+    if (t.mask != mask || t.site.line != site.line || strcmp(t.site.what, site.what) != 0)
+      broken(site, ("divergent warp operation: another lane is at " + place(t.site)).c_str());
+    lanes[l] = t.mine;
+  }
+  if (all) {
+    apply(lanes);
+    for (int l = 0; l < kWarp; ++l)
+      if (mask >> l & 1) block->threads[first + l].state = State::kReady;
+  }
+  back_to_scheduler(false);
+}
+
+void broken(Site site, const char* rule) {
+  fail(place(site) + ", thread " + text(thread->index) + " of block " + text(block->index) + ": " + rule);
+  back_to_scheduler(false);
+  abort();  // an abandoned fiber is never resumed
+}
+
+void async_copy(void* to, const void* from, size_t bytes) {
+  if ((uintptr_t)to % 16 || (bytes && (uintptr_t)from % 16)) broken({"cp.async", "", 0}, "not aligned to 16 bytes");
+  memset(to, 0xff, 16);
+  thread->copies.push_back({to, from, bytes, thread->group});
+}
+void async_commit() { ++thread->group; }
+void async_wait(int newest_left) {
+  std::vector<Copy> left;
+  for (const Copy& c : thread->copies) {
+    if (c.group >= thread->group - newest_left) {
+      left.push_back(c);
+      continue;
+    }
+    memset(c.to, 0, 16);
+    if (c.bytes) memcpy(c.to, c.from, c.bytes);
+  }
+  thread->copies.swap(left);
+}
+
+void launch(const void* kernel, const char* name, dim3 grid, dim3 dim, size_t shared, bool cooperative, Body run_body,
+            const void* context) {
+  std::lock_guard<std::mutex> guard(launching);
+  const uint64_t threads = (uint64_t)dim.x * dim.y * dim.z;
+  const size_t allowed = shared_allowed.count(kernel) ? shared_allowed[kernel] : kSharedWithoutAsking;
+  failed = false;
+  if (threads == 0 || threads > 1024) fail("a block of " + std::to_string(threads) + " threads");
+  else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    fail("a grid of " + text({grid.x, grid.y, grid.z}) + " blocks");
+  else if (shared > allowed)
+    fail(std::to_string(shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(allowed));
+  else {
+    now.block_dim = dim;
+    now.grid_dim = grid;
+    body = run_body;
+    body_context = context;
+    if (cooperative) run_together(grid, dim, shared);
+    else run_one_by_one(grid, dim, shared);
+  }
+  if (failed) {
+    forget_abandoned_fibers();
+    failure = std::string(name) + ": " + failure;
+    last_error = cudaErrorLaunchFailure;
+  }
+}
+
+}  // namespace cuda_on_cpu
+
+using namespace cuda_on_cpu;
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorLaunchFailure ? failure.c_str() : "invalid argument";
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || (size_t)bytes > kSharedMost) return last_error = cudaErrorInvalidValue;
+  std::lock_guard<std::mutex> guard(launching);
+  shared_allowed[kernel] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+// Which way threads and blocks are run from now on; see Order.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_set_order(uint64_t which) {
+  std::lock_guard<std::mutex> guard(launching);
+  order = which;
+}
