@@ -101,8 +101,10 @@ def _read(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
     if path not in seen:
         seen[path] = path.read_bytes()
         for included in re.findall(rb'^\s*#include "([^"]+)"', seen[path], re.MULTILINE):
-            places = (folder / included.decode() for folder in (path.parent, *_INCLUDES))
-            _read(next(p for p in places if p.is_file()), seen)
+            for folder in (path.parent, *_INCLUDES):
+                if (folder / included.decode()).is_file():  # else a header of the host shim
+                    _read(folder / included.decode(), seen)
+                    break
     return seen
 
 

@@ -6,10 +6,10 @@
 // warps of a block find it. `splits` warps of a block share the sums of the same features, a stretch of K each, and
 // add them up in shared memory in a fixed order: few features fill the chip too, and the result repeats bit by bit.
 //
-// One to four rows: CUDA cores. A warp owns 4 columns (a feature each; gated: 2 features, a gate and an up column),
-// and each of x's elements that a lane widens serves all 4. A 16-bit weight costs R FMAs and a conversion: at 3 TB/s,
-// 1.5 T weights/s, that is 31% of the FMA rate (28.7 T/s) at 4 rows, but over 85% at 16.
-// So 5 to 16 rows of 16 bits go to the tensor cores: x is mma's a (16 rows), W its b (8 columns); 8, 16 or 32 columns a
+// One row or two: CUDA cores. A warp owns 4 columns (a feature each; gated: 2 features, a gate and an up column), and
+// each of x's elements that a lane widens serves all 4. A 16-bit weight costs R FMAs and a conversion: at 3 TB/s, 1.5 T
+// weights/s, that is 18% of the FMA rate (28.7 T/s) at 2 rows, 31% at 4, but over 85% at 16.
+// So 3 to 16 rows of 16 bits go to the tensor cores: x is mma's a (16 rows), W its b (8 columns); 8, 16 or 32 columns a
 // warp. K's order inside a product is free, so a lane takes 8 neighbours in K with one access, as pairs of two products
 // for W and x alike: no shared memory, no ldmatrix. 5% of the tensor cores' rate.
 // float32 stays on the CUDA cores, 16 rows too: 0.75 T weights/s times 16 are 42% of the FMA rate.
@@ -29,6 +29,10 @@ constexpr int kWarpsWanted = 132 * 16;  // a constant, so that the splits depend
 
 // Warps of a block at most: 16 leave a thread 128 registers, and the sums of 5 to 16 rows on CUDA cores need more.
 constexpr int most_warps(int rows) { return rows > 4 ? 8 : 16; }
+// Two such blocks on a multiprocessor where their registers do not spill for it: not with 16 rows of float beside half.
+template <class T, class X> constexpr int blocks_wanted(int rows) {
+  return rows > 4 && (rows < 16 || sizeof(T) == sizeof(X)) ? 2 : 1;
+}
 
 // X: what x is held in (float beside half weights: an fp16 gated hidden row may exceed fp16). Y: likewise the result.
 template <class T, class X, class Y> struct FewRows {
@@ -114,7 +118,7 @@ __device__ void finish(const FewRows<T, X, Y>& a, const float* sums) {
 
 // On the CUDA cores; AHEAD accesses to each column are under way before the first is used.
 template <class T, class X, class Y, int V, int ROWS, bool GATED>
-__global__ void __launch_bounds__(most_warps(ROWS) * kWarp, ROWS > 4 ? 2 : 1) stream_kernel(FewRows<T, X, Y> a) {
+__global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(ROWS)) stream_kernel(FewRows<T, X, Y> a) {
   constexpr int AHEAD = ROWS <= 4 ? 2 : 1, SUMS = ROWS * kColumns;
   constexpr int X_V = V * sizeof(X) > 16 ? 16 / sizeof(X) : V;  // of one access to x
   __shared__ float sums[most_warps(ROWS) * SUMS];
@@ -137,15 +141,18 @@ __global__ void __launch_bounds__(most_warps(ROWS) * kWarp, ROWS > 4 ? 2 : 1) st
     for (int i = 0; i < AHEAD; ++i)
       if (const int at = start + i * kWarp * V; at < end)
 #pragma unroll
-        for (int half = 0; half < V; half += X_V)
+        for (int half = 0; half < V; half += X_V) {
+          const X* row = a.x + at + half;  // walks on: sixteen addresses would fill 32 registers
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            const Pack<X, X_V> x = load<X_V>(a.x + min(r, a.rows - 1) * a.x_stride + at + half);
+            const Pack<X, X_V> x = load<X_V>(row);
+            if (r + 1 < a.rows) row += a.x_stride;  // rows beyond the last repeat it and are dropped in the end
 #pragma unroll
             for (int j = 0; j < X_V; ++j)
 #pragma unroll
               for (int c = 0; c < kColumns; ++c) sum[r * kColumns + c] += widen(w[i][c].at[half + j]) * widen(x.at[j]);
           }
+        }
   }
   constexpr int TOGETHER = SUMS < kWarp ? SUMS : kWarp;
 #pragma unroll
@@ -258,8 +265,8 @@ template <bool GATED, class T, class X, class Y> void few_rows(FewRows<T, X, Y> 
   }
   if (a.rows == 1) return stream_rows<V, 1, GATED>(a, stream);
   if (a.rows == 2) return stream_rows<V, 2, GATED>(a, stream);
-  if (a.rows <= 4) return stream_rows<V, 4, GATED>(a, stream);
   if constexpr (tensor) return tensor_tiles<GATED>(a, stream);
+  else if (a.rows <= 4) return stream_rows<V, 4, GATED>(a, stream);
   else if (a.rows <= 8) return stream_rows<V, 8, GATED>(a, stream);
   else return stream_rows<V, 16, GATED>(a, stream);
 }
