@@ -26,4 +26,14 @@ void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, addr 
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int activation, bool wide_x,
                     int dtype, int device, addr stream);
 
+// ---- ffn ------------------------------------------------------------------------------------------------------------
+// Up to 16 rows; `inner` holds (rows, f), `pre` the same or 0.
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
+                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream);
+// inner = activation(pre) and, if grad_inner is not 0, grad_pre = grad_inner activation'(pre); contiguous, in place
+// where the addresses say so.
+void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
+                    int device, addr stream);
+
 }  // namespace pyfused::cuda

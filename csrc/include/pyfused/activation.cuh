@@ -1,8 +1,8 @@
-// What are the activations and their derivatives on a GPU, in float32? The formulas of activation.h, one number at a time.
+// What are the activations and their derivatives on a GPU, in float32? The formulas of activation.h, on one number.
 //
-// activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. Formulas are chosen so that little
-// cancels. NaN stays NaN, and the limits at infinity are torch's (gelu and silu of -inf are NaN there, from -inf times 0).
-// The code is the same for all threads of a launch, so that the switch costs a few cycles and saves five kernels of each.
+// activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. Formulas are chosen so that
+// little cancels. NaN stays NaN, and the limits at infinity are torch's (gelu and silu of -inf are NaN there, from -inf
+// times 0). The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels of each.
 #pragma once
 
 #include "pyfused/device.cuh"
