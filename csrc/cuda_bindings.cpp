@@ -13,4 +13,7 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(layer_norm_forward);
   KERNEL(layer_norm_backward_parts);
   KERNEL(layer_norm_backward);
+  KERNEL(attention_forward);
+  KERNEL(attention_decode_forward);
+  KERNEL(attention_combine);
 }
