@@ -16,4 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);
+  KERNEL(attention_forward);
+  KERNEL(attention_decode_forward);
+  KERNEL(attention_combine);
 }
