@@ -66,7 +66,7 @@ def test_forward_and_backward(each_backend, dtype, device, activation):
             draws = min(draws, 5) if interpreted else draws
             check(activation, dtype, device, (rows,), *size, with_residual, draws)
     check(activation, dtype, device, (2, 3), 10, 20, 10, True)
-    check(activation, dtype, device, (), 10, 20, 10, True, draws=2)
+    check(activation, dtype, device, (), 10, 20, 10, True, draws=5 if interpreted else 20)
 
 
 @pytest.mark.parametrize("rows, n, f, m", LARGE)
