@@ -19,6 +19,15 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
                          addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
                          int64_t x_stride, int dtype, int device, addr stream);
 
+// ---- rms_norm -------------------------------------------------------------------------------------------------------
+void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
+                      int64_t x_stride, int64_t residual_stride, double eps, int dtype, int device, addr stream);
+// How many shares the rows fall into; `partial` holds that many times n floats.
+int64_t rms_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
+                       addr partial, int64_t parts, int64_t rows, int64_t n, int64_t x_stride, int dtype, int device,
+                       addr stream);
+
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
 // y = activation(x weight^T + bias) + residual; pre, if not 0, gets what the activation is applied to. wide_x: x is
 // float32 beside float16 weights.

@@ -67,7 +67,5 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
     cuda().attention_decode_forward(
         *inputs, pointer(part), pointer(part_lse), parts.buffer_info()[0], *options, chunk, dtype, *place
     )
-    cuda().attention_combine(
-        pointer(part), pointer(part_lse), *outputs, layout.buffer_info()[0], chunks, dtype, *place
-    )
+    cuda().attention_combine(pointer(part), pointer(part_lse), *outputs, layout.buffer_info()[0], chunks, dtype, *place)
     return out, lse
