@@ -74,26 +74,33 @@ def test_forward(each_backend, dtype, device, case_and_table):
 
 @pytest.mark.parametrize("case_and_table", CASES, ids=name)
 def test_backward(each_backend, dtype, device, case_and_table):
-    """The yardstick is that of attention's own test; the table's gradient is the same bits each time."""
+    """The yardstick is that of attention's own test; the gradients are the same bits each time. Several draws are
+    judged together: a table's gradient is few numbers, of which the largest error is an accident."""
     case, table = case_and_table
-    inputs, options = make_biased(case, table, dtype, device)
-    cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-    seed = drawn_seed(options, device)
+    b, h, _, sq, sk, _ = case.sizes
+    drawn = []
+    for _ in range(2 if b * h * sq * sk > 20_000 else 5):
+        inputs, options = make_biased(case, table, dtype, device)
+        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
+        seed = drawn_seed(options, device)
 
-    def gradients(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+        def gradients(function, wide, inputs=inputs, cotangent=cotangent):
+            leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+            return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
 
-    state = torch.random.get_rng_state()
-    actual = gradients(lambda t: fused(t, options, table), dtype)
-    torch.random.set_rng_state(state)
-    again = gradients(lambda t: fused(t, options, table), dtype)
-    expected = gradients(lambda t: plain(t, options, table, seed, logarithm=True), dtype)
-    truth = gradients(lambda t: plain(t, options, table, seed), torch.float64)
-    for key, a, b, p, t in zip(inputs, actual, again, expected, truth):
-        assert a.dtype == dtype
-        assert torch.equal(a, b)
-        assert_close(a, p, t, f"gradient of {key}")
+        generator = torch.cuda if device == "cuda" else torch
+        state = generator.get_rng_state()
+        actual = gradients(lambda t, o=options: fused(t, o, table), dtype)
+        if not drawn:
+            generator.set_rng_state(state)
+            again = gradients(lambda t, o=options: fused(t, o, table), dtype)
+            assert all(torch.equal(*pair) for pair in zip(actual, again))
+            assert {t.dtype for t in actual} == {dtype}
+        expected = gradients(lambda t, o=options, s=seed: plain(t, o, table, s, logarithm=True), dtype)
+        truth = gradients(lambda t, o=options, s=seed: plain(t, o, table, s), torch.float64)
+        drawn.append(list(zip(actual, expected, truth)))
+    for key, judged in zip(inputs, zip(*drawn)):
+        assert_close(*(torch.stack(tensors) for tensors in zip(*judged)), f"gradient of {key}")
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 40, 40, 16), (2, 4, 2, 1, 40, 16)], ids=str)
