@@ -1,4 +1,6 @@
-"""attention beside scaled_dot_product_attention: plain, causal, padded, with a dense bias, decoding, and training.
+"""attention beside scaled_dot_product_attention: plain, causal, padded, biased, decoding, and training.
+
+T5's bias is computed in pyfused's kernel, and given to PyTorch as the dense tensor that it needs, made beforehand.
 
 4 B H Sq Sk D float operations forward (half of that where causal), and 3 Sq Sk exponentials a head do not count.
 """
@@ -14,6 +16,8 @@ def cases(device):
     for b, h, s, d in [(1, 12, 128, 64), (1, 12, 512, 64), (2, 16, 1024, 64), (1, 12, 512, 80)]:
         q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2) for _ in range(3))
         bias = torch.randn(1, h, s, s, device=device)
+        relative = pyfused.RelativeBias(torch.randn(32, h, device=device), True)
+        t5 = pyfused.relative_bias(relative.table, s, s, bidirectional=True)
         keep = torch.ones(b, s, dtype=torch.bool, device=device)
         keep[:, s // 2 :] = False
         mask = keep[:, None, None, :]
@@ -40,6 +44,14 @@ def cases(device):
                 {
                     "pyfused": lambda: pyfused.attention(q, k, v, attn_bias=bias),
                     "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+                },
+                flops=flops,
+            )
+            yield Case(
+                f"{name} T5 bias",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, relative_bias=relative),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=t5),
                 },
                 flops=flops,
             )
@@ -77,4 +89,24 @@ def cases(device):
                 "torch": lambda: train(F.scaled_dot_product_attention),
             },
             flops=14 * b * h * s * s * d / 2,
+        )
+    for b, h, s, d in [(1, 12, 512, 64)]:
+        q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        g = torch.randn(b, s, h, d, device=device).transpose(1, 2)
+        table = torch.randn(32, h, device=device, requires_grad=True)
+
+        def fused(q, k, v, table):
+            return pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True))
+
+        def dense(q, k, v, table):
+            bias = pyfused.relative_bias(table, q.shape[2], k.shape[2], bidirectional=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+        def train_biased(call, q=q, k=k, v=v, table=table, g=g):
+            return torch.autograd.grad(call(q, k, v, table), (q, k, v, table), g)
+
+        yield Case(
+            f"train {b}x{h}x{s}x{d} T5 bias",
+            {"pyfused": lambda: train_biased(fused), "torch": lambda: train_biased(dense)},
+            flops=14 * b * h * s * s * d,
         )

@@ -15,6 +15,7 @@ EXCEPTIONS = {
     "csrc/cuda/linear.cu": "cuBLAS is the kernel on a GPU",
     "csrc/cuda/attention.cu": "issue: CUDA C++ kernels",
     "csrc/cuda/ffn.cu": "issue: CUDA C++ kernels",
+    "csrc/cuda/relative_bias.cu": "issue: CUDA C++ kernels",
 }
 
 # A layer may import itself and what stands to its right.

@@ -179,7 +179,7 @@ def backward(
         # Tiles that no query may see are skipped, so their zeros must be there already.
         skips = is_causal or padding_mask is not None
         grad_bias = (torch.zeros if skips else torch.empty)((b, h, sq, sk), dtype=query.dtype, device=query.device)
-    grad_table = torch.zeros_like(bias_table) if wants_table else None
+    grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=query.device) if wants_table else None
     if b == 0:
         return grad_query, grad_key, grad_value, grad_bias, grad_table
     delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
@@ -233,7 +233,7 @@ def backward(
         tensor=query,
     )
     if table_sums is not None:
-        grad_table = table_sums.sum((0, 2))[:, : bias_table.shape[0]].t().to(bias_table.dtype)
+        grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
     if grad_bias is not None:
         if constant:
             grad_bias.zero_()
