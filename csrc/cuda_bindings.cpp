@@ -16,4 +16,8 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);
+  KERNEL(gated_ffn_forward);
+  KERNEL(gated_ffn_activation);
+  KERNEL(gated_ffn_scaled);
+  KERNEL(gated_ffn_unscale);
 }

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import attention, ffn, layer_norm, linear
+from .ops import attention, ffn, gated_ffn, layer_norm, linear, rms_norm
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -22,8 +22,10 @@ __all__ = [
     "backend",
     "explain",
     "ffn",
+    "gated_ffn",
     "layer_norm",
     "linear",
+    "rms_norm",
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.

@@ -13,6 +13,12 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
 
+// ---- rms_norm -------------------------------------------------------------------------------------------------------
+void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
+                      int64_t x_stride, int64_t residual_stride, double eps, int dtype);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
+                       int64_t rows, int64_t n, int64_t x_stride, int dtype);
+
 // ---- attention ------------------------------------------------------------------------------------------------------
 // layout: int64 B, H, Hkv, Sq, Sk, D, then (batch, head, sequence) strides of query, key and value, the bias's four, and
 // for the backward those three of out and of grad_out. out, grad_query, grad_key and grad_value are dense (B, S, H, D).
@@ -31,5 +37,14 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
+
+// ---- gated_ffn ------------------------------------------------------------------------------------------------------
+// hidden is float32 if dtype is float16, where activation(gate) * up does not fit; keep_gate and keep_up may be 0.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,
+                       addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
+                       int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
+                       int activation, int dtype);
+void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up,
+                          int64_t count, int activation, int dtype);
 
 }  // namespace pyfused::PYFUSED_ISA

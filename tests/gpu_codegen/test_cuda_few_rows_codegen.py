@@ -16,11 +16,11 @@ def past_the_l1(kernel):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["linear"])
+@pytest.mark.parametrize("name", ["linear", "gated_ffn"])
 def test_weights_are_streamed(name, architecture):
     kernels = compile_source(name, architecture)
     templates = [k.template for k in kernels]
-    assert templates.count("stream_kernel") >= 20
+    assert templates.count("stream_kernel") >= 18
     assert templates.count("tensor_kernel") >= 8
     for kernel in kernels:
         check_kernel(kernel)
@@ -40,11 +40,12 @@ def test_weights_are_streamed(name, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ffn_activation_moves_16_bytes_at_a_time(architecture):
-    kernels = compile_source("ffn", architecture)
+@pytest.mark.parametrize("name, template, inputs", [("ffn", "activation_kernel", 1), ("gated_ffn", "pass_kernel", 2)])
+def test_the_pass_between_products_moves_16_bytes_at_a_time(name, template, inputs, architecture):
+    kernels = [k for k in compile_source(name, architecture) if k.template == template]
     assert {k.arguments[1:] for k in kernels} == {(v, g) for v in "148" for g in ("true", "false")}
     for kernel in kernels:
         check_kernel(kernel)
-        wide = kernel.arguments[1] != "1"
-        assert len(re.findall(r"LDG\.\S*128", kernel.sass)) == (int(wide) * (2 if kernel.arguments[2] == "true" else 1))
-        assert (kernel.count("STG.E.128") > 0) == wide
+        vector, gradient = kernel.arguments[1] != "1", kernel.arguments[2] == "true"
+        assert len(re.findall(r"LDG\.\S*128", kernel.sass)) == (inputs + gradient if vector else 0), kernel
+        assert (kernel.count("STG.E.128") > 0) == vector, kernel
