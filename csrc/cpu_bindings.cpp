@@ -26,6 +26,8 @@ namespace py = pybind11;
     KERNEL(isa, rms_norm_backward);                   \
     KERNEL(isa, attention_forward);                   \
     KERNEL(isa, attention_backward);                  \
+    KERNEL(isa, relative_bias_forward);               \
+    KERNEL(isa, relative_bias_backward);              \
     KERNEL(isa, linear_forward);                      \
     KERNEL(isa, ffn_forward);                         \
     KERNEL(isa, ffn_activation);                      \
