@@ -61,4 +61,21 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
                        addr stream);
 
+// ---- gated_ffn ------------------------------------------------------------------------------------------------------
+// Up to 16 rows; `hidden` holds (rows, f), float32 where the dtype is float16; gate and up hold (rows, f) or are 0.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr gate, addr up,
+                       addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_gate_stride,
+                       int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride, int activation, int dtype,
+                       int device, addr stream);
+// hidden = activation(gate) * up, float32 where the dtype is float16, and, if grad_hidden is not 0, the gradients of
+// gate and up; contiguous, in place where the addresses say so.
+void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up, int64_t size,
+                          int activation, int dtype, int device, addr stream);
+// The same forward in float16 with a power-of-two scale for each of the rows: hidden * scale[row] is the product.
+void gated_ffn_scaled(addr gate, addr up, addr hidden, addr scale, int64_t rows, int64_t f, int activation, int device,
+                      addr stream);
+// y = y * scale[row] + residual in float16, in place; y (rows, m) contiguous.
+void gated_ffn_unscale(addr y, addr scale, addr residual, int64_t rows, int64_t m, int64_t residual_stride, int device,
+                       addr stream);
+
 }  // namespace pyfused::cuda
