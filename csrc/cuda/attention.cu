@@ -7,8 +7,9 @@
 //
 // Tiling: D = 64 has 128 rows on four warps, 32 rows each, so that a fragment of K or V read from shared memory serves
 // two products: 16 rows a warp would ask of the shared memory what it can just give. Longer heads have 16 rows a warp,
-// since the running output alone takes D / 2 registers there. Registers leave two blocks on a multiprocessor, whose
-// exponentials and products then overlap. What hides tiles of keys altogether (causality, padding) costs nothing.
+// since the running output alone takes D / 2 registers there, and so has any launch that would leave multiprocessors
+// idle. Registers leave two blocks on a multiprocessor, whose exponentials and products then overlap. Tiles of keys that
+// causality or padding hides altogether cost nothing.
 #include "attention_tile.cuh"
 
 namespace pyfused::cuda {
@@ -23,9 +24,12 @@ void launch_tiles(const Launch& launch, const Attention& a, addr stream) {
   PYFUSED_LAUNCH(kernel, (unsigned)(up(a.sq, kRows) * a.b * a.h), WM * kWarp, bytes, stream, a);
 }
 
-template <class T, bool EXTRAS> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
-  // A bias or dropout takes registers that a second set of rows would need.
-  if (a.d <= 64) launch_tiles<T, 64, EXTRAS ? 1 : 2, 4, 64, EXTRAS>(launch, a, stream);
+template <class T, bool EXTRAS>
+void by_head_size(const Launch& launch, const Attention& a, int multiprocessors, addr stream) {
+  if constexpr (!EXTRAS)  // a bias or dropout takes registers that a second set of rows would need
+    if (a.d <= 64 && up(a.sq, 128) * a.b * a.h >= multiprocessors)
+      return launch_tiles<T, 64, 2, 4, 64, false>(launch, a, stream);
+  if (a.d <= 64) launch_tiles<T, 64, 1, 4, 64, EXTRAS>(launch, a, stream);
   else if (a.d <= 96) launch_tiles<T, 96, 1, 4, 64, EXTRAS>(launch, a, stream);
   else if (a.d <= 128) launch_tiles<T, 128, 1, 4, 64, EXTRAS>(launch, a, stream);
   else launch_tiles<T, 256, 1, 4, 32, EXTRAS>(launch, a, stream);
@@ -37,8 +41,8 @@ void attention_float32(const Launch& launch, const AttentionPointers& p, bool is
                        bool packed, int64_t chunk, addr stream);
 
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                       addr layout, bool is_causal, double scale, double dropout_p, int dtype, int device,
-                       addr stream) {
+                       addr layout, bool is_causal, double scale, double dropout_p,
+                       int multiprocessors, int dtype, int device, addr stream) {
   const AttentionPointers p{query, key, value, mask, bias, seed, out, lse, layout};
   const int64_t* n = (const int64_t*)layout;
   const Launch launch{"attention forward", n[0] * n[1] * n[3], n[5], device};
@@ -49,9 +53,10 @@ void attention_forward(addr query, addr key, addr value, addr mask, addr bias, a
   } else {
     const Attention a = arguments(p, is_causal, scale, dropout_p, false, n[4], 2);
     const bool extras = a.bias || a.seed || !(a.scale > 0);
-    if (dtype == 1) extras ? by_head_size<__half, true>(launch, a, stream) : by_head_size<__half, false>(launch, a, stream);
-    else extras ? by_head_size<__nv_bfloat16, true>(launch, a, stream)
-                : by_head_size<__nv_bfloat16, false>(launch, a, stream);
+    if (dtype == 1 && extras) by_head_size<__half, true>(launch, a, multiprocessors, stream);
+    else if (dtype == 1) by_head_size<__half, false>(launch, a, multiprocessors, stream);
+    else if (extras) by_head_size<__nv_bfloat16, true>(launch, a, multiprocessors, stream);
+    else by_head_size<__nv_bfloat16, false>(launch, a, multiprocessors, stream);
   }
   launch.check();
 }

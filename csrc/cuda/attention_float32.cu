@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     __syncthreads();  // the keys are there, and nobody reads the values before them any more
     copy_rows<D, kKeys>(a, keys, value, a.value_stride[2], start, D, value_tile);
     cp_async_commit();
+    float alpha[TR];
     if (wanted) {
       float s[TR][TN] = {};
 #pragma unroll 1
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
         }
         high = side_max(high);
         const float shift = high == kNever ? 0.0f : high;  // nothing seen yet: exp(-inf - 0) is 0, not NaN
-        const float alpha = expf(row_max[r] - shift);
+        alpha[r] = expf(row_max[r] - shift);
         row_max[r] = high;
         float sum = 0;
 #pragma unroll
@@ -144,11 +145,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
           }
           scores[(ty * TR + r) * kScores + tx + n * kSide] = p;
         }
-        row_sum[r] = row_sum[r] * alpha + sum;
-#pragma unroll
-        for (int c = 0; c < C; ++c)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[r][c][i] *= alpha;
+        row_sum[r] = fmaf(row_sum[r], alpha[r], sum);
       }
     }
     cp_async_wait<0>();
@@ -156,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     if (start + kKeys < keys.end)
       copy_rows<D, kKeys>(a, keys, key, a.key_stride[2], start + kKeys, kPitch, key_tile);
     cp_async_commit();
-    if (wanted)
+    if (wanted) {
+      float part[TR][C][4] = {};
 #pragma unroll 2
       for (int k = 0; k < kKeys; k += 4) {
         Pack<float, 4> p[TR];
@@ -170,9 +168,16 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 #pragma unroll
             for (int r = 0; r < TR; ++r)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) acc[r][c][i] = fmaf(p[r].at[j], v.at[i], acc[r][c][i]);
+              for (int i = 0; i < 4; ++i) part[r][c][i] = fmaf(p[r].at[j], v.at[i], part[r][c][i]);
           }
       }
+#pragma unroll
+      for (int r = 0; r < TR; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[r][c][i] = fmaf(acc[r][c][i], alpha[r], part[r][c][i]);
+    }
   }
   cp_async_wait<0>();
 

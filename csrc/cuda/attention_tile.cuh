@@ -42,11 +42,19 @@ template <class T, int D> __device__ inline void query_fragment(uint32_t (&q)[4]
 template <class T, int D, int BN, int THREADS>
 __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, const T* value, int start, T* key_tile,
                           T* value_tile) {
-  constexpr int kChunks = D / 8;
-  for (int i = threadIdx.x; i < BN * kChunks; i += THREADS) {
-    const int row = i / kChunks, chunk = i % kChunks, to = swizzled<D>(row, chunk);
+  constexpr int kChunks = D / 8, kEach = BN * kChunks / THREADS;
+  static_assert(BN * kChunks % THREADS == 0, "every thread copies equally much");
+#pragma unroll(D > 128 ? 2 : kEach)  // addresses take registers, which long heads have not
+  for (int i = 0; i < kEach; ++i) {
+    int row, chunk;
+    if constexpr (THREADS % kChunks == 0) {  // a thread stays in its column
+      row = threadIdx.x / kChunks + i * (THREADS / kChunks), chunk = threadIdx.x % kChunks;
+    } else {
+      row = (threadIdx.x + i * THREADS) / kChunks, chunk = (threadIdx.x + i * THREADS) % kChunks;
+    }
     const bool live = is_live(keys, start + row);
     const int64_t at = live ? start + row : 0;
+    const int to = swizzled<D>(row, chunk);
     copy_chunk(key_tile + to, key + at * a.key_stride[2], chunk * 8, a.d, live, a.aligned);
     copy_chunk(value_tile + to, value + at * a.value_stride[2], chunk * 8, a.d, live, a.aligned);
   }
@@ -182,7 +190,7 @@ __device__ void merge_warps(const Attention& a, const Place& place, float* share
 template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, bool EXTRAS>
 __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   constexpr int kThreads = WM * WN * kWarp, kRows = WM * MR * 16, kOwn = BN / WN, NT = kOwn / 8, K = D / 16;
-  constexpr bool kHoldQuery = MR * D <= 128;
+  constexpr bool kHoldQuery = MR * D <= (EXTRAS ? 96 : 128);  // in registers; else from shared memory for each tile
   PYFUSED_SHARED_BYTES(shared);
   __shared__ int scratch[3 * WM * WN];
   T *query_tile = (T*)shared, *key_tiles = query_tile + kRows * D, *value_tiles = key_tiles + STAGES * BN * D;
@@ -190,18 +198,17 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wm = warp / WN, wn = warp % WN;
   const Place place = place_of(a, kRows);
   const int warp_row = wm * MR * 16;
-  const Keys keys = keys_of(a, place, kRows, scratch);
-  const int begin = keys.first / 16 * 16, tiles = keys.end > begin ? (keys.end - begin + BN - 1) / BN : 0;
-  const int key_head = place.set * a.pack / a.group;
-  const T* key = (const T*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
-  const T* value = (const T*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
-
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
     copy_chunk(query_tile + swizzled<D>(row, chunk), query_row<T>(a, place, place.first + row), chunk * 8, a.d, true,
                a.aligned);
   }
   cp_async_commit();
+  const Keys keys = keys_of(a, place, kRows, scratch);
+  const int begin = keys.first / 16 * 16, tiles = keys.end > begin ? (keys.end - begin + BN - 1) / BN : 0;
+  const int key_head = place.set * a.pack / a.group;
+  const T* key = (const T*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
+  const T* value = (const T*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < tiles)

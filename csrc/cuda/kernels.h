@@ -27,7 +27,8 @@ struct AttentionPointers {
 };
 // A tile of queries looks at all keys; float16 and bfloat16 on the tensor cores, float32 on the ordinary ones.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                       addr layout, bool is_causal, double scale, double dropout_p, int dtype, int device, addr stream);
+                       addr layout, bool is_causal, double scale, double dropout_p, int multiprocessors, int dtype,
+                       int device, addr stream);
 // At most 16 rows (queries of the heads that share a key head) look at `chunk` keys each; with more than one chunk, out
 // and lse are float32 parts (chunks, ...), which attention_combine adds up.
 void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,

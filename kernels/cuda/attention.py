@@ -54,10 +54,11 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
     options = (is_causal, scale, dropout_p)
     outputs = (pointer(out), pointer(lse))
     layout = _layout(query, key, value, out, attn_bias)
+    processors = multiprocessors(query.device)
     if h // hkv * sq > _ROWS:
-        cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, dtype, *place)
+        cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
         return out, lse
-    chunks, chunk = _chunks(b * hkv, sk, multiprocessors(query.device))
+    chunks, chunk = _chunks(b * hkv, sk, processors)
     if chunks == 1:
         cuda().attention_decode_forward(*inputs, *outputs, layout.buffer_info()[0], *options, chunk, dtype, *place)
         return out, lse
