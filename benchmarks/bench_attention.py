@@ -9,8 +9,13 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import beside, sdpa
+
 
 def cases(device):
+    if device == "cuda":
+        yield from on_gpu(device)
+        return
     for b, h, s, d in [(1, 12, 128, 64), (1, 12, 512, 64), (2, 16, 1024, 64), (1, 12, 512, 80)]:
         q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2) for _ in range(3))
         bias = torch.randn(1, h, s, s, device=device)
@@ -78,3 +83,47 @@ def cases(device):
             },
             flops=14 * b * h * s * s * d / 2,
         )
+
+
+def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512, 64)), decoding=(1, 16)):
+    """bfloat16, beside every backend of scaled_dot_product_attention by name."""
+    for b, h, s, d in shapes:
+        new = [torch.randn(b, s, h, d, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]
+        q, k, v, g = new
+        bias = torch.randn(1, h, s, s, device=device, dtype=torch.bfloat16)
+        keep = torch.ones(b, s, dtype=torch.bool, device=device)
+        keep[:, s // 2 :] = False
+        name, flops = f"{b}x{h}x{s}x{d} bfloat16", 4 * b * h * s * s * d
+        variants = {
+            "": ({}, {}, 1.0),
+            " causal": ({"is_causal": True}, {"is_causal": True}, 0.5),
+            " dense bias": ({"attn_bias": bias}, {"attn_mask": bias}, 1.0),
+            " half padding": ({"padding_mask": keep}, {"attn_mask": keep[:, None, None, :]}, 0.5),
+        }
+        for label, (own, other, share) in variants.items():
+            with torch.no_grad():
+                providers = beside(device, lambda own=own: pyfused.attention(q, k, v, **own), lambda: None)
+                providers.update(sdpa(device, q, k, v, **other))
+                yield Case(name + label, providers, flops=share * flops, tolerance=3e-2)
+
+        def train(call, inputs, **options):
+            return torch.autograd.grad(call(*inputs, **options), inputs, g)
+
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        for label, own, other in [("", {}, {}), (" causal", {"is_causal": True}, {"is_causal": True})]:
+            yield Case(
+                f"train {name}{label}",
+                {
+                    "pyfused": lambda own=own: train(pyfused.attention, inputs, **own),
+                    "torch": lambda other=other: train(F.scaled_dot_product_attention, inputs, **other),
+                },
+                flops=14 * b * h * s * s * d * (0.5 if own else 1.0),
+                tolerance=5e-2,
+            )
+    for b in decoding:
+        q = torch.randn(b, 12, 1, 64, device=device, dtype=torch.bfloat16)
+        k, v = (torch.randn(b, 12, 2048, 64, device=device, dtype=torch.bfloat16)[:, :, :1000] for _ in range(2))
+        with torch.no_grad():
+            providers = beside(device, lambda q=q, k=k, v=v: pyfused.attention(q, k, v, is_causal=True), lambda: None)
+            providers.update(sdpa(device, q, k, v))
+            yield Case(f"decode {b}x12x1000x64 bfloat16", providers, bytes=4 * b * 12 * 1000 * 64, tolerance=3e-2)

@@ -22,11 +22,17 @@ namespace py = pybind11;
   [](py::module_ m) {                                 \
     KERNEL(isa, layer_norm_forward);                  \
     KERNEL(isa, layer_norm_backward);                 \
+    KERNEL(isa, rms_norm_forward);                    \
+    KERNEL(isa, rms_norm_backward);                   \
     KERNEL(isa, attention_forward);                   \
     KERNEL(isa, attention_backward);                  \
+    KERNEL(isa, relative_bias_forward);               \
+    KERNEL(isa, relative_bias_backward);              \
     KERNEL(isa, linear_forward);                      \
     KERNEL(isa, ffn_forward);                         \
     KERNEL(isa, ffn_activation);                      \
+    KERNEL(isa, gated_ffn_forward);                   \
+    KERNEL(isa, gated_ffn_activation);                \
   }
 
 PYBIND11_MODULE(_cpu, m) {

@@ -13,6 +13,9 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(layer_norm_forward);
   KERNEL(layer_norm_backward_parts);
   KERNEL(layer_norm_backward);
+  KERNEL(linear_forward);
+  KERNEL(ffn_forward);
+  KERNEL(ffn_activation);
   KERNEL(attention_forward);
   KERNEL(attention_decode_forward);
   KERNEL(attention_combine);

@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import attention, ffn, layer_norm, linear
+from .ops import RelativeBias, attention, ffn, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
 if TYPE_CHECKING:
     from .generation import Generator
-    from .models import Backbone, GPT2Backbone
+    from .models import Backbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
@@ -17,17 +17,22 @@ __all__ = [
     "BackendError",
     "GPT2Backbone",
     "Generator",
+    "RelativeBias",
+    "T5Backbone",
     "__version__",
     "attention",
     "backend",
     "explain",
     "ffn",
+    "gated_ffn",
     "layer_norm",
     "linear",
+    "relative_bias",
+    "rms_norm",
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "Generator": "generation"}
+_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "T5Backbone": "models", "Generator": "generation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,37 +1,14 @@
 """What do the GPT-2 tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
 
-import functools
-import json
-from pathlib import Path
-
 import torch
+from golden_cases import ROOT, case, manifest
 from safetensors.torch import load_file
 
 from pyfused import GPT2Backbone
 
-ROOT = Path(__file__).parent / "golden"
-
+__all__ = ["ROOT", "case", "gpt2", "gpt2_arguments", "gpt2_of_case", "gpt2_state", "hf_gpt2", "like_hf", "manifest"]
 
 LINEAR = ("query_key_value", "key_value", "output", "outer", "c_fc", "q_attn")
-
-
-@functools.cache
-def manifest():
-    return json.loads((ROOT / "manifest.json").read_text())
-
-
-def case(name):
-    """(the manifest's entry, in/..., out/<source>/...), the tensors by the names behind the slashes."""
-    entry = next(c for c in manifest()["cases"] if c["id"] == name)
-    inputs, outputs = {}, {}
-    for key, tensor in load_file(ROOT / entry["file"]).items():
-        kind, _, rest = key.partition("/")
-        if kind == "in":
-            inputs[rest] = tensor
-        else:
-            source, _, what = rest.partition("/")
-            outputs.setdefault(source, {})[what] = tensor
-    return entry, inputs, outputs
 
 
 def gpt2_state(state):

@@ -1,4 +1,4 @@
-// attention's forward on the CPU: out = softmax(scale * query key^T + bias) value, with dropout, in O(S) memory.
+// attention's forward on the CPU: out = softmax(scale * query key^T + biases) value, with dropout, in O(S) memory.
 //
 // An online softmax (Dao et al. 2022): a tile of keys at a time, with the highest score and the sum of exponentials of
 // each query carried along. Does 4 Sq Sk D operations and Sq Sk exponentials, half of both under causality: what a
@@ -44,7 +44,9 @@ template <class T> struct Forward {
   // Keys c0 .. c0 + n - 1; s is scratch for their scores, (n, kGroup).
   void tile(State& g, const Keys<T>& keys, int64_t c0, int64_t n, float* s) const {
     if (p.bias) g.group.prefetch_bias(p, keys, c0, n);
-    dots(n, keys.key + c0 * keys.key_step, keys.key_step, g.query, kGroup, p.d, s, kGroup, splat(p.scale));
+    const float* plus[12 * kRows];
+    dots(n, keys.key + c0 * keys.key_step, keys.key_step, g.query, kGroup, p.d, s, kGroup, splat(p.scale),
+         g.group.relative(p, keys, c0, n, plus));
     g.group.finish_scores(p, keys, c0, n, s, kGroup);
     vfloat factor[2];
     for (int v = 0; v < 2; ++v) {
@@ -131,13 +133,15 @@ template <class T> struct Forward {
 
 }  // namespace
 
-void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                       addr layout, bool causal, double scale, double dropout_p, int dtype) {
+void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
+                       addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    const Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
-    const Forward<T> forward{p, (T*)out, (float*)lse};
-    if (Few<T>::fits(p)) Few<T>{p, (T*)out, (float*)lse}.run();
-    else forward.run();
+    Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
+    const bool few = Few<T>::fits(p);
+    p.with_relative(table, buckets, (const int64_t*)layout + 19, few ? 1 : -1, few ? kWidth : kGroup);
+    if (few) Few<T>{p, (T*)out, (float*)lse}.run();
+    else Forward<T>{p, (T*)out, (float*)lse}.run();
+    p.release();
   })
 }
 

@@ -1,7 +1,8 @@
-// attention's backward on the CPU: the gradients of query, key, value and bias, in O(S) memory.
+// attention's backward on the CPU: the gradients of query, key, value and both biases, in O(S) memory.
 //
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
+// and the gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
 //
 // Five products of 2 Sq Sk D each, against the forward's two. An item is a key head, whose dK and dV are summed over
 // the query heads of its group by one thread, in order. Where there are fewer items than threads, the queries of an
@@ -23,6 +24,7 @@ template <class T> struct Backward {
   Strided<const T> out, grad_out;
   const float* lse;
   T *grad_query, *grad_key, *grad_value, *grad_bias;
+  float* grad_table;  // (num_buckets, H) or null
 
   // Row-major blocks are padded to whole vectors.
   int64_t width() const { return (p.d + kWidth - 1) / kWidth * kWidth; }
@@ -31,14 +33,16 @@ template <class T> struct Backward {
     float *query_lanes, *grad_out_lanes, *grad_query_lanes;  // (d, kGroup) for each group of the block
     float *query_rows, *grad_out_rows;                       // (kBlockQueries, width)
     float *weights, *grad_scores;                            // (kTileKeys, kBlockQueries)
+    float* distances;                                        // sums of one block, as a row of p.relative
     float* base;
 
     explicit Scratch(const Backward& f) {
       const int64_t lanes = f.p.d * kBlockQueries, rows = f.width() * kBlockQueries, tile = kTileKeys * kBlockQueries;
-      base = floats(3 * lanes + 2 * rows + 2 * tile);
+      base = floats(3 * lanes + 2 * rows + 2 * tile + f.p.relative.length);
       query_lanes = base, grad_out_lanes = query_lanes + lanes, grad_query_lanes = grad_out_lanes + lanes;
       query_rows = grad_query_lanes + lanes, grad_out_rows = query_rows + rows;
       weights = grad_out_rows + rows, grad_scores = weights + tile;
+      distances = grad_scores + tile;
     }
   };
 
@@ -76,7 +80,8 @@ template <class T> struct Backward {
   }
 
   // One block of queries of one head against all the keys it sees.
-  void block(const Keys<T>& keys, const Scratch& x, int64_t b, int64_t h, int64_t first, float* dk, float* dv) const {
+  void block(const Keys<T>& keys, const Scratch& x, int64_t b, int64_t h, int64_t first, float* dk, float* dv,
+             double* by_distance) const {
     const int64_t rows = p.sq - first < kBlockQueries ? p.sq - first : kBlockQueries;
     const int groups = (int)((rows + kGroup - 1) / kGroup);
     const int64_t lanes = p.d * kGroup;
@@ -107,13 +112,16 @@ template <class T> struct Backward {
       for (int g = begin; g < groups; ++g) {
         float *w = x.weights + g * kGroup, *ds = x.grad_scores + g * kGroup;
         const int64_t seen = group[g].most - c0 < n ? group[g].most - c0 : n;
-        dots(seen, key, keys.key_step, x.query_lanes + g * lanes, kGroup, p.d, w, kBlockQueries, splat(p.scale));
+        const float* plus[kTileKeys];
+        dots(seen, key, keys.key_step, x.query_lanes + g * lanes, kGroup, p.d, w, kBlockQueries, splat(p.scale),
+             group[g].relative(p, keys, c0, seen, plus));
         group[g].finish_scores(p, keys, c0, seen, w, kBlockQueries);
         dots(seen, value, keys.value_step, x.grad_out_lanes + g * lanes, kGroup, p.d, ds, kBlockQueries, one);
         gradient_of_scores(group[g], keys, c0, seen, w, ds, row_lse + 2 * g, row_delta + 2 * g);
         for (int64_t c = seen; c < n; ++c)
           for (int v = 0; v < 2; ++v)
             store(w + c * kBlockQueries + v * kWidth, vfloat{}), store(ds + c * kBlockQueries + v * kWidth, vfloat{});
+        if (by_distance) add_distances(group[g], keys, c0, seen, ds, x.distances);
         float* grad = x.grad_query_lanes + g * lanes;
         products<false, kAdd>(p.d, key, keys.key_step, ds, kBlockQueries, seen, grad, kGroup, &one);
       }
@@ -122,6 +130,8 @@ template <class T> struct Backward {
       add_rows(n, x.grad_scores + skip, x.query_rows + skip * width(), depth, dk + c0 * width(), p.scale);
       if (grad_bias) store_bias(keys, b, h, first, rows, skip, c0, n, x.grad_scores);
     }
+    if (by_distance)
+      for (int64_t i = 0; i < p.relative.length; ++i) by_distance[i] += x.distances[i], x.distances[i] = 0;
     const vfloat scale[2] = {splat(p.scale), splat(p.scale)};
     for (int g = 0; g < groups; ++g) {
       const int64_t i = first + g * kGroup;
@@ -146,6 +156,14 @@ template <class T> struct Backward {
     else
       for (int64_t c = 0; c < n; ++c)
         for (int v = 0; v < 2; ++v) each(c, v, [](vfloat y) { return y; });
+  }
+
+  void add_distances(const Group<T>& g, const Keys<T>& keys, int64_t c0, int64_t n, const float* ds, float* sum) const {
+    for (int64_t c = 0; c < n; ++c, ds += kBlockQueries) {
+      float* to = sum + p.relative.offset(g.first + p.sk - p.sq - keys.position[c0 + c]);
+      const vfloat low = load(to) + load(ds), high = load(to + kWidth) + load(ds + kWidth);
+      store(to, low), store(to + kWidth, high);
+    }
   }
 
   void store_bias(const Keys<T>& keys, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t skip, int64_t c0,
@@ -183,6 +201,8 @@ template <class T> struct Backward {
     const int threads = threads_for(heads * blocks, 10 * (p.sq < kBlockQueries ? p.sq : kBlockQueries) * p.sk * p.d);
     const int64_t most = (threads + heads - 1) / heads, parts = most < blocks ? most : blocks;
     float* partial = parts > 1 ? floats(heads * parts * size) : nullptr;
+    const int64_t reach = p.relative.length;
+    double* distances = grad_table ? (double*)floats(2 * heads * parts * group * reach) : nullptr;
     parallel_chunks(threads < heads * parts ? threads : (int)(heads * parts), heads * parts,
                     [&](int, int64_t begin, int64_t end) {
       Keys<T> keys;
@@ -198,14 +218,28 @@ template <class T> struct Backward {
         };
         float* sums = partial ? partial + item * size : own;
         for (int64_t i = 0; i < size; i += kWidth) store(sums + i, vfloat{});
+        double* by = distances ? distances + item * group * reach : nullptr;
+        for (int64_t i = 0; by && i < group * reach; ++i) by[i] = 0;
+        for (int64_t i = 0; by && i < reach; ++i) scratch.distances[i] = 0;
         const int64_t last = share_begin(item % parts + 1, (int)parts, blocks, cost);
         for (int64_t n = share_begin(item % parts, (int)parts, blocks, cost); n < last; ++n)
-          block(keys, scratch, b, kv * group + n / per_head, n % per_head * kBlockQueries, sums, sums + size / 2);
+          block(keys, scratch, b, kv * group + n / per_head, n % per_head * kBlockQueries, sums, sums + size / 2,
+                by ? by + n / per_head * reach : nullptr);
         if (!partial) finish(keys, b, kv, sums, 1);
       }
       std::free(own), std::free(scratch.base);
       keys.release();
     });
+    if (distances)
+      for (int64_t h = 0; h < p.h; ++h)
+        p.relative.add_buckets(h, grad_table, [&](int64_t i) {
+          double sum = 0;
+          for (int64_t b = 0; b < p.b; ++b)
+            for (int64_t part = 0; part < parts; ++part)
+              sum += distances[(((b * p.hkv + h / group) * parts + part) * group + h % group) * reach + i];
+          return sum;
+        });
+    std::free(distances);
     if (!partial) return;
     parallel_chunks(threads < heads ? threads : (int)heads, heads, [&](int, int64_t begin, int64_t end) {
       Keys<T> keys;
@@ -222,13 +256,16 @@ template <class T> struct Backward {
 }  // namespace
 
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
-                        addr seed, addr grad_query, addr grad_key, addr grad_value, addr grad_bias, addr layout,
-                        bool causal, double scale, double dropout_p, int dtype) {
+                        addr table, addr buckets, addr seed, addr grad_query, addr grad_key, addr grad_value,
+                        addr grad_bias, addr grad_table, addr layout, bool causal, double scale, double dropout_p,
+                        int dtype) {
   const int64_t* n = (const int64_t*)layout;
   PYFUSED_BY_DTYPE(dtype, {
-    const Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
-    Backward<T>{p, {(const T*)out, n[19], n[20], n[21]}, {(const T*)grad_out, n[22], n[23], n[24]}, (const float*)lse,
-                (T*)grad_query, (T*)grad_key, (T*)grad_value, (T*)grad_bias}.run();
+    Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
+    p.with_relative(table, buckets, n + 19, -1, kGroup);
+    Backward<T>{p, {(const T*)out, n[23], n[24], n[25]}, {(const T*)grad_out, n[26], n[27], n[28]}, (const float*)lse,
+                (T*)grad_query, (T*)grad_key, (T*)grad_value, (T*)grad_bias, (float*)grad_table}.run();
+    p.release();
   })
 }
 

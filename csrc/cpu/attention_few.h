@@ -88,6 +88,13 @@ template <class T> struct Few {
             for (int u = 0; u < kWidth; ++u)
               x[u] += load_one(at + position[c + u < n ? c + u : n - 1] * p.bias_stride[3]);
           }
+          if (p.relative.rows) {
+            const int64_t query_at = i + p.sk - p.sq;
+            if (n - c >= kWidth && position[c + kWidth - 1] - position[c] == kWidth - 1)
+              x += load(p.relative.at(head, position[c] - query_at));
+            else
+              for (int u = 0; u < kWidth; ++u) x[u] += *p.relative.at(head, position[c + u < n ? c + u : n - 1] - query_at);
+          }
           if (n - c < kWidth) x = lane_numbers() < (vint{} + (int32_t)(n - c)) ? x : splat(-INFINITY);
           store(s + c, x);
           top = max(top, x);

@@ -8,13 +8,11 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <utility>
 
-#include "kernels.h"
 #include "pyfused/parallel.h"
 #include "pyfused/philox.h"
-#include "pyfused/simd.h"
+#include "relative_bias.h"
 
 namespace pyfused::PYFUSED_ISA {
 namespace {
@@ -37,6 +35,7 @@ template <class T> struct Problem {
   bool causal, dropout;
   float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
   uint32_t threshold, seed[2];
+  ByDistance relative;  // without rows: none
 
   Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr layout, bool causal, double scale,
           double dropout_p)
@@ -52,11 +51,16 @@ template <class T> struct Problem {
     threshold = words < 4294967295.0 ? (uint32_t)words : 4294967295u;
     for (int i = 0; i < 2; ++i) this->seed[i] = seed ? (uint32_t)(*(const uint64_t*)seed >> (32 * i)) : 0;
   }
-};
 
-inline float* floats(int64_t n) {
-  return (float*)std::aligned_alloc(64, ((n > 0 ? n : 1) * sizeof(float) + 63) / 64 * 64);
-}
+  // T5's bias by distance; release() frees it. Query i has position i + sk - sq. sign 1: keys ascend, -1: queries do.
+  void with_relative(addr table, addr buckets, const int64_t* n, int64_t sign, int64_t lanes) {
+    if (!table) return;
+    relative = ByDistance(buckets, n[0], h, sign > 0 ? 1 - sk : 1 - sq, sign > 0 ? sq - 1 : sk - 1, sign, lanes);
+    if (n[3]) relative.fill((const float*)table, n[1], n[2]);
+    else relative.fill((const T*)table, n[1], n[2]);
+  }
+  void release() const { std::free(relative.rows); }
+};
 
 // ---- vector helpers -------------------------------------------------------------------------------------------------
 
@@ -118,12 +122,13 @@ PYFUSED_INLINE vint lane_numbers() {
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // The sum over k of A(r, k) B[k][lane], for R rows and V vectors of lanes, all in registers, and then
-// kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum.
+// kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum;
+// kPlus: C = sum * factor[0] + the lanes at plus[r].
 // kAlong: A's depth is contiguous and `step` is between rows; else A's rows are contiguous and `step` is between k.
-enum Finish { kNew, kAdd, kScaled };
+enum Finish { kNew, kAdd, kScaled, kPlus };
 template <int R, int V, bool kAlong, Finish kFinish>
 PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
-                            int64_t c_step, const vfloat* factor) {
+                            int64_t c_step, const vfloat* factor, const float* const* plus = nullptr) {
   vfloat acc[R][V] = {};
   const float* row[R];
 #pragma GCC unroll 8
@@ -148,31 +153,36 @@ PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_
       if (kFinish == kNew) store(at, acc[r][v] * factor[0]);
       if (kFinish == kAdd) store(at, load(at) + acc[r][v] * factor[0]);
       if (kFinish == kScaled) store(at, load(at) * factor[v] + acc[r][v]);
+      if (kFinish == kPlus) store(at, acc[r][v] * factor[0] + load(plus[r] + v * kWidth));
     }
 }
 
 template <bool kAlong, Finish kFinish, int V = 2>
 inline void products(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth,
-                     float* c, int64_t c_step, const vfloat* factor) {
+                     float* c, int64_t c_step, const vfloat* factor, const float* const* plus = nullptr) {
   const int64_t next = kAlong ? step : 1;
-  for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step)
-    product<kRows, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+  for (; rows >= kRows; rows -= kRows, a += kRows * next, c += kRows * c_step) {
+    product<kRows, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
+    if (kFinish == kPlus) plus += kRows;
+  }
   switch (rows) {
-    case 5: return product<5, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 4: return product<4, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 3: return product<3, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 2: return product<2, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
-    case 1: return product<1, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor);
+    case 5: return product<5, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
+    case 4: return product<4, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
+    case 3: return product<3, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
+    case 2: return product<2, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
+    case 1: return product<1, V, kAlong, kFinish>(a, step, b, b_step, depth, c, c_step, factor, plus);
   }
 }
 
 // A long chain of additions is cut: its rounding error grows with its length.
 constexpr int64_t kChain = 64;
 
-// Dot products of key rows with the queries in the lanes, times factor.
+// Dot products of key rows with the queries in the lanes, times factor, plus the lanes at plus[row] where there are any.
 inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
-                 int64_t c_step, vfloat factor) {
-  products<true, kNew>(rows, a, step, b, b_step, d < kChain ? d : kChain, c, c_step, &factor);
+                 int64_t c_step, vfloat factor, const float* const* plus = nullptr) {
+  const int64_t first = d < kChain ? d : kChain;
+  if (plus) products<true, kPlus>(rows, a, step, b, b_step, first, c, c_step, &factor, plus);
+  else products<true, kNew>(rows, a, step, b, b_step, first, c, c_step, &factor);
   for (int64_t k = kChain; k < d; k += kChain) {
     const int64_t depth = d - k < kChain ? d - k : kChain;
     products<true, kAdd>(rows, a + k, step, b + k * b_step, b_step, depth, c, c_step, &factor);
@@ -287,16 +297,6 @@ template <class T> struct Keys {
   void release() { std::free(position), std::free(key_pack), std::free(value_pack); }
 };
 
-// The first item of a share, when items of unequal cost are split in order over `threads` shares of about equal cost.
-template <class Cost> inline int64_t share_begin(int64_t share, int threads, int64_t items, const Cost& cost) {
-  if (share <= 0) return 0;
-  if (share >= threads) return items;
-  int64_t total = 0, item = 0, sum = 0;
-  for (int64_t i = 0; i < items; ++i) total += cost(i);
-  while (item < items && sum < total / threads * share) sum += cost(item++);
-  return item;
-}
-
 // ---- a group of queries ---------------------------------------------------------------------------------------------
 
 // Lanes of one group: queries first .. first + rows - 1 of head h.
@@ -312,6 +312,13 @@ template <class T> struct Group {
     fewest = keys.seen_by(p, first), most = keys.seen_by(p, first + rows - 1);
     for (int i = 0; i < kGroup; ++i)
       seen[i / kWidth][i % kWidth] = i < rows ? (int32_t)keys.seen_by(p, first + i) : 0;
+  }
+
+  // Where T5's bias of each of the keys c0 .. c0 + n - 1 begins; null where there is none.
+  const float* const* relative(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, const float** at) const {
+    if (!p.relative.rows) return nullptr;
+    for (int64_t c = 0; c < n; ++c) at[c] = p.relative.at(h, first + p.sk - p.sq - keys.position[c0 + c]);
+    return at;
   }
 
   // Scores of keys c0 .. c0 + n - 1, (n, step): adds the bias and hides what causality hides.

@@ -14,11 +14,11 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, int activation, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    Product<T> products[2] = {{(const T*)x, (const T*)w_in, (const T*)b_in, nullptr, (T*)inner, (T*)pre,
-                               rows, f, n, x_stride, w_in_stride, 0, activation},
-                              {(const T*)inner, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
-                               rows, m, f, f, w_out_stride, residual_stride, kIdentity}};
-    run_products(products, 2);
+    Product<T> in{(const T*)x, (const T*)w_in, (const T*)b_in, nullptr, (T*)inner, (T*)pre,
+                  rows, f, n, x_stride, w_in_stride, 0, activation};
+    Product<T> out{(const T*)inner, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
+                   rows, m, f, f, w_out_stride, residual_stride, kIdentity};
+    run_in_order(in, out);
   })
 }
 

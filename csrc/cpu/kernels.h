@@ -13,14 +13,29 @@ void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, a
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
 
+// ---- rms_norm -------------------------------------------------------------------------------------------------------
+void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
+                      int64_t x_stride, int64_t residual_stride, double eps, int dtype);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
+                       int64_t rows, int64_t n, int64_t x_stride, int dtype);
+
 // ---- attention ------------------------------------------------------------------------------------------------------
-// layout: int64 B, H, Hkv, Sq, Sk, D, then (batch, head, sequence) strides of query, key and value, the bias's four, and
-// for the backward those three of out and of grad_out. out, grad_query, grad_key and grad_value are dense (B, S, H, D).
-void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                       addr layout, bool causal, double scale, double dropout_p, int dtype);
+// layout: int64 B, H, Hkv, Sq, Sk, D, then (batch, head, sequence) strides of query, key and value, the bias's four, of
+// the table of T5's bias span, its two strides and whether it is float (0: query's dtype), and for the backward (batch,
+// head, sequence) strides of out and of grad_out. out, grad_query, grad_key and grad_value are dense (B, S, H, D).
+// buckets: int32, of the distances -span .. span. grad_table: float (num_buckets, H), zeros.
+void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
+                       addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype);
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
-                        addr seed, addr grad_query, addr grad_key, addr grad_value, addr grad_bias, addr layout,
-                        bool causal, double scale, double dropout_p, int dtype);
+                        addr table, addr buckets, addr seed, addr grad_query, addr grad_key, addr grad_value,
+                        addr grad_bias, addr grad_table, addr layout, bool causal, double scale, double dropout_p,
+                        int dtype);
+
+// ---- relative_bias --------------------------------------------------------------------------------------------------
+void relative_bias_forward(addr table, addr buckets, addr out, int64_t heads, int64_t sq, int64_t sk, int64_t offset,
+                           int64_t span, int64_t bucket_step, int64_t head_step, int dtype);
+void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_t heads, int64_t sq, int64_t sk,
+                            int64_t offset, int64_t span, int dtype);
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
@@ -31,5 +46,14 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
+
+// ---- gated_ffn ------------------------------------------------------------------------------------------------------
+// hidden is float32 if dtype is float16, where activation(gate) * up does not fit; keep_gate and keep_up may be 0.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,
+                       addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
+                       int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
+                       int activation, int dtype);
+void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up,
+                          int64_t count, int activation, int dtype);
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -1,154 +1,25 @@
-// layer_norm on the CPU: total = x + residual; y = (total - mean) * rstd * weight + bias, statistics in float32.
-//
-// Moves: reads x (and residual) once, writes y (and total) once; the second and third pass over a row hit L1/L2.
-// Does: about 8 N float operations a row, so one core is bound by memory from N = 768 on.
-// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, plus the gradient of `total`;
-// weight and bias gradients are summed per thread share, then in share order (repeatable for one thread count).
+// layer_norm on the CPU: total = x + residual; y = (total - mean) * rstd * weight + bias, with the rows of row_norm.h.
 #include "kernels.h"
 
-#include <cmath>
-#include <cstdlib>
-
-#include "pyfused/parallel.h"
-#include "pyfused/simd.h"
+#include "row_norm.h"
 
 namespace pyfused::PYFUSED_ISA {
-namespace {
-
-template <class T> struct Forward {
-  const T *x, *residual, *weight, *bias;
-  T *y, *total;
-  float *mean, *rstd;
-  int64_t n, x_stride, residual_stride;
-  float eps;
-
-  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is bound
-  // by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
-  template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const {
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) step(k, i + k * kWidth);
-    }
-    for (; i + kWidth <= n; i += kWidth) step(0, i);
-    return i;
-  }
-
-  // Writes x + residual, rounded to T as the rest of the network sees it, and returns the row to normalise.
-  const T* add_residual(int64_t r) const {
-    const T *px = x + r * x_stride, *pr = residual + r * residual_stride;
-    T* pt = total + r * n;
-    const int64_t i = vectors([&](int, int64_t i) { store(pt + i, load(px + i) + load(pr + i)); });
-    if (i < n) store_partial(pt + i, load_partial(px + i, n - i) + load_partial(pr + i, n - i), n - i);
-    return pt;
-  }
-
-  void row(int64_t r) const {
-    const T* px = residual ? add_residual(r) : x + r * x_stride;
-    vfloat sum[4] = {};
-    int64_t i = vectors([&](int k, int64_t i) { sum[k] += load(px + i); });
-    if (i < n) sum[1] += load_partial(px + i, n - i);
-    float mu = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
-    // Second pass about that mean; what is left of the sum corrects it, so a large offset costs no precision.
-    vfloat square[4] = {}, rest[4] = {};
-    i = vectors([&](int k, int64_t i) {
-      vfloat d = load(px + i) - mu;
-      rest[k] += d;
-      square[k] += d * d;
-    });
-    float tail_rest = 0, tail_square = 0;
-    for (; i < n; ++i) {
-      const float d = load_one(px + i) - mu;
-      tail_rest += d, tail_square += d * d;
-    }
-    const float shift = (sum_lanes((rest[0] + rest[1]) + (rest[2] + rest[3])) + tail_rest) / n;
-    const float mean_square = (sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + tail_square) / n;
-    mu += shift;
-    const float variance = mean_square - shift * shift;
-    const float rs = 1.0f / std::sqrt((!(variance < 0) ? variance : 0) + eps);
-    T* py = y + r * n;
-    if (bias) {
-      i = vectors([&](int, int64_t i) { store(py + i, (load(px + i) - mu) * rs * load(weight + i) + load(bias + i)); });
-    } else {
-      i = vectors([&](int, int64_t i) { store(py + i, (load(px + i) - mu) * rs * load(weight + i)); });
-    }
-    if (i < n) {
-      vfloat v = (load_partial(px + i, n - i) - mu) * rs * load_partial(weight + i, n - i);
-      store_partial(py + i, bias ? v + load_partial(bias + i, n - i) : v, n - i);
-    }
-    if (mean) mean[r] = mu, rstd[r] = rs;
-  }
-};
-
-template <class T> struct Backward {
-  const T *grad_y, *grad_total, *x, *weight;
-  const float *mean, *rstd;
-  T* grad_x;
-  int64_t n, x_stride;
-
-  void row(int64_t r, float* grad_weight, float* grad_bias) const {
-    const T *pg = grad_y + r * n, *px = x + r * x_stride, *pt = grad_total ? grad_total + r * n : nullptr;
-    const float mu = mean[r], rs = rstd[r];
-    vfloat sum_g{}, sum_gx{};
-    auto each = [&](auto&& body) {
-      int64_t i = 0;
-      for (; i + kWidth <= n; i += kWidth)
-        body(i, [](const auto* p) { return load(p); }, [](auto* p, vfloat v) { store(p, v); });
-      if (i < n) {
-        const int64_t rest = n - i;
-        body(i, [rest](const auto* p) { return load_partial(p, rest); },
-             [rest](auto* p, vfloat v) { store_partial(p, v, rest); });
-      }
-    };
-    each([&](int64_t i, auto get, auto put) {
-      vfloat dy = get(pg + i), xhat = (get(px + i) - mu) * rs, g = dy * get(weight + i);
-      sum_g += g;  // zero in the lanes past the end, because dy is
-      sum_gx += g * xhat;
-      put(grad_weight + i, get(grad_weight + i) + dy * xhat);
-      put(grad_bias + i, get(grad_bias + i) + dy);
-    });
-    const float mean_g = sum_lanes(sum_g) / n, mean_gx = sum_lanes(sum_gx) / n;
-    T* out = grad_x + r * n;
-    each([&](int64_t i, auto get, auto put) {
-      // g is rounded as it was in mean_g, so that N = 1 gives exactly zero.
-      vfloat xhat = (get(px + i) - mu) * rs, g = rounded(get(pg + i) * get(weight + i));
-      vfloat dx = (g - mean_g - xhat * mean_gx) * rs;
-      put(out + i, pt ? dx + get(pt + i) : dx);
-    });
-  }
-};
-
-}  // namespace
 
 void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
                         int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    Forward<T> f{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)y, (T*)total,
-                 (float*)mean, (float*)rstd, n, x_stride, residual_stride, (float)eps};
-    parallel_chunks(threads_for(rows, 8 * n), rows, [&](int, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) f.row(r);
-    });
+    const Forward<T, true> f{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)y, (T*)total,
+                             (float*)mean, (float*)rstd, n, x_stride, residual_stride, (float)eps};
+    normalise_rows(f, rows);
   })
 }
 
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    Backward<T> b{(const T*)grad_y, (const T*)grad_total, (const T*)x, (const T*)weight, (const float*)mean,
-                  (const float*)rstd, (T*)grad_x, n, x_stride};
-    const int threads = threads_for(rows, 16 * n);
-    float* partial = (float*)std::calloc(2 * n * threads, sizeof(float));
-    parallel_chunks(threads, rows, [&](int share, int64_t begin, int64_t end) {
-      float* own = partial + 2 * n * share;
-      for (int64_t r = begin; r < end; ++r) b.row(r, own, own + n);
-    });
-    for (int64_t i = 0; i < n; ++i) {
-      float w = 0, c = 0;
-      for (int t = 0; t < threads; ++t) w += partial[2 * n * t + i], c += partial[2 * n * t + n + i];
-      store_one((T*)grad_weight + i, w);
-      if (grad_bias) store_one((T*)grad_bias + i, c);
-    }
-    std::free(partial);
+    const Backward<T, true> b{(const T*)grad_y, (const T*)grad_total, (const T*)x, (const T*)weight,
+                              (const float*)mean, (const float*)rstd, (T*)grad_x, n, x_stride};
+    normalise_rows_backward(b, rows, (T*)grad_weight, (T*)grad_bias);
   })
 }
 

@@ -10,7 +10,7 @@ void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64
   PYFUSED_BY_DTYPE(dtype, {
     Product<T> p{(const T*)x, (const T*)weight, (const T*)bias, (const T*)residual, (T*)y, nullptr,
                  rows, n, k, x_stride, weight_stride, residual_stride, kIdentity};
-    run_products(&p, 1);
+    run_in_order(p);
   })
 }
 

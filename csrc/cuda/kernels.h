@@ -19,6 +19,22 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
                          addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
                          int64_t x_stride, int dtype, int device, addr stream);
 
+// ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
+// y = activation(x weight^T + bias) + residual; pre, if not 0, gets what the activation is applied to. wide_x: x is
+// float32 beside float16 weights.
+void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, addr pre, int64_t rows, int64_t n, int64_t k,
+                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int activation, bool wide_x,
+                    int dtype, int device, addr stream);
+
+// ---- ffn ------------------------------------------------------------------------------------------------------------
+// Up to 16 rows; `inner` holds (rows, f), `pre` the same or 0.
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
+                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream);
+// inner = activation(pre) and, if grad_inner is not 0, grad_pre = grad_inner activation'(pre); contiguous, in place
+// where the addresses say so.
+void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
+                    int device, addr stream);
 // ---- attention ------------------------------------------------------------------------------------------------------
 // What every launcher takes. `layout` is a host array of int64: B, H, Hkv, Sq, Sk, D, then the strides of query, key,
 // value and out (batch, head, sequence), the four of bias, and out's from one chunk of keys to the next.

@@ -5,15 +5,20 @@ from array import array
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cpu
+from pyfused.kernels.buckets import distance_buckets
 
 
-def _layout(query, key, value, attn_bias, *more):
+def _layout(query, key, value, attn_bias, table, buckets, *more):
     """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
     b, h, sq, d = query.shape
     sizes = [b, h, key.shape[1], sq, key.shape[2], d]
     for t in (query, key, value):
         sizes += t.stride()[:3]
     sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
+    if table is None:
+        sizes += (0, 0, 0, 0)
+    else:
+        sizes += (buckets.shape[0] // 2, *table.stride(), table.dtype == torch.float32)
     for t in more:
         sizes += t.stride()[:3]
     return array("q", sizes)
@@ -29,16 +34,22 @@ def _empty_like(query):
     return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128,
+):  # fmt: skip
     out = _empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
-    layout = _layout(query, key, value, attn_bias)
+    buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
+    layout = _layout(query, key, value, attn_bias, bias_table, buckets)
     cpu().attention_forward(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
         _address(padding_mask),
         _address(attn_bias),
+        _address(bias_table),
+        _address(buckets),
         _address(seed),
         out.data_ptr(),
         _address(lse),
@@ -60,12 +71,15 @@ def slower_backward(grad_out, query, *rest):
 
 
 def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
-):
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+):  # fmt: skip
     grad_query, grad_key, grad_value = (_empty_like(t) for t in (query, key, value))
     # Zeros: tiles that causality or padding hides are skipped.
     grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
-    layout = _layout(query, key, value, attn_bias, out, grad_out)
+    grad_table = torch.zeros(bias_table.shape, dtype=torch.float32) if wants_table else None
+    buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
+    layout = _layout(query, key, value, attn_bias, bias_table, buckets, out, grad_out)
     cpu().attention_backward(
         grad_out.data_ptr(),
         query.data_ptr(),
@@ -75,15 +89,20 @@ def backward(
         lse.data_ptr(),
         _address(padding_mask),
         _address(attn_bias),
+        _address(bias_table),
+        _address(buckets),
         _address(seed),
         grad_query.data_ptr(),
         grad_key.data_ptr(),
         grad_value.data_ptr(),
         _address(grad_bias),
+        _address(grad_table),
         layout.buffer_info()[0],
         is_causal,
         scale,
         dropout_p,
         DTYPE_CODES[query.dtype],
     )
-    return grad_query, grad_key, grad_value, grad_bias
+    if wants_table:
+        grad_table = grad_table.to(bias_table.dtype)
+    return grad_query, grad_key, grad_value, grad_bias, grad_table

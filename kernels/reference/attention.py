@@ -6,10 +6,13 @@ differentiating the forward is not possible there. gradcheck holds the two toget
 
 import torch
 
+from . import relative_bias
 from ._philox import keep_mask
 
 
-def scores(query, key, is_causal, padding_mask, attn_bias, scale):
+def scores(
+    query, key, is_causal, padding_mask, attn_bias, scale, bias_table=None, bidirectional=True, max_distance=128
+):
     """(B, H, Sq, Sk) scores, -inf where a query may not look; float32 at least."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.shape[1] // key.shape[1]
@@ -17,6 +20,8 @@ def scores(query, key, is_causal, padding_mask, attn_bias, scale):
     if attn_bias is not None:
         s = s + attn_bias.to(wide)
     sq, sk = s.shape[-2:]
+    if bias_table is not None:
+        s = s + relative_bias.forward(bias_table.to(wide), sq, sk, bidirectional, max_distance, sk - sq)[0]
     if is_causal:
         i = torch.arange(sq, device=s.device)[:, None]
         j = torch.arange(sk, device=s.device)[None]
@@ -32,9 +37,9 @@ def probabilities(s):
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save, *relative):
     """(out, lse); lse (B, H, Sq) is the log-sum-exp of a row's scores, +inf for a row with no visible key."""
-    s = scores(query, key, is_causal, padding_mask, attn_bias, scale)
+    s = scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative)
     p = probabilities(s)
     if dropout_p > 0.0:
         p = p * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
@@ -48,10 +53,12 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
 
 
 def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
-):
-    """(grad_query, grad_key, grad_value, grad_bias)."""
-    p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale))
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+):  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_bias, grad_table)."""
+    relative = (bias_table, bidirectional, max_distance)
+    p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative))
     keep = torch.ones_like(p)
     if dropout_p > 0.0:
         keep = keep * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
@@ -65,4 +72,9 @@ def backward(
     grad_value = (p * keep).transpose(-1, -2) @ grad_out
     grad_key, grad_value = (t.unflatten(1, (-1, group)).sum(2) for t in (grad_key, grad_value))
     grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
-    return *grads, grad_s.to(query.dtype) if wants_bias else None
+    grad_table = None
+    if wants_table:
+        (sq, sk), n = grad_s.shape[2:], bias_table.shape[0]
+        bucket = relative_bias.buckets(sq, sk, n, bidirectional, max_distance, sk - sq, grad_s.device)
+        grad_table = relative_bias.sum_by_bucket(grad_s, bucket, n).to(bias_table.dtype)
+    return *grads, grad_s.to(query.dtype) if wants_bias else None, grad_table

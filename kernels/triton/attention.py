@@ -69,7 +69,18 @@ def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tu
     return triton.cdiv(key_length, size), size
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def unsupported_forward(*args):
+    return "no relative_bias yet" if len(args) > 10 and args[10] is not None else None
+
+
+def unsupported_backward(*args):
+    return "no relative_bias yet" if len(args) > 13 and args[13] is not None else None
+
+
+def forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128,
+):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]
     out = _like(query)
@@ -149,8 +160,9 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
 
 
 def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
-):
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]
     # out comes from forward, but the registered operator may be called with any.
@@ -163,7 +175,7 @@ def backward(
         skips = is_causal or padding_mask is not None
         grad_bias = (torch.zeros if skips else torch.empty)((b, h, sq, sk), dtype=query.dtype, device=query.device)
     if b == 0:
-        return grad_query, grad_key, grad_value, grad_bias
+        return grad_query, grad_key, grad_value, grad_bias, None
     delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
     correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
     chip, _ = _chip(query.device)
@@ -235,4 +247,4 @@ def backward(
         **c.options,
         tensor=query,
     )
-    return grad_query, grad_key, grad_value, grad_bias
+    return grad_query, grad_key, grad_value, grad_bias, None

@@ -7,63 +7,27 @@ that order.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
-from pyfused.checkpoints.storage import Entry, same_values
 
 KERAS_CLASS = "GPT2Backbone"
-HF_PREFIX = "transformer."
+HF_PREFIX = HF_SAVED_PREFIX = "transformer."  # of models with a head: taken off in reading, put on in saving
 
 # Buffers of older versions that carry no weights: attn.bias is a causal mask (attn.c_attn.bias is a real bias)
 HF_IGNORED = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?position_ids")
-HF_HEAD = "lm_head.weight"
-
-# Four Hugging Face names for the tanh formula, two for the erf one
-HF_ACTIVATIONS = {
-    "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
-    "gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh",
-}  # fmt: skip
-
-_HF_HARMLESS = {
-    # about the file
-    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
-    "torch_dtype", "transformers.js_config", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_autoset", "_attn_implementation_internal", "tokenizer_class", "prefix", "finetuning_task",
-    "task_specific_params", "n_ctx",
-    # how it is initialised, trained, or returns
-    "initializer_range", "use_cache", "gradient_checkpointing", "output_attentions", "output_hidden_states",
-    "output_past", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "is_decoder",
-    "is_encoder_decoder", "tf_legacy_loss", "keys_to_ignore_at_inference", "chunk_size_feed_forward",
-    "remove_invalid_values",
-    # heads
-    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "predict_special_tokens",
-    # generation
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-    "do_sample", "max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups",
-    "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-}  # fmt: skip
-
-_HF_REFUSED = {
-    "quantization_config": "quantised weights are not read; load the model the weights were quantised from",
-    "pruned_heads": "pruned attention heads are not read",
-    "auto_map": "the checkpoint belongs to code of its own, which pyfused does not run",
-    "cross_attention_hidden_size": "encoder states of another width are not read",
-    "tie_encoder_decoder": "the decoder's weights would be those of an encoder",
-    "use_bfloat16": "pass dtype='bfloat16' and drop the option",
-}
+HF_HEAD, HF_EMBEDDING = "lm_head.weight", "wte.weight"
+DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
+DEPTHS = ("num_layers",)
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """GPT2Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
     options = Options(raw, file)
-    for name, why in _HF_REFUSED.items():
+    for name, why in REFUSED.items():
         options.refuse([name], why)
     hidden_dim = options.integer("n_embd", 768, ["hidden_size"])
     inner = options.raw("n_inner", None)
@@ -97,27 +61,8 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "cross_attention": options.boolean("add_cross_attention", False),
         "tie_embedding_weights": options.boolean("tie_word_embeddings", True),
     }
-    options.finish(_HF_HARMLESS, ("summary_",))
+    options.finish(HARMLESS | {"n_ctx"}, ("summary_",))
     return config
-
-
-def settle_head(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Decides from the files whether the output matrix is the token embedding, and drops a redundant head.
-
-    Files of a bare GPT2Model have no head whatever the configuration says. Where the configuration ties but the
-    file holds two different matrices, the file is right, as it is for transformers; that is worth a warning.
-    """
-    head, embedding = entries.get(HF_HEAD), entries.get("wte.weight")
-    untied = head is not None and not config["tie_embedding_weights"]
-    if head is not None and embedding is not None and not untied:
-        untied = not same_values(head, embedding)
-        if untied:
-            warnings.warn(
-                f"{head} differs from {embedding.name!r} although the configuration ties them; it is used", stacklevel=4
-            )
-    if not untied:
-        entries = {name: entry for name, entry in entries.items() if name != HF_HEAD}
-    return config | {"tie_embedding_weights": not untied}, entries
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:

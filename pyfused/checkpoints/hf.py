@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from pyfused.checkpoints.files import read_json, reject_duplicates, shard_path
-from pyfused.checkpoints.storage import Entry
+from pyfused.checkpoints.storage import Entry, same_values
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -27,6 +28,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+
+# Beginnings of class names, for configurations without model_type
+_CLASSES = {"GPT2": "gpt2", "T5": "t5"}
 
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
@@ -42,7 +46,7 @@ def model_type(config: dict[str, Any], file: Path) -> str:
     if name is None:
         classes = config.get("architectures")
         first = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
-        name = "gpt2" if first.startswith("GPT2") else None
+        name = next((model for prefix, model in _CLASSES.items() if first.startswith(prefix)), None)
     if not isinstance(name, str):
         raise ValueError(f"{file}: model_type is {name!r}; it takes the name of a model")
     return name
@@ -95,6 +99,28 @@ def select(entries: dict[str, Entry], prefix: str, ignored: Iterable[str]) -> di
             raise ValueError(f"{entry} and tensor {result[short].name!r} are the same weight under two names")
         result[short] = entry
     return result
+
+
+def settle_head(
+    config: dict[str, Any], entries: dict[str, Entry], head_name: str, embedding_name: str
+) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Decides from the files whether the output matrix is the token embedding, and drops a redundant head.
+
+    Files of a model without a head have none whatever the configuration says. Where the configuration ties but the file
+    holds two different matrices, the file is right, as it is for transformers; that is worth a warning, unless the
+    configuration says (T5's does) that the logits are not scaled, which only models with a head of their own want.
+    """
+    head, embedding = entries.get(head_name), entries.get(embedding_name)
+    untied = head is not None and not config["tie_embedding_weights"]
+    if head is not None and embedding is not None and not untied:
+        untied = not same_values(head, embedding)
+        if untied and config.get("scale_logits", True):
+            warnings.warn(
+                f"{head} differs from {embedding.name!r} although the configuration ties them; it is used", stacklevel=4
+            )
+    if not untied:
+        entries = {name: entry for name, entry in entries.items() if name != head_name}
+    return config | {"tie_embedding_weights": not untied}, entries
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -18,23 +18,43 @@ from pyfused.checkpoints.files import read_json
 Want = Literal["weights", "config", "tokenizer"]
 
 
-def _published(model: str, name: str, description: str, params: int, hf_repo: str | None) -> dict[str, Any]:
-    metadata = {"description": description, "params": params, "path": model}
-    return {"metadata": metadata, "kaggle_handle": f"kaggle://keras/{model}/keras/{name}/3", "hf_repo": hf_repo}
-
-
-# KerasHub 0.32's GPT-2 presets; the Hugging Face repository holds the same weights
-_GPT2: tuple[tuple[str, str, int, str | None], ...] = (
-    ("gpt2_base_en", "12 layers, English", 124_439_808, "openai-community/gpt2"),
-    ("gpt2_base_en_cnn_dailymail", "12 layers, English, fine-tuned to summarise news", 124_439_808, None),
-    ("gpt2_medium_en", "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
-    ("gpt2_large_en", "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
-    ("gpt2_extra_large_en", "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
+# KerasHub 0.32's presets: name, version, what it is, parameters as its metadata has them, and the Hugging Face repository
+# with the same weights
+_GPT2: tuple[tuple[str, int, str, int, str | None], ...] = (
+    ("gpt2_base_en", 3, "12 layers, English", 124_439_808, "openai-community/gpt2"),
+    ("gpt2_base_en_cnn_dailymail", 3, "12 layers, English, fine-tuned to summarise news", 124_439_808, None),
+    ("gpt2_medium_en", 3, "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
+    ("gpt2_large_en", 3, "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
+    ("gpt2_extra_large_en", 3, "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
 )
-PUBLISHED: dict[str, dict[str, Any]] = {row[0]: _published("gpt2", *row) for row in _GPT2}
+# T5 1.1's configurations at Keras say "gelu", the erf formula; those at Hugging Face mean the tanh one: outputs differ by
+# less than 1%, and each is loaded as it says.
+_T5: tuple[tuple[str, int, str, int, str | None], ...] = (
+    ("t5_small_multi", 3, "6 layers", 60_506_624, "google-t5/t5-small"),
+    ("t5_base_multi", 3, "12 layers", 222_903_552, "google-t5/t5-base"),
+    ("t5_large_multi", 3, "24 layers", 737_668_096, "google-t5/t5-large"),
+    ("t5_1.1_small", 2, "T5 1.1, 8 layers", 60_511_616, "google/t5-v1_1-small"),
+    ("t5_1.1_base", 2, "T5 1.1, 12 layers", 247_577_856, "google/t5-v1_1-base"),
+    ("t5_1.1_large", 2, "T5 1.1, 24 layers", 750_251_008, "google/t5-v1_1-large"),
+    ("t5_1.1_xl", 2, "T5 1.1, 24 layers, wider", 2_849_757_184, "google/t5-v1_1-xl"),
+    ("t5_1.1_xxl", 2, "T5 1.1, 24 layers, widest", 11_135_332_352, "google/t5-v1_1-xxl"),
+    ("flan_small_multi", 3, "Flan-T5, 8 layers", 76_961_152, "google/flan-t5-small"),
+    ("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
+    ("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
+)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    name: {
+        "metadata": {"description": description, "params": params, "path": model},
+        "kaggle_handle": f"kaggle://keras/{model}/keras/{name}/{version}",
+        "hf_repo": hf_repo,
+    }
+    for model, rows in (("gpt2", _GPT2), ("t5", _T5))
+    for name, version, description, params, hf_repo in rows
+}
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                    "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model",
+                    "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
+                    "assets/tokenizer/vocabulary.spm")  # fmt: skip
 _FILES: dict[Want, tuple[str, ...]] = {
     "config": ("config.json",),
     "tokenizer": ("config.json", *_TOKENIZER_FILES),

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from pyfused.checkpoints.checkpoint import MODELS
 from pyfused.checkpoints.hf import INDEX, WHOLE
+from pyfused.checkpoints.plan import Target
 from pyfused.checkpoints.storage import FLOATS
 
 
@@ -31,7 +35,7 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     backbone: Any = model
     config = backbone.get_config()
     state = model.state_dict()
-    plan = maps.hf_plan({"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024} | config)
+    plan = maps.hf_plan(maps.DEFAULTS | config)
     if differ := sorted(state.keys() ^ plan.keys()):
         raise ValueError(f"model: its tensors are not those of its configuration: {differ}")
     dtypes = {tensor.dtype for tensor in state.values()}
@@ -44,11 +48,9 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     described = maps.config_to_hf(config, str(dtype).removeprefix("torch."))
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
-        (piece.name if piece.name == maps.HF_HEAD else maps.HF_PREFIX + piece.name): (
-            state[ours].t() if piece.transposed else state[ours]
-        ).contiguous()
+        (name if name == maps.HF_HEAD else maps.HF_SAVED_PREFIX + name): tensor
         for ours, target in plan.items()
-        for piece in target.pieces
+        for name, tensor in _pieces(state[ours], target)
     }
     unfinished = path / (WHOLE + ".unfinished")
     save_file(tensors, unfinished, metadata={"format": "pt"})
@@ -56,3 +58,13 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     unfinished = path / "config.json.unfinished"
     unfinished.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(unfinished, path / "config.json")
+
+
+def _pieces(tensor: torch.Tensor, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors that one of pyfused's is stacked from, by their names in the file."""
+    row = 0
+    for piece in target.pieces:
+        rows = math.prod(piece.shape) // math.prod(target.shape[1:])
+        part = tensor[row : row + rows]
+        yield piece.name, (part.t() if piece.transposed else part).contiguous()
+        row += rows

@@ -2,5 +2,6 @@
 
 from .backbone import Backbone
 from .gpt2 import GPT2Backbone, GPT2Output
+from .t5 import T5Backbone
 
-__all__ = ["Backbone", "GPT2Backbone", "GPT2Output"]
+__all__ = ["Backbone", "GPT2Backbone", "GPT2Output", "T5Backbone"]

@@ -40,7 +40,8 @@ class Call:
 def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
     """Checks the inputs of one call. config: the model's; like: a parameter, for its dtype and device."""
     vocabulary, places, width = config["vocabulary_size"], config["max_sequence_length"], config["hidden_dim"]
-    call = Call(cache=_cache(given.get("cache"), config, like))
+    heads = config["num_heads"]
+    call = Call(cache=_inputs.cache(given.get("cache"), config["num_layers"], heads, width // heads, like))
     embeds, tokens = given.get("inputs_embeds"), given.get("token_ids")
     if (embeds is None) == (tokens is None):
         both = "inputs_embeds is given beside token_ids; it takes one of the two"
@@ -55,14 +56,7 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
         b, s = call.token_ids.shape
     if (types := given.get("token_type_ids")) is not None:
         call.token_type_ids = _inputs.ids(types, "token_type_ids", "(B, S)", (b, s), vocabulary, like.device)
-    past = 0
-    if call.cache is not None:
-        past = call.cache.length
-        if call.cache.batch_size != b:
-            raise ValueError(f"cache has {call.cache.batch_size} rows; it takes the batch size of the input, {b}")
-        if past + s > call.cache.capacity:
-            room = call.cache.capacity - past
-            raise ValueError(f"cache holds {past} tokens and has room for {room}; it cannot take {s} more")
+    past = _inputs.cached(call.cache, b, s)
     call.position_ids = _positions(given, b, s, past, places, like.device)
     call.visible = _visible(given, call, (b, config["num_heads"], s, past + s), like)
     _encoder(given, call, config, b, like)
@@ -72,21 +66,6 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
         call.attentions = []
         call.cross_attentions = [] if config["cross_attention"] else None
     return call
-
-
-def _cache(cache: Any, config: dict[str, Any], like: Tensor) -> KVCache | None:
-    if cache is None:
-        return None
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; it takes what new_cache() returns")
-    heads, size = config["num_heads"], config["hidden_dim"] // config["num_heads"]
-    wanted = (config["num_layers"], heads, size, like.dtype, like.device)
-    if cache.signature != wanted:
-        meaning = "layers, heads, head size, dtype, device"
-        raise ValueError(f"cache is for {cache.signature}; it takes this model's {wanted}: {meaning}")
-    if cache.positions is not None:
-        raise ValueError("cache writes at positions of its own; a call takes a cache whose rows are equally long")
-    return cache
 
 
 def _positions(given, b: int, s: int, past: int, places: int, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..nn import KVCache
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -24,7 +26,7 @@ def gather(inputs: Any, keywords: Mapping[str, Any], known: Collection[str]) -> 
     elif isinstance(inputs, Mapping):
         found = dict(inputs)
     else:
-        raise TypeError(f"inputs is a {type(inputs).__name__}; it takes a dict with token_ids and padding_mask")
+        raise TypeError(f"inputs is a {type(inputs).__name__}; it takes a dict with {' and '.join(list(known)[:2])}")
     if twice := sorted(found.keys() & keywords.keys()):
         raise ValueError(f"{twice[0]} is given in the dict and as a keyword; it takes one of the two")
     found.update(keywords)
@@ -100,6 +102,33 @@ def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Ten
     if not found.is_floating_point():
         raise TypeError(f"{name} is {_dtype(found)}; it takes bool, or floats that are added to the scores")
     return found.to(like.device, like.dtype)
+
+
+def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCache | None:
+    """The KV cache of a call, which must be one for this many layers and heads and for the dtype and device of `like`."""
+    if value is None:
+        return None
+    if not isinstance(value, KVCache):
+        raise TypeError(f"cache is a {type(value).__name__}; it takes what new_cache() returns")
+    wanted = (layers, heads, size, like.dtype, like.device)
+    if value.signature != wanted:
+        meaning = "layers, heads, head size, dtype, device"
+        raise ValueError(f"cache is for {value.signature}; it takes this model's {wanted}: {meaning}")
+    if value.positions is not None:
+        raise ValueError("cache writes at positions of its own; a call takes a cache whose rows are equally long")
+    return value
+
+
+def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
+    """How many tokens the cache holds already, after a look at whether the new ones fit in."""
+    if cache is None:
+        return 0
+    if cache.batch_size != batch_size:
+        raise ValueError(f"cache has {cache.batch_size} rows; it takes the batch size of the input, {batch_size}")
+    if cache.length + new > cache.capacity:
+        room = cache.capacity - cache.length
+        raise ValueError(f"cache holds {cache.length} tokens and has room for {room}; it cannot take {new} more")
+    return cache.length
 
 
 def _dtype(found: Tensor) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Model name, as a checkpoint gives it, to the class, which is imported when it is needed: models import this file.
-REGISTRY: dict[str, str] = {"gpt2": "pyfused.models.gpt2:GPT2Backbone"}
+REGISTRY: dict[str, str] = {"gpt2": "pyfused.models.gpt2:GPT2Backbone", "t5": "pyfused.models.t5:T5Backbone"}
 
 _DTYPES = {
     "float32": torch.float32,
@@ -82,6 +82,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) -> the logits of the next token, (..., V)."""
+        return self.token_embedding(hidden, reverse=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

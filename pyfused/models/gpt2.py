@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import CrossAttention, FeedForward, KVCache, LayerNorm, ReversibleEmbedding, SelfAttention
-from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
+from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._gpt2_call import INPUTS, Call, read
 from .backbone import Backbone, resolve_dtype
 
@@ -137,8 +137,7 @@ class GPT2Backbone(Backbone):
         **kwargs: Any,
     ):
         super().__init__()
-        if unknown := sorted(kwargs.keys() - OPTIONS.keys()):
-            raise TypeError(f"GPT2Backbone got an unknown argument {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
+        check_known(GPT2Backbone, kwargs, OPTIONS)
         sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads}
         sizes |= {"hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim}
         sizes |= {"max_sequence_length": max_sequence_length}
@@ -262,33 +261,10 @@ def _rate(config: dict[str, Any], site: str) -> float:
 
 
 def _check_config(config: dict[str, Any], sizes: dict[str, int]) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}; it takes an int")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it takes at least 1")
-    if not 1 <= sizes["hidden_dim"] // sizes["num_heads"] <= MAX_HEAD_SIZE:
-        raise ValueError(
-            f"num_heads is {sizes['num_heads']} and hidden_dim {sizes['hidden_dim']}; "
-            f"they take 1 <= hidden_dim // num_heads <= {MAX_HEAD_SIZE}"
-        )
-    for name in ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"):
-        value = config[name]
-        if value is None and name != "dropout":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is {value!r}; it takes a float")
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} is {value}; it takes 0 <= {name} < 1")
-    epsilon = config["layer_norm_epsilon"]
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise TypeError(f"layer_norm_epsilon is {epsilon!r}; it takes a float")
-    if not epsilon >= 0.0:
-        raise ValueError(f"layer_norm_epsilon is {epsilon}; it takes at least 0")
+    check_sizes(sizes)
+    check_heads(sizes["hidden_dim"], sizes["num_heads"])
+    rates = {name: config[name] for name in ("embedding_dropout", "attention_dropout", "residual_dropout")}
+    check_rates({"dropout": config["dropout"]} | {name: rate for name, rate in rates.items() if rate is not None})
+    check_rest(config, OPTIONS)
     if not isinstance(config["activation"], str):
         raise TypeError(f"activation is {config['activation']!r}; it takes a name such as 'gelu_new'")
-    for name, default in OPTIONS.items():
-        if isinstance(default, bool) and not isinstance(config[name], bool):
-            raise TypeError(f"{name} is {config[name]!r}; it takes True or False")
-    if config["name"] is not None and not isinstance(config["name"], str):
-        raise TypeError(f"name is {config['name']!r}; it takes a str or None")

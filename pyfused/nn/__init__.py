@@ -1,18 +1,21 @@
 """Modules that replace torch.nn's, with the same state dicts, on pyfused's operators; and the KV cache."""
 
-from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, Visibility
+from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, T5Attention, Visibility
 from .kv_cache import KVCache
-from .layers import FeedForward, LayerNorm, Linear, ReversibleEmbedding
+from .layers import FeedForward, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
 
 __all__ = [
     "CAUSAL",
     "EVERYTHING",
     "CrossAttention",
     "FeedForward",
+    "GatedFeedForward",
     "KVCache",
     "LayerNorm",
     "Linear",
+    "RMSNorm",
     "ReversibleEmbedding",
     "SelfAttention",
+    "T5Attention",
     "Visibility",
 ]

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import attention as reference
-from ..ops import attention
+from ..ops import RelativeBias, attention
+from ..ops.relative_bias import check_buckets
 from .kv_cache import KVCache
 from .layers import Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Which keys a query may see: arguments of pyfused.attention that all layers share."""
+    """Which keys a query may see, and how far away they count: arguments of pyfused.attention that all layers share."""
 
     is_causal: bool = False
     padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
+    relative_bias: RelativeBias | None = None
 
 
 EVERYTHING = Visibility()
@@ -48,6 +50,7 @@ class _Attention(nn.Module):
             value,
             is_causal=visible.is_causal,
             padding_mask=visible.padding_mask,
+            relative_bias=visible.relative_bias,
             attn_bias=visible.attn_bias,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
@@ -57,7 +60,8 @@ class _Attention(nn.Module):
     def _probabilities(self, query, key, visible):
         """(B, H, S, Sk), before dropout, by the reference: the operator never has them in memory."""
         mask = None if visible.padding_mask is None else visible.padding_mask != 0
-        scores = reference.scores(query, key, visible.is_causal, mask, visible.attn_bias, self.scale)
+        relative = visible.relative_bias or ()
+        scores = reference.scores(query, key, visible.is_causal, mask, visible.attn_bias, self.scale, *relative)
         return reference.probabilities(scores).to(query.dtype)
 
     def extra_repr(self) -> str:
@@ -112,6 +116,64 @@ class SelfAttention(_Attention):
             query = qkv.select(2, 0).transpose(1, 2)
             key, value = cache.append(layer, qkv.narrow(2, 1, 2))
         return self._attend(query, key, value, visible, probabilities)
+
+
+class T5Attention(SelfAttention):
+    """T5's self-attention (Raffel et al. 2020, section 2.1): no biases, scores that are not scaled, and a bias of the
+    scores by relative position.
+
+    Args:
+        hidden_dim, num_heads, head_size, dropout: as SelfAttention's. The parameters are query_key_value.weight,
+            output.weight and, with num_buckets, the table relative_bias (num_buckets, H).
+        bidirectional: whether the table tells keys before the query from keys after it, as in an encoder.
+        num_buckets: None leaves out the table, since T5's layers share that of the first one: they are handed
+            `position_bias()` of it in `visible`.
+        max_distance: distances from here on share the last bucket.
+
+    Raises:
+        ValueError: a number of buckets that does not go with max_distance.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        head_size: int | None = None,
+        *,
+        bidirectional: bool,
+        num_buckets: int | None = None,
+        max_distance: int = 128,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory: dict = {"device": device, "dtype": dtype}
+        super().__init__(hidden_dim, num_heads, head_size, scale=1.0, dropout=dropout, bias=False, **factory)
+        self.bidirectional, self.max_distance = bidirectional, max_distance
+        self.relative_bias: nn.Parameter | None = None
+        if num_buckets is not None:
+            table = torch.empty(num_buckets, num_heads, **factory)
+            check_buckets(table, bidirectional, max_distance)
+            self.relative_bias = nn.Parameter(table.normal_(0.0, hidden_dim**-0.5))
+
+    def position_bias(self) -> RelativeBias | None:
+        """The bias by relative position as pyfused.attention takes it, for this layer and those that share it."""
+        if self.relative_bias is None:
+            return None
+        return RelativeBias(self.relative_bias, self.bidirectional, self.max_distance)
+
+    def forward(
+        self,
+        x: Tensor,
+        visible: Visibility = EVERYTHING,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        probabilities: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As SelfAttention's; the table in `visible`, if there is one, goes before this layer's own."""
+        if visible.relative_bias is None and self.relative_bias is not None:
+            visible = replace(visible, relative_bias=self.position_bias())
+        return super().forward(x, visible, cache, layer, probabilities)
 
 
 class CrossAttention(_Attention):

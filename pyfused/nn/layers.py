@@ -1,13 +1,15 @@
-"""Which modules is a transformer made of, beside attention? LayerNorm, Linear, FeedForward, ReversibleEmbedding."""
+"""Which modules is a transformer made of, beside attention? Norms, Linear, feed-forward networks, ReversibleEmbedding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import ffn, layer_norm, linear
+from ..ops import ffn, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
 
 
@@ -39,12 +41,49 @@ class LayerNorm(nn.LayerNorm):
         return out[0].view(input.shape), out[1].view(input.shape)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm, its constructor and its state dict, plus a residual that is added in the same pass."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
+        residual), input + residual). Raises as pyfused.rms_norm does."""
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        if self.weight is not None and len(self.normalized_shape) == 1:
+            return rms_norm(input, self.weight, eps=eps, residual=residual)
+        dims = len(self.normalized_shape)
+        if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
+            raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {self.normalized_shape})")
+        if residual is not None and residual.shape != input.shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; it takes input's, {tuple(input.shape)}")
+        flat = input.flatten(-dims)
+        weight = flat.new_ones(flat.shape[-1]) if self.weight is None else self.weight.flatten()
+        flat_residual = None if residual is None else residual.flatten(-dims)
+        out: Any = rms_norm(flat, weight, eps=eps, residual=flat_residual)
+        if residual is None:
+            return out.view(input.shape)
+        return out[0].view(input.shape), out[1].view(input.shape)
+
+
 class Linear(nn.Linear):
     """torch.nn.Linear, its constructor and its state dict, plus a residual that is added in the same pass."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input (..., in_features), residual (..., out_features) or None -> (..., out_features)."""
         return linear(input, self.weight, self.bias, residual=residual)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# For training with dropout behind the activation, which the operators do not have
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+}
 
 
 class FeedForward(nn.Module):
@@ -54,6 +93,7 @@ class FeedForward(nn.Module):
         hidden_dim, intermediate_dim: N and F; the parameters are inner.{weight (F, N), bias (F,)} and
             outer.{weight (N, F), bias (N,)}.
         activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        dropout: of the activation's output, in training, which then takes three operators.
 
     Raises:
         ValueError: an activation that is none of these.
@@ -66,21 +106,65 @@ class FeedForward(nn.Module):
         activation: str = "gelu_tanh",
         *,
         bias: bool = True,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.activation = canonical_activation(activation)
+        self.activation, self.dropout = canonical_activation(activation), dropout
         self.inner = Linear(hidden_dim, intermediate_dim, bias, device=device, dtype=dtype)
         self.outer = Linear(intermediate_dim, hidden_dim, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., N), residual (..., N) or None -> (..., N)."""
         i, o = self.inner, self.outer
+        if self.training and self.dropout:
+            return o(F.dropout(_ACTIVATIONS[self.activation](i(x)), self.dropout), residual)
         return ffn(x, i.weight, i.bias, o.weight, o.bias, activation=self.activation, residual=residual)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+class GatedFeedForward(nn.Module):
+    """outer(activation(gate(x)) * up(x)), the gated feed-forward network of Shazeer 2020 (arXiv:2002.05202), in one
+    operator.
+
+    Args:
+        hidden_dim, intermediate_dim: N and F; the parameters are gate.weight (F, N), up.weight (F, N) and
+            outer.weight (N, F).
+        activation, dropout: as FeedForward's.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        intermediate_dim: int,
+        activation: str = "gelu_tanh",
+        *,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.activation, self.dropout = canonical_activation(activation), dropout
+        self.gate = Linear(hidden_dim, intermediate_dim, False, device=device, dtype=dtype)
+        self.up = Linear(hidden_dim, intermediate_dim, False, device=device, dtype=dtype)
+        self.outer = Linear(intermediate_dim, hidden_dim, False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., N), residual (..., N) or None -> (..., N)."""
+        if self.training and self.dropout:
+            inner = _ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+            return self.outer(F.dropout(inner, self.dropout), residual)
+        weights = self.gate.weight, self.up.weight, self.outer.weight
+        return gated_ffn(x, *weights, activation=self.activation, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 class ReversibleEmbedding(nn.Embedding):

@@ -3,12 +3,26 @@
 import importlib
 
 # `pyfused.ops.attention` is the function; MODULES holds the modules, for explain() and the tests.
-NAMES = ("attention", "ffn", "layer_norm", "linear")
+NAMES = ("attention", "ffn", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 MODULES = {name: importlib.import_module(f".{name}", __name__) for name in NAMES}
 
 from .attention import attention  # noqa: E402
 from .ffn import ffn  # noqa: E402
+from .gated_ffn import gated_ffn  # noqa: E402
 from .layer_norm import layer_norm  # noqa: E402
 from .linear import linear  # noqa: E402
+from .relative_bias import RelativeBias, relative_bias  # noqa: E402
+from .rms_norm import rms_norm  # noqa: E402
 
-__all__ = ["MODULES", "NAMES", "attention", "ffn", "layer_norm", "linear"]
+__all__ = [
+    "MODULES",
+    "NAMES",
+    "RelativeBias",
+    "attention",
+    "ffn",
+    "gated_ffn",
+    "layer_norm",
+    "linear",
+    "relative_bias",
+    "rms_norm",
+]

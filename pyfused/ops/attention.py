@@ -1,4 +1,4 @@
-"""attention: softmax(scale * query key^T + attn_bias, over the keys a query may see) value (Vaswani et al. 2017).
+"""attention: softmax(scale * query key^T + biases, over the keys a query may see) value (Vaswani et al. 2017).
 
 An online softmax over tiles of keys (Dao et al. 2022, arXiv:2205.14135): no Sq x Sk tensor, forward or backward.
 """
@@ -12,6 +12,7 @@ import torch
 
 from ._checks import check_floating, check_like, check_shape, name_of
 from ._operator import Operator
+from .relative_bias import RelativeBias, check_buckets
 
 MAX_HEAD_SIZE = 256
 
@@ -23,7 +24,7 @@ def attention(
     *,
     is_causal: bool = False,
     padding_mask: torch.Tensor | None = None,
-    relative_bias: Any = None,
+    relative_bias: RelativeBias | None = None,
     attn_bias: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -36,7 +37,9 @@ def attention(
         key, value: (B, Hkv, Sk, D) of query's dtype and device; Hkv divides H, and query head h reads head h * Hkv // H.
         is_causal: query i sees key j when j <= i + Sk - Sq (aligned at the bottom right).
         padding_mask: (B, Sk), any dtype; nonzero marks a real token.
-        relative_bias: T5's bias computed inside the kernel; not supported yet, anything but None is refused.
+        relative_bias: T5's bias, computed inside the kernel from its table (num_buckets, H) of query's dtype or float32: no
+            Sq x Sk tensor, forward or backward, and a bitwise repeatable gradient of the table. Query i has position
+            i + Sk - Sq, as after Sk - Sq cached tokens.
         attn_bias: additive bias of query's dtype, broadcastable to (B, H, Sq, Sk); -inf hides a key. Its own gradient, if
             it requires one, is a dense (B, H, Sq, Sk) tensor; nothing else here is.
         scale: multiplies the scores; 1/sqrt(D) if None.
@@ -97,8 +100,7 @@ def bind(
         raise ValueError(f"query has head size {d}; it takes 1 to {MAX_HEAD_SIZE}")
     if sq < 1 or sk < 1:
         raise ValueError(f"query and key have lengths {sq} and {sk}; they take at least 1")
-    if relative_bias is not None:
-        raise ValueError("relative_bias is not supported yet; it takes None (attn_bias takes a materialised bias)")
+    table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it takes 0 <= dropout_p < 1")
     if padding_mask is not None:
@@ -127,10 +129,35 @@ def bind(
         or key.requires_grad
         or value.requires_grad
         or (attn_bias is not None and attn_bias.requires_grad)
+        or (table is not None and table.requires_grad)
     )
     scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
     query, key, value = (t if t.stride(3) == 1 or d == 1 else t.contiguous() for t in (query, key, value))
-    return query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save
+    return (
+        *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save),
+        *(table, bidirectional, max_distance),
+    )
+
+
+def _bind_relative_bias(relative_bias, query):
+    """(table, bidirectional, max_distance); a table of None for no bias."""
+    if relative_bias is None:
+        return None, True, 128
+    if not isinstance(relative_bias, RelativeBias):
+        raise TypeError(f"relative_bias is a {type(relative_bias).__name__}; it takes a pyfused.RelativeBias")
+    table, bidirectional, max_distance = relative_bias
+    name = "relative_bias.table"
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"{name} is a {type(table).__name__}; it takes a torch.Tensor")
+    if table.dtype != query.dtype and table.dtype != torch.float32:
+        takes = " or ".join(dict.fromkeys((name_of(query.dtype), "float32")))
+        raise TypeError(f"{name} is {name_of(table.dtype)}; it takes query's dtype or float32: {takes}")
+    if table.device != query.device:
+        raise ValueError(f"{name} is on {table.device}; it takes query's device, {query.device}")
+    check_buckets(table, bidirectional, max_distance, "relative_bias.")
+    if table.shape[1] != query.shape[1]:
+        raise ValueError(f"{name} has {table.shape[1]} heads; it takes query's {query.shape[1]}")
+    return table, bidirectional, max_distance
 
 
 def _like(query):
@@ -139,48 +166,58 @@ def _like(query):
     return torch.empty((b, s, h, d), dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-def _fake(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def _fake(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save, table=None, *relative
+):  # fmt: skip
     shape = query.shape[:3] if save else (0,)
     return _like(query), torch.empty(shape, dtype=torch.float32, device=query.device) if save else query.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _ = inputs
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _, table, *ctx.relative = inputs
     out, lse = output
     ctx.options = (is_causal, scale, dropout_p)
-    ctx.has = (padding_mask is not None, attn_bias is not None, seed is not None)
+    optional = (padding_mask, attn_bias, seed, table)
+    ctx.has = tuple(t is not None for t in optional)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in (lse,) if t is not None))
-    ctx.save_for_backward(query, key, value, out, lse, *(t for t in (padding_mask, attn_bias, seed) if t is not None))
+    ctx.save_for_backward(query, key, value, out, lse, *(t for t in optional if t is not None))
 
 
 def _backward(ctx, grad_out, _grad_lse):
     if grad_out is None:
-        return (None,) * 10
+        return (None,) * 13
     query, key, value, out, lse, *rest = ctx.saved_tensors
-    padding_mask, attn_bias, seed = (rest.pop(0) if has else None for has in ctx.has)
+    padding_mask, attn_bias, seed, table = (rest.pop(0) if has else None for has in ctx.has)
     is_causal, scale, dropout_p = ctx.options
     wants_bias = attn_bias is not None and ctx.needs_input_grad[5]
+    wants_table = table is not None and ctx.needs_input_grad[10]
     grad_out = grad_out if grad_out.stride(3) == 1 or query.shape[3] == 1 else grad_out.contiguous()
     grads = _ATTENTION_BACKWARD(
-        grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
+        *(grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed),
+        *(wants_bias, table, *ctx.relative, wants_table),
     )
-    return *grads[:3], None, None, grads[3] if wants_bias else None, None, None, None, None
+    grad_bias, grad_table = grads[3] if wants_bias else None, grads[4] if wants_table else None
+    return *grads[:3], None, None, grad_bias, None, None, None, None, grad_table, None, None
 
 
 def _backward_fake(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias
-):
-    grad_bias = (
-        torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else query.new_empty(0)
-    )
-    return _like(query), _like(key), _like(value), grad_bias
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    table=None, bidirectional=True, max_distance=128, wants_table=False,
+):  # fmt: skip
+    none = query.new_empty(0)
+    grad_bias = torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else none
+    grad_table = torch.empty(table.shape, dtype=table.dtype, device=table.device) if wants_table else query.new_empty(0)
+    return _like(query), _like(key), _like(value), grad_bias, grad_table
 
 
+# The arguments of the relative bias have defaults, which every kernel's Python function repeats: torch's dispatcher leaves
+# trailing arguments out that have their default values.
 _ATTENTION = Operator(
     "attention",
     "(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? padding_mask, Tensor? attn_bias, float scale,"
-    " float dropout_p, Tensor? seed, bool save) -> (Tensor out, Tensor lse)",
+    " float dropout_p, Tensor? seed, bool save, Tensor? bias_table=None, bool bidirectional=True,"
+    " int max_distance=128) -> (Tensor out, Tensor lse)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -188,7 +225,8 @@ _ATTENTION = Operator(
 _ATTENTION_BACKWARD = Operator(
     "attention_backward",
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal,"
-    " Tensor? padding_mask, Tensor? attn_bias, float scale, float dropout_p, Tensor? seed, bool wants_bias)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    " Tensor? padding_mask, Tensor? attn_bias, float scale, float dropout_p, Tensor? seed, bool wants_bias,"
+    " Tensor? bias_table=None, bool bidirectional=True, int max_distance=128, bool wants_table=False)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_table)",
     fake=_backward_fake,
 )

@@ -9,6 +9,8 @@ import pytest
 
 from pyfused.checkpoints import open_checkpoint, presets, presets_of, resolve_preset
 
+HEAD = {"token_embedding.reverse_weight"}
+
 
 @pytest.fixture
 def without(monkeypatch):
@@ -171,4 +173,5 @@ def test_nothing_is_unpickled(golden, monkeypatch):
     monkeypatch.setattr(pickle, "Unpickler", forbidden)
     monkeypatch.setattr(builtins, "open", read_only)
     for directory in sorted(Path(golden / "ckpt").iterdir()):
-        assert len(dict(open_checkpoint(directory).tensors())) == 28
+        tensors = dict(open_checkpoint(directory).tensors())
+        assert len(tensors) == (28 if "gpt2" in directory.name else 42 if tensors.keys() & HEAD else 37)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pyfused.kernels.triton.layer_norm import backward_tile, forward_tile
+from pyfused.kernels.triton._row_norm import backward_tile, forward_tile
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
-MODULE = "pyfused.kernels.triton.layer_norm"
+MODULE = "pyfused.kernels.triton._row_norm"
 FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True}
 
 
@@ -19,7 +19,7 @@ def forward(kind, n):
     rows, block, warps = forward_tile(n)
     types = signature("x residual weight bias y total mean* rstd*", kind, "rows n x_stride residual_stride")
     constants = {**FLAGS, "ROWS": rows, "BLOCK": block}
-    return Case(f"forward {kind} {n}", f"{MODULE}:_forward_kernel", types | {"eps": "fp32"}, constants, warps)
+    return Case(f"forward {kind} {n}", f"{MODULE}:forward_kernel", types | {"eps": "fp32"}, constants, warps)
 
 
 def backward(kind, n):
@@ -27,21 +27,21 @@ def backward(kind, n):
     types = signature("grad_y grad_total x weight mean* rstd* grad_x partial*", kind, "rows n x_stride steps")
     constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "ROWS": rows, "BLOCK": block}
     options = {"enable_fp_fusion": False}
-    return Case(f"backward {kind} {n}", f"{MODULE}:_backward_kernel", types, constants, warps, options=options)
+    return Case(f"backward {kind} {n}", f"{MODULE}:backward_kernel", types, constants, warps, options=options)
 
 
 def long_rows():
     types = signature("x residual weight bias y total mean* rstd*", "fp32", "n x_stride residual_stride")
-    yield Case("forward long", f"{MODULE}:_forward_long_kernel", types | {"eps": "fp32"}, {**FLAGS, "BLOCK": 4096}, 8)
+    yield Case("forward long", f"{MODULE}:forward_long_kernel", types | {"eps": "fp32"}, {**FLAGS, "BLOCK": 4096}, 8)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x", "fp32", "n x_stride")
-    yield Case("backward long", f"{MODULE}:_backward_long_kernel", types, {"HAS_TOTAL": True, "BLOCK": 4096}, 8)
+    yield Case("backward long", f"{MODULE}:backward_long_kernel", types, {"HAS_TOTAL": True, "BLOCK": 4096}, 8)
     types = signature("grad_y x mean* rstd* partial*", "fp32", "rows n x_stride steps")
-    yield Case("columns", f"{MODULE}:_column_sums_kernel", types, {"HAS_BIAS": True, "ROWS": 16, "BLOCK": 256})
+    yield Case("columns", f"{MODULE}:column_sums_kernel", types, {"HAS_BIAS": True, "ROWS": 16, "BLOCK": 256})
 
 
 def reduce(kind):
     types = signature("partial* grad_weight grad_bias", kind, "parts n")
-    return Case("reduce", f"{MODULE}:_reduce_kernel", types, {"HAS_BIAS": True, "PARTS": 128, "BLOCK": 32})
+    return Case("reduce", f"{MODULE}:reduce_kernel", types, {"HAS_BIAS": True, "PARTS": 128, "BLOCK": 32})
 
 
 CASES = [

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from pyfused.testing import assert_close
 
 RENAMED = {"input_ids": "token_ids", "attention_mask": "padding_mask", "encoder_attention_mask": "encoder_padding_mask"}
-PLAIN = [c["id"] for c in manifest()["cases"] if c["weights"].startswith("gpt2") and (c["hf_call"] or c["keras_call"])]
+PLAIN = [c["id"] for c in manifest()["cases"] if c["id"].startswith("gpt2") and (c["hf_call"] or c["keras_call"])]
 SPECIAL = {"gpt2_a_mask4d", "gpt2_a_states_attn", "gpt2_cross_t7"}
 
 
@@ -46,7 +46,7 @@ def test_last_hidden_state(name, device):
 
 def test_every_recorded_gpt2_case_is_tested():
     named = set(PLAIN) | {"gpt2_a_past_kv", "gpt2_a_keras_cache", "gpt2_a_grad"}
-    assert named == {c["id"] for c in manifest()["cases"] if c["weights"].startswith("gpt2")}
+    assert named == {c["id"] for c in manifest()["cases"] if c["id"].startswith("gpt2")}
     assert named >= SPECIAL
     assert len(PLAIN) >= 18
 

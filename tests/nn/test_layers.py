@@ -4,15 +4,20 @@ import pytest
 import torch
 from torch import nn
 
+from pyfused import relative_bias
 from pyfused.nn import (
     CAUSAL,
     CrossAttention,
     FeedForward,
+    GatedFeedForward,
     KVCache,
     LayerNorm,
     Linear,
     ReversibleEmbedding,
+    RMSNorm,
     SelfAttention,
+    T5Attention,
+    Visibility,
 )
 from pyfused.testing import assert_close
 
@@ -47,6 +52,30 @@ def test_layer_norm(shape, affine, bias):
         mine(x[..., :-1])
 
 
+@pytest.mark.parametrize(
+    "shape, eps, affine", [(24, 1e-3, True), (24, None, True), (24, 1e-3, False), ((4, 6), 1e-3, True)]
+)
+def test_rms_norm(shape, eps, affine):
+    theirs = nn.RMSNorm(shape, eps, affine)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    mine = RMSNorm(shape, eps, affine)
+    dims = (shape,) if isinstance(shape, int) else shape
+    x, residual = torch.randn(3, 5, *dims), torch.randn(3, 5, *dims)
+    mine.load_state_dict(theirs.state_dict())
+    wide = nn.RMSNorm(shape, torch.finfo(torch.float32).eps if eps is None else eps, affine).double()
+    wide.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert_close(mine(x), theirs(x), wide(x.double()))
+    y, total = mine(x, residual)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, theirs(x + residual))
+    with pytest.raises(ValueError, match="residual has shape"):
+        mine(x, residual[:1])
+    with pytest.raises((ValueError, TypeError), match="has shape"):
+        mine(x[..., :-1])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(bias):
     mine, theirs = Linear(24, 40, bias), nn.Linear(24, 40, bias)
@@ -72,6 +101,41 @@ def test_feed_forward(activation, function):
         FeedForward(24, 56, "swiglu")
 
 
+@pytest.mark.parametrize(
+    "activation, function", [("gelu_new", nn.GELU("tanh")), ("silu", nn.SiLU()), ("tanh", nn.Tanh())]
+)
+def test_gated_feed_forward(activation, function):
+    mine = GatedFeedForward(24, 56, activation)
+    assert {k: tuple(v.shape) for k, v in mine.state_dict().items()} == {
+        "gate.weight": (56, 24), "up.weight": (56, 24), "outer.weight": (24, 56),
+    }  # fmt: skip
+    x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
+
+    def plain(dtype):
+        gate, up, outer = (mine.get_parameter(f"{name}.weight").to(dtype) for name in ("gate", "up", "outer"))
+        return (function(x.to(dtype) @ gate.t()) * (x.to(dtype) @ up.t())) @ outer.t()
+
+    with torch.no_grad():
+        assert_close(mine(x), plain(torch.float32), plain(torch.float64))
+        torch.testing.assert_close(mine(x, residual), plain(torch.float32) + residual)
+    with pytest.raises(ValueError, match="activation='swiglu'"):
+        GatedFeedForward(24, 56, "swiglu")
+
+
+@pytest.mark.parametrize("kind", [FeedForward, GatedFeedForward])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh"])
+def test_dropout_inside_a_feed_forward_network(kind, activation, monkeypatch):
+    """In training what is dropped lies behind the activation, and with nothing dropped the formula is the operator's."""
+    mine, x, residual = kind(24, 56, activation, dropout=0.5), torch.randn(30, 24), torch.randn(30, 24)
+    expected = mine.eval()(x, residual)
+    dropped = mine.train()(x, residual)
+    assert not torch.equal(dropped, mine(x, residual))
+    shapes = []
+    monkeypatch.setattr(nn.functional, "dropout", lambda y, p: shapes.append((tuple(y.shape), p)) or y)
+    torch.testing.assert_close(mine(x, residual), expected)
+    assert shapes == [((30, 56), 0.5)]
+
+
 def test_reversible_embedding():
     mine, theirs = ReversibleEmbedding(11, 6), nn.Embedding(11, 6)
     mine.load_state_dict(theirs.state_dict())
@@ -95,6 +159,28 @@ def test_self_attention_is_torchs(head_size):
     expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
     torch.testing.assert_close(out, mine.output(expected.transpose(1, 2).flatten(2)))
     torch.testing.assert_close((probabilities[0] @ v), expected)
+
+
+def test_t5_attention_adds_its_table_or_the_one_it_is_handed():
+    first = T5Attention(24, 4, 5, bidirectional=True, num_buckets=8, max_distance=9)
+    second = T5Attention(24, 4, 5, bidirectional=True)
+    names = {"query_key_value.weight", "output.weight"}
+    assert set(dict(second.named_parameters())) == names
+    assert set(dict(first.named_parameters())) == names | {"relative_bias"}
+    assert second.position_bias() is None
+    table = first.position_bias()
+    bias = relative_bias(table.table, 7, 7, bidirectional=True, max_distance=9)
+    x = torch.randn(2, 7, 24)
+    for mine, visible in ((first, Visibility()), (second, Visibility(relative_bias=table))):
+        q, k, v = (t.unflatten(-1, (4, 5)).transpose(1, 2) for t in mine.query_key_value(x).chunk(3, -1))
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        probabilities = []
+        torch.testing.assert_close(
+            mine(x, visible, probabilities=probabilities), mine.output(expected.transpose(1, 2).flatten(2))
+        )
+        torch.testing.assert_close(probabilities[0] @ v, expected)
+    with pytest.raises(ValueError, match="max_distance is 2"):
+        T5Attention(24, 4, bidirectional=True, num_buckets=8, max_distance=2)
 
 
 def test_cross_attention_is_torchs():

@@ -1,16 +1,11 @@
 """The axes that every operator's test runs over."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import shim
 import torch
 
 from pyfused import _extensions
 from pyfused.testing import available, running
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_on_cpu"))
-import shim  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

@@ -388,7 +388,7 @@ def ones(*shape, dtype=torch.float32, device="cpu"):
         ({k: ones(2, 2, 5, 0) for k in ("query", "key", "value")}, ValueError, "head size 0"),
         ({"query": ones(2, 4, 0, 8)}, ValueError, "lengths 0 and 5"),
         ({"key": ones(2, 2, 0, 8), "value": ones(2, 2, 0, 8)}, ValueError, "lengths 3 and 0"),
-        ({"relative_bias": object()}, ValueError, "relative_bias"),
+        ({"relative_bias": object()}, TypeError, "relative_bias is a object"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
         ({"padding_mask": [[1] * 5] * 2}, TypeError, "padding_mask is a list"),

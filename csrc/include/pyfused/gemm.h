@@ -56,8 +56,10 @@ template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) 
 
 // y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual; `pre`, if asked for, is the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
-template <class T> struct Product {
-  const T *x, *weight, *bias, *residual;
+// x has a type of its own where it does not fit into T, float with f16: gated_ffn's product of two float16 factors.
+template <class T, class X = T> struct Product {
+  const X* x;
+  const T *weight, *bias, *residual;
   T *y, *pre;
   int64_t m, n, k, x_stride, weight_stride, residual_stride;
   int activation;
@@ -80,6 +82,8 @@ template <class T> struct Product {
   int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
   int64_t run_unit() const { return by_gemv() ? kGemvUnit : kGemmBlock; }
   int64_t run_items() const { return (n + run_unit() - 1) / run_unit(); }
+  int64_t run_work() const { return run_unit() * k * m; }
+  void use(float* panels, float* own) { packed = panels, scratch = own; }
 
   void pack(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) by_gemv() ? pack_row(i) : pack_panel(i * kPanel);
@@ -118,7 +122,7 @@ template <class T> struct Product {
   // ---- gemv ---------------------------------------------------------------------------------------------------------
 
   void pack_row(int64_t i) const {
-    const T* from = x + i * x_stride;
+    const X* from = x + i * x_stride;
     float* to = packed + i * padded_k();
     for (int64_t c = 0; c < k; c += kPairStep) {
       Pair p = c + kPairStep <= k ? load_pair(from + c) : load_pair_partial(from + c, k - c);
@@ -130,15 +134,20 @@ template <class T> struct Product {
   void run_gemv(int64_t first, int64_t last, float* sums) const {
     for (int64_t j = first; j < last; j += kGemvBlock) {
       const int64_t count = last - j < kGemvBlock ? last - j : kGemvBlock;
-      switch (m) {  // the tile is what sixteen registers hold
-        case 1: dots<1, 4>(j, count, sums); break;
-        case 2: dots<2, 4>(j, count, sums); break;
-        case 3: dots<3, 4>(j, count, sums); break;
-        case 5: dots<5, 2>(j, count, sums); break;
-        case 6: dots<6, 2>(j, count, sums); break;
-        default: dots<4, 3>(j, count, sums);
-      }
+      gemv_sums(j, count, sums);
       for (int64_t i = 0; i < m; ++i) finish(i, j, count, sums + i * kGemvBlock);
+    }
+  }
+
+  // sums[i][r], rows kGemvBlock apart: the sum over k for row i and output j + r.
+  void gemv_sums(int64_t j, int64_t count, float* sums) const {
+    switch (m) {  // the tile is what sixteen registers hold
+      case 1: dots<1, 4>(j, count, sums); break;
+      case 2: dots<2, 4>(j, count, sums); break;
+      case 3: dots<3, 4>(j, count, sums); break;
+      case 5: dots<5, 2>(j, count, sums); break;
+      case 6: dots<6, 2>(j, count, sums); break;
+      default: dots<4, 3>(j, count, sums);
     }
   }
 
@@ -208,7 +217,7 @@ template <class T> struct Product {
         const int64_t rest = k - c;
         vfloat v[kWidth];
         for (int r = 0; r < kWidth; ++r) {
-          const T* from = x + (i + half + (r < rows ? r : 0)) * x_stride + c;
+          const X* from = x + (i + half + (r < rows ? r : 0)) * x_stride + c;
           v[r] = r >= rows ? vfloat{} : rest >= kWidth ? load(from) : load_partial(from, rest);
         }
         transpose(v);
@@ -224,18 +233,28 @@ template <class T> struct Product {
       const int64_t rows = m - i0 < kBlockM ? m - i0 : kBlockM, ld = padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
-        for (int64_t c = 0; c < k || c == 0; c += kBlockK)
-          block(i0, rows, j, count, c, k - c < kBlockK ? k - c : kBlockK, own, ld, widened);
+        gemm_sums(i0, rows, j, count, own, ld, widened);
         for (int64_t i = 0; i < rows; i += kWidth) {
-          for (int64_t r = 0; r < count; r += kWidth) {
-            vfloat v[kWidth];
-            for (int q = 0; q < kWidth; ++q) v[q] = load(own + (r + q) * ld + i);
-            transpose(v);
-            for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
-          }
+          by_rows(own + i, ld, count, sums);
           for (int64_t q = 0; q < kWidth && i + q < rows; ++q) finish(i0 + i + q, j, count, sums + q * kGemmBlock);
         }
       }
+    }
+  }
+
+  // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i.
+  void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
+    for (int64_t c = 0; c < k || c == 0; c += kBlockK)
+      block(i0, rows, j, count, c, k - c < kBlockK ? k - c : kBlockK, own, ld, widened);
+  }
+
+  // kWidth rows of those sums as rows, kGemmBlock apart.
+  static void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
+    for (int64_t r = 0; r < count; r += kWidth) {
+      vfloat v[kWidth];
+      for (int q = 0; q < kWidth; ++q) v[q] = load(own + (r + q) * ld);
+      transpose(v);
+      for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
     }
   }
 
@@ -299,28 +318,27 @@ template <class T> struct Product {
   }
 };
 
-// Runs products one after another in a single parallel region, each seeing what the one before wrote.
-template <class T> void run_products(Product<T>* products, int number) {
+// Runs products, of whatever kinds, one after another in a single parallel region, each seeing what the one before wrote.
+template <class... P> void run_in_order(P&... products) {
   int threads = 1;
   int64_t packed = 0, scratch = 0;
-  for (int i = 0; i < number; ++i) {
-    const Product<T>& p = products[i];
-    const int wanted = threads_for(p.run_items(), p.run_unit() * p.k * p.m);
-    threads = wanted > threads ? wanted : threads;
-    packed = p.packed_size() > packed ? p.packed_size() : packed;
-    scratch = p.scratch_size() > scratch ? p.scratch_size() : scratch;
-  }
+  auto most = [](auto& value, auto other) { value = other > value ? other : value; };
+  ((most(threads, threads_for(products.run_items(), products.run_work())), most(packed, products.packed_size()),
+    most(scratch, products.scratch_size())), ...);
   // One allocation, on a cache line; a product packs only after every share of the one before has run.
   packed = (packed + 15) / 16 * 16;
   scratch = (scratch + 15) / 16 * 16;
   void* memory = std::malloc((packed + threads * scratch) * sizeof(float) + 64);
   float* base = (float*)(((std::uintptr_t)memory + 63) / 64 * 64);
-  for (int i = 0; i < number; ++i) products[i].packed = base, products[i].scratch = base + packed;
-  parallel_phases(threads, 2 * number, [&](int phase, int share) {
-    const Product<T>& p = products[phase / 2];
-    const int64_t items = phase % 2 ? p.run_items() : p.pack_items();
-    const int64_t begin = items * share / threads, end = items * (share + 1) / threads;
-    phase % 2 ? p.run(share, begin, end) : p.pack(begin, end);
+  (products.use(base, base + packed), ...);
+  parallel_phases(threads, 2 * (int)sizeof...(P), [&](int phase, int share) {
+    auto one = [&](const auto& p) {
+      const int64_t items = phase % 2 ? p.run_items() : p.pack_items();
+      const int64_t begin = items * share / threads, end = items * (share + 1) / threads;
+      phase % 2 ? p.run(share, begin, end) : p.pack(begin, end);
+    };
+    int turn = 0;
+    ((turn++ == phase / 2 ? one(products) : void()), ...);
   });
   std::free(memory);
 }

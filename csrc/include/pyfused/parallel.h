@@ -58,4 +58,14 @@ template <class Body> inline void parallel_phases(int threads, int phases, const
 #endif
 }
 
+// The first item of a share, when items of unequal cost are split in order over `threads` shares of about equal cost.
+template <class Cost> inline int64_t share_begin(int64_t share, int threads, int64_t items, const Cost& cost) {
+  if (share <= 0) return 0;
+  if (share >= threads) return items;
+  int64_t total = 0, item = 0, sum = 0;
+  for (int64_t i = 0; i < items; ++i) total += cost(i);
+  while (item < items && sum < total / threads * share) sum += cost(item++);
+  return item;
+}
+
 }  // namespace pyfused::PYFUSED_ISA

@@ -1,0 +1,167 @@
+// What do layer_norm and rms_norm share on the CPU? One pass over a row for each statistic, then one that writes it.
+//
+// CENTRED, layer_norm, subtracts the mean and may add a bias; rms_norm does neither. Statistics in float32.
+// total = x + residual; y = (total - mean) * rstd * weight + bias. Moves: reads x (and residual) once, writes y (and
+// total) once; the later passes over a row hit L1/L2. Does: about 8 N float operations a row (5 N without a mean), so
+// one core is bound by memory from N = 768 on.
+// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, where mean(g) is there only if
+// CENTRED, plus the gradient of `total`; the weights' gradients are summed per thread share, then in share order
+// (repeatable for one thread count).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+#include "pyfused/parallel.h"
+#include "pyfused/simd.h"
+
+namespace pyfused::PYFUSED_ISA {
+
+// bias and mean are for CENTRED alone.
+template <class T, bool CENTRED> struct Forward {
+  const T *x, *residual, *weight, *bias;
+  T *y, *total;
+  float *mean, *rstd;
+  int64_t n, x_stride, residual_stride;
+  float eps;
+
+  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is bound
+  // by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
+  template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const {
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) step(k, i + k * kWidth);
+    }
+    for (; i + kWidth <= n; i += kWidth) step(0, i);
+    return i;
+  }
+
+  // Writes x + residual, rounded to T as the rest of the network sees it, and returns the row to normalise.
+  const T* add_residual(int64_t r) const {
+    const T *px = x + r * x_stride, *pr = residual + r * residual_stride;
+    T* pt = total + r * n;
+    const int64_t i = vectors([&](int, int64_t i) { store(pt + i, load(px + i) + load(pr + i)); });
+    if (i < n) store_partial(pt + i, load_partial(px + i, n - i) + load_partial(pr + i, n - i), n - i);
+    return pt;
+  }
+
+  void row(int64_t r) const {
+    const T* px = residual ? add_residual(r) : x + r * x_stride;
+    const float mu = CENTRED ? row_mean(px) : 0.0f;
+    vfloat square[4] = {}, rest[4] = {};
+    int64_t i = vectors([&](int k, int64_t i) {
+      vfloat d = load(px + i);
+      if constexpr (CENTRED) d -= mu, rest[k] += d;
+      square[k] += d * d;
+    });
+    float tail_rest = 0, tail_square = 0;
+    for (; i < n; ++i) {
+      const float d = load_one(px + i) - mu;
+      tail_rest += d, tail_square += d * d;
+    }
+    const float mean_square = (sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + tail_square) / n;
+    if constexpr (CENTRED) {
+      // What is left of the sum corrects the mean, so a large offset costs no precision.
+      const float shift = (sum_lanes((rest[0] + rest[1]) + (rest[2] + rest[3])) + tail_rest) / n;
+      const float variance = mean_square - shift * shift;
+      finish(r, px, mu + shift, 1.0f / std::sqrt((!(variance < 0) ? variance : 0) + eps));
+    } else {
+      finish(r, px, 0.0f, 1.0f / std::sqrt(mean_square + eps));
+    }
+  }
+
+  float row_mean(const T* px) const {
+    vfloat sum[4] = {};
+    const int64_t i = vectors([&](int k, int64_t i) { sum[k] += load(px + i); });
+    if (i < n) sum[1] += load_partial(px + i, n - i);
+    return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
+  }
+
+  // y of a row whose statistics are known.
+  void finish(int64_t r, const T* px, float mu, float rs) const {
+    auto scaled = [&](vfloat v, vfloat w) __attribute__((always_inline)) { return (CENTRED ? v - mu : v) * rs * w; };
+    T* py = y + r * n;
+    int64_t i;
+    if (CENTRED && bias) {
+      i = vectors([&](int, int64_t i) { store(py + i, scaled(load(px + i), load(weight + i)) + load(bias + i)); });
+    } else {
+      i = vectors([&](int, int64_t i) { store(py + i, scaled(load(px + i), load(weight + i))); });
+    }
+    if (i < n) {
+      const vfloat v = scaled(load_partial(px + i, n - i), load_partial(weight + i, n - i));
+      store_partial(py + i, CENTRED && bias ? v + load_partial(bias + i, n - i) : v, n - i);
+    }
+    if (rstd) rstd[r] = rs;
+    if (CENTRED && mean) mean[r] = mu;
+  }
+};
+
+template <class T, bool CENTRED> struct Backward {
+  const T *grad_y, *grad_total, *x, *weight;
+  const float *mean, *rstd;
+  T* grad_x;
+  int64_t n, x_stride;
+
+  void row(int64_t r, float* grad_weight, float* grad_bias) const {
+    const T *pg = grad_y + r * n, *px = x + r * x_stride, *pt = grad_total ? grad_total + r * n : nullptr;
+    const float mu = CENTRED ? mean[r] : 0.0f, rs = rstd[r];
+    vfloat sum_g{}, sum_gx{};
+    auto normalised = [&](vfloat v) __attribute__((always_inline)) { return (CENTRED ? v - mu : v) * rs; };
+    auto each = [&](auto&& body) {
+      int64_t i = 0;
+      for (; i + kWidth <= n; i += kWidth)
+        body(i, [](const auto* p) { return load(p); }, [](auto* p, vfloat v) { store(p, v); });
+      if (i < n) {
+        const int64_t rest = n - i;
+        body(i, [rest](const auto* p) { return load_partial(p, rest); },
+             [rest](auto* p, vfloat v) { store_partial(p, v, rest); });
+      }
+    };
+    each([&](int64_t i, auto get, auto put) {
+      vfloat dy = get(pg + i), xhat = normalised(get(px + i)), g = dy * get(weight + i);
+      sum_gx += g * xhat;  // zero in the lanes past the end, because dy is
+      put(grad_weight + i, get(grad_weight + i) + dy * xhat);
+      if constexpr (CENTRED) {
+        sum_g += g;
+        put(grad_bias + i, get(grad_bias + i) + dy);
+      }
+    });
+    const float mean_g = sum_lanes(sum_g) / n, mean_gx = sum_lanes(sum_gx) / n;
+    T* out = grad_x + r * n;
+    each([&](int64_t i, auto get, auto put) {
+      // g is rounded as it was in mean_g, so that N = 1 gives exactly zero.
+      vfloat xhat = normalised(get(px + i)), g = rounded(get(pg + i) * get(weight + i));
+      vfloat dx = ((CENTRED ? g - mean_g : g) - xhat * mean_gx) * rs;
+      put(out + i, pt ? dx + get(pt + i) : dx);
+    });
+  }
+};
+
+// Both passes over all rows; pointers as in kernels.h.
+template <class T, bool CENTRED> void normalise_rows(const Forward<T, CENTRED>& f, int64_t rows) {
+  parallel_chunks(threads_for(rows, 8 * f.n), rows, [&](int, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) f.row(r);
+  });
+}
+
+template <class T, bool CENTRED>
+void normalise_rows_backward(const Backward<T, CENTRED>& b, int64_t rows, T* grad_weight, T* grad_bias) {
+  const int64_t n = b.n;
+  const int threads = threads_for(rows, 16 * n);
+  float* partial = (float*)std::calloc(2 * n * threads, sizeof(float));
+  parallel_chunks(threads, rows, [&](int share, int64_t begin, int64_t end) {
+    float* own = partial + 2 * n * share;
+    for (int64_t r = begin; r < end; ++r) b.row(r, own, own + n);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    float w = 0, c = 0;
+    for (int t = 0; t < threads; ++t) w += partial[2 * n * t + i], c += partial[2 * n * t + n + i];
+    store_one(grad_weight + i, w);
+    if (grad_bias) store_one(grad_bias + i, c);
+  }
+  std::free(partial);
+}
+
+}  // namespace pyfused::PYFUSED_ISA

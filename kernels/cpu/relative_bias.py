@@ -1,0 +1,44 @@
+"""relative_bias on the CPU: launches csrc/cpu/relative_bias.cpp."""
+
+import torch
+
+from pyfused._extensions import DTYPE_CODES, cpu
+from pyfused.kernels.buckets import distance_buckets
+
+
+def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
+    num_buckets, heads = table.shape
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance)
+    bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype)
+    cpu().relative_bias_forward(
+        table.data_ptr(),
+        buckets.data_ptr(),
+        bias.data_ptr(),
+        heads,
+        query_length,
+        key_length,
+        query_offset,
+        buckets.shape[0] // 2,
+        *table.stride(),
+        DTYPE_CODES[table.dtype],
+    )
+    return (bias,)
+
+
+def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
+    _, heads, sq, sk = grad_out.shape
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance)
+    grad_out = grad_out.contiguous()
+    grad_table = torch.zeros((num_buckets, heads), dtype=torch.float32)
+    cpu().relative_bias_backward(
+        grad_out.data_ptr(),
+        buckets.data_ptr(),
+        grad_table.data_ptr(),
+        heads,
+        sq,
+        sk,
+        query_offset,
+        buckets.shape[0] // 2,
+        DTYPE_CODES[grad_out.dtype],
+    )
+    return (grad_table.to(grad_out.dtype),)

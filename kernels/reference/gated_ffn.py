@@ -1,0 +1,42 @@
+"""gated_ffn in plain PyTorch: the definition of truth (Shazeer 2020, arXiv:2002.05202).
+
+In float16 what follows the two first products is computed in float32: activation(gate) * up overflows float16.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .ffn import ACTIVATIONS, GRADIENTS
+
+
+def widened(*tensors):
+    """float16 as float32, anything else as it is."""
+    return tuple(t.float() if t.dtype == torch.float16 else t for t in tensors)
+
+
+def forward(x, w_gate, w_up, w_out, activation, residual, save):
+    """(y, gate, up); gate = x w_gate^T and up = x w_up^T are kept for the backward."""
+    gate, up = F.linear(x, w_gate), F.linear(x, w_up)
+    wide_gate, wide_up, wide_out = widened(gate, up, w_out)
+    y = F.linear(ACTIVATIONS[activation](wide_gate) * wide_up, wide_out)
+    y = (y if residual is None else y + residual).to(x.dtype)
+    return y, gate if save else None, up if save else None
+
+
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+    """(grad_x, grad_w_gate, grad_w_up, grad_w_out)."""
+    wide_gate, wide_up, wide_grad, wide_out = widened(gate, up, grad_y, w_out)
+    grad_hidden = wide_grad @ wide_out
+    active = ACTIVATIONS[activation](wide_gate)
+    grad_gate = GRADIENTS[activation](grad_hidden * wide_up, wide_gate, active).to(x.dtype)
+    grad_up = (grad_hidden * active).to(x.dtype)
+    return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up)
+
+
+def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up):
+    """What remains of the backward once the activation is through: library products; `hidden` may be wider than x."""
+    rows = x.reshape(-1, x.shape[-1])
+    g, p, q = (t.reshape(-1, t.shape[-1]) for t in (grad_y, grad_gate, grad_up))
+    grad_x = torch.addmm(q @ w_up, p, w_gate).view(x.shape)
+    grad_w_out = g.to(hidden.dtype).t() @ hidden.reshape(-1, hidden.shape[-1])
+    return grad_x, p.t() @ rows, q.t() @ rows, grad_w_out.to(x.dtype)

@@ -1,0 +1,33 @@
+"""relative_bias in plain PyTorch: the definition of truth."""
+
+import torch
+
+from pyfused.kernels.buckets import distance_buckets
+
+
+def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, query_offset, device):
+    """(Sq, Sk) int64: the bucket of key position j less query position i + query_offset."""
+    table = distance_buckets(bidirectional, num_buckets, max_distance, device)
+    span = table.shape[0] // 2
+    i = torch.arange(query_length, device=device)[:, None] + query_offset
+    j = torch.arange(key_length, device=device)[None]
+    return table[(j - i).clamp(-span, span) + span].long()
+
+
+def sum_by_bucket(grad, bucket, num_buckets):
+    """(B, H, Sq, Sk) and (Sq, Sk) -> (num_buckets, H), in a fixed order on every device: no scatter."""
+    grad = grad.sum(0)
+    return torch.stack([grad.masked_fill(bucket != n, 0.0).sum((-2, -1)) for n in range(num_buckets)])
+
+
+def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
+    """(bias,), (1, H, Sq, Sk)."""
+    bucket = buckets(query_length, key_length, table.shape[0], bidirectional, max_distance, query_offset, table.device)
+    return (table[bucket].permute(2, 0, 1)[None].contiguous(),)
+
+
+def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
+    """(grad_table,)."""
+    bucket = buckets(*grad_out.shape[2:], num_buckets, bidirectional, max_distance, query_offset, grad_out.device)
+    wide = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+    return (sum_by_bucket(grad_out.to(wide), bucket, num_buckets).to(grad_out.dtype),)

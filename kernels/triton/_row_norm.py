@@ -1,0 +1,338 @@
+"""What do layer_norm and rms_norm share in Triton? The kernels and their launchers; CENTRED, layer_norm, has a mean.
+
+total = x + residual; y = (total - mean) * rstd * weight + bias, statistics in float32; rms_norm has neither mean nor bias.
+
+Moves: x (and residual) read once, y (and total) written once. Does 8 N float operations a row: bound by memory always.
+Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and
+45 us. Backward, 4096 x 1024: three tensors, 8.4 us, plus a launch and 1 us for the partial sums.
+
+Tiling: a program holds ROWS whole rows in registers, about 4096 elements, so that at small N several rows are in flight
+and a warp owns a row (its sums are shuffles, no barrier). Beyond N = 16384 a program walks one row in blocks, and the
+second and third pass over it come from the L2. The variance is the two-pass one, corrected by the mean of the
+deviations: a mean far from zero costs no digits.
+
+Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only where
+CENTRED. Weight gradients in two stages without atomics, so bitwise repeatable: a fixed set of programs sums a fixed share
+of the rows each, a second kernel adds those sums in order. Beyond N = 8192 the sums need a second read of x and grad_y, by
+columns.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.layout import as_rows
+
+FORWARD_TILE, BACKWARD_TILE = 16384, 8192  # the longest rows that one program keeps in registers
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+@triton.jit
+def forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    rows, n, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, CENTRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    live = (row < rows) & (col < n)
+    t = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
+    if HAS_RESIDUAL:
+        other = tl.load(residual_ptr + row * residual_stride + col, mask=live, other=0.0)
+        t = (t.to(tl.float32) + other.to(tl.float32)).to(t.dtype)  # rounded, as the rest of the network sees it
+        tl.store(total_ptr + row * n + col, t, mask=live)
+    t = t.to(tl.float32)
+    if CENTRED:
+        rough = tl.sum(t, axis=1)[:, None] / n
+        t = tl.where(col < n, t - rough, 0.0)
+        shift = tl.sum(t, axis=1)[:, None] / n
+        variance = tl.maximum(tl.sum(t * t, axis=1)[:, None] / n - shift * shift, 0.0)
+        t -= shift
+        if SAVE:
+            tl.store(mean_ptr + row, rough + shift, mask=row < rows)
+    else:
+        variance = tl.sum(t * t, axis=1)[:, None] / n
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    y = t * rstd * tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n + col, y, mask=live)
+    if SAVE:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def forward_long_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    n, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    x_ptr += row * x_stride
+    total = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        live = start + col < n
+        t = tl.load(x_ptr + start + col, mask=live, other=0.0)
+        if HAS_RESIDUAL:
+            other = tl.load(residual_ptr + row * residual_stride + start + col, mask=live, other=0.0)
+            t = (t.to(tl.float32) + other.to(tl.float32)).to(t.dtype)
+            tl.store(total_ptr + row * n + start + col, t, mask=live)
+        t = t.to(tl.float32)
+        if CENTRED:
+            total += t
+        else:
+            square += t * t
+    if HAS_RESIDUAL:  # each thread reads back only what it wrote itself
+        x_ptr = total_ptr + row * n
+    if CENTRED:
+        rough = tl.sum(total, axis=0) / n
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            live = start + col < n
+            t = tl.where(live, tl.load(x_ptr + start + col, mask=live, other=0.0).to(tl.float32) - rough, 0.0)
+            total += t
+            square += t * t
+        shift = tl.sum(total, axis=0) / n
+        variance = tl.maximum(tl.sum(square, axis=0) / n - shift * shift, 0.0)
+        if SAVE:
+            tl.store(mean_ptr + row, rough + shift)
+    else:
+        variance = tl.sum(square, axis=0) / n
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    for start in range(0, n, BLOCK):
+        live = start + col < n
+        t = tl.load(x_ptr + start + col, mask=live, other=0.0).to(tl.float32)
+        if CENTRED:
+            t = t - rough - shift
+        y = t * rstd * tl.load(weight_ptr + start + col, mask=live, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + start + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * n + start + col, y, mask=live)
+    if SAVE:
+        tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def backward_kernel(
+    grad_y_ptr, grad_total_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+    rows, n, x_stride, steps,
+    HAS_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(steps):
+        row = ((program * steps + step) * ROWS + tl.arange(0, ROWS))[:, None]
+        live = (row < rows) & (col < n)
+        dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTRED:
+            x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        xhat = x * rstd
+        g = dy * weight  # zero where nothing is live, because dy is
+        grad_weight += dy * xhat
+        grad_bias += dy
+        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / n
+        if CENTRED:
+            g -= tl.sum(g, axis=1)[:, None] / n
+        dx = (g - xhat * mean_gx) * rstd
+        if HAS_TOTAL:
+            dx += tl.load(grad_total_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + row * n + col, dx, mask=live)
+    one = tl.arange(0, BLOCK)
+    partial_ptr += program * 2 * n
+    tl.store(partial_ptr + one, tl.sum(grad_weight, axis=0), mask=one < n)
+    if HAS_BIAS:
+        tl.store(partial_ptr + n + one, tl.sum(grad_bias, axis=0), mask=one < n)
+
+
+@triton.jit
+def backward_long_kernel(
+    grad_y_ptr, grad_total_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr,
+    n, x_stride,
+    HAS_TOTAL: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    rstd = tl.load(rstd_ptr + row)
+    mean = tl.load(mean_ptr + row) if CENTRED else 0.0
+    sum_g = tl.zeros((BLOCK,), tl.float32)
+    sum_gx = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        live = start + col < n
+        dy = tl.load(grad_y_ptr + row * n + start + col, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + start + col, mask=live, other=0.0).to(tl.float32)
+        g = dy * tl.load(weight_ptr + start + col, mask=live, other=0.0).to(tl.float32)
+        sum_g += g
+        sum_gx += g * ((x - mean) * rstd)
+    mean_gx = tl.sum(sum_gx, axis=0) / n
+    mean_g = tl.sum(sum_g, axis=0) / n if CENTRED else 0.0
+    for start in range(0, n, BLOCK):
+        live = start + col < n
+        dy = tl.load(grad_y_ptr + row * n + start + col, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + start + col, mask=live, other=0.0).to(tl.float32)
+        g = dy * tl.load(weight_ptr + start + col, mask=live, other=0.0).to(tl.float32)
+        dx = (g - mean_g - (x - mean) * rstd * mean_gx) * rstd
+        if HAS_TOTAL:
+            dx += tl.load(grad_total_ptr + row * n + start + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + row * n + start + col, dx, mask=live)
+
+
+@triton.jit
+def column_sums_kernel(
+    grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr,
+    rows, n, x_stride, steps,
+    HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A share of the rows by a block of columns: the first stage of the weight gradients of long rows."""
+    share = tl.program_id(1).to(tl.int64)
+    col = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(steps):
+        row = ((share * steps + step) * ROWS + tl.arange(0, ROWS))[:, None]
+        live = (row < rows) & (col < n)
+        dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0).to(tl.float32)
+        if CENTRED:
+            x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        grad_weight += dy * (x * tl.load(rstd_ptr + row, mask=row < rows, other=0.0))
+        grad_bias += dy
+    one = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    partial_ptr += share * 2 * n
+    tl.store(partial_ptr + one, tl.sum(grad_weight, axis=0), mask=one < n)
+    if HAS_BIAS:
+        tl.store(partial_ptr + n + one, tl.sum(grad_bias, axis=0), mask=one < n)
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr, grad_weight_ptr, grad_bias_ptr, parts, n,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second stage: adds the partial sums of (parts, 2, n) in one fixed order."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.zeros((PARTS, BLOCK), tl.float32)
+    bias = tl.zeros((PARTS, BLOCK), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
+        live = (part < parts) & (col[None, :] < n)
+        at = partial_ptr + part.to(tl.int64) * 2 * n + col[None, :]
+        weight += tl.load(at, mask=live, other=0.0)
+        if HAS_BIAS:
+            bias += tl.load(at + n, mask=live, other=0.0)
+    tl.store(grad_weight_ptr + col, tl.sum(weight, axis=0), mask=col < n)
+    if HAS_BIAS:
+        tl.store(grad_bias_ptr + col, tl.sum(bias, axis=0), mask=col < n)
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+def _power_of_two(n):
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def forward_tile(n):
+    """(ROWS, BLOCK, num_warps) for rows of n <= FORWARD_TILE: 32 elements a thread, from 4 warps up."""
+    block = max(_power_of_two(n), 16)
+    rows = max(4096 // block, 1)
+    return min(rows, 32), block, min(max(rows * block // 1024, 4), 16)
+
+
+def backward_tile(n):
+    """(ROWS, BLOCK, num_warps) for rows of n <= BACKWARD_TILE: 16 elements a thread, twice that in sums."""
+    block = max(_power_of_two(n), 16)
+    rows = max(4096 // block, 1)
+    return min(rows, 32), block, min(max(rows * block // 512, 4), 16)
+
+
+@functools.cache
+def _programs(device):
+    """How many programs share the rows of a backward: two a multiprocessor; a few in the interpreter."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def forward(x, weight, bias, eps, residual, save, centred):
+    """(y, total, mean, rstd); mean is None where the rows are not centred."""
+    n = x.shape[-1]
+    x_rows, x_stride = as_rows(x)
+    rows = x_rows.shape[0]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = rstd = total = None
+    residual_rows, residual_stride = x_rows, 0
+    if residual is not None:
+        residual_rows, residual_stride = as_rows(residual)
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if save:
+        mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if centred else None
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return y, total, mean, rstd
+    weight = weight.contiguous()
+    has_bias, bias = bias is not None, weight if bias is None else bias.contiguous()
+    pointers = (x_rows, residual_rows, weight, bias, y, y if total is None else total)
+    stats = (y if mean is None else mean, y if rstd is None else rstd)
+    flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": has_bias, "SAVE": save, "CENTRED": centred}
+    if n <= FORWARD_TILE:
+        tile_rows, block, warps = forward_tile(n)
+        forward_kernel[(triton.cdiv(rows, tile_rows),)](
+            *pointers, *stats, rows, n, x_stride, residual_stride, eps, **flags,
+            ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    else:
+        forward_long_kernel[(rows,)](
+            *pointers, *stats, n, x_stride, residual_stride, eps, **flags, BLOCK=4096, num_warps=8
+        )
+    return y, total, mean, rstd
+
+
+def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
+    """(grad_x, grad_weight, grad_bias); mean is None where the rows are not centred."""
+    n = x.shape[-1]
+    x_rows, x_stride = as_rows(x)
+    rows = x_rows.shape[0]
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    has_total, grad_total = grad_total is not None, grad_y if grad_total is None else grad_total.contiguous()
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_weight = torch.empty_like(weight)
+    grad_bias = torch.empty_like(weight) if has_bias else None
+    if rows == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_() if has_bias else None
+    centred = mean is not None
+    mean = rstd if mean is None else mean
+    # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
+    exact = {"enable_fp_fusion": False}
+    long = n > BACKWARD_TILE
+    tile_rows, block, warps = (16, 256, 4) if long else backward_tile(n)
+    steps = triton.cdiv(rows, tile_rows * _programs(x.device))
+    parts = triton.cdiv(rows, tile_rows * steps)
+    partial = torch.empty((parts, 2, n), dtype=torch.float32, device=x.device)
+    if long:
+        backward_long_kernel[(rows,)](
+            grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, n, x_stride,
+            HAS_TOTAL=has_total, CENTRED=centred, BLOCK=4096, num_warps=8, **exact,
+        )  # fmt: skip
+        column_sums_kernel[(triton.cdiv(n, block), parts)](
+            grad_y, x_rows, mean, rstd, partial, rows, n, x_stride, steps,
+            HAS_BIAS=has_bias, CENTRED=centred, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    else:
+        backward_kernel[(parts,)](
+            grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, partial, rows, n, x_stride, steps,
+            HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred,
+            ROWS=tile_rows, BLOCK=block, num_warps=warps, **exact,
+        )  # fmt: skip
+    width = 128 if long else 32  # narrow blocks, so that short rows too keep many multiprocessors busy
+    reduce_kernel[(triton.cdiv(n, width),)](
+        partial, grad_weight, grad_bias if has_bias else grad_weight, parts, n,
+        HAS_BIAS=has_bias, PARTS=4096 // width, BLOCK=width, num_warps=4,
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias

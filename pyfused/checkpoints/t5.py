@@ -1,0 +1,257 @@
+"""How do T5's configuration and weight names in Hugging Face and Keras format map to pyfused's?
+
+Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
+(in, out); pyfused stacks the matrices that are applied to the same vector: query, key and value, and key and value of
+the encoder's states.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
+from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
+
+KERAS_CLASS = "T5Backbone"
+HF_PREFIX, HF_SAVED_PREFIX = "transformer.", ""
+
+# Copies of the shared embedding, and a table that a layer of the first checkpoints had and nothing reads
+HF_IGNORED = (
+    r"(encoder|decoder)\.embed_tokens\.weight",
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+)
+HF_HEAD, HF_EMBEDDING = "lm_head.weight", "shared.weight"
+DEFAULTS: dict[str, Any] = {
+    "key_value_dim": None, "use_gated_activation": True, "tie_embedding_weights": True, "num_decoder_layers": None,
+    "num_buckets": 32,
+}  # fmt: skip
+DEPTHS = ("num_layers", "num_decoder_layers")
+
+_HARMLESS = HARMLESS | {"initializer_factor", "classifier_dropout", "n_positions", "feed_forward_proj", "is_gated_act"}
+
+
+def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """T5Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    options = Options(raw, file)
+    for name, why in REFUSED.items():
+        options.refuse([name], why)
+    num_layers = options.integer("num_layers", 6, ["num_hidden_layers"])
+    decoder_layers = options.raw("num_decoder_layers", None)
+    if decoder_layers is not None:
+        decoder_layers = Options({"num_decoder_layers": decoder_layers}, file).integer("num_decoder_layers")
+    activation, gated = _hf_feed_forward(options, file)
+    tied = options.boolean("tie_word_embeddings", True)
+    config: dict[str, Any] = {
+        "vocabulary_size": options.integer("vocab_size", 32128),
+        "num_layers": num_layers,
+        "num_heads": options.integer("num_heads", 8, ["num_attention_heads"]),
+        "hidden_dim": options.integer("d_model", 512, ["hidden_size"]),
+        "intermediate_dim": options.integer("d_ff", 2048),
+        "key_value_dim": options.integer("d_kv", 64, ["head_dim"]),
+        "dropout": options.number("dropout_rate", 0.1, high=1.0),
+        "activation": activation,
+        "use_gated_activation": gated,
+        "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
+        "tie_embedding_weights": tied,
+        "num_decoder_layers": num_layers if decoder_layers is None else decoder_layers,
+        "num_buckets": options.integer("relative_attention_num_buckets", 32),
+        "max_distance": options.integer("relative_attention_max_distance", 128),
+        # transformers 4 asks tie_word_embeddings; 5 always ties and keeps the answer here
+        "scale_logits": options.boolean("scale_decoder_outputs", tied),
+        "decoder_start_token_id": _start_token(options, file),
+    }
+    options.finish(_HARMLESS)
+    return config
+
+
+def _hf_feed_forward(options: Options, file: Path) -> tuple[str, bool]:
+    """The activation and whether it gates: "gated-gelu" means the tanh formula, "gelu" alone the erf one."""
+    projection = options.raw("feed_forward_proj", "relu")
+    parts = projection.split("-") if isinstance(projection, str) else []
+    if len(parts) not in (1, 2) or (len(parts) == 2 and parts[0] != "gated"):
+        raise ValueError(f"{file}: feed_forward_proj is {projection!r}; it takes an activation, or gated-<activation>")
+    gated = options.boolean("is_gated_act", len(parts) == 2)
+    stated = "gelu_new" if projection == "gated-gelu" else parts[-1]
+    stated = options.raw("dense_act_fn", stated)
+    if not isinstance(stated, str) or stated not in HF_ACTIVATIONS:
+        raise ValueError(
+            f"{file}: feed_forward_proj is {projection!r} with the activation {stated!r}; it takes one of "
+            f"{', '.join(HF_ACTIVATIONS)}"
+        )
+    return HF_ACTIVATIONS[stated], gated
+
+
+def _start_token(options: Options, file: Path) -> int:
+    """What the decoder is given first: its own option, else the padding token, which it is in every published T5."""
+    found = options.raw("decoder_start_token_id", None)
+    found = options.raw("pad_token_id", None) if found is None else found
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        raise ValueError(f"{file}: decoder_start_token_id is {found!r}; it takes a token id")
+    return found or 0
+
+
+def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """transformers' configuration for T5Backbone's arguments. Raises ValueError for what it cannot say."""
+    config = {"decoder_start_token_id": 0, "max_distance": 128, "scale_logits": None} | DEFAULTS | config
+    activation, gated = activation_name(config.get("activation", "relu")), config["use_gated_activation"]
+    if activation is None:
+        raise ValueError(f"activation is {config['activation']!r}; transformers' T5 takes {', '.join(HF_ACTIVATIONS)}")
+    # "gated-gelu" is the tanh formula there, so that a gate with the erf one goes by its other name
+    spelled = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation) if gated else activation
+    scaled = config["tie_embedding_weights"] if config["scale_logits"] is None else config["scale_logits"]
+    heads = config["num_heads"]
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "dtype": dtype,
+        "vocab_size": config["vocabulary_size"],
+        "num_layers": config["num_layers"],
+        "num_decoder_layers": config["num_decoder_layers"] or config["num_layers"],
+        "num_heads": heads,
+        "d_model": config["hidden_dim"],
+        "d_ff": config["intermediate_dim"],
+        "d_kv": config["key_value_dim"] or config["hidden_dim"] // heads,
+        "dropout_rate": config.get("dropout", 0.1),
+        "feed_forward_proj": f"gated-{spelled}" if gated else spelled,
+        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
+        "relative_attention_num_buckets": config["num_buckets"],
+        "relative_attention_max_distance": config["max_distance"],
+        "tie_word_embeddings": scaled,
+        "scale_decoder_outputs": scaled,
+        "decoder_start_token_id": config["decoder_start_token_id"],
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """T5Backbone's constructor arguments from the ``config`` of a serialised KerasHub T5Backbone."""
+    options = Options(raw, file)
+    config: dict[str, Any] = {
+        name: options.integer(name)
+        for name in ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim")
+    }
+    size = options.raw("key_value_dim", None)
+    if size is not None:
+        size = Options({"key_value_dim": size}, file).integer("key_value_dim")
+    elif config["num_heads"] > config["hidden_dim"]:
+        raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
+    stated = options.raw("activation", "relu")
+    activation = activation_name(stated)
+    if activation is None:
+        raise ValueError(
+            f"{file}: activation is {stated!r}; it takes one of {', '.join(HF_ACTIVATIONS)}, or gelu_approximate of KerasHub"
+        )
+    config |= {
+        "key_value_dim": size,
+        "dropout": options.number("dropout", 0.1, high=1.0),
+        "activation": activation,
+        "use_gated_activation": options.boolean("use_gated_activation", True),
+        "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
+        "tie_embedding_weights": options.boolean("tie_embedding_weights", True),
+    }
+    options.finish({"name", "trainable", "dtype"})
+    return config | {
+        "num_decoder_layers": config["num_layers"],
+        "num_buckets": 32,
+        "max_distance": 128,
+        "scale_logits": config["tie_embedding_weights"],
+        "decoder_start_token_id": 0,
+    }
+
+
+def _sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
+    """D, F, H * d and H."""
+    width, heads = config["hidden_dim"], config["num_heads"]
+    return width, config["intermediate_dim"], heads * (config["key_value_dim"] or width // heads), heads
+
+
+def hf_plan(config: dict[str, Any]) -> Plan:
+    """pyfused names from Hugging Face names."""
+    width, inner, heads_width, heads = _sizes(config)
+    plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), HF_EMBEDDING)}
+    if not config["tie_embedding_weights"]:
+        plan["token_embedding.reverse_weight"] = whole((config["vocabulary_size"], width), HF_HEAD)
+
+    def stacked(ours: str, theirs: str, parts: str) -> None:
+        pieces = tuple(Piece(f"{theirs}.{part}.weight", (heads_width, width)) for part in parts)
+        plan[f"{ours}.weight"] = Target((len(parts) * heads_width, width), pieces)
+
+    for stack, depth in _stacks(config):
+        for i in range(depth):
+            ours, theirs = f"{stack}.layers.{i}", f"{stack}.block.{i}.layer"
+            plan[f"{ours}.attention_norm.weight"] = whole((width,), f"{theirs}.0.layer_norm.weight")
+            attention = f"{theirs}.0.SelfAttention"
+            if not i:
+                table = (config["num_buckets"], heads)
+                plan[f"{ours}.attention.relative_bias"] = whole(table, f"{attention}.relative_attention_bias.weight")
+            stacked(f"{ours}.attention.query_key_value", attention, "qkv")
+            plan[f"{ours}.attention.output.weight"] = whole((width, heads_width), f"{attention}.o.weight")
+            if stack == "decoder":
+                plan[f"{ours}.cross_attention_norm.weight"] = whole((width,), f"{theirs}.1.layer_norm.weight")
+                attention = f"{theirs}.1.EncDecAttention"
+                stacked(f"{ours}.cross_attention.query", attention, "q")
+                stacked(f"{ours}.cross_attention.key_value", attention, "kv")
+                plan[f"{ours}.cross_attention.output.weight"] = whole((width, heads_width), f"{attention}.o.weight")
+            last = f"{theirs}.{2 if stack == 'decoder' else 1}"
+            plan[f"{ours}.feed_forward_norm.weight"] = whole((width,), f"{last}.layer_norm.weight")
+            names = {"gate": "wi_0", "up": "wi_1"} if config["use_gated_activation"] else {"inner": "wi"}
+            for name, matrix in names.items():
+                plan[f"{ours}.feed_forward.{name}.weight"] = whole(
+                    (inner, width), f"{last}.DenseReluDense.{matrix}.weight"
+                )
+            plan[f"{ours}.feed_forward.outer.weight"] = whole((width, inner), f"{last}.DenseReluDense.wo.weight")
+        plan[f"{stack}.final_norm.weight"] = whole((width,), f"{stack}.final_layer_norm.weight")
+    return plan
+
+
+def keras_plan(config: dict[str, Any]) -> Plan:
+    """pyfused names from h5 paths; layers of both stacks are counted on."""
+    width, inner, heads_width, heads = _sizes(config)
+    embedding = "layers/reversible_embedding/vars"
+    plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), f"{embedding}/0")}
+    if not config["tie_embedding_weights"]:
+        plan["token_embedding.reverse_weight"] = transposed((config["vocabulary_size"], width), f"{embedding}/1")
+
+    def stacked(ours: str, theirs: str, *parts: str) -> None:
+        pieces = tuple(Piece(f"{theirs}/{part}_projector/vars/0", (width, heads_width), True) for part in parts)
+        plan[f"{ours}.weight"] = Target((len(parts) * heads_width, width), pieces)
+
+    def matrix(ours: str, theirs: str, out: int, into: int) -> None:
+        plan[f"{ours}.weight"] = transposed((out, into), f"{theirs}_projector/vars/0")
+
+    count = 0
+    for index, (stack, depth) in enumerate(_stacks(config)):
+        for i in range(depth):
+            ours, theirs = f"{stack}.layers.{i}", "layers/t5_transformer_layer" + (f"_{count}" if count else "")
+            plan[f"{ours}.attention_norm.weight"] = whole((width,), f"{theirs}/self_attention_layer_norm/vars/0")
+            attention = f"{theirs}/self_attention"
+            if not i:
+                plan[f"{ours}.attention.relative_bias"] = whole((config["num_buckets"], heads), f"{attention}/vars/0")
+            stacked(f"{ours}.attention.query_key_value", attention, "query", "key", "value")
+            matrix(f"{ours}.attention.output", f"{attention}/output", width, heads_width)
+            if stack == "decoder":
+                plan[f"{ours}.cross_attention_norm.weight"] = whole(
+                    (width,), f"{theirs}/cross_attention_layer_norm/vars/0"
+                )
+                attention = f"{theirs}/cross_attention"
+                stacked(f"{ours}.cross_attention.query", attention, "query")
+                stacked(f"{ours}.cross_attention.key_value", attention, "key", "value")
+                matrix(f"{ours}.cross_attention.output", f"{attention}/output", width, heads_width)
+            plan[f"{ours}.feed_forward_norm.weight"] = whole((width,), f"{theirs}/layer_norm/vars/0")
+            names = {"gate": "input", "up": "gate"} if config["use_gated_activation"] else {"inner": "input"}
+            for name, projector in names.items():
+                matrix(f"{ours}.feed_forward.{name}", f"{theirs}/{projector}", inner, width)
+            matrix(f"{ours}.feed_forward.outer", f"{theirs}/output", width, inner)
+            count += 1
+        norm = "layers/t5_layer_norm" + (f"_{index}" if index else "")
+        plan[f"{stack}.final_norm.weight"] = whole((width,), f"{norm}/vars/0")
+    return plan
+
+
+def _stacks(config: dict[str, Any]) -> tuple[tuple[str, int], tuple[str, int]]:
+    depth = config["num_layers"]
+    return ("encoder", depth), ("decoder", config["num_decoder_layers"] or depth)

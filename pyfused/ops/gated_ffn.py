@@ -1,0 +1,111 @@
+"""gated_ffn: y = (activation(x w_gate^T) * (x w_up^T)) w_out^T (+ residual), a gated feed-forward as in T5 1.1.
+
+Shazeer 2020, "GLU variants improve transformer" (arXiv:2002.05202).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._checks import check_floating, check_like, check_shape
+from ._operator import Operator
+from .ffn import canonical_activation
+
+
+def gated_ffn(
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    w_up: torch.Tensor,
+    w_out: torch.Tensor,
+    *,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gated feed-forward network, with the activation, the product and the residual addition inside the kernels.
+
+    float16: Flan-T5's activation(gate) * up reaches 1e6, beyond float16's 65504. That product, and what is computed of
+    it, is never held in plain float16: it stays in float32, or in float16 with a power-of-two scale for each row. So a
+    result that float16 can hold is finite whenever x w_gate^T and x w_up^T fit into float16, each on its own (they are
+    kept for the backward, and plain PyTorch has them in float16 too). bfloat16 has float32's range and needs nothing.
+
+    Args:
+        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
+        w_gate, w_up: (F, N) as nn.Linear stores it; of x's dtype and device, as all that follow.
+        w_out: (M, F).
+        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        residual: (..., M), added to the result, or None.
+
+    Returns:
+        (..., M) of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    return _GATED_FFN(*bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))[0]
+
+
+def bind(x, w_gate, w_up, w_out, *, activation, residual=None) -> tuple[Any, ...]:
+    """Checks the arguments and puts them in the registered operator's order."""
+    check_floating(x, "x")
+    if x.dim() == 0:
+        raise ValueError("x has shape (); it takes (..., N)")
+    save = x.requires_grad
+    for name, tensor in {"w_gate": w_gate, "w_up": w_up, "w_out": w_out, "residual": residual}.items():
+        if tensor is not None or name != "residual":
+            check_like(tensor, name, x, "x")
+            save = save or tensor.requires_grad
+    n = x.shape[-1]
+    if w_gate.dim() != 2 or w_gate.shape[1] != n:
+        raise ValueError(f"w_gate has shape {tuple(w_gate.shape)}; it takes (F, N) with x's N = {n}")
+    f = w_gate.shape[0]
+    check_shape(w_up, "w_up", (f, n), "w_gate's (F, N)")
+    if w_out.dim() != 2 or w_out.shape[1] != f:
+        raise ValueError(f"w_out has shape {tuple(w_out.shape)}; it takes (M, F) with w_gate's F = {f}")
+    if residual is not None:
+        check_shape(residual, "residual", (*x.shape[:-1], w_out.shape[0]), "(..., M)")
+    return x, w_gate, w_up, w_out, canonical_activation(activation), residual, save and torch.is_grad_enabled()
+
+
+def _fake(x, w_gate, w_up, w_out, activation, residual, save):
+    def like_x(features):
+        return torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
+
+    f = w_gate.shape[0]
+    return like_x(w_out.shape[0]), like_x(f) if save else x.new_empty(0), like_x(f) if save else x.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_gate, w_up, w_out, activation, residual, _ = inputs
+    ctx.activation, ctx.has_residual = activation, residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+    ctx.save_for_backward(x, w_gate, w_up, w_out, *output[1:])
+
+
+def _backward(ctx, grad_y, _grad_gate, _grad_up):
+    if grad_y is None:
+        return (None,) * 7
+    grads = _GATED_FFN_BACKWARD(grad_y, *ctx.saved_tensors, ctx.activation)
+    return *grads, None, grad_y if ctx.has_residual else None, None
+
+
+def _backward_fake(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, w_gate, w_up, w_out))
+
+
+_GATED_FFN = Operator(
+    "gated_ffn",
+    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, str activation, Tensor? residual, bool save)"
+    " -> (Tensor y, Tensor gate, Tensor up)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_GATED_FFN_BACKWARD = Operator(
+    "gated_ffn_backward",
+    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation)"
+    " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
+    fake=_backward_fake,
+)

@@ -1,0 +1,101 @@
+"""rms_norm: y = t / sqrt(mean(t^2) + eps) * weight with t = x + residual (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+The mean of the squares is over the last dimension, in float32 whatever the dtype: T5's layer norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._checks import check_floating, check_like, check_shape
+from ._operator import Operator
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root mean square normalisation over the last dimension, with the residual addition in the same pass.
+
+    Everything is computed in float32 and rounded once. Hugging Face's T5 rounds to the weight's dtype before it
+    multiplies by the weight, and KerasHub's computes in the input's dtype throughout: in float32 the three agree, in
+    half precision this one is the closest to float64.
+
+    Args:
+        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; the last dimension is
+            contiguous, else it is copied.
+        weight: (N,), of x's dtype and device.
+        eps: added to the mean of the squares.
+        residual: of x's shape, dtype and device, or None.
+
+    Returns:
+        The normalised tensor, of x's shape and dtype, contiguous; with `residual` the pair (normalised, x + residual),
+        where the sum is rounded to x's dtype before it is normalised.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    y, total, _ = _RMS_NORM(*bind(x, weight, eps=eps, residual=residual))
+    return y if residual is None else (y, total)
+
+
+def bind(x, weight, *, eps=1e-6, residual=None) -> tuple[Any, ...]:
+    """Checks the arguments and puts them in the registered operator's order."""
+    check_floating(x, "x")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it takes (..., N) with N >= 1")
+    check_like(weight, "weight", x, "x")
+    check_shape(weight, "weight", (x.shape[-1],), "(N,)")
+    if residual is not None:
+        check_like(residual, "residual", x, "x")
+        check_shape(residual, "residual", tuple(x.shape), "x's shape")
+    save = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
+    )
+    return x, weight, float(eps), residual, save
+
+
+def _fake(x, weight, eps, residual, save):
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else x.new_empty(0)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save else x.new_empty(0)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), total, rstd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, residual, _ = inputs
+    _, total, rstd = output
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in (rstd,) if t is not None))
+    ctx.save_for_backward(x if residual is None else total, weight, rstd)
+
+
+def _backward(ctx, grad_y, grad_total, _grad_rstd):
+    total, weight, rstd = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(total)
+    grad_x, grad_weight = _RMS_NORM_BACKWARD(grad_y, grad_total if ctx.has_residual else None, total, weight, rstd)
+    return grad_x, grad_weight, None, grad_x if ctx.has_residual else None, None
+
+
+def _backward_fake(grad_y, grad_total, x, weight, rstd):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+
+
+_RMS_NORM = Operator(
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps, Tensor? residual, bool save) -> (Tensor y, Tensor total, Tensor rstd)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_RMS_NORM_BACKWARD = Operator(
+    "rms_norm_backward",
+    "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)",
+    fake=_backward_fake,
+)

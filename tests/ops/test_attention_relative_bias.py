@@ -1,0 +1,245 @@
+"""Is T5's relative bias inside attention right on every backend? Values, all gradients, decoding, memory, errors."""
+
+import pytest
+import test_relative_bias
+import torch
+from test_attention import Case, drawn_seed, make
+from test_attention import plain as plain_attention
+
+import pyfused
+from pyfused import RelativeBias
+from pyfused.testing import assert_close
+
+# (num_buckets, max_distance, bidirectional)
+ENCODER, DECODER, SMALL, ODD = (32, 128, True), (32, 128, False), (8, 12, True), (7, 6, False)
+CASES = [
+    (Case((2, 2, 2, 1, 1, 8)), ENCODER),
+    (Case((6, 4, 2, 7, 7, 8)), SMALL),
+    (Case((6, 3, 3, 7, 7, 8), is_causal=True), ODD),
+    (Case((6, 4, 2, 7, 2, 8), is_causal=True), SMALL),  # the first queries see no key
+    (Case((6, 2, 1, 5, 1, 40)), SMALL),
+    (Case((8, 2, 2, 20, 37, 16), padding="random"), SMALL),
+    (Case((8, 2, 2, 19, 37, 8), padding="all", bias="batch", scale=0.7), ODD),
+    (Case((4, 2, 1, 17, 17, 8), is_causal=True, padding="left", dropout_p=0.3), SMALL),
+    (Case((2, 2, 2, 33, 80, 8), bias="head", dropout_p=0.1, scale=-0.4), (16, 20, True)),
+    (Case((1, 2, 2, 20, 160, 16), scale=1.0, seldom=True), ENCODER),
+    (Case((1, 2, 1, 140, 140, 13), is_causal=True), DECODER),
+    (Case((1, 2, 2, 300, 300, 64), scale=0.2, padding="right", seldom=True), ENCODER),
+    (Case((1, 4, 2, 129, 257, 40), is_causal=True, padding="random", seldom=True), DECODER),
+    (Case((2, 2, 2, 257, 129, 8), padding="left", bias="row", seldom=True), (64, 40, True)),
+    (Case((1, 1, 1, 137, 137, 128), seldom=True), (4, 1000, True)),
+]
+DECODING = [
+    (Case((2, 4, 2, 1, 137, 64)), DECODER),
+    (Case((2, 2, 2, 1, 1025, 40), padding="left", seldom=True), DECODER),
+    (Case((2, 4, 4, 3, 70, 80), is_causal=True, padding="right"), ENCODER),
+    (Case((2, 4, 1, 2, 300, 16), bias="full", seldom=True), DECODER),
+]
+
+
+def name(parameters):
+    case, table = parameters
+    return f"{case}-{table[0]}-{table[1]}-{'both' if table[2] else 'before'}"
+
+
+def make_biased(case, table, dtype, device):
+    inputs, options = make(case, dtype, device)
+    inputs["table"] = torch.randn(table[0], case.sizes[1], device=device).to(dtype)
+    return inputs, options
+
+
+def fused(inputs, options, table):
+    relative = RelativeBias(inputs["table"], table[2], table[1])
+    return pyfused.attention(**{k: v for k, v in inputs.items() if k != "table"}, relative_bias=relative, **options)
+
+
+def plain(inputs, options, table, seed=None, logarithm=False):
+    """With the bias as a dense tensor of the inputs' dtype."""
+    sq, sk = inputs["query"].shape[2], inputs["key"].shape[2]
+    bias = test_relative_bias.plain(inputs["table"], sq, sk, table[2], table[1], sk - sq).to(inputs["query"].dtype)
+    bias = bias + inputs["attn_bias"] if "attn_bias" in inputs else bias
+    return plain_attention({**inputs, "attn_bias": bias}, options, seed, logarithm)
+
+
+@pytest.mark.parametrize("case_and_table", CASES + DECODING, ids=name)
+def test_forward(each_backend, dtype, device, case_and_table):
+    case, table = case_and_table
+    inputs, options = make_biased(case, table, dtype, device)
+    seed = drawn_seed(options, device)
+    out = fused(inputs, options, table)
+    assert out.dtype == dtype
+    truth = plain({k: v.double() for k, v in inputs.items()}, options, table, seed)
+    assert_close(out, plain(inputs, options, table, seed), truth)
+
+
+@pytest.mark.parametrize("case_and_table", CASES, ids=name)
+def test_backward(each_backend, dtype, device, case_and_table):
+    """The yardstick is that of attention's own test; the table's gradient is the same bits each time."""
+    case, table = case_and_table
+    inputs, options = make_biased(case, table, dtype, device)
+    cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
+    seed = drawn_seed(options, device)
+
+    def gradients(function, wide):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+
+    state = torch.random.get_rng_state()
+    actual = gradients(lambda t: fused(t, options, table), dtype)
+    torch.random.set_rng_state(state)
+    again = gradients(lambda t: fused(t, options, table), dtype)
+    expected = gradients(lambda t: plain(t, options, table, seed, logarithm=True), dtype)
+    truth = gradients(lambda t: plain(t, options, table, seed), torch.float64)
+    for key, a, b, p, t in zip(inputs, actual, again, expected, truth):
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
+        assert_close(a, p, t, f"gradient of {key}")
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 40, 40, 16), (2, 4, 2, 1, 40, 16)], ids=str)
+def test_float32_table_beside_half_tensors(each_backend, device, sizes):
+    """The table of a model that keeps its parameters in float32; its gradient is float32 too."""
+    inputs, options = make_biased(Case(sizes, is_causal=True), DECODER, torch.bfloat16, device)
+    inputs["table"] = torch.randn(32, sizes[1], device=device)
+    cotangent = torch.randn(inputs["query"].shape, device=device)
+
+    def run(function, change=lambda t: t):
+        leaves = {k: change(v).detach().requires_grad_() for k, v in inputs.items()}
+        out = function(leaves)
+        return out, *torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
+
+    actual = run(lambda t: fused(t, options, DECODER))
+    expected = run(lambda t: plain(t, options, DECODER, logarithm=True))
+    truth = run(lambda t: plain(t, options, DECODER), lambda t: t.double())
+    assert actual[-1].dtype == torch.float32
+    for what, a, p, t in zip(("out", *inputs), actual, expected, truth):
+        assert_close(a, p, t, what)
+
+
+@pytest.mark.parametrize("table", [ENCODER, DECODER], ids=["both", "before"])
+def test_decoding_gives_the_rows_of_the_whole(each_backend, device, table):
+    """A query beside a cache of Sk - 1 tokens stands at position Sk - 1."""
+    inputs, options = make_biased(Case((2, 4, 2, 60, 60, 16), is_causal=True), table, torch.float32, device)
+    whole = fused(inputs, options, table)
+    for sk in (1, 2, 37, 60):
+        step = {k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"}
+        one = fused({**step, "table": inputs["table"]}, options, table)
+        wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
+        assert_close(one, whole[:, :, sk - 1 : sk], plain(wide, options, table))
+
+
+def test_dead_rows_are_zero(each_backend, device):
+    query, key, value = (torch.randn(2, 2, 6, 8, device=device, requires_grad=True) for _ in range(3))
+    table = torch.randn(32, 2, device=device, requires_grad=True)
+    mask = torch.tensor([[0, 0, 0, 0, 0, 0], [0] * 6], device=device)
+    out = pyfused.attention(query, key, value, padding_mask=mask, relative_bias=RelativeBias(table, True))
+    assert (out == 0).all()
+    out.backward(torch.ones_like(out))
+    assert all((t.grad == 0).all() for t in (query, key, value, table))
+
+
+def test_tables_of_any_strides(each_backend, device):
+    query, key, value = (torch.randn(1, 3, 20, 8, device=device) for _ in range(3))
+    table = torch.randn(3, 64, device=device).T[::2]
+    outs = [
+        pyfused.attention(query, key, value, relative_bias=RelativeBias(t, True)) for t in (table, table.contiguous())
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("wanted", ["table", "query"])
+def test_only_what_is_asked_gets_a_gradient(each_backend, device, wanted):
+    inputs, options = make_biased(Case((1, 2, 2, 20, 20, 8)), SMALL, torch.float32, device)
+    inputs[wanted].requires_grad_()
+    fused(inputs, options, SMALL).sum().backward()
+    assert [k for k, v in inputs.items() if v.grad is not None] == [wanted]
+
+
+def test_gradcheck_reference():
+    inputs, options = make_biased(Case((2, 2, 1, 4, 5, 3), padding="left", bias="head"), SMALL, torch.float64, "cpu")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *t: fused(dict(zip(inputs, t)), options, (8, 3, True)), leaves)
+
+
+def test_opcheck(each_backend, device):
+    query, key, value = (torch.randn(1, 2, n, 8, device=device, requires_grad=True) for n in (4, 5, 5))
+    table = torch.randn(8, 2, device=device, requires_grad=True)
+    common, relative = (True, None, None, 0.3, 0.0, None), (True, 20)
+    torch.library.opcheck(torch.ops.pyfused.attention, (query, key, value, *common, True, table, *relative))
+    args = [t.detach() for t in (query, key, value)]
+    out, lse = torch.ops.pyfused.attention(*args, *common, True, table.detach(), *relative)
+    args = (torch.randn_like(out), *args, out, lse, *common, False, table.detach(), *relative, True)
+    torch.library.opcheck(torch.ops.pyfused.attention_backward, args)
+
+
+def test_compiles_without_a_break(device):
+    query = torch.randn(1, 2, 6, 8, device=device, requires_grad=True)
+    table = torch.randn(32, 2, device=device, requires_grad=True)
+
+    def call(query, table):
+        return pyfused.attention(query, query, query, relative_bias=RelativeBias(table, True)).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(query, table), (query, table)) for f in (call, compiled)]
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+MEMORY = """
+import resource, torch, pyfused
+from pyfused.testing import running
+torch.set_num_threads(1)
+def step(s):
+    q, k, v = (torch.randn(1, 2, s, 16, requires_grad=True) for _ in range(3))
+    table = torch.randn(32, 2, requires_grad=True)
+    pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True)).sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with running("{backend}"):
+    step(256)
+    before = peak()
+    step(4096)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.cpu_kernels
+def test_memory_is_linear(each_backend):
+    """S = 4096, two heads: the scores or a dense bias would be 128 MiB; inputs, gradients and scratch are some 6 MiB."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(backend=each_backend)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 16 * 1024  # KiB
+
+
+def ones(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    "bias, error, message",
+    [
+        (object(), TypeError, "relative_bias is a object; it takes a pyfused.RelativeBias"),
+        ((ones(32, 4), True, 128), TypeError, "relative_bias is a tuple"),
+        (RelativeBias([1.0], True), TypeError, "relative_bias.table is a list"),
+        (
+            RelativeBias(ones(32, 4, dtype=torch.float64), True),
+            TypeError,
+            "relative_bias.table is float64; .* float32$",
+        ),
+        (RelativeBias(ones(32, 4, device="meta"), True), ValueError, "relative_bias.table is on meta"),
+        (RelativeBias(ones(32), True), ValueError, r"relative_bias.table has shape \(32,\)"),
+        (RelativeBias(ones(32, 3), True), ValueError, "relative_bias.table has 3 heads; it takes query's 4"),
+        (RelativeBias(ones(3, 4), True), ValueError, "relative_bias.table has 3 buckets"),
+        (RelativeBias(ones(32, 4), 1), TypeError, "relative_bias.bidirectional is a int"),
+        (RelativeBias(ones(32, 4), True, 8.0), TypeError, "relative_bias.max_distance is a float"),
+        (RelativeBias(ones(32, 4), False, 16), ValueError, "relative_bias.max_distance is 16; it takes more than 16"),
+    ],
+)
+def test_bad_input_names_the_argument(bias, error, message):
+    with pytest.raises(error, match=message):
+        pyfused.attention(ones(2, 4, 3, 8), ones(2, 2, 5, 8), ones(2, 2, 5, 8), relative_bias=bias)

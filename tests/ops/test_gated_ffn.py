@@ -1,0 +1,208 @@
+"""Is gated_ffn right on every backend? Values, gradients, float16 beyond its range, strides, errors, registration."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pyfused
+from pyfused.ops.ffn import ACTIVATIONS
+from pyfused.testing import assert_close
+
+PLAIN = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+# (N, F, M), each with every number of rows, with and without residual.
+SIZES = [(1, 5, 1), (5, 1, 7), (96, 131, 40)]
+ROWS = [1, 2, 7, 16, 17, 129]
+# Sizes worth tiling; the interpreter of Triton is too slow for more of them.
+LARGE = [(2, 768, 1000, 96), (16, 96, 768, 1000), (17, 1000, 96, 768), (200, 64, 96, 64)]
+
+
+def plain(x, w_gate, w_up, w_out, activation, residual):
+    y = F.linear(PLAIN[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_out)
+    return y if residual is None else y + residual
+
+
+def gradients(function, tensors, activation, cotangent, wide):
+    """The result of a function, and the gradients of all the tensors that it is given, in the dtype `wide`."""
+    leaves = [None if t is None else t.to(wide).requires_grad_() for t in tensors]
+    y = function(*leaves[:4], activation=activation, residual=leaves[4])
+    return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), [t for t in leaves if t is not None])]
+
+
+def check(activation, dtype, device, lead, n, f, m, with_residual, draws=1):
+    """Judges outputs and gradients of several draws together: plain PyTorch's error in one number says little."""
+
+    def make(*shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    drawn = []
+    for _ in range(draws):
+        inputs = [make(*lead, n), make(f, n, scale=n**-0.5), make(f, n, scale=n**-0.5)]
+        inputs += [make(m, f, scale=f**-0.5), make(*lead, m) if with_residual else None]
+        cotangent = make(*lead, m)
+        runs = [(pyfused.gated_ffn, dtype), (plain, dtype), (plain, torch.float64)]
+        drawn.append(list(zip(*(gradients(fn, inputs, activation, cotangent, wide) for fn, wide in runs))))
+    for i, judged in enumerate(zip(*drawn)):
+        assert all(actual.dtype == dtype for actual, _, _ in judged)
+        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, residual {with_residual}: output {i}"
+        assert_close(*map(torch.stack, zip(*judged)), what)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_and_backward(each_backend, dtype, device, activation):
+    interpreted = each_backend == "triton" and device == "cpu"
+    for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
+        if interpreted and i % 4 != 0:
+            continue
+        draws = 20 if 1 in size else 5 if rows < 3 else 2
+        for with_residual in (True, False):
+            draws = min(draws, 5) if interpreted else draws
+            check(activation, dtype, device, (rows,), *size, with_residual, draws)
+    check(activation, dtype, device, (2, 3), 10, 20, 10, True)
+    check(activation, dtype, device, (), 10, 20, 10, True, draws=2)
+
+
+@pytest.mark.parametrize("rows, n, f, m", LARGE)
+def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
+    check("gelu_tanh", dtype, device, (rows,), n, f, m, True)
+
+
+def plain_with_wide_product(x, w_gate, w_up, w_out, activation, residual):
+    """Plain PyTorch as Hugging Face's T5 runs it in float16, where w_out stays float32, and the product with it here."""
+    if x.dtype != torch.float16:
+        return plain(x, w_gate, w_up, w_out, activation, residual)
+    hidden = PLAIN[activation](F.linear(x, w_gate).float()) * F.linear(x, w_up).float()
+    y = F.linear(hidden, w_out.float())
+    return (y if residual is None else y + residual).half()
+
+
+def flan_like(rows, device):
+    """Inputs whose activation(gate) * up reaches 1e5 to 1e6, as in Flan-T5, with a w_out small enough for the result."""
+    x = torch.randn(rows, 96, device=device)
+    w_gate, w_up = (torch.randn(160, 96, device=device) * 96**-0.5 * 300 for _ in range(2))
+    w_out, residual = torch.randn(64, 160, device=device) * 1e-3, torch.randn(rows, 64, device=device) * 100
+    return [t.half() for t in (x, w_gate, w_up, w_out, residual)]
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+def test_products_beyond_float16_stay_finite(each_backend, device, activation, rows):
+    inputs = flan_like(rows, device)
+    gate, up = (F.linear(inputs[0], w) for w in inputs[1:3])
+    assert gate.isfinite().all()
+    assert up.isfinite().all()
+    assert (PLAIN[activation](gate) * up).isinf().any()
+    assert not plain(*inputs[:4], activation, inputs[4]).isfinite().all()
+    cotangent = torch.randn(rows, 64, device=device).half() * 0.01
+    runs = [(pyfused.gated_ffn, torch.float16), (plain_with_wide_product, torch.float16)]
+    runs.append((plain_with_wide_product, torch.float64))
+    for i, (actual, expected, truth) in enumerate(
+        zip(*(gradients(fn, inputs, activation, cotangent, wide) for fn, wide in runs))
+    ):
+        assert actual.isfinite().all(), f"output {i}"
+        assert_close(actual, expected, truth, f"output {i}")
+
+
+def test_small_rows_beside_large_ones(each_backend, device):
+    """A row of float16's ordinary size keeps its digits next to one whose product is 1e6."""
+    x, w_gate, w_up, w_out, _ = flan_like(6, device)
+    x[::2] *= 0.02
+    actual = pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_tanh")
+    expected, truth = (
+        plain_with_wide_product(*(t.to(wide) for t in (x, w_gate, w_up, w_out)), "gelu_tanh", None)
+        for wide in (torch.float16, torch.float64)
+    )
+    for row in range(6):
+        assert_close(actual[row], expected[row], truth[row], f"row {row}")
+
+
+def test_overflow_and_nan_are_passed_on(each_backend, dtype, device):
+    """What the output itself cannot hold is infinite, and NaN in a row is NaN in that row alone."""
+    x = torch.ones(3, 8, device=device).to(dtype)
+    x[1, 2] = float("nan")
+    w = torch.ones(4, 8, device=device).to(dtype)
+    y = pyfused.gated_ffn(x, w, w, torch.ones(2, 4, device=device).to(dtype), activation="relu")
+    assert y.isnan().all(-1).tolist() == [False, True, False]
+    if dtype == torch.float16:
+        big = torch.full((4, 8), 100.0, device=device).half()
+        out = torch.full((2, 4), 1.0, device=device).half()
+        assert pyfused.gated_ffn(x[:1], big, big, out, activation="relu").isinf().all()
+
+
+def test_alias_and_no_grad(each_backend, device):
+    x, w_gate, w_up, w_out = (torch.randn(s, device=device) for s in [(5, 12), (20, 12), (20, 12), (12, 20)])
+    named = pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_tanh")
+    assert torch.equal(named, pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_new"))
+    w_up.requires_grad_()
+    assert torch.equal(named, pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_tanh").detach())
+
+
+def test_no_rows_and_no_features(each_backend, dtype, device):
+    def ones(*shape):
+        return torch.ones(shape, device=device).to(dtype)
+
+    assert pyfused.gated_ffn(ones(0, 8), ones(4, 8), ones(4, 8), ones(2, 4), activation="silu").shape == (0, 2)
+    for n, f in [(8, 0), (0, 4)]:
+        y = pyfused.gated_ffn(ones(3, n), ones(f, n), ones(f, n), ones(2, f), activation="silu", residual=ones(3, 2))
+        assert torch.equal(y, ones(3, 2))
+
+
+def test_strides(each_backend, device):
+    base, residuals = torch.randn(4, 6, 80, device=device), torch.randn(4, 6, 50, device=device)
+    w_gate, w_up = torch.randn(60, 90, device=device)[:, :40], torch.randn(60, 70, device=device)[:, 5:45]
+    for w_out in (torch.randn(24, 60, device=device), torch.randn(60, 24, device=device).t()):
+        for x in (base[..., :40], base[..., 1::2], base[:1, :, 20:60].expand(4, 6, 40)):
+            for residual in (None, residuals[..., 3:27]):
+                tensors = (x, w_gate, w_up, w_out)
+                actual = pyfused.gated_ffn(*tensors, activation="silu", residual=residual)
+                wide = [t if t is None else t.double() for t in (*tensors, residual)]
+                assert_close(actual, plain(*tensors, "silu", residual), plain(*wide[:4], "silu", wide[4]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_reference(activation):
+    shapes = [(2, 3, 4), (6, 4), (6, 4), (5, 6), (2, 3, 5)]
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *t: pyfused.gated_ffn(*t[:4], activation=activation, residual=t[4]), tensors)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_opcheck(each_backend, device, kind, with_residual):
+    shapes = [(3, 8), (10, 8), (10, 8), (6, 10), (3, 6)]
+    tensors = [torch.randn(s, device=device).to(kind).requires_grad_() for s in shapes]
+    x, w_gate, w_up, w_out, residual = tensors
+    arguments = (x, w_gate, w_up, w_out, "gelu", residual if with_residual else None, True)
+    torch.library.opcheck(torch.ops.pyfused.gated_ffn, arguments)
+    gate, up = (torch.randn(3, 10, device=device).to(kind) for _ in range(2))
+    grad_y = torch.randn(3, 6, device=device).to(kind)
+    arguments = (grad_y, *(t.detach() for t in tensors[:4]), gate, up, "gelu")
+    torch.library.opcheck(torch.ops.pyfused.gated_ffn_backward, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "x is int64"),
+        ({"w_gate": torch.ones(16, 7)}, ValueError, r"w_gate has shape \(16, 7\)"),
+        ({"w_up": torch.ones(15, 8)}, ValueError, r"w_up has shape \(15, 8\)"),
+        ({"w_out": torch.ones(8, 8)}, ValueError, r"w_out has shape \(8, 8\)"),
+        ({"w_out": torch.ones(8, 16, dtype=torch.bfloat16)}, TypeError, "w_out is bfloat16"),
+        ({"w_up": None}, TypeError, "w_up is a NoneType"),
+        ({"residual": torch.ones(8)}, ValueError, "residual has shape"),
+        ({"activation": "swish"}, ValueError, "activation='swish'"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"x": torch.ones(2, 8), "w_gate": torch.ones(16, 8), "w_up": torch.ones(16, 8)}
+    with pytest.raises(error, match=message):
+        pyfused.gated_ffn(**{**arguments, "w_out": torch.ones(8, 16), "activation": "relu", **change})
