@@ -51,10 +51,12 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   __shared__ int scratch[3 * kThreads / kWarp];
   float *query_tile = (float*)shared, *key_tile = query_tile + kRows * kPitch;
   float *value_tile = key_tile + kKeys * kPitch, *scores = value_tile + kKeys * D;
+  float* by_distance = scores + kRows * kScores;
 
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const Place place = place_of(a, kRows);
   const Keys keys = keys_of(a, place, kRows, scratch);
+  fill_distances<float>(a, place, 1.0f, by_distance);
   const int key_head = place.set * a.pack / a.group;
   const float* key = (const float*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
   const float* value = (const float*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
@@ -117,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
       for (int r = 0; r < TR; ++r) {
         const float* bias = (const float*)a.bias + place.batch * a.bias_stride[0] + row[r].head * a.bias_stride[1] +
                             row[r].query * a.bias_stride[2];
+        const float* relative = by_distance + (row[r].head - place.set * a.pack) * (2 * a.span + 1) + a.span;
         float high = row_max[r];
 #pragma unroll
         for (int n = 0; n < TN; ++n) {
@@ -124,6 +127,10 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
           const bool seen = live[n] && at <= last[r];
           s[r][n] *= a.scale;
           if (a.bias && seen) s[r][n] += bias[at * a.bias_stride[3]];
+          if (a.table) {
+            const int distance = at - (row[r].query + a.sk - a.sq);
+            s[r][n] += relative[min(max(distance, -a.span), a.span)];
+          }
           if (!seen) s[r][n] = kNever;
           high = fmaxf(high, s[r][n]);
         }
@@ -209,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 template <int D, int TR, int TN> void launch_float32(const Launch& launch, const Attention& a, addr stream) {
-  constexpr size_t bytes = shared_floats<D, TR, TN>() * sizeof(float);
+  const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
   auto kernel = float32_kernel<D, TR, TN>;
   allow_shared(launch, kernel, bytes);
   const int64_t tiles = up((int64_t)a.pack * a.sq, TR * kSide);
