@@ -1,4 +1,6 @@
-"""attention beside scaled_dot_product_attention: plain, causal, padded, with a dense bias, decoding, and training.
+"""attention beside scaled_dot_product_attention: plain, causal, padded, biased, decoding, and training.
+
+T5's bias is computed in pyfused's kernel, and given to PyTorch as the dense tensor that it needs, made beforehand.
 
 4 B H Sq Sk D float operations forward (half of that where causal), and 3 Sq Sk exponentials a head do not count.
 """
@@ -9,11 +11,18 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import beside, sdpa
+
 
 def cases(device):
+    if device == "cuda":
+        yield from on_gpu(device)
+        return
     for b, h, s, d in [(1, 12, 128, 64), (1, 12, 512, 64), (2, 16, 1024, 64), (1, 12, 512, 80)]:
         q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2) for _ in range(3))
         bias = torch.randn(1, h, s, s, device=device)
+        relative = pyfused.RelativeBias(torch.randn(32, h, device=device), True)
+        t5 = pyfused.relative_bias(relative.table, s, s, bidirectional=True)
         keep = torch.ones(b, s, dtype=torch.bool, device=device)
         keep[:, s // 2 :] = False
         mask = keep[:, None, None, :]
@@ -40,6 +49,14 @@ def cases(device):
                 {
                     "pyfused": lambda: pyfused.attention(q, k, v, attn_bias=bias),
                     "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+                },
+                flops=flops,
+            )
+            yield Case(
+                f"{name} T5 bias",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, relative_bias=relative),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=t5),
                 },
                 flops=flops,
             )
@@ -78,3 +95,76 @@ def cases(device):
             },
             flops=14 * b * h * s * s * d / 2,
         )
+    for b, h, s, d in [(1, 12, 512, 64)]:
+        q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        g = torch.randn(b, s, h, d, device=device).transpose(1, 2)
+        table = torch.randn(32, h, device=device, requires_grad=True)
+
+        def fused(q, k, v, table):
+            return pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True))
+
+        def dense(q, k, v, table):
+            bias = pyfused.relative_bias(table, q.shape[2], k.shape[2], bidirectional=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+        def train_biased(call, q=q, k=k, v=v, table=table, g=g):
+            return torch.autograd.grad(call(q, k, v, table), (q, k, v, table), g)
+
+        yield Case(
+            f"train {b}x{h}x{s}x{d} T5 bias",
+            {"pyfused": lambda: train_biased(fused), "torch": lambda: train_biased(dense)},
+            flops=14 * b * h * s * s * d,
+        )
+
+
+def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512, 64)), decoding=(1, 16)):
+    """bfloat16, beside every backend of scaled_dot_product_attention by name."""
+    for b, h, s, d in shapes:
+        new = [torch.randn(b, s, h, d, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]
+        q, k, v, g = new
+        bias = torch.randn(1, h, s, s, device=device, dtype=torch.bfloat16)
+        keep = torch.ones(b, s, dtype=torch.bool, device=device)
+        keep[:, s // 2 :] = False
+        name, flops = f"{b}x{h}x{s}x{d} bfloat16", 4 * b * h * s * s * d
+        variants = {
+            "": ({}, {}, 1.0),
+            " causal": ({"is_causal": True}, {"is_causal": True}, 0.5),
+            " dense bias": ({"attn_bias": bias}, {"attn_mask": bias}, 1.0),
+            " half padding": ({"padding_mask": keep}, {"attn_mask": keep[:, None, None, :]}, 0.5),
+        }
+        for label, (own, other, share) in variants.items():
+            with torch.no_grad():
+                providers = beside(device, lambda own=own: pyfused.attention(q, k, v, **own), lambda: None)
+                providers.update(sdpa(device, q, k, v, **other))
+                yield Case(name + label, providers, flops=share * flops, tolerance=3e-2)
+
+        table = torch.randn(32, h, device=device, dtype=torch.bfloat16)
+        relative = pyfused.RelativeBias(table, True)
+        with torch.no_grad():  # the peers are given the bias in memory, ready made
+            dense = pyfused.relative_bias(table, s, s, bidirectional=True)
+            own = beside(device, lambda: pyfused.attention(q, k, v, relative_bias=relative), lambda: None)
+            yield Case(
+                f"{name} T5 bias", {**own, **sdpa(device, q, k, v, attn_mask=dense)}, flops=flops, tolerance=3e-2
+            )
+
+        def train(call, inputs, **options):
+            return torch.autograd.grad(call(*inputs, **options), inputs, g)
+
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        for label, own, other in [("", {}, {}), (" causal", {"is_causal": True}, {"is_causal": True})]:
+            yield Case(
+                f"train {name}{label}",
+                {
+                    "pyfused": lambda own=own: train(pyfused.attention, inputs, **own),
+                    "torch": lambda other=other: train(F.scaled_dot_product_attention, inputs, **other),
+                },
+                flops=14 * b * h * s * s * d * (0.5 if own else 1.0),
+                tolerance=5e-2,
+            )
+    for b in decoding:
+        q = torch.randn(b, 12, 1, 64, device=device, dtype=torch.bfloat16)
+        k, v = (torch.randn(b, 12, 2048, 64, device=device, dtype=torch.bfloat16)[:, :, :1000] for _ in range(2))
+        with torch.no_grad():
+            providers = beside(device, lambda q=q, k=k, v=v: pyfused.attention(q, k, v, is_causal=True), lambda: None)
+            providers.update(sdpa(device, q, k, v))
+            yield Case(f"decode {b}x12x1000x64 bfloat16", providers, bytes=4 * b * 12 * 1000 * 64, tolerance=3e-2)

@@ -6,10 +6,15 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import beside
+
 
 def cases(device):
+    shapes = [(rows, 768, 3072) for rows in (1, 4, 16, 128, 512)]
+    if device == "cuda":
+        shapes += [(1, 2048, 8192), (8192, 768, 3072), (4096, 2048, 8192)]
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, n, f in [(1, 768, 3072), (4, 768, 3072), (16, 768, 3072), (128, 768, 3072), (512, 768, 3072)]:
+        for rows, n, f in shapes:
             x, r = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
             w_in, b_in = (torch.randn(f, n, device=device) / n**0.5).to(dtype), torch.randn(f, device=device).to(dtype)
             w_out, b_out = (
@@ -26,7 +31,7 @@ def cases(device):
             with torch.no_grad():
                 yield Case(
                     f"{rows}x{n}x{f} {str(dtype).removeprefix('torch.')}",
-                    {"pyfused": fused, "torch": plain},
+                    beside(device, fused, plain, compiled=dtype == torch.bfloat16 and rows in (1, 8192)),
                     bytes=2 * n * f * x.element_size() if rows <= 16 else 0,
                     flops=4 * rows * n * f if rows > 16 else 0,
                     tolerance=3e-2,

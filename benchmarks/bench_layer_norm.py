@@ -6,6 +6,8 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import beside
+
 
 def cases(device):
     shapes = [(1, 768), (128, 768), (512, 768), (512, 1024), (512, 4096)]
@@ -21,16 +23,35 @@ def cases(device):
             with torch.no_grad():
                 yield Case(
                     f"{name} residual",
-                    {
-                        "pyfused": lambda: pyfused.layer_norm(x, w, b, residual=r),
-                        "torch": lambda: F.layer_norm(x + r, (n,), w, b),
-                    },
+                    beside(
+                        device,
+                        lambda: pyfused.layer_norm(x, w, b, residual=r),
+                        lambda: F.layer_norm(x + r, (n,), w, b),
+                        compiled=dtype == torch.bfloat16,
+                    ),
                     bytes=4 * size,
                     tolerance=2e-2,
                 )
                 yield Case(
                     name,
-                    {"pyfused": lambda: pyfused.layer_norm(x, w, b), "torch": lambda: F.layer_norm(x, (n,), w, b)},
+                    beside(device, lambda: pyfused.layer_norm(x, w, b), lambda: F.layer_norm(x, (n,), w, b)),
                     bytes=2 * size,
                     tolerance=2e-2,
                 )
+            if device == "cuda":
+                yield backward(rows, n, dtype, device, name, size)
+
+
+def backward(rows, n, dtype, device, name, size):
+    x, w, b, g = (torch.randn(s, device=device, dtype=dtype) for s in [(rows, n), (n,), (n,), (rows, n)])
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    own, other = pyfused.layer_norm(*inputs), F.layer_norm(x, (n,), w, b)
+    return Case(
+        f"{name} backward",
+        {
+            "pyfused": lambda: torch.autograd.grad(own, inputs, g, retain_graph=True),
+            "torch": lambda: torch.autograd.grad(other, inputs, g, retain_graph=True),
+        },
+        bytes=3 * size,
+        tolerance=3e-2,
+    )

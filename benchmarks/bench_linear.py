@@ -6,6 +6,8 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import beside
+
 
 def cases(device):
     for dtype in (torch.float32, torch.bfloat16):
@@ -16,7 +18,7 @@ def cases(device):
                 with torch.no_grad():
                     yield Case(
                         f"{rows}x{n} -> {m} {str(dtype).removeprefix('torch.')}",
-                        {"pyfused": lambda: pyfused.linear(x, w, b), "torch": lambda: F.linear(x, w, b)},
+                        beside(device, lambda: pyfused.linear(x, w, b), lambda: F.linear(x, w, b)),
                         bytes=n * m * x.element_size() if rows <= 16 else 0,
                         flops=2 * rows * n * m if rows > 16 else 0,
                         tolerance=3e-2,

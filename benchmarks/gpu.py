@@ -1,10 +1,12 @@
 """Everything a GPU must show, in parts: `python -m benchmarks.gpu --part tests|sanitize|bench|all`.
 
-tests: every GPU test. sanitize: compute-sanitizer memcheck and racecheck on the operators' small cases. bench: every
-operator beside its peers, into benchmarks/results/<device>.json. A summary comes last; exit status 1 if a part failed.
+tests: `pytest -m gpu`, every operator on every backend, models, generation, streams and CUDA graphs. sanitize:
+compute-sanitizer's memcheck and racecheck on small calls of every CUDA kernel. bench: every operator beside its peers, into
+benchmarks/results/<device>.json. A summary comes last; exit status 1 if a part failed.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,23 +17,24 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30"]
 
 
 def tests() -> list[list[str]]:
-    return [[*PYTEST, "--maxfail=30", "tests/ops", "tests/models", "tests/test_generation.py"]]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # Triton compiles a kernel per variant
+    return [[*PYTEST, *workers, "-m", "gpu", "tests"]]
 
 
 def sanitize() -> list[list[str]]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise RuntimeError("compute-sanitizer is not on the PATH")
-    small = [*PYTEST, "tests/ops/test_layer_norm.py", "-k", "cuda and float32 and not 4097"]
+    small = [*PYTEST, "tests/gpu/test_streams_and_graphs.py", "-k", "streams and cuda"]
     return [[tool, "--tool", kind, "--error-exitcode", "9", *small] for kind in ("memcheck", "racecheck")]
 
 
 def bench() -> list[list[str]]:
-    names = ["layer_norm", "attention", "ffn", "linear"]
+    names = ["layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear"]
     return [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--save", "--only", *names]]
 
 

@@ -1,7 +1,8 @@
 """Which backend runs an operator? One table of preferences, the reasons that overrule it, and explain().
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
-a module per operator with `forward`, `backward` and, where they matter, two kinds of function that return a reason or None:
+a module per operator with `forward`, `backward` (or one of them: it is then no candidate for the other, and the next backend
+runs that, under strict=True too) and, where they matter, two kinds of function that return a reason or None:
 `unsupported_forward(*args)`: the module cannot do this case; `slower_forward(*args)`: it can, and measurements say that the
 next backend is faster, or closer to float64. A forced backend ignores the second kind and gives way, visibly in explain(), to
 the first.
@@ -47,7 +48,8 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
 
     Args:
         name: "reference", "cpu", "triton" or "cuda".
-        strict: raise BackendError where the backend lacks the case; otherwise the next one runs, as explain() shows.
+        strict: raise BackendError where the backend lacks the case; otherwise the next one runs, as explain() shows. An
+            operator of which the backend has the forward alone gets its gradients from the next one all the same.
 
     Raises:
         ValueError: `name` is no backend, or cannot run on this machine at all.
@@ -126,6 +128,13 @@ def kernel(name: str, operator: str) -> ModuleType | None:
 
 
 @functools.cache
+def _lacks(name: str, operator: str, function: str) -> bool:
+    """Whether a backend has the operator, but not this function of it."""
+    module = kernel(name, operator)
+    return module is not None and not hasattr(module, function)
+
+
+@functools.cache
 def _candidates(operator: str, function: str, device: str, dtype: torch.dtype, forced: str | None):
     """What may run, best first: (backend, callable, unsupported, slower), with everything that depends on no argument."""
     order = PREFERENCES.get(device, ("reference",))
@@ -134,7 +143,7 @@ def _candidates(operator: str, function: str, device: str, dtype: torch.dtype, f
     rows = []
     for name in order:
         module = kernel(name, operator) if not _cannot_run(name, device, dtype) else None
-        if module is not None:
+        if module is not None and hasattr(module, function):
             slower = getattr(module, f"slower_{function}", None) if name != forced else None
             rows.append((name, getattr(module, function), getattr(module, f"unsupported_{function}", None), slower))
     return tuple(rows)
@@ -150,7 +159,7 @@ def choose(operator: str, function: str, args: tuple[Any, ...]):
     for name, call, unsupported, slower in _candidates(
         operator, function, tensor.device.type, tensor.dtype, forced[0] if forced else None
     ):
-        if forced and forced[1] and name != forced[0]:
+        if forced and forced[1] and name != forced[0] and not _lacks(forced[0], operator, function):
             break
         if (unsupported is None or unsupported(*args) is None) and (slower is None or slower(*args) is None):
             return call
@@ -196,6 +205,8 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
         module = None if reason else kernel(name, operator)
         if not reason and module is None:
             reason = "has no such operator"
+        if not reason and _lacks(name, operator, function):
+            reason, module = f"has no {function} of this operator", None
         if module is not None:
             unsupported = getattr(module, f"unsupported_{function}", None)
             slower = getattr(module, f"slower_{function}", None)

@@ -33,7 +33,13 @@ def seeded():
     torch.manual_seed(1234)
 
 
+ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
+
+
 def pytest_collection_modifyitems(items):
+    """Where there is a GPU, what takes its device from conftest or runs every backend is a GPU test too: `-m gpu`."""
     for item in items:
+        if HAS_GPU and str(item.path.relative_to(item.config.rootpath)).startswith(ON_THE_DEVICE):
+            item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

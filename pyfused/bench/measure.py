@@ -6,6 +6,7 @@ machine's own ceilings (copy bandwidth, matrix rate), measured in the same run.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
                 f"{case.name}: {name} is {worst:.3e} from {case.baseline}, largest magnitude {scale:.3e}"
             )
     clock = _time_cuda if device == "cuda" else _time_cpu
+    for call in case.providers.values():  # compiled and warm
+        call()
     samples: dict[str, list[float]] = {name: [] for name in case.providers}
     began = time.perf_counter()
     for done in range(case.rounds):
@@ -99,16 +102,22 @@ def _time_cpu(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) / 20
 
 
-def _time_cuda(call: Callable[[], Any], repeat: int = 10) -> float:
-    """Seconds per call on the device, by events; the L2 cache is overwritten before, as in real use between layers."""
-    torch.empty(64 << 20, dtype=torch.int8, device="cuda").zero_()
+def _time_cuda(call: Callable[[], Any]) -> float:
+    """Seconds of one call on the device, by events. Before it 512 MB are overwritten: the L2 cache is cold, as between the
+    layers of a model, and the host has time to submit the call before the device gets there, so that only the device's
+    time is measured."""
+    _flush().zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    for _ in range(repeat):
-        call()
+    call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeat
+    return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    return torch.empty(512 << 20, dtype=torch.int8, device="cuda")
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:

@@ -25,7 +25,7 @@
 #include <ucontext.h>
 #endif
 
-// The linker's names for the section that holds every static __shared__ array; absent when there is none.
+// The linker's names for the section that holds every static __shared__ array (see shim.py); absent when there is none.
 extern "C" {
 extern unsigned char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
@@ -313,6 +313,10 @@ void start_block(Block& b, uint3 index, dim3 dim, size_t shared, size_t first_st
     t.group = 0;
     t.copies.clear();
     t.stack = stack_of(first_stack + i);
+#if SANITIZED
+    // enter() never returns, so the red zones of its frame would stay.
+    __asan_unpoison_memory_region(t.stack + kStack - kGuard, kGuard);
+#endif
     prepare(t.context, t.stack, enter);
   }
 }

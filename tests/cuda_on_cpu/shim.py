@@ -1,5 +1,5 @@
 """How do the CUDA sources become a module that runs on the CPU? Compiles csrc/cuda/*.cu and cuda_bindings.cpp with the host
-compiler against include/, into build/cuda_on_cpu/<hash of all sources and flags>/; a second call finds it there.
+compiler against include/, into build/cuda_on_cpu/; objects and modules are named by what they were made of, and made once.
 
     python tests/cuda_on_cpu/shim.py            # prints where the module lies
     python tests/cuda_on_cpu/shim.py --sanitize # the same under AddressSanitizer and UBSan, for use with sanitized()
@@ -7,6 +7,7 @@ compiler against include/, into build/cuda_on_cpu/<hash of all sources and flags
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -17,27 +18,42 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "cuda_on_cpu"
 INCLUDES = (HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")
 # No contraction: __fmul_rn must round. The kernels' NaN poison must survive, so no fast maths.
-FLAGS = (
-    "-std=c++17 -fPIC -fvisibility=hidden -march=native -ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-unused-function "
-    "-Wno-maybe-uninitialized -Wno-uninitialized -DPYFUSED_CUDA_ON_CPU"
-).split()
-SANITIZE = (
-    "-O1 -g -fsanitize=address,undefined -fsanitize-sections=cuda_shared -fno-sanitize-recover=all -fno-omit-frame-pointer"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-march=native",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-DPYFUSED_CUDA_ON_CPU",
+]
+SANITIZE = [
+    "-O1",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 
 
 @functools.cache
 def compiler() -> str:
-    """The host compiler; raises RuntimeError where there is none. GCC: -fsanitize-sections is its own."""
+    """The host compiler; raises RuntimeError where there is none."""
     found = os.environ.get("CXX") or shutil.which("g++")
     if not found:
         raise RuntimeError("the CUDA kernels' tests need g++")
@@ -48,43 +64,57 @@ def sources() -> list[Path]:
     return [HERE / "engine.cpp", ROOT / "csrc" / "cuda_bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
-def _hash(files: Sequence[Path], flags: Sequence[str]) -> str:
-    headers = [path for folder in INCLUDES for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
-    digest = hashlib.sha256(repr((flags, sys.version)).encode())
-    for path in sorted({*files, *headers}):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+@contextmanager
+def _only_here(target: Path) -> Iterator[bool]:
+    """Holds a file's lock among processes; whether the file has still to be made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not target.exists()
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((parts, sys.version)).encode()).hexdigest()[:16]
+
+
+def _compile(source: Path, flags: Sequence[str], headers: str) -> Path:
+    target = CACHE / f"{source.stem}-{_digest(source.read_bytes(), flags, headers)}.o"
+    with _only_here(target) as missing:
+        if missing:
+            import pybind11
+
+            includes = [f"-I{path}" for path in (*INCLUDES, pybind11.get_include(), sysconfig.get_path("include"))]
+            half_made = target.with_suffix(".half.o")
+            command = [compiler(), "-x", "c++", *flags, *includes, "-c", str(source), "-o", str(half_made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr[:6000]}")
+            if (
+                source.suffix == ".cu"
+            ):  # its statics are the kernels' shared memory: the engine must know where they lie
+                section = ".bss=cuda_shared,alloc,load,data,contents"
+                subprocess.run(["objcopy", "--rename-section", section, str(half_made)], check=True)
+            half_made.rename(target)
+    return target
 
 
 def build(name: str, files: Sequence[Path], *, sanitize: bool = False) -> Path:
     """Compiles `files` into the Python extension `name` and returns its path; safe among processes."""
-    import pybind11
+    headers = _digest([path.read_bytes() for folder in (HERE, *INCLUDES) for path in sorted(folder.rglob("*.*h"))])
 
-    flags = [*FLAGS, *(SANITIZE if sanitize else ["-O2"])]
-    folder = ROOT / "build" / "cuda_on_cpu" / _hash(files, flags)
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
-            return target
-        includes = [f"-I{path}" for path in (*INCLUDES, pybind11.get_include(), sysconfig.get_path("include"))]
+    def compiled(source: Path) -> Path:
+        checks = sanitize and not source.stem.endswith("_bindings")  # there is nothing to check in bindings
+        return _compile(source, [*FLAGS, *(SANITIZE if checks else ["-O2"])], headers)
 
-        def compiled(source: Path) -> Path:
-            out = folder / f"{source.stem}.o"
-            command = [compiler(), "-x", "c++", *flags, *includes, "-c", str(source), "-o", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr[:6000]}")
-            return out
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, files))
-        half_made = folder / "linking.so"
-        subprocess.run([compiler(), "-shared", *flags, *map(str, objects), "-o", str(half_made)], check=True)
-        half_made.rename(target)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, files))
+    target = CACHE / _digest([o.name for o in objects]) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with _only_here(target) as missing:
+        if missing:
+            half_made = target.with_suffix(".half")
+            runtimes = SANITIZE if sanitize else []
+            subprocess.run([compiler(), "-shared", *runtimes, *map(str, objects), "-o", str(half_made)], check=True)
+            half_made.rename(target)
     return target
 
 
@@ -98,6 +128,18 @@ def load(name: str = "_cuda", files: tuple[Path, ...] = ()) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@contextmanager
+def order(module: ModuleType, which: int) -> Iterator[None]:
+    """Runs threads and blocks another way inside the block: 0 in turn, 1 backwards and as far as each gets, else a seed."""
+    assert module.__file__
+    set_order = ctypes.CDLL(module.__file__).cuda_on_cpu_set_order
+    set_order(ctypes.c_uint64(which))
+    try:
+        yield
+    finally:
+        set_order(ctypes.c_uint64(0))
 
 
 def sanitized(command: Sequence[str], **options) -> subprocess.CompletedProcess:

@@ -18,6 +18,7 @@ struct Launch {
 
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // forgets it: the next launch is not to blame
     throw std::runtime_error(std::string(what) + " of shape (" + std::to_string(rows) + ", " + std::to_string(n) +
                              ") on cuda:" + std::to_string(device) + ": " + cudaGetErrorString(error));
   }

@@ -17,7 +17,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __constant__ static const
-#define __shared__ static __attribute__((section("cuda_shared")))
+#define __shared__ static  // shim.py renames the section in which a .cu file's statics lie
 #define PYFUSED_SHARED_BYTES(name) unsigned char* const name = ::cuda_on_cpu::now.dynamic_shared
 #define PYFUSED_LAUNCH(kernel, grid, block, shared, stream, ...)                                                  \
   ((void)(stream), ::cuda_on_cpu::launch((const void*)(kernel), #kernel, dim3(grid), dim3(block), shared, false, \

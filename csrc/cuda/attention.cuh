@@ -1,0 +1,199 @@
+// What do attention's CUDA kernels share? Arguments, the rows and keys of a block, tile loads, and dropout's bits.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "pyfused/device.cuh"
+#include "pyfused/launch.h"
+#include "pyfused/tensor_core.cuh"
+
+namespace pyfused::cuda {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kNever = -INFINITY;  // the score of a key that a query may not see
+
+// Everything a kernel is told. A block's rows are the queries of one head, or, packed, those of all `pack` heads that
+// share a key head: keys are then read once for all of them. Strides count elements.
+struct Attention {
+  const void *query, *key, *value, *bias;
+  const unsigned char* mask;  // (B, Sk), nonzero is a real token
+  const int64_t* seed;
+  void* out;   // (B, H, Sq, D) of the inputs' dtype; where keys are split, float32 with a part for each chunk in front
+  float* lse;  // (B, H, Sq), with the chunks in front where keys are split; may be null
+  int b, h, group, sq, sk, d;
+  int pack, chunk;  // chunk: keys of a block in the grid's second dimension
+  // T5's bias: table[buckets[distance + span], head], distance = key - query position, clamped to [-span, span].
+  const void* table;  // float32, or of the inputs' dtype
+  const int* buckets;
+  int64_t table_stride[2];
+  int span;
+  bool table_float32;
+  int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[4], chunk_stride;
+  bool causal, aligned, bias_pairs;
+  float scale, keep_scale;
+  uint32_t threshold;
+};
+
+// ---- which rows and keys --------------------------------------------------------------------------------------------
+// A block's place: the heads' set, the batch entry, and its rows [first, first + block rows) of `rows`.
+struct Place {
+  int batch, set, first, rows;
+};
+
+// Late rows have the most keys under a causal mask: their blocks start first, so that the last wave is of short ones.
+__device__ inline Place place_of(const Attention& a, int block_rows) {
+  const unsigned rows = (unsigned)(a.pack * a.sq), tiles = (rows + block_rows - 1) / block_rows, sets = a.h / a.pack;
+  const unsigned above = blockIdx.x / tiles, tile = tiles - 1 - blockIdx.x % tiles;
+  return {(int)(above / sets), (int)(above % sets), (int)(tile * block_rows), (int)rows};
+}
+
+// The query of a row, and its head; rows past the last are copies of it that nobody writes.
+struct Row {
+  int head, query;
+};
+__device__ inline Row row_at(const Attention& a, const Place& place, int row) {
+  row = row < place.rows ? row : place.rows - 1;
+  if (a.pack == 1) return {place.set, row};
+  return {place.set * a.pack + row / a.sq, row % a.sq};
+}
+
+template <class T> __device__ const T* query_row(const Attention& a, const Place& place, int row) {
+  const Row r = row_at(a, place, row);
+  return (const T*)a.query + place.batch * a.query_stride[0] + r.head * a.query_stride[1] + r.query * a.query_stride[2];
+}
+
+// Number of a row among those of all heads and batch entries, the dropout generator's and lse's order.
+__device__ inline int64_t flat_row(const Attention& a, const Place& place, const Row& row) {
+  return ((int64_t)place.batch * a.h + row.head) * a.sq + row.query;
+}
+
+// The keys [first, end) that any of a block's rows sees, and whether padding has holes there, `mask` being the row of
+// the batch entry. A padded batch is nearly always one run of real tokens: tiles inside it then need no mask at all.
+struct Keys {
+  int first, end;
+  const unsigned char* mask;  // null: no holes
+};
+
+// Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the launch
+// that computing it once for all blocks would cost.
+__device__ inline Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
+  const int chunk_first = (int)blockIdx.y * a.chunk;
+  int end = min(a.sk - chunk_first, a.chunk) + chunk_first;
+  if (a.causal) {
+    const int last = a.pack == 1 ? min(place.first + block_rows, place.rows) - 1 : a.sq - 1;
+    end = min(end, last + a.sk - a.sq + 1);
+  }
+  if (!a.mask) return {chunk_first, end, nullptr};
+  const unsigned char* mask = a.mask + (int64_t)place.batch * a.sk;
+  int first = end, last = chunk_first - 1, count = 0;
+  for (int key = chunk_first + (int)threadIdx.x; key < end; key += (int)blockDim.x)
+    if (mask[key]) first = min(first, key), last = key, ++count;
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    first = min(first, __shfl_xor_sync(kAllLanes, first, offset));
+    last = max(last, __shfl_xor_sync(kAllLanes, last, offset));
+    count += __shfl_xor_sync(kAllLanes, count, offset);
+  }
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (threadIdx.x % kWarp == 0) scratch[3 * warp] = first, scratch[3 * warp + 1] = last, scratch[3 * warp + 2] = count;
+  __syncthreads();
+  count = 0;
+  for (int w = 0; w < warps; ++w) {
+    first = min(first, scratch[3 * w]);
+    last = max(last, scratch[3 * w + 1]);
+    count += scratch[3 * w + 2];
+  }
+  return {first, last + 1, count == last + 1 - first ? nullptr : mask};
+}
+
+// The last key that a query sees.
+__device__ inline int last_key(const Attention& a, const Keys& keys, int query) {
+  return a.causal ? min(query + a.sk - a.sq, keys.end - 1) : keys.end - 1;
+}
+
+// ---- T5's bias ------------------------------------------------------------------------------------------------------
+inline __host__ __device__ int distances(const Attention& a) { return a.table ? a.pack * (2 * a.span + 1) : 0; }
+
+// The biases of a block's heads by distance, times `unit`, into shared memory: a gather from there costs less than the
+// bucket's formula. A barrier has to follow.
+template <class T> __device__ void fill_distances(const Attention& a, const Place& place, float unit, float* by_distance) {
+  const int width = 2 * a.span + 1;
+  for (int i = threadIdx.x; i < distances(a); i += blockDim.x) {
+    const int64_t at = a.buckets[i % width] * a.table_stride[0] + (place.set * a.pack + i / width) * a.table_stride[1];
+    by_distance[i] = unit * (a.table_float32 ? ((const float*)a.table)[at] : widen(((const T*)a.table)[at]));
+  }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+// Starts copying the elements [at, at + 16 bytes) of a row into shared memory; zeros past the head size, and where !live.
+// Zeros, never what lies in memory there: 0 * NaN would reach a sum.
+template <class T> __device__ inline void copy_chunk(T* to, const T* row, int at, int d, bool live, bool aligned) {
+  constexpr int V = 16 / sizeof(T);
+  if (aligned) return cp_async16(to, row + at, live && at < d);
+  Pack<T, V> v;
+#pragma unroll
+  for (int j = 0; j < V; ++j) v.at[j] = live && at + j < d ? row[at + j] : narrow<T>(0.0f);
+  store<V>(to, v);
+}
+
+__device__ inline bool is_live(const Keys& keys, int key) {
+  return key >= keys.first && key < keys.end && (!keys.mask || keys.mask[key]);
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+// Philox4x32-10 (Salmon et al. 2011) as kernels/reference/_philox.py has it: words for keys 4 * quad to 4 * quad + 3.
+__device__ inline void philox(int64_t seed, uint32_t quad, uint32_t query, uint32_t flat_head, uint32_t (&c)[4]) {
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
+  c[0] = quad, c[1] = query, c[2] = flat_head, c[3] = 0;
+#pragma unroll
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t p0 = (uint64_t)0xD2511F53u * c[0], p1 = (uint64_t)0xCD9E8D57u * c[2];
+    c[0] = (uint32_t)(p1 >> 32) ^ c[1] ^ k0, c[1] = (uint32_t)p1;
+    c[2] = (uint32_t)(p0 >> 32) ^ c[3] ^ k1, c[3] = (uint32_t)p0;
+  }
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), of out's chunks, of the
+// table (2), span, and whether the table is float32.
+inline Attention arguments(const AttentionPointers& p, bool is_causal, double scale, double dropout_p, bool packed,
+                           int64_t chunk, int element_size) {
+  const int64_t* n = (const int64_t*)p.layout;
+  const int v = 16 / element_size;
+  Attention a{};
+  a.query = (const void*)p.query, a.key = (const void*)p.key, a.value = (const void*)p.value;
+  a.bias = (const void*)p.bias, a.mask = (const unsigned char*)p.mask, a.seed = (const int64_t*)p.seed;
+  a.out = (void*)p.out, a.lse = (float*)p.lse;
+  a.b = (int)n[0], a.h = (int)n[1], a.group = (int)(n[1] / n[2]);
+  a.sq = (int)n[3], a.sk = (int)n[4], a.d = (int)n[5];
+  a.pack = packed ? a.group : 1, a.chunk = (int)chunk;
+  a.aligned = aligned16({p.query, p.key, p.value, p.out}) && a.d % v == 0;
+  const int64_t query_sizes[] = {n[0], n[1], n[3]}, key_sizes[] = {n[0], n[2], n[4]};
+  for (int i = 0; i < 3; ++i) {
+    a.query_stride[i] = n[6 + i], a.key_stride[i] = n[9 + i], a.value_stride[i] = n[12 + i];
+    a.out_stride[i] = n[15 + i];
+    if (query_sizes[i] > 1) a.aligned = a.aligned && n[6 + i] % v == 0;
+    if (key_sizes[i] > 1) a.aligned = a.aligned && n[9 + i] % v == 0 && n[12 + i] % v == 0;
+  }
+  for (int i = 0; i < 4; ++i) a.bias_stride[i] = n[18 + i];
+  a.chunk_stride = n[22];
+  a.table = (const void*)p.table, a.buckets = (const int*)p.buckets;
+  a.table_stride[0] = n[23], a.table_stride[1] = n[24], a.span = (int)n[25], a.table_float32 = n[26] != 0;
+  // Two neighbours of a 16-bit bias in one load: where no pair crosses a row's end or an address that 4 divides.
+  a.bias_pairs = p.bias && p.bias % 4 == 0 && n[21] == 1 && a.sk % 2 == 0 && n[18] % 2 == 0 && n[19] % 2 == 0 &&
+                 n[20] % 2 == 0;
+  a.causal = is_causal;
+  a.scale = (float)scale;
+  a.keep_scale = 1.0f;
+  if (p.seed) {
+    const double words = nearbyint(dropout_p * 4294967296.0);
+    a.threshold = words < 4294967295.0 ? (uint32_t)words : 0xffffffffu;
+    a.keep_scale = (float)(1.0 / (1.0 - dropout_p));
+  }
+  return a;
+}
+
+}  // namespace
+}  // namespace pyfused::cuda

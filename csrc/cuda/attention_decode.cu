@@ -1,0 +1,100 @@
+// attention on CUDA, few queries against many keys: at most 16 rows, the queries of the heads that share a key head.
+//
+// Moves keys and values once: 2 B Hkv Sk D elements, 4 FLOPs for each element and row, so memory-bound. B8 H32 Hkv8
+// S4096 D128, 16 bits: 134 MB, predicted 48 us at 3.0 TB/s with 6 us for launches, fill and combination; GPT-2's B1 H12
+// S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. Not yet measured.
+//
+// Tiling: a block takes a chunk of keys, so that few heads still fill the chip; four warps share each tile of it, 16 keys
+// each, and all rows at once in one mma tile: on the tensor cores 16 rows cost what one does, and memory stays the limit.
+// A ring of three tiles keeps 32 KB and more of reads under way on every multiprocessor. With several chunks a second
+// kernel adds them up in their order: bitwise repeatable, no atomics.
+#include "attention_tile.cuh"
+
+namespace pyfused::cuda {
+namespace {
+
+constexpr int kCombineThreads = 64;
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+// One block a row: chunks in their order, weighted by their sums.
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(Attention a, const float* part, const float* part_lse, int chunks) {
+  const int64_t rows = (int64_t)a.b * a.h * a.sq, row = blockIdx.x;
+  float peak = kNever, total = 0;
+  for (int c = 0; c < chunks; ++c)  // +inf marks a chunk in which the query sees no key
+    if (const float lse = part_lse[c * rows + row]; lse != INFINITY) peak = fmaxf(peak, lse);
+  for (int c = 0; c < chunks; ++c)
+    if (const float lse = part_lse[c * rows + row]; lse != INFINITY) total += expf(lse - peak);
+  const int query = (int)(row % a.sq), head = (int)(row / a.sq % a.h);
+  const int64_t batch = row / a.sq / a.h;
+  T* out = (T*)a.out + batch * a.out_stride[0] + head * a.out_stride[1] + query * a.out_stride[2];
+  for (int at = threadIdx.x; at < a.d; at += kCombineThreads) {
+    float sum = 0;
+#pragma unroll 8
+    for (int c = 0; c < chunks; ++c) {
+      const float lse = part_lse[c * rows + row], v = part[(c * rows + row) * a.d + at];
+      sum += lse != INFINITY ? v * expf(lse - peak) : 0.0f;
+    }
+    out[at] = narrow<T>(total == 0.0f ? 0.0f : sum / total);
+  }
+  if (a.lse && threadIdx.x == 0) a.lse[row] = total == 0.0f ? INFINITY : peak + logf(total);
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+template <class T, int D, int WN, int STAGES>
+void launch_decode(const Launch& launch, const Attention& a, addr stream) {
+  constexpr int kTile = WN * 16, kTiles = tile_bytes<1, 1, kTile, STAGES, D>(), kMerge = merge_bytes<WN, D>();
+  const int tiles = kTiles + distances(a) * (int)sizeof(float);
+  const size_t bytes = tiles > kMerge ? tiles : kMerge;
+  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny>;
+  allow_shared(launch, kernel, bytes);
+  const dim3 grid((unsigned)((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
+  PYFUSED_LAUNCH(kernel, grid, WN * kWarp, bytes, stream, a);
+}
+
+template <class T> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
+  if (a.d <= 64) launch_decode<T, 64, 4, 3>(launch, a, stream);
+  else if (a.d <= 128) launch_decode<T, 128, 4, 2>(launch, a, stream);
+  else launch_decode<T, 256, 2, 2>(launch, a, stream);
+}
+
+}  // namespace
+
+void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
+                       bool packed, int64_t chunk, addr stream);
+
+void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
+                              addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
+                              double dropout_p, int64_t chunk, int dtype, int device, addr stream) {
+  const AttentionPointers p{query, key, value, mask, bias, table, buckets, seed, out, lse, layout};
+  const int64_t* n = (const int64_t*)layout;
+  const Launch launch{"attention forward", n[0] * n[1] * n[3], n[5], device};
+  if (launch.rows == 0) return;
+  const OnDevice guard(launch);
+  if (dtype == 0) {
+    attention_float32(launch, p, is_causal, scale, dropout_p, true, chunk, stream);
+  } else {
+    const Attention a = arguments(p, is_causal, scale, dropout_p, true, chunk, 2);
+    if (dtype == 1) by_head_size<__half>(launch, a, stream);
+    else by_head_size<__nv_bfloat16>(launch, a, stream);
+  }
+  launch.check();
+}
+
+void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
+                       addr stream) {
+  const int64_t* n = (const int64_t*)layout;
+  const Launch launch{"attention combine", n[0] * n[1] * n[3], n[5], device};
+  if (launch.rows == 0) return;
+  const OnDevice guard(launch);
+  PYFUSED_BY_DTYPE(dtype, {
+    const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));
+    auto kernel = combine_kernel<T>;
+    PYFUSED_LAUNCH(kernel, (unsigned)launch.rows, kCombineThreads, 0, stream, a, (const float*)part,
+                   (const float*)part_lse, (int)chunks);
+  })
+  launch.check();
+}
+
+}  // namespace pyfused::cuda

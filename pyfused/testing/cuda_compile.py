@@ -1,0 +1,164 @@
+"""What does a source of csrc/cuda compile to, on a machine with no GPU? Registers, spills and machine code of every kernel.
+
+nvcc makes a cubin per source and architecture, kept under build/cubin by a hash of everything that goes into it, so
+that a second run compiles nothing; cuobjdump, which the Triton wheel brings, reads it.
+
+    for kernel in compile_source("layer_norm", "sm_90a"):
+        check_kernel(kernel)
+        if kernel.template == "forward_kernel" and kernel.arguments[1] != "1":
+            assert "LDG.E.128" in kernel.sass
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .triton_compile import SHARED_LIMIT, cuobjdump
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr")
+
+_ROOT = Path(__file__).resolve().parents[2]
+_INCLUDES = (_ROOT / "csrc" / "include", _ROOT / "csrc" / "cuda")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One __global__ function of a source, for one architecture.
+
+    Attributes:
+        name: as C++ writes it, without namespaces and parameters: "forward_kernel<__half, 8, 4, true>".
+        architecture: "sm_80" or "sm_90a".
+        registers: 32-bit registers per thread.
+        spills: bytes of stack and local memory per thread: what did not fit into registers, or could not be indexed there.
+        shared: bytes of static shared memory per block.
+        sass: its machine code, as text.
+    """
+
+    name: str
+    architecture: str
+    registers: int
+    spills: int
+    shared: int
+    sass: str = field(repr=False)
+
+    @property
+    def template(self) -> str:
+        """The name before the template arguments."""
+        return self.name.partition("<")[0]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The template arguments: ("__half", "8", "4", "true")."""
+        _, _, inner = self.name.partition("<")
+        return tuple(a.strip() for a in inner.removesuffix(">").split(",")) if inner else ()
+
+    def count(self, instruction: str) -> int:
+        """How many instructions begin with this, such as "LDG.E.128" or "HMMA"."""
+        return len(re.findall(rf"\*/\s+(?:@!?U?P\d+ )?{re.escape(instruction)}", self.sass))
+
+
+def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
+    """Compiles csrc/cuda/<name>.cu and returns its kernels; the same process compiles and reads it once.
+
+    Args:
+        name: an operator, such as "layer_norm".
+        architecture: "sm_80" or "sm_90a".
+
+    Raises:
+        ValueError: an unknown architecture, or no such source.
+        RuntimeError: nvcc refuses; the message has its last words.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is unknown; it takes {', '.join(ARCHITECTURES)}")
+    source = _ROOT / "csrc" / "cuda" / f"{name}.cu"
+    if not source.is_file():
+        raise ValueError(f"name={name!r}: there is no {source}")
+    return _kernels(_cubin(source, architecture), architecture)
+
+
+def check_kernel(kernel: Kernel) -> None:
+    """Raises AssertionError where a kernel spills, or declares more shared memory than a block has without asking."""
+    what = f"{kernel.name} on {kernel.architecture}"
+    assert kernel.spills == 0, f"{what}: {kernel.spills} bytes a thread spilled ({kernel.registers} registers)"
+    assert kernel.shared <= 48 * 1024, f"{what}: {kernel.shared} bytes of static shared memory; 48 KB are the limit"
+
+
+def shared_limit(architecture: str) -> int:
+    """Bytes of shared memory that one block may ask for."""
+    return SHARED_LIMIT[architecture.rstrip("a")]
+
+
+def _read(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
+    """The text of a source and of all it includes from this repository."""
+    if path not in seen:
+        seen[path] = path.read_bytes()
+        for included in re.findall(rb'^\s*#include "([^"]+)"', seen[path], re.MULTILINE):
+            for folder in (path.parent, *_INCLUDES):
+                if (folder / included.decode()).is_file():  # else a header of the host shim
+                    _read(folder / included.decode(), seen)
+                    break
+    return seen
+
+
+@functools.cache
+def _compiler() -> tuple[str, str]:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the PATH")
+    return nvcc, subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _cubin(source: Path, architecture: str) -> Path:
+    nvcc, version = _compiler()
+    command = [*FLAGS, f"-arch={architecture}", "-cubin", *(f"-I{folder}" for folder in _INCLUDES)]
+    digest = hashlib.sha256(repr((version, command)).encode())
+    for _, text in sorted(_read(source, {}).items()):
+        digest.update(text)
+    cubin = _ROOT / "build" / "cubin" / f"{source.stem}.{architecture}.{digest.hexdigest()[:16]}.cubin"
+    if not cubin.is_file():
+        cubin.parent.mkdir(parents=True, exist_ok=True)
+        for old in cubin.parent.glob(f"{source.stem}.{architecture}.*.cubin"):
+            old.unlink(missing_ok=True)
+        fresh = cubin.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([nvcc, *command, str(source), "-o", str(fresh)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc for {architecture} refuses {source.name}:\n{(done.stdout + done.stderr)[-4000:]}")
+        fresh.rename(cubin)  # two processes may have compiled it: either result will do
+    return cubin
+
+
+@functools.cache
+def _kernels(cubin: Path, architecture: str) -> tuple[Kernel, ...]:
+    def dump(option: str) -> str:
+        return subprocess.run([cuobjdump(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    usage = re.findall(pattern, dump("--dump-resource-usage"))
+    parts = (part.partition("\n") for part in re.split(r"\n\s+Function : ", dump("-sass"))[1:])
+    code = {name.strip(): body for name, _, body in parts}
+    mangled = "\n".join(row[0] for row in usage)
+    plain = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    return tuple(
+        Kernel(_short(name), architecture, int(registers), int(stack) + int(local), int(shared), code[symbol])
+        for name, (symbol, registers, stack, shared, local) in zip(plain, usage)
+    )
+
+
+def _short(name: str) -> str:
+    """The function's own name and its template arguments, of "void a::(anonymous namespace)::f<T, (int)4>(g, h)"."""
+    name = re.sub(r"\((?:anonymous namespace|int|bool|unsigned int)\)(?:::)?", "", name)
+    depth, end = 0, len(name)
+    for at, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            end = at
+            break
+    return re.sub(r"\b(?:\w+::)+", "", name[:end]).removeprefix("void ")

@@ -1,0 +1,70 @@
+"""Do the CUDA kernels give the same bits whatever order their threads and blocks run in, and touch only what is theirs?"""
+
+import os
+import sys
+
+import operator_calls
+import pytest
+import shim
+import torch
+
+import pyfused
+from pyfused import _extensions, dispatch
+from pyfused.testing import running
+
+_extensions.emulate_cuda(shim.load)
+FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SANITIZED = os.environ.get("PYFUSED_SANITIZE") == "1"
+
+
+def on_cuda_kernels(name, dtype):
+    """The call's results by csrc/cuda, or None where these kernels lack the case, as explain() says."""
+    try:
+        torch.manual_seed(3)  # of dropout
+        with running("cuda"):
+            return operator_calls.prepared(name, "cpu", FLOAT_TYPES[dtype])()
+    except dispatch.BackendError:
+        return None
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("name", operator_calls.CALLS)
+def test_every_order_gives_the_same_bits(name, dtype):
+    expected = on_cuda_kernels(name, dtype)
+    if expected is None:
+        assert name in LACKING
+        return
+    for order in () if SANITIZED else (1, 2):
+        with shim.order(shim.load(), order):
+            for one, other in zip(expected, on_cuda_kernels(name, dtype), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.isfinite(t).all() for t in expected)
+
+
+# What csrc/cuda leaves to the other backends: the materialised bias is a gather, which the Triton kernel does as well.
+LACKING = ("relative_bias",)
+
+
+def test_a_cuda_error_names_operator_shape_and_device(monkeypatch):
+    """There is no cuda:1 on the shim; and a launch that fails is not blamed on the next one."""
+    from pyfused.kernels.cuda import layer_norm
+
+    x, weight = torch.ones(3, 768), torch.ones(768)
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_norm, "where", lambda device: (1, 0))
+        with (
+            running("cuda"),
+            pytest.raises(RuntimeError, match=r"layer_norm .*shape \(3, 768\) on cuda:1: invalid argument"),
+        ):
+            pyfused.layer_norm(x, weight)
+    with running("cuda"):
+        assert pyfused.layer_norm(x, weight).isfinite().all()
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
+def test_no_access_out_of_bounds_and_no_undefined_behaviour():
+    """The calls above once more, in a process under AddressSanitizer and UBSan."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--capture=sys", "-p", "no:cacheprovider", __file__]
+    done = shim.sanitized(command, cwd=shim.ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
+    assert "passed" in done.stdout

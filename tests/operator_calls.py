@@ -1,0 +1,140 @@
+"""Small calls of every operator that together reach every path of its kernels: what is run again and again to see whether
+a result stays the same, bit for bit, when something about the running changes (thread order, stream, CUDA graph)."""
+
+from collections.abc import Callable
+
+import torch
+
+import pyfused
+
+CALLS: dict[str, Callable[["Numbers"], Callable[[], tuple[torch.Tensor, ...]]]] = {}
+
+
+class Numbers:
+    """Random tensors of one device and dtype, the same on every device."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __call__(self, *shape, scale=1.0):
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype).to(self.device)
+
+    def mask(self, *shape):
+        return (torch.rand(shape, generator=self.generator) > 0.3).to(self.device)
+
+
+def calls(name):
+    """Registers a function of Numbers under a name: it makes the inputs and returns the call, which gives what to compare."""
+
+    def register(function):
+        CALLS[name] = function
+        return function
+
+    return register
+
+
+def prepared(name, device, dtype):
+    return CALLS[name](Numbers(device, dtype))
+
+
+def with_gradients(call, inputs, upstream):
+    def run():
+        outputs = call()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(outputs, inputs, upstream[: len(outputs)])
+        return (*(o.detach() for o in outputs), *grads)
+
+    return run
+
+
+def norm_shapes(operator):
+    for n in (768, 37, 1032, 9000, 4097):
+        for residual in (False, True):
+            calls(f"{operator} {n}{' residual' if residual else ''}")(
+                lambda new, n=n, residual=residual: norm(new, operator, n, residual)
+            )
+
+
+def norm(new, operator, n, residual):
+    x, weight, bias = (t.requires_grad_() for t in (new(5, n), new(n), new(n)))
+    inputs = [x, weight]
+    options = {"residual": new(5, n)} if residual else {}
+    if operator == "layer_norm":
+        options["bias"] = bias
+        inputs.append(bias)
+    return with_gradients(lambda: getattr(pyfused, operator)(x, weight, **options), inputs, [new(5, n), new(5, n)])
+
+
+norm_shapes("layer_norm")
+norm_shapes("rms_norm")
+
+
+def linear_like(rows, n, m):
+    tag = f"{rows}x{n}x{m}"
+    scale = n**-0.5
+
+    @calls(f"linear {tag}")
+    def _(new):
+        x, weight, bias, residual = new(rows, n), new(m, n, scale=scale), new(m), new(rows, m)
+        return lambda: (pyfused.linear(x, weight, bias, residual=residual),)
+
+    @calls(f"ffn {tag}")
+    def _(new):
+        x, w_in, b_in, w_out, b_out = new(rows, n), new(m, n, scale=scale), new(m), new(n, m, scale=scale), new(n)
+        residual = new(rows, n)
+        return lambda: (pyfused.ffn(x, w_in, b_in, w_out, b_out, activation="gelu", residual=residual),)
+
+    @calls(f"gated_ffn {tag}")
+    def _(new):
+        x, w_gate, w_up = new(rows, n), new(m, n, scale=scale), new(m, n, scale=scale)
+        w_out, residual = new(n, m, scale=scale), new(rows, n)
+        return lambda: (pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_tanh", residual=residual),)
+
+
+for size in [(1, 128, 96), (4, 264, 40), (16, 128, 96), (3, 37, 51), (40, 64, 72)]:
+    linear_like(*size)
+
+
+def attention(b, h, hkv, sq, sk, d, **options):
+    tag = "".join(f" {name}" for name in options)
+
+    @calls(f"attention {b}x{h}/{hkv}x{sq}/{sk}x{d}{tag}")
+    def _(new):
+        def heads(heads, length):  # as a projection gives them: (B, S, H, D) in memory
+            return new(b, length, heads, d).transpose(1, 2)
+
+        given = {}
+        if options.get("causal"):
+            given["is_causal"] = True
+        if options.get("mask"):
+            given["padding_mask"] = new.mask(b, sk)
+        if options.get("bias"):
+            given["attn_bias"] = new(1, h, sq, sk)
+        if options.get("relative"):
+            given["relative_bias"] = pyfused.RelativeBias(new(32, h), True, 20)
+        if options.get("dropout"):
+            given["dropout_p"] = 0.2
+        query, key, value = heads(h, sq), heads(hkv, sk), heads(hkv, sk)
+        return lambda: (pyfused.attention(query, key, value, **given),)
+
+
+attention(2, 4, 4, 1, 300, 64, causal=True, mask=True)
+attention(1, 8, 2, 2, 137, 64, causal=True)
+attention(2, 2, 2, 3, 70, 40, bias=True)
+attention(1, 4, 4, 1, 700, 128, mask=True)
+attention(2, 3, 3, 70, 70, 64, causal=True)
+attention(1, 4, 2, 129, 137, 64, mask=True)
+attention(1, 2, 2, 40, 40, 128, bias=True)
+attention(2, 2, 2, 33, 50, 80, causal=True, mask=True)
+attention(1, 2, 2, 20, 20, 37, causal=True)
+attention(1, 2, 2, 70, 70, 64, relative=True, mask=True)
+attention(1, 4, 4, 1, 90, 64, relative=True)
+attention(1, 2, 2, 40, 40, 64, dropout=True)
+
+
+@calls("relative_bias")
+def _(new):
+    table = new(32, 4).requires_grad_()
+    options = {"bidirectional": True, "max_distance": 30}
+    return with_gradients(lambda: pyfused.relative_bias(table, 40, 50, **options), [table], [new(1, 4, 40, 50)])
