@@ -19,6 +19,10 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);
+  KERNEL(gated_ffn_forward);
+  KERNEL(gated_ffn_activation);
+  KERNEL(gated_ffn_scaled);
+  KERNEL(gated_ffn_unscale);
   KERNEL(attention_forward);
   KERNEL(attention_decode_forward);
   KERNEL(attention_combine);

@@ -44,21 +44,41 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
 // where the addresses say so.
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
                     int device, addr stream);
+
 // ---- attention ------------------------------------------------------------------------------------------------------
 // What every launcher takes. `layout` is a host array of int64: B, H, Hkv, Sq, Sk, D, then the strides of query, key,
-// value and out (batch, head, sequence), the four of bias, and out's from one chunk of keys to the next.
+// value and out (batch, head, sequence), the four of bias, out's from one chunk of keys to the next, and of T5's bias the
+// table's strides (bucket, head), span (buckets: int32, of the distances -span .. span), and 1 if the table is float32.
 struct AttentionPointers {
-  addr query, key, value, mask, bias, seed, out, lse, layout;
+  addr query, key, value, mask, bias, table, buckets, seed, out, lse, layout;
 };
 // A tile of queries looks at all keys; float16 and bfloat16 on the tensor cores, float32 on the ordinary ones.
-void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                       addr layout, bool is_causal, double scale, double dropout_p, int dtype, int device, addr stream);
+void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
+                       addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
+                       int multiprocessors, int dtype, int device, addr stream);
 // At most 16 rows (queries of the heads that share a key head) look at `chunk` keys each; with more than one chunk, out
 // and lse are float32 parts (chunks, ...), which attention_combine adds up.
-void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                              addr layout, bool is_causal, double scale, double dropout_p, int64_t chunk, int dtype,
-                              int device, addr stream);
+void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
+                              addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
+                              double dropout_p, int64_t chunk, int dtype, int device, addr stream);
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
+                       addr stream);
+
+// ---- gated_ffn ------------------------------------------------------------------------------------------------------
+// Up to 16 rows; `hidden` holds (rows, f), float32 where the dtype is float16; gate and up hold (rows, f) or are 0.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr gate, addr up,
+                       addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_gate_stride,
+                       int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride, int activation, int dtype,
+                       int device, addr stream);
+// hidden = activation(gate) * up, float32 where the dtype is float16, and, if grad_hidden is not 0, the gradients of
+// gate and up; contiguous, in place where the addresses say so.
+void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up, int64_t size,
+                          int activation, int dtype, int device, addr stream);
+// The same forward in float16 with a power-of-two scale for each of the rows: hidden * scale[row] is the product.
+void gated_ffn_scaled(addr gate, addr up, addr hidden, addr scale, int64_t rows, int64_t f, int activation, int device,
+                      addr stream);
+// y = y * scale[row] + residual in float16, in place; y (rows, m) contiguous.
+void gated_ffn_unscale(addr y, addr scale, addr residual, int64_t rows, int64_t m, int64_t residual_stride, int device,
                        addr stream);
 
 }  // namespace pyfused::cuda
