@@ -13,6 +13,9 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(layer_norm_forward);
   KERNEL(layer_norm_backward_parts);
   KERNEL(layer_norm_backward);
+  KERNEL(rms_norm_forward);
+  KERNEL(rms_norm_backward_parts);
+  KERNEL(rms_norm_backward);
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);

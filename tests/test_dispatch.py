@@ -89,6 +89,26 @@ def test_environment_variables(name, value, said):
     assert said in out.stdout + out.stderr
 
 
+def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
+    """Forced strictly too: its forward runs, and the next backend's backward."""
+    monkeypatch.delattr(dispatch.kernel("cpu", "layer_norm"), "backward")
+    caches = (dispatch._candidates, dispatch._lacks)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        x = X.clone().requires_grad_()
+        with pyfused.backend("cpu", strict=True):
+            assert pyfused.explain("layer_norm", X, W).backend == "cpu"
+            rows = dispatch.verdicts("layer_norm", "backward", (X, None, X, W, None, None, False))
+            assert next((v.backend, v.reason) for v in rows) == ("cpu", "has no backward of this operator")
+            assert next(v.backend for v in rows if v.runs) == "reference"
+            pyfused.layer_norm(x, W).sum().backward()
+        assert x.grad is not None
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
 def test_threads_follow_torch():
     """The kernels use torch's OpenMP pool: the answer is the same, and torch.set_num_threads is honoured."""
     x, w = torch.randn(2048, 1024), torch.randn(1024)

@@ -24,6 +24,12 @@ struct Attention {
   float* lse;  // (B, H, Sq), with the chunks in front where keys are split; may be null
   int b, h, group, sq, sk, d;
   int pack, chunk;  // chunk: keys of a block in the grid's second dimension
+  // T5's bias: table[buckets[distance + span], head], distance = key - query position, clamped to [-span, span].
+  const void* table;  // float32, or of the inputs' dtype
+  const int* buckets;
+  int64_t table_stride[2];
+  int span;
+  bool table_float32;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[4], chunk_stride;
   bool causal, aligned, bias_pairs;
   float scale, keep_scale;
@@ -107,6 +113,19 @@ __device__ inline int last_key(const Attention& a, const Keys& keys, int query) 
   return a.causal ? min(query + a.sk - a.sq, keys.end - 1) : keys.end - 1;
 }
 
+// ---- T5's bias ------------------------------------------------------------------------------------------------------
+inline __host__ __device__ int distances(const Attention& a) { return a.table ? a.pack * (2 * a.span + 1) : 0; }
+
+// The biases of a block's heads by distance, times `unit`, into shared memory: a gather from there costs less than the
+// bucket's formula. A barrier has to follow.
+template <class T> __device__ void fill_distances(const Attention& a, const Place& place, float unit, float* by_distance) {
+  const int width = 2 * a.span + 1;
+  for (int i = threadIdx.x; i < distances(a); i += blockDim.x) {
+    const int64_t at = a.buckets[i % width] * a.table_stride[0] + (place.set * a.pack + i / width) * a.table_stride[1];
+    by_distance[i] = unit * (a.table_float32 ? ((const float*)a.table)[at] : widen(((const T*)a.table)[at]));
+  }
+}
+
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 // Starts copying the elements [at, at + 16 bytes) of a row into shared memory; zeros past the head size, and where !live.
 // Zeros, never what lies in memory there: 0 * NaN would reach a sum.
@@ -137,7 +156,8 @@ __device__ inline void philox(int64_t seed, uint32_t quad, uint32_t query, uint3
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), then of out's chunks.
+// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), of out's chunks, of the
+// table (2), span, and whether the table is float32.
 inline Attention arguments(const AttentionPointers& p, bool is_causal, double scale, double dropout_p, bool packed,
                            int64_t chunk, int element_size) {
   const int64_t* n = (const int64_t*)p.layout;
@@ -159,6 +179,8 @@ inline Attention arguments(const AttentionPointers& p, bool is_causal, double sc
   }
   for (int i = 0; i < 4; ++i) a.bias_stride[i] = n[18 + i];
   a.chunk_stride = n[22];
+  a.table = (const void*)p.table, a.buckets = (const int*)p.buckets;
+  a.table_stride[0] = n[23], a.table_stride[1] = n[24], a.span = (int)n[25], a.table_float32 = n[26] != 0;
   // Two neighbours of a 16-bit bias in one load: where no pair crosses a row's end or an address that 4 divides.
   a.bias_pairs = p.bias && p.bias % 4 == 0 && n[21] == 1 && a.sk % 2 == 0 && n[18] % 2 == 0 && n[19] % 2 == 0 &&
                  n[20] % 2 == 0;

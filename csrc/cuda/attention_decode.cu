@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(kCombineThreads)
 template <class T, int D, int WN, int STAGES>
 void launch_decode(const Launch& launch, const Attention& a, addr stream) {
   constexpr int kTile = WN * 16, kTiles = tile_bytes<1, 1, kTile, STAGES, D>(), kMerge = merge_bytes<WN, D>();
-  constexpr size_t bytes = kTiles > kMerge ? kTiles : kMerge;
-  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, true>;
+  const int tiles = kTiles + distances(a) * (int)sizeof(float);
+  const size_t bytes = tiles > kMerge ? tiles : kMerge;
+  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny>;
   allow_shared(launch, kernel, bytes);
   const dim3 grid((unsigned)((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, WN * kWarp, bytes, stream, a);
@@ -63,10 +64,10 @@ template <class T> void by_head_size(const Launch& launch, const Attention& a, a
 void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
                        bool packed, int64_t chunk, addr stream);
 
-void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr seed, addr out, addr lse,
-                              addr layout, bool is_causal, double scale, double dropout_p, int64_t chunk, int dtype,
-                              int device, addr stream) {
-  const AttentionPointers p{query, key, value, mask, bias, seed, out, lse, layout};
+void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
+                              addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
+                              double dropout_p, int64_t chunk, int dtype, int device, addr stream) {
+  const AttentionPointers p{query, key, value, mask, bias, table, buckets, seed, out, lse, layout};
   const int64_t* n = (const int64_t*)layout;
   const Launch launch{"attention forward", n[0] * n[1] * n[3], n[5], device};
   if (launch.rows == 0) return;
@@ -88,7 +89,7 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
   if (launch.rows == 0) return;
   const OnDevice guard(launch);
   PYFUSED_BY_DTYPE(dtype, {
-    const Attention a = arguments({0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));
+    const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));
     auto kernel = combine_kernel<T>;
     PYFUSED_LAUNCH(kernel, (unsigned)launch.rows, kCombineThreads, 0, stream, a, (const float*)part,
                    (const float*)part_lse, (int)chunks);

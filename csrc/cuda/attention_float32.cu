@@ -51,10 +51,12 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   __shared__ int scratch[3 * kThreads / kWarp];
   float *query_tile = (float*)shared, *key_tile = query_tile + kRows * kPitch;
   float *value_tile = key_tile + kKeys * kPitch, *scores = value_tile + kKeys * D;
+  float* by_distance = scores + kRows * kScores;
 
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const Place place = place_of(a, kRows);
   const Keys keys = keys_of(a, place, kRows, scratch);
+  fill_distances<float>(a, place, 1.0f, by_distance);
   const int key_head = place.set * a.pack / a.group;
   const float* key = (const float*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
   const float* value = (const float*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     __syncthreads();  // the keys are there, and nobody reads the values before them any more
     copy_rows<D, kKeys>(a, keys, value, a.value_stride[2], start, D, value_tile);
     cp_async_commit();
+    float alpha[TR];
     if (wanted) {
       float s[TR][TN] = {};
 #pragma unroll 1
@@ -116,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
       for (int r = 0; r < TR; ++r) {
         const float* bias = (const float*)a.bias + place.batch * a.bias_stride[0] + row[r].head * a.bias_stride[1] +
                             row[r].query * a.bias_stride[2];
+        const float* relative = by_distance + (row[r].head - place.set * a.pack) * (2 * a.span + 1) + a.span;
         float high = row_max[r];
 #pragma unroll
         for (int n = 0; n < TN; ++n) {
@@ -123,12 +127,16 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
           const bool seen = live[n] && at <= last[r];
           s[r][n] *= a.scale;
           if (a.bias && seen) s[r][n] += bias[at * a.bias_stride[3]];
+          if (a.table) {
+            const int distance = at - (row[r].query + a.sk - a.sq);
+            s[r][n] += relative[min(max(distance, -a.span), a.span)];
+          }
           if (!seen) s[r][n] = kNever;
           high = fmaxf(high, s[r][n]);
         }
         high = side_max(high);
         const float shift = high == kNever ? 0.0f : high;  // nothing seen yet: exp(-inf - 0) is 0, not NaN
-        const float alpha = expf(row_max[r] - shift);
+        alpha[r] = expf(row_max[r] - shift);
         row_max[r] = high;
         float sum = 0;
 #pragma unroll
@@ -144,11 +152,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
           }
           scores[(ty * TR + r) * kScores + tx + n * kSide] = p;
         }
-        row_sum[r] = row_sum[r] * alpha + sum;
-#pragma unroll
-        for (int c = 0; c < C; ++c)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[r][c][i] *= alpha;
+        row_sum[r] = fmaf(row_sum[r], alpha[r], sum);
       }
     }
     cp_async_wait<0>();
@@ -156,7 +160,8 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     if (start + kKeys < keys.end)
       copy_rows<D, kKeys>(a, keys, key, a.key_stride[2], start + kKeys, kPitch, key_tile);
     cp_async_commit();
-    if (wanted)
+    if (wanted) {
+      float part[TR][C][4] = {};
 #pragma unroll 2
       for (int k = 0; k < kKeys; k += 4) {
         Pack<float, 4> p[TR];
@@ -170,9 +175,16 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 #pragma unroll
             for (int r = 0; r < TR; ++r)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) acc[r][c][i] = fmaf(p[r].at[j], v.at[i], acc[r][c][i]);
+              for (int i = 0; i < 4; ++i) part[r][c][i] = fmaf(p[r].at[j], v.at[i], part[r][c][i]);
           }
       }
+#pragma unroll
+      for (int r = 0; r < TR; ++r)
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[r][c][i] = fmaf(acc[r][c][i], alpha[r], part[r][c][i]);
+    }
   }
   cp_async_wait<0>();
 
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 template <int D, int TR, int TN> void launch_float32(const Launch& launch, const Attention& a, addr stream) {
-  constexpr size_t bytes = shared_floats<D, TR, TN>() * sizeof(float);
+  const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
   auto kernel = float32_kernel<D, TR, TN>;
   allow_shared(launch, kernel, bytes);
   const int64_t tiles = up((int64_t)a.pack * a.sq, TR * kSide);

@@ -42,11 +42,19 @@ template <class T, int D> __device__ inline void query_fragment(uint32_t (&q)[4]
 template <class T, int D, int BN, int THREADS>
 __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, const T* value, int start, T* key_tile,
                           T* value_tile) {
-  constexpr int kChunks = D / 8;
-  for (int i = threadIdx.x; i < BN * kChunks; i += THREADS) {
-    const int row = i / kChunks, chunk = i % kChunks, to = swizzled<D>(row, chunk);
+  constexpr int kChunks = D / 8, kEach = BN * kChunks / THREADS;
+  static_assert(BN * kChunks % THREADS == 0, "every thread copies equally much");
+#pragma unroll(D > 128 ? 2 : kEach)  // addresses take registers, which long heads have not
+  for (int i = 0; i < kEach; ++i) {
+    int row, chunk;
+    if constexpr (THREADS % kChunks == 0) {  // a thread stays in its column
+      row = threadIdx.x / kChunks + i * (THREADS / kChunks), chunk = threadIdx.x % kChunks;
+    } else {
+      row = (threadIdx.x + i * THREADS) / kChunks, chunk = (threadIdx.x + i * THREADS) % kChunks;
+    }
     const bool live = is_live(keys, start + row);
     const int64_t at = live ? start + row : 0;
+    const int to = swizzled<D>(row, chunk);
     copy_chunk(key_tile + to, key + at * a.key_stride[2], chunk * 8, a.d, live, a.aligned);
     copy_chunk(value_tile + to, value + at * a.value_stride[2], chunk * 8, a.d, live, a.aligned);
   }
@@ -177,31 +185,51 @@ __device__ void merge_warps(const Attention& a, const Place& place, float* share
   }
 }
 
-// EXTRAS: a bias, dropout, or a scale that is not positive. Without them the maximum may be taken before scaling, and
-// scaling becomes half of a multiply-add.
-template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, bool EXTRAS>
+// Adds T5's bias to a row's scores; `shift` is where key 0 stands in by_distance, `base` where its head begins. Keys that
+// are all farther away than span share a value: those of most tiles of a long sequence.
+template <int NT>
+__device__ inline void add_distances(float (&s)[NT][4], int half, const float* by_distance, int start, int base, int shift,
+                                     int span, int far) {
+  const int first = start + threadIdx.x % 4 * 2 + shift;
+  const float same = by_distance[base + (far > 0 ? 2 * span : 0)];
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = min(max(first + n * 8 + i, base), base + 2 * span);
+      s[n][2 * half + i] += far ? same : by_distance[at];
+    }
+}
+
+// What a kernel adds to the scores: nothing, with a positive scale, so that the maximum may be taken before scaling and
+// scaling becomes half of a multiply-add; T5's bias; or any of it, a dense bias, dropout and any scale too.
+enum class Extras { kNone, kRelative, kAny };
+
+template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS>
 __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
+  constexpr bool kNone = EXTRAS == Extras::kNone, kAny = EXTRAS == Extras::kAny;
   constexpr int kThreads = WM * WN * kWarp, kRows = WM * MR * 16, kOwn = BN / WN, NT = kOwn / 8, K = D / 16;
-  constexpr bool kHoldQuery = MR * D <= 128;
+  constexpr bool kHoldQuery = MR * D <= (kNone ? 128 : 64);  // in registers; else from shared memory for each tile
   PYFUSED_SHARED_BYTES(shared);
   __shared__ int scratch[3 * WM * WN];
+  float* by_distance = (float*)(shared + tile_bytes<MR, WM, BN, STAGES, D>());
   T *query_tile = (T*)shared, *key_tiles = query_tile + kRows * D, *value_tiles = key_tiles + STAGES * BN * D;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wm = warp / WN, wn = warp % WN;
   const Place place = place_of(a, kRows);
   const int warp_row = wm * MR * 16;
-  const Keys keys = keys_of(a, place, kRows, scratch);
-  const int begin = keys.first / 16 * 16, tiles = keys.end > begin ? (keys.end - begin + BN - 1) / BN : 0;
-  const int key_head = place.set * a.pack / a.group;
-  const T* key = (const T*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
-  const T* value = (const T*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
-
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
     copy_chunk(query_tile + swizzled<D>(row, chunk), query_row<T>(a, place, place.first + row), chunk * 8, a.d, true,
                a.aligned);
   }
   cp_async_commit();
+  if constexpr (!kNone) fill_distances<T>(a, place, kLog2e, by_distance);
+  const Keys keys = keys_of(a, place, kRows, scratch);
+  const int begin = keys.first / 16 * 16, tiles = keys.end > begin ? (keys.end - begin + BN - 1) / BN : 0;
+  const int key_head = place.set * a.pack / a.group;
+  const T* key = (const T*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
+  const T* value = (const T*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < tiles)
@@ -211,6 +239,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   }
 
   int last[MR][2], query[MR][2], head[MR][2];
+  int base[MR][2], shift[MR][2];  // of a row in by_distance
   const T* bias[MR][2];
 #pragma unroll
   for (int m = 0; m < MR; ++m)
@@ -218,7 +247,11 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
     for (int half = 0; half < 2; ++half) {
       const Row row = row_at(a, place, place.first + warp_row + m * 16 + half * 8 + lane / 4);
       last[m][half] = last_key(a, keys, row.query);
-      if constexpr (EXTRAS) {
+      if constexpr (!kNone) {
+        base[m][half] = WN == 1 ? 0 : (row.head - place.set * a.pack) * (2 * a.span + 1);
+        shift[m][half] = base[m][half] + a.span - (row.query + a.sk - a.sq);
+      }
+      if constexpr (kAny) {
         query[m][half] = row.query, head[m][half] = place.batch * a.h + row.head;
         bias[m][half] = (const T*)a.bias + place.batch * a.bias_stride[0] + row.head * a.bias_stride[1] +
                         row.query * a.bias_stride[2];
@@ -228,7 +261,9 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   int warp_all = last_key(a, keys, a.pack == 1 ? place.first + warp_row : 0), warp_last = keys.end - 1;
   if (a.causal && a.pack == 1) warp_last = last_key(a, keys, place.first + warp_row + MR * 16 - 1);
   if (place.first + warp_row >= place.rows) warp_last = -1;  // rows that nobody writes
-  const int64_t seed = EXTRAS && a.seed ? *a.seed : 0;
+  const int nearest = a.sk - a.sq + (a.pack == 1 ? place.first + warp_row : 0);  // positions of the warp's queries
+  const int farthest = a.pack == 1 ? nearest + MR * 16 - 1 : a.sk - 1;
+  const int64_t seed = kAny && a.seed ? *a.seed : 0;
   const float scale = a.scale * kLog2e;
 
   uint32_t held[MR][kHoldQuery ? K : 1][4];
@@ -269,8 +304,8 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
     const T* key_tile = key_tiles + tile % STAGES * BN * D;
     const T* value_tile = value_tiles + tile % STAGES * BN * D;
 
-    Pack<T, 2> added[EXTRAS ? MR : 1][2][NT];
-    if constexpr (EXTRAS)
+    Pack<T, 2> added[kAny ? MR : 1][2][NT];
+    if constexpr (kAny)
       if (a.bias)
 #pragma unroll
         for (int m = 0; m < MR; ++m)
@@ -305,12 +340,21 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 
 #pragma unroll
     for (int m = 0; m < MR; ++m) {
-      if constexpr (EXTRAS) {
+      if constexpr (!kNone) {
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            s[m][n][i] = s[m][n][i] * scale + (a.bias ? widen(added[m][i / 2][n].at[i % 2]) * kLog2e : 0.0f);
+          for (int i = 0; i < 4; ++i) {
+            s[m][n][i] *= scale;
+            if constexpr (kAny)
+              if (a.bias) s[m][n][i] += widen(added[m][i / 2][n].at[i % 2]) * kLog2e;
+          }
+        if (!kAny || a.table) {
+          const int far = start - farthest >= a.span ? 1 : nearest - (start + kOwn - 1) >= a.span ? -1 : 0;
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            add_distances<NT>(s[m], half, by_distance, start, base[m][half], shift[m][half], a.span, far);
+        }
       }
       if (masked) {
 #pragma unroll
@@ -329,23 +373,23 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 #pragma unroll
         for (int n = 0; n < NT; ++n) peak = fmaxf(peak, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         peak = quad_max(peak);
-        const float high = fmaxf(row_max[m][half], EXTRAS ? peak : peak * scale);
-        const float shift = high == kNever ? 0.0f : high;  // nothing seen yet: 2^(-inf - 0) is 0, not NaN
-        const float alpha = fast_exp2(row_max[m][half] - shift);
+        const float high = fmaxf(row_max[m][half], kNone ? peak * scale : peak);
+        const float zero = high == kNever ? 0.0f : high;  // nothing seen yet: 2^(-inf - 0) is 0, not NaN
+        const float alpha = fast_exp2(row_max[m][half] - zero);
         row_max[m][half] = high;
         float sum = 0;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            s[m][n][i] = fast_exp2(EXTRAS ? s[m][n][i] - shift : s[m][n][i] * scale - shift);
+            s[m][n][i] = fast_exp2(kNone ? s[m][n][i] * scale - zero : s[m][n][i] - zero);
             sum += s[m][n][i];
           }
         row_sum[m][half] = row_sum[m][half] * alpha + sum;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) acc[m][n][2 * half] *= alpha, acc[m][n][2 * half + 1] *= alpha;
       }
-      if constexpr (EXTRAS)
+      if constexpr (kAny)
         if (a.seed) drop<NT>(s[m], seed, start, query[m], head[m], a.threshold);
     }
 

@@ -5,6 +5,7 @@ from array import array
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
+from pyfused.kernels.buckets import distance_buckets
 
 from ._launch import UNPROVEN, multiprocessors, pointer, where
 
@@ -12,12 +13,20 @@ _ROWS = 16  # of a decode block: queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
 _CHUNK = 256  # keys a block should at least have before the keys of its queries are split over several
 _MAX_CHUNKS = 64
+_MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16 heads
 
 
-def unsupported_forward(query, key, *rest):
+def unsupported_forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128,
+):  # fmt: skip
     # Rows and keys are counted in 32 bits, with a tile to spare.
     if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
+    # The span is at most max_distance, which costs nothing to look at.
+    far = bias_table is not None and max_distance > _MAX_SPAN
+    if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
+        return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
     return None
 
 
@@ -32,17 +41,27 @@ def _chunks(blocks: int, key_length: int, processors: int) -> tuple[int, int]:
     return -(-key_length // size), size
 
 
-def _layout(query, key, value, out, attn_bias, chunk_stride=0):
+def _buckets(table, bidirectional, max_distance):
+    return distance_buckets(bidirectional, table.shape[0], max_distance, table.device)
+
+
+def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0):
     """Sizes and strides, in the order of csrc/cuda/attention.cuh; keep the array alive until the launch has returned."""
     b, h, sq, d = query.shape
     sizes = [b, h, key.shape[1], sq, key.shape[2], d]
     for t in (query, key, value, out):
         sizes += t.stride()[-4:-1]
     sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
-    return array("q", [*sizes, chunk_stride])
+    relative = (0, 0, 0, 0)
+    if table is not None:
+        relative = (*table.stride(), buckets.shape[0] // 2, int(table.dtype == torch.float32))
+    return array("q", [*sizes, chunk_stride, *relative])
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save):
+def forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128,
+):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]
     out = torch.empty_strided((b, h, sq, d), (sq * h * d, d, h * d, 1), dtype=query.dtype, device=query.device)
@@ -50,24 +69,24 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
     if b == 0 or h == 0:
         return out, lse
     dtype, place = DTYPE_CODES[query.dtype], where(query.device)
-    inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, seed)))
+    buckets = None if bias_table is None else _buckets(bias_table, bidirectional, max_distance)
+    inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, bias_table, buckets, seed)))
     options = (is_causal, scale, dropout_p)
     outputs = (pointer(out), pointer(lse))
-    layout = _layout(query, key, value, out, attn_bias)
+    layout = _layout(query, key, value, out, attn_bias, bias_table, buckets)
+    processors = multiprocessors(query.device)
     if h // hkv * sq > _ROWS:
-        cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, dtype, *place)
+        cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
         return out, lse
-    chunks, chunk = _chunks(b * hkv, sk, multiprocessors(query.device))
+    chunks, chunk = _chunks(b * hkv, sk, processors)
     if chunks == 1:
         cuda().attention_decode_forward(*inputs, *outputs, layout.buffer_info()[0], *options, chunk, dtype, *place)
         return out, lse
     part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
     part_lse = torch.empty((chunks, b, h, sq), dtype=torch.float32, device=query.device)
-    parts = _layout(query, key, value, part, attn_bias, part.stride(0))
+    parts = _layout(query, key, value, part, attn_bias, bias_table, buckets, part.stride(0))
     cuda().attention_decode_forward(
         *inputs, pointer(part), pointer(part_lse), parts.buffer_info()[0], *options, chunk, dtype, *place
     )
-    cuda().attention_combine(
-        pointer(part), pointer(part_lse), *outputs, layout.buffer_info()[0], chunks, dtype, *place
-    )
+    cuda().attention_combine(pointer(part), pointer(part_lse), *outputs, layout.buffer_info()[0], chunks, dtype, *place)
     return out, lse

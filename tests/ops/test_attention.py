@@ -57,6 +57,10 @@ DECODING = [
     Case((4, 8, 2, 1, 1025, 40), bias="full", seldom=True),
     Case((2, 4, 4, 1, 137, 64), is_causal=True, padding="left", seldom=True),
     Case((2, 2, 2, 3, 70, 80), is_causal=True, padding="right"),
+    # Long enough for their keys to be split, in every size of head that a GPU's kernels tell apart.
+    Case((2, 8, 2, 2, 777, 64), padding="all", bias="head", seldom=True),
+    Case((1, 4, 2, 3, 777, 128), is_causal=True, padding="random", bias="full", dropout_p=0.2, seldom=True),
+    Case((1, 4, 1, 1, 600, 256), padding="random", dropout_p=0.1, scale=-0.1, seldom=True),
 ]
 
 

@@ -1,0 +1,55 @@
+"""Do attention's CUDA kernels use the tensor cores, copy past the registers, and spill nothing?"""
+
+import shutil
+
+import pytest
+
+from pyfused.testing.cuda_compile import ARCHITECTURES, check_kernel, compile_source, shared_limit
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+SOURCES = {"attention": 22, "attention_decode": 9, "attention_float32": 5}  # kernels of each
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels(source, architecture):
+    kernels = compile_source(source, architecture)
+    assert len(kernels) == SOURCES[source]
+    for kernel in kernels:
+        check_kernel(kernel)
+        if kernel.template == "attention_kernel":
+            head_size = int(kernel.arguments[1])
+            # Both products of a tile: scores, and probabilities times values.
+            assert kernel.count("HMMA.16816.F32") >= head_size // 8, kernel.name
+            assert kernel.count("LDSM") >= head_size // 16, kernel.name
+            assert kernel.count("LDSM.16.MT88") >= head_size // 16, kernel.name
+            assert kernel.count("LDGSTS.E.BYPASS.128") >= 4, kernel.name
+            assert kernel.count("FFMA") < kernel.count("HMMA") * 4, kernel.name
+        elif kernel.template == "float32_kernel":
+            assert kernel.count("HMMA") == 0, kernel.name
+            assert kernel.count("LDGSTS.E.BYPASS.128") >= 3, kernel.name
+            assert kernel.count("LDS.128") >= 8, kernel.name
+            assert kernel.count("FFMA") >= 128, kernel.name
+        else:
+            assert kernel.template == "combine_kernel"
+
+
+def tile_bytes(arguments):
+    """Dynamic shared memory of an attention_kernel<T, D, MR, WM, WN, BN, STAGES, EXTRAS>, without T5's bias."""
+    d, mr, wm, _, bn, stages = map(int, arguments[1:7])
+    return (wm * mr * 16 + 2 * stages * bn) * d * 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["attention", "attention_decode"])
+def test_tiles_fit_the_chip(source, architecture):
+    """With room for the biases by distance of 16 heads, 511 each. Two blocks share a multiprocessor up to D = 128."""
+    for kernel in compile_source(source, architecture):
+        if kernel.template == "attention_kernel":
+            bytes_ = tile_bytes(kernel.arguments) + kernel.shared
+            assert bytes_ + 16 * 511 * 4 <= shared_limit(architecture), kernel.name
+            if int(kernel.arguments[1]) <= 128:
+                threads = 32 * int(kernel.arguments[3]) * int(kernel.arguments[4])
+                assert 2 * threads * kernel.registers <= 65536, kernel.name
+                assert 2 * bytes_ <= shared_limit(architecture), kernel.name
