@@ -100,7 +100,7 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
         with pyfused.backend("cpu", strict=True):
             assert pyfused.explain("layer_norm", X, W).backend == "cpu"
             rows = dispatch.verdicts("layer_norm", "backward", (X, None, X, W, None, None, False))
-            assert [(v.backend, v.reason) for v in rows][0] == ("cpu", "has no backward of this operator")
+            assert next((v.backend, v.reason) for v in rows) == ("cpu", "has no backward of this operator")
             assert next(v.backend for v in rows if v.runs) == "reference"
             pyfused.layer_norm(x, W).sum().backward()
         assert x.grad is not None
