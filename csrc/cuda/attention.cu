@@ -12,8 +12,7 @@
 // multiprocessors idle. T5's bias alone has kernels of its own, which look it up by distance in shared memory and
 // add one number for a tile of keys far away; a dense bias or dropout takes registers that a second set of rows
 // would need, and whatever is combined with them runs there too. Registers leave two blocks on a multiprocessor,
-// whose exponentials and products then overlap. Tiles of keys that causality or padding hides altogether cost
-// nothing.
+// whose exponentials and products then overlap. Tiles of keys that nobody sees (causality, padding) cost nothing.
 #include "attention_tile.cuh"
 
 namespace pyfused::cuda {

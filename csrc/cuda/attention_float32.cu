@@ -1,5 +1,4 @@
-// attention on CUDA in float32, many queries or few: on the ordinary cores, since TF32 would lose 13 bits of every
-// factor.
+// attention on CUDA in float32, many queries or few, on the ordinary cores: TF32 would lose 13 bits of every factor.
 //
 // 4 B H Sq Sk D FLOPs at no more than 67 TFLOP/s on an H100: B4 H16 S2048 D64 has 69 GFLOP, 1.0 ms at that peak, 134
 // MB or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds, which
