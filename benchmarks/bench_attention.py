@@ -1,4 +1,6 @@
-"""attention beside scaled_dot_product_attention: plain, causal, padded, with a dense bias, decoding, and training.
+"""attention beside scaled_dot_product_attention: plain, causal, padded, biased, decoding, and training.
+
+T5's bias is computed in pyfused's kernel, and given to PyTorch as the dense tensor that it needs, made beforehand.
 
 4 B H Sq Sk D float operations forward (half of that where causal), and 3 Sq Sk exponentials a head do not count.
 """
@@ -19,6 +21,8 @@ def cases(device):
     for b, h, s, d in [(1, 12, 128, 64), (1, 12, 512, 64), (2, 16, 1024, 64), (1, 12, 512, 80)]:
         q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2) for _ in range(3))
         bias = torch.randn(1, h, s, s, device=device)
+        relative = pyfused.RelativeBias(torch.randn(32, h, device=device), True)
+        t5 = pyfused.relative_bias(relative.table, s, s, bidirectional=True)
         keep = torch.ones(b, s, dtype=torch.bool, device=device)
         keep[:, s // 2 :] = False
         mask = keep[:, None, None, :]
@@ -45,6 +49,14 @@ def cases(device):
                 {
                     "pyfused": lambda: pyfused.attention(q, k, v, attn_bias=bias),
                     "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+                },
+                flops=flops,
+            )
+            yield Case(
+                f"{name} T5 bias",
+                {
+                    "pyfused": lambda: pyfused.attention(q, k, v, relative_bias=relative),
+                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=t5),
                 },
                 flops=flops,
             )
@@ -83,6 +95,26 @@ def cases(device):
             },
             flops=14 * b * h * s * s * d / 2,
         )
+    for b, h, s, d in [(1, 12, 512, 64)]:
+        q, k, v = (torch.randn(b, s, h, d, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
+        g = torch.randn(b, s, h, d, device=device).transpose(1, 2)
+        table = torch.randn(32, h, device=device, requires_grad=True)
+
+        def fused(q, k, v, table):
+            return pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True))
+
+        def dense(q, k, v, table):
+            bias = pyfused.relative_bias(table, q.shape[2], k.shape[2], bidirectional=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+        def train_biased(call, q=q, k=k, v=v, table=table, g=g):
+            return torch.autograd.grad(call(q, k, v, table), (q, k, v, table), g)
+
+        yield Case(
+            f"train {b}x{h}x{s}x{d} T5 bias",
+            {"pyfused": lambda: train_biased(fused), "torch": lambda: train_biased(dense)},
+            flops=14 * b * h * s * s * d,
+        )
 
 
 def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512, 64)), decoding=(1, 16)):
@@ -105,6 +137,15 @@ def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512,
                 providers = beside(device, lambda own=own: pyfused.attention(q, k, v, **own), lambda: None)
                 providers.update(sdpa(device, q, k, v, **other))
                 yield Case(name + label, providers, flops=share * flops, tolerance=3e-2)
+
+        table = torch.randn(32, h, device=device, dtype=torch.bfloat16)
+        relative = pyfused.RelativeBias(table, True)
+        with torch.no_grad():  # the peers are given the bias in memory, ready made
+            dense = pyfused.relative_bias(table, s, s, bidirectional=True)
+            own = beside(device, lambda: pyfused.attention(q, k, v, relative_bias=relative), lambda: None)
+            yield Case(
+                f"{name} T5 bias", {**own, **sdpa(device, q, k, v, attn_mask=dense)}, flops=flops, tolerance=3e-2
+            )
 
         def train(call, inputs, **options):
             return torch.autograd.grad(call(*inputs, **options), inputs, g)

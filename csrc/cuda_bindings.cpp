@@ -13,9 +13,16 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(layer_norm_forward);
   KERNEL(layer_norm_backward_parts);
   KERNEL(layer_norm_backward);
+  KERNEL(rms_norm_forward);
+  KERNEL(rms_norm_backward_parts);
+  KERNEL(rms_norm_backward);
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);
+  KERNEL(gated_ffn_forward);
+  KERNEL(gated_ffn_activation);
+  KERNEL(gated_ffn_scaled);
+  KERNEL(gated_ffn_unscale);
   KERNEL(attention_forward);
   KERNEL(attention_decode_forward);
   KERNEL(attention_combine);

@@ -143,9 +143,11 @@ template <class T> struct Backward {
   // w: scores -> dropped-out probabilities; ds: grad_out value^T -> the gradient of the scores.
   void gradient_of_scores(const Group<T>& g, const Keys<T>& keys, int64_t c0, int64_t n, float* w, float* ds,
                           const vfloat* row_lse, const vfloat* row_delta) const {
+    const bool alone = keys.count == 1;  // the softmax of one score is 1, and not the rounding error of exp(s - lse)
     auto each = [&](int64_t c, int v, auto mask) {
       float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
-      const vfloat e = exp_of_score(load(pw) - row_lse[v]);
+      const vfloat unseen = row_lse[v] < splat(INFINITY) ? vfloat{} : splat(-INFINITY);
+      const vfloat e = exp_of_score(alone ? unseen : load(pw) - row_lse[v]);
       store(ps, e * (mask(load(ps)) - row_delta[v]));
       store(pw, mask(e));
     };

@@ -19,6 +19,15 @@ void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr
                          addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
                          int64_t x_stride, int dtype, int device, addr stream);
 
+// ---- rms_norm -------------------------------------------------------------------------------------------------------
+void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
+                      int64_t x_stride, int64_t residual_stride, double eps, int dtype, int device, addr stream);
+// How many shares the rows fall into; `partial` holds that many times n floats.
+int64_t rms_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
+                       addr partial, int64_t parts, int64_t rows, int64_t n, int64_t x_stride, int dtype, int device,
+                       addr stream);
+
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
 // y = activation(x weight^T + bias) + residual; pre, if not 0, gets what the activation is applied to. wide_x: x is
 // float32 beside float16 weights.
@@ -54,6 +63,23 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
                               addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
                               double dropout_p, int64_t chunk, int dtype, int device, addr stream);
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
+                       addr stream);
+
+// ---- gated_ffn ------------------------------------------------------------------------------------------------------
+// Up to 16 rows; `hidden` holds (rows, f), float32 where the dtype is float16; gate and up hold (rows, f) or are 0.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr gate, addr up,
+                       addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_gate_stride,
+                       int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride, int activation, int dtype,
+                       int device, addr stream);
+// hidden = activation(gate) * up, float32 where the dtype is float16, and, if grad_hidden is not 0, the gradients of
+// gate and up; contiguous, in place where the addresses say so.
+void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up, int64_t size,
+                          int activation, int dtype, int device, addr stream);
+// The same forward in float16 with a power-of-two scale for each of the rows: hidden * scale[row] is the product.
+void gated_ffn_scaled(addr gate, addr up, addr hidden, addr scale, int64_t rows, int64_t f, int activation, int device,
+                      addr stream);
+// y = y * scale[row] + residual in float16, in place; y (rows, m) contiguous.
+void gated_ffn_unscale(addr y, addr scale, addr residual, int64_t rows, int64_t m, int64_t residual_stride, int device,
                        addr stream);
 
 }  // namespace pyfused::cuda

@@ -106,13 +106,14 @@ CHIPS = (*_HALF, "interpreter")
 
 
 @functools.cache
-def config(kernel: str, head_size: int, dtype: torch.dtype, chip: str, extras: int) -> Config:
+def config(kernel: str, head_size: int, dtype: torch.dtype, chip: str, extras: int, relative: bool = False) -> Config:
     """The row for one launch.
 
     Args:
         kernel: "forward", "decode", "grad_query" or "grad_key_value".
         chip: one of CHIPS; "sm_80" serves every NVIDIA chip without rows that has its shared memory, "sm_86" the rest.
         extras: how many of attn_bias and dropout there are.
+        relative: whether there is T5's bias.
     """
     if chip == "interpreter":
         table = _INTERPRETER
@@ -120,5 +121,6 @@ def config(kernel: str, head_size: int, dtype: torch.dtype, chip: str, extras: i
         table = _HALF[chip]
     else:
         table = _AMD_FLOAT32 if chip == "gfx942" else _NVIDIA_FLOAT32
-    rows = table.get(f"{kernel}{extras}") or table[kernel]
+    names = (f"{kernel}_relative{extras}", f"{kernel}_relative", kernel) if relative else (f"{kernel}{extras}", kernel)
+    rows = next(table[name] for name in names if name in table)
     return Config(*rows[0 if head_size <= 64 else 1 if head_size <= 128 else 2])

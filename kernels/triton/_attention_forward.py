@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from ._attention_tiles import LN2, MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
+from ._attention_tiles import (
+    LN2,
+    MASKED_STAGES,
+    dot_rows,
+    exponential,
+    in_units,
+    keep_tile,
+    key_tiles,
+    load_tile,
+    near_tiles,
+    relative_tile,
+)
 
 
 @triton.jit
@@ -17,6 +28,8 @@ def _step(
     value_ptr,
     mask_row,
     bias_rows,
+    distance_row,
+    span,
     seed,
     flat_heads,
     queries,
@@ -35,9 +48,12 @@ def _step(
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    PACKED: tl.constexpr,
+    FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Folds one tile of keys into the running output. Not MASKED: every query of the tile sees every key of it."""
+    """Folds one tile of keys into the running output. Not MASKED: every query of the tile sees every key of it. FAR: one
+    relative bias serves all of them, the one that distance_row points at."""
     NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -58,6 +74,16 @@ def _step(
             bias_mask = bias_mask & visible[None, :]
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
+    if distance_row is not None:
+        if FAR:
+            far = in_units(tl.load(distance_row).to(tl.float32), NATURAL)
+            if PACKED:
+                s += far[:, None]
+            else:
+                s += far
+        else:
+            relative = keys[None, :] - (queries[:, None] + (key_length - query_length))
+            s += in_units(relative_tile(distance_row, relative, span, PACKED), NATURAL)
     if MASKED:
         allowed = visible[None, :]
         if IS_CAUSAL:
@@ -84,7 +110,7 @@ def _step(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=["threshold", "query_length", "key_length", "chunk"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "chunk"])
 def forward_kernel(
     query_ptr,
     key_ptr,
@@ -93,10 +119,12 @@ def forward_kernel(
     lse_ptr,
     mask_ptr,
     bias_ptr,
+    distance_ptr,
     seed_ptr,
     scale,
     keep_scale,
     threshold,
+    span,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -172,6 +200,12 @@ def forward_kernel(
     bias_rows = bias_ptr
     if bias_ptr is not None:
         bias_rows = bias_ptr + batch64 * stride_bb + head64 * stride_bh + queries64 * stride_bq
+    distance_row = distance_ptr
+    if distance_ptr is not None:
+        if PACKED:
+            distance_row = distance_ptr + head * (2 * span + 1) + span
+        else:
+            distance_row = distance_ptr + head_set * (2 * span + 1) + span
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -192,18 +226,31 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    for start in range(full_start, full_end, BLOCK_N):
+    near_start, near_end = full_start, full_end
+    if distance_ptr is not None:
+        shift = key_length - query_length
+        near_start, near_end = near_tiles(full_start, full_end, first_query + shift, last_query + shift, span, BLOCK_N)
+        before = (near_start - full_start) // BLOCK_N
+        for i in range(before + (full_end - near_end) // BLOCK_N):
+            start = tl.where(i < before, full_start + i * BLOCK_N, near_end + (i - before) * BLOCK_N)
+            far_row = distance_row + tl.where(i < before, -span, span)
+            acc, row_sum, row_max = _step(
+                acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, far_row, span, seed,
+                flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
+                key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, True, False,
+            )  # fmt: skip
+    for start in range(near_start, near_end, BLOCK_N):
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads,
-            queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
-            BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, False,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, distance_row, span, seed,
+            flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
+            key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, False, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, seed, flat_heads,
-            queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
-            BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, True,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, distance_row, span, seed,
+            flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
+            key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, False, True,
         )  # fmt: skip
 
     dead = row_sum == 0.0

@@ -6,7 +6,16 @@ The formulas are in _attention_grad_query.py, which runs first and leaves delta.
 import triton
 import triton.language as tl
 
-from ._attention_tiles import MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, load_tile
+from ._attention_tiles import (
+    MASKED_STAGES,
+    dot_rows,
+    exponential,
+    in_units,
+    keep_tile,
+    load_tile,
+    near_tiles,
+    relative_tile,
+)
 
 
 @triton.jit
@@ -23,6 +32,8 @@ def _key_step(
     delta_ptr,
     correction_ptr,
     bias_columns,
+    distance_row,
+    span,
     seed,
     flat_head,
     keys,
@@ -42,6 +53,7 @@ def _key_step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One tile of queries. Scores are computed transposed, (keys, queries): no operand of dK and dV needs turning.
@@ -71,6 +83,12 @@ def _key_step(
             bias_mask = bias_mask & live[None, :]
         bias = tl.load(bias_columns[:, None] + queries.to(tl.int64)[None, :] * stride_bq, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
+    if distance_row is not None:
+        if FAR:
+            s += in_units(tl.load(distance_row).to(tl.float32), NATURAL)
+        else:
+            relative = keys[:, None] - (queries[None, :] + (key_length - query_length))
+            s += in_units(relative_tile(distance_row, relative, span, False), NATURAL)
     if MASKED and IS_CAUSAL:
         s = tl.where(keys[:, None] <= queries[None, :] + (key_length - query_length), s, -float("inf"))
     p = exponential(s - in_units(lse, NATURAL)[None, :], NATURAL)
@@ -94,7 +112,7 @@ def _key_step(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["threshold", "query_length", "key_length"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -105,6 +123,7 @@ def grad_key_value_kernel(
     correction_ptr,
     mask_ptr,
     bias_ptr,
+    distance_ptr,
     seed_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -112,6 +131,7 @@ def grad_key_value_kernel(
     scale,
     keep_scale,
     threshold,
+    span,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -180,6 +200,13 @@ def grad_key_value_kernel(
     front_count = (full_start - front_start) // BLOCK_M
     tail_count = tl.cdiv(tl.maximum(query_length - full_end, 0), BLOCK_M)
 
+    near_start, near_end = full_start, full_end
+    if distance_ptr is not None:
+        first = first_key - (key_length - query_length)
+        near_start, near_end = near_tiles(full_start, full_end, first, first + BLOCK_N - 1, span, BLOCK_M)
+    before = (near_start - full_start) // BLOCK_M
+    far_count = before + (full_end - near_end) // BLOCK_M
+
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(GROUP):
@@ -196,20 +223,33 @@ def grad_key_value_kernel(
         bias_columns = bias_ptr
         if bias_ptr is not None:
             bias_columns = bias_ptr + batch64 * stride_bb + head64 * stride_bh + keys64 * stride_bk
-        for start in range(full_start, full_end, BLOCK_M):
+        distance_row = distance_ptr
+        if distance_ptr is not None:
+            distance_row = distance_ptr + head * (2 * span + 1) + span
+            for i in range(far_count):
+                # Early queries stand far before these keys, late ones far behind them.
+                start = tl.where(i < before, full_start + i * BLOCK_M, near_end + (i - before) * BLOCK_M)
+                far_row = distance_row + tl.where(i < before, span, -span)
+                grad_key, grad_value = _key_step(
+                    grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                    correction_base, bias_columns, far_row, span, seed, flat_head, keys, first_key, visible, start,
+                    scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
+                    BLOCK_M, BLOCK_N, IS_CAUSAL, True, False,
+                )  # fmt: skip
+        for start in range(near_start, near_end, BLOCK_M):
             grad_key, grad_value = _key_step(
                 grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
-                correction_base, bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale,
-                threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                IS_CAUSAL, False,
+                correction_base, bias_columns, distance_row, span, seed, flat_head, keys, first_key, visible, start,
+                scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
+                BLOCK_M, BLOCK_N, IS_CAUSAL, False, False,
             )  # fmt: skip
         for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
             start = tl.where(i < front_count, front_start + i * BLOCK_M, full_end + (i - front_count) * BLOCK_M)
             grad_key, grad_value = _key_step(
                 grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
-                correction_base, bias_columns, seed, flat_head, keys, first_key, visible, start, scale, keep_scale,
-                threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                IS_CAUSAL, True,
+                correction_base, bias_columns, distance_row, span, seed, flat_head, keys, first_key, visible, start,
+                scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
+                BLOCK_M, BLOCK_N, IS_CAUSAL, False, True,
             )  # fmt: skip
     grad_key *= grad_scale
     if seed_ptr is not None:

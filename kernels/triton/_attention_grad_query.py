@@ -1,4 +1,4 @@
-"""How do the gradients of query and bias run on a GPU? One program per tile of queries, the probabilities recomputed.
+"""How do the gradients of query and of the biases run on a GPU? One program per tile of queries, the probabilities recomputed.
 
 With P the probabilities, M the dropout mask over 1 - p, and delta_i = sum_d dO_id O_id:
     dV = (P M)^T dO,   dP = (dO V^T) M,   dS = P (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dbias = dS
@@ -8,13 +8,25 @@ Each program owns the rows that it writes, so the sums have a fixed order and th
 import triton
 import triton.language as tl
 
-from ._attention_tiles import MASKED_STAGES, dot_rows, exponential, in_units, keep_tile, key_tiles, load_tile
+from ._attention_tiles import (
+    MASKED_STAGES,
+    dot_rows,
+    exponential,
+    in_units,
+    keep_tile,
+    key_tiles,
+    load_tile,
+    near_tiles,
+    relative_tile,
+    sum_by_bucket,
+)
 
 
 @triton.jit
 def _query_step(
     grad_query,
     row_sum,
+    table_sum,
     query,
     query_rows,
     grad_out,
@@ -26,9 +38,13 @@ def _query_step(
     mask_row,
     bias_rows,
     grad_bias_rows,
+    distance_row,
+    buckets_ptr,
+    span,
     seed,
     flat_heads,
     queries,
+    first_query,
     live,
     start,
     scale,
@@ -43,10 +59,12 @@ def _query_step(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of keys."""
+    """One tile of keys. table_sum: the sums of dS by bucket, or where FAR, when all of the tile is one bucket, by row."""
     NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -66,6 +84,12 @@ def _query_step(
     if bias_rows is not None:
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=tile_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
+    if distance_row is not None:
+        if FAR:
+            s += in_units(tl.load(distance_row).to(tl.float32), NATURAL)
+        else:
+            relative = keys[None, :] - (queries[:, None] + (key_length - query_length))
+            s += in_units(relative_tile(distance_row, relative, span, False), NATURAL)
     p = exponential(s - lse[:, None], NATURAL)  # lse is +inf in a row that sees nothing
     if NATURAL:
         dp = dot_rows(grad_rows, live, value_ptr + keys.to(tl.int64) * stride_vs, visible, D, BLOCK_M, BLOCK_N)
@@ -85,10 +109,16 @@ def _query_step(
         row_sum += tl.sum(p, 1)
     if grad_bias_rows is not None:
         tl.store(grad_bias_rows[:, None] + keys[None, :], ds.to(key.dtype), mask=tile_mask)
-    return tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee"), row_sum
+    if buckets_ptr is not None:
+        if FAR:
+            table_sum += tl.sum(ds, 1)
+        else:
+            corner = start - first_query - (key_length - query_length)
+            table_sum += sum_by_bucket(ds, corner, buckets_ptr, span, BLOCK_M, BLOCK_N, BUCKETS)
+    return tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee"), row_sum, table_sum
 
 
-@triton.jit(do_not_specialize=["threshold", "query_length", "key_length"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -98,15 +128,19 @@ def grad_query_kernel(
     lse_ptr,
     mask_ptr,
     bias_ptr,
+    distance_ptr,
+    buckets_ptr,
     seed_ptr,
     grad_query_ptr,
     delta_ptr,
     correction_ptr,
     grad_bias_ptr,
+    table_sum_ptr,
     grad_scale,
     scale,
     keep_scale,
     threshold,
+    span,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -134,9 +168,12 @@ def grad_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads). Also stores what the other kernel reads, and the bias's gradient.
+    """Grid (query tiles * B * heads). Also stores what the other kernel reads, and the gradients of the biases: that of
+    T5's table as sums by bucket, one (BUCKETS,) row for each program; distances beyond span share the last bucket of
+    their side, and their sums are kept apart, by row, until the end.
 
     grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
     probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.
@@ -145,7 +182,8 @@ def grad_query_kernel(
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles  # the longest rows of a causal mask first
     batch, head = program // tiles // heads, program // tiles % heads
-    queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_query = tile * BLOCK_M
+    queries = first_query + tl.arange(0, BLOCK_M)
     live = queries < query_length
     dims = tl.arange(0, BLOCK_D)
     batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
@@ -179,6 +217,9 @@ def grad_query_kernel(
     grad_bias_rows = grad_bias_ptr
     if grad_bias_ptr is not None:
         grad_bias_rows = grad_bias_ptr + flat * key_length
+    distance_row = distance_ptr
+    if distance_ptr is not None:
+        distance_row = distance_ptr + head * (2 * span + 1) + span
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -186,8 +227,8 @@ def grad_query_kernel(
 
     full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
         mask_row,
-        tile * BLOCK_M,
-        tile * BLOCK_M + BLOCK_M - 1,
+        first_query,
+        first_query + BLOCK_M - 1,
         0,
         key_length,
         query_length,
@@ -197,19 +238,46 @@ def grad_query_kernel(
     )
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(full_start, full_end, BLOCK_N):
-        grad_query, row_sum = _query_step(
-            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row,
-            bias_rows, grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold,
-            stride_ks, stride_vs, stride_bk, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, False,
+    table_sum = tl.zeros((BUCKETS,), tl.float32)
+    near_start, near_end = full_start, full_end
+    if distance_ptr is not None:
+        shift = key_length - query_length
+        first = first_query + shift
+        near_start, near_end = near_tiles(full_start, full_end, first, first + BLOCK_M - 1, span, BLOCK_N)
+        for after in range(2):
+            far_start = tl.where(after == 0, full_start, near_end)
+            far_end = tl.where(after == 0, near_start, full_end)
+            far = tl.where(after == 0, -span, span)
+            far_row = distance_row + far
+            far_sum = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(far_start, far_end, BLOCK_N):
+                grad_query, row_sum, far_sum = _query_step(
+                    grad_query, row_sum, far_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr,
+                    value_ptr, mask_row, bias_rows, grad_bias_rows, far_row, buckets_ptr, span, seed, flat_heads,
+                    queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+                    query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, True, False,
+                )  # fmt: skip
+            if buckets_ptr is not None:
+                bucket = tl.load(buckets_ptr + span + far)
+                table_sum += tl.where(tl.arange(0, BUCKETS) == bucket, tl.sum(far_sum, 0), 0.0)
+    for start in range(near_start, near_end, BLOCK_N):
+        grad_query, row_sum, table_sum = _query_step(
+            grad_query, row_sum, table_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr,
+            mask_row, bias_rows, grad_bias_rows, distance_row, buckets_ptr, span, seed, flat_heads, queries, first_query,
+            live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
+            BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, False, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
-        grad_query, row_sum = _query_step(
-            grad_query, row_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr, mask_row,
-            bias_rows, grad_bias_rows, seed, flat_heads, queries, live, start, scale, keep_scale, threshold,
-            stride_ks, stride_vs, stride_bk, query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, True,
+        grad_query, row_sum, table_sum = _query_step(
+            grad_query, row_sum, table_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr,
+            mask_row, bias_rows, grad_bias_rows, distance_row, buckets_ptr, span, seed, flat_heads, queries, first_query,
+            live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
+            BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, False, True,
         )  # fmt: skip
+    if buckets_ptr is not None:
+        row = (batch64 * heads + head64) * tiles + tile
+        tl.store(table_sum_ptr + row * BUCKETS + tl.arange(0, BUCKETS), table_sum)
     if correction_ptr is not None:
         correction = tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
         tl.store(correction_ptr + flat, correction, mask=live)

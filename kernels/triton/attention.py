@@ -6,6 +6,8 @@ import math
 import torch
 import triton
 
+from pyfused.kernels.buckets import distance_buckets
+
 from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
 from ._attention_grad_key_value import grad_key_value_kernel
@@ -62,19 +64,19 @@ def _bias_strides(attn_bias):
     return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
 
 
+def _by_distance(table, bidirectional, max_distance):
+    """The biases of a head by distance, (H, 2 * span + 1), their buckets, and span; None, None, 0 without a table."""
+    if table is None:
+        return None, None, 0
+    buckets = distance_buckets(bidirectional, table.shape[0], max_distance, table.device)
+    return table.t().index_select(1, buckets), buckets, buckets.shape[0] // 2
+
+
 def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
     chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, 64))
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
-
-
-def unsupported_forward(*args):
-    return "no relative_bias yet" if len(args) > 10 and args[10] is not None else None
-
-
-def unsupported_backward(*args):
-    return "no relative_bias yet" if len(args) > 13 and args[13] is not None else None
 
 
 def forward(
@@ -90,8 +92,9 @@ def forward(
     group = h // hkv
     chip, processors = _chip(query.device)
     packed = group * sq <= _PACK_ROWS
+    by_distance, _, span = _by_distance(bias_table, bidirectional, max_distance)
     extras = (attn_bias is not None) + (seed is not None)
-    c = config("decode" if packed else "forward", d, query.dtype, chip, extras)
+    c = config("decode" if packed else "forward", d, query.dtype, chip, extras, bias_table is not None)
     programs = b * hkv if packed else b * h * triton.cdiv(sq, c.block_m)
     chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
     if chunks > 1:
@@ -111,10 +114,12 @@ def forward(
         target_lse,
         padding_mask,
         attn_bias,
+        by_distance,
         seed,
         _in_units(scale, query.dtype),
         keep_scale,
         threshold,
+        span,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -131,7 +136,7 @@ def forward(
         BLOCK_N=c.block_n,
         GROUP=group,
         IS_CAUSAL=is_causal,
-        SCALE_FIRST=attn_bias is not None or not scale > 0,
+        SCALE_FIRST=attn_bias is not None or bias_table is not None or not scale > 0,
         PACKED=packed,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
@@ -174,23 +179,31 @@ def backward(
         # Tiles that no query may see are skipped, so their zeros must be there already.
         skips = is_causal or padding_mask is not None
         grad_bias = (torch.zeros if skips else torch.empty)((b, h, sq, sk), dtype=query.dtype, device=query.device)
+    grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=query.device) if wants_table else None
     if b == 0:
-        return grad_query, grad_key, grad_value, grad_bias, None
+        return grad_query, grad_key, grad_value, grad_bias, grad_table
     delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
     correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
     chip, _ = _chip(query.device)
     keep_scale, threshold = _dropout(dropout_p, seed)
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
     constant = sk == 1
-    scalars = (0.0 if constant else scale, _in_units(scale, query.dtype), keep_scale, threshold)
+    by_distance, buckets, span = _by_distance(bias_table, bidirectional, max_distance)
+    scalars = (0.0 if constant else scale, _in_units(scale, query.dtype), keep_scale, threshold, span)
     inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
 
     extras = (attn_bias is not None) + (seed is not None)
-    c = config("grad_query", d, query.dtype, chip, extras)
+    relative = bias_table is not None
+    c = config("grad_query", d, query.dtype, chip, extras, relative)
+    tiles = triton.cdiv(sq, c.block_m)
+    table_sums = None
+    if wants_table and not constant:
+        num_buckets = triton.next_power_of_2(bias_table.shape[0])
+        table_sums = torch.empty((b, h, tiles, num_buckets), dtype=torch.float32, device=query.device)
     _launch(
         grad_query_kernel,
-        (b * h * triton.cdiv(sq, c.block_m),),
+        (b * h * tiles,),
         grad_out,
         query,
         key,
@@ -199,11 +212,14 @@ def backward(
         lse,
         padding_mask,
         attn_bias,
+        by_distance,
+        None if table_sums is None else buckets,
         seed,
         grad_query,
         delta,
         correction,
         grad_bias,
+        table_sums,
         *scalars,
         *inputs,
         *out.stride()[:3],
@@ -211,16 +227,19 @@ def backward(
         h,
         sq,
         sk,
+        BUCKETS=1 if table_sums is None else table_sums.shape[3],
         **shared,
         **c.options,
         tensor=query,
     )
+    if table_sums is not None:
+        grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
     if grad_bias is not None:
         if constant:
             grad_bias.zero_()
         elif correction is not None:
             grad_bias *= correction[..., None]
-    c = config("grad_key_value", d, query.dtype, chip, extras)
+    c = config("grad_key_value", d, query.dtype, chip, extras, relative)
     _launch(
         grad_key_value_kernel,
         (b * hkv * triton.cdiv(sk, c.block_n),),
@@ -233,6 +252,7 @@ def backward(
         correction,
         padding_mask,
         attn_bias,
+        by_distance,
         seed,
         grad_key,
         grad_value,
@@ -247,4 +267,4 @@ def backward(
         **c.options,
         tensor=query,
     )
-    return grad_query, grad_key, grad_value, grad_bias, None
+    return grad_query, grad_key, grad_value, grad_bias, grad_table

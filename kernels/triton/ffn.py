@@ -174,17 +174,20 @@ def stream_tile(rows, dtype, amd=_AMD):
     return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
 
 
-def _share(n, k, tile):
-    """How many values of k a program of _stream_kernel takes, so that there are about PROGRAMS of them."""
+def share(n, k, tile):
+    """How many values of k a program of a stream kernel takes, so that there are about PROGRAMS of them."""
     blocks = triton.cdiv(k, tile["BLOCK_K"])
     split = min(max(PROGRAMS // triton.cdiv(n, tile["BLOCK_N"]), 1), blocks)
     return triton.cdiv(blocks, split) * tile["BLOCK_K"]
 
 
-def _linear(x, x_stride, w, bias, activation, residual, residual_stride, save):
-    """(activation(x w^T + bias) + residual, the same before the activation if `save`); x (rows, k), w (n, k)."""
+def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dtype=None):
+    """(activation(x w^T + bias) + residual, the same before the activation if `save`), of x's dtype or another one.
+
+    x (rows, k), w (n, k).
+    """
     (rows, k), n = x.shape, w.shape[0]
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((rows, n), dtype=dtype or x.dtype, device=x.device)
     pre = torch.empty_like(y) if save else None
     if rows == 0 or n == 0:
         return y, pre
@@ -202,11 +205,11 @@ def _linear(x, x_stride, w, bias, activation, residual, residual_stride, save):
         )
         return y, pre
     tile = stream_tile(rows, x.dtype)
-    share = _share(n, k, tile)
-    parts = triton.cdiv(k, share)
+    each = share(n, k, tile)
+    parts = triton.cdiv(k, each)
     partial = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else y
     _stream_kernel[(triton.cdiv(n, tile["BLOCK_N"]), parts)](
-        x, w, *tensors, partial, rows, n, k, share, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
+        x, w, *tensors, partial, rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
     )
     if parts > 1:
         _combine_kernel[(triton.cdiv(n, 256), rows)](
@@ -218,8 +221,8 @@ def _linear(x, x_stride, w, bias, activation, residual, residual_stride, save):
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     x_rows, x_stride = as_rows(x)
     residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    inner, pre = _linear(x_rows, x_stride, w_in, b_in, activation, None, 0, save)
-    y, _ = _linear(inner, inner.stride(0), w_out, b_out, "none", residual_rows, residual_stride, False)
+    inner, pre = linear(x_rows, x_stride, w_in, b_in, activation, None, 0, save)
+    y, _ = linear(inner, inner.stride(0), w_out, b_out, "none", residual_rows, residual_stride, False)
     pre = None if pre is None else pre.view(*x.shape[:-1], w_in.shape[0])
     return y.view(*x.shape[:-1], w_out.shape[0]), pre
 

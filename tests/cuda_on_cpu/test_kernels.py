@@ -8,6 +8,7 @@ import pytest
 import shim
 import torch
 
+import pyfused
 from pyfused import _extensions, dispatch
 from pyfused.testing import running
 
@@ -40,8 +41,24 @@ def test_every_order_gives_the_same_bits(name, dtype):
     assert all(torch.isfinite(t).all() for t in expected)
 
 
-# What csrc/cuda leaves to the other backends.
-LACKING = ()
+# What csrc/cuda leaves to the other backends: the materialised bias is a gather, which the Triton kernel does as well.
+LACKING = ("relative_bias",)
+
+
+def test_a_cuda_error_names_operator_shape_and_device(monkeypatch):
+    """There is no cuda:1 on the shim; and a launch that fails is not blamed on the next one."""
+    from pyfused.kernels.cuda import layer_norm
+
+    x, weight = torch.ones(3, 768), torch.ones(768)
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_norm, "where", lambda device: (1, 0))
+        with (
+            running("cuda"),
+            pytest.raises(RuntimeError, match=r"layer_norm .*shape \(3, 768\) on cuda:1: invalid argument"),
+        ):
+            pyfused.layer_norm(x, weight)
+    with running("cuda"):
+        assert pyfused.layer_norm(x, weight).isfinite().all()
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")

@@ -16,20 +16,26 @@ KERNELS = {
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
 }
-UNALIGNED = ("threshold", "query_length", "key_length", "heads", "key_heads", "chunk")
-FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr")
+UNALIGNED = ("threshold", "span", "query_length", "key_length", "heads", "key_heads", "chunk")
+FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
-    """One kernel as the launcher would ask for it; `given` names the options that are on, causal mask bias dropout."""
+    """One kernel as the launcher would ask for it; `given` names the options that are on, causal mask bias dropout
+    relative (T5's bias) and table (its gradient too)."""
     module, function = KERNELS[kernel]
-    c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given))
+    c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
     constants = {"D": d, "BLOCK_D": block_d(d), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": 1, "stride_bk": 1}
-    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given, "PACKED": kernel == "decode"}
+    scale_first = "bias" in given or "relative" in given
+    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": scale_first, "PACKED": kernel == "decode"}
+    constants["BUCKETS"] = 32 if "table" in given else 1
     absent = {
         "mask_ptr": "mask" not in given,
         "bias_ptr": "bias" not in given,
         "grad_bias_ptr": "bias" not in given,
+        "distance_ptr": "relative" not in given,
+        "buckets_ptr": "table" not in given,
+        "table_sum_ptr": "table" not in given,
         "seed_ptr": "dropout" not in given,
         "correction_ptr": kind != "fp32",
     }
@@ -39,7 +45,8 @@ def case(kernel, d, kind, target, given="causal"):
         if absent.get(name):
             constants[name] = None
         elif name.endswith("_ptr"):
-            special = {"mask_ptr": "*i1:16", "seed_ptr": "*i64:16"} | dict.fromkeys(FLOATS, "*fp32:16")
+            special = {"mask_ptr": "*i1:16", "seed_ptr": "*i64:16", "buckets_ptr": "*i32:16"}
+            special |= dict.fromkeys(FLOATS, "*fp32:16")
             types[name] = special.get(name, f"*{kind}:16")
         elif name not in constants:
             types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"

@@ -6,7 +6,7 @@ from pyfused.kernels.triton._row_norm import backward_tile, forward_tile
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton._row_norm"
-FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True}
+FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True, "CENTRED": True}
 
 
 def signature(pointers, kind, scalars):
@@ -25,7 +25,7 @@ def forward(kind, n):
 def backward(kind, n):
     rows, block, warps = backward_tile(n)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x partial*", kind, "rows n x_stride steps")
-    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "ROWS": rows, "BLOCK": block}
+    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, "ROWS": rows, "BLOCK": block}
     options = {"enable_fp_fusion": False}
     return Case(f"backward {kind} {n}", f"{MODULE}:backward_kernel", types, constants, warps, options=options)
 
@@ -34,9 +34,13 @@ def long_rows():
     types = signature("x residual weight bias y total mean* rstd*", "fp32", "n x_stride residual_stride")
     yield Case("forward long", f"{MODULE}:forward_long_kernel", types | {"eps": "fp32"}, {**FLAGS, "BLOCK": 4096}, 8)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x", "fp32", "n x_stride")
-    yield Case("backward long", f"{MODULE}:backward_long_kernel", types, {"HAS_TOTAL": True, "BLOCK": 4096}, 8)
+    yield Case(
+        "backward long", f"{MODULE}:backward_long_kernel", types, {"HAS_TOTAL": True, "CENTRED": True, "BLOCK": 4096}, 8
+    )
     types = signature("grad_y x mean* rstd* partial*", "fp32", "rows n x_stride steps")
-    yield Case("columns", f"{MODULE}:column_sums_kernel", types, {"HAS_BIAS": True, "ROWS": 16, "BLOCK": 256})
+    yield Case(
+        "columns", f"{MODULE}:column_sums_kernel", types, {"HAS_BIAS": True, "CENTRED": True, "ROWS": 16, "BLOCK": 256}
+    )
 
 
 def reduce(kind):

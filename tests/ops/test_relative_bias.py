@@ -1,5 +1,6 @@
 """Is T5's materialised relative bias right on every backend? Buckets, values, the table's gradient, errors, opcheck."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,23 @@ import pyfused
 from pyfused.kernels.buckets import distance_buckets
 from pyfused.testing import assert_close
 
-# (num_buckets, max_distance, bidirectional)
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A table's (num_buckets, max_distance, bidirectional); Sq, Sk and the position of the first query."""
+
+    table: tuple[int, int, bool]
+    lengths: tuple[int, int, int]
+
+    @property
+    def seldom(self):
+        return self not in QUICK
+
+    def __str__(self):
+        n, most, both = self.table
+        return f"{n}-{most}-{'both' if both else 'before'}-{'x'.join(map(str, self.lengths))}"
+
+
 TABLES = [
     (32, 128, True),
     (32, 128, False),
@@ -19,8 +36,14 @@ TABLES = [
     (2, 5, False),
     (4, 300, True),
 ]
-# (Sq, Sk, offset of the first query)
 LENGTHS = [(1, 1, 0), (7, 7, 0), (1, 137, 136), (3, 129, 126), (137, 2, 0), (129, 400, 271), (5, 9, -40), (2, 6, 500)]
+CASES = [Case(table, lengths) for table in TABLES for lengths in LENGTHS]
+QUICK = [
+    Case((16, 20, True), (1, 137, 136)),
+    Case((7, 30, True), (70, 150, 13)),
+    Case((5, 9, False), (5, 9, -40)),
+    Case((4, 300, True), (2, 6, 500)),
+]
 
 # The thresholds of 32 buckets and 128, as they are published for T5: the first distance of each bucket.
 BIDIRECTIONAL = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
@@ -60,20 +83,18 @@ def test_published_thresholds(firsts, bidirectional):
     assert buckets[span + 1 :].tolist() == ([e + 16 for e in expected[1:]] if bidirectional else [0] * span)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("n, most, bidirectional", TABLES)
-def test_forward(each_backend, dtype, device, n, most, bidirectional, lengths):
+@pytest.mark.parametrize("case", CASES + QUICK[1:2], ids=str)
+def test_forward(each_backend, dtype, device, case):
+    (n, most, bidirectional), (sq, sk, offset) = case.table, case.lengths
     table = torch.randn(n, 3, device=device).to(dtype)
-    sq, sk, offset = lengths
     bias = pyfused.relative_bias(table, sq, sk, bidirectional=bidirectional, max_distance=most, query_offset=offset)
     assert bias.is_contiguous()
     assert torch.equal(bias, plain(table, sq, sk, bidirectional, most, offset))
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("n, most, bidirectional", TABLES[:4])
-def test_backward(each_backend, dtype, device, n, most, bidirectional, lengths):
-    sq, sk, offset = lengths
+@pytest.mark.parametrize("case", CASES[:32] + QUICK[1:], ids=str)
+def test_backward(each_backend, dtype, device, case):
+    (n, most, bidirectional), (sq, sk, offset) = case.table, case.lengths
     table = torch.randn(n, 3, device=device).to(dtype)
     cotangent = torch.randn(1, 3, sq, sk, device=device).to(dtype)
     options = {"bidirectional": bidirectional, "max_distance": most, "query_offset": offset}

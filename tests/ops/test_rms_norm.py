@@ -7,8 +7,7 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.testing import assert_close
 
-# Rows of one element have gradients near zero that cancel: enough rows for plain PyTorch's error to say something.
-SHAPES = [(40, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (2, 4097), (0, 8)]
+SHAPES = [(200, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (2, 4097), (0, 8)]
 
 
 def make(shape, dtype, device, scale=1.0):
@@ -26,6 +25,8 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_residual)
     if each_backend == "triton" and device == "cpu" and len(shape) == 3:
         shape = (shape[0], min(shape[1], 5), shape[2])  # the interpreter takes 20 ms a row
     inputs = {"x": make(shape, dtype, device), "weight": make(shape[-1:], dtype, device)}
+    if shape[-1] == 1:  # all of a gradient cancels there, and what is left is divided by x: one tiny x would decide
+        inputs["x"] += inputs["x"].sign()
     inputs["residual"] = make(shape, dtype, device) if with_residual else None
     cotangents = [make(shape, dtype, device), make(shape, dtype, device)]
 

@@ -2,7 +2,7 @@
 //
 // activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. Formulas are chosen so that
 // little cancels. NaN stays NaN, and the limits at infinity are torch's (gelu and silu of -inf are NaN there, from -inf
-// times 0). The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels of each.
+// times 0). fmaf is written out, so that the host's rounding is the GPU's. The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels of each.
 #pragma once
 
 #include "pyfused/device.cuh"
@@ -32,21 +32,21 @@ struct Normal {
     const float size = fabsf(x), a = (size > 64.0f ? 64.0f : size) * (0.36f * 0.70710678118654752f);
     const float u = -a / (1.0f + a);
     float q = 0.06780595085f;
-    q = q * u + 0.2434261216f;
-    q = q * u + 0.1901682835f;
-    q = q * u + -0.313721754f;
-    q = q * u + -0.2943513386f;
-    q = q * u + 1.412080039f;
-    q = q * u + 3.825432111f;
-    q = q * u + 4.581632069f;
-    q = q * u + 3.134385452f;
+    q = fmaf(q, u, 0.2434261216f);
+    q = fmaf(q, u, 0.1901682835f);
+    q = fmaf(q, u, -0.313721754f);
+    q = fmaf(q, u, -0.2943513386f);
+    q = fmaf(q, u, 1.412080039f);
+    q = fmaf(q, u, 3.825432111f);
+    q = fmaf(q, u, 4.581632069f);
+    q = fmaf(q, u, 3.134385452f);
     bell = expf(-0.5f * x * x);
-    tail = (0.5f + 0.5f * u * q) * bell;
+    tail = fmaf(0.5f * u, q, 0.5f) * bell;
   }
 };
 
 // 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu_tanh is x (1 + tanh u) / 2 = x s(2 u).
-__device__ inline float twice_u(float x) { return x * 1.5957691216057308f * (1.0f + x * x * 0.044715f); }
+__device__ inline float twice_u(float x) { return x * 1.5957691216057308f * fmaf(x * x, 0.044715f, 1.0f); }
 
 __device__ inline float activate(int code, float x) {
   switch (code) {
@@ -55,7 +55,7 @@ __device__ inline float activate(int code, float x) {
     case kTanh: return tanhf(x);
     case kGelu: {
       const Normal n(x);  // the tail is zero beyond 64; infinity times zero is not
-      return x < 0 ? x * n.tail : x - (x > 64.0f ? 64.0f : x) * n.tail;
+      return x < 0 ? x * n.tail : fmaf(-(x > 64.0f ? 64.0f : x), n.tail, x);
     }
     case kGeluTanh: return x / (1.0f + expf(-twice_u(x)));
     default: return x;
@@ -67,23 +67,24 @@ __device__ inline float activate_gradient(int code, float x, float g) {
     case kRelu: return x <= 0 ? 0.0f : g;
     case kSilu: {
       const Logistic l(x);
-      return g * (l.s * (1.0f + x * l.rest));
+      return g * fmaf(x * l.s, l.rest, l.s);
     }
     case kTanh: {  // both forms are 1 / cosh^2
       if (fabsf(x) < 1.0f) {
         const float t = tanhf(x);
-        return g * (1.0f - t * t);
+        return g * fmaf(-t, t, 1.0f);
       }
       const float e = expf(-2.0f * fabsf(x)), r = 1.0f / (1.0f + e);
       return g * (4.0f * e * r * r);
     }
     case kGelu: {
       const Normal n(x);
-      return g * ((x < 0 ? n.tail : 1.0f - n.tail) + x * n.bell * 0.3989422804014327f);
+      return g * fmaf(x, n.bell * 0.3989422804014327f, x < 0 ? n.tail : 1.0f - n.tail);
     }
     case kGeluTanh: {
       const Logistic l(twice_u(x));
-      return g * (l.s * (1.0f + x * (1.5957691216057308f * (1.0f + x * x * (3 * 0.044715f))) * l.rest));
+      const float slope = 1.5957691216057308f * fmaf(x * x, 3 * 0.044715f, 1.0f);
+      return g * fmaf(x * slope * l.s, l.rest, l.s);
     }
     default: return g;
   }

@@ -2,7 +2,7 @@
 // gated activation(x W^T) * (x U^T), for linear.cu and gated_ffn.cu; x (R, K), W and U (N, K). Not yet measured.
 //
 // Every weight is read once, 16 bytes a lane, past the L1; 3 TB/s at 700 ns need 2 MB under way, 16 KB on each of 132
-// multiprocessors, so a warp asks for 4 to 8 KB before it uses the first of it. x comes from the L1, where all
+// multiprocessors, so a warp asks for 2 to 4 KB before it uses the first of it. x comes from the L1, where all
 // warps of a block find it. `splits` warps of a block share the sums of the same features, a stretch of K each, and
 // add them up in shared memory in a fixed order: few features fill the chip too, and the result repeats bit by bit.
 //
@@ -53,9 +53,9 @@ template <int V, class T> __device__ Pack<T, V> load_once(const T* p) {
 #ifndef PYFUSED_CUDA_ON_CPU
   if constexpr (V * sizeof(T) == 16) {
     uint32_t word[4];
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-        : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(p));
     Pack<T, V> out;
     memcpy(&out, word, 16);
     return out;
@@ -118,7 +118,8 @@ __device__ void finish(const FewRows<T, X, Y>& a, const float* sums) {
 
 // On the CUDA cores; AHEAD accesses to each column are under way before the first is used.
 template <class T, class X, class Y, int V, int ROWS, bool GATED>
-__global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(ROWS)) stream_kernel(FewRows<T, X, Y> a) {
+__global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(ROWS))
+    stream_kernel(FewRows<T, X, Y> a) {
   constexpr int AHEAD = ROWS <= 4 ? 2 : 1, SUMS = ROWS * kColumns;
   constexpr int X_V = V * sizeof(X) > 16 ? 16 / sizeof(X) : V;  // of one access to x
   __shared__ float sums[most_warps(ROWS) * SUMS];
@@ -192,6 +193,7 @@ __global__ void __launch_bounds__(kTensorWarps* kWarp) tensor_kernel(FewRows<T, 
         if (TALL) x8[i] = load<V>(high + at);
       }
     }
+    __syncwarp();  // else the compiler puts some of the loads behind the first products, which wait for the others
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       uint32_t p[4], q[4];

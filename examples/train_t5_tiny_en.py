@@ -1,0 +1,152 @@
+"""How was the bundled preset t5_tiny_en made? Trains it from scratch by span corruption, on a CPU (see tiny_en.py).
+
+    python examples/train_t5_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/t5_tiny_en
+
+Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): 15 % of a window's tokens in spans of 3 on average, each
+replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tiny_en import arguments, chapters, split, train, write_curve
+
+import pyfused
+
+PAD, END, UNKNOWN, SENTINELS = 0, 1, 2, 32
+CONFIG = {
+    "vocabulary_size": 2048,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "hidden_dim": 128,
+    "intermediate_dim": 256,
+    "activation": "gelu_new",
+    "use_gated_activation": True,
+    "dropout": 0.0,
+    "tie_embedding_weights": True,
+}
+BATCH, LENGTH, NOISE, SPAN, PEAK_RATE = 8, 128, 0.15, 3.0, 2e-3
+SPANS = round(LENGTH * NOISE / SPAN)
+
+
+def train_tokenizer(documents: list[str]):
+    """A SentencePiece unigram model as T5's, of our own size: pad, end, unknown, pieces, <extra_id_31> to <extra_id_0>."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=CONFIG["vocabulary_size"] - SENTINELS,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    assert tokenizer.get_vocab_size() == CONFIG["vocabulary_size"] - SENTINELS
+    sentinels = [AddedToken(f"<extra_id_{k}>", special=True, normalized=False) for k in reversed(range(SENTINELS))]
+    tokenizer.add_special_tokens(sentinels)
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    return tokenizer
+
+
+def encode(tokenizer, documents: list[str]) -> torch.Tensor:
+    """All documents in one row of token ids, each ended by the end token."""
+    return torch.tensor([t for e in tokenizer.encode_batch(documents) for t in e.ids])
+
+
+def corrupt(window: list[int], generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """(source, target) of one window: SPANS spans that do not touch, their lengths and places drawn at random."""
+    lengths = torch.poisson(torch.full((SPANS,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
+    free = len(window) - sum(lengths) - (SPANS - 1)
+    gaps = torch.sort(torch.randint(free + 1, (SPANS,), generator=generator)).values.tolist()
+    source, target, end, moved = [], [], 0, 0
+    for k, (gap, length) in enumerate(zip(gaps, lengths)):
+        start = gap + moved
+        sentinel = CONFIG["vocabulary_size"] - 1 - k
+        source += [*window[end:start], sentinel]
+        target += [sentinel, *window[start : start + length]]
+        end, moved = start + length, moved + length + 1
+    source += window[end:]
+    return [*source, END], [*target, CONFIG["vocabulary_size"] - 1 - SPANS, END]
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def batch(tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sources padded with PAD, targets padded with -100) of BATCH random windows."""
+    starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=generator)
+    pairs = [corrupt(tokens[i : i + LENGTH].tolist(), generator) for i in starts.tolist()]
+    return padded([source for source, _ in pairs], PAD), padded([target for _, target in pairs], -100)
+
+
+def make_model(provider: str):
+    """(module, function from sources and targets to logits); both providers start from the same weights."""
+    torch.manual_seed(0)
+    backbone = pyfused.T5Backbone(**CONFIG)
+    if provider == "pyfused":
+
+        def logits(source, target):
+            shifted = F.pad(target[:, :-1].clamp(min=0), (1, 0), value=PAD)
+            out = backbone(
+                encoder_token_ids=source,
+                encoder_padding_mask=source != PAD,
+                decoder_token_ids=shifted,
+                decoder_padding_mask=torch.ones_like(shifted),
+            )
+            return backbone.logits(out["decoder_sequence_output"])
+
+        return backbone, logits
+    from transformers import T5ForConditionalGeneration
+
+    from pyfused.checkpoints import save_hf
+
+    with tempfile.TemporaryDirectory() as directory:
+        save_hf(backbone, directory)
+        model = T5ForConditionalGeneration.from_pretrained(directory)
+    return model, lambda source, target: model(source, attention_mask=source != PAD, labels=target).logits
+
+
+def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
+    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
+    from pyfused.checkpoints import save_hf
+
+    save_hf(model.half(), directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32", "pad_token_id": PAD, "eos_token_id": END}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def main() -> None:
+    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 3000)
+    documents = chapters(given.text)
+    training, held_out = split(documents)
+    tokenizer = train_tokenizer(training)
+    train_tokens, held_tokens = encode(tokenizer, training), encode(tokenizer, held_out)
+    print(f"{len(documents)} chapters, {len(train_tokens)} training tokens, {len(held_tokens)} held out", flush=True)
+    model, logits = make_model(given.provider)
+
+    def loss_of(tokens):
+        def loss(generator):
+            source, target = batch(tokens, generator)
+            return F.cross_entropy(logits(source, target).flatten(0, 1), target.flatten(), ignore_index=-100)
+
+        return loss
+
+    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, PEAK_RATE)
+    write_curve(given.curve, curve)
+    if given.save:
+        save(model, tokenizer, given.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""rms_norm on CUDA: launches csrc/cuda/rms_norm.cu on the current stream of the tensors' device."""
+
+import torch
+
+from pyfused._extensions import DTYPE_CODES, cuda
+from pyfused.kernels.layout import as_rows
+
+from ._launch import UNPROVEN, multiprocessors, pointer, where
+
+
+def slower_forward(x, weight, eps, residual, save):
+    return UNPROVEN
+
+
+def slower_backward(grad_y, grad_total, x, weight, rstd):
+    return UNPROVEN
+
+
+def forward(x, weight, eps, residual, save):
+    rows, stride = as_rows(x)
+    residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save else None
+    weight = weight.contiguous()
+    pointers = map(pointer, (rows, residual_rows, weight, y, total, rstd))
+    dtype = DTYPE_CODES[x.dtype]
+    cuda().rms_norm_forward(*pointers, *rows.shape, stride, residual_stride, eps, dtype, *where(x.device))
+    return y, total, rstd
+
+
+def backward(grad_y, grad_total, x, weight, rstd):
+    rows, stride = as_rows(x)
+    grad_y, weight = grad_y.contiguous(), weight.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_weight = torch.empty_like(weight)
+    parts = cuda().rms_norm_backward_parts(*rows.shape, multiprocessors(x.device))
+    partial = torch.empty((parts, rows.shape[1]), dtype=torch.float32, device=x.device)
+    pointers = map(pointer, (grad_y, grad_total, rows, weight, rstd, grad_x, grad_weight, partial))
+    dtype = DTYPE_CODES[x.dtype]
+    cuda().rms_norm_backward(*pointers, parts, *rows.shape, stride, dtype, *where(x.device))
+    return grad_x, grad_weight

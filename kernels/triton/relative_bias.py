@@ -1,0 +1,91 @@
+"""relative_bias in Triton: bias[h][i][j] = table[bucket of j - i - offset][h], and the gradient of the table.
+
+Forward: writes H Sq Sk elements, reads a table that stays in L1; bound by those writes. Backward: the distances of a
+bucket are one interval, so a bucket's elements are a band along the diagonals. A program adds up one band of one head in
+ROWS rows, reading no element of another bucket, and torch adds the parts: a fixed order, bitwise repeatable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.buckets import distance_buckets
+
+_FAR = tl.constexpr(1 << 30)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["offset", "span"])
+def _forward_kernel(
+    table_ptr, buckets_ptr, bias_ptr, heads, query_length, key_length, offset, span, stride_bucket, stride_head,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid (H * row tiles, column tiles)."""
+    tiles = tl.cdiv(query_length, ROWS)
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    i = tile * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    relative = tl.minimum(tl.maximum(j[None, :] - (i[:, None] + offset), -span), span)
+    bucket = tl.load(buckets_ptr + span + relative)
+    bias = tl.load(table_ptr + head * stride_head + bucket * stride_bucket)
+    row = head.to(tl.int64) * query_length + i
+    stored = (i < query_length)[:, None] & (j < key_length)[None, :]
+    tl.store(bias_ptr + row[:, None] * key_length + j[None, :], bias, mask=stored)
+
+
+@triton.jit(do_not_specialize=["offset", "span"])
+def _backward_kernel(
+    grad_ptr, buckets_ptr, part_ptr, heads, num_buckets, query_length, key_length, offset, span,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles, num_buckets, H); part is (row tiles, num_buckets, H)."""
+    tile, bucket, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    lanes = tl.arange(0, 256)
+    least, most = span + 1, -span - 1
+    for at in range(0, 2 * span + 1, 256):
+        member = tl.load(buckets_ptr + at + lanes, mask=at + lanes <= 2 * span, other=-1) == bucket
+        least = tl.minimum(least, tl.min(tl.where(member, at + lanes - span, span + 1), 0))
+        most = tl.maximum(most, tl.max(tl.where(member, at + lanes - span, -span - 1), 0))
+    least = tl.where(least == -span, -_FAR, least)  # distances beyond span belong to the buckets at both ends
+    most = tl.where(most == span, _FAR, most)
+
+    i = tile * ROWS + tl.arange(0, ROWS)
+    first = tl.minimum(tl.maximum(tile * ROWS + offset + least, 0), key_length)
+    end = tl.maximum(tl.minimum(tile * ROWS + ROWS + offset + most, key_length), first)
+    rows = grad_ptr + (head.to(tl.int64) * query_length + i)[:, None] * key_length
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(first, end, COLUMNS):
+        j = start + tl.arange(0, COLUMNS)
+        relative = j[None, :] - (i[:, None] + offset)
+        inside = (i < query_length)[:, None] & (j < end)[None, :] & (relative >= least) & (relative <= most)
+        total += tl.sum(tl.load(rows + j[None, :], mask=inside, other=0.0).to(tl.float32), 1)
+    tl.store(part_ptr + (tile * num_buckets + bucket) * heads + head, tl.sum(total, 0))
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
+    num_buckets, heads = table.shape
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance, table.device)
+    bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype, device=table.device)
+    if heads:
+        rows, columns = 16, 128
+        _forward_kernel[(heads * triton.cdiv(query_length, rows), triton.cdiv(key_length, columns))](
+            table, buckets, bias, heads, query_length, key_length, query_offset, buckets.shape[0] // 2, *table.stride(),
+            ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    return (bias,)
+
+
+def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
+    _, heads, sq, sk = grad_out.shape
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance, grad_out.device)
+    grad_out = grad_out.contiguous()
+    rows, columns = 64, 64
+    tiles = triton.cdiv(sq, rows)
+    parts = torch.empty((tiles, num_buckets, heads), dtype=torch.float32, device=grad_out.device)
+    if heads:
+        _backward_kernel[(tiles, num_buckets, heads)](
+            grad_out, buckets, parts, heads, num_buckets, sq, sk, query_offset, buckets.shape[0] // 2,
+            ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    return (parts.sum(0).to(grad_out.dtype),)

@@ -1,0 +1,70 @@
+"""Does gated_ffn compile for the GPUs it is meant for: no spills, tensor cores, 16-byte loads of the streamed weights?"""
+
+import pytest
+import torch
+
+from pyfused.kernels.triton.gated_ffn import row_block, stream_tile
+from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
+
+MODULE = "pyfused.kernels.triton.gated_ffn"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def tensors(kind, names, wide=""):
+    """Aligned pointers: of the tensors' dtype, and of float32."""
+    return {f"{p}_ptr": f"*{kind}:16" for p in names.split()} | {f"{p}_ptr": "*fp32:16" for p in wide.split()}
+
+
+def stream(kind, rows, split, activation, target):
+    """Weights as nn.Linear has them, so their strides along k are 1; float16 keeps gate and up, the others hidden."""
+    tile = stream_tile(rows, DTYPES[kind], amd=target.startswith("gfx"))
+    types = tensors(kind, "x w_gate w_up gate up hidden", "partial") | {"rows": "i32"}
+    types |= dict.fromkeys(("n", "k", "share", "x_stride", "w_gate_stride_n", "w_up_stride_n"), "i32:16")
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    constants = {"w_gate_stride_k": 1, "w_up_stride_k": 1, "ACTIVATION": activation, "SPLIT": split, **tile}
+    constants |= {
+        "FACTORS": kind == "fp16",
+        "HIDDEN": kind != "fp16",
+        "PRECISION": "ieee" if kind == "fp32" else "tf32",
+    }
+    return Case(f"stream {kind} {rows}", f"{MODULE}:stream_kernel", types, constants, warps, stages)
+
+
+def others():
+    types = tensors("bf16", "gate up hidden", "partial") | {"parts": "i32", "rows": "i32", "n": "i32:16"}
+    constants = {"ACTIVATION": "gelu_tanh", "FACTORS": True, "HIDDEN": True, "BLOCK": 256}
+    yield Case("combine", f"{MODULE}:combine_kernel", types, constants, 2)
+    types, constants = {"size": "i32:16"}, {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}
+    yield Case("gate", f"{MODULE}:gate_kernel", tensors("bf16", "gate up hidden") | types, constants)
+    names = "gate up grad_hidden hidden grad_gate grad_up"
+    yield Case("gradients bf16", f"{MODULE}:gradients_kernel", tensors("bf16", names) | types, constants)
+    narrow = tensors("fp16", "gate up grad_gate grad_up", "grad_hidden hidden")
+    yield Case("gradients fp16", f"{MODULE}:gradients_kernel", narrow | types, {**constants, "ACTIVATION": "gelu"})
+    types = tensors("fp16", "gate up hidden", "scale") | {"n": "i32:16"}
+    constants = {"ACTIVATION": "gelu_tanh", "BLOCK": row_block(10240)}
+    yield Case("scaled", f"{MODULE}:gate_scaled_kernel", types, constants, 8)
+    types = tensors("fp16", "residual y", "sums scale") | {"n": "i32:16", "residual_stride": "i32:16"}
+    yield Case("unscale", f"{MODULE}:unscale_kernel", types, {"HAS_RESIDUAL": True, "BLOCK": 512}, 2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_triton_gated_ffn(target):
+    cases = [
+        stream("bf16", 1, False, "gelu_tanh", target),
+        stream("fp32", 1, True, "relu", target),
+        stream("fp16", 16, False, "silu", target),
+        stream("bf16", 16, True, "gelu", target),
+        stream("fp32", 16, False, "tanh", target),
+        *others(),
+    ]
+    compiled = compile_cases(cases, target)
+    for name, result in compiled.items():
+        check_resources(result, name, target)
+    if target == "gfx942":
+        return
+    for name in ("stream fp16 16", "stream bf16 16"):
+        assert "HMMA" in compiled[name].asm["sass"], f"{name} on {target} uses no tensor core"
+    assert "HMMA" not in compiled["stream fp32 16"].asm["sass"], f"stream fp32 on {target} multiplies in TF32"
+    for name in set(compiled) - {"combine", "unscale", "stream fp32 16", "stream bf16 16"}:
+        loads = [line for line in compiled[name].asm["sass"].splitlines() if "LDG" in line]
+        assert any(".128" in line for line in loads), f"{name} on {target}: no 16-byte load"
