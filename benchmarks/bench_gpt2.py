@@ -8,9 +8,9 @@ import tempfile
 import torch
 
 import pyfused
-from pyfused._decoding import prefill
 from pyfused.bench import Case
 from pyfused.models._gpt2_call import Call
+from pyfused.models._gpt2_decoding import prefill
 from pyfused.nn import EVERYTHING
 
 PROMPT, CACHED = 128, 160

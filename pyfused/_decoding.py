@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .models._gpt2_step import BoundStep, bindable
-from .models.gpt2 import Call, GPT2Backbone
-from .nn import CAUSAL, Visibility
+from .models._gpt2_decoding import GPT2Decoding
+from .models._t5_decoding import T5Decoding
+from .models.backbone import Backbone
+from .models.gpt2 import GPT2Backbone
+from .models.t5 import T5Backbone
 from .sampling import Sampler
+
+DECODINGS: dict[type[Backbone], type[Decoding]] = {GPT2Backbone: GPT2Decoding, T5Backbone: T5Decoding}
+
+
+class Decoding(Protocol):
+    """What a model knows about continuing a batch of texts: its caches, and where each row stands. B rows.
+
+    Made as Decoding(model, shape, fixed) with a shape of `shape` or larger; `fixed` says that fixed_step is used.
+    """
+
+    def __init__(self, model: Any, shape: tuple[int, ...], fixed: bool = False): ...
+
+    @staticmethod
+    def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
+        """B, then what the buffers have room for."""
+
+    @staticmethod
+    def check_room(model: Any, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+        """Raises ValueError where the model takes no text so long."""
+
+    def start(self, prompts: list[np.ndarray]) -> Tensor:
+        """The logits of the first new token of each prompt, (B, V)."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feeds a token to each row, (B,); the logits of the next, (B, V)."""
+
+    def fixed_step(self, tokens: Tensor) -> Tensor:
+        """As step, with shapes and places in memory that never change, and no look at the host: a CUDA graph's step."""
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What a fixed_step moves on, beside the caches."""
+
+    def branch(self, times: int) -> None:
+        """Makes `times` rows, its beams, of each row."""
+
+    def select(self, texts: list[int]) -> None:
+        """Keeps these texts alone, with all their beams."""
+
+    def reorder(self, rows: list[int], new: int, first: int) -> None:
+        """Row i goes on as row rows[i], a beam of the same text. new: how many new tokens each row has been fed; before
+        the first of them at index `first`, row i was equal to row rows[i] all along."""
+
+
+def decoding_of(model: Backbone) -> type[Decoding]:
+    """Raises TypeError for a model that generates nothing."""
+    for cls, decoding in DECODINGS.items():
+        if isinstance(model, cls):
+            return decoding
+    raise TypeError(f"model is a {type(model).__name__}; it takes a {' or a '.join(c.__name__ for c in DECODINGS)}")
 
 
 class Steps(Protocol):
-    """Both ways. B counts the slots, the rows that are computed."""
+    """Tokens instead of logits. B counts the slots, the rows that are computed."""
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
         """Prefill; the first new token of each prompt, (B,)."""
@@ -28,105 +80,45 @@ class Steps(Protocol):
         """Drops all other slots and returns True, or returns False: they run on."""
 
 
-def prefill(model: GPT2Backbone, cache, prompts: list[np.ndarray]) -> Tensor:
-    """Fills the cache; the logits behind each prompt, (B, V).
-
-    Prompts are padded on the right: under a causal mask no real token sees the padding, so that no mask is needed, and
-    the padding's keys are overwritten, or masked, in the steps that follow.
-    """
-    lengths = [len(p) for p in prompts]
-    longest = max(lengths)
-    ids = np.zeros((len(prompts), longest), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    device = model.device
-    positions = torch.arange(longest, device=device)
-    call = Call(torch.from_numpy(ids).to(device), positions, visible=CAUSAL, cache=cache)
-    last = torch.tensor(lengths, device=device) - 1
-    return model.token_embedding(model.run(call, last), reverse=True)
-
-
 class EagerSteps:
-    """Reads exactly as many keys as there are; rows of one length need no mask. Stopped rows are dropped."""
+    """Reads exactly as many keys as there are. Stopped rows are dropped."""
 
-    def __init__(self, model: GPT2Backbone, batch_size: int, capacity: int, sampler: Sampler):
-        self._model, self._sampler = model, sampler
-        self._cache = model.new_cache(batch_size, capacity)
-        self._places = torch.arange(capacity, device=model.device)
-        self._lengths: list[int] = []
-        self._bound = BoundStep(model) if bindable(model) else None
+    def __init__(self, decoding: Decoding, sampler: Sampler):
+        self._decoding, self._sampler = decoding, sampler
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
-        self._lengths = [len(p) for p in prompts]
-        self._tokens = self._sampler(prefill(self._model, self._cache, prompts), uniform)
-        self._settle()
+        self._tokens = self._sampler(self._decoding.start(prompts), uniform)
         return self._tokens
 
-    def _settle(self) -> None:
-        """Rows of one length share a position; others get a position each."""
-        if len(set(self._lengths)) == 1:
-            self._cache.positions, self._cache.length = None, self._lengths[0]
-        else:
-            self._cache.at_positions(torch.tensor(self._lengths, device=self._places.device), max(self._lengths) + 1)
-
     def next(self, uniform: Tensor) -> Tensor:
-        cache, mask = self._cache, None
-        if cache.positions is None:
-            position_ids = self._places.narrow(0, cache.length, 1)
-        else:
-            extent = max(self._lengths) + 1
-            cache.at_positions(cache.positions, extent)
-            mask = self._places[:extent] <= cache.positions[:, None]
-            position_ids = cache.positions[:, None]
-        if self._bound is not None:
-            logits = self._bound(self._tokens[:, None], position_ids, cache, mask)
-        else:
-            call = Call(self._tokens[:, None], position_ids, visible=Visibility(padding_mask=mask), cache=cache)
-            logits = self._model.token_embedding(self._model.run(call)[:, 0], reverse=True)
-        if cache.positions is None:
-            cache.length += 1
-        else:
-            cache.positions += 1
-        self._lengths = [n + 1 for n in self._lengths]
-        self._tokens = self._sampler(logits, uniform)
+        self._tokens = self._sampler(self._decoding.step(self._tokens), uniform)
         return self._tokens
 
     def keep(self, slots: list[int]) -> bool:
-        rows = torch.tensor(slots, device=self._places.device)
-        self._cache.select(rows)
-        self._tokens = self._tokens[rows]
-        self._lengths = [self._lengths[slot] for slot in slots]
-        self._settle()
+        self._decoding.select(slots)
+        self._tokens = self._tokens[torch.tensor(slots, device=self._tokens.device)]
         return True
 
 
 class GraphSteps:
-    """One step as a CUDA graph, replayed: no launch overhead, no synchronisation. Tokens, positions, cache and draws
+    """One step as a CUDA graph, replayed: no launch overhead, no synchronisation. Tokens, positions, caches and draws
     stay where they are; attention reads the whole capacity and masks what a row has not reached."""
 
-    def __init__(self, model: GPT2Backbone, batch_size: int, capacity: int, sampler: Sampler):
-        self._model, self._sampler = model, sampler
-        capacity = _rounded(capacity)
-        self._cache = model.new_cache(batch_size, capacity)
-        self._places = torch.arange(capacity, device=model.device)
-        self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
-        self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
-        self._uniform = torch.zeros(batch_size, dtype=torch.float64, device=model.device)
-        self._cache.at_positions(self._positions, capacity)
+    def __init__(self, model: Backbone, shape: tuple[int, ...], sampler: Sampler):
+        self._sampler, self._device = sampler, next(model.parameters()).device
+        self._decoding = decoding_of(model)(model, _rounded(shape), fixed=True)
+        self._tokens = torch.zeros(shape[0], dtype=torch.int64, device=self._device)
+        self._uniform = torch.zeros(shape[0], dtype=torch.float64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @staticmethod
-    def key(model: GPT2Backbone, batch_size: int, capacity: int, sampler: Sampler) -> object:
+    def key(model: Backbone, shape: tuple[int, ...], sampler: Sampler) -> object:
         """What a captured graph depends on: shapes, sampling, where the weights lie, and a forced backend."""
         weights = tuple(p.data_ptr() for p in model.parameters())
-        return batch_size, _rounded(capacity), sampler, weights, dispatch._forced.get()
+        return _rounded(shape), sampler, weights, dispatch._forced.get()
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
-        self._cache.positions, self._cache.length = None, 0
-        logits = prefill(self._model, self._cache, prompts)
-        self._cache.positions = self._positions
-        self._tokens.copy_(self._sampler(logits, uniform))
-        self._positions.copy_(torch.tensor([len(p) for p in prompts]))
+        self._tokens.copy_(self._sampler(self._decoding.start(prompts), uniform))
         return self._tokens
 
     def next(self, uniform: Tensor) -> Tensor:
@@ -139,36 +131,32 @@ class GraphSteps:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Warms up on a side stream, as capturing asks for, puts back the state that this moved, and captures.
         What the warm-up wrote into the cache lies at positions that the replayed steps write again."""
-        state = (self._tokens, self._positions)
+        state = (self._tokens, *self._decoding.state)
         before = [t.clone() for t in state]
 
         def restore() -> None:
             for t, was in zip(state, before):
                 t.copy_(was)
 
-        side = torch.cuda.Stream(self._model.device)
-        side.wait_stream(torch.cuda.current_stream(self._model.device))
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._step()
                 restore()
-        torch.cuda.current_stream(self._model.device).wait_stream(side)
+        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
         return graph
 
     def _step(self) -> None:
-        visible = Visibility(padding_mask=self._places <= self._positions[:, None])
-        call = Call(self._tokens[:, None], self._positions[:, None], visible=visible, cache=self._cache)
-        hidden = self._model.run(call)[:, 0]
-        self._tokens.copy_(self._sampler(self._model.token_embedding(hidden, reverse=True), self._uniform))
-        self._positions += 1
+        self._tokens.copy_(self._sampler(self._decoding.fixed_step(self._tokens), self._uniform))
 
     def keep(self, slots: list[int]) -> bool:
         return False
 
 
-def _rounded(capacity: int) -> int:
+def _rounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Prompts of similar length share a graph."""
-    return -(-capacity // 64) * 64
+    return shape[0], *(-(-size // 64) * 64 for size in shape[1:])

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, backends, instruction sets, devices, and what is missing")
     env.set_defaults(run=_env)
 
-    generate = commands.add_parser("generate", help="continue a text, streaming to the terminal")
+    generate = commands.add_parser("generate", help="continue a text, or answer it, streaming to the terminal")
     generate.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K")
     generate.add_argument("--top-p", type=float, metavar="P")
     generate.add_argument("--seed", type=int, metavar="N")
+    generate.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, printed at the end"
+    )
     generate.set_defaults(run=_generate)
 
     verify = commands.add_parser(
@@ -101,7 +104,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if not arguments.json and token != tokenizer.end_token_id:
             print(stream.push(token), end="", flush=True)
 
-    if not arguments.json:
+    if not arguments.json and len(model.texts) == 1:  # else the tokens are an answer, no continuation
         print(arguments.prompt, end="", flush=True)
     stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
     (tokens,) = Generator(model).generate(
@@ -112,10 +115,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         stop_token_ids=stop,
-        on_token=on_token,
+        on_token=on_token if arguments.num_beams == 1 else None,
+        num_beams=arguments.num_beams,
     )
+    if arguments.num_beams > 1:
+        for token in tokens:
+            on_token(0, token)
     ended = time.perf_counter()
-    rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
+    rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 and arguments.num_beams == 1 else None
     if arguments.json:
         text = tokenizer.decode([t for t in tokens if t != tokenizer.end_token_id])
         result = {"preset": arguments.preset, "prompt": arguments.prompt, "text": text, "tokens": tokens}

@@ -1,34 +1,34 @@
-"""How does a language model continue prompts? One prefill of all, then a token per row and step from a KV cache."""
+"""How does a language model continue prompts, or answer them? One prefill, then a token per row and step from a KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ._decoding import EagerSteps, GraphSteps, Steps
+from ._decoding import EagerSteps, GraphSteps, Steps, decoding_of
+from .beam_search import BeamSearch
 from .models.backbone import Backbone
-from .models.gpt2 import GPT2Backbone
 from .sampling import Sampler, uniforms
 
 
 class Generator:
-    """Continues prompts with a GPT2Backbone; the logits are those of its token embedding.
+    """Continues prompts with a GPT2Backbone, or answers them with a T5Backbone, whose encoder reads the prompts.
 
     On a CUDA device one step is captured as a CUDA graph and replayed. The graphs of the last few shapes are kept, so
     keep the Generator. The model is used in evaluation mode and left in the mode it was in.
 
     Args:
-        model: a GPT2Backbone, on any device and in any dtype.
+        model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
 
     Example:
         tokens = pyfused.Generator(model).generate([[464, 3290]], max_new_tokens=20)
     """
 
     def __init__(self, model: Backbone):
-        if not isinstance(model, GPT2Backbone):
-            raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone")
+        self._decoding = decoding_of(model)
         self.model = model
         self._graphs: dict[object, GraphSteps] = {}
 
@@ -42,6 +42,10 @@ class Generator:
         seed: int | None = None,
         stop_token_ids: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
     ) -> list[list[int]]:
         """New tokens of each prompt, in the prompts' order.
 
@@ -55,9 +59,14 @@ class Generator:
                 alone, not on the other prompts.
             stop_token_ids: a row ends behind one of these, which is returned too, as transformers does.
             on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
+            num_beams: more than 1 searches for the likeliest text instead of the likeliest token, with transformers'
+                scores and rules; length_penalty, early_stopping, num_return_sequences: see `pyfused.beam_search`.
+                Returned are num_return_sequences texts for each prompt, best first, prompt after prompt. Takes neither
+                a temperature nor on_token.
 
         Raises:
-            ValueError: an empty prompt, no room (prompt + max_new_tokens > max_sequence_length), a number out of range.
+            ValueError: an empty prompt, no room (GPT-2: prompt + max_new_tokens > max_sequence_length), a number out of
+                range, options that exclude each other.
             TypeError: a wrong type. IndexError: a token id outside the vocabulary.
         """
         arrays = self._check_prompts(prompts)
@@ -65,17 +74,13 @@ class Generator:
             raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
-        places = self.model.get_config()["max_sequence_length"]
-        for row, prompt in enumerate(arrays):
-            if len(prompt) + max_new_tokens > places:
-                raise ValueError(
-                    f"prompts[{row}] has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; "
-                    f"together they take at most max_sequence_length = {places}"
-                )
+        self._decoding.check_room(self.model, arrays, max_new_tokens)
         sampler = Sampler(temperature, top_k, top_p)
         stops = self._check_stops(stop_token_ids)
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
+        search = BeamSearch(num_beams, length_penalty, early_stopping, num_return_sequences)
+        self._check_search(search, sampler, on_token, len(stops))
         draws = uniforms(seed, len(arrays), max_new_tokens)
         if not arrays:
             return []
@@ -83,19 +88,22 @@ class Generator:
         self.model.eval()
         try:
             with torch.inference_mode():
+                if num_beams > 1:
+                    decoding = self._decoding(self.model, self._decoding.shape(arrays, max_new_tokens))
+                    return search.run(decoding, arrays, max_new_tokens, stops)
                 steps = self._steps(arrays, max_new_tokens, sampler)
-                return _run(steps, arrays, max_new_tokens, draws.to(self.model.device), stops, on_token)
+                return _run(steps, arrays, max_new_tokens, draws.to(_device(self.model)), stops, on_token)
         finally:
             self.model.train(training)
 
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
-        capacity = max(len(p) for p in prompts) + max_new_tokens - 1  # the last token is never fed
-        if self.model.device.type != "cuda":
-            return EagerSteps(self.model, len(prompts), capacity, sampler)
-        key = GraphSteps.key(self.model, len(prompts), capacity, sampler)
+        shape = self._decoding.shape(prompts, max_new_tokens)
+        if _device(self.model).type != "cuda":
+            return EagerSteps(self._decoding(self.model, shape), sampler)
+        key = GraphSteps.key(self.model, shape, sampler)
         graph = self._graphs.pop(key, None)
         if graph is None:
-            graph = GraphSteps(self.model, len(prompts), capacity, sampler)
+            graph = GraphSteps(self.model, shape, sampler)
         while len(self._graphs) >= 4:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = graph  # the latest goes last
@@ -123,6 +131,19 @@ class Generator:
             arrays.append(array.astype(np.int64))
         return arrays
 
+    def _check_search(self, search: BeamSearch, sampler: Sampler, on_token: object, stops: int) -> None:
+        if search.num_beams == 1:
+            return
+        if sampler.temperature != 0.0:
+            raise ValueError(f"temperature is {sampler.temperature} and num_beams {search.num_beams}; beams take 0")
+        if on_token is not None:
+            raise ValueError(
+                f"on_token is given and num_beams is {search.num_beams}; no token is certain before the end"
+            )
+        vocabulary = self.model.get_config()["vocabulary_size"]
+        if search.candidates(stops) > search.num_beams * vocabulary:
+            raise ValueError(f"stop_token_ids has {stops} tokens of {vocabulary}; beams need another one to go on")
+
     def _check_stops(self, stop_token_ids: Collection[int]) -> frozenset[int]:
         if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, Collection):
             raise TypeError(f"stop_token_ids is {stop_token_ids!r}; it takes a collection of token ids")
@@ -133,6 +154,10 @@ class Generator:
             if not 0 <= token < vocabulary:
                 raise IndexError(f"stop_token_ids holds {token}; it takes token ids 0 to {vocabulary - 1}")
         return frozenset(int(token) for token in stop_token_ids)
+
+
+def _device(model: Backbone) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token) -> list[list[int]]:

@@ -61,20 +61,25 @@ def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def _inputs(model: Backbone, device: str) -> dict[str, torch.Tensor]:
-    """Two rows of random tokens, the second with a third of it padding, as long as the model takes, 96 at most."""
+    """Two rows of random tokens for each text, the second with a third of it padding, as long as the model takes, 96 at
+    most."""
     config = model.get_config()
     length = min(96, config.get("max_sequence_length") or 96)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config["vocabulary_size"], (2, length), generator=generator)
-    mask = torch.ones(2, length, dtype=torch.bool)
+    mask = torch.ones(2, length, dtype=torch.bool, device=device)
     mask[1, length - length // 3 :] = False
-    return {"token_ids": ids.to(device), "padding_mask": mask.to(device)}
+    inputs = {}
+    for tokens, padding in model.texts:
+        inputs[tokens] = torch.randint(config["vocabulary_size"], (2, length), generator=generator).to(device)
+        inputs[padding] = mask
+    return inputs
 
 
 def _outputs(model: Backbone, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states and logits in one flat tensor."""
-    hidden = model(inputs)
-    return torch.cat([hidden.flatten(), model.token_embedding(hidden, reverse=True).flatten()])
+    found = model(inputs)
+    states = list(found.values()) if isinstance(found, dict) else [found]
+    return torch.cat([t.flatten() for t in (*states, model.logits(states[-1]))])
 
 
 def render(report: dict[str, Any]) -> str:

@@ -81,6 +81,7 @@ def t5_arguments(config):
         "num_buckets": config["relative_attention_num_buckets"],
         "max_distance": config["relative_attention_max_distance"],
         "scale_logits": config["scale_decoder_outputs"],
+        "decoder_start_token_id": config.get("decoder_start_token_id") or 0,
     }
 
 

@@ -117,3 +117,39 @@ def test_usage_errors_exit_with_2():
     assert out.returncode == 2
     assert "--prompt" in out.stderr
     assert "Traceback" not in out.stderr
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A T5 with random weights and the tokeniser of the tests, as a Hugging Face directory."""
+    import shutil
+    from pathlib import Path
+
+    from pyfused import T5Backbone
+    from pyfused.checkpoints import save_hf
+
+    directory = tmp_path_factory.mktemp("t5")
+    save_hf(T5Backbone(400, 2, 3, 24, 40, activation="gelu_new", tie_embedding_weights=False), directory)
+    shutil.copy(Path(__file__).parent / "golden" / "t5_tokenizer" / "spiece.model", directory)
+    return str(directory)
+
+
+def test_t5_answers_and_is_verified(capsys, t5):
+    from pyfused import Backbone, Generator
+    from pyfused.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer(t5)
+    prompt = tokenizer.encode("In the beginning")
+    for beams in ("1", "3"):
+        options = ["--prompt", "In the beginning", "--max-new-tokens", "12", "--num-beams", beams]
+        status, out, _ = call(capsys, "generate", t5, *options, "--json")
+        assert status == 0
+        found = json.loads(out)["tokens"]
+        stops = {"stop_token_ids": [tokenizer.end_token_id], "num_beams": int(beams)}
+        assert [found] == Generator(Backbone.from_preset(t5)).generate([prompt], 12, **stops)
+        status, out, _ = call(capsys, "generate", t5, *options)
+        assert status == 0
+        assert out.strip() == tokenizer.decode([t for t in found if t != tokenizer.end_token_id]).strip()
+    status, out, _ = call(capsys, "verify", t5, "--json")
+    assert status == 0
+    assert json.loads(out)["inputs"]["decoder_token_ids"] == [2, 96]

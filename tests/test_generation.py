@@ -7,7 +7,8 @@ from gpt2_cases import hf_gpt2, like_hf
 
 import pyfused
 from pyfused import Generator
-from pyfused._decoding import EagerSteps, GraphSteps
+from pyfused._decoding import GraphSteps
+from pyfused.models._gpt2_decoding import GPT2Decoding
 from pyfused.models._gpt2_step import bindable
 from pyfused.sampling import Sampler, uniforms
 
@@ -304,7 +305,8 @@ def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
     assert bindable(other)
     handle = other.layers[1].feed_forward.register_forward_hook(lambda *_: heard.append(1))
     assert not bindable(other)
-    assert EagerSteps(other, 1, 4, Sampler())._bound is None
+    assert GPT2Decoding(other, (1, 4))._bound is None
+    assert GPT2Decoding(model, (1, 4))._bound is not None
     assert Generator(other).generate(prompts[:3], NEW) == expected[:3]
     if DEVICE == "cpu":  # a replayed CUDA graph calls no Python
         assert len(heard) == NEW
@@ -334,7 +336,7 @@ def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, monkeypa
 
     def steps(self, arrays, max_new_tokens, sampler):
         if not kept:
-            kept.append(Replayed(self.model, 6, 40, sampler))
+            kept.append(Replayed(self.model, (6, 40), sampler))
         return kept[0]
 
     monkeypatch.setattr(Generator, "_steps", steps)

@@ -15,14 +15,19 @@ import torch
 
 def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str, float]:
     """Median tokens per second of "pyfused" and "transformers" (eager, its own KV cache); prints both and the ratio."""
-    from transformers import GPT2LMHeadModel
+    import transformers
 
     import pyfused
     from pyfused.checkpoints import load_tokenizer, resolve_preset
 
     directory = resolve_preset(preset)
-    mine = pyfused.Generator(pyfused.GPT2Backbone.from_preset(preset).eval())
-    theirs = GPT2LMHeadModel.from_pretrained(directory).eval()
+    model = pyfused.Backbone.from_preset(preset).eval()
+    mine = pyfused.Generator(model)
+    answers = isinstance(model, pyfused.T5Backbone)
+    theirs = (transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel).from_pretrained(
+        directory
+    )
+    theirs.eval()
     tokenizer = load_tokenizer(preset)
     ids = tokenizer.encode(prompt)
     inputs = torch.tensor([ids])
@@ -39,7 +44,7 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     def run_theirs() -> list[int]:
         with torch.no_grad():
             out = theirs.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
-        return out[0, len(ids) :].tolist()
+        return out[0, 1 if answers else len(ids) :].tolist()
 
     if run_mine() != run_theirs():
         raise RuntimeError(f"the greedy tokens of pyfused and transformers differ on {preset}")

@@ -1,6 +1,7 @@
-"""How does text become GPT-2's token ids and back, and how is a stream of ids printed as it comes?
+"""How does text become token ids and back, and how is a stream of ids printed as it comes?
 
-Byte-level BPE, run by the `tokenizers` library, from any of the three sets of files that presets come with. Words
+Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, and for
+T5 a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words
 are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
 splits by another model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those
 GPT-2 was trained on.
@@ -16,6 +17,7 @@ from typing import Any
 
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.presets import resolve_preset
+from pyfused.checkpoints.sentencepiece import SPACE, ByteBackend, piece_bytes, read_model
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -31,20 +33,28 @@ _BYTES = _byte_of_character()
 
 
 class Tokenizer:
-    """Text to ids and back. Made by `load_tokenizer`; ``backend`` is the `tokenizers.Tokenizer` that does the work."""
+    """Text to ids and back. Made by `load_tokenizer`; ``backend`` is the `tokenizers.Tokenizer` that does the work.
 
-    def __init__(self, backend: Any, end_token: str | None = END_OF_TEXT) -> None:
+    kind: what tokens are written in: "byte-level" characters, or "pieces" of SentencePiece, of which the first one's space
+    is no part of the text, or single "bytes".
+    """
+
+    def __init__(self, backend: Any, end_token: str | None = END_OF_TEXT, kind: str = "byte-level") -> None:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self._vocabulary_size = len(vocabulary)
         self._end_token_id = vocabulary.get(end_token) if end_token is not None else None
-        self._tokens = {index: _token_bytes(token) for token, index in vocabulary.items()}
+        written = _token_bytes if kind == "byte-level" else piece_bytes
+        self._tokens = {index: written(token) for token, index in vocabulary.items()}
+        self._drops_space = kind == "pieces"
         self._special = sorted(
             (token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True
         )
-        self._missing = {byte for character, byte in _BYTES.items() if character not in vocabulary}
+        self._missing: set[int] = set()
+        if kind == "byte-level":
+            self._missing = {byte for character, byte in _BYTES.items() if character not in vocabulary}
 
     @property
     def vocabulary_size(self) -> int:
@@ -57,7 +67,8 @@ class Tokenizer:
         return self._end_token_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id.
+        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. T5's
+        tokenisers end a text with their end token, as its encoder expects.
 
         Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
         byte that a reduced vocabulary lacks.
@@ -78,12 +89,15 @@ class Tokenizer:
 
         Raises IndexError for an id that is not in the vocabulary.
         """
-        return b"".join(self.token_bytes(index) for index in ids).decode("utf-8", errors="replace")
+        found = [self.token_bytes(index, first=not i) for i, index in enumerate(ids)]
+        return b"".join(found).decode("utf-8", errors="replace")
 
-    def token_bytes(self, index: int) -> bytes:
-        """The bytes that one token stands for, which may be a part of a character. IndexError for an unknown id."""
+    def token_bytes(self, index: int, first: bool = False) -> bytes:
+        """The bytes that one token stands for, which may be a part of a character; ``first`` of a text or not.
+        IndexError for an unknown id."""
         try:
-            return self._tokens[int(index)]
+            found = self._tokens[int(index)]
+            return found.removeprefix(b" ") if first and self._drops_space else found
         except KeyError:
             raise IndexError(f"token id {index} is not in the vocabulary of {self.vocabulary_size} tokens") from None
 
@@ -108,30 +122,37 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._first = tokenizer, True
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, index: int) -> str:
         """The text that became certain with this id; often empty within an emoji."""
-        return self._decoder.decode(self._tokenizer.token_bytes(index))
+        found = self._tokenizer.token_bytes(index, self._first)
+        self._first = False
+        return self._decoder.decode(found)
 
     def finish(self) -> str:
         """What is left: U+FFFD if the ids ended inside a character. The decoder can then be used anew."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._first = True
         return rest
 
 
 def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a preset (see `resolve_preset`), from the first of these files that it has.
 
-    They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or Keras's assets/tokenizer/vocabulary.json with
-    merges.txt.
+    They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or spiece.model; Keras's assets/tokenizer/
+    vocabulary.json with merges.txt, or vocabulary.spm. ByT5 needs none: its configuration names its tokeniser's class.
 
-    Raises ValueError naming the file for one that is missing, damaged, or asks for something else than byte-level BPE;
-    ImportError without the `tokenizers` package.
+    Raises ValueError naming the file for one that is missing, damaged, or asks for something else than byte-level BPE, a
+    unigram SentencePiece model or bytes; ImportError without the `tokenizers` package.
     """
     directory = resolve_preset(preset, "tokenizer")
+    if _hf_class(directory) == "ByT5Tokenizer":
+        options = _options(directory)
+        extra = options.get("extra_ids") or 125  # 0 in files of a tokeniser that has them in its list of special tokens
+        return Tokenizer(ByteBackend(_count(extra, directory)), "</s>", "bytes")
     try:
         import tokenizers
     except ImportError as error:
@@ -147,11 +168,16 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
         end, prefix = _hf_options(directory)
         special = [end] if end is not None else []
         return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
+    elif (directory / "spiece.model").is_file():
+        extra = _count(_options(directory).get("extra_ids", 100), directory)
+        return Tokenizer(read_model(tokenizers, directory / "spiece.model", extra), "</s>", "pieces")
     assets = directory / "assets" / "tokenizer"
+    if (assets / "vocabulary.spm").is_file():
+        return Tokenizer(read_model(tokenizers, assets / "vocabulary.spm", 0), "</s>", "pieces")
     if not (assets / "vocabulary.json").is_file():
         raise ValueError(
-            f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, and "
-            f"assets/tokenizer/vocabulary.json with merges.txt"
+            f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece.model, "
+            f"assets/tokenizer/vocabulary.json with merges.txt, and assets/tokenizer/vocabulary.spm"
         )
     config = keras_config or {}
     unsplittable = config.get("unsplittable_tokens")
@@ -166,18 +192,32 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Tokenizer:
-    kind = raw["model"].get("type", "BPE") if isinstance(raw["model"], dict) else None
+    model = raw["model"]
+    kind = model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
     decoder = raw.get("decoder")
     parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-    if kind != "BPE" or [part.get("type") for part in parts if isinstance(part, dict)] != ["ByteLevel"]:
-        raise ValueError(f"{path}: not byte-level BPE: the model is {kind!r}, the decoder {decoder!r:.100}")
+    steps = [part.get("type") for part in parts if isinstance(part, dict)]
+    metaspace = next((part for part in parts if isinstance(part, dict) and part.get("type") == "Metaspace"), {})
+    pieces = kind == "Unigram" and steps in (["Metaspace"], ["ByteFallback", "Metaspace"])
+    if not pieces and (kind != "BPE" or steps != ["ByteLevel"]):
+        raise ValueError(
+            f"{path}: not byte-level BPE and no unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
+        )
+    if pieces:
+        always = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
+        if metaspace.get("replacement") != SPACE or always == "never":
+            raise ValueError(
+                f"{path}: the decoder is {metaspace!r}; pyfused reads Metaspace with {SPACE!r} before each text"
+            )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
-    end, _ = _hf_options(path.parent)
+    end, _ = _hf_options(path.parent, "</s>" if pieces else END_OF_TEXT)
     if end is not None and backend.token_to_id(end) is None:
         raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
+    if pieces:
+        return Tokenizer(backend, end, "pieces")
     return Tokenizer(backend, end or END_OF_TEXT)
 
 
@@ -224,15 +264,35 @@ def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     return merges
 
 
-def _hf_options(directory: Path) -> tuple[str | None, bool]:
-    """End token and prefix space from tokenizer_config.json; GPT-2's own where there is none."""
+def _options(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    if raw.get("add_bos_token") or raw.get("add_eos_token"):
+    return read_json(path) if path.is_file() else {}
+
+
+def _hf_class(directory: Path) -> str | None:
+    """The tokeniser's class by either of Hugging Face's configurations."""
+    path = directory / "config.json"
+    found = _options(directory).get("tokenizer_class") or (read_json(path) if path.is_file() else {}).get(
+        "tokenizer_class"
+    )
+    return found.removesuffix("Fast") if isinstance(found, str) else None
+
+
+def _count(value: Any, directory: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10_000:
+        raise ValueError(f"{directory / 'tokenizer_config.json'}: extra_ids is {value!r}; it takes 0 to 9999")
+    return value
+
+
+def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None, bool]:
+    """End token and prefix space from tokenizer_config.json; the model's own where there is none."""
+    path = directory / "tokenizer_config.json"
+    raw = _options(directory)
+    if default == END_OF_TEXT and (raw.get("add_bos_token") or raw.get("add_eos_token")):
         raise ValueError(
             f"{path}: add_bos_token or add_eos_token is on; pyfused adds no tokens, put them into the text"
         )
-    end = raw.get("eos_token", END_OF_TEXT)
+    end = raw.get("eos_token", default)
     end = end.get("content") if isinstance(end, dict) else end
     if end is not None and not isinstance(end, str):
         raise ValueError(f"{path}: eos_token is {end!r}; it takes a token or null")
@@ -241,10 +301,12 @@ def _hf_options(directory: Path) -> tuple[str | None, bool]:
 
 def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
-    if name != "GPT2Tokenizer" or not isinstance(config, dict):
+    if name not in ("GPT2Tokenizer", "T5Tokenizer") or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads GPT2Tokenizer, or a tokenizer.json of Hugging Face"
+            f"{path}: the class is {name!r}; pyfused reads GPT2Tokenizer and T5Tokenizer, or a tokenizer.json of Hugging Face"
         )
+    if config.get("add_bos"):
+        raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")
     if config.get("sequence_length") is not None:
         raise ValueError(
             f"{path}: sequence_length is {config['sequence_length']!r}; pyfused neither pads nor cuts: set it to null"

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..nn import FeedForward, KVCache, LayerNorm, Linear, ReversibleEmbedding, SelfAttention
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
 from ..ops.layer_norm import _LAYER_NORM
 from ..ops.linear import _LINEAR
+from ._binding import matrix, plain
 from .gpt2 import GPT2Backbone, GPT2Block
 
 _PLAIN = {
@@ -26,13 +26,8 @@ _PLAIN = {
 
 
 def bindable(model: GPT2Backbone) -> bool:
-    """Whether nothing would be passed over: no hook, no replaced or patched module, no tensor subclass."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return False
-    for m in model.modules():
-        if type(m) not in _PLAIN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
-            return False
-    return all(type(p) is nn.Parameter for p in model.parameters())
+    """Whether BoundStep computes what calling the modules would."""
+    return plain(model, _PLAIN)
 
 
 class BoundStep:
@@ -49,12 +44,12 @@ class BoundStep:
         self._layers = [
             (
                 *_norm(layer.attention_norm),
-                *_matrix(layer.attention.query_key_value),
+                *matrix(layer.attention.query_key_value),
                 layer.attention.scale,
-                *_matrix(layer.attention.output),
+                *matrix(layer.attention.output),
                 *_norm(layer.feed_forward_norm),
-                *_matrix(layer.feed_forward.inner),
-                *_matrix(layer.feed_forward.outer),
+                *matrix(layer.feed_forward.inner),
+                *matrix(layer.feed_forward.outer),
                 layer.feed_forward.activation,
             )
             for layer in layers
@@ -84,7 +79,3 @@ class BoundStep:
 
 def _norm(norm: LayerNorm) -> tuple[Tensor, Tensor | None, float]:
     return norm.weight, norm.bias, norm.eps
-
-
-def _matrix(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias

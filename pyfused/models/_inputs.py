@@ -7,7 +7,7 @@ out of range raise IndexError. What is on a GPU already is not, since looking wo
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,15 @@ def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
         room = cache.capacity - cache.length
         raise ValueError(f"cache holds {cache.length} tokens and has room for {room}; it cannot take {new} more")
     return cache.length
+
+
+def padded(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of several lengths as (B, S) padded on the right with 0, S the longest if `length` is None; lengths (B,)."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ids = np.zeros((len(prompts), lengths.max() if length is None else length), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return ids, lengths
 
 
 def _dtype(found: Tensor) -> str:

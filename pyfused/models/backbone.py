@@ -77,6 +77,7 @@ class Backbone(nn.Module, ABC):
     """
 
     presets = _Presets()
+    texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
     token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 
     @abstractmethod

@@ -100,9 +100,10 @@ class T5Stack(nn.Module):
         self.final_norm = RMSNorm(config["hidden_dim"], config["layer_norm_epsilon"], **factory)
 
     def forward(self, x: Tensor, call: StackCall) -> Tensor:
-        """(B, S, D) -> (B, S, D). Leaves cache.length alone."""
+        """(B, S, D) -> (B, S, D). Leaves cache.length alone. call.visible.attn_bias, if there, stands for the table."""
         layers: Any = self.layers
-        call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
+        if call.visible.attn_bias is None:
+            call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
         x, branch = self._drop(x), None
         for layer in layers if x.numel() else ():
             if call.hidden_states is not None:
@@ -142,6 +143,8 @@ class T5Backbone(Backbone):
     Raises:
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
+
+    texts = (("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"))
 
     def __init__(
         self,

@@ -170,8 +170,8 @@ class T5Attention(SelfAttention):
         layer: int = 0,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
-        """As SelfAttention's; the table in `visible`, if there is one, goes before this layer's own."""
-        if visible.relative_bias is None and self.relative_bias is not None:
+        """As SelfAttention's. A table or a bias in `visible` stands for this layer's own table."""
+        if visible.relative_bias is None and visible.attn_bias is None and self.relative_bias is not None:
             visible = replace(visible, relative_bias=self.position_bias())
         return super().forward(x, visible, cache, layer, probabilities)
 
@@ -214,7 +214,10 @@ class CrossAttention(_Attention):
         visible: Visibility = EVERYTHING,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
-        """x (B, S, D), and keys and values of `project` -> (B, S, D)."""
-        b, s, _ = x.shape
-        query = self.query(x).view(b, s, self.num_heads, self.head_size).transpose(1, 2)
-        return self._attend(query, *key_value, visible, probabilities)
+        """x (B, S, D), and keys and values of `project` -> (B, S, D).
+
+        x may have several rows, one after the other, for each row of the keys, as beams of one source: their queries are
+        taken together, so that the keys are neither copied nor read for each.
+        """
+        query = self.query(x).view(key_value[0].shape[0], -1, self.num_heads, self.head_size).transpose(1, 2)
+        return self._attend(query, *key_value, visible, probabilities).view(x.shape)

@@ -88,8 +88,25 @@ class KVCache:
         """The values of a layer so far, a view (B, H, length, D)."""
         return self._layers[layer][2][:, :, : self.length]
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps only these rows, (B',) int64; costs one copy of the cache, about what one step reads."""
+    def select(self, rows: Tensor, sources: Tensor | slice | None = None) -> None:
+        """Keeps these rows, (B',) int64, of which one may occur several times; costs one copy of the cache, about what
+        one step reads. sources: the encoder's rows to keep, if they are not one for each row; a slice of all copies none.
+        """
         self._set([kv.index_select(1, rows) for kv in self._buffers])
-        self.cross = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.cross]
-        self.encoder_mask = None if self.encoder_mask is None else self.encoder_mask[rows]
+        kept = rows if sources is None else sources
+        self.cross = [None if kv is None else (kv[0][kept], kv[1][kept]) for kv in self.cross]
+        self.encoder_mask = None if self.encoder_mask is None else self.encoder_mask[kept]
+
+    def reorder(self, rows: list[int], first: int) -> None:
+        """Row i becomes row rows[i], in place, from token `first` on: the caller knows that before it nothing differs.
+        Rows that stay where they are cost nothing."""
+        moved = [i for i, row in enumerate(rows) if row != i]
+        end = self.length if self.positions is None else self._extent
+        if not moved or first >= end:
+            return
+        device = self._buffers[0].device
+        places = torch.tensor(moved, device=device)
+        origins = torch.tensor([rows[i] for i in moved], device=device)
+        for kv in self._buffers:
+            part = kv[:, :, :, first:end]
+            part[:, places] = part[:, origins]  # the right side is a copy, so that rows may change places

@@ -1,0 +1,171 @@
+"""Which texts are likeliest as a whole? Beam search, with the scores and stopping rules of transformers' generate.
+
+The score of a finished text is the sum of its tokens' log-probabilities over their number to the power length_penalty.
+Only numbers of the size of the beams come to the host, where the bookkeeping is; the model's rows are reordered in place,
+from the first token on in which they differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ._decoding import Decoding
+
+# Added to the score of what may not be chosen, as transformers does: a comparison then never meets infinity.
+_NEVER = np.float32(-1.0e9)
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """How the search is done.
+
+    num_beams: texts that are followed at a time. length_penalty: see the file's first lines; above 0 prefers long texts.
+    early_stopping: True stops a search when num_beams texts have ended; False as soon as the best running text, as long as
+    it is now, would score less than the worst of these; "never" where length_penalty > 0 asks that of the longest text
+    possible. num_return_sequences: how many of the texts are returned, best first.
+    """
+
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_beams", self.num_beams), ("num_return_sequences", self.num_return_sequences)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it takes an int")
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it takes at least 1")
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}; it takes at most num_beams = {self.num_beams}"
+            )
+        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, (int, float)):
+            raise TypeError(f"length_penalty is {self.length_penalty!r}; it takes a number")
+        if not np.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty is {self.length_penalty}; it takes a finite number")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping is {self.early_stopping!r}; it takes True, False or 'never'")
+        if self.num_beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
+            raise ValueError(
+                "length_penalty and early_stopping are about beams; num_beams is 1 and takes at least 2 then"
+            )
+
+    def candidates(self, stops: int) -> int:
+        """Continuations of a text that are looked at: enough for num_beams of them not to end in a stop token."""
+        return max(2, 1 + stops) * self.num_beams
+
+    @torch.inference_mode()
+    def run(
+        self, decoding: Decoding, prompts: list[np.ndarray], max_new_tokens: int, stops: frozenset[int]
+    ) -> list[list[int]]:
+        """The best num_return_sequences texts of each prompt, prompt after prompt; stop tokens are returned too."""
+        beams, width = self.num_beams, self.candidates(len(stops))
+        logits = decoding.start(prompts).repeat_interleave(beams, 0)
+        decoding.branch(beams)
+        texts = list(range(len(prompts)))
+        found: list[list[list[int]]] = [[] for _ in prompts]
+        state = _State(len(prompts), beams, max_new_tokens)
+        ends = np.array(sorted(stops), np.int64)
+        for t in range(max_new_tokens):
+            scores = torch.log_softmax(logits, -1, dtype=torch.float32).unflatten(0, (len(texts), beams))
+            scores = scores + torch.from_numpy(state.running).to(scores.device)[:, :, None]
+            best, index = scores.flatten(1).topk(width)
+            origin, token = np.divmod(index.cpu().numpy(), scores.shape[2])
+            stopping = np.isin(token, ends) | (t + 1 == max_new_tokens)
+            before = state.tokens
+            rows = state.advance(t, best.cpu().numpy(), origin, token, stopping, self)
+            done = state.done(t + 1, max_new_tokens, self)
+            if t + 1 == max_new_tokens or done.all():
+                done[:] = True
+            for slot in np.flatnonzero(done):
+                found[texts[slot]] = state.finished_texts(slot, self.num_return_sequences)
+            if done.all():
+                break
+            self._move(decoding, before, rows, t)
+            if done.any():
+                alive = [int(slot) for slot in np.flatnonzero(~done)]
+                decoding.select(alive)
+                state.keep(alive)
+                texts = [texts[slot] for slot in alive]
+            last = torch.from_numpy(state.tokens[:, :, t].ravel()).to(logits.device)
+            logits = decoding.step(last)
+        return [tokens for of_prompt in found for tokens in of_prompt]
+
+    @staticmethod
+    def _move(decoding: Decoding, before: np.ndarray, rows: np.ndarray, new: int) -> None:
+        """Reorders the model's rows. before (B, K, N): the tokens that they have been fed, `new` of them; rows (B, K):
+        the beams that the new ones go on from."""
+        beams = before.shape[1]
+        moved = rows != np.arange(beams)
+        if not moved.any():
+            return
+        was = np.take_along_axis(before, rows[:, :, None], 1)
+        differs = (was[moved] != before[moved])[:, :new]
+        first = int(differs.any(0).argmax()) if differs.any() else new
+        flat = rows + np.arange(len(rows))[:, None] * beams
+        decoding.reorder(flat.ravel().tolist(), new, first)
+
+
+class _State:
+    """The running and the finished texts of B prompts, K each, at most N tokens long. Scores are float32, as
+    transformers has them."""
+
+    def __init__(self, batch: int, beams: int, longest: int):
+        self.tokens = np.zeros((batch, beams, longest), np.int64)
+        self.running = np.full((batch, beams), _NEVER)
+        self.running[:, 0] = 0.0  # at first all beams are the same
+        self.finished = np.full((batch, beams), _NEVER)
+        self.finished_tokens = self.tokens.copy()
+        self.lengths = np.zeros((batch, beams), np.int64)
+        self.is_finished = np.zeros((batch, beams), bool)
+
+    def advance(self, t: int, best, origin, token, stopping, search: BeamSearch) -> np.ndarray:
+        """Takes in the candidates of step t, each (B, C) and best first: their scores, the beams they continue, their last
+        tokens, and whether they end. Returns the beams that the running texts continue, (B, K)."""
+        beams = search.num_beams
+        longer = np.take_along_axis(self.tokens, origin[:, :, None], 1)
+        longer[:, :, t] = token
+        running = best + stopping * _NEVER
+        kept = np.argsort(-running, 1, kind="stable")[:, :beams]
+        self.tokens = np.take_along_axis(longer, kept[:, :, None], 1)
+        self.running = np.take_along_axis(running, kept, 1)
+
+        # A candidate that ends counts if it is among the best K; the others are there for the running texts' sake.
+        ends = stopping & (np.arange(best.shape[1]) < beams)
+        scores = best / np.float32((t + 1) ** search.length_penalty)
+        if search.early_stopping is True:
+            scores = scores + self.is_finished.all(1, keepdims=True) * _NEVER
+        scores = scores + ~ends * _NEVER
+        merged = np.concatenate([self.finished, scores], 1)
+        top = np.argsort(-merged, 1, kind="stable")[:, :beams]
+        self.finished = np.take_along_axis(merged, top, 1)
+        self.is_finished = np.take_along_axis(np.concatenate([self.is_finished, ends], 1), top, 1)
+        lengths = np.concatenate([self.lengths, np.full(best.shape, t + 1)], 1)
+        self.lengths = np.take_along_axis(lengths, top, 1)
+        both = np.concatenate([self.finished_tokens, longer], 1)
+        self.finished_tokens = np.take_along_axis(both, top[:, :, None], 1)
+        return np.take_along_axis(origin, kept, 1)
+
+    def done(self, length: int, longest: int, search: BeamSearch) -> np.ndarray:
+        """(B,) bool: whether no running text can still become one of the finished ones, as far as the rule tells."""
+        if search.early_stopping == "never" and search.length_penalty > 0.0:
+            length = longest
+        hoped = self.running[:, :1] / np.float32(length**search.length_penalty)
+        worst = np.where(self.is_finished, self.finished.min(1, keepdims=True), _NEVER)
+        done = ~(hoped > worst).any(1)
+        return done | self.is_finished.all(1) if search.early_stopping is True else done
+
+    def finished_texts(self, slot: int, count: int) -> list[list[int]]:
+        """The best texts of one prompt."""
+        rows = zip(self.finished_tokens[slot, :count], self.lengths[slot])
+        return [tokens[:length].tolist() for tokens, length in rows]
+
+    def keep(self, slots: list[int]) -> None:
+        """Forgets all other prompts."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[slots])

@@ -1,0 +1,171 @@
+"""How does text become T5's token ids and back? A SentencePiece unigram model (Kudo 2018, arXiv:1804.10959), or bytes.
+
+A model file is read here, piece by piece, and run by the `tokenizers` library as transformers does: control pieces that are
+written out in a text, such as </s>, become their id; SentencePiece itself, and KerasHub with it, splits those into letters.
+ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes, moved by three.
+Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SPACE = "▁"
+_UNIGRAM = 1
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_LARGEST = 64 << 20  # T5's has 0.8 MB, mT5's 4 MB
+
+
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+def read_model(tokenizers: Any, path: Path, extra_ids: int, end: str = "</s>") -> Any:
+    """A `tokenizers.Tokenizer` that does what the model file says, and ends each text with `end`.
+
+    extra_ids: how many sentinels <extra_id_0>, ... follow the pieces, the last one first, as transformers adds them.
+    Raises ValueError naming the file for what is damaged or no unigram model as T5's.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise ValueError(f"{size} bytes; at most {_LARGEST} are read")
+        pieces, trainer, normalizer = _parse(path.read_bytes())
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise ValueError(f"{path}: cannot be read as a SentencePiece model: {error}") from error
+    if trainer.get(3, _UNIGRAM) != _UNIGRAM:
+        raise ValueError(f"{path}: model_type is {trainer[3]}; pyfused reads unigram models (1), as T5's")
+    for number, name in ((3, "add_dummy_prefix"), (4, "remove_extra_whitespaces"), (5, "escape_whitespaces")):
+        if not normalizer.get(number, 1):
+            raise ValueError(f"{path}: {name} is off; pyfused reads models with it on, as T5's")
+    if trainer.get(24, 0):
+        raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, as T5's")
+    unknown = next((index for index, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
+    special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    if unknown is None or end not in special:
+        raise ValueError(f"{path}: the pieces lack an unknown one or {end!r}")
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+    vocabulary = [(piece.text, piece.score) for piece in pieces] + [(name, 0.0) for name in sentinels]
+    if len({text for text, _ in vocabulary}) != len(vocabulary):
+        raise ValueError(f"{path}: a piece occurs twice")
+    fallback = any(piece.kind == _BYTE for piece in pieces)
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown, fallback))
+        if charsmap := normalizer.get(2):
+            backend.normalizer = tokenizers.normalizers.Precompiled(charsmap)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: {error}") from error
+    steps = tokenizers.pre_tokenizers
+    metaspace = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
+    backend.pre_tokenizer = steps.Sequence([steps.WhitespaceSplit(), steps.Metaspace(**metaspace)])
+    backend.decoder = tokenizers.decoders.Metaspace(**metaspace)
+    backend.add_special_tokens([*special, *reversed(sentinels)])
+    template = {"single": f"$A {end}", "special_tokens": [(end, backend.token_to_id(end))]}
+    backend.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    return backend
+
+
+def piece_bytes(token: str) -> bytes:
+    """The bytes that a piece stands for: the space sign is a space, <0xE2> a byte, everything else itself."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(SPACE, " ").encode("utf-8")
+
+
+def _parse(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
+    """The pieces, and trainer_spec and normalizer_spec by field number."""
+    pieces: list[_Piece] = []
+    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            fields = dict(_fields(value))
+            (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+            pieces.append(_Piece(fields.get(1, b"").decode("utf-8"), score, fields.get(3, _NORMAL)))
+        elif number in specs and isinstance(value, bytes):
+            specs[number] = dict(_fields(value))
+    if not pieces:
+        raise ValueError("it has no pieces")
+    return pieces, specs[2], specs[3]
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of one protocol buffer message: int, or bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"field {key >> 3} has the wire type {kind}")
+        if at + size > len(data):
+            raise ValueError("it is truncated")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number has more than 64 bits")
+
+
+class ByteBackend:
+    """ByT5's ids behind the few methods of `tokenizers.Tokenizer` that pyfused calls: 0 to 2 are <pad>, </s> and <unk>, then
+    the 256 bytes, then the sentinels in order. Spaces around <pad>, </s> and <unk> go with them, as in transformers."""
+
+    class Encoding(NamedTuple):
+        ids: list[int]
+
+    class Added(NamedTuple):
+        content: str
+
+    def __init__(self, extra_ids: int = 125):
+        self._special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+        self._added = self._special | {f"<extra_id_{i}>": 259 + i for i in range(extra_ids)}
+        stripped = "|".join(re.escape(name) for name in self._special)
+        named = "|".join(re.escape(name) for name in sorted(self._added, key=len, reverse=True))
+        self._split = re.compile(rf"(\s*(?:{stripped})\s*|{named})")
+
+    def no_padding(self) -> None:
+        """There is none."""
+
+    def no_truncation(self) -> None:
+        """There is none."""
+
+    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
+        single = {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+        return single | self._added if with_added_tokens else single
+
+    def get_added_tokens_decoder(self) -> dict[int, Added]:
+        return {index: self.Added(name) for name, index in self._added.items()}
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.get_vocab().get(token)
+
+    def encode(self, text: str) -> Encoding:
+        ids: list[int] = []
+        for i, part in enumerate(self._split.split(text)):
+            if i % 2:
+                ids.append(self._added[part.strip()])
+            else:
+                ids += [byte + 3 for byte in part.encode("utf-8")]
+        return self.Encoding(ids if ids[-1:] == [1] else [*ids, 1])

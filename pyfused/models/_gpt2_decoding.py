@@ -1,0 +1,125 @@
+"""How does GPT-2 continue a batch of texts? One prefill, then a token per row and step, with rows of any length."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..nn import CAUSAL, KVCache, Visibility
+from . import _inputs
+from ._gpt2_step import BoundStep, bindable
+from .gpt2 import Call, GPT2Backbone
+
+
+def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
+    """Fills the cache; the logits behind each prompt, (B, V).
+
+    Prompts are padded on the right: under a causal mask no real token sees the padding, so that no mask is needed, and
+    the padding's keys are overwritten, or masked, in the steps that follow.
+    """
+    ids, lengths = _inputs.padded(prompts)
+    device = model.device
+    positions = torch.arange(ids.shape[1], device=device)
+    call = Call(torch.from_numpy(ids).to(device), positions, visible=CAUSAL, cache=cache)
+    return model.logits(model.run(call, torch.from_numpy(lengths).to(device) - 1))
+
+
+class GPT2Decoding:
+    """A batch of texts being continued, as `pyfused._decoding.Decoding` says."""
+
+    def __init__(self, model: GPT2Backbone, shape: tuple[int, ...], fixed: bool = False):
+        self.model = model
+        batch_size, capacity = shape
+        self._cache = model.new_cache(batch_size, capacity)
+        self._places = torch.arange(capacity, device=model.device)
+        self._lengths: list[int] = []
+        self._times = 1
+        self._bound = BoundStep(model) if not fixed and bindable(model) else None
+        self._positions: Tensor | None = None
+        if fixed:
+            self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+
+    @staticmethod
+    def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
+        return len(prompts), max(len(p) for p in prompts) + max_new_tokens - 1  # the last token is never fed
+
+    @staticmethod
+    def check_room(model: GPT2Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+        places = model.get_config()["max_sequence_length"]
+        for row, prompt in enumerate(prompts):
+            if len(prompt) + max_new_tokens > places:
+                raise ValueError(
+                    f"prompts[{row}] has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}; "
+                    f"together they take at most max_sequence_length = {places}"
+                )
+
+    def start(self, prompts: list[np.ndarray]) -> Tensor:
+        self._cache.positions, self._cache.length = None, 0
+        self._lengths = [len(p) for p in prompts]
+        logits = prefill(self.model, self._cache, prompts)
+        if self._positions is None:
+            self._settle()
+        else:
+            self._positions.copy_(torch.tensor(self._lengths))
+            self._cache.at_positions(self._positions, self._cache.capacity)
+        return logits
+
+    def _settle(self) -> None:
+        """Rows of one length share a position; others get a position each."""
+        if len(set(self._lengths)) == 1:
+            self._cache.positions, self._cache.length = None, self._lengths[0]
+        else:
+            self._cache.at_positions(torch.tensor(self._lengths, device=self._places.device), max(self._lengths) + 1)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        cache, mask = self._cache, None
+        if cache.positions is None:
+            position_ids = self._places.narrow(0, cache.length, 1)
+        else:
+            extent = max(self._lengths) + 1
+            cache.at_positions(cache.positions, extent)
+            mask = self._places[:extent] <= cache.positions[:, None]
+            position_ids = cache.positions[:, None]
+        if self._bound is not None:
+            logits = self._bound(tokens[:, None], position_ids, cache, mask)
+        else:
+            logits = self._called(tokens, position_ids, mask)
+        if cache.positions is None:
+            cache.length += 1
+        else:
+            cache.positions += 1
+        self._lengths = [n + 1 for n in self._lengths]
+        return logits
+
+    def fixed_step(self, tokens: Tensor) -> Tensor:
+        assert self._positions is not None
+        mask = self._places <= self._positions[:, None]
+        logits = self._called(tokens, self._positions[:, None], mask)
+        self._positions += 1
+        return logits
+
+    def _called(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+        call = Call(tokens[:, None], position_ids, visible=Visibility(padding_mask=mask), cache=self._cache)
+        return self.model.logits(self.model.run(call)[:, 0])
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return () if self._positions is None else (self._positions,)
+
+    def branch(self, times: int) -> None:
+        rows = range(len(self._lengths))
+        self._take([row for row in rows for _ in range(times)])
+        self._times *= times
+
+    def select(self, texts: list[int]) -> None:
+        self._take([text * self._times + i for text in texts for i in range(self._times)])
+
+    def _take(self, rows: list[int]) -> None:
+        self._cache.select(torch.tensor(rows, device=self._places.device))
+        self._lengths = [self._lengths[row] for row in rows]
+        self._settle()
+
+    def reorder(self, rows: list[int], new: int, first: int) -> None:
+        # Prompts end where the new tokens begin: before the shortest of them nothing differs.
+        self._cache.reorder(rows, min(self._lengths) - new + first)

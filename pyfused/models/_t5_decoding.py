@@ -1,0 +1,123 @@
+"""How does T5 answer a batch of sources? They are encoded once, then the decoder adds a token per row and step.
+
+All rows of the decoder begin with the start token, so that they are equally long. Cross-attention's keys and values are
+computed once. Beams of one source are queries of one row there: its keys are neither copied nor read for each beam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..nn import Visibility
+from ..ops import relative_bias
+from . import _inputs
+from ._t5_call import StackCall
+from ._t5_step import BoundStep, bindable
+from .t5 import T5Backbone
+
+
+class T5Decoding:
+    """A batch of answers being written, as `pyfused._decoding.Decoding` says."""
+
+    def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False):
+        self.model, self._fixed = model, fixed
+        batch_size, capacity, self._source_capacity = shape
+        self._cache = model.new_cache(batch_size, capacity)
+        self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self._places = torch.arange(capacity, device=model.device)
+        layers: Any = model.decoder.layers
+        table = layers[0].attention.position_bias()
+        # The bias of the last place's query; that of place p is its last p + 1 columns, without the last ones' sum.
+        self._bias = relative_bias(
+            table.table, 1, capacity, bidirectional=False, max_distance=table.max_distance, query_offset=capacity - 1
+        )
+        self._bound = BoundStep(model) if not fixed and bindable(model) else None
+
+    @staticmethod
+    def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
+        return len(prompts), max_new_tokens, max(len(p) for p in prompts)
+
+    @staticmethod
+    def check_room(model: T5Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+        """T5 has no longest text."""
+
+    def start(self, prompts: list[np.ndarray]) -> Tensor:
+        self._cache.positions, self._cache.length = None, 0
+        self._encode(prompts)
+        config = self.model.get_config()
+        first = torch.full((len(prompts),), config["decoder_start_token_id"], device=self._places.device)
+        if not self._fixed:
+            return self.step(first)
+        self._position.zero_()
+        self._cache.at_positions(self._position.expand(len(prompts)), self._cache.capacity)
+        return self.fixed_step(first)
+
+    def _encode(self, prompts: list[np.ndarray]) -> None:
+        """Fills the cache with the keys and values that cross-attention reads, each head's in one stretch of memory."""
+        cache, device = self._cache, self._places.device
+        ids, lengths = _inputs.padded(prompts, self._source_capacity if self._fixed else None)
+        mask = None
+        if self._fixed or lengths.min() < ids.shape[1]:
+            mask = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)
+        call = StackCall(torch.from_numpy(ids).to(device), visible=Visibility(padding_mask=mask))
+        memory = self.model.encoder(self.model.token_embedding(call.token_ids), call)
+        layers: Any = self.model.decoder.layers
+        for i, layer in enumerate(layers):
+            key_value = layer.cross_attention.project(memory)
+            held = cache.cross[i] if self._fixed else None
+            if held is None:
+                key, value = (t.contiguous() for t in key_value)
+                cache.cross[i] = key, value
+            else:  # a CUDA graph reads these
+                for old, new in zip(held, key_value):
+                    old.copy_(new)
+        if self._fixed and cache.encoder_mask is not None and mask is not None:
+            cache.encoder_mask.copy_(mask)
+        else:
+            cache.encoder_mask = mask
+
+    def step(self, tokens: Tensor) -> Tensor:
+        cache = self._cache
+        bias = self._bias[..., cache.capacity - 1 - cache.length :]
+        if self._bound is not None:
+            logits = self._bound(tokens, bias, cache)
+        else:
+            logits = self._called(tokens, Visibility(attn_bias=bias))
+        cache.length += 1
+        return logits
+
+    def fixed_step(self, tokens: Tensor) -> Tensor:
+        capacity = self._cache.capacity
+        distance = (capacity - 1 - self._position + self._places).clamp_(max=capacity - 1)
+        mask = (self._places <= self._position).expand(len(tokens), capacity)
+        logits = self._called(tokens, Visibility(padding_mask=mask, attn_bias=self._bias[..., distance]))
+        self._position += 1
+        return logits
+
+    def _called(self, tokens: Tensor, visible: Visibility) -> Tensor:
+        memory_visible = Visibility(padding_mask=self._cache.encoder_mask)
+        call = StackCall(tokens[:, None], visible=visible, cache=self._cache, memory_visible=memory_visible)
+        return self.model.logits(self.model.decoder(self.model.token_embedding(call.token_ids), call)[:, 0])
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        return (self._position,)
+
+    def branch(self, times: int) -> None:
+        rows = torch.arange(self._cache.batch_size, device=self._places.device).repeat_interleave(times)
+        self._cache.select(rows, sources=slice(None))
+
+    def select(self, texts: list[int]) -> None:
+        sources = torch.tensor(texts, device=self._places.device)
+        cross = self._cache.cross[0]
+        assert cross is not None
+        times = self._cache.batch_size // cross[0].shape[0]
+        rows = sources[:, None] * times + torch.arange(times, device=sources.device)
+        self._cache.select(rows.flatten(), sources)
+
+    def reorder(self, rows: list[int], new: int, first: int) -> None:
+        self._cache.reorder(rows, 1 + first)
