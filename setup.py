@@ -1,8 +1,8 @@
 """How is pyfused built? setuptools for the packages, CMake (CMakeLists.txt) for the extensions pyfused._cpu and _cuda.
 
 The extensions are optional: without a compiler the install goes on as pure Python and `pyfused env` says what is missing.
-PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_BUILD_ISAS="baseline avx2" leaves the other instruction sets
-out; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
+PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_BUILD_ISAS="baseline avx2" leaves the other instruction
+sets out; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
 """
 
 import os
