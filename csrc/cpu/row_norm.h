@@ -5,8 +5,8 @@
 // total) once; the later passes over a row hit L1/L2. Does: about 8 N float operations a row (5 N without a mean), so
 // one core is bound by memory from N = 768 on.
 // Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, where mean(g) is there only if
-// CENTRED, plus the gradient of `total`; the weights' gradients are summed in chains of rows, then per thread share, then
-// in share order (repeatable for one thread count).
+// CENTRED, plus the gradient of `total`; the weights' gradients are summed in chains of rows, then per thread share,
+// then in share order (repeatable for one thread count).
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,8 @@ template <class T, bool CENTRED> struct Forward {
   int64_t n, x_stride, residual_stride;
   float eps;
 
-  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is bound
-  // by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
+  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is
+  // bound by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
   template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const {
     int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {

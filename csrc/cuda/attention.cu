@@ -1,15 +1,18 @@
 // attention on CUDA, many queries, float16 and bfloat16: softmax(scale * query key^T + bias, visible keys) value.
+// (Few queries: attention_decode.cu; float32: attention_float32.cu; the kernel itself: attention_tile.cuh.)
 //
 // Moves query, key, value and out once (keys come again from the L2 for each tile of queries) and does 4 B H Sq Sk D
-// FLOPs, half of it under a causal mask, and B H Sq Sk exponentials. B4 H16 S2048 D64: 67 MB, 22 us at 3.0 TB/s;
-// 69 GFLOP, 86 us at 798 TFLOP/s, and mma.sync reaches about 60% of that on Hopper: predicted 200 us, 340 TFLOP/s, 110 us
-// under a causal mask. Not yet measured.
+// FLOPs, half of it under a causal mask, and B H Sq Sk exponentials. B4 H16 S2048 D64: 67 MB, 22 us at 3.0 TB/s; 69
+// GFLOP, 86 us at 798 TFLOP/s, and mma.sync reaches about 60% of that on Hopper: predicted 200 us, 340 TFLOP/s, 110
+// us under a causal mask. Not yet measured.
 //
-// Tiling: D = 64 has 128 rows on four warps, 32 rows each, so that a fragment of K or V read from shared memory serves
-// two products: 16 rows a warp would ask of the shared memory what it can just give. Longer heads have 16 rows a warp,
-// since the running output alone takes D / 2 registers there, and so has any launch that would leave multiprocessors
-// idle. Registers leave two blocks on a multiprocessor, whose exponentials and products then overlap. Tiles of keys that
-// causality or padding hides altogether cost nothing.
+// Tiling: D = 64 has 128 rows on four warps, 32 rows each, so that a fragment of K or V read from shared memory
+// serves two products: 16 rows a warp would ask of the shared memory what it can just give. Longer heads have 16
+// rows a warp, since the running output alone takes D / 2 registers there, and so has any launch that would leave
+// multiprocessors idle. T5's bias alone has kernels of its own, which look it up by distance in shared memory and
+// add one number for a tile of keys far away; a dense bias or dropout takes registers that a second set of rows
+// would need, and whatever is combined with them runs there too. Registers leave two blocks on a multiprocessor,
+// whose exponentials and products then overlap. Tiles of keys that nobody sees (causality, padding) cost nothing.
 #include "attention_tile.cuh"
 
 namespace pyfused::cuda {
@@ -30,7 +33,6 @@ template <class T> void by_case(const Launch& launch, const Attention& a, int mu
   const bool many = up(a.sq, 128) * a.b * a.h >= multiprocessors;
   if (any) {
     if (a.d <= 64) launch_tiles<T, 64, 1, 64, kAny>(launch, a, stream);
-    else if (a.d <= 96) launch_tiles<T, 96, 1, 64, kAny>(launch, a, stream);
     else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kAny>(launch, a, stream);
     else launch_tiles<T, 256, 1, 32, kAny>(launch, a, stream);
   } else if (a.table) {

@@ -76,8 +76,8 @@ struct Keys {
   const unsigned char* mask;  // null: no holes
 };
 
-// Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the launch
-// that computing it once for all blocks would cost.
+// Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the
+// launch that computing it once for all blocks would cost.
 __device__ inline Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
   const int chunk_first = (int)blockIdx.y * a.chunk;
   int end = min(a.sk - chunk_first, a.chunk) + chunk_first;
@@ -118,7 +118,8 @@ inline __host__ __device__ int distances(const Attention& a) { return a.table ? 
 
 // The biases of a block's heads by distance, times `unit`, into shared memory: a gather from there costs less than the
 // bucket's formula. A barrier has to follow.
-template <class T> __device__ void fill_distances(const Attention& a, const Place& place, float unit, float* by_distance) {
+template <class T>
+__device__ void fill_distances(const Attention& a, const Place& place, float unit, float* by_distance) {
   const int width = 2 * a.span + 1;
   for (int i = threadIdx.x; i < distances(a); i += blockDim.x) {
     const int64_t at = a.buckets[i % width] * a.table_stride[0] + (place.set * a.pack + i / width) * a.table_stride[1];
@@ -127,8 +128,15 @@ template <class T> __device__ void fill_distances(const Attention& a, const Plac
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
-// Starts copying the elements [at, at + 16 bytes) of a row into shared memory; zeros past the head size, and where !live.
-// Zeros, never what lies in memory there: 0 * NaN would reach a sum.
+// Where 16-byte chunk `chunk` of a row lies in a tile of D 16-bit columns: rotated by XOR, so that the eight rows which
+// ldmatrix reads together hit all 32 banks. Rows 8 apart are rotated alike.
+template <int D> __device__ inline int swizzled(unsigned row, unsigned chunk) {
+  constexpr unsigned chunks = D / 8, period = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
+  return (int)(row * D + (chunk ^ row / (8 / period) % period) * 8);
+}
+
+// Starts copying the elements [at, at + 16 bytes) of a row into shared memory; zeros past the head size, and where
+// !live. Zeros, never what lies in memory there: 0 * NaN would reach a sum.
 template <class T> __device__ inline void copy_chunk(T* to, const T* row, int at, int d, bool live, bool aligned) {
   constexpr int V = 16 / sizeof(T);
   if (aligned) return cp_async16(to, row + at, live && at < d);
@@ -156,8 +164,8 @@ __device__ inline void philox(int64_t seed, uint32_t quad, uint32_t query, uint3
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), of out's chunks, of the
-// table (2), span, and whether the table is float32.
+// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), of out's chunks,
+// of the table (2), span, and whether the table is float32.
 inline Attention arguments(const AttentionPointers& p, bool is_causal, double scale, double dropout_p, bool packed,
                            int64_t chunk, int element_size) {
   const int64_t* n = (const int64_t*)p.layout;

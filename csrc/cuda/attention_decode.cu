@@ -4,10 +4,10 @@
 // S4096 D128, 16 bits: 134 MB, predicted 48 us at 3.0 TB/s with 6 us for launches, fill and combination; GPT-2's B1 H12
 // S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. Not yet measured.
 //
-// Tiling: a block takes a chunk of keys, so that few heads still fill the chip; four warps share each tile of it, 16 keys
-// each, and all rows at once in one mma tile: on the tensor cores 16 rows cost what one does, and memory stays the limit.
-// A ring of three tiles keeps 32 KB and more of reads under way on every multiprocessor. With several chunks a second
-// kernel adds them up in their order: bitwise repeatable, no atomics.
+// Tiling: a block takes a chunk of keys, so that few heads still fill the chip; four warps share each tile of it, 16
+// keys each, and all rows at once in one mma tile: on the tensor cores 16 rows cost what one does, and memory stays
+// the limit. A ring of three tiles keeps 32 KB and more of reads under way on every multiprocessor. With several
+// chunks a second kernel adds them up in their order: bitwise repeatable, no atomics.
 #include "attention_tile.cuh"
 
 namespace pyfused::cuda {

@@ -1,15 +1,16 @@
-// attention on CUDA in float32, many queries or few: on the ordinary cores, since TF32 would lose 13 bits of every factor.
+// attention on CUDA in float32, many queries or few, on the ordinary cores: TF32 would lose 13 bits of every factor.
 //
-// 4 B H Sq Sk D FLOPs at no more than 67 TFLOP/s on an H100: B4 H16 S2048 D64 has 69 GFLOP, 1.0 ms at that peak, 134 MB
-// or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds, which takes 12 of
-// their 16 clocks: predicted 60% of the peak, 1.7 ms. With few rows memory is the limit, as in attention_decode.cu. Not
-// yet measured.
+// 4 B H Sq Sk D FLOPs at no more than 67 TFLOP/s on an H100: B4 H16 S2048 D64 has 69 GFLOP, 1.0 ms at that peak, 134
+// MB or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds, which
+// takes 12 of their 16 clocks: predicted 60% of the peak, 1.7 ms. With few rows memory is the limit, as in
+// attention_decode.cu. Not yet measured.
 //
-// Tiling: 256 threads as 16 x 16; a thread has TR rows, and of them every 16th key of the scores' tile and four columns of
-// every 64 of the output. Keys arrive while the previous values are multiplied, values while keys are: one buffer of each
-// serves. Rows of query and key are padded by 16 bytes, so that eight neighbours' vectors hit all 32 banks. Probabilities
-// go through shared memory within the half warp that owns a row. Scores stay natural logarithms: to fold log2(e) into the
-// scale rounds a score and the maximum apart before they are subtracted, which float32 shows.
+// Tiling: 256 threads as 16 x 16; a thread has TR rows, and of them every 16th key of the scores' tile and four
+// columns of every 64 of the output. Keys arrive while the previous values are multiplied, values while keys are:
+// one buffer of each serves. Rows of query and key are padded by 16 bytes, so that eight neighbours' vectors hit all
+// 32 banks. Probabilities go through shared memory within the half warp that owns a row. Scores stay natural
+// logarithms: to fold log2(e) into the scale rounds a score and the maximum apart before they are subtracted, which
+// float32 shows.
 #include "attention.cuh"
 
 namespace pyfused::cuda {
@@ -230,8 +231,10 @@ void attention_float32(const Launch& launch, const AttentionPointers& p, bool is
                        bool packed, int64_t chunk, addr stream) {
   const Attention a = arguments(p, is_causal, scale, dropout_p, packed, chunk, 4);
   const bool few = (int64_t)a.pack * a.sq <= kSide;
-  if (a.d <= 64) few ? launch_float32<64, 1, 4>(launch, a, stream) : launch_float32<64, 4, 4>(launch, a, stream);
-  else if (a.d <= 128) few ? launch_float32<128, 1, 2>(launch, a, stream) : launch_float32<128, 4, 2>(launch, a, stream);
+  if (a.d <= 64 && few) launch_float32<64, 1, 4>(launch, a, stream);
+  else if (a.d <= 64) launch_float32<64, 4, 4>(launch, a, stream);
+  else if (a.d <= 128 && few) launch_float32<128, 1, 2>(launch, a, stream);
+  else if (a.d <= 128) launch_float32<128, 4, 2>(launch, a, stream);
   else launch_float32<256, 1, 2>(launch, a, stream);
 }
 

@@ -1,23 +1,16 @@
 // How does a block compute attention on the tensor cores? An online softmax over tiles of keys (FlashAttention-2).
 //
-// WM x WN warps: a warp has MR * 16 rows and every WN-th part of each tile of BN keys. Prefill has WN = 1, so that a tile
-// of K and V serves WM * MR * 16 rows; decode has WM = 1, where one tile of 16 rows is all there is, and adds its warps'
-// sums up at the end, in order. K and V come through a ring of STAGES tiles (cp.async), one barrier a tile; scores,
-// probabilities and the running output stay in registers: the fragment that mma writes scores in is the one it reads
-// probabilities in. Scores are powers of two, so that an exponential is one instruction.
+// WM x WN warps: a warp has MR * 16 rows and every WN-th part of each tile of BN keys. Prefill has WN = 1, so that a
+// tile of K and V serves WM * MR * 16 rows; decode has WM = 1, where one tile of 16 rows is all there is, and adds
+// its warps' sums up at the end, in order. K and V come through a ring of STAGES tiles (cp.async), one barrier a
+// tile; scores, probabilities and the running output stay in registers: the fragment that mma writes scores in is
+// the one it reads probabilities in. Scores are powers of two, so that an exponential is one instruction.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_output.cuh"
 
 namespace pyfused::cuda {
 namespace {
-
-// Where 16-byte chunk `chunk` of a row lies in a tile of D 16-bit columns: rotated by XOR, so that the eight rows which
-// ldmatrix reads together hit all 32 banks. Rows 8 apart are rotated alike.
-template <int D> __device__ inline int swizzled(unsigned row, unsigned chunk) {
-  constexpr unsigned chunks = D / 8, period = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
-  return (int)(row * D + (chunk ^ row / (8 / period) % period) * 8);
-}
 
 template <int MR, int WM, int BN, int STAGES, int D> constexpr int tile_bytes() {
   return (WM * MR * 16 + 2 * STAGES * BN) * D * 2;
@@ -60,8 +53,8 @@ __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, co
   }
 }
 
-// Zero where the generator drops. A lane's pair of keys is half of a quad: of two neighbours, the even lane draws for the
-// upper row, the odd one for the lower, and they swap what the other needs.
+// Zero where the generator drops. A lane's pair of keys is half of a quad: of two neighbours, the even lane draws
+// for the upper row, the odd one for the lower, and they swap what the other needs.
 template <int NT>
 __device__ inline void drop(float (&s)[NT][4], int64_t seed, int start, const int (&query)[2], const int (&head)[2],
                             uint32_t threshold) {
@@ -96,100 +89,11 @@ __device__ inline void load_bias(Pack<T, 2> (&bias)[NT], const T* row, const Att
   }
 }
 
-// A row's log-sum-exp from its maximum and sum in powers of two; +inf where no key was seen.
-__device__ inline float natural_lse(float high, float sum) {
-  return sum == 0.0f ? INFINITY : (high + log2f(sum)) * kLn2;
-}
-
-// A warp's rows, normalised, to global memory: through its own rows of the query tile, so that stores have 16 bytes.
-template <class T, int D, int MR>
-__device__ void write_tile(const Attention& a, const Place& place, T* tile, int warp_row,
-                           const float (&acc)[MR][D / 8][4], const float (&row_max)[MR][2],
-                           const float (&row_sum)[MR][2]) {
-  const int lane = threadIdx.x % kWarp;
-  __syncwarp();
-#pragma unroll
-  for (int m = 0; m < MR; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      const float sum = row_sum[m][half], factor = a.keep_scale / (sum == 0.0f ? 1.0f : sum);
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        Pack<T, 2> pair;
-        pair.at[0] = narrow<T>(acc[m][n][2 * half] * factor), pair.at[1] = narrow<T>(acc[m][n][2 * half + 1] * factor);
-        store<2>(tile + swizzled<D>(row, n) + lane % 4 * 2, pair);
-      }
-      if (a.lse && lane % 4 == 0 && place.first + row < place.rows)
-        a.lse[flat_row(a, place, row_at(a, place, place.first + row))] = natural_lse(row_max[m][half], sum);
-    }
-  __syncwarp();
-  for (int i = lane; i < MR * 16 * (D / 8); i += kWarp) {
-    const int row = warp_row + i / (D / 8), at = i % (D / 8) * 8;
-    if (place.first + row >= place.rows || at >= a.d) continue;
-    const Row r = row_at(a, place, place.first + row);
-    const Pack<T, 8> v = load<8>(tile + swizzled<D>(row, at / 8));
-    T* to = (T*)a.out + place.batch * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
-    if (a.aligned) {
-      store<8>(to, v);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (at + j < a.d) to[j] = v.at[j];
-    }
-  }
-}
-
-// Bytes that merge_warps needs in place of the tiles.
-template <int WN, int D> constexpr int merge_bytes() { return WN * 16 * (D + 2) * 4; }
-
-// What WN warps found for the same 16 rows, added up in their order; a part of the keys in float32 where they are split.
-template <class T, int D, int WN>
-__device__ void merge_warps(const Attention& a, const Place& place, float* shared, const float (&acc)[D / 8][4],
-                            const float (&row_max)[2], const float (&row_sum)[2]) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float *high = shared + WN * 16 * D, *sum = high + WN * 16;
-  __syncthreads();  // nobody reads the tiles any more
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp * 16 + half * 8 + lane / 4;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      Pack<float, 2> pair;
-      pair.at[0] = acc[n][2 * half], pair.at[1] = acc[n][2 * half + 1];
-      store<2>(shared + row * D + n * 8 + lane % 4 * 2, pair);
-    }
-    if (lane % 4 == 0) high[row] = row_max[half], sum[row] = row_sum[half];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < place.rows * D; i += WN * kWarp) {
-    const int row = i / D, at = i % D;
-    if (at >= a.d) continue;
-    float peak = kNever, total = 0, out = 0;
-#pragma unroll
-    for (int w = 0; w < WN; ++w) peak = fmaxf(peak, high[w * 16 + row]);
-    if (peak == kNever) peak = 0;
-#pragma unroll
-    for (int w = 0; w < WN; ++w) {
-      const float weight = fast_exp2(high[w * 16 + row] - peak);
-      total += sum[w * 16 + row] * weight;
-      out += shared[(w * 16 + row) * D + at] * weight;
-    }
-    out *= a.keep_scale / (total == 0.0f ? 1.0f : total);
-    const Row r = row_at(a, place, row);
-    const int64_t to = place.batch * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
-    if (a.chunk_stride) ((float*)a.out)[blockIdx.y * a.chunk_stride + to] = out;
-    else ((T*)a.out)[to] = narrow<T>(out);
-    if (a.lse && at == 0)
-      a.lse[(int64_t)blockIdx.y * a.b * a.h * a.sq + flat_row(a, place, r)] = natural_lse(peak, total);
-  }
-}
-
-// Adds T5's bias to a row's scores; `shift` is where key 0 stands in by_distance, `base` where its head begins. Keys that
-// are all farther away than span share a value: those of most tiles of a long sequence.
+// Adds T5's bias to a row's scores; `shift` is where key 0 stands in by_distance, `base` where its head begins. Keys
+// that are all farther away than span share a value: those of most tiles of a long sequence.
 template <int NT>
-__device__ inline void add_distances(float (&s)[NT][4], int half, const float* by_distance, int start, int base, int shift,
-                                     int span, int far) {
+__device__ inline void add_distances(float (&s)[NT][4], int half, const float* by_distance, int start, int base,
+                                     int shift, int span, int far) {
   const int first = start + threadIdx.x % 4 * 2 + shift;
   const float same = by_distance[base + (far > 0 ? 2 * span : 0)];
 #pragma unroll

@@ -46,9 +46,10 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
                     int device, addr stream);
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-// What every launcher takes. `layout` is a host array of int64: B, H, Hkv, Sq, Sk, D, then the strides of query, key,
-// value and out (batch, head, sequence), the four of bias, out's from one chunk of keys to the next, and of T5's bias the
-// table's strides (bucket, head), span (buckets: int32, of the distances -span .. span), and 1 if the table is float32.
+// What every launcher takes. `layout` is a host array of int64: B, H, Hkv, Sq, Sk, D, then the strides of query,
+// key, value and out (batch, head, sequence), the four of bias, out's from one chunk of keys to the next, and of
+// T5's bias the table's strides (bucket, head), span (buckets: int32, of the distances -span .. span), and 1 if the
+// table is float32.
 struct AttentionPointers {
   addr query, key, value, mask, bias, table, buckets, seed, out, lse, layout;
 };

@@ -46,7 +46,7 @@ def _buckets(table, bidirectional, max_distance):
 
 
 def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0):
-    """Sizes and strides, in the order of csrc/cuda/attention.cuh; keep the array alive until the launch has returned."""
+    """Sizes and strides, in the order of csrc/cuda/attention.cuh; the array must live until the launch has returned."""
     b, h, sq, d = query.shape
     sizes = [b, h, key.shape[1], sq, key.shape[2], d]
     for t in (query, key, value, out):

@@ -15,6 +15,8 @@ The reasoning, for B4 H16 S2048 D64 bf16 on an H100 (132 multiprocessors, 65,536
   128. A row of warps has 16 rows of a tile on Hopper: a tile of 64 rows on 8 warps would compute its scores twice.
 - A bias or dropout costs about 60 registers a thread each (a bias tile on its way, Philox's words), so those cases have
   rows of their own with smaller tiles; where a tile has fewer than 64 rows, Hopper runs mma.sync in place of wgmma.
+- T5's bias gathers a tile of values by distance, and its gradient sums a tile along its diagonals, whose indices are
+  kept over the loop: `_relative` rows, with smaller tiles once more. Tiles beyond the last bucket's distance do neither.
 - Masked tiles (the diagonal, the tail, padding with holes) run unpipelined: MASKED_STAGES in _attention_tiles.py.
 - float32 runs on the ordinary cores of an NVIDIA chip: small tiles, many warps, and 67 TFLOP/s at the very best.
 - MI300 has 512 registers a thread and 64 KB of shared memory per block: one stage, four wavefronts.
@@ -53,7 +55,7 @@ def block_d(head_size: int) -> int:
 
 
 # Rows by head size: up to 64, 128, 256. A kernel's name with a number is for so many of (bias, dropout), the bare name
-# for all other counts.
+# for all other counts; with T5's bias the rows called _relative come before those.
 _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_90": {
         "forward0": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -64,6 +66,12 @@ _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "grad_key_value0": ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 8, 1)),
         "grad_key_value1": ((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         "grad_key_value": ((16, 64, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+        "forward_relative0": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+        "forward_relative": ((64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "grad_query_relative0": ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "grad_query_relative": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "grad_key_value_relative0": ((32, 64, 4, 2), (32, 32, 4, 1), (16, 16, 8, 1)),
+        "grad_key_value_relative": ((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
     },
     "sm_80": {
         "forward0": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
@@ -73,6 +81,10 @@ _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "grad_query": ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
         "grad_key_value0": ((32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
         "grad_key_value": ((32, 32, 4, 2), (16, 32, 4, 1), (16, 32, 8, 1)),
+        "forward_relative": ((64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "grad_query_relative": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "grad_key_value_relative0": ((32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)),
+        "grad_key_value_relative": ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     },
     "gfx942": {
         "forward": ((128, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),

@@ -52,8 +52,8 @@ CASES = [
     Case((1, 1, 1, 1025, 1025, 64), is_causal=True, seldom=True),
     Case((1, 2, 1, 2, 1025, 80), is_causal=True, padding="right", seldom=True),
 ]
-# One query against a cache: of one row per head, which nobody differentiates.
-DECODING = [
+# One query against a cache, which nobody differentiates, and cases that only the forward kernels tell apart.
+FORWARD_ONLY = [
     Case((4, 8, 2, 1, 1025, 40), bias="full", seldom=True),
     Case((2, 4, 4, 1, 137, 64), is_causal=True, padding="left", seldom=True),
     Case((2, 2, 2, 3, 70, 80), is_causal=True, padding="right"),
@@ -61,6 +61,11 @@ DECODING = [
     Case((2, 8, 2, 2, 777, 64), padding="all", bias="head", seldom=True),
     Case((1, 4, 2, 3, 777, 128), is_causal=True, padding="random", bias="full", dropout_p=0.2, seldom=True),
     Case((1, 4, 1, 1, 600, 256), padding="random", dropout_p=0.1, scale=-0.1, seldom=True),
+    # Prefill, for which they choose by the size of the head, the number of tiles, and whether there is a bias.
+    Case((1, 3, 1, 70, 150, 64), is_causal=True, padding="random", seldom=True),
+    Case((2, 2, 2, 40, 60, 80), is_causal=True, seldom=True),
+    Case((2, 2, 1, 40, 70, 200), is_causal=True, padding="left", seldom=True),
+    Case((2, 2, 1, 70, 90, 64), bias="full", padding="right", dropout_p=0.2, seldom=True),
 ]
 
 
@@ -119,7 +124,7 @@ def drawn_seed(options, device):
     return seed
 
 
-@pytest.mark.parametrize("case", CASES + DECODING, ids=str)
+@pytest.mark.parametrize("case", CASES + FORWARD_ONLY, ids=str)
 def test_forward(each_backend, dtype, device, case):
     inputs, options = make(case, dtype, device)
     seed = drawn_seed(options, device)

@@ -73,6 +73,16 @@ def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
     check("gelu_tanh", dtype, device, (rows,), n, f, m, True)
 
 
+@pytest.mark.parametrize("rows", [5, 13])
+def test_many_features(each_backend, dtype, device, rows):
+    """Where a kernel takes wider tiles because there are enough of them."""
+    shapes = [(rows, 64), (4232, 64), (4232, 64), (8, 4232)]
+    tensors = [(torch.randn(s, device=device) * s[1] ** -0.5).to(dtype) for s in shapes]
+    truth = plain(*(t.double() for t in tensors), "gelu_tanh", None)
+    actual = pyfused.gated_ffn(*tensors, activation="gelu_tanh")
+    assert_close(actual, plain(*tensors, "gelu_tanh", None), truth)
+
+
 def plain_with_wide_product(x, w_gate, w_up, w_out, activation, residual):
     """Plain PyTorch as Hugging Face's T5 runs it in float16, where w_out stays float32, and the product with it here."""
     if x.dtype != torch.float16:
