@@ -2,8 +2,8 @@
 
     python examples/train_t5_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/t5_tiny_en
 
-Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): 15 % of a window's tokens in spans of 3 on average, each
-replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
+Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): one to four spans of a window, 3 tokens on average, are
+each replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
 """
 
 import json
@@ -29,8 +29,7 @@ CONFIG = {
     "dropout": 0.0,
     "tie_embedding_weights": True,
 }
-BATCH, LENGTH, NOISE, SPAN, PEAK_RATE = 8, 128, 0.15, 3.0, 2e-3
-SPANS = round(LENGTH * NOISE / SPAN)
+BATCH, LENGTH, SPANS, SPAN, PEAK_RATE = 8, 64, 4, 3.0, 2e-3
 
 
 def train_tokenizer(documents: list[str]):
@@ -61,10 +60,11 @@ def encode(tokenizer, documents: list[str]) -> torch.Tensor:
 
 
 def corrupt(window: list[int], generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """(source, target) of one window: SPANS spans that do not touch, their lengths and places drawn at random."""
-    lengths = torch.poisson(torch.full((SPANS,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
-    free = len(window) - sum(lengths) - (SPANS - 1)
-    gaps = torch.sort(torch.randint(free + 1, (SPANS,), generator=generator)).values.tolist()
+    """(source, target) of one window: spans that do not touch, their number, lengths and places drawn at random."""
+    spans = int(torch.randint(1, SPANS + 1, (), generator=generator))
+    lengths = torch.poisson(torch.full((spans,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
+    free = len(window) - sum(lengths) - (spans - 1)
+    gaps = torch.sort(torch.randint(free + 1, (spans,), generator=generator)).values.tolist()
     source, target, end, moved = [], [], 0, 0
     for k, (gap, length) in enumerate(zip(gaps, lengths)):
         start = gap + moved
@@ -73,7 +73,7 @@ def corrupt(window: list[int], generator: torch.Generator) -> tuple[list[int], l
         target += [sentinel, *window[start : start + length]]
         end, moved = start + length, moved + length + 1
     source += window[end:]
-    return [*source, END], [*target, CONFIG["vocabulary_size"] - 1 - SPANS, END]
+    return [*source, END], [*target, CONFIG["vocabulary_size"] - 1 - spans, END]
 
 
 def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 3000)
+    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 8000)
     documents = chapters(given.text)
     training, held_out = split(documents)
     tokenizer = train_tokenizer(training)
