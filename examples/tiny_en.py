@@ -47,20 +47,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
+def adamw(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Weight decay on matrices alone."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+
+
 def train(
     name: str,
     model: torch.nn.Module,
     loss_of: Callable[[torch.Generator], torch.Tensor],
     held_out_loss_of: Callable[[torch.Generator], torch.Tensor],
     steps: int,
-    peak_rate: float,
+    optimiser: torch.optim.Optimizer,
 ) -> list:
     """Trains and returns the curve: (step, training loss, held-out loss or None). The functions draw a batch with the
-    generator and return its loss."""
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
+    generator and return its loss; the optimiser's rate is the peak."""
+    peak_rate = optimiser.param_groups[0]["lr"]
     generator = torch.Generator().manual_seed(1)
 
     def held_out_loss():

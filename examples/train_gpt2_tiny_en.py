@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_en import arguments, chapters, split, train, write_curve
+from tiny_en import adamw, arguments, chapters, split, train, write_curve
 
 import pyfused
 
@@ -110,7 +110,9 @@ def main() -> None:
 
         return loss
 
-    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, PEAK_RATE)
+    curve = train(
+        given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, adamw(model, PEAK_RATE)
+    )
     write_curve(given.curve, curve)
     if given.save:
         save(model, tokenizer, given.save)
