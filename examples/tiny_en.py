@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,13 @@ def chapters(path: Path) -> list[str]:
         elif line.strip():
             documents[-1][-1] += " " + line.strip()
     return ["\n".join(d) for d in documents]
+
+
+def tokenizer_of(path: Path | None, train: Callable[[], Any]) -> Any:
+    """The tokenizer of a file, or a new one. (Training a unigram model twice gives two: compare providers on one file.)"""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path)) if path else train()
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
@@ -135,6 +143,9 @@ def arguments(description: str, preset: str, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, help="what `bible` printed")
     parser.add_argument("--provider", choices=["pyfused", "torch"], default="pyfused")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.json to take; without it one is trained on the text"
+    )
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", type=Path, help="directory for the trained preset (provider pyfused)")
