@@ -126,7 +126,7 @@ def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 8000)
+    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 3500)
     documents = chapters(given.text)
     training, held_out = split(documents)
     tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training))
