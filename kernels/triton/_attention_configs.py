@@ -58,7 +58,7 @@ def block_d(head_size: int) -> int:
 # for all other counts; with T5's bias the rows called _relative come before those.
 _HALF: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_90": {
-        "forward0": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+        "forward0": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
         "forward": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
         "decode": ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
         "grad_query0": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),

@@ -29,27 +29,29 @@ def device():
     return DEVICE
 
 
-def lacks_backward(item, backend):
-    """Whether a test_backward would run some other backend's on what this one's forward kept: the CPU kernels', on the shim,
-    which no GPU's forward ever meets."""
-    if DEVICE != "cpu" or backend != "cuda" or item.originalname != "test_backward":
+def lacks(item, backend):
+    """Whether csrc/cuda has no such operator, or a test_backward would run some other backend's on what this one's forward
+    kept: the CPU kernels', on the shim, which no GPU's forward ever meets."""
+    if backend != "cuda":
         return False
     stem = item.path.stem.removeprefix("test_")
     operator = max((name for name in ops.NAMES if stem.startswith(name)), key=len)
     module = dispatch.kernel(backend, operator)
-    return module is not None and not hasattr(module, "backward")
+    if module is None:
+        return True
+    return DEVICE == "cpu" and item.originalname == "test_backward" and not hasattr(module, "backward")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what a backend is not asked: cases marked seldom in Triton's interpreter, which would take minutes,
-    gradients of kernels that have none, and what is about the CPU kernels alone, on the others."""
+    operators and gradients that a backend has not, and what is about the CPU kernels alone, on the others."""
     kept, dropped = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("each_backend", "")
         slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
         foreign = item.get_closest_marker("cpu_kernels") is not None and not backend.startswith("cpu")
-        (dropped if slow or foreign or lacks_backward(item, backend) else kept).append(item)
+        (dropped if slow or foreign or lacks(item, backend) else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
