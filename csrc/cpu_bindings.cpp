@@ -8,6 +8,8 @@
 #define PYFUSED_ISA avx2
 #include "kernels.h"
 #undef PYFUSED_ISA
+#endif
+#ifdef PYFUSED_HAS_avx512
 #define PYFUSED_ISA avx512
 #include "kernels.h"
 #undef PYFUSED_ISA
@@ -42,14 +44,16 @@ PYBIND11_MODULE(_cpu, m) {
   supported.append("baseline");
 #ifdef PYFUSED_HAS_avx2
   KERNELS(avx2)(m.def_submodule("avx2"));
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    supported.append("avx2");
+#endif
+#ifdef PYFUSED_HAS_avx512
   KERNELS(avx512)(m.def_submodule("avx512"));
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    supported.append("avx2");
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      supported.append("avx512");
-  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    supported.append("avx512");
 #endif
   m.attr("supported") = supported;  // what this processor can run, weakest first
 }
