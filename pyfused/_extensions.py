@@ -84,6 +84,7 @@ def emulate_cuda(load: Callable[[], ModuleType]) -> None:
 
 
 def emulating_cuda() -> bool:
+    """Whether the CUDA kernels are those of emulate_cuda, on CPU tensors."""
     return _emulated is not None
 
 
