@@ -142,7 +142,8 @@ def main() -> None:
 
         return loss
 
-    # T5's own optimiser: its rate is relative to a parameter's size, and T5's differ by a factor of hundreds.
+    # T5's own optimiser: its rate is relative to a parameter's size, and T5's differ by a factor of hundreds. It looks at
+    # whole matrices, of which pyfused keeps query, key and value in one: the two providers part after the first step.
     optimiser = torch.optim.Adafactor(model.parameters(), lr=PEAK_RATE)
     curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)

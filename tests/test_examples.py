@@ -37,10 +37,12 @@ def runs(request, tmp_path_factory):
 
 
 def test_both_providers_have_the_same_curve(runs):
-    _, folder = runs
+    """T5's only before the first update: Adafactor scales whole matrices, and pyfused keeps query, key and value in one."""
+    name, folder = runs
     mine, theirs = losses(folder / "pyfused.csv"), losses(folder / "torch.csv")
     assert len(set(mine)) == 4  # four steps of a warm-up need not fall; the recorded curves do
-    assert mine == pytest.approx(theirs, abs=1e-3)
+    same = 1 if name == "t5_tiny_en" else 4
+    assert mine[:same] == pytest.approx(theirs[:same], abs=1e-4)
 
 
 def test_saved_preset_loads_and_writes(runs):
