@@ -1,4 +1,5 @@
-"""What holds for every test: Triton in its interpreter where there is no GPU, poisoned memory, one thread."""
+"""What holds for every test: where there is no GPU, Triton in its interpreter and csrc/cuda on the host shim; poisoned
+memory, one thread."""
 
 import os
 
@@ -11,11 +12,14 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+import shim  # noqa: E402
 
+from pyfused import _extensions  # noqa: E402
 from pyfused.testing.triton_interpreter import repair_interpreter  # noqa: E402
 
 if not HAS_GPU:
     repair_interpreter()
+    _extensions.emulate_cuda(shim.load)
 torch.set_num_threads(1)
 
 
