@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXCEPTIONS = {
     "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
-    "kernels/cpu/fourier_mix.py": "not yet written: the reference, torch.fft, serves",
     "kernels/triton/fourier_mix.py": "not yet written: the reference, torch.fft, serves",
-    "csrc/cpu/fourier_mix.cpp": "not yet written: the reference, torch.fft, serves",
     "csrc/cuda/fourier_mix.cu": "not yet written: the reference, torch.fft, serves",
 }
 

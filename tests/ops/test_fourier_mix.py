@@ -124,6 +124,27 @@ def test_wide_sums_in_half_precision(each_backend, device):
     assert y[0, 1:].abs().max() < 1000
 
 
+@pytest.mark.cpu_kernels
+def test_threads_change_nothing(each_backend):
+    x = torch.randn(5, 129, 768)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = pyfused.fourier_mix(x)
+        torch.set_num_threads(3)
+        assert torch.equal(pyfused.fourier_mix(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_long_signals_go_to_torch():
+    """Measured: there torch.fft is faster."""
+    explained = pyfused.explain("fourier_mix", torch.empty(1, 1, 4096))
+    assert explained.backend == "reference"
+    if pyfused.explain("fourier_mix", torch.empty(1, 8, 8)).backend == "cpu":
+        assert "torch.fft" in str(explained)
+
+
 def test_gradcheck_reference():
     for shape in [(2, 3, 4), (1, 4, 5), (1, 1, 1)]:
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
