@@ -1,4 +1,7 @@
-"""How is a DFT of a length split into stages, and what are its tables? Computed in float64 once per length, for csrc/cpu/fft.h."""
+"""How is a DFT of a length split into stages, and what are its tables? Computed in float64, once per length.
+
+For csrc/cpu/fft.h, which says how they are laid out, and csrc/cuda/fft.cuh.
+"""
 
 from __future__ import annotations
 

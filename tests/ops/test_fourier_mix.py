@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused.testing import assert_close
+from pyfused.testing import assert_close, available, running
 
 # (B, S, N): FNet's own; 1; primes; powers and products of 2, 3, 5; a factor each that is large (137, 257, 1021).
 SHAPES = [(2, 512, 768), (1, 31, 768), (2, 1, 1), (3, 1, 768), (2, 127, 1), (3, 2, 5), (5, 7, 96), (1, 60, 1000)]
@@ -135,6 +135,17 @@ def test_threads_change_nothing(each_backend):
         assert torch.equal(pyfused.fourier_mix(x), alone)
     finally:
         torch.set_num_threads(before)
+
+
+def test_too_long_for_shared_memory(device):
+    """9216 fits and 9217 does not, nor does a prime whose convolution is as long; the table says so."""
+    if "cuda" not in available(device):
+        pytest.skip("needs the CUDA kernels")
+    with running("cuda"):
+        check(torch.randn(1, 1, 9216, device=device))
+    for shape in [(1, 9217, 1), (1, 1, 4801)]:
+        with pyfused.backend("cuda"):
+            assert "shared memory" in str(pyfused.explain("fourier_mix", torch.empty(shape, device=device)))
 
 
 def test_few_long_signals_go_to_torch():
