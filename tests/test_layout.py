@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EXCEPTIONS = {
     "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
-    "kernels/triton/fourier_mix.py": "not yet written: the reference, torch.fft, serves",
 }
 
 # A layer may import itself and what stands to its right.
