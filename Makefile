@@ -1,7 +1,7 @@
 # The commands one needs. Each makes its own environment (.venv) on a fresh machine; on a machine with a GPU and no
 # network use `make gpu`, which takes the Python that is there.
 #
-# make run     env, verify and generate on the bundled preset, with tokens per second beside transformers'
+# make run     env, verify and generate on the bundled presets, with tokens per second beside transformers'
 # make test    every test that needs no GPU
 # make lint    ruff and mypy
 # make bench   every benchmark on the CPU, into benchmarks/results
@@ -22,6 +22,9 @@ run: $(VENV)/run.stamp
 	$(BIN)/pyfused verify gpt2_tiny_en
 	$(BIN)/pyfused generate gpt2_tiny_en --prompt "In the beginning" --max-new-tokens 96 --temperature 0.7 --top-k 40 --seed 1
 	$(BIN)/python -m pyfused.bench.beside_transformers gpt2_tiny_en
+	$(BIN)/pyfused verify t5_tiny_en
+	$(BIN)/pyfused generate t5_tiny_en --prompt "In the beginning God created the <extra_id_0> and the earth." --num-beams 4
+	$(BIN)/python -m pyfused.bench.beside_transformers t5_tiny_en
 
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile

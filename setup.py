@@ -1,7 +1,8 @@
 """How is pyfused built? setuptools for the packages, CMake (CMakeLists.txt) for the extensions pyfused._cpu and _cuda.
 
 The extensions are optional: without a compiler the install goes on as pure Python and `pyfused env` says what is missing.
-PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
+PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_BUILD_ISAS="baseline avx2" leaves the other instruction
+sets out; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
 """
 
 import os
@@ -32,7 +33,11 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self):
         import pybind11
 
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Of an editable install setuptools would forget the objects, which the next build, and the tests of the machine
+        # code in them, can use.
+        kept = self.inplace or getattr(self, "editable_mode", False)
+        build = ROOT / "build" / f"temp.{sys.implementation.cache_tag}" if kept else Path(self.build_temp).resolve()
+        build = build / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         out = build / "out"
         if out.exists():
@@ -46,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYFUSED_BUILD_CUDA={os.environ.get('PYFUSED_BUILD_CUDA', '1')}",
+            f"-DPYFUSED_BUILD_ISAS={os.environ.get('PYFUSED_BUILD_ISAS', '').replace(' ', ';')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)

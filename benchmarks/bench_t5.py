@@ -78,7 +78,7 @@ def cases(device):
                 return out.logits[:, -1]
 
             read = sum(p.numel() for n, p in mine.decoder.named_parameters() if ".key_value" not in n)
-            read += mine.token_embedding.reverse_weight.numel() + 2 * 12 * SOURCE * 768
+            read += mine.token_embedding.weight.numel() + 2 * 12 * SOURCE * 768
             yield Case(
                 f"token, {CACHED} cached, source of {SOURCE} {label}",
                 {"pyfused": my_token, "transformers float32": their_token},

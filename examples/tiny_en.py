@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,13 @@ def chapters(path: Path) -> list[str]:
     return ["\n".join(d) for d in documents]
 
 
+def tokenizer_of(path: Path | None, train: Callable[[], Any]) -> Any:
+    """The tokenizer of a file, or a new one. (Training a unigram model twice gives two: compare providers on one file.)"""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path)) if path else train()
+
+
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
     """(training, held out): every 25th chapter is held out."""
     return [d for i, d in enumerate(documents) if i % 25], documents[::25]
@@ -47,20 +55,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
+def adamw(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Weight decay on matrices alone."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+
+
 def train(
     name: str,
     model: torch.nn.Module,
     loss_of: Callable[[torch.Generator], torch.Tensor],
     held_out_loss_of: Callable[[torch.Generator], torch.Tensor],
     steps: int,
-    peak_rate: float,
+    optimiser: torch.optim.Optimizer,
 ) -> list:
     """Trains and returns the curve: (step, training loss, held-out loss or None). The functions draw a batch with the
-    generator and return its loss."""
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.95))
+    generator and return its loss; the optimiser's rate is the peak."""
+    peak_rate = optimiser.param_groups[0]["lr"]
     generator = torch.Generator().manual_seed(1)
 
     def held_out_loss():
@@ -130,6 +143,9 @@ def arguments(description: str, preset: str, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, help="what `bible` printed")
     parser.add_argument("--provider", choices=["pyfused", "torch"], default="pyfused")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.json to take; without it one is trained on the text"
+    )
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", type=Path, help="directory for the trained preset (provider pyfused)")

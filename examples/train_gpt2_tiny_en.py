@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_en import arguments, chapters, split, train, write_curve
+from tiny_en import adamw, arguments, chapters, split, tokenizer_of, train, write_curve
 
 import pyfused
 
@@ -98,7 +98,7 @@ def main() -> None:
     given = arguments(__doc__.split("\n")[0], "gpt2_tiny_en", 1500)
     documents = chapters(given.text)
     training, held_out = split(documents)
-    tokenizer = train_tokenizer(training, CONFIG["vocabulary_size"])
+    tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training, CONFIG["vocabulary_size"]))
     train_tokens, held_tokens = encode(tokenizer, training), encode(tokenizer, held_out)
     print(f"{len(documents)} chapters, {len(train_tokens)} training tokens, {len(held_tokens)} held out", flush=True)
     model, logits = make_model(given.provider)
@@ -110,7 +110,9 @@ def main() -> None:
 
         return loss
 
-    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, PEAK_RATE)
+    curve = train(
+        given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, adamw(model, PEAK_RATE)
+    )
     write_curve(given.curve, curve)
     if given.save:
         save(model, tokenizer, given.save)

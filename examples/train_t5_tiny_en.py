@@ -2,8 +2,8 @@
 
     python examples/train_t5_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/t5_tiny_en
 
-Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): 15 % of a window's tokens in spans of 3 on average, each
-replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
+Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): one to four spans of a window, 3 tokens on average, are
+each replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_en import arguments, chapters, split, train, write_curve
+from tiny_en import arguments, chapters, split, tokenizer_of, train, write_curve
 
 import pyfused
 
 PAD, END, UNKNOWN, SENTINELS = 0, 1, 2, 32
+VOCABULARY = 2048  # at most: a short text has fewer pieces
 CONFIG = {
-    "vocabulary_size": 2048,
     "num_layers": 4,
     "num_decoder_layers": 3,
     "num_heads": 4,
@@ -29,8 +29,7 @@ CONFIG = {
     "dropout": 0.0,
     "tie_embedding_weights": True,
 }
-BATCH, LENGTH, NOISE, SPAN, PEAK_RATE = 8, 128, 0.15, 3.0, 2e-3
-SPANS = round(LENGTH * NOISE / SPAN)
+BATCH, LENGTH, SPANS, SPAN, PEAK_RATE = 8, 64, 4, 3.0, 2e-2
 
 
 def train_tokenizer(documents: list[str]):
@@ -41,13 +40,12 @@ def train_tokenizer(documents: list[str]):
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=CONFIG["vocabulary_size"] - SENTINELS,
+        vocab_size=VOCABULARY - SENTINELS,
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    assert tokenizer.get_vocab_size() == CONFIG["vocabulary_size"] - SENTINELS
     sentinels = [AddedToken(f"<extra_id_{k}>", special=True, normalized=False) for k in reversed(range(SENTINELS))]
     tokenizer.add_special_tokens(sentinels)
     tokenizer.decoder = decoders.Metaspace()
@@ -60,20 +58,21 @@ def encode(tokenizer, documents: list[str]) -> torch.Tensor:
     return torch.tensor([t for e in tokenizer.encode_batch(documents) for t in e.ids])
 
 
-def corrupt(window: list[int], generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """(source, target) of one window: SPANS spans that do not touch, their lengths and places drawn at random."""
-    lengths = torch.poisson(torch.full((SPANS,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
-    free = len(window) - sum(lengths) - (SPANS - 1)
-    gaps = torch.sort(torch.randint(free + 1, (SPANS,), generator=generator)).values.tolist()
+def corrupt(window: list[int], vocabulary: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """(source, target) of one window: spans that do not touch, their number, lengths and places drawn at random."""
+    spans = int(torch.randint(1, SPANS + 1, (), generator=generator))
+    lengths = torch.poisson(torch.full((spans,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
+    free = len(window) - sum(lengths) - (spans - 1)
+    gaps = torch.sort(torch.randint(free + 1, (spans,), generator=generator)).values.tolist()
     source, target, end, moved = [], [], 0, 0
     for k, (gap, length) in enumerate(zip(gaps, lengths)):
         start = gap + moved
-        sentinel = CONFIG["vocabulary_size"] - 1 - k
+        sentinel = vocabulary - 1 - k
         source += [*window[end:start], sentinel]
         target += [sentinel, *window[start : start + length]]
         end, moved = start + length, moved + length + 1
     source += window[end:]
-    return [*source, END], [*target, CONFIG["vocabulary_size"] - 1 - SPANS, END]
+    return [*source, END], [*target, vocabulary - 1 - spans, END]
 
 
 def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -81,17 +80,17 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def batch(tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(tokens: torch.Tensor, vocabulary: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """(sources padded with PAD, targets padded with -100) of BATCH random windows."""
     starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=generator)
-    pairs = [corrupt(tokens[i : i + LENGTH].tolist(), generator) for i in starts.tolist()]
+    pairs = [corrupt(tokens[i : i + LENGTH].tolist(), vocabulary, generator) for i in starts.tolist()]
     return padded([source for source, _ in pairs], PAD), padded([target for _, target in pairs], -100)
 
 
-def make_model(provider: str):
+def make_model(provider: str, vocabulary: int):
     """(module, function from sources and targets to logits); both providers start from the same weights."""
     torch.manual_seed(0)
-    backbone = pyfused.T5Backbone(**CONFIG)
+    backbone = pyfused.T5Backbone(vocabulary_size=vocabulary, **CONFIG)
     if provider == "pyfused":
 
         def logits(source, target):
@@ -127,22 +126,25 @@ def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 3000)
+    given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 8000)
     documents = chapters(given.text)
     training, held_out = split(documents)
-    tokenizer = train_tokenizer(training)
+    tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training))
     train_tokens, held_tokens = encode(tokenizer, training), encode(tokenizer, held_out)
     print(f"{len(documents)} chapters, {len(train_tokens)} training tokens, {len(held_tokens)} held out", flush=True)
-    model, logits = make_model(given.provider)
+    vocabulary = tokenizer.get_vocab_size()
+    model, logits = make_model(given.provider, vocabulary)
 
     def loss_of(tokens):
         def loss(generator):
-            source, target = batch(tokens, generator)
+            source, target = batch(tokens, vocabulary, generator)
             return F.cross_entropy(logits(source, target).flatten(0, 1), target.flatten(), ignore_index=-100)
 
         return loss
 
-    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, PEAK_RATE)
+    # T5's own optimiser: its rate is relative to a parameter's size, and T5's differ by a factor of hundreds.
+    optimiser = torch.optim.Adafactor(model.parameters(), lr=PEAK_RATE)
+    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)
     if given.save:
         save(model, tokenizer, given.save)

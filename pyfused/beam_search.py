@@ -83,7 +83,7 @@ class BeamSearch:
             if t + 1 == max_new_tokens or done.all():
                 done[:] = True
             for slot in np.flatnonzero(done):
-                found[texts[slot]] = state.finished_texts(slot, self.num_return_sequences)
+                found[texts[slot]] = state.finished_texts(int(slot), self.num_return_sequences)
             if done.all():
                 break
             self._move(decoding, before, rows, t)

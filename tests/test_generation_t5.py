@@ -20,7 +20,9 @@ BUCKETS = {"relative_attention_num_buckets": 16, "relative_attention_max_distanc
 def hf(request):
     """Weights so spread out that the two best logits are far apart."""
     if request.param == "gated, untied":
-        made = hf_t5(spread=0.5, seed=1, vocab_size=97, num_layers=3, num_decoder_layers=2, tie_word_embeddings=False, **BUCKETS)
+        made = hf_t5(
+            spread=0.5, seed=1, vocab_size=97, num_layers=3, num_decoder_layers=2, tie_word_embeddings=False, **BUCKETS
+        )
         with torch.no_grad():
             made.lm_head.weight = torch.nn.Parameter(torch.randn(97, 24, generator=torch.Generator().manual_seed(1)))
         return made

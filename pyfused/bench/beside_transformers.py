@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -24,14 +25,14 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     model = pyfused.Backbone.from_preset(preset).eval()
     mine = pyfused.Generator(model)
     answers = isinstance(model, pyfused.T5Backbone)
-    theirs = (transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel).from_pretrained(
-        directory
-    )
+    theirs: Any = (
+        transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel
+    ).from_pretrained(directory)
     theirs.eval()
     tokenizer = load_tokenizer(preset)
     ids = tokenizer.encode(prompt)
     inputs = torch.tensor([ids])
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
         "pad_token_id": tokenizer.end_token_id,

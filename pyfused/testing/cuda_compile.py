@@ -1,7 +1,8 @@
 """What does a source of csrc/cuda compile to, on a machine with no GPU? Registers, spills and machine code of every kernel.
 
-nvcc makes a cubin per source and architecture, kept under build/cubin by a hash of everything that goes into it, so
-that a second run compiles nothing; cuobjdump, which the Triton wheel brings, reads it.
+The object that the build of pyfused._cuda left is read where it is newer than everything that went into it. Else nvcc
+makes a cubin per source and architecture, kept under build/cubin by a hash of everything that goes into it. So CI compiles
+each source once, and a second run none. cuobjdump, which the Triton wheel brings, reads both.
 
     for kernel in compile_source("layer_norm", "sm_90a"):
         check_kernel(kernel)
@@ -81,7 +82,7 @@ def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
     source = _ROOT / "csrc" / "cuda" / f"{name}.cu"
     if not source.is_file():
         raise ValueError(f"name={name!r}: there is no {source}")
-    return _kernels(_cubin(source, architecture), architecture)
+    return _kernels(_built(source) or _cubin(source, architecture), architecture)
 
 
 def check_kernel(kernel: Kernel) -> None:
@@ -116,6 +117,15 @@ def _compiler() -> tuple[str, str]:
     return nvcc, subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def _built(source: Path) -> Path | None:
+    """The object that CMake made of this source for pyfused._cuda, with code for every architecture, if it is up to date."""
+    changed = max(path.stat().st_mtime for path in _read(source, {}))
+    objects = sorted(
+        (_ROOT / "build").glob(f"temp*/**/csrc/cuda/{source.name}.o"), key=lambda path: path.stat().st_mtime
+    )
+    return objects[-1] if objects and objects[-1].stat().st_mtime > changed else None
+
+
 def _cubin(source: Path, architecture: str) -> Path:
     nvcc, version = _compiler()
     command = [*FLAGS, f"-arch={architecture}", "-cubin", *(f"-I{folder}" for folder in _INCLUDES)]
@@ -138,7 +148,8 @@ def _cubin(source: Path, architecture: str) -> Path:
 @functools.cache
 def _kernels(cubin: Path, architecture: str) -> tuple[Kernel, ...]:
     def dump(option: str) -> str:
-        return subprocess.run([cuobjdump(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
+        command = [cuobjdump(), option, "-arch", architecture, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     usage = re.findall(pattern, dump("--dump-resource-usage"))

@@ -200,7 +200,7 @@ def test_bad_text(ours):
         ("merges.txt", "a b c", "merges.txt: line 1"),
         ("merges.txt", b"\xff\xfe", "merges.txt: cannot be read"),
         ("merges.txt", None, "merges.txt: cannot be read"),
-        ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "not byte-level BPE and no unigram model: the model is 'WordPiece'"),
+        ("tokenizer.json", '{"model": {"type": "WordPiece"}}', "no unigram model: the model is 'WordPiece'"),
         ("tokenizer.json", '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "read as a tokenizer"),
         ("tokenizer.json", '{"model": 3}', "not byte-level BPE"),
         ("tokenizer.json", '{"class_name": "BertTokenizer", "config": {}}', "the class is 'BertTokenizer'"),

@@ -73,6 +73,23 @@ def cases(target):
         yield case("grad_query", 128, "bf16", target, EVERYTHING)
 
 
+def relative_cases(target):
+    """With T5's bias: what an encoder trains with, and everything at once."""
+    yield case("forward", 64, "bf16", target, "causal mask relative table")
+    yield case("grad_query", 64, "bf16", target, "causal mask relative table")
+    yield case("grad_key_value", 64, "bf16", target, "causal mask relative table")
+    yield case("grad_query", 128, "bf16", target, EVERYTHING + " relative table")
+    if target == "sm_80":  # sm_90 runs float32 with the same tiles
+        yield case("grad_query", 64, "fp32", target, "causal mask dropout relative table")
+        yield case("decode", 64, "bf16", target, "causal relative")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_relative_bias_compiles(target):
+    for name, compiled in compile_cases(list(relative_cases(target)), target).items():
+        check_resources(compiled, name, target)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_compiles(target):
     for name, compiled in compile_cases(list(cases(target)), target).items():

@@ -90,7 +90,7 @@ def test_backward_is_bitwise_repeatable_and_skips_padding(kernel):
     out, lse = kernel.forward(query, key, value, *rest, True)
     grad_out = torch.randn_like(out)
     first, second = (kernel.backward(grad_out, query, key, value, out, lse, *rest, True) for _ in range(2))
-    for a, b in zip(first, second):
+    for a, b in zip(first[:4], second[:4]):  # there is no table
         assert torch.equal(a, b)
     for name, grad in zip(("key", "value"), first[1:3]):
         assert (grad.transpose(1, 2)[~mask] == 0).all(), name
@@ -103,4 +103,4 @@ def test_one_key_has_zero_gradient(kernel):
     bias = torch.randn(2, 2, 5, 1, device=DEVICE)
     out, lse = kernel.forward(query, key, value, False, None, bias, 0.3, 0.0, None, True)
     grads = kernel.backward(torch.randn_like(out), query, key, value, out, lse, False, None, bias, 0.3, 0.0, None, True)
-    assert [bool((g == 0).all()) for g in grads] == [True, True, False, True]
+    assert [bool((g == 0).all()) for g in grads[:4]] == [True, True, False, True]
