@@ -34,7 +34,7 @@ def sanitize() -> list[list[str]]:
 
 
 def bench() -> list[list[str]]:
-    names = ["layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear"]
+    names = ["layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear", "fourier_mix"]
     return [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--save", "--only", *names]]
 
 

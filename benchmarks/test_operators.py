@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 import torch
 
-OPERATORS = ("layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear")
+OPERATORS = ("layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear", "fourier_mix")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -33,6 +33,8 @@ namespace py = pybind11;
     KERNEL(isa, linear_forward);                      \
     KERNEL(isa, ffn_forward);                         \
     KERNEL(isa, ffn_activation);                      \
+    KERNEL(isa, fourier_mix_scratch);                 \
+    KERNEL(isa, fourier_mix_forward);                 \
     KERNEL(isa, gated_ffn_forward);                   \
     KERNEL(isa, gated_ffn_activation);                \
   }

@@ -19,6 +19,9 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(linear_forward);
   KERNEL(ffn_forward);
   KERNEL(ffn_activation);
+  KERNEL(fourier_mix_scratch);
+  KERNEL(fourier_mix_longest);
+  KERNEL(fourier_mix_forward);
   KERNEL(gated_ffn_forward);
   KERNEL(gated_ffn_activation);
   KERNEL(gated_ffn_scaled);

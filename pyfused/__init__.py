@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .dispatch import BackendError, backend, explain
-from .ops import RelativeBias, attention, ffn, gated_ffn, layer_norm, linear, relative_bias, rms_norm
+from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
 if TYPE_CHECKING:
     from .generation import Generator
@@ -24,6 +24,7 @@ __all__ = [
     "backend",
     "explain",
     "ffn",
+    "fourier_mix",
     "gated_ffn",
     "layer_norm",
     "linear",

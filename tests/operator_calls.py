@@ -138,3 +138,14 @@ def _(new):
     table = new(32, 4).requires_grad_()
     options = {"bidirectional": True, "max_distance": 30}
     return with_gradients(lambda: pyfused.relative_bias(table, 40, 50, **options), [table], [new(1, 4, 40, 50)])
+
+
+def fourier_mix(*shape):
+    @calls(f"fourier_mix {'x'.join(map(str, shape))}")
+    def _(new):
+        x = new(*shape, scale=0.1).requires_grad_()
+        return with_gradients(lambda: pyfused.fourier_mix(x), [x], [new(*shape)])
+
+
+for size in [(2, 40, 96), (3, 31, 20), (1, 7, 274)]:
+    fourier_mix(*size)

@@ -47,6 +47,13 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                  int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
 
+// ---- fourier_mix ----------------------------------------------------------------------------------------------------
+// x (b, s, n), rows contiguous; y contiguous. The plans and tables of s and of n are those of fft.h.
+// b >= 1. scratch: fourier_mix_scratch() bytes, aligned to 64, the number of threads being the same in both calls.
+int64_t fourier_mix_scratch(addr plan_s, addr plan_n, int64_t b, int64_t s, int64_t n);
+void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
+                         int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype);
+
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
 // hidden is float32 if dtype is float16, where activation(gate) * up does not fit; keep_gate and keep_up may be 0.
 void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,

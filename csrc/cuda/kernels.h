@@ -65,6 +65,16 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
                        addr stream);
 
+// ---- fourier_mix ----------------------------------------------------------------------------------------------------
+// x (b, s, n), features contiguous; y contiguous. The plans are in host memory, the tables on the device (csrc/cpu/fft.h
+// lays them out). scratch: fourier_mix_scratch() floats.
+int64_t fourier_mix_scratch(addr plan_s, int64_t b, int64_t s, int64_t n);
+// The greatest transform, a convolution's included, that shared memory holds.
+int64_t fourier_mix_longest();
+void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
+                         int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype, int device,
+                         addr stream);
+
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
 // Up to 16 rows; `hidden` holds (rows, f), float32 where the dtype is float16; gate and up hold (rows, f) or are 0.
 void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr gate, addr up,

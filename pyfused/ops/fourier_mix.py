@@ -1,0 +1,58 @@
+"""fourier_mix: the real part of the 2-D Fourier transform over sequence and features (Lee-Thorp et al. 2021, arXiv:2105.03824).
+
+y[s, n] = sum over a, b of x[a, b] cos(2 pi (s a / S + n b / N)): FNet's token mixing. It is symmetric, its own transpose,
+so its backward is its forward; and y[s, n] = y[-s, -n], indices modulo S and N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._checks import check_floating
+from ._operator import Operator
+
+
+def fourier_mix(x: torch.Tensor) -> torch.Tensor:
+    """Real part of the unnormalised forward 2-D DFT over the last two dimensions: torch.fft.fft2(x).real.
+
+    Everything is computed in float32 and rounded once, so float16 and bfloat16 run where torch.fft refuses them, and at
+    any size. Values grow like sqrt(S N) and y[0, 0] is the sum of x: float16 holds no more than 65504 and becomes
+    infinite beyond. A sample that holds one NaN is NaN throughout.
+
+    Args:
+        x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; any S and N, primes too.
+
+    Returns:
+        (B, S, N), of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: x does not fit; the message says what it got and what it takes.
+    """
+    return _FOURIER_MIX(*bind(x))[0]
+
+
+def bind(x) -> tuple[Any, ...]:
+    """Checks the argument and puts it in the registered operator's order."""
+    check_floating(x, "x")
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it takes (B, S, N) with S >= 1 and N >= 1")
+    return (x,)
+
+
+def _fake(x):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup_context(ctx, inputs, output):
+    pass  # the backward needs nothing but the gradient
+
+
+def _backward(ctx, grad_y):
+    return _FOURIER_MIX(grad_y)[0]
+
+
+_FOURIER_MIX = Operator(
+    "fourier_mix", "(Tensor x) -> Tensor y", fake=_fake, setup_context=_setup_context, backward=_backward
+)
