@@ -34,9 +34,17 @@ def _empty_like(query):
     return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
 
 
+def unsupported_forward(*args):
+    return "packed sequences" if len(args) > 13 and args[13] is not None else None
+
+
+def unsupported_backward(*args):
+    return "packed sequences" if len(args) > 17 and args[17] is not None else None
+
+
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     out = _empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
@@ -72,7 +80,7 @@ def slower_backward(grad_out, query, *rest):
 
 def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     grad_query, grad_key, grad_value = (_empty_like(t) for t in (query, key, value))
     # Zeros: tiles that causality or padding hides are skipped.

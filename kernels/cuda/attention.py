@@ -18,8 +18,10 @@ _MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16
 
 def unsupported_forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
+    if cu_seqlens is not None:
+        return "packed sequences"
     # Rows and keys are counted in 32 bits, with a tile to spare.
     if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
@@ -60,7 +62,7 @@ def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0):
 
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]

@@ -1,7 +1,7 @@
 """attention in plain PyTorch: the definition of truth. Materialises the scores; every other backend must not.
 
 The backward is written out: inside a registered operator (torch.compile, opcheck) autograd records nothing, so that
-differentiating the forward is not possible there. gradcheck holds the two together.
+differentiating the forward is not possible there. gradcheck holds the two together. Packed sequences are padded here.
 """
 
 import torch
@@ -37,8 +37,34 @@ def probabilities(s):
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
 
 
-def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save, *relative):
+def real_rows(cu_seqlens, max_seqlen):
+    """(N, max_seqlen): the rows of a padded batch that packed sequences fill."""
+    return torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+
+
+def padded(packed, real):
+    """(1, H, T, D) -> (N, H, S, D) with zeros behind each sequence."""
+    rows = packed.new_zeros((*real.shape, packed.shape[1], packed.shape[3]))
+    rows[real] = packed[0].transpose(0, 1)
+    return rows.transpose(1, 2)
+
+
+def repacked(rows, real):
+    """(N, H, S, D) -> (1, H, T, D), stored as (1, T, H, D)."""
+    return rows.transpose(1, 2)[real].transpose(0, 1)[None]
+
+
+def forward(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
+):  # fmt: skip
     """(out, lse); lse (B, H, Sq) is the log-sum-exp of a row's scores, +inf for a row with no visible key."""
+    relative = (bias_table, bidirectional, max_distance)
+    if cu_seqlens is not None:
+        real = real_rows(cu_seqlens, max_seqlen)
+        inputs = (padded(t, real) for t in (query, key, value))
+        out, lse = forward(*inputs, is_causal, real, None, scale, dropout_p, seed, save, *relative)
+        return repacked(out, real), None if lse is None else repacked(lse[..., None], real)[..., 0].contiguous()
     s = scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative)
     p = probabilities(s)
     if dropout_p > 0.0:
@@ -54,10 +80,17 @@ def forward(query, key, value, is_causal, padding_mask, attn_bias, scale, dropou
 
 def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_table)."""
     relative = (bias_table, bidirectional, max_distance)
+    if cu_seqlens is not None:
+        real = real_rows(cu_seqlens, max_seqlen)
+        inputs = (padded(t, real) for t in (grad_out, query, key, value, out))
+        *grads, _, grad_table = backward(
+            *inputs, lse, is_causal, real, None, scale, dropout_p, seed, False, *relative, wants_table
+        )
+        return *(repacked(t, real) for t in grads), None, grad_table
     p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative))
     keep = torch.ones_like(p)
     if dropout_p > 0.0:

@@ -79,9 +79,17 @@ def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tu
     return triton.cdiv(key_length, size), size
 
 
+def unsupported_forward(*args):
+    return "packed sequences" if len(args) > 13 and args[13] is not None else None
+
+
+def unsupported_backward(*args):
+    return "packed sequences" if len(args) > 17 and args[17] is not None else None
+
+
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]
@@ -166,7 +174,7 @@ def forward(
 
 def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     b, h, sq, d = query.shape
     hkv, sk = key.shape[1:3]

@@ -6,7 +6,6 @@ out of range raise IndexError. What is on a GPU already is not, since looking wo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..nn import KVCache
+from ..ops._checks import may_look
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -57,7 +57,7 @@ def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: 
     if found.dim() != len(size) or any(s is not None and s != n for s, n in zip(size, found.shape)):
         wanted = "" if None in size else f" = {size}"
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape}{wanted}")
-    if found.numel() and _may_look(found):
+    if found.numel() and may_look(found):
         low, high = (int(v) for v in torch.aminmax(found))
         if low < 0 or high >= limit:
             raise IndexError(f"{name} holds {low if low < 0 else high}; it takes 0 to {limit - 1}")
@@ -142,9 +142,3 @@ def padded(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np
 
 def _dtype(found: Tensor) -> str:
     return str(found.dtype).removeprefix("torch.")
-
-
-def _may_look(found: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return found.device.type == "cpu" or os.environ.get("PYFUSED_CHECK") == "1"

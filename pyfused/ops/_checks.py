@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,3 +36,11 @@ def check_shape(tensor: torch.Tensor, argument: str, shape: tuple[int, ...], mea
     """A tensor of exactly this shape; `meaning` says where the numbers come from, such as "(N,)"."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; it takes {meaning} = {shape}")
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether a check may read the tensor's values: on the host, where that costs no synchronisation, or by
+    PYFUSED_CHECK=1; never in a trace."""
+    if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("PYFUSED_CHECK") == "1"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_floating, check_like, check_shape, name_of
+from ._checks import check_floating, check_like, check_shape, may_look, name_of
 from ._operator import Operator
 from .relative_bias import RelativeBias, check_buckets
 
@@ -28,8 +28,14 @@ def attention(
     attn_bias: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention with its masks, bias and dropout inside one kernel.
+
+    The packed form has sequences of several lengths one behind the other, with no padding between them: query (1, H, T, D),
+    key and value (1, Hkv, T, D), and cu_seqlens says where each begins. A token sees only its own sequence, which computes
+    what a batch of N padded sequences would, at the cost of the real tokens alone.
 
     Args:
         query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides, used
@@ -44,7 +50,13 @@ def attention(
             it requires one, is a dense (B, H, Sq, Sk) tensor; nothing else here is.
         scale: multiplies the scores; 1/sqrt(D) if None.
         dropout_p: each probability becomes 0 with this chance, else is divided by 1 - dropout_p; 0 <= dropout_p < 1. The mask
-            comes from torch's default generator of query's device (torch.manual_seed) and is the same on every backend.
+            comes from torch's default generator of query's device (torch.manual_seed) and is the same on every backend;
+            the packed form draws what a padded (N, H, S, S) would.
+        cu_seqlens: (N + 1,) integers on query's device, cumulative lengths: sequence n is the rows cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1. From 0 to T, never falling; equal neighbours are an empty sequence. With it, B is 1,
+            Sq = Sk = T, and there is neither padding_mask nor attn_bias.
+        max_seqlen: the longest sequence's length, or more. If None it is read from cu_seqlens, which on a GPU synchronises;
+            in a trace it is T.
 
     Returns:
         (B, H, Sq, D) of query's dtype, stored as (B, Sq, H, D), so that merging the heads is a view. A query that sees no
@@ -64,6 +76,8 @@ def attention(
             attn_bias=attn_bias,
             scale=scale,
             dropout_p=dropout_p,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
     )[0]
 
@@ -79,6 +93,8 @@ def bind(
     attn_bias=None,
     scale=None,
     dropout_p=0.0,
+    cu_seqlens=None,
+    max_seqlen=None,
 ) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(query, "query")
@@ -101,6 +117,13 @@ def bind(
     if sq < 1 or sk < 1:
         raise ValueError(f"query and key have lengths {sq} and {sk}; they take at least 1")
     table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
+    if cu_seqlens is not None:
+        for name, given in (("padding_mask", padding_mask), ("attn_bias", attn_bias)):
+            if given is not None:
+                raise ValueError(f"{name} is given beside cu_seqlens; packed sequences take None")
+        cu_seqlens, max_seqlen = _bind_sequences(cu_seqlens, max_seqlen, query, key)
+    elif max_seqlen is not None:
+        raise ValueError(f"max_seqlen is {max_seqlen} without cu_seqlens; it takes None then")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it takes 0 <= dropout_p < 1")
     if padding_mask is not None:
@@ -135,8 +158,45 @@ def bind(
     query, key, value = (t if t.stride(3) == 1 or d == 1 else t.contiguous() for t in (query, key, value))
     return (
         *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save),
-        *(table, bidirectional, max_distance),
+        *(table, bidirectional, max_distance, cu_seqlens, max_seqlen or 0),
     )
+
+
+def _bind_sequences(cu_seqlens, max_seqlen, query, key):
+    """cu_seqlens as contiguous int32, and the longest length."""
+    name = "cu_seqlens"
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"{name} is a {type(cu_seqlens).__name__}; it takes a torch.Tensor")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {name_of(cu_seqlens.dtype)}; it takes int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}; it takes (N + 1,) with N at least 1")
+    if cu_seqlens.device != query.device:
+        raise ValueError(f"{name} is on {cu_seqlens.device}; it takes query's device, {query.device}")
+    total = query.shape[2]
+    if query.shape[0] != 1 or key.shape[2] != total:
+        raise ValueError(
+            f"query and key have shapes {tuple(query.shape)} and {tuple(key.shape)}; with cu_seqlens they take "
+            "(1, H, T, D) and (1, Hkv, T, D)"
+        )
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
+        raise TypeError(f"max_seqlen is {max_seqlen!r}; it takes an int")
+    if may_look(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:])):
+            raise ValueError(f"{name} is {_shown(ends)}; it takes 0 first, {total} last (query's T), and never falls")
+        longest = max(b - a for a, b in zip(ends, ends[1:]))
+        if max_seqlen is not None and max_seqlen < longest:
+            raise ValueError(f"max_seqlen is {max_seqlen}; it takes at least the longest sequence, {longest}")
+        max_seqlen = longest if max_seqlen is None else max_seqlen
+    elif max_seqlen is None:
+        traced = torch.compiler.is_compiling() or type(cu_seqlens) is not torch.Tensor
+        max_seqlen = total if traced else int(cu_seqlens.diff().max())
+    return cu_seqlens.to(torch.int32).contiguous(), min(max_seqlen, total)
+
+
+def _shown(numbers):
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
 
 
 def _bind_relative_bias(relative_bias, query):
@@ -174,10 +234,11 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _, table, *ctx.relative = inputs
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _, table, *relative = inputs
+    *ctx.relative, cu_seqlens, ctx.max_seqlen = relative
     out, lse = output
     ctx.options = (is_causal, scale, dropout_p)
-    optional = (padding_mask, attn_bias, seed, table)
+    optional = (padding_mask, attn_bias, seed, table, cu_seqlens)
     ctx.has = tuple(t is not None for t in optional)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in (lse,) if t is not None))
@@ -186,24 +247,24 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, _grad_lse):
     if grad_out is None:
-        return (None,) * 13
+        return (None,) * 15
     query, key, value, out, lse, *rest = ctx.saved_tensors
-    padding_mask, attn_bias, seed, table = (rest.pop(0) if has else None for has in ctx.has)
+    padding_mask, attn_bias, seed, table, cu_seqlens = (rest.pop(0) if has else None for has in ctx.has)
     is_causal, scale, dropout_p = ctx.options
     wants_bias = attn_bias is not None and ctx.needs_input_grad[5]
     wants_table = table is not None and ctx.needs_input_grad[10]
     grad_out = grad_out if grad_out.stride(3) == 1 or query.shape[3] == 1 else grad_out.contiguous()
     grads = _ATTENTION_BACKWARD(
         *(grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed),
-        *(wants_bias, table, *ctx.relative, wants_table),
+        *(wants_bias, table, *ctx.relative, wants_table, cu_seqlens, ctx.max_seqlen),
     )
     grad_bias, grad_table = grads[3] if wants_bias else None, grads[4] if wants_table else None
-    return *grads[:3], None, None, grad_bias, None, None, None, None, grad_table, None, None
+    return *grads[:3], None, None, grad_bias, None, None, None, None, grad_table, None, None, None, None
 
 
 def _backward_fake(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    table=None, bidirectional=True, max_distance=128, wants_table=False,
+    table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     none = query.new_empty(0)
     grad_bias = torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else none
@@ -211,13 +272,13 @@ def _backward_fake(
     return _like(query), _like(key), _like(value), grad_bias, grad_table
 
 
-# The arguments of the relative bias have defaults, which every kernel's Python function repeats: torch's dispatcher leaves
+# The arguments from the relative bias on have defaults, which every kernel's Python function repeats: torch's dispatcher leaves
 # trailing arguments out that have their default values.
 _ATTENTION = Operator(
     "attention",
     "(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? padding_mask, Tensor? attn_bias, float scale,"
     " float dropout_p, Tensor? seed, bool save, Tensor? bias_table=None, bool bidirectional=True,"
-    " int max_distance=128) -> (Tensor out, Tensor lse)",
+    " int max_distance=128, Tensor? cu_seqlens=None, SymInt max_seqlen=0) -> (Tensor out, Tensor lse)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -226,7 +287,8 @@ _ATTENTION_BACKWARD = Operator(
     "attention_backward",
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal,"
     " Tensor? padding_mask, Tensor? attn_bias, float scale, float dropout_p, Tensor? seed, bool wants_bias,"
-    " Tensor? bias_table=None, bool bidirectional=True, int max_distance=128, bool wants_table=False)"
+    " Tensor? bias_table=None, bool bidirectional=True, int max_distance=128, bool wants_table=False,"
+    " Tensor? cu_seqlens=None, SymInt max_seqlen=0)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_table)",
     fake=_backward_fake,
 )
