@@ -1,8 +1,7 @@
 """How does text become token ids and back, and how is a stream of ids printed as it comes?
 
-Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, and for
-T5 a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words
-are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
+Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, for all
+others a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
 splits by another model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those
 GPT-2 was trained on.
 """
@@ -17,7 +16,7 @@ from typing import Any
 
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.presets import resolve_preset
-from pyfused.checkpoints.sentencepiece import SPACE, ByteBackend, piece_bytes, read_model
+from pyfused.checkpoints.sentencepiece import END, SEPARATOR, SPACE, ByteBackend, Folding, piece_bytes, read_model
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -67,12 +66,30 @@ class Tokenizer:
         return self._end_token_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. T5's
-        tokenisers end a text with their end token, as its encoder expects.
+        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. The
+        tokenisers of models with an encoder add what it expects: T5's </s> behind a text, ALBERT's and FNet's [CLS] before
+        and [SEP] behind it.
 
         Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
         byte that a reduced vocabulary lacks.
         """
+        self._check(text)
+        ids: list[int] = self.backend.encode(text).ids
+        return ids
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Two texts for one row of ALBERT or FNet: ids of [CLS] first [SEP] second [SEP], and their segment ids.
+
+        Raises as `encode` does, and ValueError for a tokeniser of a model that has no segments.
+        """
+        for text in (first, second):
+            self._check(text)
+        if self.backend.token_to_id(SEPARATOR) is None or not self.backend.num_special_tokens_to_add(True):
+            raise ValueError(f"this tokenizer takes one text: it has no template for two, with {SEPARATOR} between them")
+        found = self.backend.encode(first, second)
+        return found.ids, found.type_ids
+
+    def _check(self, text: str) -> None:
         if not isinstance(text, str):
             raise TypeError(f"text must be str, got {type(text).__name__}")
         try:
@@ -81,8 +98,6 @@ class Tokenizer:
             raise ValueError(f"text has no UTF-8 form: {error}") from error
         if self._missing:
             self._check_known(text)
-        ids: list[int] = self.backend.encode(text).ids
-        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
@@ -170,10 +185,10 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
         return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
     elif (directory / "spiece.model").is_file():
         extra = _count(_options(directory).get("extra_ids", 100), directory)
-        return Tokenizer(read_model(tokenizers, directory / "spiece.model", extra), "</s>", "pieces")
+        return Tokenizer(*read_model(tokenizers, directory / "spiece.model", extra, _folding(directory)), "pieces")
     assets = directory / "assets" / "tokenizer"
     if (assets / "vocabulary.spm").is_file():
-        return Tokenizer(read_model(tokenizers, assets / "vocabulary.spm", 0), "</s>", "pieces")
+        return Tokenizer(*read_model(tokenizers, assets / "vocabulary.spm", 0, None), "pieces")
     if not (assets / "vocabulary.json").is_file():
         raise ValueError(
             f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece.model, "
@@ -213,7 +228,8 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Token
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
-    end, _ = _hf_options(path.parent, "</s>" if pieces else END_OF_TEXT)
+    default = SEPARATOR if backend.token_to_id(END) is None else END
+    end, _ = _hf_options(path.parent, default if pieces else END_OF_TEXT)
     if end is not None and backend.token_to_id(end) is None:
         raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
     if pieces:
@@ -278,6 +294,16 @@ def _hf_class(directory: Path) -> str | None:
     return found.removesuffix("Fast") if isinstance(found, str) else None
 
 
+def _folding(directory: Path) -> Folding:
+    """What transformers' tokenisers of ALBERT and FNet are told by tokenizer_config.json, or their defaults."""
+    options = _options(directory)
+    found = {name: options.get(name, default) for name, default in (("do_lower_case", True), ("keep_accents", False))}
+    for name, value in found.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{directory / 'tokenizer_config.json'}: {name} is {value!r}; it takes true or false")
+    return Folding(found["do_lower_case"], not found["keep_accents"])
+
+
 def _count(value: Any, directory: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10_000:
         raise ValueError(f"{directory / 'tokenizer_config.json'}: extra_ids is {value!r}; it takes 0 to 9999")
@@ -301,9 +327,10 @@ def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None
 
 def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
-    if name not in ("GPT2Tokenizer", "T5Tokenizer") or not isinstance(config, dict):
+    known = [f"{model}Tokenizer" for model in ("GPT2", "Albert", "T5", "FNet")]
+    if name not in known or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads GPT2Tokenizer and T5Tokenizer, or a tokenizer.json of Hugging Face"
+            f"{path}: the class is {name!r}; pyfused reads {', '.join(known)}, or a tokenizer.json of Hugging Face"
         )
     if config.get("add_bos"):
         raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")
