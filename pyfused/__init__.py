@@ -8,13 +8,14 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 
 if TYPE_CHECKING:
     from .generation import Generator
-    from .models import Backbone, GPT2Backbone, T5Backbone
+    from .models import Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backbone",
     "BackendError",
+    "FNetBackbone",
     "GPT2Backbone",
     "Generator",
     "RelativeBias",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "T5Backbone": "models", "Generator": "generation"}
+_MODELS = ("Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone")
+_LAZY = {**dict.fromkeys(_MODELS, "models"), "Generator": "generation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -42,13 +42,17 @@ _T5: tuple[tuple[str, int, str, int, str | None], ...] = (
     ("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
     ("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
 )
+_FNET: tuple[tuple[str, int, str, int, str | None], ...] = (
+    ("f_net_base_en", 3, "12 layers, English", 82_861_056, "google/fnet-base"),
+    ("f_net_large_en", 3, "24 layers, English", 236_945_408, "google/fnet-large"),
+)
 PUBLISHED: dict[str, dict[str, Any]] = {
     name: {
         "metadata": {"description": description, "params": params, "path": model},
-        "kaggle_handle": f"kaggle://keras/{model}/keras/{name}/{version}",
+        "kaggle_handle": f"kaggle://keras/{folder}/keras/{name}/{version}",
         "hf_repo": hf_repo,
     }
-    for model, rows in (("gpt2", _GPT2), ("t5", _T5))
+    for model, folder, rows in (("gpt2", "gpt2", _GPT2), ("t5", "t5", _T5), ("fnet", "f_net", _FNET))
     for name, version, description, params, hf_repo in rows
 }
 

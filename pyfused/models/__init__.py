@@ -1,7 +1,8 @@
 """The models; each file reads like its paper."""
 
 from .backbone import Backbone
+from .fnet import FNetBackbone
 from .gpt2 import GPT2Backbone, GPT2Output
 from .t5 import T5Backbone
 
-__all__ = ["Backbone", "GPT2Backbone", "GPT2Output", "T5Backbone"]
+__all__ = ["Backbone", "FNetBackbone", "GPT2Backbone", "GPT2Output", "T5Backbone"]

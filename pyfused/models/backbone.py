@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Model name, as a checkpoint gives it, to the class, which is imported when it is needed: models import this file.
-REGISTRY: dict[str, str] = {"gpt2": "pyfused.models.gpt2:GPT2Backbone", "t5": "pyfused.models.t5:T5Backbone"}
+REGISTRY: dict[str, str] = {
+    "gpt2": "pyfused.models.gpt2:GPT2Backbone",
+    "t5": "pyfused.models.t5:T5Backbone",
+    "fnet": "pyfused.models.fnet:FNetBackbone",
+}
 
 _DTYPES = {
     "float32": torch.float32,
@@ -77,7 +81,8 @@ class Backbone(nn.Module, ABC):
     """
 
     presets = _Presets()
-    texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
+    # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
+    texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
     token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 
     @abstractmethod
