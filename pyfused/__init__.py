@@ -8,11 +8,12 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 
 if TYPE_CHECKING:
     from .generation import Generator
-    from .models import Backbone, FNetBackbone, GPT2Backbone, T5Backbone
+    from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlbertBackbone",
     "Backbone",
     "BackendError",
     "FNetBackbone",
@@ -34,8 +35,8 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_MODELS = ("Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone")
-_LAZY = {**dict.fromkeys(_MODELS, "models"), "Generator": "generation"}
+_LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
+_LAZY |= {"Generator": "generation"}
 
 
 def __getattr__(name: str) -> Any:

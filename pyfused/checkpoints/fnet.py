@@ -12,13 +12,14 @@ from typing import Any
 from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
 from pyfused.checkpoints.plan import Plan, transposed, whole
+from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "FNetBackbone"
 HF_PREFIX, HF_SAVED_PREFIX = "fnet.", ""
 
 # Heads, positions 0, 1, ... and the Fourier matrices of models that were made for a TPU
 HF_IGNORED = (r"cls\..*", r"(.*\.)?(position_ids|token_type_ids)", r".*\.dft_mat_(hidden|seq)")
-HF_HEAD = HF_EMBEDDING = None
+HF_HEAD = None  # logits are a matter of heads
 DEFAULTS: dict[str, Any] = {"max_sequence_length": 512, "num_segments": 4, "pooler": True}
 DEPTHS = ("num_layers",)
 
@@ -49,6 +50,11 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     }
     options.finish(_HARMLESS)
     return config
+
+
+def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Decides from the files whether there is a pooler."""
+    return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
