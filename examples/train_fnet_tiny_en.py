@@ -1,11 +1,10 @@
 """How was the bundled preset fnet_tiny_en made? Trains it from scratch by masked-token prediction, on a CPU (see tiny_en.py).
 
     python examples/train_fnet_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/fnet_tiny_en
-    python examples/train_fnet_tiny_en.py --text kjv.txt --provider torch --tokenizer pyfused/presets/fnet_tiny_en/tokenizer.json
-    python examples/train_fnet_tiny_en.py --plot
 
-No dropout, so that the two runs are comparable step by step. The head is trained too and left out of the preset; there is
-no pooler, since nothing would train it.
+Batches have windows of one length, which changes from batch to batch: a Fourier transform of another length is another one.
+What follows the end of a chapter in a window is segment 1. No dropout, so that the two runs are comparable step by step. The
+head is trained too and left out of the preset; there is no pooler, since nothing would train it.
 """
 
 import json
@@ -20,15 +19,21 @@ import pyfused
 
 VOCABULARY = 2048  # at most: a short text has fewer pieces
 CONFIG = {
-    "num_layers": 6,
+    "num_layers": 4,
     "hidden_dim": 128,
     "intermediate_dim": 512,
-    "max_sequence_length": 256,
+    "max_sequence_length": 64,
     "num_segments": 2,
     "dropout": 0.0,
     "pooler": False,
 }
-ROWS, LENGTH, PEAK_RATE = 16, 64, 2e-3
+TOKENS, SHORTEST, LONGEST, PEAK_RATE = 1024, 8, 64, 2e-3  # tokens of a batch; of a window
+
+
+def segments(ids: torch.Tensor) -> torch.Tensor:
+    """(B, S): 0 up to the first [SEP], then 1."""
+    ends = ids == masked.SEP
+    return (ends.cumsum(1) - ends.long()).clamp(max=1)
 
 
 def make_model(provider: str, vocabulary: int):
@@ -38,7 +43,7 @@ def make_model(provider: str, vocabulary: int):
     if provider == "pyfused":
 
         def hidden(ids):
-            return backbone(token_ids=ids, segment_ids=None)["sequence_output"]
+            return backbone(token_ids=ids, segment_ids=segments(ids))["sequence_output"]
 
         return backbone, hidden, backbone.token_embedding.weight
     from transformers import FNetModel
@@ -48,7 +53,11 @@ def make_model(provider: str, vocabulary: int):
     with tempfile.TemporaryDirectory() as directory:
         save_hf(backbone, directory)
         model = FNetModel.from_pretrained(directory, add_pooling_layer=False)
-    return model, lambda ids: model(ids).last_hidden_state, model.embeddings.word_embeddings.weight
+
+    def hidden_of(ids):
+        return model(ids, token_type_ids=segments(ids)).last_hidden_state
+
+    return model, hidden_of, model.embeddings.word_embeddings.weight
 
 
 def save(model: pyfused.FNetBackbone, tokenizer, directory: Path) -> None:
@@ -64,7 +73,7 @@ def save(model: pyfused.FNetBackbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "fnet_tiny_en", 6000)
+    given = arguments(__doc__.split("\n")[0], "fnet_tiny_en", 4000)
     documents = chapters(given.text)
     training, held_out = split(documents)
     tokenizer = tokenizer_of(given.tokenizer, lambda: masked.train_tokenizer(training, VOCABULARY))
@@ -79,7 +88,8 @@ def main() -> None:
 
     def loss_of(tokens):
         def loss(generator):
-            batch = masked.draw(tokens, vocabulary, ROWS, LENGTH, generator)
+            length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
+            batch = masked.draw(tokens, vocabulary, TOKENS // length, length, generator)
             return masked.loss_of(logits_of(batch), batch)
 
         return loss
@@ -88,7 +98,8 @@ def main() -> None:
     optimiser = adamw(both, PEAK_RATE)
     curve = train(given.provider, both, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)
-    print(masked.evaluate(logits_of, held_tokens, train_tokens, vocabulary, ROWS, LENGTH), flush=True)
+    rows = TOKENS // LONGEST
+    print(masked.evaluate(logits_of, held_tokens, train_tokens, vocabulary, rows, LONGEST), flush=True)
     if given.save:
         save(model, tokenizer, given.save)
 

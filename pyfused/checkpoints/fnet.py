@@ -62,7 +62,9 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     config = DEFAULTS | config
     activation = activation_name(config.get("activation", "gelu_new"))
     if activation is None:
-        raise ValueError(f"activation is {config['activation']!r}; transformers' FNet takes {', '.join(HF_ACTIVATIONS)}")
+        raise ValueError(
+            f"activation is {config['activation']!r}; transformers' FNet takes {', '.join(HF_ACTIVATIONS)}"
+        )
     # transformers' own token ids, which lie outside a smaller vocabulary
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     return {
