@@ -113,7 +113,7 @@ def test_the_pooler_is_a_matter_of_the_file(preset, same):
     same(model.state_dict(), fnet_state(bare))
     bare["fnet.pooler.dense.weight"] = weights["fnet.pooler.dense.weight"]
     save_file(bare, directory / "model.safetensors")
-    with pytest.raises(ValueError, match="'pooler.dense.bias' of shape .* is missing"):
+    with pytest.raises(ValueError, match=r"'pooler.dense.bias' of shape .* is missing"):
         open_checkpoint(directory)
 
 
