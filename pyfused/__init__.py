@@ -8,7 +8,7 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 
 if TYPE_CHECKING:
     from .generation import Generator
-    from .models import AlbertBackbone, Backbone, GPT2Backbone, T5Backbone
+    from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "AlbertBackbone",
     "Backbone",
     "BackendError",
+    "FNetBackbone",
     "GPT2Backbone",
     "Generator",
     "RelativeBias",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "GPT2Backbone", "T5Backbone"), "models")
+_LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
 _LAZY |= {"Generator": "generation"}
 
 

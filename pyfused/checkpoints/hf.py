@@ -30,7 +30,7 @@ DTYPES = {
 }  # fmt: skip
 
 # Beginnings of class names, for configurations without model_type
-_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5"}
+_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5", "FNet": "fnet"}
 
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 

@@ -22,6 +22,7 @@ REGISTRY: dict[str, str] = {
     "gpt2": "pyfused.models.gpt2:GPT2Backbone",
     "albert": "pyfused.models.albert:AlbertBackbone",
     "t5": "pyfused.models.t5:T5Backbone",
+    "fnet": "pyfused.models.fnet:FNetBackbone",
 }
 
 _DTYPES = {
@@ -81,7 +82,8 @@ class Backbone(nn.Module, ABC):
     """
 
     presets = _Presets()
-    texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
+    # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
+    texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
     predicts_tokens = True  # whether `logits` says what a model without a head says; an encoder's head is not its own
     token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 

@@ -2,13 +2,14 @@
 
 from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, T5Attention, Visibility
 from .kv_cache import KVCache
-from .layers import FeedForward, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
+from .layers import FeedForward, FourierMixing, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
 
 __all__ = [
     "CAUSAL",
     "EVERYTHING",
     "CrossAttention",
     "FeedForward",
+    "FourierMixing",
     "GatedFeedForward",
     "KVCache",
     "LayerNorm",
