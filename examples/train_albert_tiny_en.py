@@ -8,6 +8,7 @@ trained here and are no part of the preset; the pooler, through which the second
 """
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -31,7 +32,7 @@ CONFIG = {
     "max_sequence_length": LENGTH + 1,  # no position that was never trained
     "dropout": 0.0,
 }
-BATCH, PEAK_RATE = 6, 1e-3
+BATCH, PEAK_RATE = 6, 1.5e-3
 ORDER_WEIGHT = 0.1  # of the second task's loss: it learns from 6 windows a step, the first from 114 tokens
 
 
@@ -83,23 +84,34 @@ class Pretraining(nn.Module):
 
 
 @torch.no_grad()
-def initialise(backbone: nn.Module) -> None:
-    """What makes few steps enough: matrices of the spread that keeps a vector's size, since 0.02 is that of widths of 2,500,
-    and sines for positions, by which "the token before" is one linear map in every place."""
-    for name, parameter in backbone.named_parameters():
-        if name == "position_embedding.weight":
-            length, width = parameter.shape
-            rates = 10000.0 ** (-torch.arange(0, width, 2) / width)
-            angles = torch.arange(length)[:, None] * rates
-            parameter.copy_(0.03 * torch.cat([angles.sin(), angles.cos()], 1))
-        elif parameter.dim() == 2 and "embedding" not in name:
+def initialise(backbone: pyfused.AlbertBackbone) -> None:
+    """What makes a few thousand steps enough. Matrices and tables get the spread that keeps a vector's size, 1 / sqrt(width),
+    positions sines of many frequencies, by which "the token before" is one rotation in every place, and each head's
+    queries and keys that rotation: it starts by looking one or two tokens to one side. Training may change all of it."""
+    for parameter in backbone.parameters():
+        if parameter.dim() == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    table, projection = backbone.position_embedding.weight, backbone.projection.weight
+    (length, narrow), wide = table.shape, projection.shape[0]
+    rates = (torch.arange(narrow // 2) + 0.5) * (2 * math.pi / narrow)
+    angles = torch.arange(length)[:, None] * rates
+    table.copy_(0.2 * torch.cat([angles.sin(), angles.cos()], 1))
+    frame, _ = torch.linalg.qr(torch.randn(wide, narrow))
+    projection.copy_(frame * math.sqrt(wide / narrow))
+    attention = backbone.layers[0][0].attention
+    query, key, _ = attention.query_key_value.weight.view(3, attention.num_heads, attention.head_size, wide)
+    chosen = torch.linspace(0, narrow // 2 - 1, attention.head_size // 2).round().long()
+    sine, cosine = (2.0 * math.sqrt(narrow / wide) * frame.t()[chosen + start] for start in (0, narrow // 2))
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        turn = offset * rates[chosen, None]
+        key[head] = torch.cat([sine, cosine])
+        query[head] = torch.cat([turn.cos() * sine + turn.sin() * cosine, turn.cos() * cosine - turn.sin() * sine])
 
 
 def make_model(provider: str, vocabulary: int) -> Pretraining:
     """Both providers start from the same weights."""
     torch.manual_seed(0)
-    backbone: nn.Module = pyfused.AlbertBackbone(vocabulary_size=vocabulary, **CONFIG)
+    backbone = pyfused.AlbertBackbone(vocabulary_size=vocabulary, **CONFIG)
     initialise(backbone)
     model = Pretraining(backbone, vocabulary)
     if provider == "torch":
@@ -126,7 +138,7 @@ def save(model: pyfused.AlbertBackbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "albert_tiny_en", 4000)
+    given = arguments(__doc__.split("\n")[0], "albert_tiny_en", 2400)
     documents = chapters(given.text)
     training, held_out = split(documents)
     tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training))
@@ -143,6 +155,9 @@ def main() -> None:
 
         return loss
 
+    with torch.no_grad():  # nothing is to be learned but what frequencies do not say
+        counts = torch.bincount(train_tokens, minlength=vocabulary) + 1.0
+        model.head.bias.copy_((counts / counts.sum()).log())
     optimiser = adamw(model, PEAK_RATE)
     curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)

@@ -138,7 +138,7 @@ def test_half_a_pooler_is_refused(preset):
     weights = load_file(path)
     del weights["albert.pooler.bias"]
     save_file(weights, path)
-    with pytest.raises(ValueError, match="'pooler.bias' of shape .* is missing"):
+    with pytest.raises(ValueError, match=r"'pooler.bias' of shape .* is missing"):
         open_checkpoint(path.parent)
 
 
