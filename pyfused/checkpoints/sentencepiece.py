@@ -1,9 +1,9 @@
-"""How does text become the ids of T5, ALBERT and FNet, and back? A SentencePiece unigram model (Kudo 2018,
+"""How does text become token ids of T5, ALBERT and FNet, and back? A SentencePiece unigram model (Kudo 2018,
 arXiv:1804.10959), or bytes.
 
 A model file is read here, piece by piece, and run by the `tokenizers` library as transformers does: control pieces that are
 written out in a text, such as </s>, become their id; SentencePiece itself, and KerasHub with it, splits those into letters.
-Around a text go [CLS] and [SEP] where the file has both, behind it </s> where it has not.
+A model with the pieces [CLS] and [SEP] is an encoder's, ALBERT's or FNet's: [CLS] begins a text, [SEP] ends it.
 ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes, moved by three.
 Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SPACE = "▁"
-END, START, SEPARATOR = "</s>", "[CLS]", "[SEP]"
+START, SEPARATOR = "[CLS]", "[SEP]"
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _LARGEST = 64 << 20  # T5's has 0.8 MB, mT5's 4 MB
@@ -29,18 +29,16 @@ class _Piece(NamedTuple):
     kind: int
 
 
-class Folding(NamedTuple):
-    """What transformers takes off a text before ALBERT's or FNet's model file sees it, beside TeX's quotation marks."""
-
-    case: bool = True
-    accents: bool = True
-
-
-def read_model(tokenizers: Any, path: Path, extra_ids: int, folding: Folding | None) -> tuple[Any, str]:
-    """A `tokenizers.Tokenizer` that does what the model file says, and the token with which it ends each text.
+def read_model(
+    tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False,
+    split_first: bool = False,
+) -> Any:  # fmt: skip
+    """A `tokenizers.Tokenizer` that does what the model file says, and begins and ends each text as the model wants it.
 
     extra_ids: how many sentinels <extra_id_0>, ... follow T5's pieces, the last one first, as transformers adds them.
-    folding: of texts for a model with [CLS] and [SEP]; None leaves everything to the file, as KerasHub does.
+    lower, strip, quotes: what transformers does to an encoder's text before the model sees it: lower case, no accents,
+    plain quotation marks.
+    split_first: at user-defined pieces, before anything else, as transformers does.
     Raises ValueError naming the file for what is damaged or no unigram model as T5's.
     """
     try:
@@ -58,25 +56,25 @@ def read_model(tokenizers: Any, path: Path, extra_ids: int, folding: Folding | N
     if trainer.get(24, 0):
         raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, as T5's")
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
-    # transformers splits a text at the user-defined pieces first; to SentencePiece they are the best of the pieces
-    kinds = (_UNKNOWN, _CONTROL) if folding is None else (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    # to SentencePiece, user-defined pieces are the best of the pieces: that is what their score of 0 says
+    kinds = (_UNKNOWN, _CONTROL, _USER_DEFINED) if split_first else (_UNKNOWN, _CONTROL)
     special = [piece.text for piece in pieces if piece.kind in kinds]
-    is_encoder = START in special and SEPARATOR in special
-    end = SEPARATOR if is_encoder else END
+    encoder = START in special and SEPARATOR in special
+    end, extra_ids = (SEPARATOR, 0) if encoder else ("</s>", extra_ids)
     if unknown is None or end not in special:
-        raise ValueError(f"{path}: the pieces lack an unknown one, or {END!r} or {START!r} with {SEPARATOR!r}")
-    sentinels = [] if is_encoder else [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+        raise ValueError(f"{path}: the pieces lack an unknown one or {end!r}")
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
     vocabulary = [(piece.text, piece.score) for piece in pieces] + [(name, 0.0) for name in sentinels]
     if len({text for text, _ in vocabulary}) != len(vocabulary):
         raise ValueError(f"{path}: a piece occurs twice")
     fallback = any(piece.kind == _BYTE for piece in pieces)
     try:
         backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown, fallback))
-        first = _folding(tokenizers, folding) if is_encoder and folding is not None else []
+        rewritten = _rewritten(tokenizers.normalizers, lower, strip, quotes) if encoder else []
         if charsmap := normalizer.get(2):
-            first.append(tokenizers.normalizers.Precompiled(charsmap))
-        if first:
-            backend.normalizer = tokenizers.normalizers.Sequence(first)
+            rewritten.append(tokenizers.normalizers.Precompiled(charsmap))
+        if rewritten:
+            backend.normalizer = tokenizers.normalizers.Sequence(rewritten)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: {error}") from error
     steps = tokenizers.pre_tokenizers
@@ -84,26 +82,24 @@ def read_model(tokenizers: Any, path: Path, extra_ids: int, folding: Folding | N
     backend.pre_tokenizer = steps.Sequence([steps.WhitespaceSplit(), steps.Metaspace(**metaspace)])
     backend.decoder = tokenizers.decoders.Metaspace(**metaspace)
     backend.add_special_tokens([*special, *reversed(sentinels)])
-    template: dict[str, Any] = {"single": f"$A {end}", "special_tokens": [(end, backend.token_to_id(end))]}
-    if is_encoder:
-        template["special_tokens"].append((START, backend.token_to_id(START)))
-        template |= {"single": f"{START} $A {end}", "pair": f"{START}:0 $A:0 {end}:0 $B:1 {end}:1"}
+    template: dict[str, Any] = {"single": f"$A {end}"}
+    if encoder:
+        first = f"{START}:0 $A:0 {end}:0"
+        template = {"single": first, "pair": f"{first} $B:1 {end}:1"}
+    template["special_tokens"] = [(token, backend.token_to_id(token)) for token in ([START] if encoder else []) + [end]]
     backend.post_processor = tokenizers.processors.TemplateProcessing(**template)
-    return backend, end
+    return backend
 
 
 def end_of(backend: Any) -> str:
-    """The token that ends a text: FNet's files have </s> too, which is in no text."""
-    return END if any(backend.token_to_id(token) is None for token in (START, SEPARATOR)) else SEPARATOR
+    """The token that ends a text: an encoder's separator, or T5's end."""
+    return "</s>" if any(backend.token_to_id(token) is None for token in (START, SEPARATOR)) else SEPARATOR
 
 
-def _folding(tokenizers: Any, folding: Folding) -> list[Any]:
-    """transformers' steps for ALBERT and FNet."""
-    steps = tokenizers.normalizers
-    found = [steps.Replace("``", '"'), steps.Replace("''", '"')]
-    if folding.accents:
-        found += [steps.NFKD(), steps.StripAccents()]
-    return [*found, steps.Lowercase()] if folding.case else found
+def _rewritten(steps: Any, lower: bool, strip: bool, quotes: bool) -> list[Any]:
+    found = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
+    found += [steps.NFKD(), steps.StripAccents()] if strip else []
+    return [*found, steps.Lowercase()] if lower else found
 
 
 def piece_bytes(token: str) -> bytes:

@@ -1,9 +1,9 @@
 """How does text become token ids and back, and how is a stream of ids printed as it comes?
 
-Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, for all
-others a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as transformers
-does and KerasHub with TensorFlow. KerasHub without TensorFlow splits by another model's pattern: its ids then differ in runs
-of newlines and long digit strings, and are not those GPT-2 was trained on.
+Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, and for
+T5, ALBERT and FNet a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as
+transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow splits by another model's pattern: its ids then
+differ in runs of newlines and long digit strings, and are not those GPT-2 was trained on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.presets import resolve_preset
-from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, Folding, end_of, piece_bytes, read_model
+from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
 
 END_OF_TEXT = "<|endoftext|>"
+_KERAS_CLASSES = ("GPT2Tokenizer", "T5Tokenizer", "AlbertTokenizer", "FNetTokenizer")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -48,6 +49,7 @@ class Tokenizer:
         written = _token_bytes if kind == "byte-level" else piece_bytes
         self._tokens = {index: written(token) for token, index in vocabulary.items()}
         self._drops_space = kind == "pieces"
+        self._pairs = kind == "pieces" and end_token == SEPARATOR
         self._special = sorted(
             (token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True
         )
@@ -66,8 +68,8 @@ class Tokenizer:
         return self._end_token_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. The
-        tokenisers of models with an encoder add what it expects: T5's </s> behind a text, ALBERT's and FNet's [CLS] before
+        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. T5's
+        tokenisers end a text with their end token, as its encoder expects; ALBERT's and FNet's have [CLS] before it
         and [SEP] behind it.
 
         Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
@@ -78,28 +80,16 @@ class Tokenizer:
         return ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Two texts for one row of ALBERT or FNet: ids of [CLS] first [SEP] second [SEP], and their segment ids.
+        """The ids of [CLS] first [SEP] second [SEP], and their segment ids: 0 up to the first [SEP], then 1.
 
-        Raises as `encode` does, and ValueError for a tokeniser of a model that has no segments.
+        Raises as `encode` does, and ValueError for a tokeniser that is not ALBERT's or FNet's.
         """
-        for text in (first, second):
-            self._check(text)
-        if self.backend.token_to_id(SEPARATOR) is None or not self.backend.num_special_tokens_to_add(True):
-            raise ValueError(
-                f"this tokenizer takes one text: it has no template for two, with {SEPARATOR} between them"
-            )
+        if not self._pairs:
+            raise ValueError("this tokeniser makes no pairs; those of ALBERT and FNet do")
+        self._check(first)
+        self._check(second)
         found = self.backend.encode(first, second)
         return found.ids, found.type_ids
-
-    def _check(self, text: str) -> None:
-        if not isinstance(text, str):
-            raise TypeError(f"text must be str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has no UTF-8 form: {error}") from error
-        if self._missing:
-            self._check_known(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
@@ -121,6 +111,16 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder to feed one id after another."""
         return StreamDecoder(self)
+
+    def _check(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has no UTF-8 form: {error}") from error
+        if self._missing:
+            self._check_known(text)
 
     def _check_known(self, text: str) -> None:
         for token in self._special:
@@ -187,10 +187,12 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
         return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
     elif (directory / "spiece.model").is_file():
         extra = _count(_options(directory).get("extra_ids", 100), directory)
-        return Tokenizer(*read_model(tokenizers, directory / "spiece.model", extra, _folding(directory)), "pieces")
+        backend = read_model(tokenizers, directory / "spiece.model", extra, **_rewriting(directory))
+        return Tokenizer(backend, end_of(backend), "pieces")
     assets = directory / "assets" / "tokenizer"
     if (assets / "vocabulary.spm").is_file():
-        return Tokenizer(*read_model(tokenizers, assets / "vocabulary.spm", 0, None), "pieces")
+        backend = read_model(tokenizers, assets / "vocabulary.spm", 0)
+        return Tokenizer(backend, end_of(backend), "pieces")
     if not (assets / "vocabulary.json").is_file():
         raise ValueError(
             f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece.model, "
@@ -295,17 +297,15 @@ def _hf_class(directory: Path) -> str | None:
     return found.removesuffix("Fast") if isinstance(found, str) else None
 
 
-def _folding(directory: Path) -> Folding:
-    """What tokenizer_config.json says; else ALBERT folds both case and accents, and FNet keeps them, as it was trained.
-    (transformers 5 has ALBERT's defaults for both; FNet's published files say what they want.)"""
-    options = _options(directory)
+def _rewriting(directory: Path) -> dict[str, bool]:
+    """What is done to an encoder's text first: FNet keeps case and accents unless it is told otherwise, ALBERT neither."""
+    options, path = _options(directory), directory / "tokenizer_config.json"
     keeps = _hf_class(directory) == "FNetTokenizer" or _model_type(directory) == "fnet"
-    defaults = {"do_lower_case": not keeps, "keep_accents": keeps}
-    found = {name: options.get(name, default) for name, default in defaults.items()}
-    for name, value in found.items():
+    found = {"lower": options.get("do_lower_case", not keeps), "keep": options.get("keep_accents", keeps)}
+    for name, value in (("do_lower_case", found["lower"]), ("keep_accents", found["keep"])):
         if not isinstance(value, bool):
-            raise ValueError(f"{directory / 'tokenizer_config.json'}: {name} is {value!r}; it takes true or false")
-    return Folding(found["do_lower_case"], not found["keep_accents"])
+            raise ValueError(f"{path}: {name} is {value!r}; it takes true or false")
+    return {"lower": found["lower"], "strip": not found["keep"], "quotes": True, "split_first": True}
 
 
 def _model_type(directory: Path) -> Any:
@@ -336,10 +336,9 @@ def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None
 
 def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
-    known = [f"{model}Tokenizer" for model in ("GPT2", "Albert", "T5", "FNet")]
-    if name not in known or not isinstance(config, dict):
+    if name not in _KERAS_CLASSES or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads {', '.join(known)}, or a tokenizer.json of Hugging Face"
+            f"{path}: the class is {name!r}; pyfused reads {', '.join(_KERAS_CLASSES)}, or a tokenizer.json of Hugging Face"
         )
     if config.get("add_bos"):
         raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")
