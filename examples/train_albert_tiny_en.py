@@ -24,7 +24,7 @@ HALF = 62  # tokens of either half
 LENGTH = 2 * HALF + 2  # of a window as masked_tokens.py draws it; a second [SEP] follows
 VOCABULARY = 2048  # at most: a short text has fewer pieces
 CONFIG = {
-    "num_layers": 4,
+    "num_layers": 2,
     "num_heads": 4,
     "embedding_dim": 64,
     "hidden_dim": 160,
@@ -33,6 +33,7 @@ CONFIG = {
     "dropout": 0.0,
 }
 BATCH, PEAK_RATE = 6, 1.5e-3
+ALONE = 0.4  # of the steps, the layer is applied once: from the start, two applications learn nothing in a thousand steps
 ORDER_WEIGHT = 0.1  # of the second task's loss: it learns from 6 windows a step, the first from 114 tokens
 
 
@@ -70,6 +71,16 @@ class Pretraining(nn.Module):
         self.order = nn.Linear(CONFIG["hidden_dim"], 2)
         nn.init.normal_(self.order.weight, 0.0, 0.02)
         nn.init.zeros_(self.order.bias)
+
+    def deepen(self, layers: int) -> None:
+        """From now on the shared layer is applied so often."""
+        if isinstance(self.backbone, pyfused.AlbertBackbone):
+            changed = pyfused.AlbertBackbone.from_config(self.backbone.get_config() | {"num_layers": layers})
+            for name, module in self.backbone.named_children():
+                setattr(changed, name, module)
+            self.backbone = changed
+        else:
+            self.backbone.config.num_hidden_layers = self.backbone.encoder.config.num_hidden_layers = layers
 
     def forward(self, batch: masked.Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, K, V) of the chosen tokens and (B, 2) of "in order" and "swapped"."""
@@ -138,7 +149,7 @@ def save(model: pyfused.AlbertBackbone, tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__.split("\n")[0], "albert_tiny_en", 2400)
+    given = arguments(__doc__.split("\n")[0], "albert_tiny_en", 2200)
     documents = chapters(given.text)
     training, held_out = split(documents)
     tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training))
@@ -155,11 +166,21 @@ def main() -> None:
 
         return loss
 
+    depths = iter([1] * round(ALONE * given.steps) + [CONFIG["num_layers"]] * given.steps)
+    training_loss, depth = loss_of(train_tokens), 0
+
+    def deepening_loss(generator):
+        nonlocal depth
+        if (wanted := next(depths)) != depth:
+            depth = wanted
+            model.deepen(depth)
+        return training_loss(generator)
+
     with torch.no_grad():  # nothing is to be learned but what frequencies do not say
         counts = torch.bincount(train_tokens, minlength=vocabulary) + 1.0
         model.head.bias.copy_((counts / counts.sum()).log())
     optimiser = adamw(model, PEAK_RATE)
-    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
+    curve = train(given.provider, model, deepening_loss, loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)
     generator, orders = torch.Generator().manual_seed(4), []
 
