@@ -74,7 +74,13 @@ class Backbone(nn.Module, ABC):
     """A transformer without a task: token ids in, hidden states out. Subclasses take their sizes as keywords.
 
     ``presets``: name to metadata of the published and bundled presets that this class can load.
+    ``skip_padding``: False computes padding as the references do, in every row; True leaves it out, so that a batch which
+    is half padding costs half: real tokens get the same values, padding gets zeros. On a GPU this synchronises once a call.
+    Where it is not possible (in torch.compile's traces, with dense biases or a filled cache, where attentions are returned)
+    padding is computed all the same, and gets zeros.
     """
+
+    skip_padding = False
 
     presets = _Presets()
     texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
@@ -102,6 +108,7 @@ class Backbone(nn.Module, ABC):
         load_weights: bool = True,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        skip_padding: bool = False,
         **overrides: Any,
     ) -> Self:
         """The model of a preset, in evaluation mode.
@@ -111,11 +118,14 @@ class Backbone(nn.Module, ABC):
         load_weights: False leaves the random initialisation and reads the configuration alone.
         device: where the weights go; None is torch's default device.
         dtype: a name or a torch.dtype; None is what the checkpoint says.
+        skip_padding: the attribute of this name; see the class.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
         override, and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
         """
+        if not isinstance(skip_padding, bool):
+            raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
         target = None if dtype is None else resolve_dtype(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):
@@ -131,7 +141,9 @@ class Backbone(nn.Module, ABC):
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
             with place:
-                return kind.from_config(config).eval()
+                model = kind.from_config(config)
+            model.skip_padding = skip_padding
+            return model.eval()
         with torch.device("meta"), _Uninitialised():
             model = kind.from_config(config)
         checkpoint.check_module(model)
@@ -142,6 +154,7 @@ class Backbone(nn.Module, ABC):
             )
         _allocate(model, place)
         checkpoint.load_into(model)
+        model.skip_padding = skip_padding
         return model.eval()
 
 
