@@ -7,6 +7,7 @@ from .dispatch import BackendError, backend, explain
 from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
 if TYPE_CHECKING:
+    from .encoding import encode
     from .generation import Generator
     from .models import Backbone, GPT2Backbone, T5Backbone
 
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "attention",
     "backend",
+    "encode",
     "explain",
     "ffn",
     "fourier_mix",
@@ -33,7 +35,13 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = {"Backbone": "models", "GPT2Backbone": "models", "T5Backbone": "models", "Generator": "generation"}
+_LAZY = {
+    "Backbone": "models",
+    "GPT2Backbone": "models",
+    "Generator": "generation",
+    "T5Backbone": "models",
+    "encode": "encoding",
+}
 
 
 def __getattr__(name: str) -> Any:

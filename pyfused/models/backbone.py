@@ -81,6 +81,8 @@ class Backbone(nn.Module, ABC):
     """
 
     skip_padding = False
+    begins_with_cls = False  # whether a text's first token stands for all of it, as BERT's [CLS]
+    has_padding = True  # False: rows of a batch have to be equally long
 
     presets = _Presets()
     texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
@@ -89,6 +91,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
+
+    @abstractmethod
+    def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> the logits of the next token, (..., V)."""

@@ -237,6 +237,10 @@ class GPT2Backbone(Backbone):
             None if cross is None else tuple(cross),
         )
 
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        return self(token_ids=token_ids, padding_mask=padding_mask)
+
     def run(self, call: Call, last: Tensor | None = None) -> Tensor:
         """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
         visible = call.visible

@@ -263,6 +263,10 @@ class T5Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, ENCODER_INPUTS)
         return self._encoded(read_encoder(given, self._config, self.token_embedding.weight))
 
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """The encoder's: (B, S) -> (B, S, D)."""
+        return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
+
     def _encoded(self, call: StackCall) -> Tensor:
         if self.skip_padding:  # distances count, so that padding between tokens has to stay
             call.visible = call.visible.skip_padding(call.attentions is None, unbroken=True)
