@@ -9,13 +9,15 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 if TYPE_CHECKING:
     from .encoding import encode
     from .generation import Generator
-    from .models import Backbone, GPT2Backbone, T5Backbone
+    from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlbertBackbone",
     "Backbone",
     "BackendError",
+    "FNetBackbone",
     "GPT2Backbone",
     "Generator",
     "RelativeBias",
@@ -35,13 +37,8 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = {
-    "Backbone": "models",
-    "GPT2Backbone": "models",
-    "Generator": "generation",
-    "T5Backbone": "models",
-    "encode": "encoding",
-}
+_LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
+_LAZY |= {"Generator": "generation", "encode": "encoding"}
 
 
 def __getattr__(name: str) -> Any:

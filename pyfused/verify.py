@@ -71,15 +71,21 @@ def _inputs(model: Backbone, device: str) -> dict[str, torch.Tensor]:
     inputs = {}
     for tokens, padding in model.texts:
         inputs[tokens] = torch.randint(config["vocabulary_size"], (2, length), generator=generator).to(device)
-        inputs[padding] = mask
+        if padding is not None:
+            inputs[padding] = mask
+    if segments := config.get("num_segments"):
+        inputs["segment_ids"] = torch.randint(segments, (2, length), generator=generator).to(device)
     return inputs
 
 
 def _outputs(model: Backbone, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Hidden states and logits in one flat tensor."""
+    """Hidden states, and logits where the model has them, in one flat tensor."""
     found = model(inputs)
     states = list(found.values()) if isinstance(found, dict) else [found]
-    return torch.cat([t.flatten() for t in (*states, model.logits(states[-1]))])
+    if model.predicts_tokens:
+        hidden = found["sequence_output"] if isinstance(found, dict) and "sequence_output" in found else states[-1]
+        states.append(model.logits(hidden))
+    return torch.cat([t.flatten() for t in states])
 
 
 def render(report: dict[str, Any]) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfused.checkpoints import gpt2, hf, keras, t5
+from pyfused.checkpoints import albert, fnet, gpt2, hf, keras, t5
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.plan import Plan, check_plan, fill
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
 
-MODELS: dict[str, ModuleType] = {"gpt2": gpt2, "t5": t5}
+MODELS: dict[str, ModuleType] = {"gpt2": gpt2, "albert": albert, "t5": t5, "fnet": fnet}
 
 _CONFIG = "config.json"
 
@@ -31,7 +31,8 @@ _CONFIG = "config.json"
 class Checkpoint:
     """A preset that has been looked at: which model, its constructor arguments, and where its weights lie.
 
-    model: "gpt2" or "t5". config: the backbone's constructor arguments but dtype. directory: where its files are.
+    model: "gpt2", "albert", "t5" or "fnet". config: the backbone's constructor arguments but dtype. directory:
+    where its files are.
     """
 
     model: str
@@ -149,7 +150,7 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
     found = hf.read_entries(directory)
     files = list(dict.fromkeys(entry.file for entry in found.values())) or hf.weight_files(directory)
     entries = hf.select(found, maps.HF_PREFIX, maps.HF_IGNORED)
-    config, entries = hf.settle_head(config, entries, maps.HF_HEAD, maps.HF_EMBEDDING)
+    config, entries = maps.settle(config, entries)
     return _checked(Checkpoint(model, config, directory, dtype, None, entries), maps.hf_plan, files)
 
 

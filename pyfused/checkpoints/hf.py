@@ -30,7 +30,7 @@ DTYPES = {
 }  # fmt: skip
 
 # Beginnings of class names, for configurations without model_type
-_CLASSES = {"GPT2": "gpt2", "T5": "t5"}
+_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5", "FNet": "fnet"}
 
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
@@ -116,7 +116,7 @@ def settle_head(
         untied = not same_values(head, embedding)
         if untied and config.get("scale_logits", True):
             warnings.warn(
-                f"{head} differs from {embedding.name!r} although the configuration ties them; it is used", stacklevel=4
+                f"{head} differs from {embedding.name!r} although the configuration ties them; it is used", stacklevel=5
             )
     if not untied:
         entries = {name: entry for name, entry in entries.items() if name != head_name}

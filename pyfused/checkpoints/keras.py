@@ -102,10 +102,11 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def _present_name(name: str) -> str:
-    """Undoes tf.keras 2.13's name for ``layers`` and the attribute names from before projections were public."""
+    """Undoes tf.keras 2.13's name for ``layers`` and the names from before attention's projections were public. (FNet's
+    feed-forward network has an _output_dense of its own.)"""
     if name.startswith("_layer_checkpoint_dependencies/"):
         name = name.replace("_layer_checkpoint_dependencies", "layers", 1)
-    return re.sub(r"/_(query|key|value|output)_dense/", r"/\1_dense/", name)
+    return re.sub(r"attention_layer/_(query|key|value|output)_dense/", r"attention_layer/\1_dense/", name)
 
 
 def _weight_map(index: Path) -> dict[str, list[str]]:

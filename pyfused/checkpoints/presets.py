@@ -42,13 +42,24 @@ _T5: tuple[tuple[str, int, str, int, str | None], ...] = (
     ("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
     ("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
 )
+_ALBERT: tuple[tuple[str, int, str, int, str | None], ...] = (
+    ("albert_base_en_uncased", 5, "12 layers, English without case", 11_683_584, "albert/albert-base-v2"),
+    ("albert_large_en_uncased", 3, "24 layers, English without case", 17_683_968, "albert/albert-large-v2"),
+    ("albert_extra_large_en_uncased", 3, "24 layers, wider", 58_724_864, "albert/albert-xlarge-v2"),
+    ("albert_extra_extra_large_en_uncased", 3, "12 layers, widest", 222_595_584, "albert/albert-xxlarge-v2"),
+)
+_FNET: tuple[tuple[str, int, str, int, str | None], ...] = (
+    ("f_net_base_en", 3, "12 layers, English", 82_861_056, "google/fnet-base"),
+    ("f_net_large_en", 3, "24 layers, English", 236_945_408, "google/fnet-large"),
+)
+_ROWS = {"gpt2": _GPT2, "albert": _ALBERT, "t5": _T5, "fnet": _FNET}
 PUBLISHED: dict[str, dict[str, Any]] = {
     name: {
         "metadata": {"description": description, "params": params, "path": model},
-        "kaggle_handle": f"kaggle://keras/{model}/keras/{name}/{version}",
+        "kaggle_handle": f"kaggle://keras/{'f_net' if model == 'fnet' else model}/keras/{name}/{version}",
         "hf_repo": hf_repo,
     }
-    for model, rows in (("gpt2", _GPT2), ("t5", _T5))
+    for model, rows in _ROWS.items()
     for name, version, description, params, hf_repo in rows
 }
 

@@ -1,7 +1,9 @@
-"""How does text become T5's token ids and back? A SentencePiece unigram model (Kudo 2018, arXiv:1804.10959), or bytes.
+"""How does text become token ids of T5, ALBERT and FNet, and back? A SentencePiece unigram model (Kudo 2018,
+arXiv:1804.10959), or bytes.
 
 A model file is read here, piece by piece, and run by the `tokenizers` library as transformers does: control pieces that are
 written out in a text, such as </s>, become their id; SentencePiece itself, and KerasHub with it, splits those into letters.
+A model with the pieces [CLS] and [SEP] is an encoder's, ALBERT's or FNet's: [CLS] begins a text, [SEP] ends it.
 ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes, moved by three.
 Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SPACE = "▁"
+START, SEPARATOR = "[CLS]", "[SEP]"
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _LARGEST = 64 << 20  # T5's has 0.8 MB, mT5's 4 MB
@@ -26,10 +29,14 @@ class _Piece(NamedTuple):
     kind: int
 
 
-def read_model(tokenizers: Any, path: Path, extra_ids: int, end: str = "</s>") -> Any:
-    """A `tokenizers.Tokenizer` that does what the model file says, and ends each text with `end`.
+def read_model(
+    tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False
+) -> Any:
+    """A `tokenizers.Tokenizer` that does what the model file says, and begins and ends each text as the model wants it.
 
-    extra_ids: how many sentinels <extra_id_0>, ... follow the pieces, the last one first, as transformers adds them.
+    extra_ids: how many sentinels <extra_id_0>, ... follow T5's pieces, the last one first, as transformers adds them.
+    lower, strip, quotes: what transformers does to an encoder's text before the model sees it: lower case, no accents,
+    plain quotation marks.
     Raises ValueError naming the file for what is damaged or no unigram model as T5's.
     """
     try:
@@ -48,6 +55,8 @@ def read_model(tokenizers: Any, path: Path, extra_ids: int, end: str = "</s>") -
         raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, as T5's")
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
     special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    encoder = START in special and SEPARATOR in special
+    end, extra_ids = (SEPARATOR, 0) if encoder else ("</s>", extra_ids)
     if unknown is None or end not in special:
         raise ValueError(f"{path}: the pieces lack an unknown one or {end!r}")
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
@@ -57,8 +66,11 @@ def read_model(tokenizers: Any, path: Path, extra_ids: int, end: str = "</s>") -
     fallback = any(piece.kind == _BYTE for piece in pieces)
     try:
         backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown, fallback))
+        rewritten = _rewritten(tokenizers.normalizers, lower, strip, quotes) if encoder else []
         if charsmap := normalizer.get(2):
-            backend.normalizer = tokenizers.normalizers.Precompiled(charsmap)
+            rewritten.append(tokenizers.normalizers.Precompiled(charsmap))
+        if rewritten:
+            backend.normalizer = tokenizers.normalizers.Sequence(rewritten)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: {error}") from error
     steps = tokenizers.pre_tokenizers
@@ -66,9 +78,24 @@ def read_model(tokenizers: Any, path: Path, extra_ids: int, end: str = "</s>") -
     backend.pre_tokenizer = steps.Sequence([steps.WhitespaceSplit(), steps.Metaspace(**metaspace)])
     backend.decoder = tokenizers.decoders.Metaspace(**metaspace)
     backend.add_special_tokens([*special, *reversed(sentinels)])
-    template = {"single": f"$A {end}", "special_tokens": [(end, backend.token_to_id(end))]}
+    template: dict[str, Any] = {"single": f"$A {end}"}
+    if encoder:
+        first = f"{START}:0 $A:0 {end}:0"
+        template = {"single": first, "pair": f"{first} $B:1 {end}:1"}
+    template["special_tokens"] = [(token, backend.token_to_id(token)) for token in ([START] if encoder else []) + [end]]
     backend.post_processor = tokenizers.processors.TemplateProcessing(**template)
     return backend
+
+
+def end_of(backend: Any) -> str:
+    """The token that ends a text: an encoder's separator, or T5's end."""
+    return "</s>" if any(backend.token_to_id(token) is None for token in (START, SEPARATOR)) else SEPARATOR
+
+
+def _rewritten(steps: Any, lower: bool, strip: bool, quotes: bool) -> list[Any]:
+    found = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
+    found += [steps.NFKD(), steps.StripAccents()] if strip else []
+    return [*found, steps.Lowercase()] if lower else found
 
 
 def piece_bytes(token: str) -> bytes:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.hf import settle_head
 from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
+from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "T5Backbone"
 HF_PREFIX, HF_SAVED_PREFIX = "transformer.", ""
@@ -161,6 +163,11 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "scale_logits": config["tie_embedding_weights"],
         "decoder_start_token_id": 0,
     }
+
+
+def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """What only the files say: whether the output matrix is the token embedding."""
+    return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:

@@ -1,10 +1,9 @@
 """How does text become token ids and back, and how is a stream of ids printed as it comes?
 
 Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, and for
-T5 a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words
-are split by OpenAI's own pattern, as transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow
-splits by another model's pattern: its ids then differ in runs of newlines and long digit strings, and are not those
-GPT-2 was trained on.
+T5, ALBERT and FNet a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as
+transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow splits by another model's pattern: its ids then
+differ in runs of newlines and long digit strings, and are not those GPT-2 was trained on.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from typing import Any
 
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.presets import resolve_preset
-from pyfused.checkpoints.sentencepiece import SPACE, ByteBackend, piece_bytes, read_model
+from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
 
 END_OF_TEXT = "<|endoftext|>"
+_KERAS_CLASSES = ("GPT2Tokenizer", "T5Tokenizer", "AlbertTokenizer", "FNetTokenizer")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -49,6 +49,7 @@ class Tokenizer:
         written = _token_bytes if kind == "byte-level" else piece_bytes
         self._tokens = {index: written(token) for token, index in vocabulary.items()}
         self._drops_space = kind == "pieces"
+        self._pairs = kind == "pieces" and end_token == SEPARATOR
         self._special = sorted(
             (token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True
         )
@@ -68,21 +69,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. T5's
-        tokenisers end a text with their end token, as its encoder expects.
+        tokenisers end a text with their end token, as its encoder expects; ALBERT's and FNet's have [CLS] before it
+        and [SEP] behind it.
 
         Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
         byte that a reduced vocabulary lacks.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has no UTF-8 form: {error}") from error
-        if self._missing:
-            self._check_known(text)
+        self._check(text)
         ids: list[int] = self.backend.encode(text).ids
         return ids
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """The ids of [CLS] first [SEP] second [SEP], and their segment ids: 0 up to the first [SEP], then 1.
+
+        Raises as `encode` does, and ValueError for a tokeniser that is not ALBERT's or FNet's.
+        """
+        if not self._pairs:
+            raise ValueError("this tokeniser makes no pairs; those of ALBERT and FNet do")
+        self._check(first)
+        self._check(second)
+        found = self.backend.encode(first, second)
+        return found.ids, found.type_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
@@ -104,6 +111,16 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder to feed one id after another."""
         return StreamDecoder(self)
+
+    def _check(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has no UTF-8 form: {error}") from error
+        if self._missing:
+            self._check_known(text)
 
     def _check_known(self, text: str) -> None:
         for token in self._special:
@@ -170,10 +187,12 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
         return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
     elif (directory / "spiece.model").is_file():
         extra = _count(_options(directory).get("extra_ids", 100), directory)
-        return Tokenizer(read_model(tokenizers, directory / "spiece.model", extra), "</s>", "pieces")
+        backend = read_model(tokenizers, directory / "spiece.model", extra, **_rewriting(directory))
+        return Tokenizer(backend, end_of(backend), "pieces")
     assets = directory / "assets" / "tokenizer"
     if (assets / "vocabulary.spm").is_file():
-        return Tokenizer(read_model(tokenizers, assets / "vocabulary.spm", 0), "</s>", "pieces")
+        backend = read_model(tokenizers, assets / "vocabulary.spm", 0)
+        return Tokenizer(backend, end_of(backend), "pieces")
     if not (assets / "vocabulary.json").is_file():
         raise ValueError(
             f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece.model, "
@@ -213,7 +232,7 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Token
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
-    end, _ = _hf_options(path.parent, "</s>" if pieces else END_OF_TEXT)
+    end, _ = _hf_options(path.parent, end_of(backend) if pieces else END_OF_TEXT)
     if end is not None and backend.token_to_id(end) is None:
         raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
     if pieces:
@@ -278,6 +297,22 @@ def _hf_class(directory: Path) -> str | None:
     return found.removesuffix("Fast") if isinstance(found, str) else None
 
 
+def _rewriting(directory: Path) -> dict[str, bool]:
+    """What is done to an encoder's text first: FNet keeps case and accents unless it is told otherwise, ALBERT neither."""
+    options, path = _options(directory), directory / "tokenizer_config.json"
+    keeps = _hf_class(directory) == "FNetTokenizer" or _model_type(directory) == "fnet"
+    found = {"lower": options.get("do_lower_case", not keeps), "keep": options.get("keep_accents", keeps)}
+    for name, value in (("do_lower_case", found["lower"]), ("keep_accents", found["keep"])):
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {name} is {value!r}; it takes true or false")
+    return {"lower": found["lower"], "strip": not found["keep"], "quotes": True}
+
+
+def _model_type(directory: Path) -> Any:
+    path = directory / "config.json"
+    return read_json(path).get("model_type") if path.is_file() else None
+
+
 def _count(value: Any, directory: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10_000:
         raise ValueError(f"{directory / 'tokenizer_config.json'}: extra_ids is {value!r}; it takes 0 to 9999")
@@ -301,9 +336,9 @@ def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None
 
 def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
-    if name not in ("GPT2Tokenizer", "T5Tokenizer") or not isinstance(config, dict):
+    if name not in _KERAS_CLASSES or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads GPT2Tokenizer and T5Tokenizer, or a tokenizer.json of Hugging Face"
+            f"{path}: the class is {name!r}; pyfused reads {', '.join(_KERAS_CLASSES)}, or a tokenizer.json of Hugging Face"
         )
     if config.get("add_bos"):
         raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")

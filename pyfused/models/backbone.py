@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Model name, as a checkpoint gives it, to the class, which is imported when it is needed: models import this file.
-REGISTRY: dict[str, str] = {"gpt2": "pyfused.models.gpt2:GPT2Backbone", "t5": "pyfused.models.t5:T5Backbone"}
+REGISTRY: dict[str, str] = {
+    "gpt2": "pyfused.models.gpt2:GPT2Backbone",
+    "albert": "pyfused.models.albert:AlbertBackbone",
+    "t5": "pyfused.models.t5:T5Backbone",
+    "fnet": "pyfused.models.fnet:FNetBackbone",
+}
 
 _DTYPES = {
     "float32": torch.float32,
@@ -85,7 +90,9 @@ class Backbone(nn.Module, ABC):
     has_padding = True  # False: rows of a batch have to be equally long
 
     presets = _Presets()
-    texts: tuple[tuple[str, str], ...] = (("token_ids", "padding_mask"),)  # the inputs that a call takes for each text
+    # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
+    texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
+    predicts_tokens = True  # whether `logits` says what a model without a head says; an encoder's head is not its own
     token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 
     @abstractmethod
@@ -97,7 +104,12 @@ class Backbone(nn.Module, ABC):
         """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., D) -> the logits of the next token, (..., V)."""
+        """Hidden states (..., D) -> the logits of the next token, (..., V). TypeError for an encoder."""
+        if not self.predicts_tokens:
+            raise TypeError(
+                f"{type(self).__name__} gives hidden states; the head that makes logits of them is no part of it, and "
+                f"token_embedding(x, reverse=True) takes that head's output"
+            )
         return self.token_embedding(hidden, reverse=True)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, T5Attention, Visibility
 from .kv_cache import KVCache
-from .layers import FeedForward, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
+from .layers import FeedForward, FourierMixing, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
 from .packing import Packing
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "EVERYTHING",
     "CrossAttention",
     "FeedForward",
+    "FourierMixing",
     "GatedFeedForward",
     "KVCache",
     "LayerNorm",

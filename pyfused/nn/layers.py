@@ -1,4 +1,5 @@
-"""Which modules is a transformer made of, beside attention? Norms, Linear, feed-forward networks, ReversibleEmbedding."""
+"""Which modules is a transformer made of, beside attention? Norms, Linear, feed-forward networks, Fourier mixing,
+ReversibleEmbedding."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import ffn, gated_ffn, layer_norm, linear, rms_norm
+from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
 
 
@@ -165,6 +166,14 @@ class GatedFeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+class FourierMixing(nn.Module):
+    """FNet's token mixing (Lee-Thorp et al. 2021, arXiv:2105.03824). It has no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, N) -> (B, S, N): the real part of the Fourier transform over both. Raises as pyfused.fourier_mix does."""
+        return fourier_mix(x)
 
 
 class ReversibleEmbedding(nn.Embedding):

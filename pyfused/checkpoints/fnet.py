@@ -1,0 +1,163 @@
+"""How do FNet's configuration and weight names in Hugging Face and Keras format map to pyfused's?
+
+Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
+(in, out).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
+from pyfused.checkpoints.plan import Plan, transposed, whole
+from pyfused.checkpoints.storage import Entry
+
+KERAS_CLASS = "FNetBackbone"
+HF_PREFIX, HF_SAVED_PREFIX = "fnet.", ""
+
+# Heads, positions 0, 1, ... and the Fourier matrices of models that were made for a TPU
+HF_IGNORED = (r"cls\..*", r"(.*\.)?(position_ids|token_type_ids)", r".*\.dft_mat_(hidden|seq)")
+HF_HEAD = None  # logits are a matter of heads
+DEFAULTS: dict[str, Any] = {"max_sequence_length": 512, "num_segments": 4, "pooler": True}
+DEPTHS = ("num_layers",)
+
+# With use_tpu_fourier_optimizations the same transform is computed by matrix products, for one length of text alone
+_HARMLESS = HARMLESS | {"tie_word_embeddings", "tpu_short_seq_length"}
+
+
+def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """FNetBackbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    options = Options(raw, file)
+    for name, why in REFUSED.items():
+        options.refuse([name], why)
+    activation = options.raw("hidden_act", "gelu_new")
+    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
+        raise ValueError(f"{file}: hidden_act is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    options.boolean("use_tpu_fourier_optimizations", False)
+    config: dict[str, Any] = {
+        "vocabulary_size": options.integer("vocab_size", 32000),
+        "num_layers": options.integer("num_hidden_layers", 12),
+        "hidden_dim": options.integer("hidden_size", 768),
+        "intermediate_dim": options.integer("intermediate_size", 3072),
+        "dropout": options.number("hidden_dropout_prob", 0.1, high=1.0),
+        "max_sequence_length": options.integer("max_position_embeddings", 512),
+        "num_segments": options.integer("type_vocab_size", 4),
+        "activation": HF_ACTIVATIONS[activation],
+        "layer_norm_epsilon": options.number("layer_norm_eps", 1e-12),
+        "pooler": True,
+    }
+    options.finish(_HARMLESS)
+    return config
+
+
+def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Decides from the files whether there is a pooler."""
+    return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
+
+
+def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """transformers' configuration for FNetBackbone's arguments. Raises ValueError for what it cannot say."""
+    config = DEFAULTS | config
+    activation = activation_name(config.get("activation", "gelu_new"))
+    if activation is None:
+        raise ValueError(
+            f"activation is {config['activation']!r}; transformers' FNet takes {', '.join(HF_ACTIVATIONS)}"
+        )
+    # transformers' own token ids, which lie outside a smaller vocabulary
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    return {
+        "architectures": ["FNetModel"],
+        "model_type": "fnet",
+        "dtype": dtype,
+        "vocab_size": config["vocabulary_size"],
+        "num_hidden_layers": config["num_layers"],
+        "hidden_size": config["hidden_dim"],
+        "intermediate_size": config["intermediate_dim"],
+        "hidden_dropout_prob": config.get("dropout", 0.1),
+        "max_position_embeddings": config["max_sequence_length"],
+        "type_vocab_size": config["num_segments"],
+        "hidden_act": activation,
+        "layer_norm_eps": config.get("layer_norm_epsilon", 1e-12),
+        "use_tpu_fourier_optimizations": False,
+        **{name: index if index < config["vocabulary_size"] else None for name, index in special.items()},
+    }
+
+
+def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """FNetBackbone's constructor arguments from the ``config`` of a serialised KerasHub FNetBackbone."""
+    options = Options(raw, file)
+    config: dict[str, Any] = {
+        name: options.integer(name) for name in ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim")
+    }
+    config |= {
+        "dropout": options.number("dropout", 0.1, high=1.0),
+        "max_sequence_length": options.integer("max_sequence_length", 512),
+        "num_segments": options.integer("num_segments", 4),
+    }
+    options.finish({"name", "trainable", "dtype"})
+    return config | {"activation": "gelu_new", "layer_norm_epsilon": 1e-12, "pooler": True}
+
+
+def hf_plan(config: dict[str, Any]) -> Plan:
+    """pyfused names from Hugging Face names."""
+    width, inner = config["hidden_dim"], config["intermediate_dim"]
+    plan: Plan = {}
+
+    def table(ours: str, rows: int, theirs: str) -> None:
+        plan[f"{ours}_embedding.weight"] = whole((rows, width), f"embeddings.{theirs}_embeddings.weight")
+
+    def linear(ours: str, out: int, into: int, theirs: str) -> None:
+        plan[f"{ours}.weight"] = whole((out, into), f"{theirs}.weight")
+        plan[f"{ours}.bias"] = whole((out,), f"{theirs}.bias")
+
+    def norm(ours: str, theirs: str) -> None:
+        for kind in ("weight", "bias"):
+            plan[f"{ours}.{kind}"] = whole((width,), f"{theirs}.LayerNorm.{kind}")
+
+    table("token", config["vocabulary_size"], "word")
+    table("position", config["max_sequence_length"], "position")
+    table("segment", config["num_segments"], "token_type")
+    norm("embedding_norm", "embeddings")
+    linear("projection", width, width, "embeddings.projection")
+    for i in range(config["num_layers"]):
+        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
+        norm(f"{ours}.mixing_norm", f"{theirs}.fourier.output")
+        linear(f"{ours}.feed_forward.inner", inner, width, f"{theirs}.intermediate.dense")
+        linear(f"{ours}.feed_forward.outer", width, inner, f"{theirs}.output.dense")
+        norm(f"{ours}.feed_forward_norm", f"{theirs}.output")
+    if config["pooler"]:
+        linear("pooler", width, width, "pooler.dense")
+    return plan
+
+
+def keras_plan(config: dict[str, Any]) -> Plan:
+    """pyfused names from h5 paths."""
+    width, inner = config["hidden_dim"], config["intermediate_dim"]
+    plan: Plan = {}
+
+    def table(ours: str, rows: int, theirs: str) -> None:
+        plan[f"{ours}_embedding.weight"] = whole((rows, width), f"layers/{theirs}embedding/vars/0")
+
+    def linear(ours: str, out: int, into: int, theirs: str) -> None:
+        plan[f"{ours}.weight"] = transposed((out, into), f"layers/{theirs}/vars/0")
+        plan[f"{ours}.bias"] = whole((out,), f"layers/{theirs}/vars/1")
+
+    def norm(ours: str, theirs: str) -> None:
+        for i, kind in enumerate(("weight", "bias")):
+            plan[f"{ours}.{kind}"] = whole((width,), f"layers/{theirs}/vars/{i}")
+
+    table("token", config["vocabulary_size"], "reversible_")
+    table("position", config["max_sequence_length"], "position_")
+    table("segment", config["num_segments"], "")
+    norm("embedding_norm", "layer_normalization")
+    linear("projection", width, width, "dense")
+    for i in range(config["num_layers"]):
+        ours, theirs = f"layers.{i}", "f_net_encoder" + (f"_{i}" if i else "")
+        norm(f"{ours}.mixing_norm", f"{theirs}/_mixing_layer_norm")
+        linear(f"{ours}.feed_forward.inner", inner, width, f"{theirs}/_intermediate_dense")
+        linear(f"{ours}.feed_forward.outer", width, inner, f"{theirs}/_output_dense")
+        norm(f"{ours}.feed_forward_norm", f"{theirs}/_output_layer_norm")
+    linear("pooler", width, width, "dense_1")
+    return plan

@@ -1,0 +1,238 @@
+"""ALBERT (Lan et al. 2019, arXiv:1909.11942): what are its layers, and what does one forward pass compute?
+
+    e = token_embedding[ids] + position_embedding[positions] + segment_embedding[segments]
+    x = projection(layer_norm(e))
+    for i in 0 .. L-1, for each layer of group int(i / (L / G)):
+        x = layer_norm(x + attention(x));  x = layer_norm(x + feed_forward(x))
+    pooled = tanh(pooler(x[:, 0]))
+
+The weights are shared: G groups of I layers are applied L times. Every token sees every real token.
+B batch, S sequence, E embedding_dim, D hidden_dim, H heads, F intermediate_dim, V vocabulary, P max_sequence_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints.options import HF_ACTIVATIONS, activation_name
+from ..nn import FeedForward, LayerNorm, Linear, ReversibleEmbedding, SelfAttention, Visibility
+from . import _encoder_call, _inputs
+from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
+from ._encoder_call import Call
+from .backbone import Backbone, resolve_dtype
+
+INPUTS = ("token_ids", "segment_ids", "padding_mask", *_encoder_call.INPUTS[2:], "return_attentions")
+
+# What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
+OPTIONS: dict[str, Any] = {
+    "activation": "gelu_new",
+    "layer_norm_epsilon": 1e-12,
+    "attention_dropout": None,
+    "feed_forward_dropout": None,
+    "pooler": True,
+    "name": None,
+    "trainable": True,
+}
+
+
+class AlbertLayer(nn.Module):
+    """One layer. Each norm adds the residual itself, which is faster than adding it in the projection before."""
+
+    def __init__(self, config: dict[str, Any], factory: dict[str, Any]):
+        super().__init__()
+        d, eps = config["hidden_dim"], config["layer_norm_epsilon"]
+        self.dropout, self.feed_forward_dropout = config["dropout"], _rate(config, "feed_forward")
+        self.attention = SelfAttention(d, config["num_heads"], dropout=_rate(config, "attention"), **factory)
+        self.attention_norm = LayerNorm(d, eps, **factory)
+        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward_norm = LayerNorm(d, eps, **factory)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        branch = self._drop(self.attention(x, call.visible, probabilities=call.attentions), self.dropout)
+        x, _ = self.attention_norm(branch, x)
+        x, _ = self.feed_forward_norm(self._drop(self.feed_forward(x), self.feed_forward_dropout), x)
+        return x
+
+    def _drop(self, branch: Tensor, rate: float) -> Tensor:
+        return F.dropout(branch, rate) if self.training and rate else branch
+
+
+class AlbertBackbone(Backbone):
+    """ALBERT without a task head, as KerasHub's class of this name and transformers' AlbertModel: ids to hidden states.
+
+    Args:
+        vocabulary_size, num_layers, num_heads, embedding_dim, hidden_dim, intermediate_dim: V, L, H, E, D, F.
+        num_groups, num_inner_repetitions: G and I. Application i of L is that of group int(i / (L / G)), as in
+            transformers; KerasHub has the same rule, and takes only G that divide L.
+        dropout: the rate of every dropout site, in training.
+        max_sequence_length: P, rows of the position table.
+        num_segments: rows of the segment table.
+        dtype: a name or a torch.dtype; torch's default dtype if None.
+        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", another of Hugging Face's names for these,
+            or a function as Keras serialises it (keras_hub>gelu_approximate).
+        layer_norm_epsilon: added to the variance in every layer norm.
+        attention_dropout, feed_forward_dropout: rates that differ from `dropout`, of the attention's probabilities and of
+            the feed-forward network's output. KerasHub drops the latter, transformers does not: its checkpoints have 0.
+        pooler: False leaves out the pooler, which checkpoints of masked-token models lack, and "pooled_output" with it.
+        name, trainable: KerasHub's; trainable=False freezes the parameters.
+
+    Weights start as transformers': normal with standard deviation 0.02, biases 0, norms 1.
+
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
+    """
+
+    predicts_tokens = False
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        embedding_dim: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_groups: int = 1,
+        num_inner_repetitions: int = 1,
+        dropout: float = 0.0,
+        max_sequence_length: int = 512,
+        num_segments: int = 2,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        check_known(AlbertBackbone, kwargs, OPTIONS)
+        sizes = {
+            "vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads,
+            "embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim,
+            "num_groups": num_groups, "num_inner_repetitions": num_inner_repetitions,
+            "max_sequence_length": max_sequence_length, "num_segments": num_segments,
+        }  # fmt: skip
+        self._config = config = _checked({**sizes, "dropout": dropout, **OPTIONS, **kwargs}, sizes)
+        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        self.name = config["name"]
+        self.token_embedding = ReversibleEmbedding(vocabulary_size, embedding_dim, **factory)
+        self.position_embedding = nn.Embedding(max_sequence_length, embedding_dim, **factory)
+        self.segment_embedding = nn.Embedding(num_segments, embedding_dim, **factory)
+        self.embedding_norm = LayerNorm(embedding_dim, config["layer_norm_epsilon"], **factory)
+        self.projection = Linear(embedding_dim, hidden_dim, **factory)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(AlbertLayer(config, factory) for _ in range(num_inner_repetitions)) for _ in range(num_groups)
+        )
+        self.pooler = Linear(hidden_dim, hidden_dim, **factory) if config["pooler"] else None
+        self.reset_parameters()
+        self.requires_grad_(config["trainable"])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights, as the class says."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, of types that JSON has."""
+        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
+        """{"sequence_output": (B, S, D) hidden states of the last layer, "pooled_output": (B, D) from the first token's}.
+
+        Called with a dict, as in Keras, or with the same names as keywords. Values are numpy arrays or tensors, on the
+        host or on the model's device. All but the first three are optional:
+
+            token_ids: (B, S) integers in [0, V).
+            segment_ids: (B, S) integers in [0, num_segments); None: all are 0.
+            padding_mask: (B, S), nonzero marks a real token (a fraction counts as 0); None: nothing is padding.
+            position_ids: (B, S) integers in [0, P); 0 .. S-1 if absent, whatever the padding.
+            inputs_embeds: (B, S, E) instead of token_ids.
+            return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each of the
+                L * I applications of a layer.
+            return_attentions: True adds "attentions" (B, H, S, S): the probabilities of each application before dropout,
+                materialised for it.
+
+        A query that sees no key gets zeros from the attention. B = 0 gives an empty result.
+
+        Raises:
+            ValueError: a missing or unknown input, a wrong shape, a sequence longer than P, or an empty one where there is
+                a pooler, which takes the first token.
+            TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
+        """
+        call = self._read(_inputs.gather(inputs, keywords, INPUTS))
+        x = self.embed(call)
+        for layer in self._applied() if x.numel() else ():
+            if call.hidden_states is not None:
+                call.hidden_states.append(x)
+            x = layer(x, call)
+        found: dict[str, Any] = {"sequence_output": x}
+        if self.pooler is not None:
+            found["pooled_output"] = torch.tanh(self.pooler(x[:, 0]))
+        if call.hidden_states is not None:
+            found["hidden_states"] = (*call.hidden_states, x)
+        if call.attentions is not None:
+            found["attentions"] = tuple(call.attentions)
+        return found
+
+    def embed(self, call: Call) -> Tensor:
+        """(B, S, D): the normalised sum of the three embeddings, projected."""
+        x = self.embedding_norm(
+            _encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        )
+        rate = self._config["dropout"]
+        return self.projection(F.dropout(x, rate) if self.training and rate else x)
+
+    def _applied(self) -> Iterator[AlbertLayer]:
+        """The layers in the order in which they are applied, each as often as it is."""
+        groups: Any = self.layers
+        depth = self._config["num_layers"]
+        for i in range(depth):
+            yield from groups[int(i / (depth / len(groups)))]
+
+    def _read(self, given: dict[str, Any]) -> Call:
+        call = _encoder_call.read(given, self._config, self._config["embedding_dim"], self.token_embedding.weight)
+        if "padding_mask" not in given:
+            raise ValueError("padding_mask is missing; it takes (B, S), or None where nothing is padding")
+        if self.pooler is not None and not call.size[1]:
+            name = "token_ids" if call.inputs_embeds is None else "inputs_embeds"
+            raise ValueError(f"{name} has length 0; with a pooler it takes at least 1")
+        if (mask := given["padding_mask"]) is not None:
+            mask = _inputs.mask(mask, "padding_mask", "(B, S)", call.size, self.device)
+            call.visible = Visibility(padding_mask=mask)
+        if given.get("return_attentions"):
+            call.attentions = []
+        return call
+
+
+def _rate(config: dict[str, Any], site: str) -> float:
+    rate = config[f"{site}_dropout"]
+    return config["dropout"] if rate is None else rate
+
+
+def _checked(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the activation by its own name."""
+    check_sizes(sizes)
+    check_heads(sizes["hidden_dim"], sizes["num_heads"])
+    rates = {name: config[name] for name in ("attention_dropout", "feed_forward_dropout")}
+    check_rates({"dropout": config["dropout"]} | {name: rate for name, rate in rates.items() if rate is not None})
+    check_rest(config, OPTIONS)
+    activation = activation_name(config["activation"])
+    if activation is None:
+        raise ValueError(f"activation is {config['activation']!r}; it takes {', '.join(HF_ACTIVATIONS)}")
+    return config | {"activation": activation}

@@ -1,0 +1,190 @@
+"""FNet (Lee-Thorp et al. 2021, arXiv:2105.03824): what are its layers, and what does one forward pass compute?
+
+    x = norm(token_embedding[ids] + position_embedding[positions] + segment_embedding[segments]) W + b
+    for each layer:  x = norm(x + mix(x));  x = norm(x + feed_forward(x))
+    pooled = tanh(x[0] W + b)
+
+mix is the real part of the Fourier transform over sequence and features. It has no parameters, and it mixes every position
+into every other: there is no way to leave padding out of it.
+B batch, S sequence, D hidden_dim, F intermediate_dim, V vocabulary, P places, T segments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints.options import HF_ACTIVATIONS, activation_name
+from ..nn import FeedForward, FourierMixing, LayerNorm, Linear, ReversibleEmbedding
+from . import _inputs
+from ._config import check_known, check_rates, check_rest, check_sizes
+from ._encoder_call import INPUTS, Call, embed, read
+from .backbone import Backbone, resolve_dtype
+
+# What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
+OPTIONS: dict[str, Any] = {
+    "activation": "gelu_new",
+    "layer_norm_epsilon": 1e-12,
+    "pooler": True,
+    "name": None,
+    "trainable": True,
+}
+
+
+class FNetLayer(nn.Module):
+    """One layer: mixing and feed-forward network, each with its residual and norm behind it."""
+
+    def __init__(self, config: dict[str, Any], factory: dict[str, Any]):
+        super().__init__()
+        d, eps = config["hidden_dim"], config["layer_norm_epsilon"]
+        self.dropout = config["dropout"]
+        self.mixing = FourierMixing()
+        self.mixing_norm = LayerNorm(d, eps, **factory)
+        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward_norm = LayerNorm(d, eps, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        x, _ = self.mixing_norm(self.mixing(x), x)
+        if self.training and self.dropout:
+            return self.feed_forward_norm(F.dropout(self.feed_forward(x), self.dropout), x)[0]
+        return self.feed_forward_norm(self.feed_forward(x, x))
+
+
+class FNetBackbone(Backbone):
+    """FNet without a task head, as KerasHub's class of this name and transformers' FNetModel: ids to hidden states.
+
+    Args:
+        vocabulary_size, num_layers, hidden_dim, intermediate_dim: V, L, D, F.
+        dropout: the rate of every dropout site, in training: behind the projection of the embeddings, and of each
+            feed-forward network.
+        max_sequence_length: P, rows of the position table.
+        num_segments: T, rows of the segment table.
+        dtype: a name or a torch.dtype; torch's default dtype if None. Fourier transforms are in float32 at least.
+        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", or another of Hugging Face's names for these.
+        layer_norm_epsilon: added to the variance in every layer norm.
+        pooler: False leaves out the pooler, and "pooled_output" with it.
+        name, trainable: KerasHub's; trainable=False freezes the parameters.
+
+    Weights start as transformers': normal with standard deviation 0.02, biases 0, norms 1. (KerasHub: biases too 0.02.)
+
+    Raises:
+        TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
+    """
+
+    texts = (("token_ids", None),)
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        dropout: float = 0.1,
+        max_sequence_length: int = 512,
+        num_segments: int = 4,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        check_known(FNetBackbone, kwargs, OPTIONS)
+        sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "hidden_dim": hidden_dim}
+        sizes |= {"intermediate_dim": intermediate_dim, "max_sequence_length": max_sequence_length}
+        sizes |= {"num_segments": num_segments}
+        config = self._config = _checked({**sizes, "dropout": dropout, **OPTIONS, **kwargs}, sizes)
+        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        self.name, self.dropout = config["name"], dropout
+        self.token_embedding = ReversibleEmbedding(vocabulary_size, hidden_dim, **factory)
+        self.position_embedding = nn.Embedding(max_sequence_length, hidden_dim, **factory)
+        self.segment_embedding = nn.Embedding(num_segments, hidden_dim, **factory)
+        self.embedding_norm = LayerNorm(hidden_dim, config["layer_norm_epsilon"], **factory)
+        self.projection = Linear(hidden_dim, hidden_dim, **factory)
+        self.layers = nn.ModuleList(FNetLayer(config, factory) for _ in range(num_layers))
+        self.pooler = Linear(hidden_dim, hidden_dim, **factory) if config["pooler"] else None
+        self.reset_parameters()
+        self.requires_grad_(config["trainable"])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights, as the class says."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, of types that JSON has."""
+        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
+        """Hidden states of the last layer, and what the pooler makes of the first one: {"sequence_output": (B, S, D),
+        "pooled_output": (B, D)}.
+
+        Called with a dict, as in Keras, or with the same names as keywords. Values are numpy arrays or tensors, on the
+        host or on the model's device. All but the first two are optional:
+
+            token_ids: (B, S) integers in [0, V).
+            segment_ids: (B, S) integers in [0, T); None: all are 0.
+            position_ids: (B, S) integers in [0, P); 0 .. S-1 if absent.
+            inputs_embeds: (B, S, D) instead of token_ids.
+            padding_mask: None alone. FNet has no mask: give texts of equal length, or one at a time.
+            return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each layer.
+
+        B = 0 and S = 0 give an empty result; without a first hidden state "pooled_output" is 0.
+
+        Raises:
+            ValueError: a missing or unknown input, a padding mask, a wrong shape, a sequence longer than P.
+            TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
+        """
+        given = _inputs.gather(inputs, keywords, (*INPUTS, "padding_mask"))
+        if given.get("padding_mask") is not None:
+            raise ValueError(
+                "padding_mask is given; FNet mixes every position into every other, padding too, and has no mask: it takes "
+                "None, and texts of equal length, or one at a time"
+            )
+        call = read(given, self._config, self._config["hidden_dim"], self.token_embedding.weight)
+        x = self.run(call)
+        found: dict[str, Any] = {"sequence_output": x}
+        if self.pooler is not None:
+            found["pooled_output"] = torch.tanh(self.pooler(x[:, 0])) if x.shape[1] else x.new_zeros(x.shape[::2])
+        return found if call.hidden_states is None else {**found, "hidden_states": (*call.hidden_states, x)}
+
+    def run(self, call: Call) -> Tensor:
+        """The pass itself, unchecked: (B, S, D)."""
+        x = self.embed(call)
+        for layer in self.layers if x.numel() else ():
+            if call.hidden_states is not None:
+                call.hidden_states.append(x)
+            x = layer(x)
+        return x
+
+    def embed(self, call: Call) -> Tensor:
+        """(B, S, D): the sum of the three embeddings, normalised and projected."""
+        x = embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        x = self.projection(self.embedding_norm(x))
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def _checked(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """The configuration with the activation by pyfused's name for it."""
+    check_sizes(sizes)
+    check_rates({"dropout": config["dropout"]})
+    check_rest(config, OPTIONS)
+    activation = activation_name(config["activation"])
+    if activation is None:
+        raise ValueError(f"activation is {config['activation']!r}; it takes {', '.join(HF_ACTIVATIONS)}")
+    return config | {"activation": activation}
