@@ -62,10 +62,10 @@ def encode(
     found: list[Tensor] = [torch.empty(0)] * len(arrays)
     training, skipping = model.training, model.skip_padding
     model.eval()
-    model.skip_padding = model.has_padding
+    model.skip_padding = maskable = model.texts[0][1] is not None
     try:
         with torch.no_grad():
-            for rows in _batches(arrays, batch_size, model.has_padding):
+            for rows in _batches(arrays, batch_size, maskable):
                 ids, lengths = _inputs.padded([arrays[row] for row in rows])
                 real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
                 mask = None if bool(real.all()) else real.to(device)

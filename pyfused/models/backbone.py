@@ -87,7 +87,6 @@ class Backbone(nn.Module, ABC):
 
     skip_padding = False
     begins_with_cls = False  # whether a text's first token stands for all of it, as BERT's [CLS]
-    has_padding = True  # False: rows of a batch have to be equally long
 
     presets = _Presets()
     # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
@@ -155,6 +154,8 @@ class Backbone(nn.Module, ABC):
         if unknown := sorted(set(overrides) - set(known)):
             raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(known)}")
         kind = _class_of(checkpoint.model) if cls is Backbone else cls
+        if skip_padding and kind.texts[0][1] is None:
+            raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         config = checkpoint.config | overrides | {"dtype": target or checkpoint.dtype}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:

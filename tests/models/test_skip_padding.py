@@ -18,6 +18,10 @@ def t5(**options):
     return pyfused.T5Backbone(**SIZES, key_value_dim=16, dropout=0.0, num_buckets=8, max_distance=12, **options)
 
 
+def albert(**options):
+    return pyfused.AlbertBackbone(**SIZES, embedding_dim=16, num_groups=2, max_sequence_length=40, **options)
+
+
 def t5_inputs(tokens, mask):
     return {
         "encoder_token_ids": tokens,
@@ -31,7 +35,11 @@ def gpt2_inputs(tokens, mask):
     return {"token_ids": tokens, "padding_mask": mask}
 
 
-MODELS = {"gpt2": (gpt2, gpt2_inputs), "t5": (t5, t5_inputs)}
+def albert_inputs(tokens, mask):
+    return {"token_ids": tokens, "segment_ids": tokens % 2, "padding_mask": mask}
+
+
+MODELS = {"gpt2": (gpt2, gpt2_inputs), "t5": (t5, t5_inputs), "albert": (albert, albert_inputs)}
 
 
 def mask_of(kind, device):
@@ -46,12 +54,12 @@ def mask_of(kind, device):
 
 
 def states(name, output):
-    """(the states whose padding is skipped, the rest)"""
+    """(the states whose padding is skipped, what else comes of real tokens)"""
     if name == "t5":
         return output["encoder_sequence_output"], [output["decoder_sequence_output"]]
     if name == "gpt2":
         return output, []
-    return output["sequence_output"], [output["pooled_output"]]
+    return output["sequence_output"], [output["pooled_output"][0]]
 
 
 def exactly(model):
@@ -185,6 +193,11 @@ def test_from_preset(preset):
         assert pyfused.Backbone.from_preset(preset, load, skip_padding=True).skip_padding
     with pytest.raises(TypeError, match="skip_padding is 1; it takes True or False"):
         pyfused.Backbone.from_preset(preset, skip_padding=1)
+
+
+def test_fnet_has_no_padding_to_skip():
+    with pytest.raises(ValueError, match="skip_padding is True; a FNetBackbone has no padding"):
+        pyfused.Backbone.from_preset("fnet_tiny_en", skip_padding=True)
 
 
 def test_packing(device):
