@@ -1,7 +1,7 @@
 # The commands one needs. Each makes its own environment (.venv) on a fresh machine; on a machine with a GPU and no
 # network use `make gpu`, which takes the Python that is there.
 #
-# make run     env, verify and generate on the bundled presets, with tokens per second beside transformers'
+# make run     env, verify, generate and encode on the bundled presets, with tokens per second beside transformers'
 # make test    every test that needs no GPU
 # make lint    ruff and mypy
 # make bench   every benchmark on the CPU, into benchmarks/results
@@ -25,6 +25,10 @@ run: $(VENV)/run.stamp
 	$(BIN)/pyfused verify t5_tiny_en
 	$(BIN)/pyfused generate t5_tiny_en --prompt "In the beginning God created the <extra_id_0> and the earth." --num-beams 4
 	$(BIN)/python -m pyfused.bench.beside_transformers t5_tiny_en
+	$(BIN)/pyfused verify albert_tiny_en
+	$(BIN)/pyfused encode albert_tiny_en --text "Jesus wept." --text "And God said, Let there be light: and there was light." --pool mean
+	$(BIN)/pyfused verify fnet_tiny_en
+	$(BIN)/pyfused encode fnet_tiny_en --text "Jesus wept." --pool cls
 
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile

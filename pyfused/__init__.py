@@ -7,6 +7,7 @@ from .dispatch import BackendError, backend, explain
 from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
 if TYPE_CHECKING:
+    from .encoding import encode
     from .generation import Generator
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "attention",
     "backend",
+    "encode",
     "explain",
     "ffn",
     "fourier_mix",
@@ -36,7 +38,7 @@ __all__ = [
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
 _LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
-_LAZY |= {"Generator": "generation"}
+_LAZY |= {"Generator": "generation", "encode": "encoding"}
 
 
 def __getattr__(name: str) -> Any:

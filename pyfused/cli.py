@@ -1,4 +1,4 @@
-"""What can one do from a terminal? `pyfused env`, `pyfused generate`, `pyfused verify`; --json on each.
+"""What can one do from a terminal? `pyfused env`, `generate`, `encode` and `verify`; --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails.
 """
@@ -49,18 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    encode = commands.add_parser("encode", help="hidden states of texts, printed or saved")
+    encode.add_argument("preset", metavar="PRESET", help="a bundled name such as albert_tiny_en, or a directory")
+    encode.add_argument("--text", required=True, action="append", metavar="TEXT", help="may be given several times")
+    encode.add_argument("--pool", choices=("cls", "mean"), help="one vector a text instead of one a token")
+    encode.add_argument(
+        "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with zeros behind shorter texts"
+    )
+    encode.set_defaults(run=_encode)
+
     verify = commands.add_parser(
         "verify", help="compare every backend with the float64 reference on a preset's weights"
     )
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
 
-    for command in (generate, verify):
+    for command in (generate, encode, verify):
         command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
         command.add_argument(
             "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
         )
-    for command in (env, generate, verify):
+    for command in (env, generate, encode, verify):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -95,7 +104,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype).eval()
     tokenizer = load_tokenizer(arguments.preset)
     prompt = tokenizer.encode(arguments.prompt)
-    stream = tokenizer.stream()
+    stream, generator = tokenizer.stream(), Generator(model)
     began, first = time.perf_counter(), 0.0
 
     def on_token(_row: int, token: int) -> None:
@@ -107,7 +116,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not arguments.json and len(model.texts) == 1:  # else the tokens are an answer, no continuation
         print(arguments.prompt, end="", flush=True)
     stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
-    (tokens,) = Generator(model).generate(
+    (tokens,) = generator.generate(
         [prompt],
         arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -132,6 +141,35 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(stream.finish(), flush=True)
         speed = f", then {rate:.0f} tokens/s" if rate else ""
         print(f"[{len(tokens)} tokens; first after {1000 * (first - began):.0f} ms{speed}]", file=sys.stderr)
+    return 0
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from . import encode
+    from .checkpoints import load_tokenizer
+    from .models import Backbone
+
+    if arguments.output and not arguments.output.endswith(".npy"):
+        raise ValueError(f"--output is {arguments.output!r}; it takes a name that ends in .npy")
+    model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
+    tokenizer = load_tokenizer(arguments.preset)
+    states = encode(model, [tokenizer.encode(text) for text in arguments.text], pool=arguments.pool)
+    found = [text.float().cpu().numpy() for text in states]
+    if arguments.output:
+        longest = max(len(text) for text in found)
+        padded = [text if arguments.pool else np.pad(text, ((0, longest - len(text)), (0, 0))) for text in found]
+        np.save(arguments.output, np.stack(padded))
+    if arguments.json:
+        rows = [{"text": text, "states": values.tolist()} for text, values in zip(arguments.text, found)]
+        print(json.dumps({"preset": arguments.preset, "pool": arguments.pool, "texts": rows}))
+    elif arguments.output:
+        print(f"{arguments.output}: {' x '.join(map(str, np.stack(padded).shape))}")
+    else:
+        for text, values in zip(arguments.text, found):
+            print(f"{text}  {' x '.join(map(str, values.shape))}")
+            print(np.array2string(values, precision=4, suppress_small=True, max_line_width=120))
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ._decoding import EagerSteps, GraphSteps, Steps, decoding_of
 from .beam_search import BeamSearch
+from .models import _inputs
 from .models.backbone import Backbone
 from .sampling import Sampler, uniforms
 
@@ -69,7 +70,7 @@ class Generator:
                 range, options that exclude each other.
             TypeError: a wrong type. IndexError: a token id outside the vocabulary.
         """
-        arrays = self._check_prompts(prompts)
+        arrays = _inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
         if max_new_tokens < 1:
@@ -108,28 +109,6 @@ class Generator:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = graph  # the latest goes last
         return graph
-
-    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)):
-            raise TypeError(f"prompts is a {type(prompts).__name__}; it takes a list of lists of token ids")
-        vocabulary = self.model.get_config()["vocabulary_size"]
-        arrays = []
-        for row, prompt in enumerate(prompts):
-            if isinstance(prompt, (str, bytes)) or not isinstance(prompt, (Sequence, np.ndarray)):
-                raise TypeError(f"prompts[{row}] is a {type(prompt).__name__}; it takes a list of token ids")
-            if len(prompt) == 0:
-                raise ValueError(f"prompts[{row}] is empty; it takes at least one token")
-            try:
-                array = np.asarray(prompt)
-            except ValueError:
-                raise TypeError(f"prompts[{row}] is not one list of integers") from None
-            if array.dtype.kind not in "iu" or array.ndim != 1:
-                raise TypeError(f"prompts[{row}] is {array.ndim}-D of {array.dtype}; it takes a list of integers")
-            if array.min() < 0 or array.max() >= vocabulary:
-                worst = array.min() if array.min() < 0 else array.max()
-                raise IndexError(f"prompts[{row}] holds {worst}; it takes token ids 0 to {vocabulary - 1}")
-            arrays.append(array.astype(np.int64))
-        return arrays
 
     def _check_search(self, search: BeamSearch, sampler: Sampler, on_token: object, stops: int) -> None:
         if search.num_beams == 1:

@@ -82,11 +82,11 @@ template <class T> struct Forward {
     vfloat factor[2];
     for (int v = 0; v < 2; ++v)
       factor[v] = g.total[v] == vfloat{} ? vfloat{} : (p.dropout ? p.keep_scale : 1.0f) / g.total[v];
-    from_lanes(g.sum, factor, out + ((b * p.sq + first) * p.h + h) * p.d, p.h * p.d, g.group.rows, p.d);
+    from_lanes(g.sum, factor, out + (p.token(b, first) * p.h + h) * p.d, p.h * p.d, g.group.rows, p.d);
     if (!lse) return;
     for (int64_t i = 0; i < g.group.rows; ++i) {
       const float m = g.highest[i / kWidth][i % kWidth], l = g.total[i / kWidth][i % kWidth];
-      lse[(b * p.h + h) * p.sq + first + i] = m == -INFINITY ? INFINITY : m + std::log(l);
+      lse[p.row(b, h, first + i)] = m == -INFINITY ? INFINITY : m + std::log(l);
     }
   }
 
@@ -94,24 +94,28 @@ template <class T> struct Forward {
   // the same number of visible scores, which under causality is not the same number of blocks.
   void run() const {
     constexpr int64_t block = kBlock * kGroup;
-    const int64_t per_head = (p.sq + block - 1) / block, items = p.b * p.h * per_head, step = tile_keys(p.d);
-    const int threads = threads_for(items, 4 * (p.sq < block ? p.sq : block) * p.sk * p.d);
+    const int64_t per_head = (p.longest + block - 1) / block, items = p.b * p.h * per_head, step = tile_keys(p.d);
+    const int64_t most_keys = p.starts ? p.longest : p.sk;
+    const int threads = threads_for(items, 4 * (p.longest < block ? p.longest : block) * most_keys * p.d);
     parallel_chunks(threads, threads, [&](int, int64_t first_share, int64_t last_share) {
       Keys<T> keys;
       auto cost = [&](int64_t item) {
-        keys.list(p, item / per_head / p.h);
-        const int64_t last = item % per_head * block + block - 1;
-        return kRows + keys.seen_by(p, last < p.sq ? last : p.sq - 1);
+        const int64_t b = item / per_head / p.h, first = p.first_query(b) + item % per_head * block, end = p.end_query(b);
+        if (first >= end) return int64_t{0};
+        keys.list(p, b);
+        return kRows + keys.seen_by(p, first + block < end ? first + block - 1 : end - 1);
       };
       const int64_t first_item = share_begin(first_share, threads, items, cost);
       const int64_t last_item = share_begin(last_share, threads, items, cost);
       float* scratch = floats(kGroup * (step + 2 * p.d * kBlock));
       State states[kBlock];
       for (int64_t item = first_item; item < last_item; ++item) {
-        const int64_t b = item / per_head / p.h, h = item / per_head % p.h, first = item % per_head * block;
+        const int64_t b = item / per_head / p.h, h = item / per_head % p.h, past = p.end_query(b);
+        const int64_t first = p.first_query(b) + item % per_head * block;
+        if (first >= past) continue;
         keys.list(p, b);
         int groups = 0;
-        for (int64_t i = first; i < p.sq && groups < kBlock; i += kGroup, ++groups) {
+        for (int64_t i = first; i < past && groups < kBlock; i += kGroup, ++groups) {
           float* own = scratch + kGroup * (step + 2 * p.d * groups);
           states[groups] = {Group<T>(p, keys, b, h, i), own, own + p.d * kGroup, {}, {}};
           begin(states[groups]);
@@ -134,11 +138,11 @@ template <class T> struct Forward {
 }  // namespace
 
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
-                       addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype) {
+                       addr starts, addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
+    Problem<T> p(query, key, value, mask, bias, seed, starts, layout, causal, scale, dropout_p);
     const bool few = Few<T>::fits(p);
-    p.with_relative(table, buckets, (const int64_t*)layout + 19, few ? 1 : -1, few ? kWidth : kGroup);
+    p.with_relative(table, buckets, (const int64_t*)layout + 20, few ? 1 : -1, few ? kWidth : kGroup);
     if (few) Few<T>{p, (T*)out, (float*)lse}.run();
     else Forward<T>{p, (T*)out, (float*)lse}.run();
     p.release();

@@ -26,6 +26,7 @@ template <class T> struct Backward {
   T *grad_query, *grad_key, *grad_value, *grad_bias;
   float* grad_table;  // (num_buckets, H) or null
 
+  int64_t most_keys() const { return p.starts ? p.longest : p.sk; }
   // Row-major blocks are padded to whole vectors.
   int64_t width() const { return (p.d + kWidth - 1) / kWidth * kWidth; }
 
@@ -82,13 +83,13 @@ template <class T> struct Backward {
   // One block of queries of one head against all the keys it sees.
   void block(const Keys<T>& keys, const Scratch& x, int64_t b, int64_t h, int64_t first, float* dk, float* dv,
              double* by_distance) const {
-    const int64_t rows = p.sq - first < kBlockQueries ? p.sq - first : kBlockQueries;
+    const int64_t left = p.end_query(b) - first, rows = left < kBlockQueries ? left : kBlockQueries;
     const int groups = (int)((rows + kGroup - 1) / kGroup);
     const int64_t lanes = p.d * kGroup;
     Group<T> group[kBlockGroups];
     vfloat row_lse[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
     for (int64_t i = 0; i < groups * kGroup; ++i)
-      row_lse[i / kWidth][i % kWidth] = i < rows ? lse[(b * p.h + h) * p.sq + first + i] : INFINITY;
+      row_lse[i / kWidth][i % kWidth] = i < rows ? lse[p.row(b, h, first + i)] : INFINITY;
     for (int g = 0; g < groups; ++g) {
       const int64_t i = first + g * kGroup;
       group[g] = Group<T>(p, keys, b, h, i);
@@ -135,7 +136,7 @@ template <class T> struct Backward {
     const vfloat scale[2] = {splat(p.scale), splat(p.scale)};
     for (int g = 0; g < groups; ++g) {
       const int64_t i = first + g * kGroup;
-      from_lanes(x.grad_query_lanes + g * lanes, scale, grad_query + ((b * p.sq + i) * p.h + h) * p.d, p.h * p.d,
+      from_lanes(x.grad_query_lanes + g * lanes, scale, grad_query + (p.token(b, i) * p.h + h) * p.d, p.h * p.d,
                  group[g].rows, p.d);
     }
   }
@@ -178,14 +179,14 @@ template <class T> struct Backward {
 
   // Sums the parts and scatters the visible keys' rows; hidden keys have zero gradient.
   void finish(const Keys<T>& keys, int64_t b, int64_t kv, float* sums, int64_t parts) const {
-    const int64_t size = p.sk * width();
+    const int64_t size = most_keys() * width(), first = p.first_query(b), end = p.end_key(b);
     for (int which = 0; which < 2; ++which) {
       float* sum = sums + which * size;
       for (int64_t t = 1; t < parts; ++t)
         for (int64_t i = 0; i < keys.count * width(); i += kWidth)
           store(sum + i, load(sum + i) + load(sum + 2 * t * size + i));
-      T* to = (which ? grad_value : grad_key) + (b * p.sk * p.hkv + kv) * p.d;
-      for (int64_t j = 0, c = 0; j < p.sk; ++j, to += p.hkv * p.d) {
+      T* to = (which ? grad_value : grad_key) + ((p.starts ? first : b * p.sk) * p.hkv + kv) * p.d;
+      for (int64_t j = first, c = 0; j < end; ++j, to += p.hkv * p.d) {
         const bool visible = c < keys.count && keys.position[c] == j;
         for (int64_t k = 0; k < p.d; k += kWidth) {
           const vfloat v = visible ? load(sum + c * width() + k) : vfloat{};
@@ -198,9 +199,10 @@ template <class T> struct Backward {
   }
 
   void run() const {
-    const int64_t group = p.h / p.hkv, heads = p.b * p.hkv, per_head = (p.sq + kBlockQueries - 1) / kBlockQueries;
-    const int64_t blocks = group * per_head, size = 2 * p.sk * width();
-    const int threads = threads_for(heads * blocks, 10 * (p.sq < kBlockQueries ? p.sq : kBlockQueries) * p.sk * p.d);
+    const int64_t group = p.h / p.hkv, heads = p.b * p.hkv, per_head = (p.longest + kBlockQueries - 1) / kBlockQueries;
+    const int64_t blocks = group * per_head, size = 2 * most_keys() * width();
+    const int64_t queries = p.longest < kBlockQueries ? p.longest : kBlockQueries;
+    const int threads = threads_for(heads * blocks, 10 * queries * most_keys() * p.d);
     const int64_t most = (threads + heads - 1) / heads, parts = most < blocks ? most : blocks;
     float* partial = parts > 1 ? floats(heads * parts * size) : nullptr;
     const int64_t reach = p.relative.length;
@@ -211,12 +213,13 @@ template <class T> struct Backward {
       Scratch scratch(*this);
       float* own = partial ? nullptr : floats(size);
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t b = item / parts / p.hkv, kv = item / parts % p.hkv;
+        const int64_t b = item / parts / p.hkv, kv = item / parts % p.hkv, end = p.end_query(b);
+        auto first_of = [&](int64_t n) { return p.first_query(b) + n % per_head * kBlockQueries; };
         keys.list(p, b);
         keys.rows(p, b, kv, keys.count);
         auto cost = [&](int64_t n) {
-          const int64_t last = n % per_head * kBlockQueries + kBlockQueries - 1;
-          return kRows + keys.seen_by(p, last < p.sq ? last : p.sq - 1);
+          const int64_t next = first_of(n) + kBlockQueries;
+          return first_of(n) >= end ? 0 : kRows + keys.seen_by(p, (next < end ? next : end) - 1);
         };
         float* sums = partial ? partial + item * size : own;
         for (int64_t i = 0; i < size; i += kWidth) store(sums + i, vfloat{});
@@ -225,8 +228,9 @@ template <class T> struct Backward {
         for (int64_t i = 0; by && i < reach; ++i) scratch.distances[i] = 0;
         const int64_t last = share_begin(item % parts + 1, (int)parts, blocks, cost);
         for (int64_t n = share_begin(item % parts, (int)parts, blocks, cost); n < last; ++n)
-          block(keys, scratch, b, kv * group + n / per_head, n % per_head * kBlockQueries, sums, sums + size / 2,
-                by ? by + n / per_head * reach : nullptr);
+          if (first_of(n) < end)
+            block(keys, scratch, b, kv * group + n / per_head, first_of(n), sums, sums + size / 2,
+                  by ? by + n / per_head * reach : nullptr);
         if (!partial) finish(keys, b, kv, sums, 1);
       }
       std::free(own), std::free(scratch.base);
@@ -258,14 +262,14 @@ template <class T> struct Backward {
 }  // namespace
 
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
-                        addr table, addr buckets, addr seed, addr grad_query, addr grad_key, addr grad_value,
-                        addr grad_bias, addr grad_table, addr layout, bool causal, double scale, double dropout_p,
-                        int dtype) {
+                        addr table, addr buckets, addr seed, addr starts, addr grad_query, addr grad_key,
+                        addr grad_value, addr grad_bias, addr grad_table, addr layout, bool causal, double scale,
+                        double dropout_p, int dtype) {
   const int64_t* n = (const int64_t*)layout;
   PYFUSED_BY_DTYPE(dtype, {
-    Problem<T> p(query, key, value, mask, bias, seed, layout, causal, scale, dropout_p);
-    p.with_relative(table, buckets, n + 19, -1, kGroup);
-    Backward<T>{p, {(const T*)out, n[23], n[24], n[25]}, {(const T*)grad_out, n[26], n[27], n[28]}, (const float*)lse,
+    Problem<T> p(query, key, value, mask, bias, seed, starts, layout, causal, scale, dropout_p);
+    p.with_relative(table, buckets, n + 20, -1, kGroup);
+    Backward<T>{p, {(const T*)out, n[24], n[25], n[26]}, {(const T*)grad_out, n[27], n[28], n[29]}, (const float*)lse,
                 (T*)grad_query, (T*)grad_key, (T*)grad_value, (T*)grad_bias, (float*)grad_table}.run();
     p.release();
   })

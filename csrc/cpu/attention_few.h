@@ -19,7 +19,7 @@ template <class T> struct Few {
   T* out;
   float* lse;
 
-  static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout; }
+  static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout && !p.starts; }
 
   // What a split knows of one query: highest score, sum of exponentials, and the weighted sum of values.
   int64_t padded() const { return (p.d + kWidth - 1) / kWidth * kWidth; }

@@ -26,8 +26,12 @@ template <class T> struct Strided {  // (batch, head, sequence) strides; the las
   T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
+// In the packed form there is one batch entry in memory, b counts sequences, and sq = sk are the rows of all of them;
+// queries and keys keep their places among those, so that causality and distances are what they are anyway.
 template <class T> struct Problem {
   int64_t b, h, hkv, sq, sk, d;
+  const int32_t* starts;  // (b + 1) in the packed form, else null
+  int64_t longest;        // queries of a batch entry at most
   Strided<const T> query, key, value;
   const uint8_t* mask;  // (B, Sk), nonzero for a real key, or null
   const T* bias;
@@ -37,12 +41,12 @@ template <class T> struct Problem {
   uint32_t threshold, seed[2];
   ByDistance relative;  // without rows: none
 
-  Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr layout, bool causal, double scale,
+  Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr starts, addr layout, bool causal, double scale,
           double dropout_p)
-      : mask((const uint8_t*)mask), bias((const T*)bias), causal(causal), dropout(seed != 0), scale((float)scale),
+      : starts((const int32_t*)starts), mask((const uint8_t*)mask), bias((const T*)bias), causal(causal), dropout(seed != 0), scale((float)scale),
         keep_scale((float)(1.0 / (1.0 - dropout_p))) {
     const int64_t* n = (const int64_t*)layout;  // in the order of kernels.h
-    b = n[0], h = n[1], hkv = n[2], sq = n[3], sk = n[4], d = n[5];
+    b = n[0], h = n[1], hkv = n[2], sq = n[3], sk = n[4], d = n[5], longest = n[6], n += 1;
     query = {(const T*)q, n[6], n[7], n[8]};
     key = {(const T*)k, n[9], n[10], n[11]};
     value = {(const T*)v, n[12], n[13], n[14]};
@@ -51,6 +55,14 @@ template <class T> struct Problem {
     threshold = words < 4294967295.0 ? (uint32_t)words : 4294967295u;
     for (int i = 0; i < 2; ++i) this->seed[i] = seed ? (uint32_t)(*(const uint64_t*)seed >> (32 * i)) : 0;
   }
+
+  // The queries of a batch entry are [first_query, end_query); its keys likewise, in the packed form.
+  int64_t first_query(int64_t b) const { return starts ? starts[b] : 0; }
+  int64_t end_query(int64_t b) const { return starts ? starts[b + 1] : sq; }
+  int64_t end_key(int64_t b) const { return starts ? starts[b + 1] : sk; }
+  // Numbers of a query among the rows of (B, S) and of (B, H, S).
+  int64_t token(int64_t b, int64_t i) const { return starts ? i : b * sq + i; }
+  int64_t row(int64_t b, int64_t h, int64_t i) const { return starts ? h * sq + i : (b * this->h + h) * sq + i; }
 
   // T5's bias by distance; release() frees it. Query i has position i + sk - sq. sign 1: keys ascend, -1: queries do.
   void with_relative(addr table, addr buckets, const int64_t* n, int64_t sign, int64_t lanes) {
@@ -254,7 +266,7 @@ template <class T> struct Keys {
     if (b == batch) return;
     if (!position) position = (int32_t*)floats(p.sk);
     batch = b, head = -1, count = 0;
-    for (int64_t j = 0; j < p.sk; ++j) {
+    for (int64_t j = p.first_query(b), end = p.end_key(b); j < end; ++j) {
       position[count] = (int32_t)j;
       count += !p.mask || p.mask[b * p.sk + j];
     }
@@ -267,7 +279,7 @@ template <class T> struct Keys {
       head = kv_head, packed = 0;
       const bool run = count && position[count - 1] - position[0] == count - 1;
       const bool dense = p.key.row <= 2 * p.d && p.value.row <= 2 * p.d;
-      direct = sizeof(T) == sizeof(float) && run && (dense || p.sq <= 4 * kGroup);
+      direct = sizeof(T) == sizeof(float) && run && (dense || p.longest <= 4 * kGroup);
       if (direct) {
         key = (const float*)p.key.at(b, kv_head, position[0]), key_step = p.key.row;
         value = (const float*)p.value.at(b, kv_head, position[0]), value_step = p.value.row;
@@ -306,7 +318,8 @@ template <class T> struct Group {
 
   Group() = default;
   Group(const Problem<T>& p, const Keys<T>& keys, int64_t b, int64_t h, int64_t first) : b(b), h(h), first(first) {
-    rows = p.sq - first < kGroup ? p.sq - first : kGroup;
+    const int64_t left = p.end_query(b) - first;
+    rows = left < kGroup ? left : kGroup;
     fewest = most = keys.count;
     if (!p.causal) return;
     fewest = keys.seen_by(p, first), most = keys.seen_by(p, first + rows - 1);
@@ -372,14 +385,15 @@ template <class T> struct Group {
     }
   }
 
-  // Calls body(key of the tile, vector of the group, lanes kept) with the lanes as all ones or all zeros.
+  // Calls body(key of the tile, vector of the group, lanes kept) with the lanes as all ones or all zeros. The generator
+  // counts queries and keys from the batch entry's first.
   template <class Body>
   void dropout(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, const Body& body) const {
     const Philox philox{p.seed[0], p.seed[1]};
-    const vuint lanes = bits_as<vuint>(lane_numbers()) + (uint32_t)first;
+    const vuint lanes = bits_as<vuint>(lane_numbers()) + (uint32_t)(first - p.first_query(b));
     vuint words[2][4];
     for (int64_t c = 0, quad = -1; c < n; ++c) {
-      const int64_t j = keys.position[c0 + c];
+      const int64_t j = keys.position[c0 + c] - p.first_query(b);
       if (j >> 2 != quad) {
         quad = j >> 2;
         for (int v = 0; v < 2; ++v)

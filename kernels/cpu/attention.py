@@ -8,19 +8,24 @@ from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
 
 
-def _layout(query, key, value, attn_bias, table, buckets, *more):
+def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen, *more):
     """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
     b, h, sq, d = query.shape
-    sizes = [b, h, key.shape[1], sq, key.shape[2], d]
-    for t in (query, key, value):
-        sizes += t.stride()[:3]
+    if cu_seqlens is None:
+        sizes = [b, h, key.shape[1], sq, key.shape[2], d, sq]
+        for t in (query, key, value):
+            sizes += t.stride()[:3]
+    else:
+        sizes = [cu_seqlens.shape[0] - 1, h, key.shape[1], sq, sq, d, max_seqlen]
+        for t in (query, key, value):
+            sizes += (0, *t.stride()[1:3])
     sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
     if table is None:
         sizes += (0, 0, 0, 0)
     else:
         sizes += (buckets.shape[0] // 2, *table.stride(), table.dtype == torch.float32)
     for t in more:
-        sizes += t.stride()[:3]
+        sizes += t.stride()[:3] if cu_seqlens is None else (0, *t.stride()[1:3])
     return array("q", sizes)
 
 
@@ -34,14 +39,6 @@ def _empty_like(query):
     return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
 
 
-def unsupported_forward(*args):
-    return "packed sequences" if len(args) > 13 and args[13] is not None else None
-
-
-def unsupported_backward(*args):
-    return "packed sequences" if len(args) > 17 and args[17] is not None else None
-
-
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
     bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
@@ -49,7 +46,7 @@ def forward(
     out = _empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
     buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
-    layout = _layout(query, key, value, attn_bias, bias_table, buckets)
+    layout = _layout(query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen)
     cpu().attention_forward(
         query.data_ptr(),
         key.data_ptr(),
@@ -59,6 +56,7 @@ def forward(
         _address(bias_table),
         _address(buckets),
         _address(seed),
+        _address(cu_seqlens),
         out.data_ptr(),
         _address(lse),
         layout.buffer_info()[0],
@@ -70,9 +68,12 @@ def forward(
     return out, lse
 
 
-def slower_backward(grad_out, query, *rest):
+def slower_backward(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
+):  # fmt: skip
     """Few float32 queries: plain PyTorch keeps nothing of size S x S there either, and its gradients are closer."""
-    if query.dtype == torch.float32 and query.shape[2] <= 8:
+    if query.dtype == torch.float32 and (query.shape[2] if cu_seqlens is None else max_seqlen) <= 8:
         # Against softmax, of 360 random gradients 27 exceeded the tolerance rule here (up to 2.3 times the bound), none there.
         return "up to 8 float32 queries: plain PyTorch does not go through a rounded log-sum-exp"
     return None
@@ -87,7 +88,9 @@ def backward(
     grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
     grad_table = torch.zeros(bias_table.shape, dtype=torch.float32) if wants_table else None
     buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
-    layout = _layout(query, key, value, attn_bias, bias_table, buckets, out, grad_out)
+    layout = _layout(
+        query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen, out, grad_out
+    )
     cpu().attention_backward(
         grad_out.data_ptr(),
         query.data_ptr(),
@@ -100,6 +103,7 @@ def backward(
         _address(bias_table),
         _address(buckets),
         _address(seed),
+        _address(cu_seqlens),
         grad_query.data_ptr(),
         grad_key.data_ptr(),
         grad_value.data_ptr(),

@@ -15,13 +15,17 @@ from .gpt2 import Call, GPT2Backbone
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
     """Fills the cache; the logits behind each prompt, (B, V).
 
-    Prompts are padded on the right: under a causal mask no real token sees the padding, so that no mask is needed, and
-    the padding's keys are overwritten, or masked, in the steps that follow.
+    Prompts of several lengths are packed. In the cache they are padded on the right: what stands there is overwritten, or
+    masked, in the steps that follow.
     """
     ids, lengths = _inputs.padded(prompts)
     device = model.device
     positions = torch.arange(ids.shape[1], device=device)
-    call = Call(torch.from_numpy(ids).to(device), positions, visible=CAUSAL, cache=cache)
+    visible = CAUSAL
+    if lengths.min() < ids.shape[1]:
+        real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)
+        visible = Visibility(is_causal=True, padding_mask=real).skip_padding()
+    call = Call(torch.from_numpy(ids).to(device), positions, visible=visible, cache=cache)
     return model.logits(model.run(call, torch.from_numpy(lengths).to(device) - 1))
 
 

@@ -131,6 +131,29 @@ def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
     return cache.length
 
 
+def texts(value: Any, name: str, vocabulary: int) -> list[np.ndarray]:
+    """Texts as lists of token ids of any length, each as an int64 array."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+        raise TypeError(f"{name} is a {type(value).__name__}; it takes a list of lists of token ids")
+    arrays = []
+    for row, text in enumerate(value):
+        if isinstance(text, (str, bytes)) or not isinstance(text, (Sequence, np.ndarray)):
+            raise TypeError(f"{name}[{row}] is a {type(text).__name__}; it takes a list of token ids")
+        if len(text) == 0:
+            raise ValueError(f"{name}[{row}] is empty; it takes at least one token")
+        try:
+            array = np.asarray(text)
+        except ValueError:
+            raise TypeError(f"{name}[{row}] is not one list of integers") from None
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise TypeError(f"{name}[{row}] is {array.ndim}-D of {array.dtype}; it takes a list of integers")
+        if array.min() < 0 or array.max() >= vocabulary:
+            worst = array.min() if array.min() < 0 else array.max()
+            raise IndexError(f"{name}[{row}] holds {worst}; it takes token ids 0 to {vocabulary - 1}")
+        arrays.append(array.astype(np.int64))
+    return arrays
+
+
 def padded(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of several lengths as (B, S) padded on the right with 0, S the longest if `length` is None; lengths (B,)."""
     lengths = np.array([len(prompt) for prompt in prompts])

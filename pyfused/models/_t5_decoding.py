@@ -63,7 +63,7 @@ class T5Decoding:
         mask = None
         if self._fixed or lengths.min() < ids.shape[1]:
             mask = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)
-        call = StackCall(torch.from_numpy(ids).to(device), visible=Visibility(padding_mask=mask))
+        call = StackCall(torch.from_numpy(ids).to(device), visible=Visibility(padding_mask=mask).skip_padding())
         memory = self.model.encoder(self.model.token_embedding(call.token_ids), call)
         layers: Any = self.model.decoder.layers
         for i, layer in enumerate(layers):

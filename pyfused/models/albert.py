@@ -89,6 +89,7 @@ class AlbertBackbone(Backbone):
     """
 
     predicts_tokens = False
+    begins_with_cls = True
 
     def __init__(
         self,
@@ -168,7 +169,8 @@ class AlbertBackbone(Backbone):
             return_attentions: True adds "attentions" (B, H, S, S): the probabilities of each application before dropout,
                 materialised for it.
 
-        A query that sees no key gets zeros from the attention. B = 0 gives an empty result.
+        A query that sees no key gets zeros from the attention. B = 0 gives an empty result. With skip_padding the states at
+        padding are zeros, and so is what the pooler gets of a text that begins with padding.
 
         Raises:
             ValueError: a missing or unknown input, a wrong shape, a sequence longer than P, or an empty one where there is
@@ -176,11 +178,14 @@ class AlbertBackbone(Backbone):
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         call = self._read(_inputs.gather(inputs, keywords, INPUTS))
+        if self.skip_padding:
+            call.visible = call.visible.skip_padding(call.attentions is None)
         x = self.embed(call)
         for layer in self._applied() if x.numel() else ():
             if call.hidden_states is not None:
-                call.hidden_states.append(x)
+                call.hidden_states.append(call.visible.unpacked(x))
             x = layer(x, call)
+        x = call.visible.unpacked(x)
         found: dict[str, Any] = {"sequence_output": x}
         if self.pooler is not None:
             found["pooled_output"] = torch.tanh(self.pooler(x[:, 0]))
@@ -190,11 +195,14 @@ class AlbertBackbone(Backbone):
             found["attentions"] = tuple(call.attentions)
         return found
 
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        return self(token_ids=token_ids, segment_ids=None, padding_mask=padding_mask)["sequence_output"]
+
     def embed(self, call: Call) -> Tensor:
-        """(B, S, D): the normalised sum of the three embeddings, projected."""
-        x = self.embedding_norm(
-            _encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
-        )
+        """The normalised sum of the three embeddings, projected: what the layers take."""
+        x = _encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        x = self.embedding_norm(call.visible.packed(x))
         rate = self._config["dropout"]
         return self.projection(F.dropout(x, rate) if self.training and rate else x)
 

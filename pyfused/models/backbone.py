@@ -79,7 +79,14 @@ class Backbone(nn.Module, ABC):
     """A transformer without a task: token ids in, hidden states out. Subclasses take their sizes as keywords.
 
     ``presets``: name to metadata of the published and bundled presets that this class can load.
+    ``skip_padding``: False computes padding as the references do, in every row; True leaves it out, so that a batch which
+    is half padding costs half: real tokens get the same values, padding gets zeros. On a GPU this synchronises once a call.
+    Where it is not possible (in torch.compile's traces, with dense biases or a filled cache, where attentions are returned)
+    padding is computed all the same, and gets zeros.
     """
+
+    skip_padding = False
+    begins_with_cls = False  # whether a text's first token stands for all of it, as BERT's [CLS]
 
     presets = _Presets()
     # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
@@ -90,6 +97,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
+
+    @abstractmethod
+    def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> the logits of the next token, (..., V). TypeError for an encoder."""
@@ -114,6 +125,7 @@ class Backbone(nn.Module, ABC):
         load_weights: bool = True,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        skip_padding: bool = False,
         **overrides: Any,
     ) -> Self:
         """The model of a preset, in evaluation mode.
@@ -123,11 +135,14 @@ class Backbone(nn.Module, ABC):
         load_weights: False leaves the random initialisation and reads the configuration alone.
         device: where the weights go; None is torch's default device.
         dtype: a name or a torch.dtype; None is what the checkpoint says.
+        skip_padding: the attribute of this name; see the class.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
         override, and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
         """
+        if not isinstance(skip_padding, bool):
+            raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
         target = None if dtype is None else resolve_dtype(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):
@@ -139,11 +154,15 @@ class Backbone(nn.Module, ABC):
         if unknown := sorted(set(overrides) - set(known)):
             raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(known)}")
         kind = _class_of(checkpoint.model) if cls is Backbone else cls
+        if skip_padding and kind.texts[0][1] is None:
+            raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         config = checkpoint.config | overrides | {"dtype": target or checkpoint.dtype}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
             with place:
-                return kind.from_config(config).eval()
+                model = kind.from_config(config)
+            model.skip_padding = skip_padding
+            return model.eval()
         with torch.device("meta"), _Uninitialised():
             model = kind.from_config(config)
         checkpoint.check_module(model)
@@ -154,6 +173,7 @@ class Backbone(nn.Module, ABC):
             )
         _allocate(model, place)
         checkpoint.load_into(model)
+        model.skip_padding = skip_padding
         return model.eval()
 
 

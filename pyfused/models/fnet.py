@@ -76,6 +76,7 @@ class FNetBackbone(Backbone):
     """
 
     texts = (("token_ids", None),)
+    begins_with_cls = True
 
     def __init__(
         self,
@@ -162,6 +163,10 @@ class FNetBackbone(Backbone):
         if self.pooler is not None:
             found["pooled_output"] = torch.tanh(self.pooler(x[:, 0])) if x.shape[1] else x.new_zeros(x.shape[::2])
         return found if call.hidden_states is None else {**found, "hidden_states": (*call.hidden_states, x)}
+
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """(B, S) -> (B, S, D); padding_mask None."""
+        return self(token_ids=token_ids, segment_ids=None, padding_mask=padding_mask)["sequence_output"]
 
     def run(self, call: Call) -> Tensor:
         """The pass itself, unchecked: (B, S, D)."""

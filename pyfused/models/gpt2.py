@@ -210,7 +210,8 @@ class GPT2Backbone(Backbone):
                 encoder's keys too, so that later calls leave out encoder_hidden_states.
             return_hidden_states, return_attentions: True returns a GPT2Output; attentions are materialised for it.
 
-        A query that sees no key gets zeros from the attention. B = 0 and S = 0 give an empty result.
+        A query that sees no key gets zeros from the attention. B = 0 and S = 0 give an empty result. With skip_padding the
+        states at padding are zeros.
 
         Raises:
             ValueError: a missing or unknown input, a wrong shape, a sequence longer than P or than the cache.
@@ -219,6 +220,10 @@ class GPT2Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.final_norm.weight)
+            if self.skip_padding:
+                empty = call.cache is None or call.cache.length == 0
+                possible = empty and call.memory is None and call.attentions is None
+                call.visible = call.visible.skip_padding(possible)
             x = self.run(call)
         if call.cache is not None:
             call.cache.length += x.shape[1]
@@ -232,18 +237,27 @@ class GPT2Backbone(Backbone):
             None if cross is None else tuple(cross),
         )
 
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        return self(token_ids=token_ids, padding_mask=padding_mask)
+
     def run(self, call: Call, last: Tensor | None = None) -> Tensor:
         """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
-        x, branch = self.embed(call), None
+        visible = call.visible
+        x, branch = visible.packed(self.embed(call)), None
         for layer in self.layers if x.numel() else ():
             if call.hidden_states is not None:
-                call.hidden_states.append(x if branch is None else x + branch)
+                call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
             x, branch = layer(x, branch, call)
         if branch is None:
             return x
-        if last is not None:
+        if last is None:
+            return visible.unpacked(self.final_norm(x, branch)[0])
+        if visible.packing is None:
             rows = torch.arange(x.shape[0], device=x.device)
             x, branch = x[rows, last], branch[rows, last]
+        else:
+            x, branch = (visible.packing.at(t, last) for t in (x, branch))
         return self.final_norm(x, branch)[0]
 
     def embed(self, call: Call) -> Tensor:

@@ -104,12 +104,13 @@ class T5Stack(nn.Module):
         layers: Any = self.layers
         if call.visible.attn_bias is None:
             call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
-        x, branch = self._drop(x), None
+        visible = call.visible
+        x, branch = self._drop(visible.packed(x)), None
         for layer in layers if x.numel() else ():
             if call.hidden_states is not None:
-                call.hidden_states.append(x if branch is None else x + branch)
+                call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
             x, branch = layer(x, branch, call)
-        x = self._drop(x if branch is None else self.final_norm(x, branch)[0])
+        x = visible.unpacked(self._drop(x if branch is None else self.final_norm(x, branch)[0]))
         if call.hidden_states is not None:
             call.hidden_states.append(x)
         return x
@@ -248,7 +249,7 @@ class T5Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.token_embedding.weight)
-            encoded = call.memory if call.encoder is None else self.encoder(self._embed(call.encoder), call.encoder)
+            encoded = call.memory if call.encoder is None else self._encoded(call.encoder)
             call.decoder.memory = encoded
             decoded = self.decoder(self._embed(call.decoder), call.decoder)
         if call.decoder.cache is not None:
@@ -260,7 +261,15 @@ class T5Backbone(Backbone):
         """The encoder alone: encoder_token_ids (or encoder_inputs_embeds) and encoder_padding_mask, as forward takes them
         and raising as it does -> (B, Se, D)."""
         given = _inputs.gather(inputs, keywords, ENCODER_INPUTS)
-        call = read_encoder(given, self._config, self.token_embedding.weight)
+        return self._encoded(read_encoder(given, self._config, self.token_embedding.weight))
+
+    def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """The encoder's: (B, S) -> (B, S, D)."""
+        return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
+
+    def _encoded(self, call: StackCall) -> Tensor:
+        if self.skip_padding:  # distances count, so that padding between tokens has to stay
+            call.visible = call.visible.skip_padding(call.attentions is None, unbroken=True)
         return self.encoder(self._embed(call), call)
 
     def logits(self, hidden: Tensor) -> Tensor:

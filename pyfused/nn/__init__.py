@@ -3,6 +3,7 @@
 from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, T5Attention, Visibility
 from .kv_cache import KVCache
 from .layers import FeedForward, FourierMixing, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
+from .packing import Packing
 
 __all__ = [
     "CAUSAL",
@@ -14,6 +15,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "Linear",
+    "Packing",
     "RMSNorm",
     "ReversibleEmbedding",
     "SelfAttention",

@@ -13,6 +13,7 @@ from ..ops import RelativeBias, attention
 from ..ops.relative_bias import check_buckets
 from .kv_cache import KVCache
 from .layers import Linear
+from .packing import Packing, packing_of, without_padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,30 @@ class Visibility:
     padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
     relative_bias: RelativeBias | None = None
+    packing: Packing | None = None  # what is given to the layers is packed so, and has no padding
+    blank: bool = False  # padding is zeros in what unpacked() returns
+
+    def skip_padding(self, possible: bool = True, *, unbroken: bool = False) -> Visibility:
+        """The same with the padding left out, as padding_mask says. Where that is not possible (the caller's knowledge;
+        a dense bias; what packing_of says of `unbroken`) it is computed, and becomes zeros in the end."""
+        if self.padding_mask is None:
+            return self
+        packing = packing_of(self.padding_mask, unbroken=unbroken) if possible and self.attn_bias is None else None
+        if packing is None:
+            return replace(self, blank=True)
+        return replace(self, padding_mask=None, packing=packing)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, S, ...) -> what the layers take: itself, or (1, T, ...)."""
+        return x if self.packing is None else self.packing.pack(x)
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """What the layers give -> (B, S, ...)."""
+        if self.packing is not None:
+            return self.packing.unpack(x)
+        if self.blank and self.padding_mask is not None:
+            return without_padding(x, self.padding_mask[:, -x.shape[1] :])  # the mask covers cached tokens too
+        return x
 
 
 EVERYTHING = Visibility()
@@ -44,6 +69,7 @@ class _Attention(nn.Module):
         """query (B, H, S, d), key and value (B, H, Sk, d) -> (B, S, D)."""
         if probabilities is not None:
             probabilities.append(self._probabilities(query, key, visible))
+        packing = visible.packing
         out = attention(
             query,
             key,
@@ -54,6 +80,8 @@ class _Attention(nn.Module):
             attn_bias=visible.attn_bias,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            max_seqlen=None if packing is None else packing.max_seqlen,
         )
         return self.output(out.transpose(1, 2).flatten(2))  # a view: (B, H, S, d) is stored as (B, S, H, d)
 
@@ -105,13 +133,16 @@ class SelfAttention(_Attention):
     ) -> Tensor:
         """x (B, S, D) -> (B, S, D).
 
-        visible: which keys count; its masks cover the cached tokens too. cache: keys and values of earlier tokens, to
-        which those of x are appended as layer `layer`. probabilities: a list that gets this layer's (B, H, S, Sk).
+        visible: which keys count; its masks cover the cached tokens too. With a packing, x is (1, T, D) and the cache is
+        empty. cache: keys and values of earlier tokens, to which those of x are appended as layer `layer`.
+        probabilities: a list that gets this layer's (B, H, S, Sk).
         """
         b, s, _ = x.shape
         qkv = self.query_key_value(x).view(b, s, 3, self.num_heads, self.head_size)
-        if cache is None:
+        if cache is None or visible.packing is not None:
             query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            if cache is not None:
+                cache.append(layer, visible.unpacked(qkv.narrow(2, 1, 2)))
         else:
             query = qkv.select(2, 0).transpose(1, 2)
             key, value = cache.append(layer, qkv.narrow(2, 1, 2))

@@ -6,6 +6,7 @@ An online softmax over tiles of keys (Dao et al. 2022, arXiv:2205.14135): no Sq 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -183,9 +184,9 @@ def _bind_sequences(cu_seqlens, max_seqlen, query, key):
         raise TypeError(f"max_seqlen is {max_seqlen!r}; it takes an int")
     if may_look(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:])):
+        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in pairwise(ends)):
             raise ValueError(f"{name} is {_shown(ends)}; it takes 0 first, {total} last (query's T), and never falls")
-        longest = max(b - a for a, b in zip(ends, ends[1:]))
+        longest = max(b - a for a, b in pairwise(ends))
         if max_seqlen is not None and max_seqlen < longest:
             raise ValueError(f"max_seqlen is {max_seqlen}; it takes at least the longest sequence, {longest}")
         max_seqlen = longest if max_seqlen is None else max_seqlen

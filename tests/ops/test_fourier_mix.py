@@ -43,8 +43,8 @@ def test_forward(each_backend, dtype, device, shape):
 
 
 @pytest.mark.parametrize("case", [Large((1, 1024, 1024)), Large((1, 1025, 77)), Large((1, 2, 4097))], ids=str)
-def test_large(each_backend, device, case):
-    check(make(case.shape, torch.float32, device))
+def test_large(each_backend, dtype, device, case):
+    check(make(case.shape, dtype, device))
 
 
 @pytest.mark.parametrize("length", range(1, 34))
