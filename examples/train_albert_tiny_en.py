@@ -33,7 +33,7 @@ CONFIG = {
     "dropout": 0.0,
 }
 BATCH, PEAK_RATE = 6, 1.5e-3
-ALONE = 0.4  # of the steps, the layer is applied once: from the start, two applications learn nothing in a thousand steps
+ALONE = 0.4  # of the steps, the layer is applied once: two applications, from the start, stay with frequencies alone
 ORDER_WEIGHT = 0.1  # of the second task's loss: it learns from 6 windows a step, the first from 114 tokens
 
 

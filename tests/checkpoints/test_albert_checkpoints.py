@@ -75,7 +75,11 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
     assert (config["vocabulary_size"], config["num_layers"], config["num_heads"]) == (30000, 12, 64)
     assert (config["embedding_dim"], config["hidden_dim"], config["intermediate_dim"]) == (128, 4096, 16384)
     assert (config["num_groups"], config["num_inner_repetitions"], config["num_segments"]) == (1, 1, 2)
-    assert (config["activation"], config["layer_norm_epsilon"], config["max_sequence_length"]) == ("gelu_new", 1e-12, 512)
+    assert (config["activation"], config["layer_norm_epsilon"], config["max_sequence_length"]) == (
+        "gelu_new",
+        1e-12,
+        512,
+    )
     assert (config["dropout"], config["attention_dropout"], config["feed_forward_dropout"]) == (0.0, None, 0.0)
     # As the published ones of version 1, and what all of them repeat
     config = configured(directory, edit, hidden_act="gelu", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,

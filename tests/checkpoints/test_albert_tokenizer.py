@@ -68,5 +68,7 @@ def test_keras_hub_and_sentencepiece(files, tmp_path):
         assert ours.encode(text) == [2, *ids, 3], text
     assert ours.encode("LIGHT") != ours.encode("light")
     (tmp_path / "tokenizer.json").write_text(json.dumps(described | {"class_name": "BertTokenizer"}))
-    with pytest.raises(ValueError, match="the class is 'BertTokenizer'; pyfused reads GPT2Tokenizer, T5Tokenizer, Albert"):
+    with pytest.raises(
+        ValueError, match="the class is 'BertTokenizer'; pyfused reads GPT2Tokenizer, T5Tokenizer, Albert"
+    ):
         load_tokenizer(tmp_path)
