@@ -166,6 +166,7 @@ def forward_kernel(
     once for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
     """
     PACK: tl.constexpr = GROUP if PACKED else 1
+    tiles = tl.cdiv(query_length * PACK, BLOCK_M)
     program = tl.program_id(0)
     # Late query tiles have the most keys under a causal mask: they start first, so that the last wave is of short ones.
     if cu_seqlens_ptr is not None:
@@ -176,18 +177,11 @@ def forward_kernel(
         if tile * BLOCK_M >= query_length:
             return
         key_length = query_length
-        query_ptr += row * stride_qs
-        key_ptr += row * stride_ks
-        value_ptr += row * stride_vs
-        out_ptr += row * stride_os
-        batch64 = row * 0
     else:
-        tiles = tl.cdiv(query_length * PACK, BLOCK_M)
         tile = tiles - 1 - program % tiles
         head_sets = heads // PACK
         batch = program // tiles // head_sets
         head_set = program // tiles % head_sets
-        batch64 = batch.to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if PACKED:
         live = rows < query_length * GROUP
@@ -204,7 +198,13 @@ def forward_kernel(
         first_query = tile * BLOCK_M
         last_query = first_query + BLOCK_M - 1
     dims = tl.arange(0, BLOCK_D)
-    head64, queries64 = head.to(tl.int64), queries.to(tl.int64)
+    batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        query_ptr += row * stride_qs
+        key_ptr += row * stride_ks
+        value_ptr += row * stride_vs
+        out_ptr += row * stride_os
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
 
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32

@@ -166,6 +166,7 @@ def grad_key_value_kernel(
 ):
     """Grid (key tiles * B * key heads); a program adds up the query heads of its group. stride_d*: both gradients.
     For packed sequences the grid is ((T // BLOCK_N + sequences) * key heads), and T is query_length and key_length."""
+    tiles = tl.cdiv(key_length, BLOCK_N)
     program = tl.program_id(0)
     total = query_length
     if cu_seqlens_ptr is not None:
@@ -176,6 +177,13 @@ def grad_key_value_kernel(
         if first_key >= key_length:
             return
         query_length = key_length
+    else:
+        first_key = program % tiles * BLOCK_N
+        batch, key_head = program // tiles // key_heads, program // tiles % key_heads
+    keys = first_key + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    batch64, key_head64, keys64 = batch.to(tl.int64), key_head.to(tl.int64), keys.to(tl.int64)
+    if cu_seqlens_ptr is not None:
         query_ptr += row * stride_qs
         key_ptr += row * stride_ks
         value_ptr += row * stride_vs
@@ -186,16 +194,8 @@ def grad_key_value_kernel(
         delta_ptr += row
         if correction_ptr is not None:
             correction_ptr += row
-        batch64 = row * 0
-        grad_scale = tl.where(key_length == 1, 0.0, grad_scale)
-    else:
-        tiles = tl.cdiv(key_length, BLOCK_N)
-        first_key = program % tiles * BLOCK_N
-        batch, key_head = program // tiles // key_heads, program // tiles % key_heads
-        batch64 = batch.to(tl.int64)
-    keys = first_key + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
-    key_head64, keys64 = key_head.to(tl.int64), keys.to(tl.int64)
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
+        grad_scale = tl.where(key_length == 1, 0.0, grad_scale)  # as in the other kernel
     visible = keys < key_length
     if mask_ptr is not None:
         visible = visible & (tl.load(mask_ptr + batch64 * key_length + keys, mask=visible, other=0) != 0)

@@ -181,6 +181,7 @@ def grad_query_kernel(
     grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
     probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.
     """
+    tiles = tl.cdiv(query_length, BLOCK_M)
     program = tl.program_id(0)
     # The longest rows of a causal mask first.
     if cu_seqlens_ptr is not None:
@@ -192,25 +193,25 @@ def grad_query_kernel(
         if tile * BLOCK_M >= query_length:
             return
         key_length = query_length
+    else:
+        tile = tiles - 1 - program % tiles
+        batch, head = program // tiles // heads, program // tiles % heads
+        slot = tile
+    first_query = tile * BLOCK_M
+    queries = first_query + tl.arange(0, BLOCK_M)
+    live = queries < query_length
+    dims = tl.arange(0, BLOCK_D)
+    batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+    if cu_seqlens_ptr is not None:
         query_ptr += row * stride_qs
         key_ptr += row * stride_ks
         value_ptr += row * stride_vs
         grad_out_ptr += row * stride_gs
         out_ptr += row * stride_os
         grad_query_ptr += row * stride_os
-        batch64 = row * 0
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
+        # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
         grad_scale = tl.where(query_length == 1, 0.0, grad_scale)
-    else:
-        tiles = tl.cdiv(query_length, BLOCK_M)
-        tile = tiles - 1 - program % tiles
-        batch, head = program // tiles // heads, program // tiles % heads
-        batch64 = batch.to(tl.int64)
-        slot = tile
-    first_query = tile * BLOCK_M
-    queries = first_query + tl.arange(0, BLOCK_M)
-    live = queries < query_length
-    dims = tl.arange(0, BLOCK_D)
-    head64, queries64 = head.to(tl.int64), queries.to(tl.int64)
 
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
