@@ -159,11 +159,13 @@ def forward_kernel(
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads, chunks of keys); with cu_seqlens ((T // BLOCK_M + sequences) * heads, 1), and T is
-    query_length and key_length: everything behind the first lines counts from the first row of one sequence.
+    """Grid (query tiles * B * heads, chunks of keys). With cu_seqlens it is ((T // BLOCK_M + sequences) * heads, 1), where T
+    comes as query_length and key_length; lse is (1, heads, T). A program there moves the pointers to the first row of its
+    sequence, and is then one of a batch of that length.
 
-    PACKED, which is not for packed sequences: the rows of a tile are the queries of a whole group of heads that share a key head, so that keys are read
-    once for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
+    PACKED (heads, never together with cu_seqlens): the rows of a tile are the queries of a whole group of heads that
+    share a key head, so that keys are read once for all of them. Chunk c writes its own normalised output and
+    log-sum-exp at c * stride_oc and c * stride_lc.
     """
     PACK: tl.constexpr = GROUP if PACKED else 1
     tiles = tl.cdiv(query_length * PACK, BLOCK_M)

@@ -165,7 +165,7 @@ def grad_key_value_kernel(
     IS_CAUSAL: tl.constexpr,
 ):
     """Grid (key tiles * B * key heads); a program adds up the query heads of its group. stride_d*: both gradients.
-    For packed sequences the grid is ((T // BLOCK_N + sequences) * key heads), and T is query_length and key_length."""
+    With cu_seqlens the grid is ((T // BLOCK_N + sequences) * key heads), and the rest as in forward_kernel."""
     tiles = tl.cdiv(key_length, BLOCK_N)
     program = tl.program_id(0)
     total = query_length

@@ -174,9 +174,9 @@ def grad_query_kernel(
     BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads), for packed sequences as forward_kernel's. Also stores what the other kernel reads, and the gradients of the biases: that of
-    T5's table as sums by bucket, one (BUCKETS,) row for each program that has a tile; distances beyond span share the last bucket of
-    their side, and their sums are kept apart, by row, until the end.
+    """Grid (query tiles * B * heads), with cu_seqlens as forward_kernel's. Also stores what the other kernel reads, and
+    the gradients of the biases: that of T5's table as sums by bucket, one (BUCKETS,) row for each program that has a
+    tile; distances beyond span share the last bucket of their side, and their sums are kept apart, by row, until the end.
 
     grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
     probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.

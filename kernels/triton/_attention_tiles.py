@@ -75,7 +75,7 @@ def sequence_tile(cu_seqlens_ptr, sequences, slot, BLOCK: tl.constexpr):
     Sequence n has the slots from cu_seqlens[n] // BLOCK + n on, which are as many as its tiles, or one more. So
     T // BLOCK + N slots hold every tile, in the order of the rows; in a spare one, tile * BLOCK is length or more. A grid
     of N times the longest sequence's tiles is mostly spare ones where lengths differ, and where nobody knows the
-    longest (a trace, a CUDA graph) it grows as N T.
+    longest, in a trace, it grows as N T. Each step of the search reads _SEARCH rows at once: two do for 16,384 sequences.
     """
     lanes = tl.arange(0, _SEARCH)
     sequence = 0

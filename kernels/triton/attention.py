@@ -72,7 +72,7 @@ def _by_distance(table, bidirectional, max_distance):
     return table.t().index_select(1, buckets), buckets, buckets.shape[0] // 2
 
 
-def _tiles(batch: int, length: int, block: int, cu_seqlens) -> int:
+def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
     """How many tiles of `block` rows the programs of one head have: see _attention_tiles.sequence_tile."""
     return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
@@ -210,8 +210,8 @@ def backward(
     if wants_table and not constant:
         num_buckets = triton.next_power_of_2(bias_table.shape[0])
         # A sequence's last slot may have no tile, and then no program that writes.
-        shape = (b, h, tiles // b, num_buckets)
-        table_sums = (torch.empty if cu_seqlens is None else torch.zeros)(shape, dtype=torch.float32, device=query.device)
+        new = torch.empty if cu_seqlens is None else torch.zeros
+        table_sums = new((b, h, tiles // b, num_buckets), dtype=torch.float32, device=query.device)
     _launch(
         grad_query_kernel,
         (h * tiles,),

@@ -1,6 +1,8 @@
 """Are the paths right that only the Triton attention has? Packed heads, split keys, skipped tiles, dropout bits, and how a
 program finds its tile of packed sequences."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -133,7 +135,9 @@ def test_a_slot_s_sequence(kernel, n):
     cu_seqlens = sequences(*torch.randint(0, 14, (n,)).tolist())
     ends = cu_seqlens.tolist()
     total = ends[-1] // 4 + n
-    slots = torch.arange(total) if n < 1000 else torch.cat((torch.randint(0, total, (100,)), torch.tensor([0, total - 1])))
+    slots = torch.arange(total)
+    if n > 1000:
+        slots = slots[[0, *torch.randint(0, total, (100,)).tolist(), total - 1]]
     found = torch.full((len(slots), 4), -1, dtype=torch.int64, device=DEVICE)
     search_kernel[(len(slots),)](cu_seqlens, slots.to(DEVICE), found, n)
     rows = found.tolist()
@@ -142,8 +146,9 @@ def test_a_slot_s_sequence(kernel, n):
         assert slot == start // 4 + sequence + tile
         assert 0 <= tile <= -(-length // 4)
     if n < 1000:
-        tiles = [(n, tile) for n, tile, _, length in rows if 4 * tile < length]
-        assert tiles == [(n, tile) for n, (a, b) in enumerate(zip(ends, ends[1:])) for tile in range(-(-(b - a) // 4))]
+        lengths = [b - a for a, b in itertools.pairwise(ends)]
+        tiles = [(sequence, tile) for sequence, tile, _, length in rows if 4 * tile < length]
+        assert tiles == [(i, tile) for i, length in enumerate(lengths) for tile in range((length + 3) // 4)]
 
 
 def packed(kernel, lengths, seed=None):
