@@ -40,14 +40,15 @@ struct Attention {
 };
 
 // ---- which rows and keys --------------------------------------------------------------------------------------------
-// A block's place: the heads' set, the batch entry or sequence, and its rows [first, first + block rows) of `rows`, which a
-// sequence counts from its own start. Addresses begin at `origin`: the batch entry again, or the rows before the sequence.
+// A block's place: the heads' set, the batch entry or sequence, and its rows [first, first + block rows) of `rows`,
+// which a sequence counts from its own start. Addresses begin at `origin`: the batch entry again, or how many rows
+// stand before the sequence.
 struct Place {
   int batch, set, first, rows, origin;
 };
 
-// Tiles of rows for each set of heads. Sequence n has those from cu_seqlens[n] / block_rows + n up to the next one's: as
-// many as it needs, or one more, which is empty. So the grid depends on no sequence's length, only on their sum.
+// Tiles of rows for each set of heads. Sequence n has those from cu_seqlens[n] / block_rows + n up to the next one's:
+// as many as it needs, or one more, which is empty. So the grid depends on no sequence's length, only on their sum.
 inline int64_t tiles_of(const Attention& a, int block_rows) {
   if (a.cu_seqlens) return (int64_t)a.sq / block_rows + a.b;
   return up((int64_t)a.pack * a.sq, block_rows) * a.b;
@@ -90,7 +91,8 @@ __device__ inline Row row_at(const Attention& a, const Place& place, int row) {
 
 template <class T> __device__ const T* query_row(const Attention& a, const Place& place, int row) {
   const Row r = row_at(a, place, row);
-  return (const T*)a.query + place.origin * a.query_stride[0] + r.head * a.query_stride[1] + r.query * a.query_stride[2];
+  const T* query = (const T*)a.query + place.origin * a.query_stride[0];
+  return query + r.head * a.query_stride[1] + r.query * a.query_stride[2];
 }
 
 // Number of a row in lse.
@@ -105,11 +107,12 @@ struct Keys {
   const unsigned char* mask;  // null: no holes
 };
 
-// Every thread calls it (sequences have no padding to look for); scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the
+// Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the
 // launch that computing it once for all blocks would cost.
 template <bool SEQUENCES>
 __device__ Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
-  if constexpr (SEQUENCES) return {0, a.causal ? min(place.first + block_rows, place.rows) : place.rows, nullptr};
+  // Their mask is null. Where the compiler knows, it hoists so many addresses that the kernel of 128 rows spills.
+  if constexpr (SEQUENCES) return {0, a.causal ? min(place.first + block_rows, place.rows) : place.rows, a.mask};
   const int chunk_first = (int)blockIdx.y * a.chunk;
   int end = min(a.sk - chunk_first, a.chunk) + chunk_first;
   if (a.causal) {

@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-template <int D, int TR, int TN, bool SEQUENCES> void launch_float32(const Launch& launch, const Attention& a, addr stream) {
+template <int D, int TR, int TN, bool SEQUENCES>
+void launch_float32(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
   auto kernel = float32_kernel<D, TR, TN, SEQUENCES>;
   allow_shared(launch, kernel, bytes);

@@ -59,7 +59,7 @@ struct AttentionPointers {
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
                        addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
                        int multiprocessors, int dtype, int device, addr stream);
-// The same of packed sequences: cu_seqlens (B + 1) int32 on the device, from 0 to Sq. The kernels need no longest length.
+// The same of packed sequences: cu_seqlens (B + 1) int32 on the device, from 0 to Sq.
 void attention_packed_forward(addr query, addr key, addr value, addr cu_seqlens, addr table, addr buckets, addr seed,
                               addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
                               int multiprocessors, int dtype, int device, addr stream);

@@ -85,9 +85,7 @@ def forward(
     if cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
         layout = _layout(query, key, value, out, None, bias_table, buckets, sequences=cu_seqlens.shape[0] - 1)
         inputs = tuple(map(pointer, (query, key, value, cu_seqlens, bias_table, buckets, seed)))
-        cuda().attention_packed_forward(
-            *inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place
-        )
+        cuda().attention_packed_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
         return out, lse
     layout = _layout(query, key, value, out, attn_bias, bias_table, buckets)
     inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, bias_table, buckets, seed)))
