@@ -54,8 +54,7 @@ inline int64_t tiles_of(const Attention& a, int block_rows) {
   return up((int64_t)a.pack * a.sq, block_rows) * a.b;
 }
 
-// Every lane calls it and helps to find the sequence: up to 32 take one vote, up to 1024 two. The place may have no row
-// (first >= rows).
+// Every lane calls it and helps to find the sequence: up to 32 take one vote, up to 1024 two. A place may be empty.
 __device__ inline Place place_in_sequences(const Attention& a, int block_rows) {
   const unsigned tiles = (unsigned)(a.sq / block_rows + a.b);
   const int tile = (int)(blockIdx.x % tiles), lane = threadIdx.x % kWarp;
@@ -69,6 +68,9 @@ __device__ inline Place place_in_sequences(const Attention& a, int block_rows) {
   const int origin = a.cu_seqlens[n], next = a.cu_seqlens[n + 1], length = next - origin;
   return {n, (int)(blockIdx.x / tiles), (next / block_rows + n - tile) * block_rows, length, origin};
 }
+
+// Rows behind the last sequence, which there should not be, would begin below 0.
+__device__ inline bool is_empty(const Place& place) { return (unsigned)place.first >= (unsigned)place.rows; }
 
 // Late rows have the most keys under a causal mask: their blocks start first, so that the last wave is of short ones.
 template <bool SEQUENCES> __device__ Place place_of(const Attention& a, int block_rows) {

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const Place place = place_of<SEQUENCES>(a, kRows);
   if constexpr (SEQUENCES)
-    if (place.first >= place.rows) return;  // the whole block
+    if (is_empty(place)) return;  // the whole block
   const Keys keys = keys_of<SEQUENCES>(a, place, kRows, scratch);
   fill_distances<float>(a, place, 1.0f, by_distance);
   const int key_head = place.set * a.pack / a.group;

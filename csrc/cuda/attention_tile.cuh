@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wm = warp / WN, wn = warp % WN;
   const Place place = place_of<SEQUENCES>(a, kRows);
   if constexpr (SEQUENCES)
-    if (place.first >= place.rows) return;  // the whole block
+    if (is_empty(place)) return;  // the whole block
   const int warp_row = wm * MR * 16;
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
