@@ -104,7 +104,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype).eval()
     tokenizer = load_tokenizer(arguments.preset)
     prompt = tokenizer.encode(arguments.prompt)
-    stream = tokenizer.stream()
+    stream, generator = tokenizer.stream(), Generator(model)
     began, first = time.perf_counter(), 0.0
 
     def on_token(_row: int, token: int) -> None:
@@ -116,7 +116,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not arguments.json and len(model.texts) == 1:  # else the tokens are an answer, no continuation
         print(arguments.prompt, end="", flush=True)
     stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
-    (tokens,) = Generator(model).generate(
+    (tokens,) = generator.generate(
         [prompt],
         arguments.max_new_tokens,
         temperature=arguments.temperature,

@@ -113,7 +113,7 @@ def hf_fnet(dtype=torch.float32, seed=0, spread=0.2, **config):
         for name, parameter in model.named_parameters():
             centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype).eval()
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()  # .to() makes complex buffers real
 
 
 def like_hf(hf, dtype=None):

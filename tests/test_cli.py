@@ -101,6 +101,7 @@ def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         (["generate", PRESET, "--prompt", "x", "--device", "tpu"], "tpu"),
         (["generate", PRESET, "--prompt", "x", "--dtype", "int8"], "int8"),
         (["verify", "/nonexistent"], "/nonexistent"),
+        (["generate", "fnet_tiny_en", "--prompt", "x"], "model is a FNetBackbone; it takes a GPT2Backbone"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, said):

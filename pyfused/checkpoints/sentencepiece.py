@@ -30,13 +30,15 @@ class _Piece(NamedTuple):
 
 
 def read_model(
-    tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False
-) -> Any:
+    tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False,
+    split_first: bool = False,
+) -> Any:  # fmt: skip
     """A `tokenizers.Tokenizer` that does what the model file says, and begins and ends each text as the model wants it.
 
     extra_ids: how many sentinels <extra_id_0>, ... follow T5's pieces, the last one first, as transformers adds them.
     lower, strip, quotes: what transformers does to an encoder's text before the model sees it: lower case, no accents,
     plain quotation marks.
+    split_first: at user-defined pieces, before anything else, as transformers does.
     Raises ValueError naming the file for what is damaged or no unigram model as T5's.
     """
     try:
@@ -54,7 +56,9 @@ def read_model(
     if trainer.get(24, 0):
         raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, as T5's")
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
-    special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    # to SentencePiece, user-defined pieces are the best of the pieces: that is what their score of 0 says
+    kinds = (_UNKNOWN, _CONTROL, _USER_DEFINED) if split_first else (_UNKNOWN, _CONTROL)
+    special = [piece.text for piece in pieces if piece.kind in kinds]
     encoder = START in special and SEPARATOR in special
     end, extra_ids = (SEPARATOR, 0) if encoder else ("</s>", extra_ids)
     if unknown is None or end not in special:

@@ -305,7 +305,7 @@ def _rewriting(directory: Path) -> dict[str, bool]:
     for name, value in (("do_lower_case", found["lower"]), ("keep_accents", found["keep"])):
         if not isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}; it takes true or false")
-    return {"lower": found["lower"], "strip": not found["keep"], "quotes": True}
+    return {"lower": found["lower"], "strip": not found["keep"], "quotes": True, "split_first": True}
 
 
 def _model_type(directory: Path) -> Any:

@@ -81,7 +81,7 @@ def test_a_subclass_refuses_another_model(golden, monkeypatch, standin):
 
 
 def test_the_registry(standin):
-    assert model_names(Backbone) == {"gpt2", "t5"}
+    assert model_names(Backbone) == {"gpt2", "albert", "t5", "fnet"}
     assert model_names(standin) == {"gpt2"}
     assert model_name(standin) == "gpt2"
     with pytest.raises(TypeError, match="model is a Linear; it takes a backbone of one of gpt2"):

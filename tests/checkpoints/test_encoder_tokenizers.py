@@ -141,6 +141,9 @@ def test_published_fnet_puts_the_unknown_piece_first(tmp_path):
     assert (ours.encode(""), ours.encode("日")[-2]) == ([4, 5], 0)
     for line in [*TEXTS[:4], "日本語 and light", "a [x] b"]:
         assert ours.encode(line) == [4, *theirs.encode(line), 5]
+    ours.backend.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path)  # the files have </s> too, which ends no text
+    assert (again.end_token_id, again.encode_pair("a", "b")) == (5, ours.encode_pair("a", "b"))
 
 
 def test_refused_by_name(tmp_path, edit):

@@ -1,0 +1,164 @@
+"""How was the bundled preset albert_tiny_en made? Trains it from scratch as ALBERT was, on a CPU (see tiny_en.py).
+
+    python examples/train_albert_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/albert_tiny_en
+
+Two tasks at once (Lan et al. 2019, arXiv:1909.11942, section 3.1): saying which tokens were masked (masked_tokens.py), and
+whether two halves of a window stand in their order, as segments 0 and 1: [CLS] one [SEP] other [SEP]. The heads of both are
+trained here and are no part of the preset; the pooler, through which the second head looks, is.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import masked_tokens as masked
+import torch
+import torch.nn.functional as F
+from tiny_en import adamw, arguments, chapters, split, tokenizer_of, train, write_curve
+from torch import Tensor, nn
+
+import pyfused
+
+HALF = 62  # tokens of either half
+LENGTH = 2 * HALF + 2  # of a window as masked_tokens.py draws it; a second [SEP] follows
+VOCABULARY = 2048  # at most: a short text has fewer pieces
+CONFIG = {
+    "num_layers": 4,
+    "num_heads": 4,
+    "embedding_dim": 64,
+    "hidden_dim": 160,
+    "intermediate_dim": 640,
+    "max_sequence_length": LENGTH + 1,  # no position that was never trained
+    "dropout": 0.0,
+}
+BATCH, PEAK_RATE = 6, 1e-3
+ORDER_WEIGHT = 0.1  # of the second task's loss: it learns from 6 windows a step, the first from 114 tokens
+
+
+def train_tokenizer(documents: list[str]):
+    """masked_tokens.py's, with the normalisation of ALBERT's: neither case nor accents."""
+    from tokenizers import normalizers
+
+    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    steps += [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    normal = normalizers.Sequence(steps)
+    tokenizer = masked.train_tokenizer([normal.normalize_str(document) for document in documents], VOCABULARY)
+    tokenizer.normalizer = normal
+    return tokenizer
+
+
+def order(batch: masked.Batch, generator: torch.Generator) -> tuple[masked.Batch, Tensor]:
+    """(the batch with the halves of some windows swapped and [SEP] between them, which were swapped (B,))."""
+    swapped = torch.rand(len(batch.ids), generator=generator) < 0.5
+    first, second = batch.ids[:, 1:-1].chunk(2, 1)
+    first, second = torch.where(swapped[:, None], second, first), torch.where(swapped[:, None], first, second)
+    start, end = batch.ids[:, :1], batch.ids[:, -1:]
+    ids = torch.cat([start, first, end, second, end], 1)
+    in_second = (batch.places > HALF) ^ swapped[:, None]
+    places = (batch.places - 1) % HALF + 1 + in_second * (HALF + 1)
+    return masked.Batch(ids, places, batch.targets), swapped
+
+
+class Pretraining(nn.Module):
+    """A backbone of either provider with the heads of both tasks."""
+
+    def __init__(self, backbone: nn.Module, vocabulary: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = masked.Head(CONFIG["hidden_dim"], CONFIG["embedding_dim"], vocabulary)
+        self.order = nn.Linear(CONFIG["hidden_dim"], 2)
+        nn.init.normal_(self.order.weight, 0.0, 0.02)
+        nn.init.zeros_(self.order.bias)
+
+    def forward(self, batch: masked.Batch) -> tuple[Tensor, Tensor]:
+        """Logits (B, K, V) of the chosen tokens and (B, 2) of "in order" and "swapped"."""
+        segments = (torch.arange(batch.ids.shape[1]) > HALF + 1).long().expand_as(batch.ids)
+        if isinstance(self.backbone, pyfused.AlbertBackbone):
+            out = self.backbone(token_ids=batch.ids, segment_ids=segments, padding_mask=None)
+            hidden, pooled, embedding = out["sequence_output"], out["pooled_output"], self.backbone.token_embedding
+        else:
+            out = self.backbone(batch.ids, token_type_ids=segments)
+            hidden, pooled, embedding = out[0], out[1], self.backbone.get_input_embeddings()
+        return self.head(batch.chosen(hidden), embedding.weight), self.order(pooled)
+
+
+@torch.no_grad()
+def initialise(backbone: nn.Module) -> None:
+    """What makes few steps enough: matrices of the spread that keeps a vector's size, since 0.02 is that of widths of 2,500,
+    and sines for positions, by which "the token before" is one linear map in every place."""
+    for name, parameter in backbone.named_parameters():
+        if name == "position_embedding.weight":
+            length, width = parameter.shape
+            rates = 10000.0 ** (-torch.arange(0, width, 2) / width)
+            angles = torch.arange(length)[:, None] * rates
+            parameter.copy_(0.03 * torch.cat([angles.sin(), angles.cos()], 1))
+        elif parameter.dim() == 2 and "embedding" not in name:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+
+
+def make_model(provider: str, vocabulary: int) -> Pretraining:
+    """Both providers start from the same weights."""
+    torch.manual_seed(0)
+    backbone: nn.Module = pyfused.AlbertBackbone(vocabulary_size=vocabulary, **CONFIG)
+    initialise(backbone)
+    model = Pretraining(backbone, vocabulary)
+    if provider == "torch":
+        from transformers import AlbertModel
+
+        from pyfused.checkpoints import save_hf
+
+        with tempfile.TemporaryDirectory() as directory:
+            save_hf(backbone, directory)
+            model.backbone = AlbertModel.from_pretrained(directory)
+    return model
+
+
+def save(model: pyfused.AlbertBackbone, tokenizer, directory: Path) -> None:
+    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
+    from pyfused.checkpoints import save_hf
+
+    save_hf(model.half(), directory)
+    path = directory / "config.json"
+    ids = {"pad_token_id": masked.PAD, "bos_token_id": masked.CLS, "eos_token_id": masked.SEP}
+    config = json.loads(path.read_text()) | {"dtype": "float32", **ids}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def main() -> None:
+    given = arguments(__doc__.split("\n")[0], "albert_tiny_en", 4000)
+    documents = chapters(given.text)
+    training, held_out = split(documents)
+    tokenizer = tokenizer_of(given.tokenizer, lambda: train_tokenizer(training))
+    train_tokens, held_tokens = masked.encode(tokenizer, training), masked.encode(tokenizer, held_out)
+    print(f"{len(documents)} chapters, {len(train_tokens)} training tokens, {len(held_tokens)} held out", flush=True)
+    vocabulary = tokenizer.get_vocab_size()
+    model = make_model(given.provider, vocabulary)
+
+    def loss_of(tokens):
+        def loss(generator):
+            batch, swapped = order(masked.draw(tokens, vocabulary, BATCH, LENGTH, generator), generator)
+            logits, orders = model(batch)
+            return masked.loss_of(logits, batch) + ORDER_WEIGHT * F.cross_entropy(orders, swapped.long())
+
+        return loss
+
+    optimiser = adamw(model, PEAK_RATE)
+    curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
+    write_curve(given.curve, curve)
+    generator, orders = torch.Generator().manual_seed(4), []
+
+    def logits_of(batch):
+        batch, swapped = order(batch, generator)
+        logits, found = model(batch)
+        orders.append((found.argmax(-1) == swapped).double().mean().item())
+        return logits
+
+    print(masked.evaluate(logits_of, held_tokens, train_tokens, vocabulary, BATCH, LENGTH))
+    print(f"held out: order of two halves, accuracy {sum(orders) / len(orders):.1%}")
+    if given.save:
+        save(model.backbone, tokenizer, given.save)
+
+
+if __name__ == "__main__":
+    main()
