@@ -27,6 +27,7 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(gated_ffn_scaled);
   KERNEL(gated_ffn_unscale);
   KERNEL(attention_forward);
+  KERNEL(attention_packed_forward);
   KERNEL(attention_decode_forward);
   KERNEL(attention_combine);
 }

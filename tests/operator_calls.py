@@ -133,6 +133,28 @@ attention(1, 4, 4, 1, 90, 64, relative=True)
 attention(1, 2, 2, 40, 40, 64, dropout=True)
 
 
+def packed_attention(h, hkv, lengths, d, **options):
+    tag = "".join(f" {name}" for name in options)
+
+    @calls(f"attention {h}/{hkv}x{'+'.join(map(str, lengths))}x{d}{tag}")
+    def _(new):
+        query, key, value = (new(1, sum(lengths), heads, d).transpose(1, 2) for heads in (h, hkv, hkv))
+        given = {"cu_seqlens": torch.tensor([0, *lengths], device=query.device).cumsum(0), "max_seqlen": max(lengths)}
+        given["is_causal"] = "causal" in options
+        if options.get("relative"):
+            given["relative_bias"] = pyfused.RelativeBias(new(32, h), True, 20)
+        if options.get("dropout"):
+            given["dropout_p"] = 0.2
+        return lambda: (pyfused.attention(query, key, value, **given),)
+
+
+packed_attention(2, 1, (70, 0, 1, 129, 40), 64, causal=True)
+packed_attention(2, 2, (3, 0, 1, 9) * 9, 37, causal=True)
+packed_attention(2, 2, (70, 33), 64, relative=True)
+packed_attention(2, 1, (65, 2), 80)
+packed_attention(1, 1, (40, 3, 20), 128, relative=True, dropout=True)
+
+
 @calls("relative_bias")
 def _(new):
     table = new(32, 4).requires_grad_()

@@ -22,6 +22,8 @@ struct Attention {
   const int64_t* seed;
   void* out;   // (B, H, Sq, D) of the inputs' dtype; where keys are split, float32 with a part for each chunk in front
   float* lse;  // (B, H, Sq), with the chunks in front where keys are split; may be null
+  // Sequences one behind the other: (B + 1,), where each begins among the sq = sk rows of all; null for a batch.
+  const int* cu_seqlens;
   int b, h, group, sq, sk, d;
   int pack, chunk;  // chunk: keys of a block in the grid's second dimension
   // T5's bias: table[buckets[distance + span], head], distance = key - query position, clamped to [-span, span].
@@ -30,23 +32,53 @@ struct Attention {
   int64_t table_stride[2];
   int span;
   bool table_float32;
-  int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[4], chunk_stride;
+  // The first of three strides leads from one origin (Place) to the next.
+  int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3], bias_stride[4], chunk_stride, lse_stride;
   bool causal, aligned, bias_pairs;
   float scale, keep_scale;
   uint32_t threshold;
 };
 
 // ---- which rows and keys --------------------------------------------------------------------------------------------
-// A block's place: the heads' set, the batch entry, and its rows [first, first + block rows) of `rows`.
+// A block's place: the heads' set, the batch entry or sequence, and its rows [first, first + block rows) of `rows`,
+// which a sequence counts from its own start. Addresses begin at `origin`: the batch entry again, or how many rows
+// stand before the sequence.
 struct Place {
-  int batch, set, first, rows;
+  int batch, set, first, rows, origin;
 };
 
+// Tiles of rows for each set of heads. Sequence n has those from cu_seqlens[n] / block_rows + n up to the next one's:
+// as many as it needs, or one more, which is empty. So the grid depends on no sequence's length, only on their sum.
+inline int64_t tiles_of(const Attention& a, int block_rows) {
+  if (a.cu_seqlens) return (int64_t)a.sq / block_rows + a.b;
+  return up((int64_t)a.pack * a.sq, block_rows) * a.b;
+}
+
+// Every lane calls it and helps to find the sequence: up to 32 take one vote, up to 1024 two. A place may be empty.
+__device__ inline Place place_in_sequences(const Attention& a, int block_rows) {
+  const unsigned tiles = (unsigned)(a.sq / block_rows + a.b);
+  const int tile = (int)(blockIdx.x % tiles), lane = threadIdx.x % kWarp;
+  int n = 0;  // the last sequence whose tiles begin at or before this one lies in [n, end)
+  for (int end = a.b; end - n > 1;) {
+    const int step = (end - n + kWarp - 1) / kWarp, at = n + lane * step;
+    const bool before = at < end && a.cu_seqlens[at] / block_rows + at <= tile;
+    const int count = __popc(__ballot_sync(kAllLanes, before));
+    end = min(end, n + count * step), n += (count - 1) * step;
+  }
+  const int origin = a.cu_seqlens[n], next = a.cu_seqlens[n + 1], length = next - origin;
+  return {n, (int)(blockIdx.x / tiles), (next / block_rows + n - tile) * block_rows, length, origin};
+}
+
+// Rows behind the last sequence, which there should not be, would begin below 0.
+__device__ inline bool is_empty(const Place& place) { return (unsigned)place.first >= (unsigned)place.rows; }
+
 // Late rows have the most keys under a causal mask: their blocks start first, so that the last wave is of short ones.
-__device__ inline Place place_of(const Attention& a, int block_rows) {
+template <bool SEQUENCES> __device__ Place place_of(const Attention& a, int block_rows) {
+  if constexpr (SEQUENCES) return place_in_sequences(a, block_rows);
   const unsigned rows = (unsigned)(a.pack * a.sq), tiles = (rows + block_rows - 1) / block_rows, sets = a.h / a.pack;
   const unsigned above = blockIdx.x / tiles, tile = tiles - 1 - blockIdx.x % tiles;
-  return {(int)(above / sets), (int)(above % sets), (int)(tile * block_rows), (int)rows};
+  const int batch = (int)(above / sets);
+  return {batch, (int)(above % sets), (int)(tile * block_rows), (int)rows, batch};
 }
 
 // The query of a row, and its head; rows past the last are copies of it that nobody writes.
@@ -61,12 +93,13 @@ __device__ inline Row row_at(const Attention& a, const Place& place, int row) {
 
 template <class T> __device__ const T* query_row(const Attention& a, const Place& place, int row) {
   const Row r = row_at(a, place, row);
-  return (const T*)a.query + place.batch * a.query_stride[0] + r.head * a.query_stride[1] + r.query * a.query_stride[2];
+  const T* query = (const T*)a.query + place.origin * a.query_stride[0];
+  return query + r.head * a.query_stride[1] + r.query * a.query_stride[2];
 }
 
-// Number of a row among those of all heads and batch entries, the dropout generator's and lse's order.
+// Number of a row in lse.
 __device__ inline int64_t flat_row(const Attention& a, const Place& place, const Row& row) {
-  return ((int64_t)place.batch * a.h + row.head) * a.sq + row.query;
+  return place.origin * a.lse_stride + (int64_t)row.head * a.sq + row.query;
 }
 
 // The keys [first, end) that any of a block's rows sees, and whether padding has holes there, `mask` being the row of
@@ -78,7 +111,10 @@ struct Keys {
 
 // Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the
 // launch that computing it once for all blocks would cost.
-__device__ inline Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
+template <bool SEQUENCES>
+__device__ Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
+  // Their mask is null. Where the compiler knows, it hoists so many addresses that the kernel of 128 rows spills.
+  if constexpr (SEQUENCES) return {0, a.causal ? min(place.first + block_rows, place.rows) : place.rows, a.mask};
   const int chunk_first = (int)blockIdx.y * a.chunk;
   int end = min(a.sk - chunk_first, a.chunk) + chunk_first;
   if (a.causal) {
@@ -173,7 +209,7 @@ inline Attention arguments(const AttentionPointers& p, bool is_causal, double sc
   Attention a{};
   a.query = (const void*)p.query, a.key = (const void*)p.key, a.value = (const void*)p.value;
   a.bias = (const void*)p.bias, a.mask = (const unsigned char*)p.mask, a.seed = (const int64_t*)p.seed;
-  a.out = (void*)p.out, a.lse = (float*)p.lse;
+  a.out = (void*)p.out, a.lse = (float*)p.lse, a.cu_seqlens = (const int*)p.cu_seqlens;
   a.b = (int)n[0], a.h = (int)n[1], a.group = (int)(n[1] / n[2]);
   a.sq = (int)n[3], a.sk = (int)n[4], a.d = (int)n[5];
   a.pack = packed ? a.group : 1, a.chunk = (int)chunk;
@@ -185,6 +221,7 @@ inline Attention arguments(const AttentionPointers& p, bool is_causal, double sc
     if (query_sizes[i] > 1) a.aligned = a.aligned && n[6 + i] % v == 0;
     if (key_sizes[i] > 1) a.aligned = a.aligned && n[9 + i] % v == 0 && n[12 + i] % v == 0;
   }
+  a.lse_stride = p.cu_seqlens ? 1 : n[1] * n[3];
   for (int i = 0; i < 4; ++i) a.bias_stride[i] = n[18 + i];
   a.chunk_stride = n[22];
   a.table = (const void*)p.table, a.buckets = (const int*)p.buckets;
@@ -202,6 +239,9 @@ inline Attention arguments(const AttentionPointers& p, bool is_causal, double sc
   }
   return a;
 }
+
+// Rows of a set of heads that a batch entry or sequence has, on average.
+inline int64_t mean_rows(const Attention& a) { return a.cu_seqlens ? up(a.sq, a.b) : (int64_t)a.pack * a.sq; }
 
 }  // namespace
 }  // namespace pyfused::cuda

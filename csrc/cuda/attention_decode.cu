@@ -47,7 +47,7 @@ void launch_decode(const Launch& launch, const Attention& a, addr stream) {
   constexpr int kTile = WN * 16, kTiles = tile_bytes<1, 1, kTile, STAGES, D>(), kMerge = merge_bytes<WN, D>();
   const int tiles = kTiles + distances(a) * (int)sizeof(float);
   const size_t bytes = tiles > kMerge ? tiles : kMerge;
-  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny>;
+  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny, false>;
   allow_shared(launch, kernel, bytes);
   const dim3 grid((unsigned)((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, WN * kWarp, bytes, stream, a);

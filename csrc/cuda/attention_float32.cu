@@ -45,7 +45,7 @@ __device__ inline float side_sum(float v) {
   return v;
 }
 
-template <int D, int TR, int TN>
+template <int D, int TR, int TN, bool SEQUENCES>
 __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Attention a) {
   constexpr int kRows = TR * kSide, kKeys = TN * kSide, kPitch = D + kPad, kScores = kKeys + kPad, C = D / 64;
   PYFUSED_SHARED_BYTES(shared);
@@ -55,12 +55,14 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   float* by_distance = scores + kRows * kScores;
 
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const Place place = place_of(a, kRows);
-  const Keys keys = keys_of(a, place, kRows, scratch);
+  const Place place = place_of<SEQUENCES>(a, kRows);
+  if constexpr (SEQUENCES)
+    if (is_empty(place)) return;  // the whole block
+  const Keys keys = keys_of<SEQUENCES>(a, place, kRows, scratch);
   fill_distances<float>(a, place, 1.0f, by_distance);
   const int key_head = place.set * a.pack / a.group;
-  const float* key = (const float*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
-  const float* value = (const float*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
+  const float* key = (const float*)a.key + place.origin * a.key_stride[0] + key_head * a.key_stride[1];
+  const float* value = (const float*)a.value + place.origin * a.value_stride[0] + key_head * a.value_stride[1];
   const int begin = keys.first / 16 * 16;
 
   for (int i = threadIdx.x; i < kRows * (D / 4); i += kThreads) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
           const int at = start + tx + n * kSide;
           const bool seen = live[n] && at <= last[r];
           s[r][n] *= a.scale;
-          if (a.bias && seen) s[r][n] += bias[at * a.bias_stride[3]];
+          if (!SEQUENCES && a.bias && seen) s[r][n] += bias[at * a.bias_stride[3]];
           if (a.table) {
             const int distance = at - (row[r].query + a.sk - a.sq);
             s[r][n] += relative[min(max(distance, -a.span), a.span)];
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   for (int r = 0; r < TR; ++r) {
     const float sum = side_sum(row_sum[r]), factor = a.keep_scale / (sum == 0.0f ? 1.0f : sum);
     if (place.first + ty * TR + r >= place.rows) continue;
-    float* out = (float*)a.out + blockIdx.y * a.chunk_stride + place.batch * a.out_stride[0] +
+    float* out = (float*)a.out + blockIdx.y * a.chunk_stride + place.origin * a.out_stride[0] +
                  row[r].head * a.out_stride[1] + row[r].query * a.out_stride[2];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -216,13 +218,22 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-template <int D, int TR, int TN> void launch_float32(const Launch& launch, const Attention& a, addr stream) {
+template <int D, int TR, int TN, bool SEQUENCES>
+void launch_float32(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
-  auto kernel = float32_kernel<D, TR, TN>;
+  auto kernel = float32_kernel<D, TR, TN, SEQUENCES>;
   allow_shared(launch, kernel, bytes);
-  const int64_t tiles = up((int64_t)a.pack * a.sq, TR * kSide);
-  const dim3 grid((unsigned)(tiles * a.b * (a.h / a.pack)), (unsigned)up(a.sk, a.chunk));
+  const dim3 grid((unsigned)(tiles_of(a, TR * kSide) * (a.h / a.pack)), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, kThreads, bytes, stream, a);
+}
+
+template <bool SEQUENCES> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
+  const bool few = mean_rows(a) <= kSide;
+  if (a.d <= 64 && few) launch_float32<64, 1, 4, SEQUENCES>(launch, a, stream);
+  else if (a.d <= 64) launch_float32<64, 4, 4, SEQUENCES>(launch, a, stream);
+  else if (a.d <= 128 && few) launch_float32<128, 1, 2, SEQUENCES>(launch, a, stream);
+  else if (a.d <= 128) launch_float32<128, 4, 2, SEQUENCES>(launch, a, stream);
+  else launch_float32<256, 1, 2, SEQUENCES>(launch, a, stream);
 }
 
 }  // namespace
@@ -230,12 +241,8 @@ template <int D, int TR, int TN> void launch_float32(const Launch& launch, const
 void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
                        bool packed, int64_t chunk, addr stream) {
   const Attention a = arguments(p, is_causal, scale, dropout_p, packed, chunk, 4);
-  const bool few = (int64_t)a.pack * a.sq <= kSide;
-  if (a.d <= 64 && few) launch_float32<64, 1, 4>(launch, a, stream);
-  else if (a.d <= 64) launch_float32<64, 4, 4>(launch, a, stream);
-  else if (a.d <= 128 && few) launch_float32<128, 1, 2>(launch, a, stream);
-  else if (a.d <= 128) launch_float32<128, 4, 2>(launch, a, stream);
-  else launch_float32<256, 1, 2>(launch, a, stream);
+  if (a.cu_seqlens) by_head_size<true>(launch, a, stream);
+  else by_head_size<false>(launch, a, stream);
 }
 
 }  // namespace pyfused::cuda

@@ -39,7 +39,7 @@ __device__ void write_tile(const Attention& a, const Place& place, T* tile, int 
     if (place.first + row >= place.rows || at >= a.d) continue;
     const Row r = row_at(a, place, place.first + row);
     const Pack<T, 8> v = load<8>(tile + swizzled<D>(row, at / 8));
-    T* to = (T*)a.out + place.batch * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
+    T* to = (T*)a.out + place.origin * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
     if (a.aligned) {
       store<8>(to, v);
     } else {
@@ -88,7 +88,7 @@ __device__ void merge_warps(const Attention& a, const Place& place, float* share
     }
     out *= a.keep_scale / (total == 0.0f ? 1.0f : total);
     const Row r = row_at(a, place, row);
-    const int64_t to = place.batch * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
+    const int64_t to = place.origin * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
     if (a.chunk_stride) ((float*)a.out)[blockIdx.y * a.chunk_stride + to] = out;
     else ((T*)a.out)[to] = narrow<T>(out);
     if (a.lse && at == 0)

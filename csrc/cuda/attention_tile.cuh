@@ -107,11 +107,13 @@ __device__ inline void add_distances(float (&s)[NT][4], int half, const float* b
 
 // What a kernel adds to the scores: nothing, with a positive scale, so that the maximum may be taken before scaling and
 // scaling becomes half of a multiply-add; T5's bias; or any of it, a dense bias, dropout and any scale too.
+// SEQUENCES: packed ones. A block's place is then no longer uniform in the compiler's eyes, which costs registers that
+// every other launch would pay for.
 enum class Extras { kNone, kRelative, kAny };
 
-template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS>
+template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS, bool SEQUENCES>
 __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
-  constexpr bool kNone = EXTRAS == Extras::kNone, kAny = EXTRAS == Extras::kAny;
+  constexpr bool kNone = EXTRAS == Extras::kNone, kAny = EXTRAS == Extras::kAny, kDense = kAny && !SEQUENCES;
   constexpr int kThreads = WM * WN * kWarp, kRows = WM * MR * 16, kOwn = BN / WN, NT = kOwn / 8, K = D / 16;
   constexpr bool kHoldQuery = MR * D <= (kNone ? 128 : 64);  // in registers; else from shared memory for each tile
   PYFUSED_SHARED_BYTES(shared);
@@ -120,7 +122,9 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   T *query_tile = (T*)shared, *key_tiles = query_tile + kRows * D, *value_tiles = key_tiles + STAGES * BN * D;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wm = warp / WN, wn = warp % WN;
-  const Place place = place_of(a, kRows);
+  const Place place = place_of<SEQUENCES>(a, kRows);
+  if constexpr (SEQUENCES)
+    if (is_empty(place)) return;  // the whole block
   const int warp_row = wm * MR * 16;
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
@@ -129,11 +133,11 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   }
   cp_async_commit();
   if constexpr (!kNone) fill_distances<T>(a, place, kLog2e, by_distance);
-  const Keys keys = keys_of(a, place, kRows, scratch);
+  const Keys keys = keys_of<SEQUENCES>(a, place, kRows, scratch);
   const int begin = keys.first / 16 * 16, tiles = keys.end > begin ? (keys.end - begin + BN - 1) / BN : 0;
   const int key_head = place.set * a.pack / a.group;
-  const T* key = (const T*)a.key + place.batch * a.key_stride[0] + key_head * a.key_stride[1];
-  const T* value = (const T*)a.value + place.batch * a.value_stride[0] + key_head * a.value_stride[1];
+  const T* key = (const T*)a.key + place.origin * a.key_stride[0] + key_head * a.key_stride[1];
+  const T* value = (const T*)a.value + place.origin * a.value_stride[0] + key_head * a.value_stride[1];
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < tiles)
@@ -208,8 +212,8 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
     const T* key_tile = key_tiles + tile % STAGES * BN * D;
     const T* value_tile = value_tiles + tile % STAGES * BN * D;
 
-    Pack<T, 2> added[kAny ? MR : 1][2][NT];
-    if constexpr (kAny)
+    Pack<T, 2> added[kDense ? MR : 1][2][NT];
+    if constexpr (kDense)
       if (a.bias)
 #pragma unroll
         for (int m = 0; m < MR; ++m)
@@ -250,7 +254,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             s[m][n][i] *= scale;
-            if constexpr (kAny)
+            if constexpr (kDense)
               if (a.bias) s[m][n][i] += widen(added[m][i / 2][n].at[i % 2]) * kLog2e;
           }
         if (!kAny || a.table) {

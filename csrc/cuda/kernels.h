@@ -50,13 +50,19 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
 // key, value and out (batch, head, sequence), the four of bias, out's from one chunk of keys to the next, and of
 // T5's bias the table's strides (bucket, head), span (buckets: int32, of the distances -span .. span), and 1 if the
 // table is float32.
+// With cu_seqlens, of packed sequences, B is how many there are, Sq and Sk are the rows of all, and a batch stride is
+// the one from row to row; lse is (H, Sq) then.
 struct AttentionPointers {
-  addr query, key, value, mask, bias, table, buckets, seed, out, lse, layout;
+  addr query, key, value, mask, bias, table, buckets, seed, out, lse, layout, cu_seqlens = 0;
 };
 // A tile of queries looks at all keys; float16 and bfloat16 on the tensor cores, float32 on the ordinary ones.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
                        addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
                        int multiprocessors, int dtype, int device, addr stream);
+// The same of packed sequences: cu_seqlens (B + 1) int32 on the device, from 0 to Sq.
+void attention_packed_forward(addr query, addr key, addr value, addr cu_seqlens, addr table, addr buckets, addr seed,
+                              addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
+                              int multiprocessors, int dtype, int device, addr stream);
 // At most 16 rows (queries of the heads that share a key head) look at `chunk` keys each; with more than one chunk, out
 // and lse are float32 parts (chunks, ...), which attention_combine adds up.
 void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,

@@ -1,4 +1,5 @@
-"""attention on CUDA, the forward: launches csrc/cuda/attention.cu (many queries) and attention_decode.cu (few)."""
+"""attention on CUDA, the forward: launches csrc/cuda/attention.cu (many queries), attention_decode.cu (few) and
+attention_packed.cu (packed sequences)."""
 
 from array import array
 
@@ -20,11 +21,11 @@ def unsupported_forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
     bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
-    if cu_seqlens is not None:
-        return "packed sequences"
     # Rows and keys are counted in 32 bits, with a tile to spare.
     if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
+    if cu_seqlens is not None and _most_blocks(query, cu_seqlens) > 2**31 - 1:
+        return "more than 2^31 tiles of queries"
     # The span is at most max_distance, which costs nothing to look at.
     far = bias_table is not None and max_distance > _MAX_SPAN
     if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
@@ -47,12 +48,18 @@ def _buckets(table, bidirectional, max_distance):
     return distance_buckets(bidirectional, table.shape[0], max_distance, table.device)
 
 
-def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0):
+def _most_blocks(query, cu_seqlens):
+    """Of packed sequences, with the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
+    return query.shape[1] * (query.shape[2] // _ROWS + cu_seqlens.shape[0] - 1)
+
+
+def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0, sequences=0):
     """Sizes and strides, in the order of csrc/cuda/attention.cuh; the array must live until the launch has returned."""
     b, h, sq, d = query.shape
-    sizes = [b, h, key.shape[1], sq, key.shape[2], d]
+    sizes = [sequences or b, h, key.shape[1], sq, key.shape[2], d]
     for t in (query, key, value, out):
-        sizes += t.stride()[-4:-1]
+        batch, head, row = t.stride()[-4:-1]
+        sizes += (row if sequences else batch, head, row)
     sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
     relative = (0, 0, 0, 0)
     if table is not None:
@@ -72,11 +79,16 @@ def forward(
         return out, lse
     dtype, place = DTYPE_CODES[query.dtype], where(query.device)
     buckets = None if bias_table is None else _buckets(bias_table, bidirectional, max_distance)
-    inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, bias_table, buckets, seed)))
+    processors = multiprocessors(query.device)
     options = (is_causal, scale, dropout_p)
     outputs = (pointer(out), pointer(lse))
+    if cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
+        layout = _layout(query, key, value, out, None, bias_table, buckets, sequences=cu_seqlens.shape[0] - 1)
+        inputs = tuple(map(pointer, (query, key, value, cu_seqlens, bias_table, buckets, seed)))
+        cuda().attention_packed_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
+        return out, lse
     layout = _layout(query, key, value, out, attn_bias, bias_table, buckets)
-    processors = multiprocessors(query.device)
+    inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, bias_table, buckets, seed)))
     if h // hkv * sq > _ROWS:
         cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
         return out, lse

@@ -14,6 +14,7 @@ from ._attention_tiles import (
     load_tile,
     near_tiles,
     relative_tile,
+    sequence_tile,
 )
 
 
@@ -110,7 +111,7 @@ def _step(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "chunk"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences", "chunk"])
 def forward_kernel(
     query_ptr,
     key_ptr,
@@ -121,6 +122,7 @@ def forward_kernel(
     bias_ptr,
     distance_ptr,
     seed_ptr,
+    cu_seqlens_ptr,
     scale,
     keep_scale,
     threshold,
@@ -146,6 +148,7 @@ def forward_kernel(
     heads,
     query_length,
     key_length,
+    sequences,
     chunk,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -156,19 +159,31 @@ def forward_kernel(
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads, chunks of keys).
+    """Grid (query tiles * B * heads, chunks of keys). With cu_seqlens it is ((T // BLOCK_M + sequences) * heads, 1), where T
+    comes as query_length and key_length; lse is (1, heads, T). A program there moves the pointers to the first row of its
+    sequence, and is then one of a batch of that length.
 
-    PACKED: the rows of a tile are the queries of a whole group of heads that share a key head, so that keys are read
-    once for all of them. Chunk c writes its own normalised output and log-sum-exp at c * stride_oc and c * stride_lc.
+    PACKED (heads, never together with cu_seqlens): the rows of a tile are the queries of a whole group of heads that
+    share a key head, so that keys are read once for all of them. Chunk c writes its own normalised output and
+    log-sum-exp at c * stride_oc and c * stride_lc.
     """
     PACK: tl.constexpr = GROUP if PACKED else 1
     tiles = tl.cdiv(query_length * PACK, BLOCK_M)
     program = tl.program_id(0)
     # Late query tiles have the most keys under a causal mask: they start first, so that the last wave is of short ones.
-    tile = tiles - 1 - program % tiles
-    head_sets = heads // PACK
-    batch = program // tiles // head_sets
-    head_set = program // tiles % head_sets
+    if cu_seqlens_ptr is not None:
+        total = query_length
+        slots = total // BLOCK_M + sequences
+        head_set = program // slots
+        batch, tile, row, query_length = sequence_tile(cu_seqlens_ptr, sequences, slots - 1 - program % slots, BLOCK_M)
+        if tile * BLOCK_M >= query_length:
+            return
+        key_length = query_length
+    else:
+        tile = tiles - 1 - program % tiles
+        head_sets = heads // PACK
+        batch = program // tiles // head_sets
+        head_set = program // tiles % head_sets
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if PACKED:
         live = rows < query_length * GROUP
@@ -186,6 +201,12 @@ def forward_kernel(
         last_query = first_query + BLOCK_M - 1
     dims = tl.arange(0, BLOCK_D)
     batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        query_ptr += row * stride_qs
+        key_ptr += row * stride_ks
+        value_ptr += row * stride_vs
+        out_ptr += row * stride_os
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
 
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
@@ -265,7 +286,10 @@ def forward_kernel(
         if not NATURAL:
             row_max = row_max * LN2
         lse = tl.where(dead, float("inf"), row_max + tl.log(row_sum))
-        lse_rows = lse_ptr + part.to(tl.int64) * stride_lc + flat_heads.to(tl.int64) * query_length + queries
+        if cu_seqlens_ptr is not None:
+            lse_rows = lse_ptr + row + head64 * total + queries
+        else:
+            lse_rows = lse_ptr + part.to(tl.int64) * stride_lc + flat_heads.to(tl.int64) * query_length + queries
         tl.store(lse_rows, lse, mask=live)
 
 

@@ -15,6 +15,7 @@ from ._attention_tiles import (
     load_tile,
     near_tiles,
     relative_tile,
+    sequence_tile,
 )
 
 
@@ -112,7 +113,7 @@ def _key_step(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -125,6 +126,7 @@ def grad_key_value_kernel(
     bias_ptr,
     distance_ptr,
     seed_ptr,
+    cu_seqlens_ptr,
     grad_key_ptr,
     grad_value_ptr,
     grad_scale,
@@ -154,6 +156,7 @@ def grad_key_value_kernel(
     key_heads,
     query_length,
     key_length,
+    sequences,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -161,14 +164,38 @@ def grad_key_value_kernel(
     GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (key tiles * B * key heads); a program adds up the query heads of its group. stride_d*: both gradients."""
+    """Grid (key tiles * B * key heads); a program adds up the query heads of its group. stride_d*: both gradients.
+    With cu_seqlens the grid is ((T // BLOCK_N + sequences) * key heads), and the rest as in forward_kernel."""
     tiles = tl.cdiv(key_length, BLOCK_N)
     program = tl.program_id(0)
-    first_key = program % tiles * BLOCK_N
-    batch, key_head = program // tiles // key_heads, program // tiles % key_heads
+    total = query_length
+    if cu_seqlens_ptr is not None:
+        slots = total // BLOCK_N + sequences
+        key_head = program // slots
+        batch, tile, row, key_length = sequence_tile(cu_seqlens_ptr, sequences, program % slots, BLOCK_N)
+        first_key = tile * BLOCK_N
+        if first_key >= key_length:
+            return
+        query_length = key_length
+    else:
+        first_key = program % tiles * BLOCK_N
+        batch, key_head = program // tiles // key_heads, program // tiles % key_heads
     keys = first_key + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     batch64, key_head64, keys64 = batch.to(tl.int64), key_head.to(tl.int64), keys.to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        query_ptr += row * stride_qs
+        key_ptr += row * stride_ks
+        value_ptr += row * stride_vs
+        grad_out_ptr += row * stride_gs
+        grad_key_ptr += row * stride_ds
+        grad_value_ptr += row * stride_ds
+        lse_ptr += row
+        delta_ptr += row
+        if correction_ptr is not None:
+            correction_ptr += row
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
+        grad_scale = tl.where(key_length == 1, 0.0, grad_scale)  # as in the other kernel
     visible = keys < key_length
     if mask_ptr is not None:
         visible = visible & (tl.load(mask_ptr + batch64 * key_length + keys, mask=visible, other=0) != 0)
@@ -215,11 +242,14 @@ def grad_key_value_kernel(
         query_base = query_ptr + batch64 * stride_qb + head64 * stride_qh
         grad_base = grad_out_ptr + batch64 * stride_gb + head64 * stride_gh
         flat_head = batch * (key_heads * GROUP) + head
-        lse_base = lse_ptr + flat_head.to(tl.int64) * query_length
-        delta_base = delta_ptr + flat_head.to(tl.int64) * query_length
+        row_head = flat_head
+        if cu_seqlens_ptr is not None:
+            row_head = head
+        lse_base = lse_ptr + row_head.to(tl.int64) * total
+        delta_base = delta_ptr + row_head.to(tl.int64) * total
         correction_base = correction_ptr
         if correction_ptr is not None:
-            correction_base = correction_ptr + flat_head.to(tl.int64) * query_length
+            correction_base = correction_ptr + row_head.to(tl.int64) * total
         bias_columns = bias_ptr
         if bias_ptr is not None:
             bias_columns = bias_ptr + batch64 * stride_bb + head64 * stride_bh + keys64 * stride_bk

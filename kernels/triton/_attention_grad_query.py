@@ -18,6 +18,7 @@ from ._attention_tiles import (
     load_tile,
     near_tiles,
     relative_tile,
+    sequence_tile,
     sum_by_bucket,
 )
 
@@ -118,7 +119,7 @@ def _query_step(
     return tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee"), row_sum, table_sum
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length"])
+@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -131,6 +132,7 @@ def grad_query_kernel(
     distance_ptr,
     buckets_ptr,
     seed_ptr,
+    cu_seqlens_ptr,
     grad_query_ptr,
     delta_ptr,
     correction_ptr,
@@ -163,6 +165,7 @@ def grad_query_kernel(
     heads,
     query_length,
     key_length,
+    sequences,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,22 +174,44 @@ def grad_query_kernel(
     BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads). Also stores what the other kernel reads, and the gradients of the biases: that of
-    T5's table as sums by bucket, one (BUCKETS,) row for each program; distances beyond span share the last bucket of
-    their side, and their sums are kept apart, by row, until the end.
+    """Grid (query tiles * B * heads), with cu_seqlens as forward_kernel's. Also stores what the other kernel reads, and
+    the gradients of the biases: that of T5's table as sums by bucket, one (BUCKETS,) row for each program that has a
+    tile; distances beyond span share the last bucket of their side, and their sums are kept apart, by row, until the end.
 
     grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
     probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.
     """
     tiles = tl.cdiv(query_length, BLOCK_M)
     program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles  # the longest rows of a causal mask first
-    batch, head = program // tiles // heads, program // tiles % heads
+    # The longest rows of a causal mask first.
+    if cu_seqlens_ptr is not None:
+        total = query_length
+        tiles = total // BLOCK_M + sequences
+        slot = tiles - 1 - program % tiles
+        head = program // tiles
+        batch, tile, row, query_length = sequence_tile(cu_seqlens_ptr, sequences, slot, BLOCK_M)
+        if tile * BLOCK_M >= query_length:
+            return
+        key_length = query_length
+    else:
+        tile = tiles - 1 - program % tiles
+        batch, head = program // tiles // heads, program // tiles % heads
+        slot = tile
     first_query = tile * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
     live = queries < query_length
     dims = tl.arange(0, BLOCK_D)
     batch64, head64, queries64 = batch.to(tl.int64), head.to(tl.int64), queries.to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        query_ptr += row * stride_qs
+        key_ptr += row * stride_ks
+        value_ptr += row * stride_vs
+        grad_out_ptr += row * stride_gs
+        out_ptr += row * stride_os
+        grad_query_ptr += row * stride_os
+        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
+        # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
+        grad_scale = tl.where(query_length == 1, 0.0, grad_scale)
 
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
@@ -195,7 +220,10 @@ def grad_query_kernel(
     out_offset = batch64 * stride_ob + head64 * stride_oh + queries64 * stride_os
     out = load_tile((out_ptr + out_offset)[:, None] + dims[None, :], live, dims, D, True)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    flat = (batch64 * heads + head64) * query_length + queries
+    if cu_seqlens_ptr is not None:
+        flat = row + head64 * total + queries
+    else:
+        flat = (batch64 * heads + head64) * query_length + queries
     tl.store(delta_ptr + flat, delta, mask=live)
     lse = tl.load(lse_ptr + flat, mask=live, other=float("inf"))
     lse = in_units(lse, NATURAL)
@@ -276,8 +304,10 @@ def grad_query_kernel(
             BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, False, True,
         )  # fmt: skip
     if buckets_ptr is not None:
-        row = (batch64 * heads + head64) * tiles + tile
-        tl.store(table_sum_ptr + row * BUCKETS + tl.arange(0, BUCKETS), table_sum)
+        if cu_seqlens_ptr is not None:
+            table_sum = tl.where(query_length == 1, 0.0, table_sum)
+        table_row = (batch64 * heads + head64) * tiles + slot
+        tl.store(table_sum_ptr + table_row * BUCKETS + tl.arange(0, BUCKETS), table_sum)
     if correction_ptr is not None:
         correction = tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
         tl.store(correction_ptr + flat, correction, mask=live)

@@ -1,4 +1,5 @@
-"""What do attention's forward and backward kernels share? Visible key ranges, guarded tile loads, the dropout bits."""
+"""What do attention's forward and backward kernels share? Visible key ranges, guarded tile loads, the dropout bits, and
+which tile of which packed sequence a program has."""
 
 import triton
 import triton.language as tl
@@ -6,6 +7,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _SCAN = tl.constexpr(1024)
+_SEARCH = tl.constexpr(128)
 MASKED_STAGES = tl.constexpr(1)
 
 
@@ -64,6 +66,31 @@ def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N
         b = tl.load(b_rows[:, None] + dims[None, :], mask=b_mask[:, None] & (dims < D)[None, :], other=0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def sequence_tile(cu_seqlens_ptr, sequences, slot, BLOCK: tl.constexpr):
+    """(sequence, tile, start, length) of a slot: tile `tile` of the packed sequence that begins at row start.
+
+    Sequence n has the slots from cu_seqlens[n] // BLOCK + n on, which are as many as its tiles, or one more. So
+    T // BLOCK + N slots hold every tile, in the order of the rows; in a spare one, tile * BLOCK is length or more. A grid
+    of N times the longest sequence's tiles is mostly spare ones where lengths differ, and where nobody knows the
+    longest, in a trace, it grows as N T. Each step of the search reads _SEARCH rows at once: two do for 16,384 sequences.
+    """
+    lanes = tl.arange(0, _SEARCH)
+    sequence = 0
+    count = sequences
+    while count > 1:
+        step = tl.cdiv(count, _SEARCH)
+        candidates = sequence + lanes * step
+        inside = lanes * step < count
+        rows = tl.load(cu_seqlens_ptr + candidates, mask=inside, other=0)
+        begun = tl.sum((inside & (rows // BLOCK + candidates <= slot)).to(tl.int32), 0)
+        sequence += (begun - 1) * step
+        count = tl.minimum(step, count - (begun - 1) * step)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    return sequence, slot - sequence - start // BLOCK, start.to(tl.int64), length
 
 
 @triton.jit

@@ -72,19 +72,16 @@ def _by_distance(table, bidirectional, max_distance):
     return table.t().index_select(1, buckets), buckets, buckets.shape[0] // 2
 
 
+def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
+    """How many tiles of `block` rows the programs of one head have: see _attention_tiles.sequence_tile."""
+    return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
+
+
 def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
     chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, 64))
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
-
-
-def unsupported_forward(*args):
-    return "packed sequences" if len(args) > 13 and args[13] is not None else None
-
-
-def unsupported_backward(*args):
-    return "packed sequences" if len(args) > 17 and args[17] is not None else None
 
 
 def forward(
@@ -99,11 +96,12 @@ def forward(
         return out, lse
     group = h // hkv
     chip, processors = _chip(query.device)
-    packed = group * sq <= _PACK_ROWS
+    packed = group * sq <= _PACK_ROWS and cu_seqlens is None
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     by_distance, _, span = _by_distance(bias_table, bidirectional, max_distance)
     extras = (attn_bias is not None) + (seed is not None)
     c = config("decode" if packed else "forward", d, query.dtype, chip, extras, bias_table is not None)
-    programs = b * hkv if packed else b * h * triton.cdiv(sq, c.block_m)
+    programs = b * hkv if packed else h * _tiles(b, sq, c.block_m, cu_seqlens)
     chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
     if chunks > 1:
         part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
@@ -124,6 +122,7 @@ def forward(
         attn_bias,
         by_distance,
         seed,
+        cu_seqlens,
         _in_units(scale, query.dtype),
         keep_scale,
         threshold,
@@ -137,6 +136,7 @@ def forward(
         h,
         sq,
         sk,
+        sequences,
         chunk,
         D=d,
         BLOCK_D=block_d(d),
@@ -193,6 +193,7 @@ def backward(
     delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
     correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
     chip, _ = _chip(query.device)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     keep_scale, threshold = _dropout(dropout_p, seed)
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
     constant = sk == 1
@@ -204,14 +205,16 @@ def backward(
     extras = (attn_bias is not None) + (seed is not None)
     relative = bias_table is not None
     c = config("grad_query", d, query.dtype, chip, extras, relative)
-    tiles = triton.cdiv(sq, c.block_m)
+    tiles = _tiles(b, sq, c.block_m, cu_seqlens)
     table_sums = None
     if wants_table and not constant:
         num_buckets = triton.next_power_of_2(bias_table.shape[0])
-        table_sums = torch.empty((b, h, tiles, num_buckets), dtype=torch.float32, device=query.device)
+        # A sequence's last slot may have no tile, and then no program that writes.
+        new = torch.empty if cu_seqlens is None else torch.zeros
+        table_sums = new((b, h, tiles // b, num_buckets), dtype=torch.float32, device=query.device)
     _launch(
         grad_query_kernel,
-        (b * h * tiles,),
+        (h * tiles,),
         grad_out,
         query,
         key,
@@ -223,6 +226,7 @@ def backward(
         by_distance,
         None if table_sums is None else buckets,
         seed,
+        cu_seqlens,
         grad_query,
         delta,
         correction,
@@ -235,6 +239,7 @@ def backward(
         h,
         sq,
         sk,
+        sequences,
         BUCKETS=1 if table_sums is None else table_sums.shape[3],
         **shared,
         **c.options,
@@ -250,7 +255,7 @@ def backward(
     c = config("grad_key_value", d, query.dtype, chip, extras, relative)
     _launch(
         grad_key_value_kernel,
-        (b * hkv * triton.cdiv(sk, c.block_n),),
+        (hkv * _tiles(b, sk, c.block_n, cu_seqlens),),
         grad_out,
         query,
         key,
@@ -262,6 +267,7 @@ def backward(
         attn_bias,
         by_distance,
         seed,
+        cu_seqlens,
         grad_key,
         grad_value,
         *scalars,
@@ -271,6 +277,7 @@ def backward(
         hkv,
         sq,
         sk,
+        sequences,
         **shared,
         **c.options,
         tensor=query,

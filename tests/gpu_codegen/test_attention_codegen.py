@@ -16,13 +16,13 @@ KERNELS = {
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
 }
-UNALIGNED = ("threshold", "span", "query_length", "key_length", "heads", "key_heads", "chunk")
+UNALIGNED = ("threshold", "span", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
 FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
     """One kernel as the launcher would ask for it; `given` names the options that are on, causal mask bias dropout
-    relative (T5's bias) and table (its gradient too)."""
+    relative (T5's bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
     c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
     constants = {"D": d, "BLOCK_D": block_d(d), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": 1, "stride_bk": 1}
@@ -37,6 +37,8 @@ def case(kernel, d, kind, target, given="causal"):
         "buckets_ptr": "table" not in given,
         "table_sum_ptr": "table" not in given,
         "seed_ptr": "dropout" not in given,
+        "cu_seqlens_ptr": "packed" not in given,
+        "sequences": "packed" not in given,
         "correction_ptr": kind != "fp32",
     }
     types = {}
@@ -46,6 +48,7 @@ def case(kernel, d, kind, target, given="causal"):
             constants[name] = None
         elif name.endswith("_ptr"):
             special = {"mask_ptr": "*i1:16", "seed_ptr": "*i64:16", "buckets_ptr": "*i32:16"}
+            special["cu_seqlens_ptr"] = "*i32:16"
             special |= dict.fromkeys(FLOATS, "*fp32:16")
             types[name] = special.get(name, f"*{kind}:16")
         elif name not in constants:
@@ -84,10 +87,25 @@ def relative_cases(target):
         yield case("decode", 64, "bf16", target, "causal relative")
 
 
+def packed_cases(target):
+    yield case("forward", 64, "bf16", target, "causal packed")
+    yield case("forward", 64, "bf16", target, "relative packed")
+    yield case("grad_query", 64, "bf16", target, "relative table packed")
+    yield case("grad_key_value", 64, "bf16", target, "causal packed")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_relative_bias_compiles(target):
     for name, compiled in compile_cases(list(relative_cases(target)), target).items():
         check_resources(compiled, name, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_packed_sequences_compile(target):
+    for name, compiled in compile_cases(list(packed_cases(target)), target).items():
+        check_resources(compiled, name, target)
+        on_hopper = target == "sm_90" and "table" not in name
+        assert ("wgmma.mma_async" if on_hopper else "mma") in compiled.asm["ptx"], name
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,7 +8,7 @@ from pyfused.testing.cuda_compile import ARCHITECTURES, check_kernel, compile_so
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
-SOURCES = {"attention": 22, "attention_decode": 9, "attention_float32": 5}  # kernels of each
+SOURCES = {"attention": 22, "attention_packed": 22, "attention_decode": 9, "attention_float32": 10}  # kernels of each
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,13 +36,13 @@ def test_kernels(source, architecture):
 
 
 def tile_bytes(arguments):
-    """Dynamic shared memory of an attention_kernel<T, D, MR, WM, WN, BN, STAGES, EXTRAS>, without T5's bias."""
+    """Dynamic shared memory of an attention_kernel<T, D, MR, WM, WN, BN, STAGES, EXTRAS, SEQUENCES>, without T5's bias."""
     d, mr, wm, _, bn, stages = map(int, arguments[1:7])
     return (wm * mr * 16 + 2 * stages * bn) * d * 2
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["attention", "attention_decode"])
+@pytest.mark.parametrize("source", ["attention", "attention_packed", "attention_decode"])
 def test_tiles_fit_the_chip(source, architecture):
     """With room for the biases by distance of 16 heads, 511 each. Two blocks share a multiprocessor up to D = 128."""
     for kernel in compile_source(source, architecture):

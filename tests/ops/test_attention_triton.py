@@ -1,4 +1,7 @@
-"""Are the paths right that only the Triton attention has? Packed heads, split keys, skipped tiles, dropout bits."""
+"""Are the paths right that only the Triton attention has? Packed heads, split keys, skipped tiles, dropout bits, and how a
+program finds its tile of packed sequences."""
+
+import itertools
 
 import pytest
 import torch
@@ -8,7 +11,12 @@ from pyfused.kernels.reference import attention as reference
 from pyfused.kernels.reference._philox import keep_mask
 from pyfused.testing import assert_close, available
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from pyfused.kernels.triton._attention_tiles import sequence_tile  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif("triton" not in available(DEVICE), reason="Triton cannot run here")
 
@@ -104,3 +112,75 @@ def test_one_key_has_zero_gradient(kernel):
     out, lse = kernel.forward(query, key, value, False, None, bias, 0.3, 0.0, None, True)
     grads = kernel.backward(torch.randn_like(out), query, key, value, out, lse, False, None, bias, 0.3, 0.0, None, True)
     assert [bool((g == 0).all()) for g in grads[:4]] == [True, True, False, True]
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def search_kernel(cu_seqlens_ptr, slots_ptr, found_ptr, sequences):
+    program = tl.program_id(0)
+    slot = tl.load(slots_ptr + program)
+    sequence, tile, start, length = sequence_tile(cu_seqlens_ptr, sequences, slot, 4)
+    tl.store(found_ptr + 4 * program, sequence)
+    tl.store(found_ptr + 4 * program + 1, tile)
+    tl.store(found_ptr + 4 * program + 2, start)
+    tl.store(found_ptr + 4 * program + 3, length)
+
+
+def sequences(*lengths):
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("n", [1, 7, 130, 40_000])
+def test_a_slot_s_sequence(kernel, n):
+    """Every tile of every sequence has one slot, and no slot stands for anything else, whatever N."""
+    cu_seqlens = sequences(*torch.randint(0, 14, (n,)).tolist())
+    ends = cu_seqlens.tolist()
+    total = ends[-1] // 4 + n
+    slots = torch.arange(total)
+    if n > 1000:
+        slots = slots[[0, *torch.randint(0, total, (100,)).tolist(), total - 1]]
+    found = torch.full((len(slots), 4), -1, dtype=torch.int64, device=DEVICE)
+    search_kernel[(len(slots),)](cu_seqlens, slots.to(DEVICE), found, n)
+    rows = found.tolist()
+    for slot, (sequence, tile, start, length) in zip(slots.tolist(), rows):
+        assert (start, length) == (ends[sequence], ends[sequence + 1] - ends[sequence])
+        assert slot == start // 4 + sequence + tile
+        assert 0 <= tile <= -(-length // 4)
+    if n < 1000:
+        lengths = [b - a for a, b in itertools.pairwise(ends)]
+        tiles = [(sequence, tile) for sequence, tile, _, length in rows if 4 * tile < length]
+        assert tiles == [(i, tile) for i, length in enumerate(lengths) for tile in range((length + 3) // 4)]
+
+
+def packed(kernel, lengths, seed=None):
+    """What the kernel gives for packed sequences of one group of two heads with T5's bias: lse, and the gradients."""
+    cu_seqlens = sequences(*lengths)
+    query, key, value = make(1, 2, 1, sum(lengths), sum(lengths), 8)
+    table = torch.randn(8, 2, device=DEVICE)
+    rest = (False, None, None, 0.3, 0.2 if seed is not None else 0.0, seed)
+    relative, behind = (table, True, 12), (cu_seqlens, max(lengths))
+    forward = (query, key, value, *rest, True, *relative, *behind)
+    out, lse = kernel.forward(*forward)
+    _, true_lse = reference.forward(*forward)
+    torch.testing.assert_close(lse, true_lse)
+    backward = (torch.randn_like(out), query, key, value, out, lse, *rest, False, *relative, True, *behind)
+    first, second = kernel.backward(*backward), kernel.backward(*backward)
+    names = ("query", "key", "value", "bias", "table")
+    for name, a, b in zip(names, first, second):
+        assert name == "bias" or torch.equal(a, b), name
+    return dict(zip(names, first))
+
+
+def test_packed_sequences_are_bitwise_repeatable(kernel):
+    """The table's gradient too, although spare programs write no sums; and lse is the reference's, row by row."""
+    packed(kernel, (33, 0, 3, 40, 1), torch.tensor([9], device=DEVICE))
+
+
+def test_packed_sequences_of_one_token_have_zero_gradient(kernel):
+    """The softmax of one score is 1, in a sequence among others as in a batch of nothing else."""
+    grads = packed(kernel, (1, 5, 1, 0, 1))
+    alone = torch.tensor([0, 6, 7], device=DEVICE)
+    for name in ("query", "key"):
+        assert (grads[name][:, :, alone] == 0).all(), name
+        assert (grads[name][:, :, 1:6] != 0).all(), name
+    grads = packed(kernel, (1, 1, 1))
+    assert [bool((grads[name] == 0).all()) for name in ("query", "key", "value", "table")] == [True, True, False, True]

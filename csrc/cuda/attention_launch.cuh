@@ -1,0 +1,50 @@
+// Which tiles does attention of many queries take on the tensor cores? Launches attention_tile.cuh's kernel.
+//
+// Tiling: D = 64 has 128 rows on four warps, 32 rows each, so that a fragment of K or V read from shared memory
+// serves two products: 16 rows a warp would ask of the shared memory what it can just give. Longer heads have 16
+// rows a warp, since the running output alone takes D / 2 registers there, and so has any launch that would leave
+// multiprocessors idle. T5's bias alone has kernels of its own, which look it up by distance in shared memory and
+// add one number for a tile of keys far away; a dense bias or dropout takes registers that a second set of rows
+// would need, and whatever is combined with them runs there too. Registers leave two blocks on a multiprocessor,
+// whose exponentials and products then overlap. Tiles of keys that nobody sees (causality, padding) cost nothing.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace pyfused::cuda {
+namespace {
+
+template <class T, int D, int MR, int BN, Extras EXTRAS, bool SEQUENCES>
+void launch_tiles(const Launch& launch, const Attention& a, addr stream) {
+  constexpr int kWarps = 4, kStages = 2, kRows = MR * kWarps * 16;
+  const size_t bytes = tile_bytes<MR, kWarps, BN, kStages, D>() + distances(a) * sizeof(float);
+  auto kernel = attention_kernel<T, D, MR, kWarps, 1, BN, kStages, EXTRAS, SEQUENCES>;
+  allow_shared(launch, kernel, bytes);
+  PYFUSED_LAUNCH(kernel, (unsigned)(tiles_of(a, kRows) * a.h), kWarps * kWarp, bytes, stream, a);
+}
+
+template <class T, bool SEQUENCES>
+void by_case(const Launch& launch, const Attention& a, int multiprocessors, addr stream) {
+  constexpr Extras kNone = Extras::kNone, kRelative = Extras::kRelative, kAny = Extras::kAny;
+  const bool any = a.bias || a.seed || (a.table ? a.d > 128 : !(a.scale > 0));
+  // Sequences that 64 rows hold would leave half the warps of a block of 128 without work.
+  const bool many = tiles_of(a, 128) * a.h >= multiprocessors && !(SEQUENCES && mean_rows(a) <= 64);
+  if (any) {
+    if (a.d <= 64) launch_tiles<T, 64, 1, 64, kAny, SEQUENCES>(launch, a, stream);
+    else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kAny, SEQUENCES>(launch, a, stream);
+    else launch_tiles<T, 256, 1, 32, kAny, SEQUENCES>(launch, a, stream);
+  } else if (a.table) {
+    if (a.d <= 64 && many) launch_tiles<T, 64, 2, 64, kRelative, SEQUENCES>(launch, a, stream);
+    else if (a.d <= 64) launch_tiles<T, 64, 1, 64, kRelative, SEQUENCES>(launch, a, stream);
+    else launch_tiles<T, 128, 1, 64, kRelative, SEQUENCES>(launch, a, stream);
+  } else {
+    if (a.d <= 64 && many) launch_tiles<T, 64, 2, 64, kNone, SEQUENCES>(launch, a, stream);
+    else if (a.d <= 64) launch_tiles<T, 64, 1, 64, kNone, SEQUENCES>(launch, a, stream);
+    else if (a.d <= 96) launch_tiles<T, 96, 1, 64, kNone, SEQUENCES>(launch, a, stream);
+    else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kNone, SEQUENCES>(launch, a, stream);
+    else launch_tiles<T, 256, 1, 32, kNone, SEQUENCES>(launch, a, stream);
+  }
+}
+
+}  // namespace
+}  // namespace pyfused::cuda
