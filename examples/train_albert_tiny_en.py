@@ -5,6 +5,9 @@
 Two tasks at once (Lan et al. 2019, arXiv:1909.11942, section 3.1): saying which tokens were masked (masked_tokens.py), and
 whether two halves of a window stand in their order, as segments 0 and 1: [CLS] one [SEP] other [SEP]. The heads of both are
 trained here and are no part of the preset; the pooler, through which the second head looks, is.
+
+No dropout, so that two providers are comparable step by step. The one layer is applied once at first and twice later: its
+weights are shared, so that depth can be added at any time.
 """
 
 import json
