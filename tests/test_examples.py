@@ -75,10 +75,11 @@ def test_saved_preset_loads_and_writes(runs):
 
 @pytest.mark.parametrize("name", [*PROMPTS, *ENCODERS])
 def test_recorded_curves_fall(name):
-    """For masked tokens, whose frequencies alone give three quarters of the first loss, to well below that."""
+    """For masked tokens, whose frequencies alone give three quarters of FNet's first loss, to well below that; ALBERT starts
+    with the frequencies."""
     mine = losses(ROOT / "examples" / name / "pyfused.csv")
     assert len(mine) >= 1000
-    assert sum(mine[-20:]) < (0.6 if name in ENCODERS else 0.5) * 20 * mine[0]
+    assert sum(mine[-20:]) < {"albert_tiny_en": 0.7, "fnet_tiny_en": 0.6}.get(name, 0.5) * 20 * mine[0]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
