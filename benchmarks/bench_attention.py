@@ -1,4 +1,4 @@
-"""attention beside scaled_dot_product_attention: plain, causal, padded, biased, decoding, and training.
+"""attention beside scaled_dot_product_attention: plain, causal, padded, packed, biased, decoding, and training.
 
 T5's bias is computed in pyfused's kernel, and given to PyTorch as the dense tensor that it needs, made beforehand.
 
@@ -68,6 +68,8 @@ def cases(device):
                 },
                 flops=flops / 2,
             )
+    with torch.no_grad():
+        yield packed_case(device, torch.float32, 12, 64, (128, 96, 64, 32, 112, 40, 24, 16))
     for b, h, s, d in [(1, 12, 160, 64), (1, 12, 1024, 64), (8, 12, 1024, 64)]:
         q = torch.randn(b, 1, h, d, device=device).transpose(1, 2)
         k, v = (torch.randn(b, h, 1024, d, device=device)[:, :, :s] for _ in range(2))
@@ -117,6 +119,25 @@ def cases(device):
         )
 
 
+def packed_case(device, dtype, h, d, lengths):
+    """Sequences without their padding, beside the padded batch with a mask; half of the padded batch is padding."""
+    b, s, total = len(lengths), max(lengths), sum(lengths)
+    padded = [torch.randn(b, s, h, d, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    real = torch.arange(s, device=device) < torch.tensor(lengths, device=device)[:, None]
+    q, k, v = (t.transpose(1, 2)[real].transpose(0, 1)[None] for t in padded)
+    ends = torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def fused():
+        return pyfused.attention(q, k, v, cu_seqlens=ends, max_seqlen=s)[0].transpose(0, 1)
+
+    def plain():
+        return F.scaled_dot_product_attention(*padded, attn_mask=real[:, None, None]).transpose(1, 2)[real]
+
+    flops, tolerance = 4 * h * d * sum(n * n for n in lengths), 1e-3 if dtype == torch.float32 else 3e-2
+    name = f"packed {b} sequences, {total} of {b * s} tokens, {h}x{d}"
+    return Case(name, beside(device, fused, plain), flops=flops, tolerance=tolerance)
+
+
 def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512, 64)), decoding=(1, 16)):
     """bfloat16, beside every backend of scaled_dot_product_attention by name."""
     for b, h, s, d in shapes:
@@ -137,6 +158,8 @@ def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512,
                 providers = beside(device, lambda own=own: pyfused.attention(q, k, v, **own), lambda: None)
                 providers.update(sdpa(device, q, k, v, **other))
                 yield Case(name + label, providers, flops=share * flops, tolerance=3e-2)
+    with torch.no_grad():
+        yield packed_case(device, torch.bfloat16, 12, 64, tuple(range(16, 513, 16)))
 
         table = torch.randn(32, h, device=device, dtype=torch.bfloat16)
         relative = pyfused.RelativeBias(table, True)

@@ -69,7 +69,11 @@ def read(given: dict[str, Any], config: dict[str, Any], width: int, like: Tensor
 
 
 def embed(call: Call, token: nn.Embedding, position: nn.Embedding, segment: nn.Embedding) -> Tensor:
-    """(B, S, E): the sum of the three embeddings."""
+    """(B, S, E): the sum of the three embeddings.
+
+    No operator of its own: this and the norm behind it are 0.01% of ALBERT base's pass over 8x128 on one CPU thread (0.3 ms
+    of 2.5 s) and 0.2% of FNet base's over 2x512 (3.2 ms of 1.7 s).
+    """
     x = token(call.token_ids) if call.inputs_embeds is None else call.inputs_embeds
     of_segment = segment.weight[0] if call.segment_ids is None else segment(call.segment_ids)
     return x + position(call.position_ids) + of_segment
