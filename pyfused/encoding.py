@@ -47,7 +47,9 @@ def encode(
     if pool not in (None, "cls", "mean"):
         raise ValueError(f"pool is {pool!r}; it takes None, 'cls' or 'mean'")
     if pool == "cls" and not model.begins_with_cls:
-        raise ValueError(f"pool is 'cls', and a {type(model).__name__} has no token that stands for a text; it takes 'mean'")
+        raise ValueError(
+            f"pool is 'cls', and a {type(model).__name__} has no token that stands for a text; it takes 'mean'"
+        )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size is {batch_size!r}; it takes an int")
     if batch_size < 1:

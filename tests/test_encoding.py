@@ -11,7 +11,7 @@ import pyfused
 from pyfused.checkpoints import load_tokenizer
 from pyfused.cli import main
 
-PRESETS = ["gpt2_tiny_en", "t5_tiny_en"]
+PRESETS = ["gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"]
 LINES = ["And God said, Let there be light: and there was light.", "Jesus wept.", "The LORD is my shepherd;", "Amen."]
 
 
@@ -123,7 +123,10 @@ def test_command_saves_and_prints(preset, capsys, tmp_path):
 def test_command_fails_in_one_line(capsys):
     for arguments, message in (
         (["gpt2_tiny_en", "--text", "a", "--pool", "cls"], "pool is 'cls', and a GPT2Backbone has no token"),
-        (["gpt2_tiny_en", "--text", "a", "--output", "a.txt"], "--output is 'a.txt'; it takes a name that ends in .npy"),
+        (
+            ["gpt2_tiny_en", "--text", "a", "--output", "a.txt"],
+            "--output is 'a.txt'; it takes a name that ends in .npy",
+        ),
         (["gpt2_tiny_en", "--text", ""], "texts[0] is empty"),
     ):
         status, _, err = run(capsys, *arguments)

@@ -88,9 +88,7 @@ def backward(
     grad_bias = torch.zeros(attn_bias.shape, dtype=query.dtype) if wants_bias else None
     grad_table = torch.zeros(bias_table.shape, dtype=torch.float32) if wants_table else None
     buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
-    layout = _layout(
-        query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen, out, grad_out
-    )
+    layout = _layout(query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen, out, grad_out)
     cpu().attention_backward(
         grad_out.data_ptr(),
         query.data_ptr(),

@@ -186,7 +186,7 @@ def test_compiled_models_compute_padding_and_zero_it(name):
     torch.testing.assert_close(compiled, expected)
 
 
-@pytest.mark.parametrize("preset", ["gpt2_tiny_en", "t5_tiny_en"])
+@pytest.mark.parametrize("preset", ["gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en"])
 def test_from_preset(preset):
     assert not pyfused.Backbone.from_preset(preset, load_weights=False).skip_padding
     for load in (True, False):
