@@ -39,7 +39,9 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         options.refuse([name], why)
     for name, off in _OFF.items():
         if (value := raw.get(name, off)) != off:
-            raise ValueError(f"{file}: {name} is {value!r}; pyfused reads ALBERT with {off}, as every published one has")
+            raise ValueError(
+                f"{file}: {name} is {value!r}; pyfused reads ALBERT with {off}, as every published one has"
+            )
     if (kind := raw.get("position_embedding_type", "absolute")) != "absolute":
         raise ValueError(f"{file}: position_embedding_type is {kind!r}; pyfused reads 'absolute'")
     dropout = options.number("hidden_dropout_prob", 0.0, high=1.0)
