@@ -18,7 +18,7 @@ INPUTS = ("token_ids", "segment_ids", "position_ids", "inputs_embeds", "return_h
 class Call:
     """One call's inputs, checked and on the model's device, and the lists that collect what it was asked for.
 
-    token_ids or inputs_embeds; position_ids (S,) or (B, S); segment_ids None where all are 0.
+    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); segment_ids None where all are 0.
     """
 
     token_ids: Tensor | None = None
@@ -58,7 +58,7 @@ def read(given: dict[str, Any], config: dict[str, Any], width: int, like: Tensor
         call.segment_ids = _inputs.ids(segments, "segment_ids", "(B, S)", (b, s), limit, like.device)
     places, positions = config["max_sequence_length"], given.get("position_ids")
     if positions is not None:
-        call.position_ids = _inputs.ids(positions, "position_ids", "(B, S)", (b, s), places, like.device)
+        call.position_ids = _inputs.positions(positions, (b, s), places, like.device)
     elif s > places:
         raise ValueError(f"token_ids has length {s}; it takes at most max_sequence_length = {places}")
     else:

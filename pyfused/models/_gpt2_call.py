@@ -21,7 +21,7 @@ INPUTS = (
 class Call:
     """One call's inputs, checked and on the model's device, and the lists that collect what it was asked for.
 
-    token_ids or inputs_embeds; position_ids (S,) or (B, S); memory: the encoder's hidden states.
+    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); memory: the encoder's hidden states.
     """
 
     token_ids: Tensor | None = None
@@ -71,7 +71,7 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
 def _positions(given, b: int, s: int, past: int, places: int, device: torch.device) -> Tensor:
     positions = given.get("position_ids")
     if positions is not None:
-        return _inputs.ids(positions, "position_ids", "(B, S)", (b, s), places, device)
+        return _inputs.positions(positions, (b, s), places, device)
     if past + s > places:
         behind = f" behind {past} cached tokens" if past else ""
         raise ValueError(f"token_ids has length {s}{behind}; it takes at most max_sequence_length = {places} in all")

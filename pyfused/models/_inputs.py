@@ -64,6 +64,13 @@ def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: 
     return found.to(device, torch.int64)
 
 
+def positions(value: Any, size: tuple[int, int], limit: int, device: torch.device) -> Tensor:
+    """position_ids as `ids`: (B, S), or (1, S) where all rows have the same."""
+    found = tensor(value, "position_ids")
+    rows = 1 if found.dim() == 2 and found.shape[0] == 1 else size[0]
+    return ids(found, "position_ids", "(B, S) or (1, S)", (rows, size[1]), limit, device)
+
+
 def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch.device) -> Tensor | None:
     """A padding mask as bool on `device`, or None where the host can see that nothing is masked.
 

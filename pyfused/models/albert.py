@@ -162,7 +162,7 @@ class AlbertBackbone(Backbone):
             token_ids: (B, S) integers in [0, V).
             segment_ids: (B, S) integers in [0, num_segments); None: all are 0.
             padding_mask: (B, S), nonzero marks a real token (a fraction counts as 0); None: nothing is padding.
-            position_ids: (B, S) integers in [0, P); 0 .. S-1 if absent, whatever the padding.
+            position_ids: (B, S) or (1, S) integers in [0, P); 0 .. S-1 if absent, whatever the padding.
             inputs_embeds: (B, S, E) instead of token_ids.
             return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each of the
                 L * I applications of a layer.

@@ -140,7 +140,7 @@ class FNetBackbone(Backbone):
 
             token_ids: (B, S) integers in [0, V).
             segment_ids: (B, S) integers in [0, T); None: all are 0.
-            position_ids: (B, S) integers in [0, P); 0 .. S-1 if absent.
+            position_ids: (B, S) or (1, S) integers in [0, P); 0 .. S-1 if absent.
             inputs_embeds: (B, S, D) instead of token_ids.
             padding_mask: None alone. FNet has no mask: give texts of equal length, or one at a time.
             return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each layer.

@@ -198,7 +198,7 @@ class GPT2Backbone(Backbone):
             token_ids: (B, S) integers in [0, V).
             padding_mask: (B, Sk), nonzero marks a real token (a fraction counts as 0); None: nothing is padding.
             token_type_ids: (B, S), looked up in the token embedding and added, as in transformers.
-            position_ids: (B, S) integers in [0, P); cached tokens + 0 .. S-1 if absent, whatever the padding.
+            position_ids: (B, S) or (1, S) integers in [0, P); cached tokens + 0 .. S-1 if absent, whatever the padding.
             inputs_embeds: (B, S, D) instead of token_ids.
             attention_mask: (B, 1 or H, S, Sk), bool (True: may look) or added to the scores. It replaces the causal
                 rule; padding_mask still hides keys.

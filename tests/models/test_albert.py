@@ -162,7 +162,8 @@ def test_other_inputs(device):
     with torch.no_grad():
         whole = model(call)["sequence_output"]
         positions = torch.arange(17).expand(3, -1)
-        assert torch.equal(model(call, position_ids=positions)["sequence_output"], whole)
+        for given in (positions, positions[:1]):
+            assert torch.equal(model(call, position_ids=given)["sequence_output"], whole)
         moved = model(call, position_ids=positions + 3)["sequence_output"]
         assert not torch.allclose(moved, whole)
         embeds = model.token_embedding(call.pop("token_ids").to(device))

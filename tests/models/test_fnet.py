@@ -61,7 +61,8 @@ def test_positions_segments_and_embeddings_given(device):
     positions = torch.randint(40, (3, 17), generator=torch.Generator().manual_seed(1))
     embeds = hf.embeddings.word_embeddings(inputs["input_ids"])
     ids = {"input_ids": inputs["input_ids"]}
-    for change in (ids, inputs | {"position_ids": positions}, {"inputs_embeds": embeds}):
+    given = [inputs | {"position_ids": p} for p in (positions, positions[:1])]
+    for change in (ids, *given, {"inputs_embeds": embeds}):
         exact = {k: v.double() if v.is_floating_point() else v for k, v in change.items()}
         truth, plain = hf_outputs(truth_model, exact), hf_outputs(hf, change)
         for name, value in outputs_of(mine, call_of(change)).items():

@@ -133,7 +133,10 @@ def test_left_padding_leaves_what_a_text_gives(device):
     with torch.no_grad():
         alone = model(token_ids=ids, padding_mask=None)
         beside = model(token_ids=padded, padding_mask=mask, position_ids=positions)[:, 3:]
+        twice = {"token_ids": padded.expand(2, -1), "padding_mask": mask.expand(2, -1)}
+        both = model(twice, position_ids=positions)[:, 3:]  # (1, S) for all rows
     torch.testing.assert_close(alone, beside)
+    torch.testing.assert_close(alone.expand_as(both), both)
     with torch.no_grad():
         shifted = model(token_ids=padded, padding_mask=mask)[:, 3:]
     assert (alone - shifted).abs().max() > 1e-3  # as in both originals, positions count from the padding unless given
