@@ -157,7 +157,11 @@ def choose(operator: str, function: str, args: tuple[Any, ...]):
     forced = _forced.get() or _forced_by_environment()
     tensor = args[0]
     for name, call, unsupported, slower in _candidates(
-        operator, function, tensor.device.type, tensor.dtype, forced[0] if forced else None
+        operator,
+        function,
+        "cpu" if tensor.is_cpu else tensor.device.type,  # the name of a device takes 0.9 us
+        tensor.dtype,
+        forced[0] if forced else None,
     ):
         if forced and forced[1] and name != forced[0] and not _lacks(forced[0], operator, function):
             break

@@ -12,9 +12,8 @@ def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen
     """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
     b, h, sq, d = query.shape
     if cu_seqlens is None:
-        sizes = [b, h, key.shape[1], sq, key.shape[2], d, sq]
-        for t in (query, key, value):
-            sizes += t.stride()[:3]
+        _, hkv, sk, _ = key.shape
+        sizes = [b, h, hkv, sq, sk, d, sq, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
     else:
         sizes = [cu_seqlens.shape[0] - 1, h, key.shape[1], sq, sq, d, max_seqlen]
         for t in (query, key, value):

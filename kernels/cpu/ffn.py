@@ -6,26 +6,27 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.ffn import linear_gradients
-from .linear import library_is_faster, matrix, pointer
+from .linear import library_is_faster, matrix, pointer, rows_of
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
 
 
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    rows, n = matrix(x)[0].shape
+    shape, dtype = x.shape[:-1], x.dtype
+    rows_x, rows, n, x_stride = rows_of(x)
     if library_is_faster(rows, w_in, w_out):
         return _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save)
-    y = torch.empty((*x.shape[:-1], w_out.shape[0]), dtype=x.dtype)
-    inner = torch.empty((rows, w_in.shape[0]), dtype=x.dtype)
-    pre = torch.empty((*x.shape[:-1], w_in.shape[0]), dtype=x.dtype) if save else None
-    x, x_stride = matrix(x)
+    f, m = w_in.shape[0], w_out.shape[0]
+    y = torch.empty(*shape, m, dtype=dtype)
+    inner = torch.empty(rows, f, dtype=dtype)
+    pre = torch.empty(*shape, f, dtype=dtype) if save else None
     w_in, w_in_stride = matrix(w_in)
     w_out, w_out_stride = matrix(w_out)
     b_in = None if b_in is None else b_in.contiguous()
     b_out = None if b_out is None else b_out.contiguous()
-    residual, residual_stride = (None, 0) if residual is None else matrix(residual)
+    residual, _, _, residual_stride = (None, 0, 0, 0) if residual is None else rows_of(residual)
     cpu().ffn_forward(
-        x.data_ptr(),
+        rows_x.data_ptr(),
         w_in.data_ptr(),
         pointer(b_in),
         w_out.data_ptr(),
@@ -36,14 +37,14 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
         y.data_ptr(),
         rows,
         n,
-        w_in.shape[0],
-        w_out.shape[0],
+        f,
+        m,
         x_stride,
         w_in_stride,
         w_out_stride,
         residual_stride,
         ACTIVATION_CODES[activation],
-        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[dtype],
     )
     return y, pre
 

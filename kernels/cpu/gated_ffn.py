@@ -7,7 +7,7 @@ from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.gated_ffn import linear_gradients, widened
 from .ffn import ACTIVATION_CODES
-from .linear import library_is_faster, matrix, pointer
+from .linear import library_is_faster, matrix, pointer, rows_of
 
 
 def _hidden_dtype(x):
@@ -16,20 +16,20 @@ def _hidden_dtype(x):
 
 
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    if library_is_faster(matrix(x)[0].shape[0], w_gate, w_up, w_out):
+    shape, dtype = x.shape[:-1], x.dtype
+    rows_x, rows, n, x_stride = rows_of(x)
+    if library_is_faster(rows, w_gate, w_up, w_out):
         return _library_forward(x, w_gate, w_up, w_out, activation, residual, save)
-    shape, f, m = x.shape[:-1], w_gate.shape[0], w_out.shape[0]
-    y = torch.empty((*shape, m), dtype=x.dtype)
-    gate, up = (torch.empty((*shape, f), dtype=x.dtype) if save else None for _ in range(2))
-    x, x_stride = matrix(x)
+    f, m = w_gate.shape[0], w_out.shape[0]
+    y = torch.empty(*shape, m, dtype=dtype)
+    gate, up = (torch.empty(*shape, f, dtype=dtype) for _ in range(2)) if save else (None, None)
     w_gate, w_gate_stride = matrix(w_gate)
     w_up, w_up_stride = matrix(w_up)
     w_out, w_out_stride = matrix(w_out)
-    residual, residual_stride = (None, 0) if residual is None else matrix(residual)
-    rows, n = x.shape
-    hidden = torch.empty((rows, f), dtype=_hidden_dtype(x))
+    residual, _, _, residual_stride = (None, 0, 0, 0) if residual is None else rows_of(residual)
+    hidden = torch.empty(rows, f, dtype=_hidden_dtype(x))
     cpu().gated_ffn_forward(
-        x.data_ptr(),
+        rows_x.data_ptr(),
         w_gate.data_ptr(),
         w_up.data_ptr(),
         w_out.data_ptr(),
@@ -48,7 +48,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         w_out_stride,
         residual_stride,
         ACTIVATION_CODES[activation],
-        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[dtype],
     )
     return y, gate, up
 

@@ -9,7 +9,7 @@ from pyfused.kernels.buckets import distance_buckets
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
     num_buckets, heads = table.shape
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)
-    bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype)
+    bias = torch.empty(1, heads, query_length, key_length, dtype=table.dtype)
     cpu().relative_bias_forward(
         table.data_ptr(),
         buckets.data_ptr(),

@@ -6,6 +6,9 @@ import os
 
 import torch
 
+# A call's checks cost as much as a small kernel, so that each looks first at what nearly always holds: reading a tensor's
+# device takes 0.15 us and comparing two 0.3, is_cpu 0.06; a tensor's shape 0.3.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -16,6 +19,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 def check_floating(tensor: torch.Tensor, argument: str) -> None:
     """A float tensor, of a dtype that pyfused computes in."""
+    if tensor.__class__ in _PLAIN and tensor.dtype in FLOATING:
+        return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
     if tensor.dtype not in FLOATING:
@@ -24,6 +29,8 @@ def check_floating(tensor: torch.Tensor, argument: str) -> None:
 
 def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_name: str) -> None:
     """A tensor of the dtype and on the device of another."""
+    if tensor.__class__ in _PLAIN and tensor.dtype is like.dtype and tensor.is_cpu and like.is_cpu:
+        return
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
     if tensor.dtype != like.dtype:
@@ -33,14 +40,14 @@ def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_nam
 
 
 def check_shape(tensor: torch.Tensor, argument: str, shape: tuple[int, ...], meaning: str) -> None:
-    """A tensor of exactly this shape; `meaning` says where the numbers come from, such as "(N,)"."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; it takes {meaning} = {shape}")
+    """A tensor of exactly this shape, a tuple or torch.Size; `meaning` says where the numbers come from, such as "(N,)"."""
+    if tensor.shape != shape:
+        raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; it takes {meaning} = {tuple(shape)}")
 
 
 def may_look(tensor: torch.Tensor) -> bool:
     """Whether a check may read the tensor's values: on the host, where that costs no synchronisation, or by
     PYFUSED_CHECK=1; never in a trace."""
-    if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return False
     return tensor.device.type == "cpu" or os.environ.get("PYFUSED_CHECK") == "1"

@@ -101,23 +101,26 @@ def bind(
     check_floating(query, "query")
     check_like(key, "key", query, "query")
     check_like(value, "value", query, "query")
-    if query.dim() != 4:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it takes (B, H, Sq, D)")
-    if key.dim() != 4:
-        raise ValueError(f"key has shape {tuple(key.shape)}; it takes (B, Hkv, Sk, D)")
-    b, h, sq, d = query.shape
-    kb, hkv, sk, kd = key.shape
+    of_query, of_key = query.shape, key.shape
+    if len(of_query) != 4:
+        raise ValueError(f"query has shape {tuple(of_query)}; it takes (B, H, Sq, D)")
+    if len(of_key) != 4:
+        raise ValueError(f"key has shape {tuple(of_key)}; it takes (B, Hkv, Sk, D)")
+    b, h, sq, d = of_query
+    kb, hkv, sk, kd = of_key
     if kb != b or kd != d:
-        raise ValueError(f"key has shape {tuple(key.shape)}; it takes (B, Hkv, Sk, D) with query's B = {b} and D = {d}")
-    if value.shape != key.shape:
-        raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's shape, {tuple(key.shape)}")
+        raise ValueError(f"key has shape {tuple(of_key)}; it takes (B, Hkv, Sk, D) with query's B = {b} and D = {d}")
+    if value.shape != of_key:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's shape, {tuple(of_key)}")
     if hkv == 0 or h % hkv:
         raise ValueError(f"key has {hkv} heads; it takes a number that divides query's {h}")
     if not 1 <= d <= MAX_HEAD_SIZE:
         raise ValueError(f"query has head size {d}; it takes 1 to {MAX_HEAD_SIZE}")
     if sq < 1 or sk < 1:
         raise ValueError(f"query and key have lengths {sq} and {sk}; they take at least 1")
-    table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
+    table, bidirectional, max_distance = None, True, 128
+    if relative_bias is not None:
+        table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
     if cu_seqlens is not None:
         for name, given in (("padding_mask", padding_mask), ("attn_bias", attn_bias)):
             if given is not None:
@@ -156,7 +159,10 @@ def bind(
         or (table is not None and table.requires_grad)
     )
     scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
-    query, key, value = (t if t.stride(3) == 1 or d == 1 else t.contiguous() for t in (query, key, value))
+    if d != 1:
+        query = query if query.stride()[3] == 1 else query.contiguous()
+        key = key if key.stride()[3] == 1 else key.contiguous()
+        value = value if value.stride()[3] == 1 else value.contiguous()
     return (
         *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save),
         *(table, bidirectional, max_distance, cu_seqlens, max_seqlen or 0),
@@ -201,9 +207,7 @@ def _shown(numbers):
 
 
 def _bind_relative_bias(relative_bias, query):
-    """(table, bidirectional, max_distance); a table of None for no bias."""
-    if relative_bias is None:
-        return None, True, 128
+    """(table, bidirectional, max_distance)."""
     if not isinstance(relative_bias, RelativeBias):
         raise TypeError(f"relative_bias is a {type(relative_bias).__name__}; it takes a pyfused.RelativeBias")
     table, bidirectional, max_distance = relative_bias

@@ -53,29 +53,31 @@ def ffn(
 def bind(x, w_in, b_in, w_out, b_out, *, activation, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x has shape (); it takes (..., N)")
-    tensors = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out, "residual": residual}
-    optional = ("b_in", "b_out", "residual")
-    save = x.requires_grad
-    for name, tensor in tensors.items():
-        if tensor is not None or name not in optional:
-            check_like(tensor, name, x, "x")
-            save = save or tensor.requires_grad
-    n = x.shape[-1]
-    if w_in.dim() != 2 or w_in.shape[1] != n:
-        raise ValueError(f"w_in has shape {tuple(w_in.shape)}; it takes (F, N) with x's N = {n}")
-    f = w_in.shape[0]
-    if w_out.dim() != 2 or w_out.shape[1] != f:
-        raise ValueError(f"w_out has shape {tuple(w_out.shape)}; it takes (M, F) with w_in's F = {f}")
-    m = w_out.shape[0]
+    check_like(w_in, "w_in", x, "x")
+    check_like(w_out, "w_out", x, "x")
+    of_in, of_out = w_in.shape, w_out.shape
+    if len(of_in) != 2 or of_in[1] != shape[-1]:
+        raise ValueError(f"w_in has shape {tuple(of_in)}; it takes (F, N) with x's N = {shape[-1]}")
+    f = of_in[0]
+    if len(of_out) != 2 or of_out[1] != f:
+        raise ValueError(f"w_out has shape {tuple(of_out)}; it takes (M, F) with w_in's F = {f}")
+    m = of_out[0]
     if b_in is not None:
+        check_like(b_in, "b_in", x, "x")
         check_shape(b_in, "b_in", (f,), "(F,)")
     if b_out is not None:
+        check_like(b_out, "b_out", x, "x")
         check_shape(b_out, "b_out", (m,), "(M,)")
     if residual is not None:
-        check_shape(residual, "residual", (*x.shape[:-1], m), "(..., M)")
-    return x, w_in, b_in, w_out, b_out, canonical_activation(activation), residual, save and torch.is_grad_enabled()
+        check_like(residual, "residual", x, "x")
+        check_shape(residual, "residual", (*shape[:-1], m), "(..., M)")
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out, residual)
+    )
+    return x, w_in, b_in, w_out, b_out, canonical_activation(activation), residual, save
 
 
 def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):

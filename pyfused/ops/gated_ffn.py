@@ -49,23 +49,25 @@ def gated_ffn(
 def bind(x, w_gate, w_up, w_out, *, activation, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x has shape (); it takes (..., N)")
-    save = x.requires_grad
-    for name, tensor in {"w_gate": w_gate, "w_up": w_up, "w_out": w_out, "residual": residual}.items():
-        if tensor is not None or name != "residual":
-            check_like(tensor, name, x, "x")
-            save = save or tensor.requires_grad
-    n = x.shape[-1]
-    if w_gate.dim() != 2 or w_gate.shape[1] != n:
-        raise ValueError(f"w_gate has shape {tuple(w_gate.shape)}; it takes (F, N) with x's N = {n}")
-    f = w_gate.shape[0]
-    check_shape(w_up, "w_up", (f, n), "w_gate's (F, N)")
-    if w_out.dim() != 2 or w_out.shape[1] != f:
-        raise ValueError(f"w_out has shape {tuple(w_out.shape)}; it takes (M, F) with w_gate's F = {f}")
+    check_like(w_gate, "w_gate", x, "x")
+    check_like(w_up, "w_up", x, "x")
+    check_like(w_out, "w_out", x, "x")
+    of_gate, of_out = w_gate.shape, w_out.shape
+    if len(of_gate) != 2 or of_gate[1] != shape[-1]:
+        raise ValueError(f"w_gate has shape {tuple(of_gate)}; it takes (F, N) with x's N = {shape[-1]}")
+    check_shape(w_up, "w_up", of_gate, "w_gate's (F, N)")
+    if len(of_out) != 2 or of_out[1] != of_gate[0]:
+        raise ValueError(f"w_out has shape {tuple(of_out)}; it takes (M, F) with w_gate's F = {of_gate[0]}")
     if residual is not None:
-        check_shape(residual, "residual", (*x.shape[:-1], w_out.shape[0]), "(..., M)")
-    return x, w_gate, w_up, w_out, canonical_activation(activation), residual, save and torch.is_grad_enabled()
+        check_like(residual, "residual", x, "x")
+        check_shape(residual, "residual", (*shape[:-1], of_out[0]), "(..., M)")
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w_gate, w_up, w_out, residual)
+    )
+    return x, w_gate, w_up, w_out, canonical_activation(activation), residual, save
 
 
 def _fake(x, w_gate, w_up, w_out, activation, residual, save):

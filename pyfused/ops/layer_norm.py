@@ -44,9 +44,10 @@ def layer_norm(
 def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it takes (..., N) with N >= 1")
-    shape = (x.shape[-1],)
+    full = x.shape
+    if not full or full[-1] == 0:
+        raise ValueError(f"x has shape {tuple(full)}; it takes (..., N) with N >= 1")
+    shape = full[-1:]
     check_like(weight, "weight", x, "x")
     check_shape(weight, "weight", shape, "(N,)")
     if bias is not None:
@@ -54,7 +55,7 @@ def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
         check_shape(bias, "bias", shape, "(N,)")
     if residual is not None:
         check_like(residual, "residual", x, "x")
-        check_shape(residual, "residual", tuple(x.shape), "x's shape")
+        check_shape(residual, "residual", full, "x's shape")
     save = torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad

@@ -36,18 +36,20 @@ def linear(
 def bind(x, weight, bias=None, *, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x has shape (); it takes (..., K)")
     check_like(weight, "weight", x, "x")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it takes (N, K) with x's K = {x.shape[-1]}")
-    n = weight.shape[0]
+    of_weight = weight.shape
+    if len(of_weight) != 2 or of_weight[1] != shape[-1]:
+        raise ValueError(f"weight has shape {tuple(of_weight)}; it takes (N, K) with x's K = {shape[-1]}")
+    n = of_weight[0]
     if bias is not None:
         check_like(bias, "bias", x, "x")
         check_shape(bias, "bias", (n,), "(N,)")
     if residual is not None:
         check_like(residual, "residual", x, "x")
-        check_shape(residual, "residual", (*x.shape[:-1], n), "(..., N)")
+        check_shape(residual, "residual", (*shape[:-1], n), "(..., N)")
     return x, weight, bias, residual
 
 

@@ -47,13 +47,14 @@ def rms_norm(
 def bind(x, weight, *, eps=1e-6, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it takes (..., N) with N >= 1")
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(shape)}; it takes (..., N) with N >= 1")
     check_like(weight, "weight", x, "x")
-    check_shape(weight, "weight", (x.shape[-1],), "(N,)")
+    check_shape(weight, "weight", shape[-1:], "(N,)")
     if residual is not None:
         check_like(residual, "residual", x, "x")
-        check_shape(residual, "residual", tuple(x.shape), "x's shape")
+        check_shape(residual, "residual", shape, "x's shape")
     save = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     )
