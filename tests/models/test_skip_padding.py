@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused.nn import Packing
+from pyfused.nn import Packing, Visibility
 from pyfused.testing import assert_close
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 48}
@@ -211,3 +211,12 @@ def test_packing(device):
     expected = x[:3][torch.arange(3, device=device), places]
     short = Packing(mask[:3])
     assert torch.equal(short.at(short.pack(x[:3]), places), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_at_all(device, shape):
+    """A GPU's masks are not looked at, so that empty ones come as they are."""
+    visible = Visibility(padding_mask=torch.zeros(shape, dtype=torch.bool, device=device)).skip_padding(unbroken=True)
+    x = torch.randn(*shape, 3, device=device)
+    assert visible.packing is None
+    assert torch.equal(visible.unpacked(visible.packed(x)), x)
