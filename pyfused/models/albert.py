@@ -141,18 +141,6 @@ class AlbertBackbone(Backbone):
             else:
                 parameter.normal_(0.0, 0.02)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.token_embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.token_embedding.weight.device
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
-
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """{"sequence_output": (B, S, D) hidden states of the last layer, "pooled_output": (B, D) from the first token's}.
 

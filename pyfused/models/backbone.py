@@ -94,9 +94,19 @@ class Backbone(nn.Module, ABC):
     predicts_tokens = True  # whether `logits` says what a model without a head says; an encoder's head is not its own
     token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
 
-    @abstractmethod
+    _config: dict[str, Any]  # the constructor's arguments but for the dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
+
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, from which `from_config` makes an equal, untrained model."""
+        """The constructor's arguments, of types that JSON has, from which `from_config` makes an equal, untrained model."""
+        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @abstractmethod
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

@@ -119,18 +119,6 @@ class FNetBackbone(Backbone):
             else:
                 parameter.normal_(0.0, 0.02)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.token_embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.token_embedding.weight.device
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
-
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """Hidden states of the last layer, and what the pooler makes of the first one: {"sequence_output": (B, S, D),
         "pooled_output": (B, D)}.

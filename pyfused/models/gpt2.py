@@ -167,18 +167,6 @@ class GPT2Backbone(Backbone):
                 into_residual = name.endswith((".output.weight", ".outer.weight"))
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * len(self.layers)) if into_residual else 0.02)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.final_norm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.final_norm.weight.device
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
-
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty KV cache for `capacity` tokens per row (max_sequence_length if None), to pass as `cache`."""
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):

@@ -198,18 +198,6 @@ class T5Backbone(Backbone):
             if ".query" in name:  # scores are not scaled: what others divide by, the weights have in them
                 parameter.narrow(0, 0, c["num_heads"] * size).mul_(size**-0.5)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.token_embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.token_embedding.weight.device
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
-
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty KV cache for `capacity` tokens of the decoder per row, to pass as `cache`."""
         check_sizes({"batch_size": batch_size, "capacity": capacity})
