@@ -8,6 +8,7 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 
 if TYPE_CHECKING:
     from .encoding import encode
+    from .fuse import FuseReport, fuse_, unfuse_
     from .generation import Generator
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
@@ -18,6 +19,7 @@ __all__ = [
     "Backbone",
     "BackendError",
     "FNetBackbone",
+    "FuseReport",
     "GPT2Backbone",
     "Generator",
     "RelativeBias",
@@ -29,16 +31,18 @@ __all__ = [
     "explain",
     "ffn",
     "fourier_mix",
+    "fuse_",
     "gated_ffn",
     "layer_norm",
     "linear",
     "relative_bias",
     "rms_norm",
+    "unfuse_",
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
 _LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
-_LAZY |= {"Generator": "generation", "encode": "encoding"}
+_LAZY |= {"Generator": "generation", "encode": "encoding"} | dict.fromkeys(("FuseReport", "fuse_", "unfuse_"), "fuse")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,201 @@
+"""How does an existing model run on fused kernels, unchanged otherwise? fuse_ gives its modules another forward.
+
+The forward is an attribute of the instance: class, parameters, buffers, hooks and state dict stay, and taking the attribute
+away (unfuse_) restores the module. It is a functools.partial of a function that can be imported by its name, so that the
+module still pickles, and its deep copy has a forward of its own. Such a function computes what the class's own forward does
+and hands over to it (`original`) what the kernels do not have, call by call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+Forward = Callable[..., Any]  # (module, *args, **kwargs), at the top level of a file
+Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
+F = TypeVar("F", bound=Forward)
+
+# The library a model's classes come from -> the file of pyfused/integrations that knows them. Such a file has ADAPTERS, by the
+# full name of a class, and may have enter(model, wanted) and leave(model) for what concerns a model as a whole.
+INTEGRATIONS = {"torch": "torch_nn", "transformers": "transformers"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a report: a module's name in the model, its class, and what happened to it."""
+
+    name: str
+    kind: str
+    note: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What fuse_ did. print() it: `replaced` run on pyfused now, `left` are as they were, each with the reason."""
+
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        rows = [f"replaced: {len(self.replaced)}", *_rows(self.replaced), f"left: {len(self.left)}", *_rows(self.left)]
+        return "\n".join(rows)
+
+
+def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
+    """One row for all layers of the same kind: the numbers in a name are what tells them apart."""
+
+    def pattern(entry):
+        parts = entry.name.split(".")
+        return ".".join("*" if p.isdigit() else p for p in parts) or "(the model)", entry.kind, entry.note
+
+    for (name, kind, note), group in groupby(sorted(entries, key=pattern), pattern):
+        count = len(list(group))
+        yield f"  {name} ({kind}){f' x{count}' if count > 1 else ''}: {note}"
+
+
+def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FuseReport:
+    """Makes an existing model run on pyfused's kernels, in place: this instance alone, no class and nothing global.
+
+    Known are transformers' GPT-2, ALBERT, T5 and FNet with any head, every transformers model that uses the attention
+    interface (attention and norms), and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer and
+    TransformerDecoderLayer, wherever they stand in the model. Parameters, state dict, hooks, classes and outputs stay.
+
+    Args:
+        model: any module. What is fused already stays fused.
+        filter_fn: (name in the model, module) -> whether this module may be fused. It is asked for each module that could
+            be, and for each transformers model, whose attention is one setting.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: model is no torch.nn.Module, or filter_fn cannot be called.
+    """
+    _check_module(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    wanted = filter_fn or (lambda name, module: True)
+    replaced, left = [], []
+    for library in _integrations(model):
+        if hasattr(library, "enter"):
+            done, kept = library.enter(model, wanted)
+            replaced += done
+            left += kept
+    adapters = {name: adapter for library in _integrations(model) for name, adapter in library.ADAPTERS.items()}
+    for name, module in model.named_modules():
+        found = _adapter(module, adapters)
+        if found is None:
+            continue
+        forward = found if isinstance(found, str) else _reason_against(name, module, wanted) or found(module)
+        kind = type(module).__name__
+        if isinstance(forward, str):
+            left.append(Entry(name, kind, forward))
+        else:
+            module.__dict__["forward"] = functools.partial(forward, module)
+            replaced.append(Entry(name, kind, _first_line(forward)))
+    return FuseReport(tuple(replaced), tuple(left))
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Takes away what fuse_ gave to this model and its submodules, which then compute as their classes do.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if is_fused(module):
+            del module.__dict__["forward"]
+    for library in _integrations(model):
+        if hasattr(library, "leave"):
+            library.leave(model)
+    return model
+
+
+def fused_forward(function: F) -> F:
+    """Marks a function as one that fuse_ gives to instances. Its docstring's first line is what the report says."""
+    function.__dict__["pyfused_forward"] = True
+    return function
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether fuse_ gave this module its forward."""
+    return _is_ours(module.__dict__.get("forward"))
+
+
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's class: what a fused forward does with a call that the kernels do not have."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def is_bare(*modules: nn.Module | None) -> bool:
+    """Whether calling these modules does no more than their classes' (or our) forward, so that another function may read
+    their parameters instead of calling them: no hooks, and no forward put on the instance by someone else."""
+    if torch_module._has_any_global_hook():
+        return False
+    for m in modules:
+        if m is not None and (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or not _is_ours(m.__dict__.get("forward"), absent=True)
+        ):
+            return False
+    return True
+
+
+def _is_ours(forward: Any, absent: bool = False) -> bool:
+    if forward is None:
+        return absent
+    return isinstance(forward, functools.partial) and getattr(forward.func, "pyfused_forward", False)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
+
+
+def _integrations(model: nn.Module) -> list[ModuleType]:
+    """The files that know some class of this model. A library that nobody imported has no class in it."""
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    libraries = {base.__module__.partition(".")[0] for base in bases}
+    names = [INTEGRATIONS[library] for library in INTEGRATIONS if library in libraries and library in sys.modules]
+    return [importlib.import_module(f"pyfused.integrations.{name}") for name in names]
+
+
+def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str | None:
+    """By the module's class, or a base whose forward it inherits."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith("pyfused."):
+            return None  # fused by construction
+        adapter = adapters.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is not None:
+            if type(module).forward is base.forward:
+                return adapter
+            return f"its class has a forward other than {base.__name__}'s"
+    return None
+
+
+def _reason_against(name: str, module: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> str:
+    if not wanted(name, module):
+        return "filter_fn says no"
+    if not _is_ours(module.__dict__.get("forward"), absent=True):
+        return "this instance has a forward of its own already"
+    return ""
+
+
+def _first_line(forward: Forward) -> str:
+    return (forward.__doc__ or forward.__name__).strip().splitlines()[0].rstrip(".")
