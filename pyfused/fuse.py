@@ -183,7 +183,7 @@ def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str |
             return None  # fused by construction
         adapter = adapters.get(f"{base.__module__}.{base.__qualname__}")
         if adapter is not None:
-            if type(module).forward is base.forward:
+            if type(module).forward is vars(base)["forward"]:
                 return adapter
             return f"its class has a forward other than {base.__name__}'s"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def takes(x: Tensor) -> bool:
 
 
 @fused_forward
-def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Tensor:
+def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
     """pyfused.layer_norm"""
     if takes(input) and input.dtype == module.weight.dtype:
         return layer_norm(input, module.weight, module.bias, eps=module.eps)
@@ -25,7 +27,7 @@ def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Tensor:
 
 
 @fused_forward
-def rms_norm_forward(module: nn.RMSNorm, x: Tensor) -> Tensor:
+def rms_norm_forward(module: nn.RMSNorm, x: Tensor) -> Any:
     """pyfused.rms_norm"""
     if takes(x) and x.dtype == module.weight.dtype:
         return rms_norm(x, module.weight, eps=torch.finfo(x.dtype).eps if module.eps is None else module.eps)
