@@ -10,8 +10,8 @@ CPU = torch.device("cpu")  # for every new tensor: torch.set_default_device may 
 
 def launched(prepare):
     """Makes `forward(*args)` of `prepare(*args)`, which returns the launch for such arguments: a function of all of them
-    that reads the tensors alone, and serves every call that differs from this one in their values only. Where prepare
-    returns None, because strides do not fit, forward copies them first."""
+    that reads of them the tensors' memory alone, and serves every call that differs from this one in values only. Where
+    prepare returns None, because strides do not fit, forward copies them first."""
 
     def forward(*args):
         launch = prepare(*args)

@@ -24,6 +24,10 @@ _forced = dispatch._forced.get
 _signature = _extensions.signature()
 
 
+def _address(value: Any) -> int | None:
+    return value.data_ptr() if isinstance(value, torch.Tensor) else None
+
+
 class Operator:
     """A registered operator. Calling it with positional arguments returns the outputs of its schema, as a tuple.
 
@@ -82,15 +86,18 @@ class Operator:
         return None if launch is None else launch(*args)
 
     def first(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it."""
+        """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
+        the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
         if not (_is_compiling() or _is_grad_enabled()):
-            same = all(
-                g is b for g, b in zip(given, bound) if isinstance(g, torch.Tensor) or isinstance(b, torch.Tensor)
-            )
-            launch = self._launches.get((_forced(), _signature(*bound))) if same else None
-            if launch is not None:
-                self._launches.keep((_forced(), _signature(*given)), launch)
+            signature = _signature(*given)
+            launch = self._launches.get((_forced(), _signature(*bound)))
+            if (
+                signature is not None
+                and launch is not None
+                and list(map(_address, given)) == list(map(_address, bound))
+            ):
+                self._launches.keep((_forced(), signature), launch)
         return outputs
 
     def direct(self, *args: Any) -> tuple[Any, ...]:

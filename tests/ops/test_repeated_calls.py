@@ -41,6 +41,7 @@ CALLS = {
     "attention mask": lambda x: pyfused.attention(x, x, x, padding_mask=mask(x)),
     "attention mask of floats": lambda x: pyfused.attention(x, x, x, padding_mask=mask(x).float()),
     "attention bias": lambda x: pyfused.attention(x, x, x, attn_bias=x[..., :4]),
+    "attention bias of all heads": lambda x: pyfused.attention(x, x, x, attn_bias=x[0, 0, :1, :4]),
     "attention table": lambda x: pyfused.attention(x, x, x, relative_bias=pyfused.RelativeBias(x[0, :, 0].t(), True, 9)),
     "attention one query": lambda x: pyfused.attention(x[:, :, :1], x, x, is_causal=True),
     "relative_bias": lambda x: pyfused.relative_bias(x[0, :, 0].t(), 5, 6, bidirectional=True, max_distance=9, query_offset=1),
@@ -50,7 +51,7 @@ CALLS = {
 
 
 # What the checks or the kernel replace by another tensor
-CONVERTED = ("copies", "transposed", "floats", "attention bias")
+CONVERTED = ("copies", "transposed", "floats")
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,18 @@ def test_what_differs_is_checked(change, error, message):
             pyfused.linear(**arguments)
         with pytest.raises(error, match=message):
             pyfused.linear(**arguments | change)
+
+
+def test_a_call_without_a_signature_is_not_remembered():
+    class Number(float):
+        pass
+
+    x = torch.ones(1, 2, 3, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            pyfused.attention(x, x, x, scale=Number(2.0))
+        with pytest.raises(TypeError, match="query is a list"):
+            pyfused.attention([1.0], x, x, scale=Number(2.0))
 
 
 def test_what_looks_like_a_relative_bias_is_checked():
