@@ -39,13 +39,14 @@ void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_
                             int64_t offset, int64_t span, int dtype);
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
+// transposed: the weight is stored (k, n), weight_stride from row to row, and rows is at most 8; of ffn both are.
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
-                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int dtype);
+                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int dtype);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------
 void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
-                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
+                 int64_t w_out_stride, int64_t residual_stride, bool transposed, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------

@@ -7,24 +7,26 @@ from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.ffn import linear_gradients
 from ._launch import CPU, dense, launched, rows_of
-from .linear import library_is_faster
+from .linear import by_columns, library_is_faster
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
 
 
 @launched
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    of_x, of_in, of_out = rows_of(x), rows_of(w_in), rows_of(w_out)
-    if library_is_faster(x.numel() // max(x.shape[-1], 1), w_in, w_out):
+    rows = x.shape[:-1].numel()
+    transposed = by_columns(rows, w_in, w_out)
+    if not transposed and library_is_faster(rows, w_in, w_out):
         return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save: _library_forward(
             x, w_in, b_in, w_out, b_out, activation, residual, save
         )
+    of_x, of_in, of_out = rows_of(x), *(rows_of(w.t() if transposed else w) for w in (w_in, w_out))
     of_residual = (0, 0, 0) if residual is None else rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
         return None
-    (rows, n, x_stride), (f, _, in_stride), (m, _, out_stride) = of_x, of_in, of_out
+    (_, n, x_stride), (f, m), strides = of_x, (w_in.shape[0], w_out.shape[0]), (of_in[2], of_out[2], of_residual[2])
     outer, dtype = x.shape[:-1], x.dtype
-    numbers = *(rows, n, f, m, x_stride, in_stride, out_stride, of_residual[2]), ACTIVATION_CODES[activation]
+    numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATION_CODES[activation]
     code, kernel = DTYPE_CODES[dtype], cpu().ffn_forward
 
     def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):

@@ -17,6 +17,14 @@ def _native(dtype):
     return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()
 
 
+def by_columns(rows, *weights):
+    """Whether csrc/include/pyfused/gemv_columns.h takes these weights: all of them are the transposed views of matrices
+    that are stored (K, N), as Hugging Face's Conv1D has them. In float32 the library is as fast for one row."""
+    if rows > 8 or (rows <= 1 and weights[0].dtype == torch.float32):
+        return False
+    return all(w.stride()[1] != 1 and w.stride()[0] == 1 for w in weights)
+
+
 def library_is_faster(rows, *weights):
     """Why MKL or oneDNN should do these products, or None. From measurements on one Zen 3 core, at the sizes of GPT-2.
 
@@ -39,17 +47,20 @@ def library_is_faster(rows, *weights):
 
 
 def slower_forward(x, weight, bias, residual):
-    return library_is_faster(x.numel() // max(x.shape[-1], 1), weight)
+    rows = x.shape[:-1].numel()
+    return None if by_columns(rows, weight) else library_is_faster(rows, weight)
 
 
 @launched
 def forward(x, weight, bias, residual):
-    of_x, of_weight, of_residual = rows_of(x), rows_of(weight), (0, 0, 0) if residual is None else rows_of(residual)
+    of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
+    transposed = by_columns(x.shape[:-1].numel(), weight)
+    of_weight = rows_of(weight.t() if transposed else weight)
     if of_x is None or of_weight is None or of_residual is None or not dense(bias):
         return None
-    (rows, k, x_stride), (n, _, weight_stride), residual_stride = of_x, of_weight, of_residual[2]
+    (rows, k, x_stride), n, weight_stride, residual_stride = of_x, weight.shape[0], of_weight[2], of_residual[2]
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    numbers = rows, n, k, x_stride, weight_stride, residual_stride, DTYPE_CODES[dtype]
+    numbers = rows, n, k, x_stride, weight_stride, residual_stride, transposed, DTYPE_CODES[dtype]
     kernel = cpu().linear_forward
 
     def launch(x, weight, bias, residual):

@@ -180,6 +180,19 @@ def test_opcheck(each_backend, device, full):
     torch.library.opcheck(torch.ops.pyfused.ffn_backward, arguments)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
+def test_weights_stored_transposed(each_backend, dtype, device, rows):
+    """As Hugging Face's Conv1D has them: one alone, and both."""
+    n, f, m = 40, 140, 24
+    x, b_in, b_out = (torch.randn(s, device=device).to(dtype) for s in ((rows, n), (f,), (m,)))
+    stored_in, stored_out = (torch.randn(s, device=device).mul(s[0] ** -0.5).to(dtype) for s in ((n, f), (f, m)))
+    for w_in, w_out in (stored_in.t(), stored_out.t()), (stored_in.t(), stored_out.t().contiguous()):
+        inputs = x, w_in, b_in, w_out, b_out
+        y = pyfused.ffn(*inputs, activation="gelu_tanh")
+        truth = plain(*(t.double() for t in inputs), "gelu_tanh", None)
+        assert_close(y, plain(*inputs, "gelu_tanh", None), truth)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

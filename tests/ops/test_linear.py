@@ -139,11 +139,24 @@ def test_opcheck(each_backend, device, full):
     torch.library.opcheck(torch.ops.pyfused.linear, arguments)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 9])
+def test_stored_transposed(each_backend, dtype, device, rows):
+    """As Hugging Face's Conv1D has it; more outputs and products than are summed at a time."""
+    for k, n, start in [(531, 577, 0), (5, 3, 2), (64, 128, 8)]:
+        weight = make(dtype, device, k, n + start, scale=k**-0.5)[:, start:].t()
+        x, bias, residual = make(dtype, device, rows, k), make(dtype, device, n), make(dtype, device, rows, n)
+        truth = plain(*(t.double() for t in (x, weight, bias, residual)))
+        y = pyfused.linear(x, weight, bias, residual=residual)
+        assert_close(y, plain(x, weight, bias, residual), truth, f"{k}x{n}")
+
+
 def test_explain_names_the_reason_for_a_transposed_weight():
-    x, weight = torch.randn(2, 64), torch.randn(64, 32).t()
+    weight = torch.randn(64, 32).t()
     if "cpu:baseline" in BACKENDS:
-        assert pyfused.explain("linear", x, weight).backend == "reference"
-        assert "contiguous" in str(pyfused.explain("linear", x, weight))
+        for rows, backend in (1, "reference"), (2, "cpu"), (8, "cpu"), (9, "reference"):
+            said = pyfused.explain("linear", torch.randn(rows, 64), weight)
+            assert said.backend == backend
+            assert (backend == "cpu") or "contiguous" in str(said)
 
 
 @pytest.mark.parametrize(
