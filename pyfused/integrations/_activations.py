@@ -57,5 +57,7 @@ def activation_reason(activation: Any) -> str:
     """Why the kernels do not have this activation, for fuse_'s report; "" if they have it."""
     if kernel_activation(activation) is not None:
         return ""
-    name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", activation)
+    name = (
+        type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", activation)
+    )
     return f"the kernels do not have the activation {name}"

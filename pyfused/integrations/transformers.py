@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ..fuse import Adapter
+from . import _albert, _fnet, _t5
 
-ADAPTERS: dict[str, Adapter] = {}
+ADAPTERS: dict[str, Adapter] = {**_albert.ADAPTERS, **_fnet.ADAPTERS, **_t5.ADAPTERS}
