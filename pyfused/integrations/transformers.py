@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
 from ..fuse import Adapter
+from ._attend import attend
+from ._masks import make_mask
+
+__all__ = ["ADAPTERS", "NAME", "attend", "make_mask"]
+
+NAME = "pyfused"
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, make_mask)
 
 ADAPTERS: dict[str, Adapter] = {}
