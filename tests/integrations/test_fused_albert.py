@@ -15,6 +15,7 @@ SIZES = {
     "vocab_size": 61, "embedding_size": 12, "hidden_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2,
     "inner_group_num": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 32,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout_prob": 0.0,
+    "initializer_range": 0.3,
 }  # fmt: skip
 HEADS = [
     "AlbertModel", "AlbertForPreTraining", "AlbertForMaskedLM", "AlbertForSequenceClassification",

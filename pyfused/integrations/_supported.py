@@ -1,0 +1,48 @@
+"""Which of transformers' models use its attention interface? To the others a registered name means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+_reasons: dict[type, str] = {}  # by the type of a config
+
+
+def reason_against(model_class: type[PreTrainedModel]) -> str:
+    """Why models of this class must keep their own attention; empty if they use the interface, or have no attention."""
+    if model_class._can_set_attn_implementation():
+        return ""
+    return (
+        f"{model_class.__name__} has attention code of its own, which transformers' attention interface does not reach"
+    )
+
+
+def check_interface(config: Any) -> None:
+    """Refuses the models whose own code would misread the masks of "pyfused".
+
+    Raises:
+        ValueError: no model of this config uses the attention interface.
+    """
+    kind = type(config)
+    if kind not in _reasons:
+        _reasons[kind] = _find(kind)
+    if _reasons[kind]:
+        raise ValueError(
+            f'attn_implementation="pyfused" does not suit model type {getattr(config, "model_type", kind.__name__)!r}: '
+            f'{_reasons[kind]}; use attn_implementation="eager", and pyfused.fuse_ for its norms'
+        )
+
+
+@torch.compiler.assume_constant_result
+def _find(kind: type) -> str:
+    reasons = [reason_against(c) for c in _subclasses(PreTrainedModel) if getattr(c, "config_class", None) is kind]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+def _subclasses(base: type) -> Iterator[Any]:
+    for c in base.__subclasses__():
+        yield c
+        yield from _subclasses(c)
