@@ -100,7 +100,9 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("place", ["ffn", "ffn_output", "activation", "attention.dense", "attention.query", "attention"])
+@pytest.mark.parametrize(
+    "place", ["ffn", "ffn_output", "activation", "attention.dense", "attention.query", "attention"]
+)
 def test_children_replaced_or_hooked_later(place):
     trio, seen = Trio(albert()), []
 
