@@ -21,7 +21,6 @@ class Trio:
         self.fused = copy.deepcopy(self.plain)
         self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
         if hasattr(self.fused, "set_attn_implementation") and "FNet" not in type(self.fused).__name__:
-            self.fused.set_attn_implementation("pyfused")
 
     @property
     def models(self):
