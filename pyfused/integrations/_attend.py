@@ -17,7 +17,7 @@ from ..ops.attention import MAX_HEAD_SIZE
 from ._masks import Visible, additive, read_mask
 
 # What changes the result and is not computed here; a model passes these only where it has such a thing.
-_REFUSED = {
+REFUSED = {
     "softcap": "scores with a soft cap",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -65,7 +65,7 @@ def attend(
     Raises:
         TypeError, ValueError: an argument does not fit, or asks for something else than the kernels compute.
     """
-    for name, what in _REFUSED.items():
+    for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'{name}: attn_implementation="pyfused" has no {what}; use attn_implementation="eager"')
     if isinstance(scaling, Tensor):
