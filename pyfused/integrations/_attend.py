@@ -11,12 +11,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
 from .. import _notices
-from ..ops import RelativeBias, attention, relative_bias as materialise
+from ..ops import RelativeBias, attention
+from ..ops import relative_bias as materialise
 from ..ops.attention import MAX_HEAD_SIZE
 from ._masks import Visible, additive, read_mask
 
 # What changes the result and is not computed here; a model passes these only where it has such a thing.
-_REFUSED = {
+REFUSED = {
     "softcap": "scores with a soft cap",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -48,7 +49,8 @@ def attend(
         module: the attention layer. Of it are read is_causal, layer_idx and config, where it has them.
         query: (B, H, Tq, D). key, value: (B, Hkv, Sk, D); Hkv divides H.
         attention_mask: None, or one that broadcasts to (B, H, Tq, Sk): bool, True where a query sees a key, or added to the
-            scores. With None a query sees all keys, or those up to its own place if the layer is causal.
+            scores. With None a query sees all keys, or those up to its own place if the layer is causal and there is
+            more than one query.
         dropout: the chance by which a probability becomes 0.
         scaling: multiplies the scores; 1 / sqrt(D) if None.
         is_causal: instead of the module's own; both count only where attention_mask is None.
@@ -63,7 +65,7 @@ def attend(
     Raises:
         TypeError, ValueError: an argument does not fit, or asks for something else than the kernels compute.
     """
-    for name, what in _REFUSED.items():
+    for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'{name}: attn_implementation="pyfused" has no {what}; use attn_implementation="eager"')
     if isinstance(scaling, Tensor):
@@ -71,29 +73,38 @@ def attend(
     if query.shape[0] != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, one row for all
     head_mask = _read_head_mask(module, kwargs.get("head_mask"), query.shape[1])
-    packed, visible = None, Visible()
-    if attention_mask is None:
-        packed = _read_packing(kwargs, query, key)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        visible = Visible(is_causal=bool(query.shape[2] > 1 and causal))
-        if visible.is_causal and packed is None and key.shape[2] > query.shape[2]:
-            # A static cache that was empty: the places behind the queries are not filled yet.
-            seen = query.shape[2]
-            key, value = key[:, :, :seen], value[:, :, :seen]
-            position_bias = None if position_bias is None else position_bias[..., :seen]
-        window = kwargs.get("sliding_window")
-        if window is not None and key.shape[2] > window:
-            raise ValueError(
-                f"sliding_window is {window} and there are {key.shape[2]} keys, but attention_mask is None; "
-                "it takes a mask that has the window"
-            )
-    else:
+    packed = None
+    if attention_mask is not None:
         visible = read_mask(attention_mask, query, key)
+    else:
+        packed = _read_packing(kwargs, query, key)
+        visible = _without_mask(module, query, key, is_causal, kwargs.get("sliding_window"))
+    if visible.keys is not None and visible.keys < key.shape[2]:
+        key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
+        position_bias = None if position_bias is None else position_bias[..., : visible.keys]
     if position_bias is not None and not _is_zero(position_bias):
         visible = visible._replace(attn_bias=_sum(additive(position_bias, query.dtype), visible.attn_bias))
     if packed is not None and visible.attn_bias is not None:
         raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
     return _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs)
+
+
+def _without_mask(module, query, key, is_causal, window):
+    queries, keys = query.shape[2], key.shape[2]
+    if window is not None and keys > window:
+        raise ValueError(
+            f"attention_mask is None, sliding_window is {window} and there are {keys} keys; it takes a mask that has the "
+            "window"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if queries == 1 or not causal:
+        return Visible()
+    if queries != keys:
+        raise ValueError(
+            f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
+            "the keys are the queries' own; it takes a mask"
+        )
+    return Visible(is_causal=True)
 
 
 def _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs):
@@ -104,8 +115,10 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
         if head_mask is not None:
             output, weights = output * head_mask[:, None], weights * head_mask[:, None, None]
         return output, weights
-    if _attentions_wanted(kwargs) or dropout >= 1.0:
-        _notices.once("attentions are collected: attention runs in plain PyTorch, which has the probabilities")
+    wanted = _attentions_wanted(kwargs)
+    if wanted or dropout >= 1.0:
+        if wanted:
+            _notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
         return _with_weights(query, key, value, _dense_bias(*plain), dropout, scaling, head_mask)
     if query.shape[3] > MAX_HEAD_SIZE or value.shape[3] != query.shape[3]:
         _notices.once(

@@ -23,16 +23,16 @@ _STRUCTURE, _BIAS = "_pyfused_structure", "_pyfused_bias"  # attributes of a mas
 
 
 class Visible(NamedTuple):
-    """Which keys a query sees, as pyfused.attention takes it."""
+    """Which keys a query sees, as pyfused.attention takes it once keys and values are cut to the first `keys`."""
 
     padding_mask: Tensor | None = None
     is_causal: bool = False
     attn_bias: Tensor | None = None
+    keys: int | None = None
 
 
 class _Structure(NamedTuple):
-    padding_mask: Tensor | None
-    is_causal: bool
+    visible: Visible
     version: int
 
 
@@ -44,39 +44,64 @@ def make_mask(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """transformers' AttentionMaskInterface "pyfused": the mask of a call, (B, 1, Tq, Sk) bool where True is visible.
 
-    Arguments and result are those of transformers' sdpa_mask.
+    Arguments and result are those of transformers' sdpa_mask, but for one: with fewer queries than keys a causal mask is
+    never None, which would not say which of the keys are the queries' own.
 
     Raises:
         ValueError: a model of this config does not use the attention interface, so that its code would misread the mask.
     """
     if config is not None:
         check_interface(config)
-    arguments = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **kwargs,
+        "allow_is_causal_skip": allow_is_causal_skip and (q_length == 1 or q_length == kv_length),
+    }
     if _traced(attention_mask):
-        return sdpa_mask(*arguments, config=config, **kwargs)
+        return sdpa_mask(**arguments)
     with _counting_changes():
-        mask = sdpa_mask(*arguments, config=config, **kwargs)
-    causal, offsets = mask_function is causal_mask_function, (q_offset, kv_offset)
-    if mask is None or mask.is_inference() or not all(type(o) is int for o in offsets) or kv_offset != 0:
-        return mask
-    if causal and kv_length != q_offset + q_length:
-        return mask
-    if not causal and mask_function is not bidirectional_mask_function:
-        return mask
-    padding = None
-    if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.dtype != torch.bool:
+        mask = sdpa_mask(**arguments)
+        if mask is None or mask.is_inference():
             return mask
-        seen = min(kv_length, attention_mask.shape[1])
-        with _counting_changes():
-            padding = F.pad(attention_mask[:, :seen], (0, kv_length - seen)).clone()
-    setattr(mask, _STRUCTURE, _Structure(padding, causal and q_length > 1, mask._version))
+        visible = _structure(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    if visible is not None:
+        setattr(mask, _STRUCTURE, _Structure(visible, mask._version))
     return mask
+
+
+def _structure(q_length, kv_length, q_offset, kv_offset, mask_function, padding) -> Visible | None:
+    """What the mask is made of, if that is only padding and causality."""
+    if type(kv_offset) is not int or kv_offset != 0:
+        return None
+    keys = None
+    if mask_function is causal_mask_function:
+        if isinstance(q_offset, Tensor):
+            if not q_offset.is_cpu and q_length == 1:
+                return None  # reading it would wait for the device at each step of decoding
+            q_offset = int(q_offset)
+        keys = q_offset + q_length  # what a static cache has behind them is not filled yet
+        if keys > kv_length:
+            return None
+    elif mask_function is not bidirectional_mask_function:
+        return None
+    if padding is not None:
+        if padding.dim() != 2 or padding.dtype != torch.bool:
+            return None
+        length = kv_length if keys is None else keys
+        padding = F.pad(padding[:, :length], (0, max(0, length - padding.shape[1]))).clone()
+    return Visible(padding, keys is not None and q_length > 1, None, keys)
 
 
 def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
@@ -93,7 +118,7 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
         sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
         structure = None if _traced(mask) else getattr(mask, _STRUCTURE, None)
         if structure is not None and mask.shape == sizes and not _changed(mask, structure.version):
-            return Visible(structure.padding_mask, structure.is_causal)
+            return structure.visible
         if query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
             return Visible(mask[:, 0, 0].expand(sizes[0], -1))
     return Visible(attn_bias=additive(mask, query.dtype))

@@ -21,9 +21,8 @@ from ..kernels.buckets import exact_buckets
 from ..ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
 from ._activations import activation_reason, kernel_activation
 from ._children import drops, is_plain_linear, overridden
+from ._enter import NAME
 from .torch_nn import takes
-
-ATTENTION = "pyfused"  # the name in transformers' attention interface
 
 
 @fused_forward
@@ -148,7 +147,7 @@ def _adds_residual(module: Any, inner: Any, hidden_states: Tensor) -> bool:
 
 
 def _is_ours(module: Any) -> bool:
-    return module.config._attn_implementation == ATTENTION
+    return module.config._attn_implementation == NAME
 
 
 def _projected(out: nn.Linear, seen: Tensor, residual: Tensor) -> Tensor:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
-
 from ..fuse import Adapter
-from . import _albert, _fnet, _t5
+from . import _albert, _fnet, _gpt2, _t5
 from ._attend import attend
+from ._enter import NAME, enter, leave
 from ._masks import make_mask
 
-__all__ = ["ADAPTERS", "NAME", "attend", "make_mask"]
+__all__ = ["ADAPTERS", "NAME", "attend", "enter", "leave", "make_mask"]
 
-NAME = "pyfused"
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, make_mask)
-
-ADAPTERS: dict[str, Adapter] = {**_albert.ADAPTERS, **_fnet.ADAPTERS, **_t5.ADAPTERS}
+ADAPTERS: dict[str, Adapter] = {**_gpt2.ADAPTERS, **_albert.ADAPTERS, **_fnet.ADAPTERS, **_t5.ADAPTERS}
