@@ -19,13 +19,13 @@ _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels run on such a tensor, and on these with it; float64, other devices, nested tensors and mixed
-    dtypes are better off with torch's own functions."""
+    """Whether the kernels run on such a tensor, and on these with it; float64, other devices, nested tensors and, outside of
+    torch.autocast, mixed dtypes are better off with torch's own functions."""
     dtype = x.dtype
     if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested or not x.numel():
         return False
     if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
-        return False
+        return all(t is None or t.dtype in _DTYPES for t in others)
     return all(t is None or t.dtype == dtype for t in others)
 
 

@@ -89,7 +89,8 @@ class T5Attention(nn.Module):
             The result (B, Sq, D). The position bias for the layers after this one: position_bias itself; else a
             RelativeBias of this layer's table, which stays a table until it is inside a kernel; else None, where
             transformers returns zeros. With a cache of fixed size, whose keys reach beyond the tokens so far, it is dense.
-            And the probabilities (B, H, Sq, Sk) before dropout, or None.
+            And the probabilities (B, H, Sq, Sk) before dropout, or None. A query that may see no key gets zeros from the
+            attention, where transformers' result depends on its implementation.
 
         Raises:
             TypeError: a keyword that says something about attention which this module does not know. ValueError: a mask

@@ -21,7 +21,7 @@ from ..fuse import fused_forward, is_bare, is_fused
 from ..ops import ffn, layer_norm, linear
 from .attention import Visibility
 from .layers import LayerNorm, Linear
-from .multihead import MultiheadAttention, _sizes, attend, attends, visible_keys
+from .multihead import MultiheadAttention, _sizes, attend, attends, takes, visible_keys
 from .packing import packing_of, without_padding
 
 Branch = Callable[[Tensor, "Tensor | None"], Tensor]  # (what is computed on, residual) -> branch + residual
@@ -72,10 +72,6 @@ def _children(layer: Any, decoder: bool) -> list[tuple[nn.Module, tuple[Any, ...
         *((child, (nn.LayerNorm, LayerNorm)) for child in norms),
         *((child, (nn.Dropout,)) for child in dropouts),
     ]
-
-
-def _same_dtype(layer: nn.Module, x: Tensor) -> bool:
-    return all(p.dtype == x.dtype for p in layer.parameters())
 
 
 def _dropped(y: Tensor, dropout: nn.Dropout) -> Tensor:
@@ -138,9 +134,8 @@ def _encode(layer: Any, x: Tensor, visible: Visibility, batch_first: bool) -> Te
 
 
 def _runs(layer: Any, x: Tensor) -> bool:
-    return (
-        x.dim() in (2, 3) and attends(layer.self_attn, x, x, x) and _same_dtype(layer, x) and not reason_against(layer)
-    )
+    fits = x.dim() in (2, 3) and takes(x, *layer.parameters()) and attends(layer.self_attn, x, x, x)
+    return fits and not reason_against(layer)
 
 
 @fused_forward

@@ -6,7 +6,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, FNetConfig, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    FNetConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
 from transformers.models.t5 import modeling_t5
 
@@ -64,7 +71,7 @@ def additive(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-PADDING = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
 CAUSAL = torch.ones(S, S, dtype=torch.bool).tril()
 
 
@@ -204,7 +211,7 @@ def test_feed_forward_by_hand(name):
     assert torch.equal(mine(x), plain(x))
     with pytest.raises(TypeError, match="config is a int"):
         kind(24)
-    with pytest.raises(TypeError, match="dropout is 0.1 beside a config"):
+    with pytest.raises(TypeError, match=r"dropout is 0\.1 beside a config"):
         kind(config(), dropout=0.1)
     with pytest.raises(ValueError, match="activation='swiglu'"):
         kind(24, 40, "swiglu")

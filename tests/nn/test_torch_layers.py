@@ -171,19 +171,27 @@ def test_bad_masks_raise_torchs_errors(options, message):
         mine(x, x, x, need_weights=False, **options)
 
 
-@pytest.mark.parametrize("case", ["float64", "head size", "autocast", "nested"])
+@pytest.mark.parametrize("case", ["float64", "head size", "mixed", "nested"])
 def test_what_is_left_to_torch(case):
     """As torch computes it, bit for bit."""
     heads, width = (1, 264) if case == "head size" else (H, E)
     kinds = ["MultiheadAttention", "TransformerEncoderLayer"]
     for kind in kinds:
-        mine, theirs, wide = twin(kind, width, heads, **({} if kind == kinds[0] else {"dropout": 0.0}), batch_first=True)
+        mine, theirs, wide = twin(
+            kind, width, heads, **({} if kind == kinds[0] else {"dropout": 0.0}), batch_first=True
+        )
         x = torch.randn(B, SQ, width)
         if case == "float64":
             mine, theirs, x = mine.double(), wide, x.double()
+        if case == "mixed":
+            for module in (mine, theirs):
+                module.to(torch.bfloat16)
+            with torch.autocast("cpu", enabled=False), pytest.raises(RuntimeError, match="dtype"):
+                mine.eval()(*[x] * (3 if kind == kinds[0] else 1))
+            continue
         if case == "nested":
             x = torch.nested.as_nested_tensor([x[0], x[1, :3]])
-        with torch.no_grad(), torch.autocast("cpu", enabled=case == "autocast"):
+        with torch.no_grad():
             calls = [
                 m.eval()(x, x, x, need_weights=False)[0] if kind == kinds[0] else m.eval()(x) for m in (mine, theirs)
             ]
@@ -298,6 +306,27 @@ def test_each_dropout_is_at_its_place(kind, norm_first, monkeypatch):
         torch.manual_seed(3)
         outs.append(module(*inputs))
     torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_inside_autocast(norm_first):
+    """As torch's under the same autocast: dtypes, and errors against float64."""
+    mine, theirs, wide = twin("TransformerDecoderLayer", E, H, 40, dropout=0.0, batch_first=True, norm_first=norm_first)
+    inputs = torch.randn(B, SQ, E), torch.randn(B, SK, E)
+    options = {"tgt_mask": added(SQ, SQ), "memory_key_padding_mask": hidden(B, SK)}
+    outs = []
+    for module in (mine, theirs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outs.append(module(*inputs, **options))
+        module.zero_grad()
+        outs[-1].float().square().sum().backward()
+    truth = wide(*(t.double() for t in inputs), **{k: to_double(v) for k, v in options.items()})
+    truth.square().sum().backward()
+    assert outs[0].dtype == outs[1].dtype
+    assert_close(*(out.bfloat16() for out in outs), truth)
+    for (name, p), q, r in zip(mine.named_parameters(), theirs.parameters(), wide.parameters(), strict=True):
+        assert p.grad.dtype == q.grad.dtype
+        assert_close(*(g.grad.bfloat16() for g in (p, q)), r.grad, name)
 
 
 class Doubled(nn.Linear):
