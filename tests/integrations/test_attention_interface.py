@@ -296,10 +296,7 @@ def test_models_with_soft_caps_and_sinks_are_refused():
 OWN_ATTENTION = {
     "bloom": lambda **more: hf.BloomModel(hf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, **more)),
     "xglm": lambda **more: hf.XGLMModel(hf.XGLMConfig(d_model=32, num_layers=1, attention_heads=4, ffn_dim=48, **more)),
-    # Its image encoder uses the interface, its text layers do not.
-    "git": lambda **more: hf.GitModel(hf.GitConfig(vision_config=BERT_SIZES, **BERT_SIZES, **more)),
 }
-BERT_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
@@ -310,6 +307,12 @@ def test_models_without_the_interface_are_refused(name):
     assert model.set_attn_implementation("eager") is None
     report = pyfused.fuse_(OWN_ATTENTION[name](vocab_size=50))
     assert "attention code of its own" in str(report)
+
+
+def test_models_with_the_interface_in_some_layers_only_are_refused():
+    assert "GitSelfAttention" in _supported.reason_against(hf.GitModel)
+    assert "InformerProbSparseAttention" in _supported.reason_against(hf.InformerModel)
+    assert not _supported.reason_against(hf.SwitchTransformersModel)
 
 
 def test_two_models_with_one_config():
