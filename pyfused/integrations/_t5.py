@@ -245,10 +245,11 @@ def _all_read_tables(stack: Any) -> bool:
 
     A block of a subclass is none of those: FSDP makes them, and its parameters are there only while the block runs.
     """
-    if not _is_ours(stack):
-        return False
     for block in stack.block:
-        if type(block) is not modeling_t5.T5Block or not is_fused(block.layer[0].SelfAttention):
+        if type(block) is not modeling_t5.T5Block:
+            return False
+        layer: Any = block.layer[0].SelfAttention
+        if not (is_fused(layer) and _is_ours(layer)):
             return False
     first = stack.block[0].layer[0].SelfAttention
     embedding = first.relative_attention_bias
