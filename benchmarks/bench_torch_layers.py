@@ -23,13 +23,12 @@ def cases(device):
     layer = nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True)
     models = {
         "encoder layer": layer,
-        "encoder layer norm_first": nn.TransformerEncoderLayer(
-            D, HEADS, INNER, batch_first=True, norm_first=True
-        ),
+        "encoder layer norm_first": nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True, norm_first=True),
         "encoder of 2 layers": nn.TransformerEncoder(layer, 2),
         "decoder layer": nn.TransformerDecoderLayer(D, HEADS, INNER, batch_first=True),
         "MultiheadAttention": nn.MultiheadAttention(D, HEADS, batch_first=True),
     }
+    yield from small(device)
     for name, model in models.items():
         model = model.eval().to(device)
         fused = copy.deepcopy(model)
@@ -47,10 +46,21 @@ def cases(device):
                             lambda: run(fused, inputs, options),
                             lambda: run(model, inputs, options),
                         ),
-                        flops=flops(name, batch, length)
-                        * (0.5 if label and name == "encoder of 2 layers" else 1),
+                        flops=flops(name, batch, length) * (0.5 if label and name == "encoder of 2 layers" else 1),
                         seconds=6.0,
                     )
+
+
+def small(device):
+    """A layer so small that what counts is the host's work: torch makes one call where pyfused makes six."""
+    for width, length in ((64, 8), (256, 16)):
+        model = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True).eval().to(device)
+        fused, x = copy.deepcopy(model), torch.randn(1, length, width, device=device)
+        pyfused.fuse_(fused)
+        with torch.inference_mode():
+            yield Case(
+                f"encoder layer of width {width} 1x{length} float32", beside(device, lambda: fused(x), lambda: model(x))
+            )
 
 
 def run(model, inputs, options):

@@ -238,6 +238,26 @@ def test_decoder_layer(case, norm_first):
     compare(*twins, [tgt, memory], masks.get(case, {}), training=True)
 
 
+@pytest.mark.parametrize("mode", ["no_grad", "grad", "train"])
+def test_inside_torchs_encoder_and_decoder(mode):
+    """Written by hand into torch's stacks, which in inference turn padding into nested tensors, and fused on top."""
+    options = {"dropout": 0.0, "batch_first": True}
+    models = []
+    for kinds in (pyfused.nn, nn):
+        encoder = nn.TransformerEncoder(kinds.TransformerEncoderLayer(E, H, 40, **options), 2)
+        decoder = nn.TransformerDecoder(kinds.TransformerDecoderLayer(E, H, 40, **options), 2)
+        models.append(nn.Transformer(E, H, custom_encoder=encoder, custom_decoder=decoder, batch_first=True))
+    mine, theirs = models
+    mine.load_state_dict(theirs.state_dict())
+    src, tgt, padding = torch.randn(B, SQ, E), torch.randn(B, SK, E), torch.arange(SQ) >= torch.tensor([[7], [2], [5]])
+    masks = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(SK), "src_key_padding_mask": padding}
+    with torch.set_grad_enabled(mode != "no_grad"):
+        expected, encoded = theirs.train(mode == "train")(src, tgt, **masks), theirs.encoder(src, None, padding)
+        for module in (mine.train(mode == "train"), mine if pyfused.fuse_(mine).replaced else None):
+            torch.testing.assert_close(module(src, tgt, **masks), expected)
+            torch.testing.assert_close(module.encoder(src, None, padding), encoded)
+
+
 @torch._dynamo.config.patch(error_on_recompile=True)
 @pytest.mark.parametrize("kind", ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_compiles_once_without_a_break(kind):
