@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm
+from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
@@ -72,7 +72,8 @@ class T5Layer(nn.Module):
         branch = self._drop(self.attention(y, call.visible, call.cache, self.index, call.attentions))
         if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
             y, x = self.cross_attention_norm(x, branch)
-            branch = self._drop(self.cross_attention(y, key_value, call.memory_visible, call.cross_attentions))
+            real = Visibility(padding_mask=call.memory_mask)
+            branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
         y, x = self.feed_forward_norm(x, branch)
         return x, self._drop(self.feed_forward(y))
 
