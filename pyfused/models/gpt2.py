@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import CrossAttention, FeedForward, KVCache, LayerNorm, ReversibleEmbedding, SelfAttention, Visibility
+from ..nn import CrossAttention, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._gpt2_call import INPUTS, Call, read
@@ -74,7 +74,7 @@ class GPT2Block(nn.Module):
             self.cross_attention_norm = LayerNorm(d, eps, **factory)
             self.cross_attention = CrossAttention(d, heads, **attention)
         self.feed_forward_norm = LayerNorm(d, eps, **factory)
-        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
 
     def forward(self, x: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
