@@ -9,6 +9,8 @@ import pyfused
 from pyfused.fuse import is_fused
 
 transformers = pytest.importorskip("transformers")
+from transformers.models.albert import modeling_albert  # noqa: E402
+
 from pyfused.integrations import _albert  # noqa: E402
 
 SIZES = {
@@ -36,8 +38,9 @@ def test_report():
     trio = Trio(albert())
     assert {entry.kind for entry in trio.report.replaced} >= {"AlbertAttention", "AlbertLayer", "LayerNorm"}
     assert trio.report.left == ()
-    assert trio.fused.config._attn_implementation == "pyfused"
-    assert trio.plain.config._attn_implementation == "sdpa"
+    for model, name in ((trio.fused, "pyfused"), (trio.plain, "sdpa")):
+        layers = [m for m in model.modules() if isinstance(m, modeling_albert.AlbertAttention)]
+        assert {m.config._attn_implementation for m in layers} == {name}
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -57,10 +57,12 @@ def test_what_is_replaced():
     names = {n for n, m in fused.named_modules() if is_fused(m)}
     layers = {f"transformer.h.{i}{part}" for i in (0, 1) for part in ("", ".ln_1", ".ln_cross_attn", ".ln_2", ".mlp")}
     assert names == {*layers, "transformer.ln_f"}
-    assert fused.config._attn_implementation == "pyfused"
+    attentions = [getattr(layer, name) for layer in fused.transformer.h for name in ("attn", "crossattention")]
+    assert {a.config._attn_implementation for a in attentions} == {"pyfused"}
+    assert fused.config._attn_implementation == "sdpa"  # what the model says of itself stays
     pyfused.unfuse_(fused)
     assert not any(is_fused(m) for m in fused.modules())
-    assert fused.config._attn_implementation == "sdpa"
+    assert {a.config._attn_implementation for a in attentions} == {"sdpa"}
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
@@ -243,7 +245,7 @@ def test_copies_and_pickles(tmp_path):
     loads = (
         "import pickle, sys; m, i, e = pickle.load(open(sys.argv[1], 'rb')); assert (m(i)[0] - e).abs().max() < 1e-5"
     )
-    loads += "; assert m.config._attn_implementation == 'pyfused'"
+    loads += "; assert m.transformer.h[0].attn.config._attn_implementation == 'pyfused'"
     subprocess.run([sys.executable, "-c", loads, str(tmp_path / "model")], check=True)
 
 
@@ -340,8 +342,10 @@ def test_filter():
     model = gpt2()
     report = pyfused.fuse_(model, filter_fn=lambda name, module: name.endswith("mlp"))
     assert {e.name for e in report.replaced} == {"h.0.mlp", "h.1.mlp"}
-    assert "attention: filter_fn says no" in {e.note for e in report.left}
-    assert model.config._attn_implementation == "sdpa"
+    assert {e.note for e in report.left if e.kind == "GPT2Attention"} == {"filter_fn says no"}
+    assert model.h[0].attn.config._attn_implementation == "sdpa"
+    pyfused.fuse_(model, filter_fn=lambda name, module: name == "h.1.attn")
+    assert [layer.attn.config._attn_implementation for layer in model.h] == ["sdpa", "pyfused"]
     model = gpt2()
     pyfused.fuse_(model, filter_fn=lambda name, module: not isinstance(module, nn.LayerNorm))
     assert is_fused(model.h[0])
