@@ -243,12 +243,10 @@ def _all_read_tables(stack: Any) -> bool:
 
     A block of a subclass is none of those: FSDP makes them, and its parameters are there only while the block runs.
     """
-    if not _is_ours(stack):
-        return False
     if any(type(block) is not modeling_t5.T5Block for block in stack.block):
         return False
     attentions = [block.layer[0].SelfAttention for block in stack.block]
-    if not attentions or not all(map(is_fused, attentions)):
+    if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
         return False
     first = attentions[0]
     embedding = first.relative_attention_bias

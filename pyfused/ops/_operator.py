@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from ._autocast import without_autocast
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
@@ -49,6 +50,7 @@ class Operator:
         torch.library.register_fake(f"pyfused::{name}", fake, lib=LIBRARY)
         self.autograd: type[torch.autograd.Function] | None = None
         if backward is not None and setup_context is not None:
+            backward = without_autocast(backward)
             torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
             members = {
                 "forward": staticmethod(self.direct),

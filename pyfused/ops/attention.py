@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, in_lower_precision, to
 from ._checks import check_floating, check_like, check_shape, may_look, name_of
 from ._operator import Operator
 from .relative_bias import RelativeBias, check_buckets
@@ -37,6 +38,8 @@ def attention(
     The packed form has sequences of several lengths one behind the other, with no padding between them: query (1, H, T, D),
     key and value (1, Hkv, T, D), and cu_seqlens says where each begins. A token sees only its own sequence, which computes
     what a batch of N padded sequences would, at the cost of the real tokens alone.
+
+    Inside torch.autocast, query, key, value and attn_bias are cast to its dtype, a float32 table of a bias is not.
 
     Args:
         query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides, used
@@ -66,6 +69,24 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        if isinstance(relative_bias, RelativeBias) and getattr(relative_bias.table, "dtype", None) != torch.float32:
+            relative_bias = relative_bias._replace(table=to(relative_bias.table, dtype))
+        return in_lower_precision(
+            attention,
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            padding_mask=padding_mask,
+            relative_bias=relative_bias,
+            attn_bias=to(attn_bias, dtype),
+            scale=scale,
+            dropout_p=dropout_p,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
     return _ATTENTION(
         *bind(
             query,

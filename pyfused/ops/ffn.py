@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
 from ._operator import Operator
 
@@ -34,6 +35,8 @@ def ffn(
 ) -> torch.Tensor:
     """The feed-forward network, with the activation and the residual addition inside the kernels.
 
+    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
         w_in, b_in: (F, N) as nn.Linear stores it, and (F,) or None; of x's dtype and device, as all that follow.
@@ -47,6 +50,8 @@ def ffn(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(x):
+        return in_lower_precision(ffn, x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
     return _FFN(*bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))[0]
 
 

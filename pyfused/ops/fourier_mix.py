@@ -19,7 +19,7 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
 
     Everything is computed in float32 and rounded once, so float16 and bfloat16 run where torch.fft refuses them, and at
     any size. Values grow like sqrt(S N) and y[0, 0] is the sum of x: float16 holds no more than 65504 and becomes
-    infinite beyond. A sample that holds one NaN is NaN throughout.
+    infinite beyond. A sample that holds one NaN is NaN throughout. torch.autocast changes nothing: x keeps its dtype.
 
     Args:
         x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; any S and N, primes too.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
 from ._operator import Operator
 from .ffn import canonical_activation
@@ -30,6 +31,8 @@ def gated_ffn(
     result that float16 can hold is finite whenever x w_gate^T and x w_up^T fit into float16, each on its own (they are
     kept for the backward, and plain PyTorch has them in float16 too). bfloat16 has float32's range and needs nothing.
 
+    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
         w_gate, w_up: (F, N) as nn.Linear stores it; of x's dtype and device, as all that follow.
@@ -43,6 +46,8 @@ def gated_ffn(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(x):
+        return in_lower_precision(gated_ffn, x, w_gate, w_up, w_out, activation=activation, residual=residual)
     return _GATED_FFN(*bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))[0]
 
 

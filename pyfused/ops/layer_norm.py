@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
 from ._operator import Operator
 
@@ -22,6 +23,9 @@ def layer_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation over the last dimension, with the residual addition in the same pass.
+
+    Inside torch.autocast dtypes may be mixed; as of torch.nn.functional's norm, the result is float32 on a GPU and has x's
+    dtype (that of x + residual) on a CPU.
 
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; the last dimension is
@@ -37,6 +41,8 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(x):
+        return normalized(layer_norm, x, weight, bias, eps=eps, residual=residual)
     y, total, _, _ = _LAYER_NORM(*bind(x, weight, bias, eps=eps, residual=residual))
     return y if residual is None else (y, total)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
 from ._operator import Operator
 
@@ -19,6 +20,8 @@ def linear(
 ) -> torch.Tensor:
     """The affine map of nn.Linear, and a residual on top.
 
+    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+
     Args:
         x: (..., K), float32, float16, bfloat16 (float64 runs on the reference).
         weight, bias: (N, K) as nn.Linear stores it, and (N,) or None; of x's dtype and device, as is residual.
@@ -30,6 +33,8 @@ def linear(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(x):
+        return in_lower_precision(linear, x, weight, bias, residual=residual)
     return _LINEAR(*bind(x, weight, bias, residual=residual))[0]
 
 

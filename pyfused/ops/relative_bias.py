@@ -38,7 +38,7 @@ def relative_bias(
     max_distance: int = 128,
     query_offset: int = 0,
 ) -> torch.Tensor:
-    """T5's relative position bias, materialised.
+    """T5's relative position bias, materialised; in the table's dtype inside torch.autocast too.
 
     Args:
         table: (num_buckets, H), float32, float16, bfloat16 (float64 runs on the reference); num_buckets at least 2, or 4

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
 from ._operator import Operator
 
@@ -26,6 +27,9 @@ def rms_norm(
     multiplies by the weight, and KerasHub's computes in the input's dtype throughout: in float32 the three agree, in
     half precision this one is the closest to float64.
 
+    Inside torch.autocast dtypes may be mixed; as of torch.nn.functional's norm, the result is float32 on a GPU and has x's
+    dtype (that of x + residual) on a CPU.
+
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; the last dimension is
             contiguous, else it is copied.
@@ -40,6 +44,8 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if autocast_is_on() and autocasts(x):
+        return normalized(rms_norm, x, weight, eps=eps, residual=residual)
     y, total, _ = _RMS_NORM(*bind(x, weight, eps=eps, residual=residual))
     return y if residual is None else (y, total)
 
