@@ -9,8 +9,6 @@ import pyfused
 from pyfused.fuse import is_fused
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.albert import modeling_albert  # noqa: E402
-
 from pyfused.integrations import _albert  # noqa: E402
 
 SIZES = {
@@ -39,8 +37,8 @@ def test_report():
     assert {entry.kind for entry in trio.report.replaced} >= {"AlbertAttention", "AlbertLayer", "LayerNorm"}
     assert trio.report.left == ()
     for model, name in ((trio.fused, "pyfused"), (trio.plain, "sdpa")):
-        layers = [m for m in model.modules() if isinstance(m, modeling_albert.AlbertAttention)]
-        assert {m.config._attn_implementation for m in layers} == {name}
+        layers = [m for m in model.modules() if isinstance(m, _albert.modeling_albert.AlbertAttention)]
+        assert {layer.config._attn_implementation for layer in layers} == {name}
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -12,8 +12,6 @@ from pyfused.fuse import is_fused
 from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.t5 import modeling_t5  # noqa: E402
-
 from pyfused.integrations import _attend, _t5  # noqa: E402
 
 SIZES = {
@@ -47,8 +45,8 @@ def test_report():
     assert {entry.kind for entry in trio.report.replaced} >= {*LAYERS, "T5LayerCrossAttention"}
     assert trio.report.left == ()
     for model, name in ((trio.fused, "pyfused"), (trio.plain, "sdpa")):
-        layers = [m for m in model.modules() if isinstance(m, modeling_t5.T5Attention)]
-        assert {m.config._attn_implementation for m in layers} == {name}
+        layers = [m for m in model.modules() if isinstance(m, _t5.modeling_t5.T5Attention)]
+        assert {layer.config._attn_implementation for layer in layers} == {name}
 
 
 @pytest.mark.parametrize("head", ["T5Model", "T5ForConditionalGeneration", "T5ForQuestionAnswering"])
