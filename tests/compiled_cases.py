@@ -15,7 +15,9 @@ def backbone(name, dtype=torch.float32, dropout=0.0, **options):
         sizes["num_heads"] = 4
     if name == "albert":
         sizes |= {"num_layers": 3, "embedding_dim": 12, "num_inner_repetitions": 2}
-    if name != "t5":
+    if name == "t5":
+        sizes["activation"] = "gelu_new"  # smooth: a relu's gradient jumps where rounding changes a sign
+    else:
         sizes["max_sequence_length"] = 48
     kind = {
         "gpt2": pyfused.GPT2Backbone,
