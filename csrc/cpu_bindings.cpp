@@ -1,6 +1,8 @@
 // Which CPU kernels may Python call? The list below, once per instruction set: pyfused._cpu.<isa>.<kernel>.
 #include <pybind11/pybind11.h>
 
+#include "pyfused/python_call.h"
+
 #define PYFUSED_ISA baseline
 #include "kernels.h"
 #undef PYFUSED_ISA
@@ -16,31 +18,41 @@
 #endif
 
 namespace py = pybind11;
+namespace python = pyfused::python;
 
-// Every kernel runs without the interpreter's lock: it touches no Python object.
-#define KERNEL(isa, name) m.def(#name, &pyfused::isa::name, py::call_guard<py::gil_scoped_release>())
+#define KERNEL(isa, name) python::function<&pyfused::isa::name>(#name)
 
-#define KERNELS(isa)                                  \
-  [](py::module_ m) {                                 \
-    KERNEL(isa, layer_norm_forward);                  \
-    KERNEL(isa, layer_norm_backward);                 \
-    KERNEL(isa, rms_norm_forward);                    \
-    KERNEL(isa, rms_norm_backward);                   \
-    KERNEL(isa, attention_forward);                   \
-    KERNEL(isa, attention_backward);                  \
-    KERNEL(isa, relative_bias_forward);               \
-    KERNEL(isa, relative_bias_backward);              \
-    KERNEL(isa, linear_forward);                      \
-    KERNEL(isa, ffn_forward);                         \
-    KERNEL(isa, ffn_activation);                      \
-    KERNEL(isa, fourier_mix_scratch);                 \
-    KERNEL(isa, fourier_mix_forward);                 \
-    KERNEL(isa, gated_ffn_forward);                   \
-    KERNEL(isa, gated_ffn_activation);                \
+#define KERNELS(isa)                         \
+  [](py::module_ m) {                        \
+    static PyMethodDef functions[] = {       \
+        KERNEL(isa, layer_norm_forward),     \
+        KERNEL(isa, layer_norm_backward),    \
+        KERNEL(isa, rms_norm_forward),       \
+        KERNEL(isa, rms_norm_backward),      \
+        KERNEL(isa, attention_forward),      \
+        KERNEL(isa, attention_backward),     \
+        KERNEL(isa, relative_bias_forward),  \
+        KERNEL(isa, relative_bias_backward), \
+        KERNEL(isa, linear_forward),         \
+        KERNEL(isa, ffn_forward),            \
+        KERNEL(isa, ffn_activation),         \
+        KERNEL(isa, fourier_mix_scratch),    \
+        KERNEL(isa, fourier_mix_forward),    \
+        KERNEL(isa, gated_ffn_forward),      \
+        KERNEL(isa, gated_ffn_activation),   \
+        {}};                                 \
+    if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();\
   }
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "pyfused's CPU kernels, one submodule per instruction set; raw pointers in, nothing out";
+  m.doc() = "pyfused's CPU kernels, one submodule per instruction set; tensors or raw pointers in, nothing out";
+  static PyMethodDef functions[] = {
+      {"use_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::use_tensors)), METH_FASTCALL,
+       "use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)"},
+      {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::signature)), METH_FASTCALL,
+       "signature(*args) -> bytes that are equal for calls that differ in values alone, or None"},
+      {}};
+  if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   py::list supported;
   KERNELS(baseline)(m.def_submodule("baseline"));
   supported.append("baseline");

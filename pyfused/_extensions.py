@@ -25,7 +25,11 @@ _emulated: Callable[[], ModuleType] | None = None
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(f"pyfused.{name}"), ""
+        module = importlib.import_module(f"pyfused.{name}")
+        # The capsule is there from torch 2.11 on; without it tensors are slower to read, and no call has a signature.
+        if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+            module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+        return module, ""
     except ModuleNotFoundError as error:
         if error.name != f"pyfused.{name}":
             raise
@@ -61,11 +65,22 @@ def use_isa(name: str) -> Iterator[None]:
     global _active_isa
     if name not in cpu_supported():
         raise ValueError(f"isa {name!r}: this build and processor support {cpu_supported()}")
+    from . import dispatch
+
     before, _active_isa = _active_isa, name
+    dispatch.forget()  # launches that are prepared for another
     try:
         yield
     finally:
         _active_isa = before
+        dispatch.forget()
+
+
+def signature() -> Callable[..., bytes | None]:
+    """A function of a call's arguments: bytes that are equal for two calls on the CPU exactly if they differ in nothing but
+    the values in their tensors; None for any other call, and for all without the extension."""
+    module, _ = _load("_cpu")
+    return module.signature if module else lambda *args: None
 
 
 def cpu() -> ModuleType:

@@ -14,12 +14,12 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -170,6 +170,31 @@ def choose(operator: str, function: str, args: tuple[Any, ...]):
     name = forced[0] if forced else "reference"
     reason = next((v.reason for v in verdicts(operator, function, args) if v.backend == name), "")
     raise BackendError(f"{operator}: backend {name!r} was asked for strictly and cannot run this: {reason}")
+
+
+class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
+    """What is prepared for calls of an operator's function, by what backend() asks for and the call's
+    signature; dropped by forget()."""
+
+    all: ClassVar[list[Launches]] = []
+    MOST = 1024  # a decoder has a new signature for each token
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all.append(self)
+
+    def keep(self, key: Any, launch: Callable[..., tuple[Any, ...]]) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = launch
+
+
+def forget() -> None:
+    """Drops all that is remembered of the kernels: after something that it depends on has changed."""
+    _candidates.cache_clear()
+    _lacks.cache_clear()
+    for launches in Launches.all:
+        launches.clear()
 
 
 @dataclass(frozen=True)

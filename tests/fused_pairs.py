@@ -20,7 +20,6 @@ class Trio:
         self.truth = copy.deepcopy(self.plain).double()
         self.fused = copy.deepcopy(self.plain)
         self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
-        if hasattr(self.fused, "set_attn_implementation") and "FNet" not in type(self.fused).__name__:
 
     @property
     def models(self):

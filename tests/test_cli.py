@@ -82,11 +82,11 @@ def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         return y * 1.001, *rest
 
     monkeypatch.setattr(module, "forward", wrong)
-    dispatch._candidates.cache_clear()
+    dispatch.forget()
     try:
         status, out, _ = call(capsys, "verify", PRESET)
     finally:
-        dispatch._candidates.cache_clear()
+        dispatch.forget()
     assert status == 1
     assert "FAIL" in out
 

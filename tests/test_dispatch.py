@@ -29,7 +29,7 @@ def test_explain_agrees_with_what_runs(monkeypatch):
         module = dispatch.kernel(name, "layer_norm")
         original = module.forward
         monkeypatch.setattr(module, "forward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
-    dispatch._candidates.cache_clear()
+    dispatch.forget()
     try:
         for forced in (None, "reference", "cpu"):
             if forced is None:
@@ -40,7 +40,7 @@ def test_explain_agrees_with_what_runs(monkeypatch):
                     pyfused.layer_norm(X, W)
                     assert ran[-1] == forced == pyfused.explain("layer_norm", X, W).backend
     finally:
-        dispatch._candidates.cache_clear()
+        dispatch.forget()
 
 
 def test_unknown_names_are_refused():
@@ -91,9 +91,7 @@ def test_environment_variables(name, value, said):
 def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
     """Forced strictly too: its forward runs, and the next backend's backward."""
     monkeypatch.delattr(dispatch.kernel("cpu", "layer_norm"), "backward")
-    caches = (dispatch._candidates, dispatch._lacks)
-    for cache in caches:
-        cache.cache_clear()
+    dispatch.forget()
     try:
         x = X.clone().requires_grad_()
         with pyfused.backend("cpu", strict=True):
@@ -104,8 +102,7 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
             pyfused.layer_norm(x, W).sum().backward()
         assert x.grad is not None
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        dispatch.forget()
 
 
 def test_threads_follow_torch():

@@ -7,6 +7,8 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
 
+from ._launch import CPU, launched
+
 
 def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen, *more):
     """Sizes and strides, in the order of csrc/cpu/kernels.h; keep the array alive while the kernel runs."""
@@ -32,39 +34,40 @@ def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _empty_like(query):
-    """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
+def _like(query):
+    """Shape and strides of a (B, H, S, D) tensor stored as (B, S, H, D)."""
     b, h, s, d = query.shape
-    return torch.empty_strided((b, h, s, d), (s * h * d, d, h * d, 1), dtype=query.dtype)
+    return (b, h, s, d), (s * h * d, d, h * d, 1)
 
 
+def _empty_like(query):
+    return torch.empty_strided(*_like(query), dtype=query.dtype, device=CPU)
+
+
+@launched
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
     bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
-    out = _empty_like(query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32) if save else None
+    (shape, strides), dtype = _like(query), query.dtype
     buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
     layout = _layout(query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen)
-    cpu().attention_forward(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        _address(padding_mask),
-        _address(attn_bias),
-        _address(bias_table),
-        _address(buckets),
-        _address(seed),
-        _address(cu_seqlens),
-        out.data_ptr(),
-        _address(lse),
-        layout.buffer_info()[0],
-        is_causal,
-        scale,
-        dropout_p,
-        DTYPE_CODES[query.dtype],
-    )
-    return out, lse
+    options = bool(is_causal), scale, dropout_p, DTYPE_CODES[dtype]
+    kernel = cpu().attention_forward
+
+    def launch(
+        query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout, seed, _save,
+        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0,
+    ):  # fmt: skip
+        out = torch.empty_strided(shape, strides, dtype=dtype, device=CPU)
+        lse = torch.empty(*shape[:3], dtype=torch.float32, device=CPU) if save else None
+        kernel(
+            *(query, key, value, padding_mask, attn_bias, bias_table, buckets, seed, cu_seqlens, out, lse),
+            *(layout.buffer_info()[0], *options),
+        )
+        return out, lse
+
+    return launch
 
 
 def slower_backward(

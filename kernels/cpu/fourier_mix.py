@@ -5,6 +5,8 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.fourier import plan
 
+from ._launch import CPU, launched
+
 
 def slower_forward(x):
     b, s, n = x.shape
@@ -13,32 +15,24 @@ def slower_forward(x):
     return None
 
 
+@launched
 def forward(x):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.shape[2] == 1:
-        x = x.transpose(1, 2)  # then the samples fill the vectors, and y is the same memory
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    b, s, n = x.shape
-    if b == 0:
+    shape, dtype = x.shape, x.dtype
+    (b, s, n), (batch_stride, row_stride, within) = shape, x.stride()
+    if n == 1:  # then the samples fill the vectors, and y is the same memory
+        s, n, row_stride, within = n, s, within, row_stride
+    if within != 1 and n != 1 and b:
+        return None
+    (plan_s, table_s), (plan_n, table_n) = plan(s), plan(n)
+    numbers = b, s, n, batch_stride, row_stride, DTYPE_CODES[dtype]
+    kernel, scratch_bytes = cpu().fourier_mix_forward, cpu().fourier_mix_scratch
+
+    def launch(x):
+        y = torch.empty(*shape, dtype=dtype, device=CPU)
+        if b:
+            size = scratch_bytes(plan_s, plan_n, b, s, n)  # depends on the number of threads
+            scratch = torch.empty(size, dtype=torch.uint8, device=CPU)
+            kernel(x, y, scratch, plan_s, table_s, plan_n, table_n, *numbers)
         return (y,)
-    plan_s, table_s = plan(s)
-    plan_n, table_n = plan(n)
-    kernels = cpu()
-    scratch = torch.empty(kernels.fourier_mix_scratch(plan_s.data_ptr(), plan_n.data_ptr(), b, s, n), dtype=torch.uint8)
-    kernels.fourier_mix_forward(
-        x.data_ptr(),
-        y.data_ptr(),
-        scratch.data_ptr(),
-        plan_s.data_ptr(),
-        table_s.data_ptr(),
-        plan_n.data_ptr(),
-        table_n.data_ptr(),
-        b,
-        s,
-        n,
-        x.stride(0),
-        x.stride(1),
-        DTYPE_CODES[x.dtype],
-    )
-    return (y,)
+
+    return launch

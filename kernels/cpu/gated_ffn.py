@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.gated_ffn import linear_gradients, widened
+from ._launch import CPU, launched, rows_of
 from .ffn import ACTIVATION_CODES
-from .linear import library_is_faster, matrix, pointer, rows_of
+from .linear import library_is_faster
 
 
 def _hidden_dtype(x):
@@ -15,42 +16,31 @@ def _hidden_dtype(x):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
+@launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    shape, dtype = x.shape[:-1], x.dtype
-    rows_x, rows, n, x_stride = rows_of(x)
-    if library_is_faster(rows, w_gate, w_up, w_out):
-        return _library_forward(x, w_gate, w_up, w_out, activation, residual, save)
-    f, m = w_gate.shape[0], w_out.shape[0]
-    y = torch.empty(*shape, m, dtype=dtype)
-    gate, up = (torch.empty(*shape, f, dtype=dtype) for _ in range(2)) if save else (None, None)
-    w_gate, w_gate_stride = matrix(w_gate)
-    w_up, w_up_stride = matrix(w_up)
-    w_out, w_out_stride = matrix(w_out)
-    residual, _, _, residual_stride = (None, 0, 0, 0) if residual is None else rows_of(residual)
-    hidden = torch.empty(rows, f, dtype=_hidden_dtype(x))
-    cpu().gated_ffn_forward(
-        rows_x.data_ptr(),
-        w_gate.data_ptr(),
-        w_up.data_ptr(),
-        w_out.data_ptr(),
-        pointer(residual),
-        hidden.data_ptr(),
-        pointer(gate),
-        pointer(up),
-        y.data_ptr(),
-        rows,
-        n,
-        f,
-        m,
-        x_stride,
-        w_gate_stride,
-        w_up_stride,
-        w_out_stride,
-        residual_stride,
-        ACTIVATION_CODES[activation],
-        DTYPE_CODES[dtype],
-    )
-    return y, gate, up
+    if library_is_faster(x.numel() // max(x.shape[-1], 1), w_gate, w_up, w_out):
+        return lambda x, w_gate, w_up, w_out, _activation, residual, _save: _library_forward(
+            x, w_gate, w_up, w_out, activation, residual, save
+        )
+    layouts = *map(rows_of, (x, w_gate, w_up, w_out)), (0, 0, 0) if residual is None else rows_of(residual)
+    if None in layouts:
+        return None
+    (rows, n, _), (f, _, _), _, (m, _, _), _ = layouts
+    strides = (layout[2] for layout in layouts)
+    outer, dtype, hidden_dtype = x.shape[:-1], x.dtype, _hidden_dtype(x)
+    numbers = rows, n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]
+    kernel = cpu().gated_ffn_forward
+
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
+        y = torch.empty(*outer, m, dtype=dtype, device=CPU)
+        hidden = torch.empty(rows, f, dtype=hidden_dtype, device=CPU)
+        gate = up = None
+        if save:
+            gate, up = (torch.empty(*outer, f, dtype=dtype, device=CPU) for _ in range(2))
+        kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
+        return y, gate, up
+
+    return launch
 
 
 def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
@@ -65,12 +55,12 @@ def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
 def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
     """hidden = activation(gate) * up and, from grad_hidden, the gradients of both; contiguous; may be in place."""
     cpu().gated_ffn_activation(
-        gate.data_ptr(),
-        up.data_ptr(),
-        pointer(grad_hidden),
-        hidden.data_ptr(),
-        pointer(grad_gate),
-        pointer(grad_up),
+        gate,
+        up,
+        grad_hidden,
+        hidden,
+        grad_gate,
+        grad_up,
         gate.numel(),
         ACTIVATION_CODES[activation],
         DTYPE_CODES[gate.dtype],

@@ -1,38 +1,12 @@
 """linear on the CPU: launches csrc/cpu/linear.cpp, and says where the library's product is faster."""
 
 import functools
-import math
 
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cpu, isa
 
-
-def matrix(x):
-    """x as (rows, columns) without a copy where its strides allow one row stride, and that stride."""
-    strides = x.stride()
-    if len(strides) == 2 and strides[1] == 1:
-        return x, strides[0]
-    if len(strides) != 2:
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
-
-
-def rows_of(x):
-    """(x, rows, columns, row stride) as a kernel takes them: as matrix, but without its view of a contiguous x, which
-    takes 2.5 us."""
-    *outer, columns = x.shape
-    if x.is_contiguous():
-        return x, math.prod(outer), columns, columns
-    x, stride = matrix(x)
-    return x, x.shape[0], columns, stride
-
-
-def pointer(x):
-    """The address of a tensor's data, 0 for none."""
-    return 0 if x is None else x.data_ptr()
+from ._launch import CPU, dense, launched, rows_of
 
 
 @functools.cache
@@ -68,25 +42,19 @@ def slower_forward(x, weight, bias, residual):
     return library_is_faster(x.numel() // max(x.shape[-1], 1), weight)
 
 
+@launched
 def forward(x, weight, bias, residual):
-    n, shape, dtype = weight.shape[0], x.shape[:-1], x.dtype
-    x, rows, k, x_stride = rows_of(x)
-    weight, weight_stride = matrix(weight)
-    bias = None if bias is None else bias.contiguous()
-    residual, _, _, residual_stride = (None, 0, 0, 0) if residual is None else rows_of(residual)
-    y = torch.empty(*shape, n, dtype=dtype)  # sizes as a tuple would take 2 us more
-    cpu().linear_forward(
-        x.data_ptr(),
-        weight.data_ptr(),
-        pointer(bias),
-        pointer(residual),
-        y.data_ptr(),
-        rows,
-        n,
-        k,
-        x_stride,
-        weight_stride,
-        residual_stride,
-        DTYPE_CODES[dtype],
-    )
-    return (y,)
+    of_x, of_weight, of_residual = rows_of(x), rows_of(weight), (0, 0, 0) if residual is None else rows_of(residual)
+    if of_x is None or of_weight is None or of_residual is None or not dense(bias):
+        return None
+    (rows, k, x_stride), (n, _, weight_stride), residual_stride = of_x, of_weight, of_residual[2]
+    shape, dtype = (*x.shape[:-1], n), x.dtype
+    numbers = rows, n, k, x_stride, weight_stride, residual_stride, DTYPE_CODES[dtype]
+    kernel = cpu().linear_forward
+
+    def launch(x, weight, bias, residual):
+        y = torch.empty(*shape, dtype=dtype, device=CPU)
+        kernel(x, weight, bias, residual, y, *numbers)
+        return (y,)
+
+    return launch

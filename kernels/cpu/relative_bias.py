@@ -5,24 +5,23 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
 
+from ._launch import CPU, launched
 
+
+@launched
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
-    num_buckets, heads = table.shape
+    (num_buckets, heads), dtype = table.shape, table.dtype
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)
-    bias = torch.empty(1, heads, query_length, key_length, dtype=table.dtype)
-    cpu().relative_bias_forward(
-        table.data_ptr(),
-        buckets.data_ptr(),
-        bias.data_ptr(),
-        heads,
-        query_length,
-        key_length,
-        query_offset,
-        buckets.shape[0] // 2,
-        *table.stride(),
-        DTYPE_CODES[table.dtype],
-    )
-    return (bias,)
+    span = buckets.shape[0] // 2
+    numbers = heads, query_length, key_length, query_offset, span, *table.stride(), DTYPE_CODES[dtype]
+    kernel = cpu().relative_bias_forward
+
+    def launch(table, *_):
+        bias = torch.empty(1, heads, query_length, key_length, dtype=dtype, device=CPU)
+        kernel(table, buckets, bias, *numbers)
+        return (bias,)
+
+    return launch
 
 
 def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):

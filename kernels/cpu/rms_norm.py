@@ -5,33 +5,26 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.layout import as_rows
 
+from ._launch import CPU, dense, launched, rows_of
 
+
+@launched
 def forward(x, weight, eps, residual, save):
-    n = x.shape[-1]
-    rows, stride = (x, n) if x.is_contiguous() else as_rows(x)  # the view alone would cost 1 us
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = residual_rows = None
-    residual_stride = 0
-    if residual is not None:
-        residual_rows, residual_stride = (residual, n) if residual.is_contiguous() else as_rows(residual)
-        total = torch.empty_like(y)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32) if save else None
-    weight = weight.contiguous()
-    cpu().rms_norm_forward(
-        rows.data_ptr(),
-        0 if residual is None else residual_rows.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        0 if total is None else total.data_ptr(),
-        0 if rstd is None else rstd.data_ptr(),
-        x.numel() // n,
-        n,
-        stride,
-        residual_stride,
-        eps,
-        DTYPE_CODES[x.dtype],
-    )
-    return y, total, rstd
+    rows, residual_rows = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
+    if rows is None or residual_rows is None or not dense(weight):
+        return None
+    shape, dtype = x.shape, x.dtype
+    numbers = *rows, residual_rows[2], eps, DTYPE_CODES[dtype]
+    kernel = cpu().rms_norm_forward
+
+    def launch(x, weight, _eps, residual, _save):
+        y = torch.empty(*shape, dtype=dtype, device=CPU)
+        total = None if residual is None else torch.empty(*shape, dtype=dtype, device=CPU)
+        rstd = torch.empty(shape[:-1], dtype=torch.float32, device=CPU) if save else None
+        kernel(x, residual, weight, y, total, rstd, *numbers)
+        return y, total, rstd
+
+    return launch
 
 
 def backward(grad_y, grad_total, x, weight, rstd):

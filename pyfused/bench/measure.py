@@ -139,12 +139,13 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table: times in ms, and how many times faster pyfused is than each other provider."""
+    """The rows as a table: times in ms (us below 0.1 ms), and how many times faster pyfused is than each other provider."""
     lines = []
     for row in rows:
         own = row["seconds"]["pyfused"] * 1e3
+        time = f"{own:>9.3f} ms" if own >= 0.1 else f"{own * 1e3:>9.2f} us"
         peers = "  ".join(f"{name} x{ratio:.2f}" for name, ratio in row["ratio"].items())
         rate = f"{row['gb_per_s']:.1f} GB/s" if row["gb_per_s"] else ""
         rate = f"{row['gflop_per_s']:.0f} GFLOP/s" if row["gflop_per_s"] else rate
-        lines.append(f"{row['case']:<44} {own:>9.3f} ms  {rate:<14} {peers}")
+        lines.append(f"{row['case']:<44} {time}  {rate:<14} {peers}")
     return "\n".join(lines)

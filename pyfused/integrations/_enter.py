@@ -1,18 +1,17 @@
-"""How does a transformers model as a whole get attn_implementation="pyfused", and its own again? On this instance alone.
+"""How does the attention of a transformers model come to run on "pyfused", and on its own again? Layer by layer.
 
-The implementation is an attribute of the model's configuration, and models may share one. So a model gets configurations of
-its own first; what its modules share among them, they share still.
+transformers looks the implementation up in the config that a layer holds, which is the model's, and which other models may
+hold too. A fused layer holds a FusedConfig instead, which differs in that one answer: the model's config stays as it is, says
+what it said, and is saved as it was.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -28,91 +27,87 @@ NAME = "pyfused"
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 
-_MARK = "_pyfused_entered"  # an attribute of a PreTrainedModel
+READABLE = (None, "eager", "sdpa", NAME)  # the implementations whose masks `attend` reads
 
 
-@dataclass(frozen=True)
-class Entered:
-    """What a model had before. A pickled model that is loaded imports this file for it, which registers the name."""
+class FusedConfig:
+    """A layer's config as it is, but for the name of the attention implementation.
 
-    implementation: str | None
+    That is "pyfused" for as long as the config has the implementation that it had when the layer was fused: what a user sets
+    afterwards counts. Loading a pickled one imports this file, which registers the name.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        vars(self).update(_fused=config, _had=config._attn_implementation)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        now = self._fused._attn_implementation
+        return NAME if now == self._had else now
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_fused", "_had") or name.startswith("__"):  # not there yet, while it is being copied or loaded
+            raise AttributeError(name)
+        return getattr(self._fused, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fused, name, value)
 
 
 def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
-    """Sets attn_implementation="pyfused" on each transformers model in `model` that has it, and says what it did."""
-    done, left, chosen, kept = [], [], [], []
-    for name, part, sharing in _parts(model):
-        reason = _reason_against(part, sharing)
-        if reason is None:
-            continue
-        kind = type(part).__name__
-        reason = reason or ("" if wanted(name, part) else "filter_fn says no")
+    """Puts "pyfused" into each layer of `model` that attends by transformers' interface, and says what it did."""
+    done, left = [], []
+    layers = list(_layers(model))
+    for name, layer, owner in layers:
+        reason = _reason_against(layer, owner) or ("" if wanted(name, layer) else "filter_fn says no")
         if reason:
-            left.append(Entry(name, kind, f"attention: {reason}"))
-            kept.append(part)
-        else:
-            done.append(Entry(name, kind, f'attention: attn_implementation="{NAME}"'))
-            chosen.append(part)
-    # Around these may be models with no attention of their own, like T5's around its stacks; they say the same.
-    for _, part, _ in _parts(model):
-        inside = set(part.modules())
-        if inside.intersection(chosen) and not inside.intersection(kept) and part not in chosen:
-            chosen.append(part)
-    if any(part.config._attn_implementation != NAME for part in chosen):
-        _own_configs(model)
-    for _, part, sharing in _parts(model):
-        if part in chosen and part.config._attn_implementation != NAME:
-            for same in sharing:
-                same.__dict__[_MARK] = Entered(part.config._attn_implementation)
-            part.config._attn_implementation = {"": NAME}  # a dict sets no sub-configuration's
+            left.append(Entry(name, type(layer).__name__, reason))
+            continue
+        if not isinstance(layer.config, FusedConfig):
+            vars(layer)["config"] = FusedConfig(layer.config)
+        done.append(Entry(name, type(layer).__name__, "pyfused.attention, by transformers' attention interface"))
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(isinstance(m, PreTrainedModel) for m in part.children()):
+            reason = reason_against(type(part))
+            if reason and not any(owner is part for _, _, owner in layers):
+                left.append(Entry(name, type(part).__name__, f"attention: {reason}"))
     return done, left
 
 
-def _parts(model: nn.Module) -> list[tuple[str, PreTrainedModel, list[PreTrainedModel]]]:
-    """For each configuration: the name of the outermost model that has it, that model, and all that share it."""
-    parts: dict[int, tuple[str, PreTrainedModel, list[PreTrainedModel]]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            parts.setdefault(id(module.config), (name, module, []))[2].append(module)
-    return list(parts.values())
-
-
 def leave(model: nn.Module) -> None:
-    """Gives back what enter changed, unless it was changed again since."""
-    for part in model.modules():
-        entered = part.__dict__.pop(_MARK, None)
-        if isinstance(part, PreTrainedModel) and entered is not None and part.config._attn_implementation == NAME:
-            part.config._attn_implementation = {"": entered.implementation}
-
-
-def _own_configs(model: nn.Module) -> None:
-    memo: dict[int, Any] = {}
+    """Gives back the configs that enter replaced."""
     for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, PreTrainedConfig):
-                vars(module)[key] = copy.deepcopy(value, memo)
+        if isinstance(vars(module).get("config"), FusedConfig):
+            vars(module)["config"] = vars(module)["config"]._fused
 
 
-def _reason_against(part: PreTrainedModel, sharing: list[PreTrainedModel]) -> str | None:
-    """Why this model's attention stays; None if it has none."""
-    layers = [m for m in _own_modules(part) if _interface_source(m)]
-    reason = next(filter(None, map(reason_against, map(type, sharing))), "")
-    if reason or not layers:
-        return reason or None
-    for layer in layers:
-        for name, what in REFUSED.items():
-            given = re.search(rf"\b{name}=([\w.]+)", _interface_source(layer))
-            if given and _value(layer, given[1]) is not None:
-                return f"{type(layer).__name__} has {what}"
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, PreTrainedModel | None]]:
+    """The layers that call the attention interface: name, layer, and the transformers model right around it."""
+
+    def walk(name, module, owner, seen):
+        for key, child in module.named_children():
+            if child in seen:
+                continue
+            seen.add(child)
+            path = f"{name}.{key}" if name else key
+            if _interface_source(child) and isinstance(vars(child).get("config"), PreTrainedConfig | FusedConfig):
+                yield path, child, owner
+            yield from walk(path, child, child if isinstance(child, PreTrainedModel) else owner, seen)
+
+    yield from walk("", model, model if isinstance(model, PreTrainedModel) else None, set())
+
+
+def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
+    """Why this layer's attention stays; empty if it need not."""
+    reason = "" if owner is None else reason_against(type(owner))
+    now = layer.config._attn_implementation
+    if reason or now not in READABLE:
+        return reason or f'attn_implementation="{now}" was chosen, which has masks of its own; set "sdpa", then fuse'
+    for name, what in REFUSED.items():
+        given = re.search(rf"\b{name}=([\w.]+)", _interface_source(layer))
+        if given and _value(layer, given[1]) is not None:
+            return f"{type(layer).__name__} has {what}"
     return ""
-
-
-def _own_modules(part: nn.Module) -> Iterator[nn.Module]:
-    """Its modules, but those of a model inside that has a configuration of its own."""
-    for child in part.children():
-        if not (isinstance(child, PreTrainedModel) and child.config is not part.config):
-            yield child
-            yield from _own_modules(child)
 
 
 def _interface_source(module: nn.Module) -> str:

@@ -81,7 +81,8 @@ def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, 
     """(norm(branch + residual), branch + residual)"""
     plain = type(norm) is nn.LayerNorm and is_fused(norm) and is_bare(norm) and takes(branch)
     if plain and branch.dtype == residual.dtype == norm.weight.dtype and branch.device == residual.device:
-        return layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=residual)
+        y, total = layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=residual)
+        return y, total
     total = branch + residual
     return norm(total), total
 

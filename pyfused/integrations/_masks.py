@@ -1,8 +1,8 @@
 """What does a mask of transformers say, in the terms of pyfused.attention? And the function that makes such masks.
 
-Every model gets what transformers' sdpa gets, a 4-D bool mask or None, which its code may slice, combine or move. A mask
-that is nothing but padding and causality remembers that, so that attention needs no dense bias; a tensor made from it does
-not, and is then taken as it is.
+Every model gets what transformers' sdpa gets, a 4-D bool mask or None, which its code may slice, combine or move. A mask is
+looked at once: one that is nothing but padding and causality needs no dense bias. What was seen is kept as an attribute of
+the tensor, so that no tensor made from it has it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from ._supported import check_interface
@@ -32,7 +31,7 @@ class Visible(NamedTuple):
 
 
 class _Structure(NamedTuple):
-    visible: Visible
+    visible: Visible | None  # None: neither padding nor causality alone
     version: int
 
 
@@ -69,39 +68,7 @@ def make_mask(
         **kwargs,
         "allow_is_causal_skip": allow_is_causal_skip and (q_length == 1 or q_length == kv_length),
     }
-    if _traced(attention_mask):
-        return sdpa_mask(**arguments)
-    with _counting_changes():
-        mask = sdpa_mask(**arguments)
-        if mask is None or mask.is_inference():
-            return mask
-        visible = _structure(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-    if visible is not None:
-        setattr(mask, _STRUCTURE, _Structure(visible, mask._version))
-    return mask
-
-
-def _structure(q_length, kv_length, q_offset, kv_offset, mask_function, padding) -> Visible | None:
-    """What the mask is made of, if that is only padding and causality."""
-    if type(kv_offset) is not int or kv_offset != 0:
-        return None
-    keys = None
-    if mask_function is causal_mask_function:
-        if isinstance(q_offset, Tensor):
-            if not q_offset.is_cpu and q_length == 1:
-                return None  # reading it would wait for the device at each step of decoding
-            q_offset = int(q_offset)
-        keys = q_offset + q_length  # what a static cache has behind them is not filled yet
-        if keys > kv_length:
-            return None
-    elif mask_function is not bidirectional_mask_function:
-        return None
-    if padding is not None:
-        if padding.dim() != 2 or padding.dtype != torch.bool:
-            return None
-        length = kv_length if keys is None else keys
-        padding = F.pad(padding[:, :length], (0, max(0, length - padding.shape[1]))).clone()
-    return Visible(padding, keys is not None and q_length > 1, None, keys)
+    return sdpa_mask(**arguments)
 
 
 def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
@@ -114,14 +81,49 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
         raise TypeError(
             f"attention_mask is {mask.dtype}; it takes torch.bool (True is visible) or a float that is added"
         )
-    if mask.dtype == torch.bool and mask.dim() == 4:
-        sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
-        structure = None if _traced(mask) else getattr(mask, _STRUCTURE, None)
-        if structure is not None and mask.shape == sizes and not _changed(mask, structure.version):
+    if mask.dim() == 2:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it takes four dimensions, (B, H or 1, Tq, Sk)")
+    sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
+    if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
+        return Visible(mask[:, 0, 0].expand(sizes[0], -1))
+    if mask.shape == sizes and not (_traced(mask) or mask.requires_grad):
+        structure = getattr(mask, _STRUCTURE, None)
+        if structure is None or _changed(mask, structure.version):
+            structure = _Structure(_recognised(mask), 0 if mask.is_inference() else mask._version)
+            if not mask.is_inference():
+                setattr(mask, _STRUCTURE, structure)
+        if structure.visible is not None:
             return structure.visible
-        if query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
-            return Visible(mask[:, 0, 0].expand(sizes[0], -1))
     return Visible(attn_bias=additive(mask, query.dtype))
+
+
+def _recognised(mask: Tensor) -> Visible | None:
+    """What a (B, 1, Tq, Sk) mask is made of, if it is only padding, with or without causality. Reads it once a forward: B Tq
+    Sk bytes, beside the B H Tq Sk scores of each layer; on a device that waits, as transformers' own look at the padding."""
+    if mask.device.type == "meta" or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    seen = mask[:, 0]
+    if mask.dtype != torch.bool:
+        seen = seen == 0
+        hidden = torch.finfo(mask.dtype).min
+        # eager's mask: hidden keys are finite, so that a query which sees none sees all of them alike
+        if not bool((seen | (mask[:, 0] <= hidden)).all()) or not bool(seen.any(-1).all()):
+            return None
+    queries, keys = seen.shape[1:]
+    with _counting_changes():
+        last = seen[:, -1].clone()
+        if bool((seen == last[:, None]).all()):
+            return Visible(None if bool(last.all()) else last)
+        filled = int(last.any(0).nonzero().max()) + 1 if bool(last.any()) else 0
+        for end in dict.fromkeys((keys, filled)):  # behind what is filled, a static cache has room
+            if end < queries:
+                continue
+            places = torch.arange(end, device=mask.device)
+            causal = places <= places[end - queries :, None]
+            if torch.equal(seen[..., :end], causal & last[:, None, :end]) and not bool(seen[..., end:].any()):
+                padding = last[:, :end]
+                return Visible(None if bool(padding.all()) else padding.clone(), True, None, end)
+    return None
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -173,14 +173,16 @@ def _attended(
     query = module.q(hidden_states).view(*rows, -1, module.key_value_proj_dim).transpose(1, 2)
     key, value = _keys_and_values(module, hidden_states, key_value_states, past_key_values)
     if position_bias is None and module.has_relative_attention_bias:
-        if hands_on_table and _ends_at_last_key(past, query, key):
-            position_bias = _table(module)
+        # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
+        table = module.relative_attention_bias.weight
+        if hands_on_table and _kernel_reads(table, past, query, key):
+            position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
         else:
             position_bias = module.compute_bias(
                 query.shape[2], key.shape[2], device=query.device, past_seen_tokens=past
             )
     bias = position_bias
-    if isinstance(bias, RelativeBias) and not (_is_ours(module) and _ends_at_last_key(past, query, key)):
+    if isinstance(bias, RelativeBias) and not (_is_ours(module) and _kernel_reads(bias.table, past, query, key)):
         table, bidirectional, distance = bias
         bias = relative_bias(
             *(table, query.shape[2], key.shape[2]),
@@ -221,15 +223,11 @@ def _keys_and_values(
     return key, value
 
 
-def _ends_at_last_key(past: Any, query: Tensor, key: Tensor) -> bool:
-    """Whether the last query has the last key's position, which is what the kernel takes; a StaticCache has more keys."""
-    return not isinstance(past, Tensor) and past + query.shape[2] == key.shape[2]
-
-
-def _table(module: Any) -> RelativeBias:
-    """The parameter itself, not a copy: so the layers that read it give it their gradients under checkpointing too."""
-    weight = module.relative_attention_bias.weight
-    return RelativeBias(weight, not module.is_decoder, module.relative_attention_max_distance)
+def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether the last query has the last key's position, as the kernel takes it; a StaticCache has more keys."""
+    if isinstance(past, Tensor) or past + query.shape[2] != key.shape[2]:
+        return False
+    return table.dtype in (torch.float32, query.dtype)
 
 
 @fused_forward
@@ -245,19 +243,18 @@ def _all_read_tables(stack: Any) -> bool:
 
     A block of a subclass is none of those: FSDP makes them, and its parameters are there only while the block runs.
     """
-    if not _is_ours(stack):
+    if any(type(block) is not modeling_t5.T5Block for block in stack.block):
         return False
-    for block in stack.block:
-        if type(block) is not modeling_t5.T5Block or not is_fused(block.layer[0].SelfAttention):
-            return False
-    first = stack.block[0].layer[0].SelfAttention
+    attentions: list[Any] = [block.layer[0].SelfAttention for block in stack.block]
+    if not attentions or not all(is_fused(a) and _is_ours(a) for a in attentions):
+        return False
+    first = attentions[0]
     embedding = first.relative_attention_bias
     weight = embedding.weight
     return (
         type(embedding) is nn.Embedding
         and is_bare(embedding)
         and embedding.max_norm is None
-        and weight.dtype in (torch.float32, first.q.weight.dtype)
         and weight.shape[0] == first.relative_attention_num_buckets
         and not is_traceable_wrapper_subclass(weight)
         and exact_buckets(not first.is_decoder, weight.shape[0]) in range(1, first.relative_attention_max_distance)

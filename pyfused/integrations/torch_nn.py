@@ -17,7 +17,7 @@ from ..ops.attention import MAX_HEAD_SIZE
 @fused_forward
 def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
     """pyfused.layer_norm"""
-    if takes(input, module.weight):
+    if module.weight is not None and takes(input, module.weight):
         return layer_norm(input, module.weight, module.bias, eps=module.eps)
     return original(module, input)
 
@@ -25,7 +25,7 @@ def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
 @fused_forward
 def rms_norm_forward(module: nn.RMSNorm, x: Tensor) -> Any:
     """pyfused.rms_norm"""
-    if takes(x, module.weight):
+    if module.weight is not None and takes(x, module.weight):
         return rms_norm(x, module.weight, eps=torch.finfo(x.dtype).eps if module.eps is None else module.eps)
     return original(module, x)
 

@@ -106,7 +106,7 @@ def attend(
         key, value: the same with Sk and their own features. One tensor for all three is projected at once.
         visible: which keys count; a packing has B = 1.
     """
-    q, k, v = (_heads(module, t, batch_first) for t in _projected(module, query, key, value))
+    q, k, v = _projected(module, query, key, value, batch_first)
     if module.bias_k is not None and module.bias_v is not None:
         k, v = _appended(k, module.bias_k, module), _appended(v, module.bias_v, module)
         visible = _with_one_key_more(visible)
@@ -130,29 +130,29 @@ def attend(
     return linear(merged.flatten(2), module.out_proj.weight, module.out_proj.bias, residual=residual)
 
 
-def _projected(module, query, key, value) -> tuple[Tensor, ...]:
-    """Queries, keys and values, each (..., E), by as few products as the inputs that are the same allow."""
+def _projected(module, query, key, value, batch_first) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each (B, H, S, d), by as few products as the inputs that are the same allow."""
     e, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
+
+    def heads(x, matrix, vector, count=1):
+        """(B, S, ...) or (S, B, ...) -> `count` views (B, H, S, d)."""
+        y = linear(x, matrix, vector)
+        y = y.view(*y.shape[:2], count, module.num_heads, module.head_dim)
+        return y.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+
+    if weight is not None and query is key and key is value:
+        return heads(query, weight, bias, 3)
+    b = (None, None, None) if bias is None else bias.chunk(3)
     if weight is None:
-        b = (None, None, None) if bias is None else bias.chunk(3)
+        matrices = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+    elif key is value:
         return (
-            linear(query, module.q_proj_weight, b[0]),
-            linear(key, module.k_proj_weight, b[1]),
-            linear(value, module.v_proj_weight, b[2]),
+            *heads(query, weight[:e], b[0]),
+            *heads(key, weight[e:], None if bias is None else bias[e:], 2),
         )
-    if query is key and key is value:
-        return linear(query, weight, bias).chunk(3, -1)
-    first = linear(query, weight[:e], None if bias is None else bias[:e])
-    if key is value:
-        return first, *linear(key, weight[e:], None if bias is None else bias[e:]).chunk(2, -1)
-    b = (None, None) if bias is None else bias[e:].chunk(2)
-    return first, linear(key, weight[e : 2 * e], b[0]), linear(value, weight[2 * e :], b[1])
-
-
-def _heads(module, x, batch_first) -> Tensor:
-    """(B, S, E) or (S, B, E) -> a view (B, H, S, d)."""
-    x = x.unflatten(-1, (module.num_heads, module.head_dim))
-    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+    else:
+        matrices = weight.chunk(3)
+    return tuple(heads(x, w, v)[0] for x, w, v in zip((query, key, value), matrices, b, strict=True))
 
 
 def _appended(x, row, module) -> Tensor:

@@ -9,7 +9,7 @@ behind a dropout, inside the norm that follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -44,34 +44,47 @@ def activation_of(activation: Any) -> str | None:
     return _MODULES.get(type(activation))
 
 
+# What the fused forwards read instead of calling it, and the two classes whose forward they stand for
+_ATTENTIONS: tuple[Any, Any] = (nn.MultiheadAttention, MultiheadAttention)
+_ENCODER_CHILDREN: dict[str, tuple[Any, Any]] = {
+    "self_attn": _ATTENTIONS,
+    **dict.fromkeys(("linear1", "linear2"), (nn.Linear, Linear)),
+    **dict.fromkeys(("norm1", "norm2"), (nn.LayerNorm, LayerNorm)),
+    **dict.fromkeys(("dropout", "dropout1", "dropout2"), (nn.Dropout, nn.Dropout)),
+}
+_DECODER_CHILDREN = {
+    **_ENCODER_CHILDREN, "multihead_attn": _ATTENTIONS, "norm3": (nn.LayerNorm, LayerNorm),
+    "dropout3": (nn.Dropout, nn.Dropout),
+}  # fmt: skip
+
+
 def reason_against(layer: nn.Module) -> str:
     """Why a layer, as it is now, keeps torch's forward; empty if it need not. Asked at every call, as children change."""
     decoder = isinstance(layer, nn.TransformerDecoderLayer)
     base: Any = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
-    for name in ("_sa_block", "_mha_block", "_ff_block") if decoder else ("_sa_block", "_ff_block"):
-        if getattr(type(layer), name) is not getattr(base, name) or name in layer.__dict__:
+    kind: Any = type(layer)
+    for name in ("_sa_block", "_ff_block", "_mha_block") if decoder else ("_sa_block", "_ff_block"):
+        if getattr(kind, name) is not getattr(base, name) or name in layer.__dict__:
             return f"has a {name} of its own"
-    for child, kinds in _children(layer, decoder):
-        if type(child).forward not in [kind.forward for kind in kinds]:
-            return f"has a {type(child).__name__} in place of {kinds[0].__name__}"
-        if not is_bare(child):
-            return f"has a {type(child).__name__} with hooks or a forward of its own"
-        if isinstance(child, nn.LayerNorm) and (child.weight is None or len(child.normalized_shape) != 1):
+    children = layer._modules  # an attribute of a module takes 0.5 us to find
+    for name, (theirs, ours) in (_DECODER_CHILDREN if decoder else _ENCODER_CHILDREN).items():
+        child = children.get(name)
+        forward = getattr(type(child), "forward", None)
+        if child is None or (forward is not theirs.forward and forward is not ours.forward):
+            return f"has a {type(child).__name__} in place of {theirs.__name__}"
+        if theirs is nn.LayerNorm and (child._parameters.get("weight") is None or len(child.normalized_shape) != 1):  # type: ignore[arg-type]
             return "has a LayerNorm without weight, or over several dimensions"
+    if not is_bare(*children.values()):
+        names = {type(child).__name__ for child in children.values() if not is_bare(child)}
+        return f"has a {' and a '.join(sorted(names))} with hooks or a forward of its own"
     return ""
 
 
-def _children(layer: Any, decoder: bool) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-    """What the fused forward reads instead of calling it, and the classes that it knows."""
-    attentions = [layer.self_attn, *([layer.multihead_attn] if decoder else [])]
-    norms = [layer.norm1, layer.norm2, *([layer.norm3] if decoder else [])]
-    dropouts = [layer.dropout, layer.dropout1, layer.dropout2, *([layer.dropout3] if decoder else [])]
-    return [
-        *((child, (nn.MultiheadAttention, MultiheadAttention)) for child in attentions),
-        *((child, (nn.Linear, Linear)) for child in (layer.linear1, layer.linear2)),
-        *((child, (nn.LayerNorm, LayerNorm)) for child in norms),
-        *((child, (nn.Dropout,)) for child in dropouts),
-    ]
+def _parameters(layer: nn.Module) -> Iterator[Tensor | None]:
+    """The layer's, in a third of the time that parameters() takes."""
+    for child in layer._modules.values():
+        if child is not None:
+            yield from child._parameters.values()
 
 
 def _dropped(y: Tensor, dropout: nn.Dropout) -> Tensor:
@@ -134,7 +147,7 @@ def _encode(layer: Any, x: Tensor, visible: Visibility, batch_first: bool) -> Te
 
 
 def _runs(layer: Any, x: Tensor) -> bool:
-    fits = x.dim() in (2, 3) and takes(x, *layer.parameters()) and attends(layer.self_attn, x, x, x)
+    fits = x.dim() in (2, 3) and takes(x, *_parameters(layer)) and attends(layer.self_attn, x, x, x)
     return fits and not reason_against(layer)
 
 

@@ -87,21 +87,30 @@ def attention(
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-    return _ATTENTION(
-        *bind(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            padding_mask=padding_mask,
-            relative_bias=relative_bias,
-            attn_bias=attn_bias,
-            scale=scale,
-            dropout_p=dropout_p,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
+    given = None
+    relative = (None, True, 128) if relative_bias is None else relative_bias
+    if cu_seqlens is None and (relative_bias is None or relative.__class__ is RelativeBias):
+        given = (
+            *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
+            *(*relative, None, max_seqlen),
         )
-    )[0]
+        outputs = _ATTENTION.again(given)
+        if outputs is not None:
+            return outputs[0]
+    bound = bind(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        padding_mask=padding_mask,
+        relative_bias=relative_bias,
+        attn_bias=attn_bias,
+        scale=scale,
+        dropout_p=dropout_p,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
+    return (_ATTENTION(*bound) if given is None else _ATTENTION.first(given, bound))[0]
 
 
 def bind(

@@ -52,7 +52,11 @@ def ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(ffn, x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
-    return _FFN(*bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))[0]
+    given = x, w_in, b_in, w_out, b_out, activation, residual, False
+    outputs = _FFN.again(given)
+    if outputs is None:
+        outputs = _FFN.first(given, bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))
+    return outputs[0]
 
 
 def bind(x, w_in, b_in, w_out, b_out, *, activation, residual=None) -> tuple[Any, ...]:

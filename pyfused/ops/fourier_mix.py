@@ -30,7 +30,10 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: x does not fit; the message says what it got and what it takes.
     """
-    return _FOURIER_MIX(*bind(x))[0]
+    outputs = _FOURIER_MIX.again((x,))
+    if outputs is None:
+        outputs = _FOURIER_MIX.first((x,), bind(x))
+    return outputs[0]
 
 
 def bind(x) -> tuple[Any, ...]:

@@ -48,7 +48,11 @@ def gated_ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(gated_ffn, x, w_gate, w_up, w_out, activation=activation, residual=residual)
-    return _GATED_FFN(*bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))[0]
+    given = x, w_gate, w_up, w_out, activation, residual, False
+    outputs = _GATED_FFN.again(given)
+    if outputs is None:
+        outputs = _GATED_FFN.first(given, bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))
+    return outputs[0]
 
 
 def bind(x, w_gate, w_up, w_out, *, activation, residual=None) -> tuple[Any, ...]:

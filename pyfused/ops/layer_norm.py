@@ -43,7 +43,11 @@ def layer_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(layer_norm, x, weight, bias, eps=eps, residual=residual)
-    y, total, _, _ = _LAYER_NORM(*bind(x, weight, bias, eps=eps, residual=residual))
+    given = x, weight, bias, eps, residual, False
+    outputs = _LAYER_NORM.again(given)
+    if outputs is None:
+        outputs = _LAYER_NORM.first(given, bind(x, weight, bias, eps=eps, residual=residual))
+    y, total, _, _ = outputs
     return y if residual is None else (y, total)
 
 

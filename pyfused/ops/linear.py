@@ -35,7 +35,11 @@ def linear(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(linear, x, weight, bias, residual=residual)
-    return _LINEAR(*bind(x, weight, bias, residual=residual))[0]
+    given = x, weight, bias, residual
+    outputs = _LINEAR.again(given)
+    if outputs is None:
+        outputs = _LINEAR.first(given, bind(x, weight, bias, residual=residual))
+    return outputs[0]
 
 
 def bind(x, weight, bias=None, *, residual=None) -> tuple[Any, ...]:

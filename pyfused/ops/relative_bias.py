@@ -54,8 +54,10 @@ def relative_bias(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    return _RELATIVE_BIAS(
-        *bind(
+    given = table, query_length, key_length, bidirectional, max_distance, query_offset
+    outputs = _RELATIVE_BIAS.again(given)
+    if outputs is None:
+        bound = bind(
             table,
             query_length,
             key_length,
@@ -63,7 +65,8 @@ def relative_bias(
             max_distance=max_distance,
             query_offset=query_offset,
         )
-    )[0]
+        outputs = _RELATIVE_BIAS.first(given, bound)
+    return outputs[0]
 
 
 def bind(table, query_length, key_length, *, bidirectional, max_distance=128, query_offset=0) -> tuple[Any, ...]:

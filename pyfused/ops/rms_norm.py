@@ -46,7 +46,11 @@ def rms_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(rms_norm, x, weight, eps=eps, residual=residual)
-    y, total, _ = _RMS_NORM(*bind(x, weight, eps=eps, residual=residual))
+    given = x, weight, eps, residual, False
+    outputs = _RMS_NORM.again(given)
+    if outputs is None:
+        outputs = _RMS_NORM.first(given, bind(x, weight, eps=eps, residual=residual))
+    y, total, _ = outputs
     return y if residual is None else (y, total)
 
 

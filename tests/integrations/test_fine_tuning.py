@@ -21,18 +21,24 @@ ROOT = Path(__file__).parents[2]
 TRUTH = ROOT / "tests" / "data" / "fine_tuning.json"
 STEPS, BATCH, LENGTH = 200, 2, 24
 CLASSES = {
-    "gpt2_tiny_en": "GPT2LMHeadModel",
-    "t5_tiny_en": "T5ForConditionalGeneration",
-    "albert_tiny_en": "AlbertForMaskedLM",
-    "fnet_tiny_en": "FNetForMaskedLM",
-}
+    "gpt2_tiny_en": ("GPT2LMHeadModel", "GPT2LMHeadModel"),
+    "t5_tiny_en": ("T5ForConditionalGeneration", "T5ForConditionalGeneration"),
+    "albert_tiny_en": ("AlbertForMaskedLM", "AlbertModel"),
+    "fnet_tiny_en": ("FNetForMaskedLM", "FNetModel"),
+}  # what is trained, and what the preset holds
 
 
 def model_of(preset):
-    torch.manual_seed(0)  # the masked heads are new
-    return getattr(transformers, CLASSES[preset]).from_pretrained(
-        ROOT / "pyfused" / "presets" / preset, dtype=torch.float32
-    )
+    """The preset's weights; what they lack, a masked language model's head, is drawn."""
+    trained, held = (getattr(transformers, name) for name in CLASSES[preset])
+    weights = held.from_pretrained(ROOT / "pyfused" / "presets" / preset)
+    torch.manual_seed(0)
+    model = trained(weights.config)
+    inner = model if trained is held else model.base_model
+    report = inner.load_state_dict(weights.state_dict(), strict=False)
+    assert not report.missing_keys
+    assert all(name.startswith("pooler.") for name in report.unexpected_keys)
+    return model
 
 
 def fused_of(preset):
@@ -72,7 +78,7 @@ def curve(model, preset, steps=STEPS):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(loss.detach().double())
     return torch.stack(losses)
 
 

@@ -124,6 +124,21 @@ def test_gradients_of_a_transformer():
         assert_close(actual, grads[1][name], grads[2][name], name)
 
 
+def test_exports_with_dynamic_sizes():
+    model, _ = fused(encoder().eval())
+    b, s = torch.export.Dim("b", min=2, max=64), torch.export.Dim("s", min=2, max=512)
+    shapes = {"src": {0: b, 1: s}, "src_key_padding_mask": {0: b, 1: s}}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(B, S, E),), {"src_key_padding_mask": PADDED}, dynamic_shapes=shapes
+        )
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert {"pyfused.attention.default", "pyfused.ffn.default", "pyfused.layer_norm.default"} <= targets
+        x, mask = torch.randn(2, 5, E), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        actual, expected = (m(x, src_key_padding_mask=mask) for m in (program.module(), model))
+    torch.testing.assert_close(actual[~mask], expected[~mask])  # at padding a trace has torch's values, not zeros
+
+
 def test_there_and_back():
     model = encoder().eval()
     copied, _ = fused(model)

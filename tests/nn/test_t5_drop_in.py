@@ -155,6 +155,16 @@ def test_a_cached_encoder_is_projected_once():
     torch.testing.assert_close(*outs)
 
 
+def test_inside_autocast():
+    """As transformers' under the same autocast, by errors against float64; the table stays float32."""
+    mine, theirs, wide = attentions("sdpa", True, False)
+    x = torch.randn(B, S, 24)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual, plain = (m(x, mask=PADDING)[0] for m in (mine, theirs))
+        assert_close(actual, plain, wide(x.double(), mask=PADDING)[0])
+
+
 def test_probabilities_on_request():
     mine, theirs, _ = attentions("eager", True, False)
     x = torch.randn(B, S, 24)
@@ -273,6 +283,14 @@ def test_inside_transformers_own_t5(implementation, gated):
         loss.backward()
     for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+    again = {name: p.grad for name, p in mine.named_parameters()}
+    mine.zero_grad()
+    mine.gradient_checkpointing_enable()
+    mine.train()(**inputs).loss.backward()  # nothing drops out; a RelativeBias goes through the checkpoints
+    for name, p in mine.named_parameters():
+        torch.testing.assert_close(p.grad, again[name], msg=name)
+    mine.gradient_checkpointing_disable()
+    mine.eval()
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
     tokens = [m.generate(ids, attention_mask=inputs["attention_mask"], **options) for m in (mine, theirs)]
     assert torch.equal(*tokens)
