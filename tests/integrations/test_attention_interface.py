@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from hf_cases import MODELS, build, check_against_eager, livened, padding, tokens, with_implementation
+from hf_cases import BART, MODELS, build, check_against_eager, livened, padding, tokens, with_implementation
 from torch.nn import functional as F
 
 import pyfused
@@ -76,13 +76,18 @@ def test_a_mask_that_was_changed_is_taken_as_it_is():
     def fresh():
         return make_mask(**arguments)
 
-    assert _masks.read_mask(fresh(), query, query).attn_bias is None
-    changed = fresh()
-    changed[:, :, 3, 0] = True
-    for mask in (changed, fresh()[:, :, :, :], fresh().clone()):
+    mask = fresh()
+    for _ in range(2):  # the second time from what it remembers
         seen = _masks.read_mask(mask, query, query)
-        assert seen.padding_mask is None
-        assert torch.equal(seen.attn_bias == 0, mask)
+        assert seen.attn_bias is None
+        assert seen.is_causal
+        assert torch.equal(seen.padding_mask, arguments["attention_mask"])
+    assert _masks.read_mask(mask.clone(), query, query).is_causal
+    changed = mask
+    changed[:, :, 3, 0] = True
+    seen = _masks.read_mask(changed, query, query)
+    assert seen.padding_mask is None
+    assert torch.equal(seen.attn_bias == 0, changed)
     kept = _masks.additive(changed, torch.float32)
     assert _masks.additive(changed, torch.float32) is kept
     changed[:, :, 4, 0] = True
@@ -319,18 +324,55 @@ def test_two_models_with_one_config():
     config = MODELS["bert"]().config
     first, second = (livened(hf.BertModel(config)) for _ in range(2))
     pyfused.fuse_(first)
-    assert first.config._attn_implementation == "pyfused"
-    assert first.encoder.layer[0].attention.self.config is first.config
-    assert second.config is config
-    assert config._attn_implementation == second.config._attn_implementation == "sdpa"
-    first.set_attn_implementation("eager")  # the user's word counts
+    layers = [m.encoder.layer[0].attention.self for m in (first, second)]
+    assert [layer.config._attn_implementation for layer in layers] == ["pyfused", "sdpa"]
+    assert layers[1].config is first.config is second.config is config
+    assert layers[0].config.hidden_size == config.hidden_size
     pyfused.unfuse_(first)
-    assert first.config._attn_implementation == "eager"
+    assert layers[0].config is config
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "bart", "t5"])
+def test_fused_models(name):
+    """Whose masks are transformers' own for sdpa or eager, whichever the model had."""
+    for had in ("sdpa", "eager"):
+        plain = build(name, attn_implementation=had)
+        inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
+        if plain.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens(2, 7)
+        expected = plain(**inputs)[0]
+        report = pyfused.fuse_(plain)
+        assert any("attention" in e.note for e in report.replaced)
+        live = ... if plain.config.is_encoder_decoder else inputs["attention_mask"].bool()
+        torch.testing.assert_close(plain(**inputs)[0][live], expected[live], rtol=1e-4, atol=1e-4)
+
+
+def test_fused_models_on_a_static_cache():
+    plain = build("gpt2")
+    ids, out = tokens(2, 9), []
+    expected = plain(ids)[0]
+    pyfused.fuse_(plain)
+    cache = hf.StaticCache(config=plain.config, max_cache_len=12)
+    for begin, end in ((0, 5), (5, 8), (8, 9)):
+        out.append(plain(ids[:, begin:end], past_key_values=cache)[0])
+    torch.testing.assert_close(torch.cat(out, 1), expected)
+
+
+def test_a_causal_layer_that_does_not_say_so():
+    """NLLB-MoE's decoder has is_causal False and runs on eager alone in transformers; its masks are never left out."""
+    sizes = {k: v for k, v in BART.items() if k != "dropout"}
+    model = livened(hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, num_experts=4)))
+    inputs = {"input_ids": tokens(2, 6), "decoder_input_ids": tokens(2, 7)}
+    expected = model(**inputs)[0]
+    torch.testing.assert_close(with_implementation(model, "pyfused")(**inputs)[0], expected)
+    pyfused.fuse_(with_implementation(model, "eager"))
+    torch.testing.assert_close(model(**inputs)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
 def test_compiles_whole(name, monkeypatch):
-    monkeypatch.setattr(_supported, "_reasons", {})
+    monkeypatch.setattr(_supported, "_reasons", {})  # looked up inside the trace
+    monkeypatch.setattr(_supported, "_vouched", {})
     torch._dynamo.reset()
     model = with_implementation(build(name), "pyfused")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")

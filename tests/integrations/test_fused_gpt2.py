@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from hf_cases import GPT2, in_double, livened, padding, tokens
 from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 import pyfused
 from pyfused import _notices
@@ -57,10 +58,18 @@ def test_what_is_replaced():
     names = {n for n, m in fused.named_modules() if is_fused(m)}
     layers = {f"transformer.h.{i}{part}" for i in (0, 1) for part in ("", ".ln_1", ".ln_cross_attn", ".ln_2", ".mlp")}
     assert names == {*layers, "transformer.ln_f"}
-    assert fused.config._attn_implementation == "pyfused"
+    assert implementations(fused) == {"pyfused"}
+    assert fused.config._attn_implementation == "sdpa"
+    fused.set_attn_implementation("eager")  # the user's word counts
+    assert implementations(fused) == {"eager"}
     pyfused.unfuse_(fused)
     assert not any(is_fused(m) for m in fused.modules())
-    assert fused.config._attn_implementation == "sdpa"
+    assert all(m.config is fused.config for m in fused.modules() if isinstance(m, GPT2Attention))
+
+
+def implementations(model):
+    """What the attention layers run on."""
+    return {m.config._attn_implementation for m in model.modules() if isinstance(m, GPT2Attention)}
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
@@ -243,7 +252,7 @@ def test_copies_and_pickles(tmp_path):
     loads = (
         "import pickle, sys; m, i, e = pickle.load(open(sys.argv[1], 'rb')); assert (m(i)[0] - e).abs().max() < 1e-5"
     )
-    loads += "; assert m.config._attn_implementation == 'pyfused'"
+    loads += "; assert m.transformer.h[0].attn.config._attn_implementation == 'pyfused'"
     subprocess.run([sys.executable, "-c", loads, str(tmp_path / "model")], check=True)
 
 
@@ -340,8 +349,8 @@ def test_filter():
     model = gpt2()
     report = pyfused.fuse_(model, filter_fn=lambda name, module: name.endswith("mlp"))
     assert {e.name for e in report.replaced} == {"h.0.mlp", "h.1.mlp"}
-    assert "attention: filter_fn says no" in {e.note for e in report.left}
-    assert model.config._attn_implementation == "sdpa"
+    assert {(e.name, e.note) for e in report.left if e.name == "h.0.attn"} == {("h.0.attn", "filter_fn says no")}
+    assert implementations(model) == {"sdpa"}
     model = gpt2()
     pyfused.fuse_(model, filter_fn=lambda name, module: not isinstance(module, nn.LayerNorm))
     assert is_fused(model.h[0])
