@@ -245,8 +245,8 @@ def _all_read_tables(stack: Any) -> bool:
     """
     if any(type(block) is not modeling_t5.T5Block for block in stack.block):
         return False
-    attentions: list[Any] = [block.layer[0].SelfAttention for block in stack.block]
-    if not attentions or not all(is_fused(a) and _is_ours(a) for a in attentions):
+    attentions = [block.layer[0].SelfAttention for block in stack.block]
+    if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
         return False
     first = attentions[0]
     embedding = first.relative_attention_bias

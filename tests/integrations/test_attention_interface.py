@@ -76,14 +76,10 @@ def test_a_mask_that_was_changed_is_taken_as_it_is():
     def fresh():
         return make_mask(**arguments)
 
-    mask = fresh()
-    for _ in range(2):  # the second time from what it remembers
-        seen = _masks.read_mask(mask, query, query)
-        assert seen.attn_bias is None
-        assert seen.is_causal
-        assert torch.equal(seen.padding_mask, arguments["attention_mask"])
-    assert _masks.read_mask(mask.clone(), query, query).is_causal
-    changed = mask
+    changed = fresh()
+    for mask in (changed, changed[:, :, :, :], changed.clone()):
+        assert _masks.read_mask(mask, query, query).attn_bias is None
+    assert _masks.read_mask(changed, query, query) is _masks.read_mask(changed, query, query)  # looked at once
     changed[:, :, 3, 0] = True
     seen = _masks.read_mask(changed, query, query)
     assert seen.padding_mask is None
@@ -278,7 +274,7 @@ REFUSED = {
         (Q[:1], K[:1]),
         {"cu_seq_lens_q": torch.tensor([0, 3]), "cu_seq_lens_k": torch.tensor([0, 7])},
     ),
-    "3 queries and 7 keys": ((Q, K), {"is_causal": True}),
+    "7 queries and 3 keys": ((K, Q), {"is_causal": True}),
 }
 
 
@@ -324,12 +320,17 @@ def test_two_models_with_one_config():
     config = MODELS["bert"]().config
     first, second = (livened(hf.BertModel(config)) for _ in range(2))
     pyfused.fuse_(first)
-    layers = [m.encoder.layer[0].attention.self for m in (first, second)]
-    assert [layer.config._attn_implementation for layer in layers] == ["pyfused", "sdpa"]
-    assert layers[1].config is first.config is second.config is config
-    assert layers[0].config.hidden_size == config.hidden_size
+    fused, plain = (model.encoder.layer[0].attention.self for model in (first, second))
+    assert fused.config._attn_implementation == "pyfused"
+    assert plain.config is first.config is second.config is config
+    assert config._attn_implementation == "sdpa"
+    assert fused.config.hidden_size == config.hidden_size
+    fused.config.name_or_path = "through"
+    assert config.name_or_path == "through"
+    first.set_attn_implementation("eager")  # the user's word counts
+    assert fused.config._attn_implementation == "eager"
     pyfused.unfuse_(first)
-    assert layers[0].config is config
+    assert fused.config is config
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "bart", "t5"])
@@ -401,3 +402,56 @@ def test_the_name_is_not_saved(tmp_path):
 def _saved(path, model=None):
     (model or build("gpt2")).save_pretrained(path)
     return path
+
+
+def masks_of(causal, queries, keys, real, room=0):
+    """(B, 1, Tq, Sk) bool: padding, causality aligned at the last key, and a static cache's room behind the keys."""
+    mask = real[:, None, None].expand(-1, 1, queries, -1)
+    if causal:
+        mask = mask & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return torch.cat([mask, torch.zeros(*mask.shape[:3], room, dtype=torch.bool)], -1)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(
+    "causal, queries, keys, room", [(False, 5, 7, 0), (True, 6, 6, 0), (True, 3, 6, 0), (True, 3, 6, 4)]
+)
+def test_masks_are_recognised(causal, queries, keys, room, side):
+    """Whoever made them: as bools, and as eager's floats where every query sees some key."""
+    real = torch.ones(2, keys, dtype=torch.bool) if side is None else padding(2, keys, side).bool()
+    mask = masks_of(causal, queries, keys, real, room)
+    query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 4, keys + room, 8)
+    floats = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    dead = not mask.any(-1).all()
+    for given in (mask, floats):
+        seen = _masks.read_mask(given, query, key)
+        if given is floats and dead:
+            assert seen.attn_bias is floats
+            continue
+        if room and side == "right":  # which keys are the queries' own cannot be seen
+            assert torch.equal(seen.attn_bias == 0, mask)
+            continue
+        assert seen.is_causal == causal
+        assert seen.attn_bias is None
+        assert seen.keys == (keys if causal else None)
+        assert (seen.padding_mask is None) == (side is None)
+        if side is not None:
+            assert torch.equal(seen.padding_mask, real)
+
+
+def test_other_masks_are_dense():
+    query = torch.randn(2, 4, 6, 8)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    windowed, holed, upper = causal.triu(-2), causal.clone(), causal.T
+    holed[4, 2] = False
+    per_head = causal.expand(2, 4, 6, 6)
+    for mask in (windowed, holed, upper):
+        assert _masks.read_mask(mask.expand(2, 1, 6, 6), query, query).attn_bias is not None
+    assert _masks.read_mask(per_head, query, query).attn_bias is not None
+    learned = torch.zeros(2, 1, 6, 6, requires_grad=True)
+    assert _masks.read_mask(learned, query, query).attn_bias is learned
+    with torch.inference_mode():
+        mask = causal.expand(2, 1, 6, 6).clone()
+        assert _masks.read_mask(mask, query, query).is_causal
+    with pytest.raises(ValueError, match="attention_mask has shape \\(2, 6\\)"):
+        _masks.read_mask(torch.ones(2, 6, dtype=torch.bool), query, query)
