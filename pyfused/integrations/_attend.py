@@ -53,8 +53,8 @@ def attend(
             more than one query.
         dropout: the chance by which a probability becomes 0.
         scaling: multiplies the scores; 1 / sqrt(D) if None.
-        is_causal: instead of the module's own; both count only where attention_mask is None. The queries' own keys are then
-            the first Tq of them, as in transformers' sdpa.
+        is_causal: instead of the module's own; both count only where attention_mask is None. In a layer that fuse_ fused,
+            the queries' own keys are then the first Tq of them, as in transformers' sdpa, whose masks such a model has.
         relative_bias: T5's, from its table; query i has position i + Sk - Tq.
         position_bias: added to the scores, broadcasts to (B, H, Tq, Sk).
         **kwargs: what else the model passes on. head_mask, cu_seq_lens_q with cu_seq_lens_k, and output_attentions are
@@ -100,12 +100,14 @@ def _without_mask(module, query, key, is_causal, window):
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if queries == 1 or not causal:
         return Visible()
-    if queries > keys:
+    # Without a mask of ours, transformers leaves it out in the first call with a static cache, whose keys behind the queries'
+    # own are empty. With ours a model has cut its queries (Gemma 4 does), and their own keys are the last.
+    first = getattr(type(getattr(module, "config", None)), "MASKS", None) == "sdpa"
+    if queries > keys or (queries < keys and not first):
         raise ValueError(
-            f"attention_mask is None in a causal layer with {queries} queries and {keys} keys; it takes a mask, or a key for "
-            "each query"
+            f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
+            "the keys are the queries' own; it takes a mask"
         )
-    # transformers leaves out the mask of the first call with a static cache, whose keys behind the queries' own are empty.
     return Visible(is_causal=True, keys=queries)
 
 

@@ -37,6 +37,8 @@ class FusedConfig:
     afterwards counts. Loading a pickled one imports this file, which registers the name.
     """
 
+    MASKS = "sdpa"  # who makes the model's masks; read by `attend`
+
     def __init__(self, config: PreTrainedConfig):
         vars(self).update(_fused=config, _had=config._attn_implementation)
 

@@ -11,25 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from ..fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..ops import ffn, layer_norm
+from ._activations import activation_reason, kernel_activation
+from ._children import _reads_as, drops, is_fused_norm
 from .torch_nn import takes
-
-# By class, as an instance is what a module has of its configuration's name.
-ACTIVATIONS: dict[type, str] = {
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    activations.GELUActivation: "gelu",
-    activations.SiLUActivation: "silu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.Tanh: "tanh",
-}
 
 
 @fused_forward
@@ -72,15 +61,14 @@ def block_forward(
     y, hidden_states = _add_and_norm(module.ln_2, branch, hidden_states)
     mlp = module.mlp
     whole = type(mlp) is GPT2MLP and is_fused(mlp) and is_bare(mlp) and _plain_mlp(mlp, y)
-    if whole and hidden_states.dtype == y.dtype and not (mlp.dropout.training and mlp.dropout.p):
+    if whole and hidden_states.dtype == y.dtype and not drops(mlp.dropout):
         return _ffn(mlp, y, hidden_states)
     return hidden_states + mlp(y)
 
 
 def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(branch + residual), branch + residual)"""
-    plain = type(norm) is nn.LayerNorm and is_fused(norm) and is_bare(norm) and takes(branch)
-    if plain and branch.dtype == residual.dtype == norm.weight.dtype and branch.device == residual.device:
+    if type(norm) is nn.LayerNorm and branch.dtype == residual.dtype and is_fused_norm(branch, norm):
         y, total = layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=residual)
         return y, total
     total = branch + residual
@@ -89,20 +77,16 @@ def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, 
 
 def _plain_mlp(mlp: GPT2MLP, x: Tensor) -> bool:
     """Whether its parts are what they were made as, and one operator takes them together."""
-    expand, contract, act, dropout = mlp.c_fc, mlp.c_proj, mlp.act, mlp.dropout
-    if not (type(expand) is type(contract) is Conv1D and type(act) in ACTIVATIONS and type(dropout) is nn.Dropout):
-        return False
-    same = all(type(t) is nn.Parameter and t.dtype == x.dtype and t.device == x.device for t in _weights(mlp))
-    return takes(x) and same and is_bare(expand, contract, act, dropout)
-
-
-def _weights(mlp: GPT2MLP) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
+    expand, contract = mlp.c_fc, mlp.c_proj
+    plain = type(expand) is type(contract) is Conv1D and takes(x) and _reads_as(expand, x) and _reads_as(contract, x)
+    return plain and is_bare(expand, contract) and kernel_activation(mlp.act) is not None
 
 
 def _ffn(mlp: GPT2MLP, x: Tensor, residual: Tensor | None) -> Tensor:
-    w_in, b_in, w_out, b_out = _weights(mlp)  # Conv1D keeps (in, out)
-    return ffn(x, w_in.t(), b_in, w_out.t(), b_out, activation=ACTIVATIONS[type(mlp.act)], residual=residual)
+    expand, contract = mlp.c_fc, mlp.c_proj
+    w_in, w_out = expand.weight.t(), contract.weight.t()  # Conv1D keeps (in, out)
+    activation = kernel_activation(mlp.act) or ""
+    return ffn(x, w_in, expand.bias, w_out, contract.bias, activation=activation, residual=residual)
 
 
 def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
@@ -112,9 +96,7 @@ def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
     def adapter(module):
         if list(inspect.signature(kind.forward).parameters)[1:] != known:
             return f"this release of transformers has another {kind.__name__}.forward"
-        if isinstance(module, GPT2MLP) and type(module.act) not in ACTIVATIONS:
-            return f"activation {type(module.act).__name__} is not one of the kernels'"
-        return forward
+        return (activation_reason(module.act) if isinstance(module, GPT2MLP) else "") or forward
 
     return adapter
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
-from ._supported import check_interface
+from ._supported import check_interface, may_leave_out_masks
 
 _STRUCTURE, _BIAS = "_pyfused_structure", "_pyfused_bias"  # attributes of a mask
 
@@ -44,19 +44,22 @@ def make_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """transformers' AttentionMaskInterface "pyfused": the mask of a call, (B, 1, Tq, Sk) bool where True is visible.
 
-    Arguments and result are those of transformers' sdpa_mask, but for one: with fewer queries than keys a causal mask is
-    never None, which would not say which of the keys are the queries' own.
+    Arguments and result are those of transformers' sdpa_mask, but that it is None less often: with fewer queries than keys a
+    causal mask never is, as that would not say which of the keys are the queries' own.
 
     Raises:
         ValueError: a model of this config does not use the attention interface, so that its code would misread the mask.
     """
+    plain = True
     if config is not None:
         check_interface(config)
+        plain = may_leave_out_masks(config)
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -66,7 +69,8 @@ def make_mask(
         "mask_function": mask_function,
         "attention_mask": attention_mask,
         **kwargs,
-        "allow_is_causal_skip": allow_is_causal_skip and (q_length == 1 or q_length == kv_length),
+        "allow_is_causal_skip": allow_is_causal_skip and plain and (q_length == 1 or q_length == kv_length),
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip and plain,
     }
     return sdpa_mask(**arguments)
 

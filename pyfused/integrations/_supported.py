@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 _reasons: dict[type, str] = {}  # by the type of a config
+_vouched: dict[type, bool] = {}
 
 
 # Code that adds a mask to scores, or fills them by one.
@@ -54,10 +55,28 @@ def check_interface(config: Any) -> None:
         )
 
 
+def may_leave_out_masks(config: Any) -> bool:
+    """Whether the layers of this config's models say by is_causal what a mask that is None means. Where transformers says
+    that neither sdpa nor a registered function suits a model, nobody has seen to that: NLLB-MoE's decoder says False."""
+    kind = type(config)
+    if kind not in _vouched:
+        _vouched[kind] = _vouches(kind)
+    return _vouched[kind]
+
+
 @torch.compiler.assume_constant_result
 def _find(kind: type) -> str:
-    reasons = [reason_against(c) for c in _subclasses(PreTrainedModel) if getattr(c, "config_class", None) is kind]
+    reasons = [reason_against(c) for c in _models_of(kind)]
     return reasons[0] if reasons and all(reasons) else ""
+
+
+@torch.compiler.assume_constant_result
+def _vouches(kind: type) -> bool:
+    return all(c._supports_sdpa or c._supports_attention_backend for c in _models_of(kind))
+
+
+def _models_of(kind: type) -> list[Any]:
+    return [c for c in _subclasses(PreTrainedModel) if getattr(c, "config_class", None) is kind]
 
 
 def _subclasses(base: Any) -> Iterator[Any]:

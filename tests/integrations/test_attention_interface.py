@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from hf_cases import MODELS, build, check_against_eager, livened, padding, tokens, with_implementation
+from hf_cases import BART, MODELS, build, check_against_eager, livened, padding, tokens, with_implementation
 from torch.nn import functional as F
 
 import pyfused
@@ -270,6 +270,7 @@ REFUSED = {
     r"head_mask has shape \(5,\)": ((Q, Q), {"head_mask": torch.ones(5)}),
     "does not know which layer": ((Q, Q), {"head_mask": torch.ones(3, 4)}),
     "cu_seq_lens_k go together": ((Q[:1], Q[:1]), {"cu_seq_lens_q": torch.tensor([0, 3])}),
+    "3 queries and 7 keys": ((Q, K), {"is_causal": True}),
     "packed unlike": (
         (Q[:1], K[:1]),
         {"cu_seq_lens_q": torch.tensor([0, 3]), "cu_seq_lens_k": torch.tensor([0, 7])},
@@ -333,9 +334,47 @@ def test_two_models_with_one_config():
     assert fused.config is config
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "bart", "t5"])
+def test_fused_models(name):
+    """Whose masks are transformers' own for sdpa or eager, whichever the model had."""
+    for had in ("sdpa", "eager"):
+        plain = build(name, attn_implementation=had)
+        inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
+        if plain.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens(2, 7)
+        expected = plain(**inputs)[0]
+        report = pyfused.fuse_(plain)
+        assert any("attention" in e.note for e in report.replaced)
+        live = ... if plain.config.is_encoder_decoder else inputs["attention_mask"].bool()
+        torch.testing.assert_close(plain(**inputs)[0][live], expected[live], rtol=1e-4, atol=1e-4)
+
+
+def test_fused_models_on_a_static_cache():
+    plain = build("gpt2")
+    ids, out = tokens(2, 9), []
+    expected = plain(ids)[0]
+    pyfused.fuse_(plain)
+    cache = hf.StaticCache(config=plain.config, max_cache_len=12)
+    for begin, end in ((0, 5), (5, 8), (8, 9)):
+        out.append(plain(ids[:, begin:end], past_key_values=cache)[0])
+    torch.testing.assert_close(torch.cat(out, 1), expected)
+
+
+def test_a_causal_layer_that_does_not_say_so():
+    """NLLB-MoE's decoder has is_causal False and runs on eager alone in transformers; its masks are never left out."""
+    sizes = {k: v for k, v in BART.items() if k != "dropout"}
+    model = livened(hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, num_experts=4)))
+    inputs = {"input_ids": tokens(2, 6), "decoder_input_ids": tokens(2, 7)}
+    expected = model(**inputs)[0]
+    torch.testing.assert_close(with_implementation(model, "pyfused")(**inputs)[0], expected)
+    pyfused.fuse_(with_implementation(model, "eager"))
+    torch.testing.assert_close(model(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_compiles_whole(name, monkeypatch):
-    monkeypatch.setattr(_supported, "_reasons", {})
+    monkeypatch.setattr(_supported, "_reasons", {})  # looked up inside the trace
+    monkeypatch.setattr(_supported, "_vouched", {})
     torch._dynamo.reset()
     model = with_implementation(build(name), "pyfused")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")

@@ -79,7 +79,7 @@ def test_activation_without_a_kernel():
     plain = gpt2(activation_function="quick_gelu")
     fused = copy.deepcopy(plain)
     report = pyfused.fuse_(fused)
-    assert [e.note for e in report.left] == ["activation QuickGELUActivation is not one of the kernels'"] * 2
+    assert [e.note for e in report.left] == ["the kernels do not have the activation QuickGELUActivation"] * 2
     check(plain, fused, {"input_ids": tokens(2, 6)})
 
 
@@ -320,6 +320,14 @@ def test_changes_after_fusing_count(what):
         CHANGES[what](model.h[1])
     torch.testing.assert_close(fused(ids)[0], plain(ids)[0])
     assert not torch.allclose(fused(ids)[0], before)
+
+
+def test_functional_call_takes_other_weights():
+    _, fused = pair("language model")
+    ids, other = tokens(2, 6), gpt2("language model")
+    with torch.no_grad():
+        actual = torch.func.functional_call(fused, dict(other.named_parameters()), (ids,))[0]
+        torch.testing.assert_close(actual, other(ids)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
