@@ -58,6 +58,23 @@ class Trio:
 
         return self._judge(once)
 
+    def check_autocast(self, **inputs):
+        """Outputs have the plain model's dtype, and with the gradients are as near to float64's."""
+
+        def once():
+            found = []
+            for model in self.models:
+                model.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=model is not self.truth):
+                    output = model(**like(model, inputs)).last_hidden_state
+                output.double().square().mean().backward()
+                found.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            assert found[0][0].dtype == found[1][0].dtype
+            assert {len(tensors) for tensors in found} == {len(found[0])}
+            return dict(enumerate(zip(*found)))
+
+        return self._judge(once)
+
     def _judge(self, once):
         """Of two errors of one size one is now and then twice the other, and here many are compared. So where the rule does
         not hold for one draw of the weights, it must for the mean of the errors of several."""

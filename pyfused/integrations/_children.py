@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -14,16 +13,14 @@ def is_plain_linear(x: Tensor, *modules: nn.Module) -> bool:
     """Whether each of these is an nn.Linear and no more, whose product with such an x the kernels compute.
 
     No: a subclass (LoRA, quantised, parametrized, sharded), hooks, weights that are a tensor subclass (torchao, DTensor) or
-    of another dtype (T5 keeps `wo` in float32 beside float16), and autocast, which gives nn.Linear a dtype of its own.
+    of another dtype (T5 keeps `wo` in float32 beside float16; under autocast dtypes may differ).
     """
-    if not takes(x) or torch.is_autocast_enabled(x.device.type):
-        return False
-    return all(type(m) is nn.Linear and _reads_as(m, x) for m in modules) and is_bare(*modules)
+    return all(type(m) is nn.Linear and _go_together(m, x) for m in modules) and is_bare(*modules)
 
 
 def is_fused_norm(x: Tensor, *norms: nn.Module) -> bool:
     """Whether fuse_ gave each of these its forward, which then runs on the kernels for such an x, and calling does no more."""
-    return takes(x) and all(is_fused(m) and _reads_as(m, x) for m in norms) and is_bare(*norms)
+    return all(is_fused(m) and _go_together(m, x) for m in norms) and is_bare(*norms)
 
 
 def drops(module: nn.Module) -> bool:
@@ -41,13 +38,11 @@ def overridden(module: nn.Module, base: type, *methods: str) -> str:
     return ""
 
 
-def _reads_as(module: nn.Module, x: Tensor) -> bool:
-    for tensor in (module.weight, getattr(module, "bias", None)):
-        if tensor is not None and (
-            not isinstance(tensor, Tensor)
-            or tensor.dtype != x.dtype
-            or tensor.device != x.device
-            or is_traceable_wrapper_subclass(tensor)
-        ):
-            return False
-    return True
+def _go_together(module: nn.Module, x: Tensor) -> bool:
+    weight, bias = module.weight, getattr(module, "bias", None)
+    return (
+        takes(x, weight, bias)  # type: ignore[arg-type]
+        and weight.device == x.device
+        and not is_traceable_wrapper_subclass(weight)
+        and not is_traceable_wrapper_subclass(bias)
+    )

@@ -28,6 +28,8 @@ def fourier_transform(module: Any, hidden_states: Tensor) -> Any:
         return original(module, hidden_states)
     if not takes(hidden_states):
         return original(module, hidden_states)
+    if hidden_states.is_cpu and torch.is_autocast_enabled("cpu"):
+        hidden_states = hidden_states.float()  # as autocast runs torch.fft there
     return (fourier_mix(hidden_states),)  # in float16 and bfloat16 too, which torch.fft refuses
 
 

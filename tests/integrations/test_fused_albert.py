@@ -136,6 +136,10 @@ def test_gradients():
     assert len(trio.check_gradients(loss, **given)) > 30
 
 
+def test_autocast():
+    Trio(albert()).check_autocast(**inputs())
+
+
 def test_dropout():
     """The mean over many masks is near the plain model's, as near as two of those; p = 0 is exact."""
     options = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "num_hidden_layers": 2}

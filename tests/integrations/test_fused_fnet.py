@@ -161,6 +161,10 @@ def test_gradients_and_checkpointing():
         assert all(torch.equal(checkpointed[name], expected[name]) for name in expected)
 
 
+def test_autocast():
+    Trio(fnet()).check_autocast(input_ids=ids())
+
+
 def test_dropout():
     """The mean over many masks is near the output without, as near as the plain model's; p = 0 is exact."""
     torch.manual_seed(0)

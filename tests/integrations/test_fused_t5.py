@@ -261,6 +261,10 @@ def test_gradients_and_checkpointing(gated):
             torch.testing.assert_close(checkpointed[name], expected[name], msg=name)
 
 
+def test_autocast():
+    Trio(t5()).check_autocast(**inputs(), use_cache=False)
+
+
 def test_dropout():
     """The mean over many masks is near the plain model's, as near as two of those; p = 0 is exact."""
     trio = Trio(t5(dropout_rate=0.1, num_layers=1, num_decoder_layers=1))
