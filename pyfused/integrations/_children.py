@@ -15,12 +15,12 @@ def is_plain_linear(x: Tensor, *modules: nn.Module) -> bool:
     No: a subclass (LoRA, quantised, parametrized, sharded), hooks, weights that are a tensor subclass (torchao, DTensor) or
     of another dtype (T5 keeps `wo` in float32 beside float16; under autocast dtypes may differ).
     """
-    return all(type(m) is nn.Linear and _go_together(m, x) for m in modules) and is_bare(*modules)
+    return all(type(m) is nn.Linear and go_together(m, x) for m in modules) and is_bare(*modules)
 
 
 def is_fused_norm(x: Tensor, *norms: nn.Module) -> bool:
     """Whether fuse_ gave each of these its forward, which then runs on the kernels for such an x, and calling does no more."""
-    return all(is_fused(m) and _go_together(m, x) for m in norms) and is_bare(*norms)
+    return all(is_fused(m) and go_together(m, x) for m in norms) and is_bare(*norms)
 
 
 def drops(module: nn.Module) -> bool:
@@ -38,7 +38,7 @@ def overridden(module: nn.Module, base: type, *methods: str) -> str:
     return ""
 
 
-def _go_together(module: nn.Module, x: Tensor) -> bool:
+def go_together(module: nn.Module, x: Tensor) -> bool:
     weight, bias = module.weight, getattr(module, "bias", None)
     return (
         takes(x, weight, bias)  # type: ignore[arg-type]

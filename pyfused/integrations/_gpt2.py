@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..ops import ffn, layer_norm
 from ._activations import activation_reason, kernel_activation
-from ._children import _reads_as, drops, is_fused_norm
-from .torch_nn import takes
+from ._children import drops, go_together, is_fused_norm
 
 
 @fused_forward
@@ -78,7 +77,7 @@ def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, 
 def _plain_mlp(mlp: GPT2MLP, x: Tensor) -> bool:
     """Whether its parts are what they were made as, and one operator takes them together."""
     expand, contract = mlp.c_fc, mlp.c_proj
-    plain = type(expand) is type(contract) is Conv1D and takes(x) and _reads_as(expand, x) and _reads_as(contract, x)
+    plain = type(expand) is type(contract) is Conv1D and go_together(expand, x) and go_together(contract, x)
     return plain and is_bare(expand, contract) and kernel_activation(mlp.act) is not None
 
 
