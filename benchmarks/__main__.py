@@ -39,7 +39,8 @@ def main() -> None:
         for case in module.cases(arguments.device):
             rows.append(measure(case, arguments.device))
             print(render(rows[-1:]), flush=True)
-        results[name] = rows
+        if rows:
+            results[name] = rows
     if arguments.save:
         save(label, limits, results)
 
@@ -59,6 +60,7 @@ def save(label: str, limits: dict, results: dict) -> None:
     old = json.loads(path.read_text()) if path.exists() else {}
     versions = {"pyfused": pyfused.__version__, "torch": torch.__version__, "python": platform.python_version()}
     content = {
+        **old,
         "device": label,
         "versions": versions,
         "ceilings": limits,

@@ -48,6 +48,8 @@ _LAZY |= {"Generator": "generation", "encode": "encoding"} | dict.fromkeys(("Fus
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name == "nn":
+        return importlib.import_module(".nn", __name__)
     raise AttributeError(f"module 'pyfused' has no attribute {name!r}")
 
 

@@ -66,13 +66,14 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
     """Makes an existing model run on pyfused's kernels, in place: this instance alone, no class and nothing global.
 
     Known are transformers' GPT-2, ALBERT, T5 and FNet with any head, every transformers model that uses the attention
-    interface (attention and norms), and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer and
-    TransformerDecoderLayer, wherever they stand in the model. Parameters, state dict, hooks, classes and outputs stay.
+    interface (attention and norms), and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer,
+    TransformerDecoderLayer and TransformerEncoder, wherever they stand in the model. Parameters, state dict, hooks, classes,
+    configs and outputs stay.
 
     Args:
         model: any module. What is fused already stays fused.
         filter_fn: (name in the model, module) -> whether this module may be fused. It is asked for each module that could
-            be, and for each transformers model, whose attention is one setting.
+            be.
 
     Returns:
         What was replaced, and what was left and why.
@@ -84,11 +85,12 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
     wanted = filter_fn or (lambda name, module: True)
-    replaced, left = [], []
+    replaced: dict[str, Entry] = {}  # by name: what an adapter says of a module is more than what enter said
+    left: list[Entry] = []
     for library in _integrations(model):
         if hasattr(library, "enter"):
             done, kept = library.enter(model, wanted)
-            replaced += done
+            replaced |= {entry.name: entry for entry in done}
             left += kept
     adapters = {name: adapter for library in _integrations(model) for name, adapter in library.ADAPTERS.items()}
     for name, module in model.named_modules():
@@ -101,8 +103,8 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
             left.append(Entry(name, kind, forward))
         else:
             module.__dict__["forward"] = functools.partial(forward, module)
-            replaced.append(Entry(name, kind, _first_line(forward)))
-    return FuseReport(tuple(replaced), tuple(left))
+            replaced[name] = Entry(name, kind, _first_line(forward))
+    return FuseReport(tuple(replaced.values()), tuple(left))
 
 
 def unfuse_(model: nn.Module) -> nn.Module:

@@ -15,7 +15,8 @@ import torch
 
 
 def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str, float]:
-    """Median tokens per second of "pyfused" and "transformers" (eager, its own KV cache); prints both and the ratio."""
+    """Median tokens per second of "pyfused", "transformers" (eager, its own KV cache) and "transformers, fused" (the same
+    model after fuse_); prints them and their ratios to transformers."""
     import transformers
 
     import pyfused
@@ -25,10 +26,9 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     model = pyfused.Backbone.from_preset(preset).eval()
     mine = pyfused.Generator(model)
     answers = isinstance(model, pyfused.T5Backbone)
-    theirs: Any = (
-        transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel
-    ).from_pretrained(directory)
-    theirs.eval()
+    kind: Any = transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel
+    plain, fused = (kind.from_pretrained(directory).eval() for _ in range(2))
+    pyfused.fuse_(fused)
     tokenizer = load_tokenizer(preset)
     ids = tokenizer.encode(prompt)
     inputs = torch.tensor([ids])
@@ -39,28 +39,32 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
         "eos_token_id": None,
     }
 
-    def run_mine() -> list[int]:
-        return mine.generate([ids], new_tokens)[0]
-
-    def run_theirs() -> list[int]:
+    def generate(theirs: Any) -> list[int]:
         with torch.no_grad():
             out = theirs.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
         return out[0, 1 if answers else len(ids) :].tolist()
 
-    if run_mine() != run_theirs():
-        raise RuntimeError(f"the greedy tokens of pyfused and transformers differ on {preset}")
-    seconds: dict[str, list[float]] = {"pyfused": [], "transformers": []}
+    providers = {
+        "pyfused": lambda: mine.generate([ids], new_tokens)[0],
+        "transformers, fused": lambda: generate(fused),
+        "transformers": lambda: generate(plain),
+    }
+    tokens = {name: call() for name, call in providers.items()}
+    for name in providers:
+        if tokens[name] != tokens["transformers"]:
+            raise RuntimeError(f"the greedy tokens of {name} and transformers differ on {preset}")
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(rounds):
-        for name, call in (("pyfused", run_mine), ("transformers", run_theirs)):
+        for name, call in providers.items():
             began = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - began)
     rates = {name: new_tokens / statistics.median(values) for name, values in seconds.items()}
-    ratio = rates["pyfused"] / rates["transformers"]
     print(
         f"{preset}, {len(ids)} + {new_tokens} tokens, batch 1, {torch.get_num_threads()} thread(s), greedy tokens equal"
     )
-    print(f"pyfused {rates['pyfused']:.0f} tokens/s, transformers {rates['transformers']:.0f} tokens/s: {ratio:.2f}x")
+    shown = (f"{name} {rate:.0f} tokens/s ({rate / rates['transformers']:.2f}x)" for name, rate in rates.items())
+    print("; ".join(shown))
     return rates
 
 

@@ -8,20 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..fuse import Adapter, Forward, fused_forward, original
+from ..nn.multihead import multihead_forward, takes
+from ..nn.torch_layers import decoder_layer_forward, encoder_forward, encoder_layer_forward, reason_against
 from ..ops import layer_norm, rms_norm
-
-_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-
-
-def takes(x: Tensor) -> bool:
-    """Whether the kernels run on such a tensor; float64 and other devices are better off with torch's own functions."""
-    return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda)
+from ..ops.attention import MAX_HEAD_SIZE
 
 
 @fused_forward
 def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
     """pyfused.layer_norm"""
-    if takes(input) and input.dtype == module.weight.dtype:
+    if module.weight is not None and takes(input, module.weight):
         return layer_norm(input, module.weight, module.bias, eps=module.eps)
     return original(module, input)
 
@@ -29,7 +25,7 @@ def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
 @fused_forward
 def rms_norm_forward(module: nn.RMSNorm, x: Tensor) -> Any:
     """pyfused.rms_norm"""
-    if takes(x) and x.dtype == module.weight.dtype:
+    if module.weight is not None and takes(x, module.weight):
         return rms_norm(x, module.weight, eps=torch.finfo(x.dtype).eps if module.eps is None else module.eps)
     return original(module, x)
 
@@ -45,7 +41,26 @@ def _norm(forward: Forward) -> Adapter:
     return adapter
 
 
+def _multihead(module: Any) -> Forward | str:
+    if module.head_dim > MAX_HEAD_SIZE:
+        return f"has heads of size {module.head_dim}; the kernels take {MAX_HEAD_SIZE}"
+    return multihead_forward
+
+
+def _layer(forward: Forward) -> Adapter:
+    return lambda module: reason_against(module) or forward
+
+
+def _encoder(module: Any) -> Forward | str:
+    kinds = {type(m).__name__ for m in module.layers if not isinstance(m, nn.TransformerEncoderLayer)}
+    return f"has layers of class {', '.join(sorted(kinds))}" if kinds or not module.layers else encoder_forward
+
+
 ADAPTERS: dict[str, Adapter] = {
     "torch.nn.modules.normalization.LayerNorm": _norm(layer_norm_forward),
     "torch.nn.modules.normalization.RMSNorm": _norm(rms_norm_forward),
+    "torch.nn.modules.activation.MultiheadAttention": _multihead,
+    "torch.nn.modules.transformer.TransformerEncoderLayer": _layer(encoder_layer_forward),
+    "torch.nn.modules.transformer.TransformerDecoderLayer": _layer(decoder_layer_forward),
+    "torch.nn.modules.transformer.TransformerEncoder": _encoder,
 }

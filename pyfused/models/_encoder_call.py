@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ INPUTS = ("token_ids", "segment_ids", "position_ids", "inputs_embeds", "return_h
 class Call:
     """One call's inputs, checked and on the model's device, and the lists that collect what it was asked for.
 
-    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); segment_ids None where all are 0.
+    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); segment_ids None where all are 0. visible has no default:
+    torch.compile cannot trace the constructor of a dataclass that has an object as one.
     """
 
     token_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
     position_ids: Tensor | None = None
     segment_ids: Tensor | None = None
-    visible: Visibility = EVERYTHING
+    visible: Visibility = field(kw_only=True)
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
 
@@ -40,7 +41,7 @@ class Call:
 def read(given: dict[str, Any], config: dict[str, Any], width: int, like: Tensor) -> Call:
     """Checks the inputs that both models have. config: the model's; width: of an embedding; like: a parameter, for its
     dtype and device."""
-    call = Call()
+    call = Call(visible=EVERYTHING)
     embeds, tokens = given.get("inputs_embeds"), given.get("token_ids")
     if (embeds is None) == (tokens is None):
         both = "inputs_embeds is given beside token_ids; it takes one of the two"

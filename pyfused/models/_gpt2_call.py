@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..nn import CAUSAL, EVERYTHING, KVCache, Visibility
+from ..nn import CAUSAL, KVCache, Visibility
 from . import _inputs
 
 INPUTS = (
@@ -21,17 +21,19 @@ INPUTS = (
 class Call:
     """One call's inputs, checked and on the model's device, and the lists that collect what it was asked for.
 
-    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); memory: the encoder's hidden states.
+    token_ids or inputs_embeds; position_ids (S,), (1, S) or (B, S); memory: the encoder's hidden states,
+    memory_mask: which of them are real. visible has no default: torch.compile cannot trace the constructor of a dataclass
+    that has an object as one.
     """
 
     token_ids: Tensor | None = None
     position_ids: Tensor | None = None
     token_type_ids: Tensor | None = None
     inputs_embeds: Tensor | None = None
-    visible: Visibility = CAUSAL
+    visible: Visibility = field(kw_only=True)
     cache: KVCache | None = None
     memory: Tensor | None = None
-    memory_visible: Visibility = EVERYTHING
+    memory_mask: Tensor | None = None
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
     cross_attentions: list[Tensor] | None = None
@@ -41,7 +43,8 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
     """Checks the inputs of one call. config: the model's; like: a parameter, for its dtype and device."""
     vocabulary, places, width = config["vocabulary_size"], config["max_sequence_length"], config["hidden_dim"]
     heads = config["num_heads"]
-    call = Call(cache=_inputs.cache(given.get("cache"), config["num_layers"], heads, width // heads, like))
+    cache = _inputs.cache(given.get("cache"), config["num_layers"], heads, width // heads, like)
+    call = Call(visible=CAUSAL, cache=cache)
     embeds, tokens = given.get("inputs_embeds"), given.get("token_ids")
     if (embeds is None) == (tokens is None):
         both = "inputs_embeds is given beside token_ids; it takes one of the two"
@@ -117,4 +120,4 @@ def _encoder(given, call: Call, config: dict[str, Any], b: int, like: Tensor) ->
             call.cache.encoder_mask = mask
     elif held is not None and call.cache is not None:
         mask = call.cache.encoder_mask
-    call.memory_visible = Visibility(padding_mask=mask)
+    call.memory_mask = mask

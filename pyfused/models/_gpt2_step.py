@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import FeedForward, KVCache, LayerNorm, Linear, ReversibleEmbedding, SelfAttention
+from ..nn import KVCache, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
 from ..ops.layer_norm import _LAYER_NORM
@@ -20,7 +20,7 @@ from ._binding import matrix, plain
 from .gpt2 import GPT2Backbone, GPT2Block
 
 _PLAIN = {
-    GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, FeedForward, ReversibleEmbedding,
+    GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, Mlp, ReversibleEmbedding,
     nn.Embedding,
 }  # fmt: skip
 

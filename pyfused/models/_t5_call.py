@@ -23,15 +23,16 @@ INPUTS = (
 class StackCall:
     """One call of a stack, checked and on the model's device, and the lists that collect what it was asked for.
 
-    token_ids or embeds; memory: the encoder's hidden states.
+    token_ids or embeds; memory: the encoder's hidden states, memory_mask: which of them are real. visible has no default:
+    torch.compile cannot trace the constructor of a dataclass that has an object as one.
     """
 
     token_ids: Tensor | None = None
     embeds: Tensor | None = None
-    visible: Visibility = EVERYTHING
+    visible: Visibility = field(kw_only=True)
     cache: KVCache | None = None
     memory: Tensor | None = None
-    memory_visible: Visibility = EVERYTHING
+    memory_mask: Tensor | None = None
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
     cross_attentions: list[Tensor] | None = None
@@ -94,9 +95,11 @@ def _tokens(given: dict[str, Any], side: str, config: dict[str, Any], like: Tens
         raise ValueError(f"{side}_padding_mask is missing; it takes (B, {length}), or None where nothing is padding")
     if given.get(ids) is None:
         size = (None, None, config["hidden_dim"])
-        return StackCall(embeds=_inputs.states(given[embeds], embeds, f"(B, {length}, D)", size, like))
+        states = _inputs.states(given[embeds], embeds, f"(B, {length}, D)", size, like)
+        return StackCall(embeds=states, visible=EVERYTHING)
     vocabulary = config["vocabulary_size"]
-    return StackCall(_inputs.ids(given[ids], ids, f"(B, {length})", (None, None), vocabulary, like.device))
+    tokens = _inputs.ids(given[ids], ids, f"(B, {length})", (None, None), vocabulary, like.device)
+    return StackCall(tokens, visible=EVERYTHING)
 
 
 def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], like: Tensor) -> None:
@@ -106,7 +109,7 @@ def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], l
         for name in (*ENCODER_INPUTS, "encoder_sequence_output"):
             if given.get(name) is not None:
                 raise ValueError(f"{name} is given, but the cache holds the encoder's keys already; it takes None then")
-        call.decoder.memory_visible = Visibility(padding_mask=cache.encoder_mask)
+        call.decoder.memory_mask = cache.encoder_mask
         return
     states = given.get("encoder_sequence_output")
     if states is None:
@@ -116,7 +119,7 @@ def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], l
         if tokens.shape[0] != b:
             name = "encoder_token_ids" if call.encoder.embeds is None else "encoder_inputs_embeds"
             raise ValueError(f"{name} has {tokens.shape[0]} rows; it takes decoder_token_ids' batch size, {b}")
-        call.decoder.memory_visible = call.encoder.visible
+        call.decoder.memory_mask = call.encoder.visible.padding_mask
     else:
         for name in ("encoder_token_ids", "encoder_inputs_embeds"):
             if given.get(name) is not None:
@@ -129,9 +132,9 @@ def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], l
         if mask is not None:
             shape = tuple(call.memory.shape[:2])
             mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", shape, like.device)
-        call.decoder.memory_visible = Visibility(padding_mask=mask)
+        call.decoder.memory_mask = mask
     if cache is not None:
-        cache.encoder_mask = call.decoder.memory_visible.padding_mask
+        cache.encoder_mask = call.decoder.memory_mask
 
 
 def _collect(call: Call, what: str) -> None:

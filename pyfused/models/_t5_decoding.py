@@ -99,8 +99,7 @@ class T5Decoding:
         return logits
 
     def _called(self, tokens: Tensor, visible: Visibility) -> Tensor:
-        memory_visible = Visibility(padding_mask=self._cache.encoder_mask)
-        call = StackCall(tokens[:, None], visible=visible, cache=self._cache, memory_visible=memory_visible)
+        call = StackCall(tokens[:, None], visible=visible, cache=self._cache, memory_mask=self._cache.encoder_mask)
         return self.model.logits(self.model.decoder(self.model.token_embedding(call.token_ids), call)[:, 0])
 
     @property

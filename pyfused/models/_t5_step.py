@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..nn import (
     CrossAttention,
-    FeedForward,
-    GatedFeedForward,
+    GatedMlp,
     KVCache,
     Linear,
+    Mlp,
+    RelativeSelfAttention,
     ReversibleEmbedding,
     RMSNorm,
-    T5Attention,
 )
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
@@ -29,8 +29,8 @@ from ._binding import plain
 from .t5 import T5Backbone, T5Layer, T5Stack
 
 _KNOWN = {
-    T5Backbone, T5Stack, T5Layer, nn.ModuleList, RMSNorm, Linear, T5Attention, CrossAttention, FeedForward,
-    GatedFeedForward, ReversibleEmbedding,
+    T5Backbone, T5Stack, T5Layer, nn.ModuleList, RMSNorm, Linear, RelativeSelfAttention, CrossAttention, Mlp,
+    GatedMlp, ReversibleEmbedding,
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class BoundStep:
         self._final = norm.weight * model.logits_scale, norm.eps
         layers: Any = model.decoder.layers
         self._heads, self._head_size = layers[0].attention.num_heads, layers[0].attention.head_size
-        self._gated = isinstance(layers[0].feed_forward, GatedFeedForward)
+        self._gated = isinstance(layers[0].feed_forward, GatedMlp)
         self._layers = [
             (
                 *_norm(layer.attention_norm),

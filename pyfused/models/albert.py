@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import FeedForward, LayerNorm, Linear, ReversibleEmbedding, SelfAttention, Visibility
+from ..nn import LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _encoder_call, _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import Call
@@ -49,7 +49,7 @@ class AlbertLayer(nn.Module):
         self.dropout, self.feed_forward_dropout = config["dropout"], _rate(config, "feed_forward")
         self.attention = SelfAttention(d, config["num_heads"], dropout=_rate(config, "attention"), **factory)
         self.attention_norm = LayerNorm(d, eps, **factory)
-        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
         self.feed_forward_norm = LayerNorm(d, eps, **factory)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:

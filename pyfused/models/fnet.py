@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import FeedForward, FourierMixing, LayerNorm, Linear, ReversibleEmbedding
+from ..nn import FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
 from . import _inputs
 from ._config import check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import INPUTS, Call, embed, read
@@ -43,7 +43,7 @@ class FNetLayer(nn.Module):
         self.dropout = config["dropout"]
         self.mixing = FourierMixing()
         self.mixing_norm = LayerNorm(d, eps, **factory)
-        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
         self.feed_forward_norm = LayerNorm(d, eps, **factory)
 
     def forward(self, x: Tensor) -> Tensor:

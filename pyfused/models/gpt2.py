@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import CrossAttention, FeedForward, KVCache, LayerNorm, ReversibleEmbedding, SelfAttention
+from ..nn import CrossAttention, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._gpt2_call import INPUTS, Call, read
@@ -74,7 +74,7 @@ class GPT2Block(nn.Module):
             self.cross_attention_norm = LayerNorm(d, eps, **factory)
             self.cross_attention = CrossAttention(d, heads, **attention)
         self.feed_forward_norm = LayerNorm(d, eps, **factory)
-        self.feed_forward = FeedForward(d, config["intermediate_dim"], config["activation"], **factory)
+        self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
 
     def forward(self, x: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
@@ -82,7 +82,8 @@ class GPT2Block(nn.Module):
         branch = self._drop(self.attention(y, call.visible, call.cache, self.index, call.attentions))
         if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
             y, x = self.cross_attention_norm(x, branch)
-            branch = self._drop(self.cross_attention(y, key_value, call.memory_visible, call.cross_attentions))
+            real = Visibility(padding_mask=call.memory_mask)
+            branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
         y, x = self.feed_forward_norm(x, branch)
         return x, self._drop(self.feed_forward(y))
 

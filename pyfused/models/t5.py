@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import CrossAttention, FeedForward, GatedFeedForward, KVCache, ReversibleEmbedding, RMSNorm, T5Attention
+from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
@@ -51,7 +51,7 @@ class T5Layer(nn.Module):
         d, heads, size = config["hidden_dim"], config["num_heads"], config["key_value_dim"]
         eps, self.dropout, self.index = config["layer_norm_epsilon"], config["dropout"], index
         self.attention_norm = RMSNorm(d, eps, **factory)
-        self.attention = T5Attention(
+        self.attention = RelativeSelfAttention(
             d, heads, size, bidirectional=not is_decoder, num_buckets=None if index else config["num_buckets"],
             max_distance=config["max_distance"], dropout=self.dropout, **factory,
         )  # fmt: skip
@@ -62,7 +62,7 @@ class T5Layer(nn.Module):
                 d, heads, size, scale=1.0, dropout=self.dropout, bias=False, **factory
             )
         self.feed_forward_norm = RMSNorm(d, eps, **factory)
-        kind: Any = GatedFeedForward if config["use_gated_activation"] else partial(FeedForward, bias=False)
+        kind: Any = GatedMlp if config["use_gated_activation"] else partial(Mlp, bias=False)
         inner, activation = config["intermediate_dim"], config["activation"]
         self.feed_forward = kind(d, inner, activation, dropout=self.dropout, **factory)
 
@@ -72,7 +72,8 @@ class T5Layer(nn.Module):
         branch = self._drop(self.attention(y, call.visible, call.cache, self.index, call.attentions))
         if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
             y, x = self.cross_attention_norm(x, branch)
-            branch = self._drop(self.cross_attention(y, key_value, call.memory_visible, call.cross_attentions))
+            real = Visibility(padding_mask=call.memory_mask)
+            branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
         y, x = self.feed_forward_norm(x, branch)
         return x, self._drop(self.feed_forward(y))
 

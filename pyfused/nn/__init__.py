@@ -1,9 +1,13 @@
-"""Modules that replace torch.nn's, with the same state dicts, on pyfused's operators; and the KV cache."""
+"""Modules that replace torch.nn's and transformers', with the same state dicts, on pyfused's operators; the models' own; and
+the KV cache."""
 
-from .attention import CAUSAL, EVERYTHING, CrossAttention, SelfAttention, T5Attention, Visibility
+from .attention import CAUSAL, EVERYTHING, CrossAttention, RelativeSelfAttention, SelfAttention, Visibility
 from .kv_cache import KVCache
-from .layers import FeedForward, FourierMixing, GatedFeedForward, LayerNorm, Linear, ReversibleEmbedding, RMSNorm
+from .layers import FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
+from .multihead import MultiheadAttention
 from .packing import Packing
+from .t5 import FeedForward, GatedFeedForward, T5Attention
+from .torch_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "CAUSAL",
@@ -12,13 +16,19 @@ __all__ = [
     "FeedForward",
     "FourierMixing",
     "GatedFeedForward",
+    "GatedMlp",
     "KVCache",
     "LayerNorm",
     "Linear",
+    "Mlp",
+    "MultiheadAttention",
     "Packing",
     "RMSNorm",
+    "RelativeSelfAttention",
     "ReversibleEmbedding",
     "SelfAttention",
     "T5Attention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "Visibility",
 ]

@@ -149,7 +149,7 @@ class SelfAttention(_Attention):
         return self._attend(query, key, value, visible, probabilities)
 
 
-class T5Attention(SelfAttention):
+class RelativeSelfAttention(SelfAttention):
     """T5's self-attention (Raffel et al. 2020, section 2.1): no biases, scores that are not scaled, and a bias of the
     scores by relative position.
 

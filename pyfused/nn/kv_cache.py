@@ -44,7 +44,12 @@ class KVCache:
 
     def _set(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
-        self._layers = [(kv.permute(1, 3, 0, 2, 4), kv[0], kv[1]) for kv in buffers]
+        self._layers = [_views(kv) for kv in buffers]
+
+    def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's places to write to, its keys and its values. A trace makes the views of the one buffer: three inputs of
+        a graph that share memory, one of them written to, come out wrong with dynamic shapes (torch 2.13)."""
+        return _views(self._buffers[layer]) if torch.compiler.is_compiling() else self._layers[layer]
 
     @property
     def capacity(self) -> int:
@@ -70,7 +75,7 @@ class KVCache:
 
     def append(self, layer: int, key_value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key_value (B, S, 2, H, D) into a layer; returns its keys and values so far, views (B, H, Sk, D)."""
-        places, keys, values = self._layers[layer]
+        places, keys, values = self._layer(layer)
         if self.positions is None:
             start, new = self.length, key_value.shape[1]
             end = start + new
@@ -82,11 +87,11 @@ class KVCache:
 
     def keys(self, layer: int) -> Tensor:
         """The keys of a layer so far, a view (B, H, length, D)."""
-        return self._layers[layer][1][:, :, : self.length]
+        return self._layer(layer)[1][:, :, : self.length]
 
     def values(self, layer: int) -> Tensor:
         """The values of a layer so far, a view (B, H, length, D)."""
-        return self._layers[layer][2][:, :, : self.length]
+        return self._layer(layer)[2][:, :, : self.length]
 
     def select(self, rows: Tensor, sources: Tensor | slice | None = None) -> None:
         """Keeps these rows, (B',) int64, of which one may occur several times; costs one copy of the cache, about what
@@ -110,3 +115,8 @@ class KVCache:
         for kv in self._buffers:
             part = kv[:, :, :, first:end]
             part[:, places] = part[:, origins]  # the right side is a copy, so that rows may change places
+
+
+def _views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (2, B, H, capacity, D): places (B, capacity, 2, H, D), keys and values (B, H, capacity, D)."""
+    return buffer.permute(1, 3, 0, 2, 4), buffer[0], buffer[1]

@@ -1,4 +1,4 @@
-"""Which modules is a transformer made of, beside attention? Norms, Linear, feed-forward networks, Fourier mixing,
+"""Which modules is a transformer made of, beside attention? Norms, Linear, the models' feed-forward networks, Fourier mixing,
 ReversibleEmbedding."""
 
 from __future__ import annotations
@@ -87,8 +87,35 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
-    """outer(activation(inner(x))), the position-wise feed-forward network of Vaswani et al. 2017, in one operator.
+def feed_forward(
+    x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
+) -> Tensor:
+    """outer(dropout(activation(inner(x)))) + residual; without dropout, in one operator."""
+    if dropout:
+        hidden = F.dropout(_ACTIVATIONS[activation](linear(x, inner.weight, inner.bias)), dropout)
+        return linear(hidden, outer.weight, outer.bias, residual=residual)
+    return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)
+
+
+def gated_feed_forward(
+    x: Tensor,
+    gate: nn.Linear,
+    up: nn.Linear,
+    outer: nn.Linear,
+    activation: str,
+    dropout: float,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """outer(dropout(activation(gate(x)) * up(x))) + residual, of linear maps without bias; without dropout, in one operator."""
+    if dropout:
+        hidden = _ACTIVATIONS[activation](linear(x, gate.weight)) * linear(x, up.weight)
+        return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)
+    return gated_ffn(x, gate.weight, up.weight, outer.weight, activation=activation, residual=residual)
+
+
+class Mlp(nn.Module):
+    """outer(activation(inner(x))), the position-wise feed-forward network of Vaswani et al. 2017, in one operator: the
+    models' own, by their names. FeedForward is transformers'.
 
     Args:
         hidden_dim, intermediate_dim: N and F; the parameters are inner.{weight (F, N), bias (F,)} and
@@ -118,23 +145,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., N), residual (..., N) or None -> (..., N)."""
-        i, o = self.inner, self.outer
-        if self.training and self.dropout:
-            return o(F.dropout(_ACTIVATIONS[self.activation](i(x)), self.dropout), residual)
-        return ffn(x, i.weight, i.bias, o.weight, o.bias, activation=self.activation, residual=residual)
+        dropout = self.dropout if self.training else 0.0
+        return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 
-class GatedFeedForward(nn.Module):
+class GatedMlp(nn.Module):
     """outer(activation(gate(x)) * up(x)), the gated feed-forward network of Shazeer 2020 (arXiv:2002.05202), in one
-    operator.
+    operator: the models' own, by their names. GatedFeedForward is transformers'.
 
     Args:
         hidden_dim, intermediate_dim: N and F; the parameters are gate.weight (F, N), up.weight (F, N) and
             outer.weight (N, F).
-        activation, dropout: as FeedForward's.
+        activation, dropout: as Mlp's.
 
     Raises:
         ValueError: an unknown activation.
@@ -158,18 +183,32 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., N), residual (..., N) or None -> (..., N)."""
-        if self.training and self.dropout:
-            inner = _ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
-            return self.outer(F.dropout(inner, self.dropout), residual)
-        weights = self.gate.weight, self.up.weight, self.outer.weight
-        return gated_ffn(x, *weights, activation=self.activation, residual=residual)
+        dropout = self.dropout if self.training else 0.0
+        return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 class FourierMixing(nn.Module):
-    """FNet's token mixing (Lee-Thorp et al. 2021, arXiv:2105.03824). It has no parameters."""
+    """FNet's token mixing (Lee-Thorp et al. 2021, arXiv:2105.03824). It has no parameters.
+
+    Its place in transformers is FNetBasicFourierTransform's, whose forward returns a tuple of one tensor; this one's
+    returns the tensor.
+
+    Args:
+        config: transformers' FNetConfig, or None. Nothing is read but the option that is refused.
+
+    Raises:
+        ValueError: config.use_tpu_fourier_optimizations, which computes with matrices of tpu_short_seq_length rows.
+    """
+
+    def __init__(self, config: Any = None):
+        super().__init__()
+        if getattr(config, "use_tpu_fourier_optimizations", False):
+            raise ValueError(
+                "config.use_tpu_fourier_optimizations is True; it takes False: the kernels have no TPU form"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, N) -> (B, S, N): the real part of the Fourier transform over both. Raises as pyfused.fourier_mix does."""

@@ -11,17 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _extensions, dispatch
+from .._notices import once
 from ._autocast import without_autocast
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
 _forced = dispatch._forced.get
 _signature = _extensions.signature()
+
+
+def _transformed() -> bool:
+    return _in_transform() or forward_ad._current_level >= 0
 
 
 def _address(value: Any) -> int | None:
@@ -71,6 +78,8 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _is_compiling() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
+        if _transformed():
+            return self._in_plain_torch(args)
         if self.autograd is not None and torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, torch.Tensor) and a.requires_grad:
@@ -80,7 +89,7 @@ class Operator:
     def again(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The outputs for arguments as the public function got them, in this operator's order, if a call of their signature
         was found good before and no gradient is wanted; else None, and the arguments are to be checked."""
-        if _is_compiling() or _is_grad_enabled():
+        if _is_compiling() or _is_grad_enabled() or _transformed():
             return None
         launch = self._launches.get((_forced(), _signature(*args)))
         return None if launch is None else launch(*args)
@@ -89,7 +98,7 @@ class Operator:
         """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
         the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
-        if not (_is_compiling() or _is_grad_enabled()):
+        if not (_is_compiling() or _is_grad_enabled() or _transformed()):
             signature = _signature(*given)
             launch = self._launches.get((_forced(), _signature(*bound)))
             if (
@@ -112,6 +121,12 @@ class Operator:
                 self._launches.keep(key, prepared)
                 launch = prepared
         return launch(*args)
+
+    def _in_plain_torch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The reference, which torch.func's transforms and forward-mode derivatives go through as through any torch code."""
+        once("inside torch.func's transforms and forward-mode derivatives pyfused's operators run in plain PyTorch")
+        reference: Any = dispatch.kernel("reference", self.kernel)
+        return getattr(reference, self.function)(*args)
 
     def _registered(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         like = args[0]

@@ -8,15 +8,15 @@ from pyfused import relative_bias
 from pyfused.nn import (
     CAUSAL,
     CrossAttention,
-    FeedForward,
-    GatedFeedForward,
+    GatedMlp,
     KVCache,
     LayerNorm,
     Linear,
+    Mlp,
+    RelativeSelfAttention,
     ReversibleEmbedding,
     RMSNorm,
     SelfAttention,
-    T5Attention,
     Visibility,
 )
 from pyfused.testing import assert_close
@@ -88,7 +88,7 @@ def test_linear(bias):
     "activation, function", [("gelu_new", nn.GELU("tanh")), ("gelu", nn.GELU()), ("relu", nn.ReLU())]
 )
 def test_feed_forward(activation, function):
-    mine = FeedForward(24, 56, activation)
+    mine = Mlp(24, 56, activation)
     theirs = nn.Sequential(nn.Linear(24, 56), function, nn.Linear(56, 24))
     names = {"0": "inner", "2": "outer"}
     mine.load_state_dict({f"{names[k[0]]}{k[1:]}": v for k, v in theirs.state_dict().items()})
@@ -98,14 +98,14 @@ def test_feed_forward(activation, function):
         assert_close(mine(x), plain, theirs.double()(x.double()))
         torch.testing.assert_close(mine(x, residual), plain + residual)
     with pytest.raises(ValueError, match="activation='swiglu'"):
-        FeedForward(24, 56, "swiglu")
+        Mlp(24, 56, "swiglu")
 
 
 @pytest.mark.parametrize(
     "activation, function", [("gelu_new", nn.GELU("tanh")), ("silu", nn.SiLU()), ("tanh", nn.Tanh())]
 )
 def test_gated_feed_forward(activation, function):
-    mine = GatedFeedForward(24, 56, activation)
+    mine = GatedMlp(24, 56, activation)
     assert {k: tuple(v.shape) for k, v in mine.state_dict().items()} == {
         "gate.weight": (56, 24), "up.weight": (56, 24), "outer.weight": (24, 56),
     }  # fmt: skip
@@ -119,10 +119,10 @@ def test_gated_feed_forward(activation, function):
         assert_close(mine(x), plain(torch.float32), plain(torch.float64))
         torch.testing.assert_close(mine(x, residual), plain(torch.float32) + residual)
     with pytest.raises(ValueError, match="activation='swiglu'"):
-        GatedFeedForward(24, 56, "swiglu")
+        GatedMlp(24, 56, "swiglu")
 
 
-@pytest.mark.parametrize("kind", [FeedForward, GatedFeedForward])
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh"])
 def test_dropout_inside_a_feed_forward_network(kind, activation, monkeypatch):
     """In training what is dropped lies behind the activation, and with nothing dropped the formula is the operator's."""
@@ -162,8 +162,8 @@ def test_self_attention_is_torchs(head_size):
 
 
 def test_t5_attention_adds_its_table_or_the_one_it_is_handed():
-    first = T5Attention(24, 4, 5, bidirectional=True, num_buckets=8, max_distance=9)
-    second = T5Attention(24, 4, 5, bidirectional=True)
+    first = RelativeSelfAttention(24, 4, 5, bidirectional=True, num_buckets=8, max_distance=9)
+    second = RelativeSelfAttention(24, 4, 5, bidirectional=True)
     names = {"query_key_value.weight", "output.weight"}
     assert set(dict(second.named_parameters())) == names
     assert set(dict(first.named_parameters())) == names | {"relative_bias"}
@@ -180,7 +180,7 @@ def test_t5_attention_adds_its_table_or_the_one_it_is_handed():
         )
         torch.testing.assert_close(probabilities[0] @ v, expected)
     with pytest.raises(ValueError, match="max_distance is 2"):
-        T5Attention(24, 4, bidirectional=True, num_buckets=8, max_distance=2)
+        RelativeSelfAttention(24, 4, bidirectional=True, num_buckets=8, max_distance=2)
 
 
 def test_cross_attention_is_torchs():

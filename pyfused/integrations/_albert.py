@@ -1,0 +1,70 @@
+"""What does fuse_ replace in transformers' ALBERT? The feed-forward, and the residuals before the norms.
+
+The attention itself goes through the attention interface, in the class's own forward as in this one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.albert import modeling_albert
+from transformers.pytorch_utils import apply_chunking_to_forward
+
+from ..fuse import Adapter, Forward, fused_forward, original
+from ..ops import ffn, linear
+from ._activations import activation_reason, kernel_activation
+from ._children import drops, is_plain_linear, overridden
+
+
+@fused_forward
+def attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """the attention interface, pyfused.linear with the residual, then the norm"""
+    dense = module.dense
+    if drops(module.output_dropout) or not is_plain_linear(hidden_states, dense):
+        return original(module, hidden_states, attention_mask, **kwargs)
+    rows = hidden_states.shape[:-1]
+    heads = (*rows, -1, module.attention_head_size)
+    query, key, value = (m(hidden_states).view(heads).transpose(1, 2) for m in (module.query, module.key, module.value))
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, modeling_albert.eager_attention_forward
+    )
+    seen, weights = attend(
+        *(module, query, key, value, attention_mask),
+        dropout=module.attention_dropout.p if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    seen = seen.reshape(*rows, -1)
+    return module.LayerNorm(linear(seen, dense.weight, dense.bias, residual=hidden_states)), weights
+
+
+@fused_forward
+def layer(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """pyfused.ffn with the residual, then the norm"""
+    attended = module.attention(hidden_states, attention_mask, **kwargs)[0]
+    chunk = functools.partial(_feed_forward, module)
+    return module.full_layer_layer_norm(
+        apply_chunking_to_forward(chunk, module.chunk_size_feed_forward, module.seq_len_dim, attended)
+    )
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    """With its residual. Each row is a token's own, so that the residual may be added in each chunk."""
+    w_in, w_out, activation = module.ffn, module.ffn_output, kernel_activation(module.activation)
+    if activation is None or not is_plain_linear(x, w_in, w_out):
+        return module.ff_chunk(x) + x
+    return ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
+
+
+def _layer(module: Any) -> Forward | str:
+    return overridden(module, modeling_albert.AlbertLayer, "ff_chunk") or activation_reason(module.activation) or layer
+
+
+_PREFIX = "transformers.models.albert.modeling_albert"
+ADAPTERS: dict[str, Adapter] = {
+    f"{_PREFIX}.AlbertAttention": lambda module: attention,
+    f"{_PREFIX}.AlbertLayer": _layer,
+}

@@ -1,0 +1,264 @@
+"""What does attn_implementation="pyfused" compute in a layer of transformers? pyfused.attention, as the layer means it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
+
+from .. import _notices
+from ..ops import RelativeBias, attention
+from ..ops import relative_bias as materialise
+from ..ops.attention import MAX_HEAD_SIZE
+from ._masks import Visible, additive, read_mask
+
+# What changes the result and is not computed here; a model passes these only where it has such a thing.
+REFUSED = {
+    "softcap": "scores with a soft cap",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "cache": "a paged cache",
+    "indices": "a choice of keys for each query (sparse attention)",
+    "block_indices": "a choice of keys for each query (sparse attention)",
+    "decoder_head_mask": "the head mask of a decoder",
+    "cross_attn_head_mask": "the head mask of cross-attention",
+}
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | Tensor | None = None,
+    is_causal: bool | None = None,
+    *,
+    relative_bias: RelativeBias | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' AttentionInterface "pyfused".
+
+    Args:
+        module: the attention layer. Of it are read is_causal, layer_idx and config, where it has them.
+        query: (B, H, Tq, D). key, value: (B, Hkv, Sk, D); Hkv divides H.
+        attention_mask: None, or one that broadcasts to (B, H, Tq, Sk): bool, True where a query sees a key, or added to the
+            scores. With None a query sees all keys, or those up to its own place if the layer is causal and there is
+            more than one query.
+        dropout: the chance by which a probability becomes 0.
+        scaling: multiplies the scores; 1 / sqrt(D) if None.
+        is_causal: instead of the module's own; both count only where attention_mask is None. In a layer that fuse_ fused,
+            the queries' own keys are then the first Tq of them, as in transformers' sdpa, whose masks such a model has.
+        relative_bias: T5's, from its table; query i has position i + Sk - Tq.
+        position_bias: added to the scores, broadcasts to (B, H, Tq, Sk).
+        **kwargs: what else the model passes on. head_mask, cu_seq_lens_q with cu_seq_lens_k, and output_attentions are
+            honoured; what would change the result is refused by its name, the rest does not concern attention.
+
+    Returns:
+        (output (B, Tq, H, D), the probabilities (B, H, Tq, Sk) if the model collects attentions, else None).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or asks for something else than the kernels compute.
+    """
+    for name, what in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f'{name}: attn_implementation="pyfused" has no {what}; use attn_implementation="eager"')
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling, 1.0
+    if query.shape[0] != key.shape[0]:
+        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, one row for all
+    head_mask = _read_head_mask(module, kwargs.get("head_mask"), query.shape[1])
+    packed = None
+    if attention_mask is not None:
+        visible = read_mask(attention_mask, query, key)
+    else:
+        packed = _read_packing(kwargs, query, key)
+        visible = _without_mask(module, query, key, is_causal, kwargs.get("sliding_window"))
+    if visible.keys is not None and visible.keys < key.shape[2]:
+        key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
+        position_bias = None if position_bias is None else position_bias[..., : visible.keys]
+    if position_bias is not None and not _is_zero(position_bias):
+        visible = visible._replace(attn_bias=_sum(additive(position_bias, query.dtype), visible.attn_bias))
+    if packed is not None and visible.attn_bias is not None:
+        raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
+    return _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs)
+
+
+def _without_mask(module, query, key, is_causal, window):
+    queries, keys = query.shape[2], key.shape[2]
+    if window is not None and keys > window:
+        raise ValueError(
+            f"attention_mask is None, sliding_window is {window} and there are {keys} keys; it takes a mask that has the "
+            "window"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if queries == 1 or not causal:
+        return Visible()
+    # Without a mask of ours, transformers leaves it out in the first call with a static cache, whose keys behind the queries'
+    # own are empty. With ours a model has cut its queries (Gemma 4 does), and their own keys are the last.
+    first = getattr(type(getattr(module, "config", None)), "MASKS", None) == "sdpa"
+    if queries > keys or (queries < keys and not first):
+        raise ValueError(
+            f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
+            "the keys are the queries' own; it takes a mask"
+        )
+    return Visible(is_causal=True, keys=queries)
+
+
+def _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs):
+    plain = (query, key, visible, packed, relative_bias)
+    if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
+        _notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
+        output, weights = module._upcast_and_reordered_attn(query, key, value, _dense_bias(*plain))
+        if head_mask is not None:
+            output, weights = output * head_mask[:, None], weights * head_mask[:, None, None]
+        return output, weights
+    wanted = _attentions_wanted(kwargs)
+    if wanted or dropout >= 1.0:
+        if wanted:
+            _notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
+        return _with_weights(query, key, value, _dense_bias(*plain), dropout, scaling, head_mask)
+    if query.shape[3] > MAX_HEAD_SIZE or value.shape[3] != query.shape[3]:
+        _notices.once(
+            f"head sizes {query.shape[3]} and {value.shape[3]}: attention runs on transformers' sdpa; the kernels take "
+            f"one size for keys and values, up to {MAX_HEAD_SIZE}"
+        )
+        bias = _dense_bias(*plain)
+        output, _ = sdpa_attention_forward(module, query, key, value, bias, dropout, scaling, False)
+    else:
+        output = attention(
+            query,
+            key,
+            value,
+            is_causal=visible.is_causal,
+            padding_mask=visible.padding_mask,
+            attn_bias=visible.attn_bias,
+            relative_bias=relative_bias,
+            scale=scaling,
+            dropout_p=dropout,
+            cu_seqlens=None if packed is None else packed[0],
+            max_seqlen=None if packed is None else packed[1],
+        ).transpose(1, 2)
+    return output if head_mask is None else output * head_mask[:, None], None
+
+
+def _with_weights(query, key, value, bias, dropout, scaling, head_mask):
+    """The same in plain PyTorch, softmax in float32. The probabilities are those after dropout and head mask, as eager's."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t if group == 1 else t.repeat_interleave(group, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if bias is not None:
+        scores = scores + bias
+        # A query that sees no key has no probabilities.
+        dead = (scores == -torch.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(dead, 0.0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
+    if bias is not None:
+        weights = weights.masked_fill(dead, 0.0)
+    weights = F.dropout(weights, dropout)
+    if head_mask is not None:
+        weights = weights * head_mask[:, None, None]
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _dense_bias(query, key, visible, packed, relative_bias):
+    """All that says which keys a query sees, and its biases, as one tensor to add to the scores."""
+    bias, (tq, sk) = visible.attn_bias, (query.shape[2], key.shape[2])
+    hidden = None
+    if visible.is_causal:
+        places = torch.arange(sk, device=query.device)
+        hidden = places > torch.arange(tq, device=query.device)[:, None] + sk - tq
+    if visible.padding_mask is not None:
+        padded = ~visible.padding_mask[:, None, None]
+        hidden = padded if hidden is None else hidden | padded
+    if packed is not None:
+        text = torch.bucketize(torch.arange(tq, device=query.device), packed[0], right=True)
+        other = text[:, None] != text
+        hidden = other if hidden is None else hidden | other
+    if relative_bias is not None:
+        table, bidirectional, distance = relative_bias
+        dense = materialise(table, tq, sk, bidirectional=bidirectional, max_distance=distance, query_offset=sk - tq)
+        bias = _sum(dense.to(query.dtype), bias)
+    return bias if hidden is None else _sum(additive(~hidden, query.dtype), bias)
+
+
+def _sum(a, b):
+    return a if b is None else a + b
+
+
+def _is_zero(bias):
+    """T5's cross-attention passes one tensor of zeros to all layers. Looked at once, where looking waits for no device."""
+    if bias.requires_grad or not bias.is_cpu or bias.is_inference() or torch.compiler.is_compiling():
+        return False
+    known = getattr(bias, "_pyfused_zero", None)
+    if known is None or known[0] != bias._version:
+        known = bias._version, not bias.any().item()
+        bias._pyfused_zero = known
+    return known[1]
+
+
+def _read_head_mask(module, head_mask, heads):
+    """(H,): what the output of each head is multiplied by."""
+    if head_mask is None:
+        return None
+    if not isinstance(head_mask, Tensor):
+        raise TypeError(f"head_mask is a {type(head_mask).__name__}; it takes a torch.Tensor")
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "head_mask: the model has cross-attention, which transformers does not pass it to; it takes None"
+        )
+    layer = getattr(module, "layer_idx", None)
+    if head_mask.dim() == 2 and head_mask.shape[0] == 1:
+        head_mask = head_mask[0]
+    elif head_mask.dim() == 2:
+        if layer is None:
+            raise ValueError(
+                f"head_mask has shape {tuple(head_mask.shape)}, but {type(module).__name__} does not know which layer it "
+                f"is; it takes ({heads},)"
+            )
+        if layer >= head_mask.shape[0]:
+            raise ValueError(
+                f"head_mask has {head_mask.shape[0]} rows; it takes one a layer, and this is layer {layer}"
+            )
+        head_mask = head_mask[layer]
+    if head_mask.shape != (heads,):
+        raise ValueError(f"head_mask has shape {tuple(head_mask.shape)}; it takes ({heads},) or (layers, {heads})")
+    return head_mask
+
+
+def _read_packing(kwargs, query, key):
+    """(cu_seqlens, max_seqlen) of several texts one behind the other in a single row."""
+    of_query, of_key = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if of_query is None and of_key is None:
+        return None
+    if of_query is None or of_key is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k go together; one of them is None")
+    same = of_query is of_key or (of_query.shape == of_key.shape and torch.equal(of_query, of_key))
+    if not same or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"cu_seq_lens_q, cu_seq_lens_k: queries {tuple(query.shape)} and keys {tuple(key.shape)} are packed unlike; "
+            "they take one row of the same texts"
+        )
+    longest = kwargs.get("max_length_q")
+    return of_query.to(query.device), int(longest) if isinstance(longest, Tensor) else longest
+
+
+def _attentions_wanted(kwargs):
+    if kwargs.get("output_attentions"):
+        return True
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None:
+        return False
+    if torch.compiler.is_compiling():  # reading a ContextVar cannot be traced
+        wanted = collector.global_var if collector.compiling else None
+    else:
+        wanted = collector.get()
+    return wanted is not None and any("attentions" in name for name in wanted)

@@ -1,0 +1,137 @@
+"""How does the attention of a transformers model come to run on "pyfused", and on its own again? Layer by layer.
+
+transformers looks the implementation up in the config that a layer holds, which is the model's, and which other models may
+hold too. A fused layer holds a FusedConfig instead, which differs in that one answer: the model's config stays as it is, says
+what it said, and is saved as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..fuse import Entry
+from ._attend import REFUSED, attend
+from ._masks import make_mask
+from ._supported import reason_against
+
+NAME = "pyfused"
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, make_mask)
+
+READABLE = (None, "eager", "sdpa", NAME)  # the implementations whose masks `attend` reads
+
+
+class FusedConfig:
+    """A layer's config as it is, but for the name of the attention implementation.
+
+    That is "pyfused" for as long as the config has the implementation that it had when the layer was fused: what a user sets
+    afterwards counts. Loading a pickled one imports this file, which registers the name.
+    """
+
+    MASKS = "sdpa"  # who makes the model's masks; read by `attend`
+
+    def __init__(self, config: PreTrainedConfig):
+        vars(self).update(_fused=config, _had=config._attn_implementation)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        now = self._fused._attn_implementation
+        return NAME if now == self._had else now
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_fused", "_had") or name.startswith("__"):  # not there yet, while it is being copied or loaded
+            raise AttributeError(name)
+        return getattr(self._fused, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._fused, name, value)
+
+
+def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
+    """Puts "pyfused" into each layer of `model` that attends by transformers' interface, and says what it did."""
+    done, left = [], []
+    layers = list(_layers(model))
+    for name, layer, owner in layers:
+        reason = _reason_against(layer, owner) or ("" if wanted(name, layer) else "filter_fn says no")
+        if reason:
+            left.append(Entry(name, type(layer).__name__, reason))
+            continue
+        if not isinstance(layer.config, FusedConfig):
+            vars(layer)["config"] = FusedConfig(layer.config)
+        done.append(Entry(name, type(layer).__name__, "pyfused.attention, by transformers' attention interface"))
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(isinstance(m, PreTrainedModel) for m in part.children()):
+            reason = reason_against(type(part))
+            if reason and not any(owner is part for _, _, owner in layers):
+                left.append(Entry(name, type(part).__name__, f"attention: {reason}"))
+    return done, left
+
+
+def leave(model: nn.Module) -> None:
+    """Gives back the configs that enter replaced."""
+    for module in model.modules():
+        if isinstance(vars(module).get("config"), FusedConfig):
+            vars(module)["config"] = vars(module)["config"]._fused
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, PreTrainedModel | None]]:
+    """The layers that call the attention interface: name, layer, and the transformers model right around it."""
+
+    def walk(name, module, owner, seen):
+        for key, child in module.named_children():
+            if child in seen:
+                continue
+            seen.add(child)
+            path = f"{name}.{key}" if name else key
+            if _interface_source(child) and isinstance(vars(child).get("config"), PreTrainedConfig | FusedConfig):
+                yield path, child, owner
+            yield from walk(path, child, child if isinstance(child, PreTrainedModel) else owner, seen)
+
+    yield from walk("", model, model if isinstance(model, PreTrainedModel) else None, set())
+
+
+def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
+    """Why this layer's attention stays; empty if it need not."""
+    reason = "" if owner is None else reason_against(type(owner))
+    now = layer.config._attn_implementation
+    if reason or now not in READABLE:
+        return reason or f'attn_implementation="{now}" was chosen, which has masks of its own; set "sdpa", then fuse'
+    for name, what in REFUSED.items():
+        given = re.search(rf"\b{name}=([\w.]+)", _interface_source(layer))
+        if given and _value(layer, given[1]) is not None:
+            return f"{type(layer).__name__} has {what}"
+    return ""
+
+
+def _interface_source(module: nn.Module) -> str:
+    """The source of the module's class, if that calls transformers' attention interface, else an empty string."""
+    kind: Any = type(module)
+    return _source_of_class(kind)
+
+
+@functools.cache
+def _source_of_class(kind: Any) -> str:
+    if not hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS"):
+        return ""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+    return source if "get_interface(" in source else ""
+
+
+def _value(layer: nn.Module, expression: str) -> Any:
+    """What such a layer passes: its own attribute, or something that it computes."""
+    if expression == "None":
+        return None
+    owner, _, attribute = expression.partition(".")
+    return getattr(layer, attribute, None) if owner == "self" else expression

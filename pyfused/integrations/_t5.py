@@ -1,0 +1,282 @@
+"""What does fuse_ replace in transformers' T5? Norm, feed-forward, attention with its bias, and the residuals.
+
+The bias by relative position is never a tensor of (1, H, S, S) where every layer of a stack is fused: the first layer's
+attention hands on its table as a RelativeBias, which the kernel reads. Where some layer cannot read that (filter_fn left it,
+a sharded stack, a StaticCache, whose keys are longer than what they hold), it hands on the tensor, as the original does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.t5 import modeling_t5
+
+from ..fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
+from ..kernels.buckets import exact_buckets
+from ..ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
+from ._activations import activation_reason, kernel_activation
+from ._children import drops, is_plain_linear, overridden
+from ._enter import NAME
+from .torch_nn import takes
+
+
+@fused_forward
+def norm(module: Any, hidden_states: Tensor) -> Any:
+    """pyfused.rms_norm"""
+    if takes(hidden_states) and hidden_states.dtype == module.weight.dtype:
+        return rms_norm(hidden_states, module.weight, eps=module.variance_epsilon)
+    return original(module, hidden_states)
+
+
+@fused_forward
+def dense(module: Any, hidden_states: Tensor) -> Any:
+    """pyfused.ffn"""
+    y = _feed_forward(module, hidden_states, None)
+    return original(module, hidden_states) if y is None else y
+
+
+@fused_forward
+def gated_dense(module: Any, hidden_states: Tensor) -> Any:
+    """pyfused.gated_ffn"""
+    y = _feed_forward(module, hidden_states, None)
+    return original(module, hidden_states) if y is None else y
+
+
+@fused_forward
+def feed_forward_layer(module: Any, hidden_states: Tensor) -> Any:
+    """the norm, then the feed-forward with the residual"""
+    inner = module.DenseReluDense
+    if is_fused(inner) and is_bare(inner) and not drops(module.dropout):
+        y = _feed_forward(inner, module.layer_norm(hidden_states), hidden_states)
+        if y is not None:
+            return y
+    return original(module, hidden_states)
+
+
+def _feed_forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """None where the kernels do not have it: dropout inside, `wo` in float32 beside float16, layers that were replaced."""
+    activation = kernel_activation(module.act)
+    if activation is None or drops(module.dropout) or (residual is not None and residual.dtype != x.dtype):
+        return None
+    w_out = module.wo
+    if isinstance(module, modeling_t5.T5DenseGatedActDense):
+        gate, up = module.wi_0, module.wi_1
+        if not is_plain_linear(x, gate, up, w_out) or any(m.bias is not None for m in (gate, up, w_out)):
+            return None
+        return gated_ffn(x, gate.weight, up.weight, w_out.weight, activation=activation, residual=residual)
+    w_in = module.wi
+    if not is_plain_linear(x, w_in, w_out):
+        return None
+    return ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=residual)
+
+
+@fused_forward
+def attention(
+    module: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """pyfused.attention, the bias by relative position inside the kernel"""
+    given = (hidden_states, mask, key_value_states, position_bias, past_key_values)
+    if not _is_ours(module) and not isinstance(position_bias, RelativeBias):
+        return original(module, *given, **kwargs)
+    seen, position_bias, weights = _attended(module, *given, **kwargs)
+    return module.o(seen), position_bias, weights
+
+
+@fused_forward
+def self_attention_layer(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """the norm, then the attention with pyfused.linear and the residual"""
+    if not _adds_residual(module, module.SelfAttention, hidden_states):
+        return original(module, hidden_states, attention_mask, position_bias, past_key_values, **kwargs)
+    seen, position_bias, weights = _attended(
+        *(module.SelfAttention, module.layer_norm(hidden_states), attention_mask, None, position_bias, past_key_values),
+        **kwargs,
+    )
+    return _projected(module.SelfAttention.o, seen, hidden_states), position_bias, weights
+
+
+@fused_forward
+def cross_attention_layer(
+    module: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """the norm, then the attention with pyfused.linear and the residual"""
+    inner = module.EncDecAttention
+    if not _adds_residual(module, inner, hidden_states):
+        return original(
+            module, hidden_states, key_value_states, attention_mask, position_bias, past_key_values, **kwargs
+        )
+    seen, position_bias, weights = _attended(
+        *(inner, module.layer_norm(hidden_states), attention_mask, key_value_states, position_bias, past_key_values),
+        **kwargs,
+    )
+    return _projected(inner.o, seen, hidden_states), position_bias, weights
+
+
+def _adds_residual(module: Any, inner: Any, hidden_states: Tensor) -> bool:
+    """Whether the layer may call the attention's inside, and add to its projection what the layer adds."""
+    return (
+        is_fused(inner)
+        and is_bare(inner)
+        and _is_ours(inner)
+        and not drops(module.dropout)
+        and is_plain_linear(hidden_states, inner.o)
+    )
+
+
+def _is_ours(module: Any) -> bool:
+    return module.config._attn_implementation == NAME
+
+
+def _projected(out: nn.Linear, seen: Tensor, residual: Tensor) -> Tensor:
+    if seen.dtype != residual.dtype:
+        return residual + out(seen)
+    return linear(seen, out.weight, out.bias, residual=residual)
+
+
+def _attended(
+    module: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    key_value_states: Tensor | None,
+    position_bias: Any,
+    past_key_values: Any,
+    hands_on_table: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Any, Tensor | None]:
+    """T5Attention's forward but for its output projection: (B, S, H * d), the bias for the next layer, the weights."""
+    rows = hidden_states.shape[:-1]
+    past = past_key_values.get_seq_length(module.layer_idx) if past_key_values is not None else 0
+    past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter, which its update moves
+    query = module.q(hidden_states).view(*rows, -1, module.key_value_proj_dim).transpose(1, 2)
+    key, value = _keys_and_values(module, hidden_states, key_value_states, past_key_values)
+    if position_bias is None and module.has_relative_attention_bias:
+        # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
+        table = module.relative_attention_bias.weight
+        if hands_on_table and _kernel_reads(table, past, query, key):
+            position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
+        else:
+            position_bias = module.compute_bias(
+                query.shape[2], key.shape[2], device=query.device, past_seen_tokens=past
+            )
+    bias = position_bias
+    if isinstance(bias, RelativeBias) and not (_is_ours(module) and _kernel_reads(bias.table, past, query, key)):
+        table, bidirectional, distance = bias
+        bias = relative_bias(
+            *(table, query.shape[2], key.shape[2]),
+            bidirectional=bidirectional,
+            max_distance=distance,
+            query_offset=int(past),
+        )
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, modeling_t5.eager_attention_forward
+    )
+    seen, weights = attend(
+        *(module, query, key, value, mask),
+        dropout=module.dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **({"relative_bias": bias} if isinstance(bias, RelativeBias) else {"position_bias": bias}),
+        **kwargs,
+    )
+    return seen.reshape(*rows, -1), position_bias, weights
+
+
+def _keys_and_values(
+    module: Any, hidden_states: Tensor, key_value_states: Tensor | None, past_key_values: Any
+) -> tuple[Tensor, Tensor]:
+    """(B, H, Sk, d) each, through the cache where there is one: what cross-attention wrote once is there for good."""
+    is_cross, cache, index = key_value_states is not None, past_key_values, module.layer_idx
+    if isinstance(cache, EncoderDecoderCache):
+        if is_cross and cache.is_updated.get(index):
+            layer = cache.cross_attention_cache.layers[index]
+            return layer.keys, layer.values
+        cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+    states = hidden_states if key_value_states is None else key_value_states
+    heads = (*states.shape[:-1], -1, module.key_value_proj_dim)
+    key, value = module.k(states).view(heads).transpose(1, 2), module.v(states).view(heads).transpose(1, 2)
+    if cache is not None:
+        key, value = cache.update(key, value, index)
+        if is_cross and isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values.is_updated[index] = True
+    return key, value
+
+
+def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether the last query has the last key's position, as the kernel takes it; a StaticCache has more keys."""
+    if isinstance(past, Tensor) or past + query.shape[2] != key.shape[2]:
+        return False
+    return table.dtype in (torch.float32, query.dtype)
+
+
+@fused_forward
+def stack(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; hands the table of the bias from layer to layer"""
+    if _all_read_tables(module):
+        kwargs["hands_on_table"] = True  # through T5Block to every attention
+    return original(module, *args, **kwargs)
+
+
+def _all_read_tables(stack: Any) -> bool:
+    """Whether every layer's attention is ours, and the first one's table can be read outside of it.
+
+    A block of a subclass is none of those: FSDP makes them, and its parameters are there only while the block runs.
+    """
+    if any(type(block) is not modeling_t5.T5Block for block in stack.block):
+        return False
+    attentions = [block.layer[0].SelfAttention for block in stack.block]
+    if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
+        return False
+    first = attentions[0]
+    embedding = first.relative_attention_bias
+    weight = embedding.weight
+    return (
+        type(embedding) is nn.Embedding
+        and is_bare(embedding)
+        and embedding.max_norm is None
+        and weight.shape[0] == first.relative_attention_num_buckets
+        and not is_traceable_wrapper_subclass(weight)
+        and exact_buckets(not first.is_decoder, weight.shape[0]) in range(1, first.relative_attention_max_distance)
+    )
+
+
+def _dense(forward: Forward) -> Adapter:
+    return lambda module: activation_reason(module.act) or forward
+
+
+def _attention(module: Any) -> Forward | str:
+    return overridden(module, modeling_t5.T5Attention, "compute_bias", "_relative_position_bucket") or attention
+
+
+_PREFIX = "transformers.models.t5.modeling_t5"
+ADAPTERS: dict[str, Adapter] = {
+    f"{_PREFIX}.T5LayerNorm": lambda module: norm,
+    f"{_PREFIX}.T5DenseActDense": _dense(dense),
+    f"{_PREFIX}.T5DenseGatedActDense": _dense(gated_dense),
+    f"{_PREFIX}.T5LayerFF": lambda module: feed_forward_layer,
+    f"{_PREFIX}.T5Attention": _attention,
+    f"{_PREFIX}.T5LayerSelfAttention": lambda module: self_attention_layer,
+    f"{_PREFIX}.T5LayerCrossAttention": lambda module: cross_attention_layer,
+    f"{_PREFIX}.T5Stack": lambda module: stack,
+}

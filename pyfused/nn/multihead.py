@@ -1,0 +1,257 @@
+"""How does torch.nn.MultiheadAttention compute on pyfused's operators? One function for the drop-in class and for fuse_."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._notices import once
+from ..fuse import fused_forward
+from ..ops import attention, linear
+from ..ops.attention import MAX_HEAD_SIZE
+from .attention import Visibility
+
+_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels run on such a tensor, and on these with it; float64, other devices, nested tensors and, outside of
+    torch.autocast, mixed dtypes are better off with torch's own functions."""
+    dtype = x.dtype
+    if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested or not x.numel():
+        return False
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
+        return all(t is None or t.dtype in _DTYPES for t in others)
+    return all(t is None or t.dtype == dtype for t in others)
+
+
+def visible_keys(
+    like: Tensor,
+    sizes: tuple[int, int, int, int],
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> Visibility | None:
+    """torch.nn's masks, in which True hides a key, as pyfused.attention takes them.
+
+    Args:
+        like: a bias is of its dtype.
+        sizes: B, H, Sq, Sk.
+        attn_mask: (Sq, Sk) or (B * H, Sq, Sk), bool or added to the scores.
+        key_padding_mask: (B, Sk), bool or added to the scores.
+        is_causal: attn_mask is the causal one, as the caller says.
+
+    Returns:
+        None for what does not fit, and what torch has an error or a rule of its own for.
+    """
+    b, h, sq, sk = sizes
+    padding_mask = attn_bias = None
+    if key_padding_mask is not None:
+        if key_padding_mask.shape != (b, sk):
+            return None
+        if key_padding_mask.dtype == torch.bool:
+            padding_mask = ~key_padding_mask
+        elif key_padding_mask.is_floating_point():
+            attn_bias = key_padding_mask.to(like.dtype)[:, None, None]
+        else:
+            return None
+    if is_causal and (attn_mask is None or sq != sk):
+        return None
+    if attn_mask is not None and not is_causal:
+        if attn_mask.dtype == torch.bool:
+            hidden, attn_mask = attn_mask, like.new_zeros(attn_mask.shape)
+            attn_mask = attn_mask.masked_fill(hidden, float("-inf"))
+        elif not attn_mask.is_floating_point():
+            return None
+        if attn_mask.shape == (sq, sk):
+            attn_mask = attn_mask[None, None]
+        elif attn_mask.shape == (b * h, sq, sk):
+            attn_mask = attn_mask.reshape(b, h, sq, sk)
+        else:
+            return None
+        attn_mask = attn_mask.to(like.dtype)
+        attn_bias = attn_mask if attn_bias is None else attn_bias + attn_mask
+    return Visibility(is_causal, padding_mask, attn_bias)
+
+
+def attends(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` takes this module and these tensors, with whatever masks."""
+    weights = (module.in_proj_weight, module.q_proj_weight, module.in_proj_bias, module.bias_k, module.out_proj.weight)
+    return (
+        takes(query, key, value, *weights)
+        and key.numel() > 0
+        and not (key.is_nested or value.is_nested)
+        and module.head_dim <= MAX_HEAD_SIZE
+        and not (module.training and module.dropout >= 1.0)
+    )
+
+
+def attend(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visibility,
+    batch_first: bool,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Projections, attention, and the output projection with a residual on top.
+
+    Args:
+        query: (B, Sq, E), or (Sq, B, E) without batch_first; so are residual and the result.
+        key, value: the same with Sk and their own features. One tensor for all three is projected at once.
+        visible: which keys count; a packing has B = 1.
+    """
+    q, k, v = _projected(module, query, key, value, batch_first)
+    if module.bias_k is not None and module.bias_v is not None:
+        k, v = _appended(k, module.bias_k, module), _appended(v, module.bias_v, module)
+        visible = _with_one_key_more(visible)
+    if module.add_zero_attn:
+        zero = k.new_zeros(module.embed_dim)
+        k, v = _appended(k, zero, module), _appended(v, zero, module)
+        visible = _with_one_key_more(visible)
+    packing = visible.packing
+    out = attention(
+        q,
+        k,
+        v,
+        is_causal=visible.is_causal,
+        padding_mask=visible.padding_mask,
+        attn_bias=visible.attn_bias,
+        dropout_p=module.dropout if module.training else 0.0,
+        cu_seqlens=None if packing is None else packing.cu_seqlens,
+        max_seqlen=None if packing is None else packing.max_seqlen,
+    )
+    merged = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+    return linear(merged.flatten(2), module.out_proj.weight, module.out_proj.bias, residual=residual)
+
+
+def _projected(module, query, key, value, batch_first) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each (B, H, S, d), by as few products as the inputs that are the same allow."""
+    e, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
+
+    def heads(x, matrix, vector, count=1):
+        """(B, S, ...) or (S, B, ...) -> `count` views (B, H, S, d)."""
+        y = linear(x, matrix, vector)
+        y = y.view(*y.shape[:2], count, module.num_heads, module.head_dim)
+        return y.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+
+    if weight is not None and query is key and key is value:
+        return heads(query, weight, bias, 3)
+    b = (None, None, None) if bias is None else bias.chunk(3)
+    if weight is None:
+        matrices = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+    elif key is value:
+        return (
+            *heads(query, weight[:e], b[0]),
+            *heads(key, weight[e:], None if bias is None else bias[e:], 2),
+        )
+    else:
+        matrices = weight.chunk(3)
+    return tuple(heads(x, w, v)[0] for x, w, v in zip((query, key, value), matrices, b, strict=True))
+
+
+def _appended(x, row, module) -> Tensor:
+    """(B, H, S, d) with one more key or value for everyone, row (..., E)."""
+    row = row.view(1, module.num_heads, 1, module.head_dim)
+    return torch.cat((x, row.expand(x.shape[0], -1, -1, -1)), 2)
+
+
+def _with_one_key_more(visible: Visibility) -> Visibility:
+    padding, bias = visible.padding_mask, visible.attn_bias
+    return replace(
+        visible,
+        padding_mask=None if padding is None else F.pad(padding, (0, 1), value=True),
+        attn_bias=None if bias is None else F.pad(bias, (0, 1)),
+    )
+
+
+@fused_forward
+def multihead_forward(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """pyfused.attention, where need_weights=False"""
+    if need_weights:
+        once(
+            "MultiheadAttention was called with need_weights=True, its default: the probabilities are computed and "
+            "averaged by plain PyTorch; the fused path needs need_weights=False"
+        )
+    else:
+        out = _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+        if out is not None:
+            return out, None
+    return nn.MultiheadAttention.forward(
+        *(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+    )
+
+
+def _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor | None:
+    """None: what is left to torch, its errors included."""
+    rank = query.dim()
+    if not (attends(module, query, key, value) and rank in (2, 3) and key.dim() == rank and value.dim() == rank):
+        return None
+    if is_causal and (module.bias_k is not None or module.add_zero_attn):
+        return None  # torch's rules differ with and without the hint
+    batch_first = module.batch_first or rank == 2
+    if rank == 2:
+        same = query is key, key is value
+        query = query[None]
+        key = query if same[0] else key[None]
+        value = key if same[1] else value[None]
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+    (b, sq), (kb, sk) = _sizes(query, batch_first), _sizes(key, batch_first)
+    if kb != b or key.shape[:2] != value.shape[:2] or query.shape[2] != module.embed_dim:
+        return None
+    if (key.shape[2], value.shape[2]) != (module.kdim, module.vdim):
+        return None
+    visible = visible_keys(query, (b, module.num_heads, sq, sk), attn_mask, key_padding_mask, is_causal)
+    if visible is None:
+        return None
+    out = attend(module, query, key, value, visible, batch_first)
+    return out if rank == 3 else out[0]
+
+
+def _sizes(x: Tensor, batch_first: bool) -> tuple[Any, Any]:
+    """B and S."""
+    return (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention, its constructor, state dict, masks and results, on pyfused.attention.
+
+    Call it with need_weights=False. With need_weights=True, torch's default, it returns the averaged probabilities, which
+    the fused path never has in memory: such a call runs as torch's, and a FallbackWarning says so once. So do calls that
+    the kernels do not take: float64, nested tensors, head sizes above 256, mixed dtypes.
+
+    In bool masks True hides a key, as everywhere in torch.nn. A query that may see no key gets zeros from the attention,
+    where torch.nn gives NaN or zeros, depending on the path it takes.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch.nn.MultiheadAttention.forward: (B, Sq, E) with batch_first, else (Sq, B, E), or (Sq, E); and None, or
+        the probabilities."""
+        return multihead_forward(
+            *(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        )

@@ -1,0 +1,183 @@
+"""What do the tests of fused transformers models compare with? The same weights unfused, in the same dtype and in float64."""
+
+import copy
+
+import torch
+
+import pyfused
+from pyfused.testing.tolerance import judge
+
+
+class Trio:
+    """One model three times: fused, plain, and plain in float64 (the truth).
+
+    dtype None leaves what the model has. `vary` makes norms and biases other than ones and zeros, so that none is missed.
+    """
+
+    def __init__(self, model, dtype=torch.float32, filter_fn=None):
+        self.plain = vary(model).eval()
+        self.plain = self.plain if dtype is None else self.plain.to(dtype)
+        self.truth = copy.deepcopy(self.plain).double()
+        self.fused = copy.deepcopy(self.plain)
+        self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
+
+    @property
+    def models(self):
+        return self.fused, self.plain, self.truth
+
+    def outputs(self, **inputs):
+        """The three outputs by name, each a dict of tensors."""
+        return [tensors(model(**like(model, inputs))) for model in self.models]
+
+    def check(self, live=None, **inputs):
+        """The tolerance rule for every tensor of the output; `live` (B, S) picks the rows that are compared."""
+
+        def once():
+            with torch.no_grad():
+                fused, plain, truth = self.outputs(**inputs)
+            assert fused.keys() == plain.keys() == truth.keys()
+            for name in fused:
+                assert fused[name].dtype == plain[name].dtype, name
+            return {name: [rows(t[name], live) for t in (fused, plain, truth)] for name in fused}
+
+        return self._judge(once)
+
+    def check_gradients(self, loss, **inputs):
+        """The tolerance rule for the gradients of all parameters; `loss` makes a number of an output."""
+
+        def once():
+            for model in self.models:
+                model.zero_grad()
+                loss(model(**like(model, inputs))).backward()
+            fused, plain, truth = (
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                for model in self.models
+            )
+            assert fused.keys() == plain.keys() == truth.keys()
+            return {name: [fused[name], plain[name], truth[name]] for name in fused}
+
+        return self._judge(once)
+
+    def check_autocast(self, **inputs):
+        """Outputs have the plain model's dtype, and with the gradients are as near to float64's."""
+
+        def once():
+            found = []
+            for model in self.models:
+                model.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=model is not self.truth):
+                    output = model(**like(model, inputs)).last_hidden_state
+                output.double().square().mean().backward()
+                found.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            assert found[0][0].dtype == found[1][0].dtype
+            assert {len(tensors) for tensors in found} == {len(found[0])}
+            return dict(enumerate(zip(*found)))
+
+        return self._judge(once)
+
+    def _judge(self, once):
+        """Of two errors of one size one is now and then twice the other, and here many are compared. So where the rule does
+        not hold for one draw of the weights, it must for the mean of the errors of several."""
+        sums = {}
+        for _ in range(6):
+            compared = once()
+            for name, (fused, plain, truth) in compared.items():
+                if truth.is_floating_point():
+                    result = judge(fused, plain, truth)
+                    error, bound = sums.get(name, (0.0, 0.0))
+                    sums[name] = error + result.error, bound + result.bound
+                else:
+                    assert torch.equal(fused, plain), name
+            failed = {name: sums[name] for name in sums if not sums[name][0] <= sums[name][1]}
+            if not failed:
+                return {name: fused for name, (fused, _, _) in compared.items()}
+            self._move_weights()
+        raise AssertionError(f"sums of errors and of their bounds: {failed}")
+
+    def _move_weights(self):
+        with torch.no_grad():
+            for fused, plain, truth in zip(*(model.parameters() for model in self.models)):
+                fused.mul_(1 + 0.1 * torch.randn_like(fused))
+                plain.copy_(fused)
+                truth.copy_(fused)
+
+
+def counted(monkeypatch, file, *names):
+    """How often the functions of these names are called in one of pyfused's files from now on."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(file, name, counting(name, getattr(file, name)))
+    return counts
+
+
+def gradients(model, loss, reentrant):
+    """Of a model's parameters, with each of its layers computed again in the backward (checkpointing)."""
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.zero_grad()
+    loss(model).backward()
+    model.activation_checkpointing_disable()
+    model.eval()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def vary(model):
+    """Vectors (norms, biases) get noise on top of their ones and zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def like(model, inputs):
+    """The inputs, floats in the model's dtype; what has a state (a cache) is copied."""
+
+    def one(x):
+        if isinstance(x, torch.Tensor):
+            return x.to(model.dtype) if x.is_floating_point() else x
+        if isinstance(x, tuple):
+            return tuple(one(item) for item in x)
+        return copy.deepcopy(x)
+
+    return {name: one(x) for name, x in inputs.items()}
+
+
+def tensors(output, prefix=""):
+    """Every tensor of an output, caches too, by its place."""
+    if isinstance(output, torch.Tensor):
+        return {prefix or "output": output}
+    if output is None or isinstance(output, (int, float, str)):
+        return {}
+    if hasattr(output, "self_attention_cache"):
+        output = {"self": output.self_attention_cache, "cross": output.cross_attention_cache}
+    elif hasattr(output, "layers"):
+        output = [(layer.keys, layer.values) for layer in output.layers]
+    items = output.items() if hasattr(output, "items") else enumerate(output)
+    return {name: t for key, value in items for name, t in tensors(value, f"{prefix}.{key}".strip(".")).items()}
+
+
+def rows(tensor, live):
+    if live is not None and tensor.dim() >= 3 and tensor.shape[:2] == live.shape:
+        return tensor[live.bool()]
+    return tensor
+
+
+def padded(batch, length, vocabulary, side="right", seed=0):
+    """Token ids (B, S) and the mask of samples that are shorter and shorter, padded on one side."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, vocabulary, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for i in range(batch):
+        gone = i * length // (2 * batch)
+        if gone:
+            mask[i, slice(0, gone) if side == "left" else slice(length - gone, None)] = 0
+    return ids * mask, mask

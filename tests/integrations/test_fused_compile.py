@@ -1,0 +1,73 @@
+"""Does torch.compile take a fused model of transformers whole, once for all batches and lengths?"""
+
+import pytest
+import torch
+from fused_pairs import padded
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import pyfused
+
+transformers = pytest.importorskip("transformers")
+
+# No size of one kind equals one of another: torch takes what is equal in the first call for the same.
+SIZES = ((7, 11), (3, 17), (5, 29))
+MODELS = {
+    "gpt2": lambda t: t.GPT2Model(
+        t.GPT2Config(vocab_size=61, n_layer=1, n_head=4, n_embd=24, n_positions=48, bos_token_id=0, eos_token_id=0)
+    ),
+    "albert": lambda t: t.AlbertModel(
+        t.AlbertConfig(
+            vocab_size=61,
+            embedding_size=12,
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=48,
+        )
+    ),
+    "t5": lambda t: t.T5Model(
+        t.T5Config(
+            vocab_size=61,
+            d_model=24,
+            d_kv=6,
+            d_ff=40,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+        )
+    ),
+    "fnet": lambda t: t.FNetModel(
+        t.FNetConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=1, intermediate_size=40, max_position_embeddings=48
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fused_model_is_one_graph_for_all_sizes(name):
+    """backend="eager": the tracing alone, which is what can break; test_compile.py compiles the same operators further."""
+    torch._dynamo.reset()
+    model = MODELS[name](transformers).eval()
+    assert pyfused.fuse_(model).replaced
+    counter = CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(specialize_float=True):
+        call = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        for batch, length in SIZES:
+            ids, mask = padded(batch, length, 61)
+            given = {"input_ids": ids} if name == "fnet" else {"input_ids": ids, "attention_mask": mask}
+            if name == "t5":
+                given["decoder_input_ids"] = padded(batch, length + 2, 61, seed=1)[0]
+            if name in ("gpt2", "t5"):
+                given["use_cache"] = False
+            grads = []
+            for function in (call, model):
+                model.zero_grad()
+                out = function(**given).last_hidden_state
+                (out * torch.linspace(-1.0, 1.0, out.shape[-1])).sum().backward()
+                grads.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            assert all(torch.equal(a, e) for a, e in zip(*grads, strict=True))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

@@ -1,0 +1,207 @@
+"""Does a fused FNet of transformers compute what it did, with every head, option and dtype?"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from fused_pairs import Trio, counted, gradients, vary
+from torch import nn
+
+import pyfused
+from pyfused import _notices
+from pyfused._notices import FallbackWarning
+from pyfused.fuse import is_fused
+from pyfused.testing.tolerance import assert_close
+
+transformers = pytest.importorskip("transformers")
+from pyfused.integrations import _fnet  # noqa: E402
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+HEADS = [
+    "FNetModel", "FNetForPreTraining", "FNetForMaskedLM", "FNetForNextSentencePrediction", "FNetForSequenceClassification",
+    "FNetForTokenClassification", "FNetForQuestionAnswering", "FNetForMultipleChoice",
+]  # fmt: skip
+LAYERS = ("FNetBasicFourierTransform", "FNetBasicOutput", "FNetOutput", "FNetLayer")
+
+
+def fnet(head="FNetModel", **options):
+    return getattr(transformers, head)(transformers.FNetConfig(**{**SIZES, **options}))
+
+
+def ids(length=13, shape=(3,)):
+    return torch.randint(2, 61, (*shape, length))
+
+
+def test_report():
+    trio = Trio(fnet())
+    kinds = {entry.kind for entry in trio.report.replaced}
+    assert kinds == {*LAYERS, "LayerNorm"}
+    assert trio.report.left == ()
+    assert [name for name, _ in trio.fused.named_modules()] == [name for name, _ in trio.plain.named_modules()]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head):
+    shape = (2, 3) if head == "FNetForMultipleChoice" else (3,)
+    trio = Trio(fnet(head, num_labels=2))
+    x = ids(shape=shape)
+    outputs = trio.check(input_ids=x, token_type_ids=torch.randint(0, 4, x.shape), output_hidden_states=True)
+    assert sum(name.startswith("hidden_states") for name in outputs) == 4
+
+
+def test_what_runs(monkeypatch):
+    """Three layers: one mixing, one norm with a residual, and one feed-forward each; again in the backward if checkpointed."""
+    trio, counts = Trio(fnet()), counted(monkeypatch, _fnet, "fourier_mix", "ffn", "layer_norm", "linear")
+    trio.fused(ids())
+    assert counts == {"fourier_mix": 3, "ffn": 3, "layer_norm": 3, "linear": 0}
+    gradients(trio.fused, lambda model: model(ids()).last_hidden_state.sum(), reentrant=False)
+    assert counts == {"fourier_mix": 9, "ffn": 9, "layer_norm": 9, "linear": 0}
+
+
+def test_embeddings_positions_and_tuples():
+    trio = Trio(fnet())
+    trio.check(inputs_embeds=torch.randn(2, 7, 24))
+    trio.check(input_ids=ids(), position_ids=torch.arange(13).flip(0)[None])
+    trio.check(input_ids=ids(length=1))
+    assert isinstance(trio.fused(ids(), return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh", "quick_gelu"])
+def test_activations(activation):
+    trio = Trio(fnet(hidden_act=activation))
+    trio.check(input_ids=ids())
+    reasons = {entry.note for entry in trio.report.left}
+    assert reasons == (
+        {"the kernels do not have the activation QuickGELUActivation"} if activation == "quick_gelu" else set()
+    )
+
+
+def test_bfloat16_which_torch_fft_refuses():
+    """The truth is float64; plain PyTorch's own bfloat16 computes the transform in float32."""
+    trio = Trio(fnet(), torch.bfloat16)
+    x = ids()
+    with pytest.raises(RuntimeError, match="BFloat16"):
+        trio.plain(x)
+    for transform in (layer.fourier.self for layer in trio.plain.encoder.layer):
+        transform.fourier_transform = lambda h: torch.fft.fftn(h.float(), dim=(1, 2)).real.bfloat16()
+    trio.check(input_ids=x)
+
+
+def test_float64_stays_torchs():
+    model = vary(fnet()).double().eval()
+    before = model(ids := torch.randint(0, 61, (2, 9))).last_hidden_state
+    pyfused.fuse_(model)
+    assert torch.equal(model(ids).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4])
+def test_chunked_feed_forward(chunk):
+    Trio(fnet(chunk_size_feed_forward=chunk)).check(input_ids=ids(length=12))
+
+
+def test_tpu_option_stays_and_says_so():
+    _notices._said.clear()
+    with pytest.warns(FallbackWarning, match="use_tpu_fourier_optimizations"):
+        trio = Trio(fnet(use_tpu_fourier_optimizations=True, tpu_short_seq_length=13))
+    assert not is_fused(trio.fused.encoder.layer[0].fourier.self)
+    assert is_fused(trio.fused.encoder.layer[0].output)
+    x = ids()
+    truth = copy_of_fft(trio.plain).double()
+    assert_close(*(model(x).last_hidden_state for model in (trio.fused, trio.plain, truth)))
+
+
+def copy_of_fft(model):
+    model = copy.deepcopy(model)
+    for layer in model.encoder.layer:
+        layer.fourier.self.fourier_transform = functools.partial(torch.fft.fftn, dim=(1, 2))
+    return model
+
+
+def test_a_transform_changed_later_is_used():
+    trio = Trio(fnet())
+    for model in trio.models:
+        model.encoder.layer[1].fourier.self.fourier_transform = lambda h: torch.fft.fft2(0.5 * h)
+    trio.check(input_ids=ids())
+
+
+class Doubled(nn.Linear):
+    """Stands for LoRA and quantised layers, which take a layer's place after fuse_."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["intermediate.dense", "output.dense", "output.dropout", "output.LayerNorm"])
+def test_children_replaced_or_hooked_later(place):
+    trio, seen = Trio(fnet()), []
+    for model in trio.models:
+        layer = model.encoder.layer[0]
+        child = layer.get_submodule(place)
+        if isinstance(child, nn.Linear):
+            other = Doubled(child.in_features, child.out_features, dtype=child.weight.dtype)
+            other.load_state_dict(child.state_dict())
+            parent, name = place.split(".")
+            setattr(getattr(layer, parent), name, other)
+        child = layer.get_submodule(place)
+        child.register_forward_hook(lambda module, args, output: seen.append(module) or 1.5 * output)
+    trio.check(input_ids=ids())
+    assert len(set(seen)) == 3
+
+
+def test_gradients_and_checkpointing():
+    trio, x = Trio(fnet("FNetForMaskedLM")), ids()
+    weights = torch.randn(3, 13, 61)
+    expected = trio.check_gradients(lambda output: (output.logits * weights.to(output.logits.dtype)).sum(), input_ids=x)
+    for reentrant in (True, False):
+        checkpointed = gradients(trio.fused, lambda model: (model(x).logits * weights).sum(), reentrant)
+        assert all(torch.equal(checkpointed[name], expected[name]) for name in expected)
+
+
+def test_autocast():
+    Trio(fnet()).check_autocast(input_ids=ids())
+
+
+def test_dropout():
+    """The mean over many masks is near the output without, as near as the plain model's; p = 0 is exact."""
+    torch.manual_seed(0)
+    trio, x = Trio(fnet(hidden_dropout_prob=0.1, num_hidden_layers=1)), ids(shape=(1,)).repeat(512, 1)
+    with torch.no_grad():
+        still = trio.fused(x).last_hidden_state[0]
+        means = [model.train()(x).last_hidden_state.mean(0) for model in (trio.fused, trio.plain)]
+        noise = (trio.plain(x).last_hidden_state.mean(0) - means[1]).std()
+    assert (means[0] - means[1]).std() < 1.5 * noise
+    assert noise < (means[0] - still).abs().max()  # dropout was on
+    for module in trio.fused.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        assert torch.equal(trio.fused(x).last_hidden_state[0], still)
+
+
+def test_filter_unfuse_and_files(tmp_path):
+    trio = Trio(fnet(), filter_fn=lambda name, module: "layer.1" not in name and name != "encoder.layer.2")
+    assert not any(is_fused(m) for m in trio.fused.encoder.layer[1].modules())
+    trio.check(input_ids=ids())
+    x = ids()
+    trio.fused.save_pretrained(tmp_path)
+    again = transformers.FNetModel.from_pretrained(tmp_path)
+    assert torch.equal(again(x).last_hidden_state, trio.plain(x).last_hidden_state)
+    assert torch.equal(pyfused.unfuse_(trio.fused)(x).last_hidden_state, trio.plain(x).last_hidden_state)
+
+
+def test_resized_embeddings():
+    trio = Trio(fnet("FNetForMaskedLM"))
+    state = None
+    for model in trio.models:
+        model.resize_token_embeddings(70, mean_resizing=False)
+        state = state or model.state_dict()
+        model.load_state_dict(like_state(model, state))
+    trio.check(input_ids=ids() + 8)
+
+
+def like_state(model, state):
+    return {name: t.to(model.dtype) for name, t in state.items()}

@@ -1,0 +1,370 @@
+"""Does a fused GPT-2 do everything that transformers documents for it, with the same results?"""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from hf_cases import GPT2, in_double, livened, padding, tokens
+from torch import nn
+
+import pyfused
+from pyfused import _notices
+from pyfused.fuse import is_fused
+from pyfused.integrations import _gpt2
+from pyfused.testing.tolerance import assert_close
+
+HEADS = {
+    "model": hf.GPT2Model,
+    "language model": hf.GPT2LMHeadModel,
+    "double heads": hf.GPT2DoubleHeadsModel,
+    "sequence": hf.GPT2ForSequenceClassification,
+    "token": hf.GPT2ForTokenClassification,
+    "question": hf.GPT2ForQuestionAnswering,
+}
+
+
+def gpt2(head="model", **more):
+    return livened(HEADS[head](hf.GPT2Config(**{**GPT2, **more})))
+
+
+def pair(head="model", **more):
+    """The same model twice: as it is, and fused."""
+    plain = gpt2(head, **more)
+    fused = copy.deepcopy(plain)
+    pyfused.fuse_(fused)
+    return plain, fused
+
+
+def check(plain, fused, inputs, outputs=(0,), live=...):
+    """These outputs of the fused model by the tolerance rule."""
+    exact = copy.deepcopy(plain).double()
+    exact.set_attn_implementation("eager")
+    plain.set_attn_implementation("eager")
+    for module in exact.modules():
+        module.reorder_and_upcast_attn = False  # it takes no float64, and upcasts nothing there
+    with torch.no_grad():
+        actual, same, truth = fused(**inputs), plain(**inputs), exact(**in_double(inputs))
+    for index in outputs:
+        assert_close(actual[index][live], same[index][live], truth[index][live].double(), f"output {index}")
+
+
+def test_what_is_replaced():
+    _, fused = pair("language model", add_cross_attention=True)
+    names = {n for n, m in fused.named_modules() if is_fused(m)}
+    layers = {f"transformer.h.{i}{part}" for i in (0, 1) for part in ("", ".ln_1", ".ln_cross_attn", ".ln_2", ".mlp")}
+    assert names == {*layers, "transformer.ln_f"}
+    attentions = [getattr(layer, name) for layer in fused.transformer.h for name in ("attn", "crossattention")]
+    assert {a.config._attn_implementation for a in attentions} == {"pyfused"}
+    assert fused.config._attn_implementation == "sdpa"  # what the model says of itself stays
+    pyfused.unfuse_(fused)
+    assert not any(is_fused(m) for m in fused.modules())
+    assert {a.config._attn_implementation for a in attentions} == {"sdpa"}
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
+def test_activations(activation, monkeypatch):
+    plain, fused = pair(activation_function=activation)
+    calls = []
+    monkeypatch.setattr(_gpt2, "ffn", lambda *a, **k: calls.append(k) or pyfused.ffn(*a, **k))
+    check(plain, fused, {"input_ids": tokens(2, 6)})
+    assert len(calls) == 2
+    assert all(k["residual"] is not None for k in calls)
+
+
+def test_activation_without_a_kernel():
+    plain = gpt2(activation_function="quick_gelu")
+    fused = copy.deepcopy(plain)
+    report = pyfused.fuse_(fused)
+    assert [e.note for e in report.left] == ["the kernels do not have the activation QuickGELUActivation"] * 2
+    check(plain, fused, {"input_ids": tokens(2, 6)})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"reorder_and_upcast_attn": True},
+        {"n_inner": 40, "layer_norm_epsilon": 1e-3},
+    ],
+)
+def test_options(options):
+    check(*pair(**options), {"input_ids": tokens(2, 6)})
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_inputs(side):
+    """Everything that goes in, at once: ids or embeddings, segments, positions, masks, an encoder with its own mask."""
+    plain, fused = pair(add_cross_attention=True)
+    mask = padding(2, 7, side)
+    inputs = {"token_type_ids": tokens(2, 7), "position_ids": torch.randint(0, 60, (2, 7)), "attention_mask": mask}
+    inputs |= {"encoder_hidden_states": torch.randn(2, 5, 32), "encoder_attention_mask": padding(2, 5, side)}
+    check(plain, fused, {"input_ids": tokens(2, 7), **inputs}, live=mask.bool())
+    check(plain, fused, {"inputs_embeds": torch.randn(2, 7, 32), **inputs}, live=mask.bool())
+    check(plain, fused, {"input_ids": tokens(2, 7)})  # no encoder: cross-attention is skipped
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_caches_hold_the_same(cross):
+    plain, fused = pair(add_cross_attention=cross)
+    ids = tokens(2, 8)
+    encoder = {"encoder_hidden_states": torch.randn(2, 5, 32)} if cross else {}
+    whole = plain(ids, **encoder)[0]
+    cache, parts = None, []
+    for begin, end in ((0, 4), (4, 7), (7, 8)):
+        out = fused(ids[:, begin:end], past_key_values=cache, use_cache=True, **encoder)
+        cache = out.past_key_values
+        parts.append(out[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    assert isinstance(cache, hf.EncoderDecoderCache if cross else hf.DynamicCache)
+    assert cache.get_seq_length() == 8
+    kept = plain(ids, use_cache=True, **encoder).past_key_values
+    layers = (
+        [(cache, kept)] if not cross else [(getattr(c, n), getattr(k, n)) for c, k in [(cache, kept)] for n in PARTS]
+    )
+    for a, b in layers:
+        for i in range(2):
+            torch.testing.assert_close(a.layers[i].keys, b.layers[i].keys)
+            torch.testing.assert_close(a.layers[i].values, b.layers[i].values)
+
+
+PARTS = ("self_attention_cache", "cross_attention_cache")
+
+
+def test_hidden_states_and_attentions(monkeypatch):
+    monkeypatch.setattr(_notices, "_said", set())
+    plain, fused = pair(add_cross_attention=True)
+    plain.set_attn_implementation("eager")
+    inputs = {"input_ids": tokens(2, 6), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    inputs |= {"output_hidden_states": True, "output_attentions": True}
+    with pytest.warns(_notices.FallbackWarning, match="output_attentions"):
+        actual = fused(**inputs)
+    expected = plain(**inputs)
+    for name, count in (("hidden_states", 3), ("attentions", 2), ("cross_attentions", 2)):
+        assert len(actual[name]) == count
+        torch.testing.assert_close(actual[name], expected[name])
+    assert actual.attentions[0].shape == (2, 4, 6, 6)
+    as_tuple = fused(**inputs, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], expected[0])
+    only = fused(inputs["input_ids"], output_hidden_states=True)
+    assert only.attentions is None
+    torch.testing.assert_close(only.hidden_states[-1], only[0])
+
+
+def test_head_mask_is_refused_beside_cross_attention():
+    """transformers does not hand it to cross-attention; without that it is honoured (test_attention_interface)."""
+    _, fused = pair(add_cross_attention=True)
+    with pytest.raises(ValueError, match="head_mask"):
+        fused(tokens(1, 4), head_mask=torch.ones(4))
+
+
+LABELS = {
+    "language model": lambda: {"labels": tokens(2, 7)},
+    "sequence": lambda: {"labels": torch.tensor([0, 1])},
+    "token": lambda: {"labels": torch.randint(0, 2, (2, 7))},
+    "question": lambda: {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 5])},
+}
+
+
+@pytest.mark.parametrize("head", LABELS)
+def test_heads_and_losses(head):
+    plain, fused = pair(head)
+    check(plain, fused, {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right"), **LABELS[head]()}, (0,))
+    live = padding(2, 7, "right").bool() if head in ("language model", "token") else ...
+    check(plain, fused, {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right")}, (0,), live)
+
+
+def test_double_heads():
+    plain, fused = pair("double heads")
+    inputs = {"input_ids": tokens(2, 3, 6), "mc_token_ids": torch.randint(0, 6, (2, 3))}
+    check(plain, fused, inputs, (0, 1))
+    check(plain, fused, {**inputs, "labels": tokens(2, 3, 6), "mc_labels": torch.tensor([0, 2])}, (0, 1, 2, 3))
+
+
+GENERATE = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 10, "temperature": 0.8},
+    "beams": {"num_beams": 3, "do_sample": False, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 2, "do_sample": True},
+    "greedy, no cache": {"do_sample": False, "use_cache": False},
+    "greedy, static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+}
+
+
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate(how):
+    """The same tokens, from prompts padded on the left."""
+    plain, fused = pair("language model")
+    inputs = {"input_ids": tokens(2, 5), "attention_mask": padding(2, 5, "left"), "max_new_tokens": 12, **GENERATE[how]}
+    results = []
+    for model in (plain, fused):
+        torch.manual_seed(7)
+        results.append(model.generate(**inputs, eos_token_id=None))
+    assert torch.equal(*results)
+    assert results[0].shape == (4 if how == "beams" else 2, 17)
+
+
+def test_left_padding_changes_nothing():
+    _, fused = pair("language model")
+    ids = tokens(1, 5)
+    padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), padding(1, 8, "left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    torch.testing.assert_close(fused(padded, attention_mask=mask, position_ids=positions)[0][:, 3:], fused(ids)[0])
+
+
+def test_saves_loads_and_resizes(tmp_path):
+    plain, fused = pair("language model")
+    ids = tokens(2, 6)
+    expected = fused(ids)[0]
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    fused.save_pretrained(tmp_path)
+    again = hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert again.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(again(ids)[0], expected)
+    fused.resize_token_embeddings(60)
+    assert fused.lm_head.weight is fused.transformer.wte.weight
+    assert fused.config.vocab_size == fused.transformer.config.vocab_size == 60
+    torch.testing.assert_close(fused(ids)[0][..., :50], expected)
+    assert fused.generate(ids, max_new_tokens=2).shape == (2, 8)
+
+
+def test_copies_and_pickles(tmp_path):
+    _, fused = pair("language model")
+    ids = tokens(2, 6)
+    expected = fused(ids)[0]
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.zero_()
+    assert not torch.equal(other(ids)[0], expected)
+    assert torch.equal(fused(ids)[0], expected)
+    (tmp_path / "model").write_bytes(pickle.dumps((fused, ids, expected)))
+    loads = (
+        "import pickle, sys; m, i, e = pickle.load(open(sys.argv[1], 'rb')); assert (m(i)[0] - e).abs().max() < 1e-5"
+    )
+    loads += "; assert m.transformer.h[0].attn.config._attn_implementation == 'pyfused'"
+    subprocess.run([sys.executable, "-c", loads, str(tmp_path / "model")], check=True)
+
+
+def gradients(model, inputs, labels):
+    model.zero_grad()
+    model(**inputs, labels=labels).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(checkpointing):
+    plain, fused = pair("language model")
+    inputs, labels = {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right")}, tokens(2, 7)
+    truth = gradients(copy.deepcopy(plain).double().train(), inputs, labels)
+    expected = gradients(plain.train(), inputs, labels)
+    if checkpointing:
+        fused.gradient_checkpointing_enable()
+    actual = gradients(fused.train(), inputs, labels)
+    assert actual.keys() == truth.keys()
+    for name, grad in actual.items():
+        assert_close(grad, expected[name], truth[name], name)
+
+
+def test_dropout_is_everywhere():
+    """Each site alone makes two calls in training differ, and none of them touches evaluation."""
+    ids = tokens(2, 6)
+    for site in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        plain, fused = pair(**{site: 0.5})
+        torch.testing.assert_close(fused(ids)[0], plain(ids)[0])
+        fused.train()
+        assert not torch.equal(fused(ids)[0], fused(ids)[0])
+
+
+def test_residual_dropout_is_the_plain_models():
+    """It is drawn by the same modules in the same order, so that one seed gives both models one mask."""
+    plain, fused = pair(resid_pdrop=0.5)
+    ids, results = tokens(2, 6), []
+    for model in (plain.train(), fused.train()):
+        torch.manual_seed(3)
+        results.append(model(ids)[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
+class Halved(nn.Module):
+    """Stands for what LoRA or quantisation puts in a layer's place."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) / 2
+
+
+CHANGES = {
+    "a part of the MLP": lambda block: setattr(block.mlp, "c_fc", Halved(block.mlp.c_fc)),
+    "the MLP": lambda block: setattr(block, "mlp", Halved(block.mlp)),
+    "a norm": lambda block: setattr(block, "ln_2", Halved(block.ln_2)),
+    "hook on the MLP": lambda block: block.mlp.register_forward_hook(lambda m, args, out: out / 2),
+    "hook on a projection": lambda block: block.mlp.c_proj.register_forward_hook(lambda m, args, out: out / 2),
+    "hook on a norm": lambda block: block.ln_2.register_forward_pre_hook(lambda m, args: (args[0] / 2,)),
+    "hook on the attention": lambda block: block.attn.register_forward_hook(lambda m, args, out: (out[0] / 2, None)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_changes_after_fusing_count(what):
+    plain, fused = pair()
+    ids = tokens(2, 6)
+    before = fused(ids)[0]
+    for model in (plain, fused):
+        CHANGES[what](model.h[1])
+    torch.testing.assert_close(fused(ids)[0], plain(ids)[0])
+    assert not torch.allclose(fused(ids)[0], before)
+
+
+def test_functional_call_takes_other_weights():
+    _, fused = pair("language model")
+    ids, other = tokens(2, 6), gpt2("language model")
+    with torch.no_grad():
+        actual = torch.func.functional_call(fused, dict(other.named_parameters()), (ids,))[0]
+        torch.testing.assert_close(actual, other(ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    plain, fused = pair()
+    check(plain.to(dtype), fused.to(dtype), {"input_ids": tokens(2, 6)})
+
+
+def test_autocast_keeps_the_residual_stream():
+    plain, fused = pair()
+    ids = tokens(2, 6)
+    exact = copy.deepcopy(plain).double()(ids)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = fused(ids)[0], plain(ids)[0]
+    assert actual.dtype == expected.dtype
+    assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+def test_filter():
+    model = gpt2()
+    report = pyfused.fuse_(model, filter_fn=lambda name, module: name.endswith("mlp"))
+    assert {e.name for e in report.replaced} == {"h.0.mlp", "h.1.mlp"}
+    assert {e.note for e in report.left if e.kind == "GPT2Attention"} == {"filter_fn says no"}
+    assert model.h[0].attn.config._attn_implementation == "sdpa"
+    pyfused.fuse_(model, filter_fn=lambda name, module: name == "h.1.attn")
+    assert [layer.attn.config._attn_implementation for layer in model.h] == ["sdpa", "pyfused"]
+    model = gpt2()
+    pyfused.fuse_(model, filter_fn=lambda name, module: not isinstance(module, nn.LayerNorm))
+    assert is_fused(model.h[0])
+    assert not is_fused(model.h[0].ln_2)
+
+
+@pytest.mark.parametrize("head", ["model", "language model"])
+def test_compiles_whole(head):
+    torch._dynamo.reset()
+    plain, fused = pair(head)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="eager")
+    for length in (5, 9):
+        ids = tokens(2, length)
+        torch.testing.assert_close(compiled(ids)[0], plain(ids)[0])

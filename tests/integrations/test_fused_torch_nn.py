@@ -1,0 +1,268 @@
+"""Does fuse_ keep what torch.nn's transformers compute? Encoders with padding, nn.Transformer, a model written by hand; the
+report, hooks, filters, copies."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import pyfused
+from pyfused.fuse import is_fused
+from pyfused.testing import assert_close
+
+E, H, F, B, S = 24, 4, 40, 3, 9
+LENGTHS = torch.tensor([9, 4, 6])
+PADDED = torch.arange(S) >= LENGTHS[:, None]  # True hides
+
+
+def encoder(layers=2, norm=True, nested=True, mask_check=True, **options):
+    layer = nn.TransformerEncoderLayer(E, H, F, **{"dropout": 0.0, "batch_first": True, **options})
+    norm = nn.LayerNorm(E) if norm else None
+    made = nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=nested, mask_check=mask_check)
+    return shaken(made)
+
+
+def shaken(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def fused(model, **options):
+    copied = copy.deepcopy(model)
+    report = pyfused.fuse_(copied, **options)
+    return copied, report
+
+
+def no_torch_layers(patch):
+    """From here on torch's own forward of a layer is an error."""
+    for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+        patch.setattr(kind, "forward", lambda *_, **__: pytest.fail("the call was left to torch"))
+
+
+def test_report_of_a_transformer():
+    model = nn.Transformer(E, H, 2, 2, F, 0.0, batch_first=True)
+    copied, report = fused(model)
+    layers = "pyfused.attention, ffn, linear and layer_norm"
+    assert {e.name: e.note for e in report.replaced if e.kind.startswith("Transformer")} == {
+        "encoder": "its layers on the real tokens alone, where torch's own would give zeros at padding",
+        **{f"{side}coder.layers.{i}": layers for side in ("en", "de") for i in (0, 1)},
+    }
+    assert sum(e.kind == "MultiheadAttention" for e in report.replaced) == 6
+    assert not report.left
+    assert f"  encoder.layers.* (TransformerEncoderLayer) x2: {layers}" in str(report)
+    assert list(copied.state_dict()) == list(model.state_dict())
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "grad", "train"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm": False}, {"nested": False}, {"norm_first": True}, {"mask_check": False}, {"batch_first": False}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_padding_gives_what_torch_gives(options, mode):
+    """Zeros in front of the final norm exactly where torch's nested tensors leave them; elsewhere the same numbers."""
+    model = encoder(**options).train(mode == "train")
+    copied, _ = fused(model)
+    x = torch.randn(B, S, E) if options.get("batch_first", True) else torch.randn(S, B, E)
+    with torch.set_grad_enabled(mode != "no_grad"):
+        plain, truth = (m(x.to(p), src_key_padding_mask=PADDED) for m, p in with_truth(model))
+        with pytest.MonkeyPatch.context() as patch:
+            no_torch_layers(patch)
+            actual = copied(x, src_key_padding_mask=PADDED)
+    assert_close(actual, plain, truth)
+    if options == {"norm": False}:
+        assert (actual[PADDED] == 0).all() == (mode == "no_grad")
+
+
+def with_truth(model):
+    return (model, torch.float32), (copy.deepcopy(model).double(), torch.float64)
+
+
+@pytest.mark.parametrize("case", ["not left aligned", "float", "causal", "causal by its looks", "mask", "empty row"])
+def test_masks_of_an_encoder(case):
+    model = encoder(norm=False).eval()
+    copied, _ = fused(model)
+    x, causal = torch.randn(B, S, E), nn.Transformer.generate_square_subsequent_mask(S)
+    options = {
+        "not left aligned": {"src_key_padding_mask": PADDED.flip(1)},
+        "float": {"src_key_padding_mask": torch.zeros(B, S).masked_fill(PADDED, float("-inf"))},
+        "causal": {"mask": causal, "is_causal": True, "src_key_padding_mask": PADDED.float().mul(-1e4)},
+        "causal by its looks": {"mask": causal},
+        "mask": {"mask": torch.randn(S, S), "src_key_padding_mask": PADDED.float().mul(-1e4)},
+        "empty row": {"src_key_padding_mask": PADDED | (torch.arange(B) == 1)[:, None]},
+    }[case]
+    with torch.set_grad_enabled(case == "mask"):  # torch's inference path makes float masks bool, whatever is in them
+        expected = model(x, **options)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        no_torch_layers(patch)
+        actual = copied(x, **options)
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises((RuntimeError, AssertionError)):
+        copied(x, src_key_padding_mask=PADDED[:1])
+
+
+def test_gradients_of_a_transformer():
+    model = shaken(nn.Transformer(E, H, 2, 2, F, 0.0, batch_first=True))
+    copied, _ = fused(model)
+    src, tgt = torch.randn(B, S, E), torch.randn(B, 5, E)
+    options = {"src_key_padding_mask": PADDED, "memory_key_padding_mask": PADDED}
+    grads = []
+    for module, dtype in ((copied, torch.float32), *with_truth(model)):
+        mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=dtype)
+        out = module(src.to(dtype), tgt.to(dtype), tgt_mask=mask, tgt_is_causal=True, **options)
+        out.square().sum().backward()
+        grads.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
+    for name, actual in grads[0].items():
+        assert_close(actual, grads[1][name], grads[2][name], name)
+
+
+def test_exports_with_dynamic_sizes():
+    model, _ = fused(encoder().eval())
+    b, s = torch.export.Dim("b", min=2, max=64), torch.export.Dim("s", min=2, max=512)
+    shapes = {"src": {0: b, 1: s}, "src_key_padding_mask": {0: b, 1: s}}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(B, S, E),), {"src_key_padding_mask": PADDED}, dynamic_shapes=shapes
+        )
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert {"pyfused.attention.default", "pyfused.ffn.default", "pyfused.layer_norm.default"} <= targets
+        x, mask = torch.randn(2, 5, E), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        actual, expected = (m(x, src_key_padding_mask=mask) for m in (program.module(), model))
+    torch.testing.assert_close(actual[~mask], expected[~mask])  # at padding a trace has torch's values, not zeros
+
+
+def test_there_and_back():
+    model = encoder().eval()
+    copied, _ = fused(model)
+    x = torch.randn(B, S, E)
+    assert not torch.equal(copied(x), model(x))  # other kernels, other rounding
+    torch.testing.assert_close(copied(x), model(x))
+    assert torch.equal(pyfused.unfuse_(copied)(x), model(x))
+    assert not any(is_fused(m) for m in copied.modules())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(clone):
+    model, _ = fused(encoder().eval())
+    other = clone(model)
+    nn.init.zeros_(other.norm.weight)
+    x = torch.randn(B, S, E)
+    assert torch.equal(other(x), other.norm.bias.expand(B, S, E))
+    assert not torch.equal(model(x), other(x))
+
+
+def test_hooks_of_layers_and_children_run():
+    """Once per call each, with padding too; a hook on a child sends its layer, and no other, to torch's forward."""
+    model = encoder(3).eval()
+    copied, _ = fused(model)
+    x, seen = torch.randn(B, S, E), []
+    copied.layers[0].register_forward_hook(lambda module, args, output: seen.append("layer"))
+    copied.layers[1].linear2.register_forward_hook(lambda module, args, output: seen.append("child"))
+    with torch.no_grad():
+        out = copied(x, src_key_padding_mask=PADDED)
+        torch.testing.assert_close(out, model(x, src_key_padding_mask=PADDED))
+    assert seen == ["layer", "child"]
+    assert copied(x).requires_grad
+    assert seen == ["layer", "child"] * 2
+
+
+def test_filter_and_reasons():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attn = nn.MultiheadAttention(E, H, batch_first=True)
+
+        def forward(self, x, **_):
+            return x + self.self_attn(x, x, x, need_weights=False)[0]
+
+    class Quiet(nn.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return torch.zeros_like(x)
+
+    model = nn.ModuleDict(
+        {
+            "own": encoder(1),
+            "quiet": Quiet(E, H, F, batch_first=True),
+            "hooked": nn.TransformerDecoderLayer(E, H, F),
+            "norm": nn.TransformerEncoderLayer(E, H, F),
+            "wide": nn.MultiheadAttention(264, 1),
+        }
+    ).eval()
+    model["own"].layers[0] = Own()
+    model["hooked"].norm3.register_forward_pre_hook(lambda module, args: None)
+    model["norm"].norm1 = nn.Identity()
+    before = copy.deepcopy(model)
+    report = pyfused.fuse_(model, filter_fn=lambda name, module: name != "own.norm")
+    assert {e.name: e.note for e in report.left} == {
+        "own": "has layers of class Own",
+        "own.norm": "filter_fn says no",
+        "quiet": "has a _ff_block of its own",
+        "hooked": "has a LayerNorm with hooks or a forward of its own",
+        "norm": "has a Identity in place of LayerNorm",
+        "wide": "has heads of size 264; the kernels take 256",
+    }
+    assert is_fused(model["own"].layers[0].self_attn)
+    x = torch.randn(B, S, E)
+    for name in ("own", "quiet", "norm"):
+        torch.testing.assert_close(model[name](x), before[name](x))
+
+
+def test_layers_that_are_not_fused_in_an_encoder_that_is():
+    model = encoder().eval()
+    copied, _ = fused(model, filter_fn=lambda name, module: name in ("", "layers.0"))
+    x = torch.randn(B, S, E)
+    with torch.no_grad():
+        torch.testing.assert_close(copied(x, src_key_padding_mask=PADDED), model(x, src_key_padding_mask=PADDED))
+
+
+class ByHand(nn.Module):
+    """A decoder-only model as people write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, E)
+        self.attention = nn.MultiheadAttention(E, H, batch_first=True)
+        self.norm, self.last = nn.LayerNorm(E), nn.RMSNorm(E)
+        self.inner, self.outer = nn.Linear(E, F), nn.Linear(F, E)
+
+    def forward(self, ids):
+        x, s = self.embedding(ids), ids.shape[1]
+        mask = torch.ones(s, s, dtype=torch.bool, device=ids.device).triu(1)
+        x = x + self.attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        return self.last(x + self.outer(torch.relu(self.inner(self.norm(x)))))
+
+
+@pytest.mark.parametrize("way", ["eager", "checkpoint", "functional_call", "autocast", "compile"])
+def test_a_model_by_hand(way):
+    model = shaken(ByHand())
+    copied, report = fused(model)
+    assert [e.name for e in report.replaced] == ["attention", "norm", "last"]
+    ids, grads = torch.randint(0, 11, (B, S)), []
+    for module in (copied, model, copy.deepcopy(model).double()):
+        call = module
+        if way == "checkpoint":
+            call = partial(checkpoint, module, use_reentrant=False)
+        elif way == "functional_call":
+            doubled = {name: 2 * p for name, p in module.named_parameters()}
+            call = partial(torch.func.functional_call, module, doubled)
+        elif way == "compile" and module is copied:
+            call = torch.compile(module, fullgraph=True, backend="aot_eager")
+        autocast = way == "autocast" and next(module.parameters()).dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = call(ids)
+        out.double().square().mean().backward()
+        grads.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
+    for name, actual in grads[0].items():
+        expected, truth = grads[1][name], grads[2][name]
+        assert actual.dtype == expected.dtype
+        if way == "autocast":  # gradients of float32 parameters went through bfloat16
+            actual, expected = actual.bfloat16(), expected.bfloat16()
+        assert_close(actual, expected, truth, name)

@@ -1,0 +1,52 @@
+"""Do torch.func's transforms and forward-mode derivatives go through every operator as through plain PyTorch?"""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import grad, vmap
+
+import pyfused
+
+
+def tensors(*shapes):
+    return [0.4 * torch.randn(shape) for shape in shapes]  # small: sines of large numbers would magnify a rounding
+
+
+W, B, G, U, D, TABLE = tensors((8,), (8,), (6, 8), (6, 8), (8, 6), (8, 2))
+CALLS = {
+    "layer_norm": lambda x: pyfused.layer_norm(x, W, B, residual=x.sin())[0],
+    "rms_norm": lambda x: pyfused.rms_norm(x, W),
+    "linear": lambda x: pyfused.linear(x, G, residual=x[..., :6]),
+    "ffn": lambda x: pyfused.ffn(x, G, None, D, B, activation="gelu"),
+    "gated_ffn": lambda x: pyfused.gated_ffn(x, G, U, D, activation="silu"),
+    "fourier_mix": lambda x: pyfused.fourier_mix(x),
+    "attention": lambda x: pyfused.attention(*x.view(*x.shape[:-1], 2, 4).transpose(-2, -3)[None].expand(3, -1, -1, -1, -1)),
+    "attention, T5's bias": lambda x: pyfused.attention(
+        *x.view(*x.shape[:-1], 2, 4).transpose(-2, -3)[None].expand(3, -1, -1, -1, -1),
+        relative_bias=pyfused.RelativeBias(TABLE, bidirectional=True, max_distance=16),
+        padding_mask=torch.tensor([[1, 1, 1, 1, 0]]).expand(x.shape[0], -1),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    return CALLS[request.param]
+
+
+def test_vmap(call):
+    x = torch.randn(3, 2, 5, 8)
+    expected = torch.stack([call(row) for row in x])
+    torch.testing.assert_close(vmap(call)(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(call)(x), expected)
+
+
+def test_grad_and_forward_mode(call):
+    x, direction = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+    (expected,) = torch.autograd.grad(call(x).sin().sum(), x)
+    torch.testing.assert_close(grad(lambda x: call(x).sin().sum())(x.detach()), expected)
+    with forward_ad.dual_level(), torch.no_grad():
+        y = call(forward_ad.make_dual(x.detach(), direction))
+        tangent = forward_ad.unpack_dual(y.sin().sum()).tangent
+    torch.testing.assert_close(tangent, (expected * direction).sum())

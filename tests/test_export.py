@@ -1,0 +1,65 @@
+"""Does torch.export take the backbones with any batch and length, and do the saved program and AOTInductor's package run?"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from compiled_cases import FAMILIES, backbone, inputs, results
+from torch.export import Dim
+
+
+def exported(name, model):
+    """The model's program for any batch and length, from one example."""
+    given = inputs(name, 3, 9)
+    batch, source, target = (Dim(what, min=2, max=46) for what in ("batch", "source", "target"))
+    dims = {key: {0: batch, 1: target if key.startswith("decoder") else source} for key in given}
+    return torch.export.export(model, (given,), dynamic_shapes=(dims,))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_exported_model_runs_at_other_sizes(name):
+    model = backbone(name).eval()
+    program = exported(name, model).module()
+    for size in ((2, 5), (5, 20), (4, 3)):
+        given = inputs(name, *size)
+        with torch.no_grad():
+            for a, e in zip(results(program(given)), results(model(given)), strict=True):
+                assert torch.equal(a, e)
+
+
+def in_a_new_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+LOAD = """
+import torch{imports}
+torch.set_num_threads(1)
+given, expected = torch.load({directory!r} + "/example.pt")
+call = {load}
+found = call(given)
+print(all(torch.equal(found[name], expected[name]) for name in expected))
+"""
+
+
+def test_the_saved_program_and_the_package_run_in_a_process_that_imports_pyfused(tmp_path):
+    """Both name the operators, which importing pyfused registers: without it, loading says which one is missing."""
+    model = backbone("fnet", num_layers=1).eval()
+    program = exported("fnet", model)
+    given = inputs("fnet", 4, 7)
+    with torch.no_grad():
+        torch.save((given, model(given)), tmp_path / "example.pt")
+    torch.export.save(program, tmp_path / "program.pt2")
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "package.pt2"), inductor_configs=quick
+    )
+    for load in (
+        f"torch.export.load({str(tmp_path / 'program.pt2')!r}).module()",
+        f"torch._inductor.aoti_load_package({package!r})",
+    ):
+        ran = in_a_new_process(LOAD.format(imports=", pyfused", directory=str(tmp_path), load=load))
+        assert ran.stdout == "True\n", ran.stderr
+        without = in_a_new_process(LOAD.format(imports="", directory=str(tmp_path), load=load))
+        assert without.returncode != 0
+        assert "pyfused" in without.stderr
