@@ -190,8 +190,8 @@ MODULES = {
     "ReversibleEmbedding": (lambda d: fused.ReversibleEmbedding(31, 24, dtype=d), lambda b, s: (states(b, s), True)),
     "SelfAttention": (lambda d: visibly(fused.SelfAttention(24, 4, dtype=d)), with_mask),
     "SelfAttention by default": (lambda d: fused.SelfAttention(24, 4, dtype=d), alone),
-    "T5Attention": (
-        lambda d: visibly(fused.T5Attention(24, 4, bidirectional=False, num_buckets=8, max_distance=20, dtype=d)),
+    "RelativeSelfAttention": (
+        lambda d: visibly(fused.RelativeSelfAttention(24, 4, bidirectional=False, num_buckets=8, max_distance=20, dtype=d)),
         with_mask,
     ),
     "CrossAttention": (cross_attention, lambda b, s: (states(b, s), states(b, s + 3, seed=1), masks(b, s + 3))),
