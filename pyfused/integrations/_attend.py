@@ -195,7 +195,7 @@ def _sum(a, b):
 
 def _is_zero(bias):
     """T5's cross-attention passes one tensor of zeros to all layers. Looked at once, where looking waits for no device."""
-    if bias.requires_grad or not bias.is_cpu or bias.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or bias.requires_grad or not bias.is_cpu or bias.is_inference():
         return False
     known = getattr(bias, "_pyfused_zero", None)
     if known is None or known[0] != bias._version:

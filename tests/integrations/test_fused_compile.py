@@ -71,3 +71,40 @@ def test_a_fused_model_is_one_graph_for_all_sizes(name):
             assert all(torch.equal(a, e) for a, e in zip(*grads, strict=True))
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fused_model_is_exported_for_all_sizes(name):
+    model = MODELS[name](transformers).eval()
+    pyfused.fuse_(model)
+    sizes = {axis: torch.export.Dim(f"size{axis}", min=2, max=32) for axis in (0, 1)}
+
+    def given(batch, length):
+        ids, mask = padded(batch, length, 61)
+        given = {"input_ids": ids} if name == "fnet" else {"input_ids": ids, "attention_mask": mask}
+        return {**given, "decoder_input_ids": ids.flip(1)} if name == "t5" else given
+
+    fixed = {"use_cache": False} if name in ("gpt2", "t5") else {}
+    first = given(3, 7)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), {**first, **fixed}, dynamic_shapes={**dict.fromkeys(first, sizes), **dict.fromkeys(fixed)}
+        )
+        assert "pyfused" in program.graph_module.code
+        for batch, length in SIZES:
+            inputs = {**given(batch, length), **fixed}
+            torch.testing.assert_close(program.module()(**inputs)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_compiled_generation_on_a_static_cache(kind):
+    torch._dynamo.reset()
+    small = MODELS["gpt2" if kind == "GPT2LMHeadModel" else "t5"](transformers).config
+    plain = getattr(transformers, kind)(small).eval()
+    ids, mask = padded(2, 6, 61, "left")
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = plain.generate(ids, **options)
+    pyfused.fuse_(plain)
+    plain.forward = torch.compile(plain.forward, fullgraph=True, backend="eager")
+    assert torch.equal(plain.generate(ids, **options, cache_implementation="static"), expected)
+    torch._dynamo.reset()
