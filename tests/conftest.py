@@ -37,11 +37,15 @@ def seeded():
     torch.manual_seed(1234)
 
 
+# What takes a minute or more in one piece: begun first, so that no worker is left with it in the end.
+LONG = ("test_packaging.py", "test_kernels.py", "test_export.py", "test_examples.py", "test_fine_tuning.py", "test_compile.py")
 ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Where there is a GPU, what takes its device from conftest or runs every backend is a GPU test too: `-m gpu`."""
+    """The long files first. Where there is a GPU, what takes its device from conftest or runs every backend is a GPU test
+    too: `-m gpu`."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if HAS_GPU and str(item.path.relative_to(item.config.rootpath)).startswith(ON_THE_DEVICE):
             item.add_marker(pytest.mark.gpu)
