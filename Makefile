@@ -31,7 +31,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/pyfused encode fnet_tiny_en --text "Jesus wept." --pool cls
 
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
