@@ -38,7 +38,14 @@ def seeded():
 
 
 # What takes a minute or more in one piece: begun first, so that no worker is left with it in the end.
-LONG = ("test_packaging.py", "test_kernels.py", "test_export.py", "test_examples.py", "test_fine_tuning.py", "test_compile.py")
+LONG = (
+    "test_packaging.py",
+    "test_kernels.py",
+    "test_export.py",
+    "test_examples.py",
+    "test_fine_tuning.py",
+    "test_compile.py",
+)
 ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
 
 
