@@ -1,7 +1,8 @@
 """What does a call cost the host? Every operator on an input so small that its kernel takes next to nothing, without
 gradients, beside PyTorch's own function; where that is several functions, beside their sum.
 
-At most 8 us a call is the promise; on a processor that others share, the undisturbed time of many rounds tells. On a GPU the host's time is hidden behind the device's: no cases.
+At most 8 us a call is the promise; on a processor that others share, the undisturbed time of many rounds tells. On a
+GPU the host's time is hidden behind the device's: no cases.
 """
 
 import torch
