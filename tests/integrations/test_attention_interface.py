@@ -456,3 +456,14 @@ def test_other_masks_are_dense():
         assert _masks.read_mask(mask, query, query).is_causal
     with pytest.raises(ValueError, match="attention_mask has shape \\(2, 6\\)"):
         _masks.read_mask(torch.ones(2, 6, dtype=torch.bool), query, query)
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    import importlib
+    import sys
+
+    from pyfused.integrations import transformers as integration
+
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # which is not always what `hf` is
+    with pytest.raises(ImportError, match=r"transformers 5\.16 and later; this is 4\.57\.1"):
+        importlib.reload(integration)
