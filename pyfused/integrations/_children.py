@@ -39,6 +39,7 @@ def overridden(module: nn.Module, base: type, *methods: str) -> str:
 
 
 def go_together(module: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels take this module's weight and bias beside such an x: dtypes, device, and no tensor subclass."""
     weight, bias = module.weight, getattr(module, "bias", None)
     return (
         takes(x, weight, bias)  # type: ignore[arg-type]
