@@ -115,6 +115,7 @@ _LAYER_NORM = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    residual=4,
 )
 _LAYER_NORM_BACKWARD = Operator(
     "layer_norm_backward",

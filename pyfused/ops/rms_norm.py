@@ -104,6 +104,7 @@ _RMS_NORM = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    residual=3,
 )
 _RMS_NORM_BACKWARD = Operator(
     "rms_norm_backward",
