@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compiled_cases import FAMILIES, backbone, gradients, inputs, loss_of, results
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyfused
@@ -305,3 +306,24 @@ def test_dropout_is_drawn_anew_in_every_call_of_a_graph():
     assert torch.equal(first, eager[0])
     assert torch.equal(second, eager[1])
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trace_without_gradients_holds_the_forms_without_them(name):
+    """The others cost four times as much a call. With gradients it is those, and no form without."""
+    model = backbone(name, num_layers=1).eval()
+    held = []
+
+    def collect(graph, _):
+        held.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("pyfused."))
+        return graph.forward
+
+    call = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=collect))
+    with torch.no_grad():
+        call(inputs(name, 3, 11))
+    assert held
+    assert all("_inference" in operator for operator in held)
+    held.clear()
+    call(inputs(name, 3, 11))
+    assert held
+    assert not any("_inference" in operator for operator in held)

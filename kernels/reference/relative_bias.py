@@ -2,16 +2,16 @@
 
 import torch
 
-from pyfused.kernels.buckets import distance_buckets
+from pyfused.kernels.buckets import buckets_of
 
 
 def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, query_offset, device):
     """(Sq, Sk) int64: the bucket of key position j less query position i + query_offset."""
-    table = distance_buckets(bidirectional, num_buckets, max_distance, device)
-    span = table.shape[0] // 2
     i = torch.arange(query_length, device=device)[:, None] + query_offset
-    j = torch.arange(key_length, device=device)[None]
-    return table[(j - i).clamp(-span, span) + span].long()
+    after = torch.arange(key_length, device=device)[None] - i
+    distance = after.abs() if bidirectional else (-after).clamp(min=0)
+    bucket = buckets_of(distance, bidirectional, num_buckets, max_distance)
+    return bucket + (after > 0) * (num_buckets // 2) if bidirectional else bucket
 
 
 def sum_by_bucket(grad, bucket, num_buckets):

@@ -18,6 +18,14 @@ def exact_buckets(bidirectional: bool, num_buckets: int) -> int:
     return (num_buckets // 2 if bidirectional else num_buckets) // 2
 
 
+def buckets_of(distance: torch.Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
+    """int64, of distance's shape: the bucket of each distance >= 0 on its side."""
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = exact_buckets(bidirectional, num_buckets)
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    return torch.where(distance < exact, distance, exact + (ratio * (side - exact)).long()).clamp(max=side - 1)
+
+
 @functools.cache
 def distance_buckets(
     bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device | None = None
@@ -30,10 +38,7 @@ def distance_buckets(
         if device is not None and device.type != "cpu":
             return distance_buckets(bidirectional, num_buckets, max_distance).to(device)
         side = num_buckets // 2 if bidirectional else num_buckets
-        exact = exact_buckets(bidirectional, num_buckets)
-        distance = torch.arange(max_distance + 1)
-        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-        bucket = torch.where(distance < exact, distance, exact + (ratio * (side - exact)).long()).clamp(max=side - 1)
+        bucket = buckets_of(torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
         span = int((bucket < side - 1).sum())  # never falls, so this is where it stays at its last value
         bucket = bucket[: span + 1]
         after = bucket[1:] + side if bidirectional else torch.zeros(span, dtype=bucket.dtype)

@@ -115,10 +115,10 @@ class Operator:
         return getattr(torch.ops.pyfused, name).default
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        if _is_compiling() or not _PLAIN.issuperset(map(type, args)):
-            return self._overloaded(args)
         if _transformed():
             return self._in_plain_torch(args)
+        if _is_compiling() or not _PLAIN.issuperset(map(type, args)):
+            return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)
         return self.direct(*args)

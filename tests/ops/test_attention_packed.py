@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import test_attention_relative_bias as biased
 import torch
+from opchecks import check_registered
 from test_attention import drawn_seed
 from test_attention import plain as plain_attention
 
@@ -161,7 +162,7 @@ def test_opcheck(each_backend, device):
     table, seed = torch.randn(8, 2, device=device), torch.tensor([7], device=device)
     common = (True, None, None, 0.3, 0.2, seed)
     packed = (table, True, 12), (torch.tensor([0, 2, 6], dtype=torch.int32, device=device), 4)
-    torch.library.opcheck(torch.ops.pyfused.attention, (query, key, value, *common, True, *packed[0], *packed[1]))
+    check_registered("attention", (query, key, value, *common, True, *packed[0], *packed[1]), save=9)
     args = [t.detach() for t in (query, key, value)]
     out, lse = torch.ops.pyfused.attention(*args, *common, True, *packed[0], *packed[1])
     args = (torch.randn_like(out), *args, out, lse, *common, False, *packed[0], True, *packed[1])

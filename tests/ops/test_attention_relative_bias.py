@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import test_relative_bias
 import torch
+from opchecks import check_registered
 from test_attention import Case, drawn_seed, make
 from test_attention import plain as plain_attention
 
@@ -188,7 +189,7 @@ def test_opcheck(each_backend, device):
     query, key, value = (torch.randn(1, 2, n, 8, device=device, requires_grad=True) for n in (4, 5, 5))
     table = torch.randn(8, 2, device=device, requires_grad=True)
     common, relative = (True, None, None, 0.3, 0.0, None), (True, 20)
-    torch.library.opcheck(torch.ops.pyfused.attention, (query, key, value, *common, True, table, *relative))
+    check_registered("attention", (query, key, value, *common, True, table, *relative), save=9)
     args = [t.detach() for t in (query, key, value)]
     out, lse = torch.ops.pyfused.attention(*args, *common, True, table.detach(), *relative)
     args = (torch.randn_like(out), *args, out, lse, *common, False, table.detach(), *relative, True)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from opchecks import check_registered
 
 import pyfused
 from pyfused.ops.ffn import ACTIVATIONS
@@ -174,7 +175,7 @@ def test_opcheck(each_backend, device, full):
     )
     if not full:
         b_in = b_out = residual = None
-    torch.library.opcheck(torch.ops.pyfused.ffn, (x, w_in, b_in, w_out, b_out, "gelu", residual, True))
+    check_registered("ffn", (x, w_in, b_in, w_out, b_out, "gelu", residual, True), save=7)
     grad_y, pre = torch.randn(3, 6, device=device), torch.randn(3, 10, device=device)
     arguments = (grad_y, x.detach(), w_in.detach(), w_out.detach(), pre, "gelu", full, full)
     torch.library.opcheck(torch.ops.pyfused.ffn_backward, arguments)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 
 import pyfused
 
@@ -50,3 +50,16 @@ def test_grad_and_forward_mode(call):
         y = call(forward_ad.make_dual(x.detach(), direction))
         tangent = forward_ad.unpack_dual(y.sin().sum()).tangent
     torch.testing.assert_close(tangent, (expected * direction).sum())
+
+
+def test_compiled(call):
+    """torch.compile runs the function inside the transform's levels: the operators must see them there too."""
+    x, direction = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+    def derivatives(x, direction):
+        return grad(lambda x: call(x).sin().sum())(x), jvp(call, (x,), (direction,))[1], vmap(call)(x[None])[0]
+
+    torch._dynamo.reset()
+    found = torch.compile(derivatives, fullgraph=True, backend="aot_eager")(x, direction)
+    for f, e in zip(found, derivatives(x, direction), strict=True):
+        torch.testing.assert_close(f, e)

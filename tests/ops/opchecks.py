@@ -1,0 +1,25 @@
+"""torch.library.opcheck of a differentiable operator in all its registered forms, and whether they say the same."""
+
+import torch
+
+
+def check_registered(name, arguments, *, save=None, summed=False):
+    """pyfused::<name> for these arguments, and its form without gradients for the same, detached.
+
+    save: the position of the argument that asks for what a gradient needs. summed: whether x + residual is a result.
+    """
+    operator = getattr(torch.ops.pyfused, name)
+    torch.library.opcheck(operator, arguments)
+    plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if save is not None:
+        plain[save] = False
+    inference = getattr(torch.ops.pyfused, f"{name}_inference" + ("_sum" if summed else ""))
+    torch.library.opcheck(
+        inference, plain, test_utils=("test_schema", "test_faketensor")
+    )  # the rest is test_compile.py's
+    found, expected = inference(*plain), operator(*plain)
+    found = found if isinstance(found, tuple) else (found,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert len(found) == (2 if summed else 1)
+    for f, e in zip(found, expected, strict=False):
+        assert torch.equal(f, e)
