@@ -21,7 +21,7 @@ class LayerNorm(nn.LayerNorm):
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
         residual), input + residual). Raises as pyfused.layer_norm does."""
         weight, bias = self.weight, self.bias
-        if weight is not None and len(self.normalized_shape) == 1:
+        if weight is not None and weight.dim() == 1:
             return layer_norm(input, weight, bias, eps=self.eps, residual=residual)
         return self._general(input, weight, bias, residual)
 
@@ -49,15 +49,16 @@ class RMSNorm(nn.RMSNorm):
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
         residual), input + residual). Raises as pyfused.rms_norm does."""
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        if self.weight is not None and len(self.normalized_shape) == 1:
-            return rms_norm(input, self.weight, eps=eps, residual=residual)
+        weight = self.weight
+        if weight is not None and weight.dim() == 1:
+            return rms_norm(input, weight, eps=eps, residual=residual)
         dims = len(self.normalized_shape)
         if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
             raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {self.normalized_shape})")
         if residual is not None and residual.shape != input.shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)}; it takes input's, {tuple(input.shape)}")
         flat = input.flatten(-dims)
-        weight = flat.new_ones(flat.shape[-1]) if self.weight is None else self.weight.flatten()
+        weight = flat.new_ones(flat.shape[-1]) if weight is None else weight.flatten()
         flat_residual = None if residual is None else residual.flatten(-dims)
         out: Any = rms_norm(flat, weight, eps=eps, residual=flat_residual)
         if residual is None:
