@@ -49,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
         residual), input + residual). Raises as pyfused.rms_norm does."""
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        weight = self.weight
+        weight: Tensor | None = self.weight
         if weight is not None and weight.dim() == 1:
             return rms_norm(input, weight, eps=eps, residual=residual)
         dims = len(self.normalized_shape)
