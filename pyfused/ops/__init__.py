@@ -2,8 +2,6 @@
 
 import importlib
 
-import torch
-
 # `pyfused.ops.attention` is the function; MODULES holds the modules, for explain() and the tests.
 NAMES = ("attention", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 MODULES = {name: importlib.import_module(f".{name}", __name__) for name in NAMES}
@@ -16,11 +14,6 @@ from .layer_norm import layer_norm  # noqa: E402
 from .linear import linear  # noqa: E402
 from .relative_bias import RelativeBias, relative_bias  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
-
-# torch.compile's graph holds a call of these as it is: the checks run where shapes are known, and what is inside them costs
-# no guard at each later call. What they read beside their arguments (autocast, grad mode) torch.compile guards by itself.
-for _operator in (attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm):
-    torch.compiler.allow_in_graph(_operator)
 
 __all__ = [
     "MODULES",

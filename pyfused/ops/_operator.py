@@ -74,6 +74,7 @@ class Operator:
         self.kernel = name.removesuffix("_backward")
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()
+        self._reference: Any = dispatch.kernel("reference", self.kernel)  # now: torch.compile traces no import
         LIBRARY.define(f"{name}{schema}")
         LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused::{name}", fake, lib=LIBRARY)
@@ -161,9 +162,9 @@ class Operator:
 
     def _in_plain_torch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The reference, which torch.func's transforms and forward-mode derivatives go through as through any torch code."""
-        once("inside torch.func's transforms and forward-mode derivatives pyfused's operators run in plain PyTorch")
-        reference: Any = dispatch.kernel("reference", self.kernel)
-        return getattr(reference, self.function)(*args)
+        if not _is_compiling():
+            once("inside torch.func's transforms and forward-mode derivatives pyfused's operators run in plain PyTorch")
+        return getattr(self._reference, self.function)(*args)
 
     def _registered(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         outputs = self.direct(*args)
