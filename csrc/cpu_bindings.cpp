@@ -51,6 +51,8 @@ PYBIND11_MODULE(_cpu, m) {
        "use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)"},
       {"signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::signature)), METH_FASTCALL,
        "signature(*args) -> bytes that are equal for calls that differ in values alone, or None"},
+      {"prepared", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::prepared)), METH_FASTCALL,
+       "prepared(launches, forced, levels, otherwise, count, *watchers) -> the function that calls a prepared launch"},
       {}};
   if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   py::list supported;

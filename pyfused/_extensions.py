@@ -8,9 +8,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 # What the kernels call a dtype (csrc/include/pyfused/simd.h).
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -81,6 +84,22 @@ def signature() -> Callable[..., bytes | None]:
     the values in their tensors; None for any other call, and for all without the extension."""
     module, _ = _load("_cpu")
     return module.signature if module else lambda *args: None
+
+
+def prepared(
+    launches: dict[Any, Callable[..., Any]],
+    forced: ContextVar[Any],
+    watchers: tuple[Callable[[], Any], ...],
+    otherwise: Callable[..., Any] | None = None,
+    count: int = 0,
+) -> Callable[..., Any]:
+    """A function of a call's arguments that runs the launch which `launches` has under (forced.get(), signature of the call)
+    and returns its first `count` outputs: all of them for 0, one bare. Where there is none, or a watcher returns something
+    true, or a forward-mode derivative is being taken, otherwise(*args), or None without it."""
+    module, _ = _load("_cpu")
+    if module:
+        return module.prepared(launches, forced, vars(forward_ad), otherwise, count, *watchers)
+    return otherwise or (lambda *args: None)
 
 
 def cpu() -> ModuleType:

@@ -24,6 +24,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
 _looked_on = torch._C._len_torch_dispatch_stack  # tracing, counting and other modes that see every operator
+_WATCHERS = _looked_on, _is_grad_enabled, _in_transform  # where one returns something true, a launch alone is not enough
 _forced = dispatch._forced.get
 _signature = _extensions.signature()
 
@@ -74,6 +75,7 @@ class Operator:
         self.kernel = name.removesuffix("_backward")
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()
+        self._again = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS)
         self._reference: Any = dispatch.kernel("reference", self.kernel)  # now: torch.compile traces no import
         LIBRARY.define(f"{name}{schema}")
         LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
@@ -113,12 +115,16 @@ class Operator:
         LIBRARY.define(f"{name}{schema.partition('->')[0]}-> ({', '.join(['Tensor'] * count)})")
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused::{name}", run_fake, lib=LIBRARY)
-        return getattr(torch.ops.pyfused, name).default
+        overload = getattr(torch.ops.pyfused, name).default
+        if hasattr(overload, "_op"):  # what a call from Python runs, as those of compiled programs are; no public name
+            # Through torch's dispatcher and back is 9 us, which a prepared launch need not go.
+            overload._op = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS, overload._op, count)
+        return overload
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _transformed():
             return self._in_plain_torch(args)
-        if _is_compiling() or not _PLAIN.issuperset(map(type, args)):
+        if _is_compiling() or _looked_on() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)
@@ -127,16 +133,13 @@ class Operator:
     def again(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The outputs for arguments as the public function got them, in this operator's order, if a call of their signature
         was found good before and no gradient is wanted; else None, and the arguments are to be checked."""
-        if _is_compiling() or _is_grad_enabled() or _transformed():
-            return None
-        launch = self._launches.get((_forced(), _signature(*args)))
-        return None if launch is None else launch(*args)
+        return None if _is_compiling() else self._again(*args)
 
     def first(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
         """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
         the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
-        if not (_is_compiling() or _is_grad_enabled() or _transformed()):
+        if not (_is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS)):
             signature = _signature(*given)
             launch = self._launches.get((_forced(), _signature(*bound)))
             if (

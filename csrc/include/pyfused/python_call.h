@@ -186,4 +186,62 @@ inline PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return words.bytes();
 }
 
+// ---- a call whose launch is prepared --------------------------------------------------------------------------------
+// prepared(launches, forced, levels, otherwise, count, *watchers) -> run(*args): calls the launch that the dictionary `launches` has
+// under (value of the context variable `forced`, signature(*args)), and returns its first `count` outputs: all of them for 0,
+// one bare. Where there is none, or a watcher returns something true, or levels["_current_level"] >= 0 (a forward-mode
+// derivative is being taken): otherwise(*args), or None where that is None. In Python the same takes 1 us more, and several
+// in a program that has pushed it out of the caches.
+
+inline PyObject* prepared_launch(PyObject* state, PyObject* const* args, Py_ssize_t count) {
+  for (Py_ssize_t i = 5; i < PyTuple_GET_SIZE(state); ++i) {
+    PyObject* found = PyObject_CallNoArgs(PyTuple_GET_ITEM(state, i));
+    int yes = found ? PyObject_IsTrue(found) : -1;
+    Py_XDECREF(found);
+    if (yes) return nullptr;
+  }
+  static PyObject* name = PyUnicode_InternFromString("_current_level");
+  PyObject* level = PyDict_GetItemWithError(PyTuple_GET_ITEM(state, 2), name);
+  if (!level || PyLong_AsLong(level) >= 0) return nullptr;
+  PyObject *forced = nullptr, *call = signature(nullptr, args, count), *launch = nullptr;
+  if (call && call != Py_None && PyContextVar_Get(PyTuple_GET_ITEM(state, 1), nullptr, &forced) == 0 && forced) {
+    if (PyObject* key = PyTuple_Pack(2, forced, call)) {
+      launch = Py_XNewRef(PyDict_GetItemWithError(PyTuple_GET_ITEM(state, 0), key));
+      Py_DECREF(key);
+    }
+  }
+  Py_XDECREF(forced);
+  Py_XDECREF(call);
+  return launch;
+}
+
+inline PyObject* prepared_run(PyObject* state, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  PyObject* launch = names ? nullptr : prepared_launch(state, args, count);
+  if (!launch) {
+    if (PyErr_Occurred()) return nullptr;
+    PyObject* otherwise = PyTuple_GET_ITEM(state, 3);
+    return otherwise == Py_None ? Py_NewRef(Py_None) : PyObject_Vectorcall(otherwise, args, count, names);
+  }
+  PyObject* outputs = PyObject_Vectorcall(launch, args, count, nullptr);
+  Py_DECREF(launch);
+  Py_ssize_t wanted = PyLong_AsSsize_t(PyTuple_GET_ITEM(state, 4));
+  if (!outputs || wanted == 0) return outputs;
+  PyObject* first = wanted == 1 ? PySequence_GetItem(outputs, 0) : PySequence_GetSlice(outputs, 0, wanted);
+  Py_DECREF(outputs);
+  return first;
+}
+
+inline PyObject* prepared(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count < 5 || !PyDict_Check(args[0]) || !PyContextVar_CheckExact(args[1]) || !PyDict_Check(args[2]) || !PyLong_Check(args[4]))
+    return PyErr_Format(PyExc_TypeError, "prepared takes a dict, a ContextVar, a dict, a function or None, an int and functions");
+  static PyMethodDef run = {"prepared", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&prepared_run)),
+                            METH_FASTCALL | METH_KEYWORDS, nullptr};
+  PyObject* state = PyTuple_New(count);
+  if (!state) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(state, i, Py_NewRef(args[i]));
+  PyObject* made = PyCFunction_New(&run, state);
+  Py_DECREF(state);
+  return made;
+}
+
 }  // namespace pyfused::python
