@@ -1,4 +1,4 @@
-"""Does torch.export take the backbones with any batch and length, and do the saved program and AOTInductor's package run?"""
+"""Do torch.export and torch.jit.trace take the models with any batch and length, and does what they save run?"""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ import pytest
 import torch
 from compiled_cases import FAMILIES, backbone, inputs, results
 from torch.export import Dim
+
+import pyfused
 
 
 def exported(name, model):
@@ -26,6 +28,40 @@ def test_an_exported_model_runs_at_other_sizes(name):
         with torch.no_grad():
             for a, e in zip(results(program(given)), results(model(given)), strict=True):
                 assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_torch_jit_recorded_runs_at_other_sizes(name):
+    """Recorded with nothing masked: what the masks hold must not become part of the program."""
+    model = backbone(name, num_layers=1).eval()
+    given = inputs(name, 2, 6)
+    given |= {
+        key: torch.ones_like(mask) for key, mask in given.items() if mask is not None and mask.dtype == torch.bool
+    }
+    traced = torch.jit.trace(model, (given,), strict=False)
+    assert not any("pyfused" in node.kind() for node in traced.inlined_graph.nodes())  # runs without Python
+    for size in ((2, 6), (5, 20), (4, 3)):
+        given = inputs(name, *size)
+        with torch.no_grad(), pyfused.backend("reference"):
+            for a, e in zip(results(traced(given)), results(model(given)), strict=True):
+                torch.testing.assert_close(a, e)
+
+
+def test_a_fused_transformers_model_that_torch_jit_recorded():
+    hf = pytest.importorskip("transformers")
+    config = hf.BertConfig(
+        vocab_size=61, num_hidden_layers=2, hidden_size=24, intermediate_size=40, num_attention_heads=4
+    )
+    model = hf.BertModel(config).eval()
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    ids = torch.randint(61, (3, 7))
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    pyfused.fuse_(model)
+    traced = torch.jit.trace(model, (torch.randint(61, (2, 9)), torch.ones(2, 9, dtype=torch.int64)), strict=False)
+    found = traced(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(found[mask.bool()], expected, rtol=1e-4, atol=1e-5)
 
 
 def in_a_new_process(code):

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
 from .. import _notices
+from .._tracing import tracing
 from ..ops import RelativeBias, attention
 from ..ops import relative_bias as materialise
 from ..ops.attention import MAX_HEAD_SIZE
@@ -195,7 +196,7 @@ def _sum(a, b):
 
 def _is_zero(bias):
     """T5's cross-attention passes one tensor of zeros to all layers. Looked at once, where looking waits for no device."""
-    if torch.compiler.is_compiling() or bias.requires_grad or not bias.is_cpu or bias.is_inference():
+    if tracing() or bias.requires_grad or not bias.is_cpu or bias.is_inference():
         return False
     known = getattr(bias, "_pyfused_zero", None)
     if known is None or known[0] != bias._version:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
+from .._tracing import tracing
 from ._supported import check_interface, may_leave_out_masks
 
 _STRUCTURE, _BIAS = "_pyfused_structure", "_pyfused_bias"  # attributes of a mask
@@ -163,4 +164,4 @@ def _changed(mask: Tensor, version: int) -> bool:
 
 
 def _traced(mask: Tensor | None) -> bool:
-    return torch.compiler.is_compiling() or is_tracing(mask)
+    return tracing() or is_tracing(mask)

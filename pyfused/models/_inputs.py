@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._tracing import tracing
 from ..nn import KVCache
 from ..ops._checks import may_look
 
@@ -82,7 +83,7 @@ def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch
     if found.dtype.is_complex:
         raise TypeError(f"{name} is {_dtype(found)}; it takes integers, bool or floats")
     real = found if found.dtype == torch.bool else found.trunc() != 0 if found.is_floating_point() else found != 0
-    if found.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
+    if found.device.type == "cpu" and not tracing() and bool(real.all()):
         return None
     return real.to(device)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tracing import tracing
+
 
 class Packing:
     """Where the real tokens of a padded batch are.
@@ -48,7 +50,7 @@ def packing_of(mask: Tensor, *, unbroken: bool = False) -> Packing | None:
     That is where nothing is real; with `unbroken`, where a row has padding between its real tokens, which packing would
     bring closer together; and in a trace, whose shapes cannot depend on values.
     """
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.numel():
+    if tracing() or type(mask) is not Tensor or not mask.numel():
         return None
     if unbroken and bool((mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).gt(1).any()):
         return None

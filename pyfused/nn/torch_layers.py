@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._tracing import tracing
 from ..fuse import fused_forward, is_bare, is_fused
 from ..ops import ffn, layer_norm, linear
 from .attention import Visibility
@@ -247,7 +248,7 @@ def encoder_forward(
         if getattr(module, "mask_check", True) and bool((real[:, 1:] & ~real[:, :-1]).any()):
             real = None
     if is_causal is None:
-        is_causal = mask is not None and not torch.compiler.is_compiling() and _is_causal(mask, s)
+        is_causal = mask is not None and not tracing() and _is_causal(mask, s)
     packing = None
     if real is not None and all(is_bare(m) and _runs(m, src) for m in layers):
         packing = packing_of(real)
@@ -272,7 +273,7 @@ def _leaves_padding_out(module: Any, src: Tensor) -> bool:
         and torch.backends.mha.get_fastpath_enabled()
         and first.self_attn.batch_first
         and not first.training
-        and not (getattr(module, "mask_check", True) and torch.compiler.is_compiling())
+        and not (getattr(module, "mask_check", True) and tracing())
         and not torch.is_autocast_enabled()
         and not (torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in first.parameters())))
     )

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from .._tracing import tracing
+
 # A call's checks cost as much as a small kernel, so that each looks first at what nearly always holds: reading a tensor's
 # device takes 0.15 us and comparing two 0.3, is_cpu 0.06; a tensor's shape 0.3.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -48,6 +50,6 @@ def check_shape(tensor: torch.Tensor, argument: str, shape: tuple[int, ...], mea
 def may_look(tensor: torch.Tensor) -> bool:
     """Whether a check may read the tensor's values: on the host, where that costs no synchronisation, or by
     PYFUSED_CHECK=1; never in a trace."""
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    if tracing() or type(tensor) not in _PLAIN:
         return False
     return tensor.device.type == "cpu" or os.environ.get("PYFUSED_CHECK") == "1"

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extensions, dispatch
 from .._notices import once
+from .._tracing import jit_is_tracing, modes
 from ._autocast import without_autocast
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
@@ -23,8 +24,12 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
-_looked_on = torch._C._len_torch_dispatch_stack  # tracing, counting and other modes that see every operator
-_WATCHERS = _looked_on, _is_grad_enabled, _in_transform  # where one returns something true, a launch alone is not enough
+_WATCHERS = (
+    modes,
+    jit_is_tracing,
+    _is_grad_enabled,
+    _in_transform,
+)  # where one says something true, a launch is not enough
 _forced = dispatch._forced.get
 _signature = _extensions.signature()
 
@@ -122,9 +127,9 @@ class Operator:
         return overload
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        if _transformed():
+        if _transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
-        if _is_compiling() or _looked_on() or not _PLAIN.issuperset(map(type, args)):
+        if _is_compiling() or modes() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)
@@ -164,9 +169,13 @@ class Operator:
         return launch(*args)
 
     def _in_plain_torch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The reference, which torch.func's transforms and forward-mode derivatives go through as through any torch code."""
+        """The reference, which torch.func's transforms and forward-mode derivatives go through as through any torch code; and
+        torch.jit.trace, whose programs are to run without Python."""
         if not _is_compiling():
-            once("inside torch.func's transforms and forward-mode derivatives pyfused's operators run in plain PyTorch")
+            once(
+                "inside torch.func's transforms, forward-mode derivatives and torch.jit.trace pyfused's operators run in plain "
+                "PyTorch"
+            )
         return getattr(self._reference, self.function)(*args)
 
     def _registered(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -198,7 +207,7 @@ class _Shortened:
         run = self._operator._registered
 
         def shortened(keyset: Any, *args: Any) -> Any:
-            if not _PLAIN.issuperset(map(type, args)) or _looked_on() or _transformed() or _is_compiling():
+            if not _PLAIN.issuperset(map(type, args)) or modes() or _transformed() or _is_compiling():
                 return autograd(keyset, *args)
             if _wants_gradient(args):
                 return autograd(keyset, *args)

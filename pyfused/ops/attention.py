@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._tracing import tracing
 from ._autocast import autocast_is_on, autocasts, in_lower_precision, to
 from ._checks import check_floating, check_like, check_shape, may_look, name_of
 from ._operator import Operator
@@ -227,7 +228,7 @@ def _bind_sequences(cu_seqlens, max_seqlen, query, key):
             raise ValueError(f"max_seqlen is {max_seqlen}; it takes at least the longest sequence, {longest}")
         max_seqlen = longest if max_seqlen is None else max_seqlen
     elif max_seqlen is None:
-        traced = torch.compiler.is_compiling() or type(cu_seqlens) is not torch.Tensor
+        traced = tracing() or type(cu_seqlens) is not torch.Tensor
         max_seqlen = total if traced else int(cu_seqlens.diff().max())
     return cu_seqlens.to(torch.int32).contiguous(), min(max_seqlen, total)
 

@@ -1,9 +1,11 @@
-"""Do torch.func's transforms and forward-mode derivatives go through every operator as through plain PyTorch?"""
+"""Are torch.func's transforms, forward-mode derivatives and recorded traces right with every operator?"""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 
@@ -63,3 +65,44 @@ def test_compiled(call):
     found = torch.compile(derivatives, fullgraph=True, backend="aot_eager")(x, direction)
     for f, e in zip(found, derivatives(x, direction), strict=True):
         torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_recorded_by_torch_jit(call, grad_mode):
+    """Its check records the function a second time, without gradients: both must be the same graph."""
+    x = torch.randn(2, 5, 8, requires_grad=grad_mode)
+    with torch.set_grad_enabled(grad_mode):
+        call(x)  # prepares a launch, which must not run past the tracer
+        traced = torch.jit.trace(call, (x,))
+        for _ in range(2):
+            other = torch.randn_like(x, requires_grad=grad_mode)
+            found, expected = traced(other), call(other)
+            torch.testing.assert_close(found, expected)
+            if grad_mode:
+                torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), other)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_recorded_by_make_fx(call, grad_mode):
+    x = torch.randn(2, 5, 8)
+    with torch.set_grad_enabled(grad_mode):
+        call(x)
+        traced = make_fx(call)(x)
+        assert any("pyfused" in str(node.target) for node in traced.graph.nodes)
+        other = torch.randn_like(x)
+        torch.testing.assert_close(traced(other), call(other))
+
+
+def test_a_mode_sees_every_operator(call):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, names = torch.randn(2, 5, 8), []
+    with torch.no_grad():
+        expected = call(x)
+        with Seen():
+            found = call(x)
+    assert any(name.startswith("pyfused.") for name in names)
+    torch.testing.assert_close(found, expected)
