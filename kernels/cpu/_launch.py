@@ -1,11 +1,13 @@
 """How does a CPU kernel cost little Python? Its launch is prepared once for arguments of some shapes, and used again for others
 of the same: pyfused.ops finds it by the signature of a call (csrc/include/pyfused/python_call.h)."""
 
+import functools
 import math
 
 import torch
 
 CPU = torch.device("cpu")  # for every new tensor: torch.set_default_device may say something else
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
 
 
 def launched(prepare):
@@ -22,6 +24,16 @@ def launched(prepare):
 
     forward.prepare = prepare
     return forward
+
+
+def maker(shape, dtype, strides=None):
+    """A function that returns a new tensor, contiguous unless strides are given. What torch.compile's programs make theirs
+    with takes 1.0 us, where torch.empty, which parses and dispatches, takes 1.8; it is no public name of torch."""
+    if strides is None:
+        strides = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
+    if _empty_strided is None:
+        return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=CPU)
+    return functools.partial(_empty_strided, tuple(shape), tuple(strides), dtype)
 
 
 def rows_of(x):

@@ -7,7 +7,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
 
-from ._launch import CPU, launched
+from ._launch import CPU, launched, maker
 
 
 def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen, *more):
@@ -53,14 +53,14 @@ def forward(
     buckets = None if bias_table is None else distance_buckets(bidirectional, bias_table.shape[0], max_distance)
     layout = _layout(query, key, value, attn_bias, bias_table, buckets, cu_seqlens, max_seqlen)
     options = bool(is_causal), scale, dropout_p, DTYPE_CODES[dtype]
-    kernel = cpu().attention_forward
+    kernel, new_out = cpu().attention_forward, maker(shape, dtype, strides)
+    new_lse = maker(shape[:3], torch.float32) if save else None
 
     def launch(
         query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout, seed, _save,
         bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0,
     ):  # fmt: skip
-        out = torch.empty_strided(shape, strides, dtype=dtype, device=CPU)
-        lse = torch.empty(*shape[:3], dtype=torch.float32, device=CPU) if save else None
+        out, lse = new_out(), new_lse() if save else None
         kernel(
             *(query, key, value, padding_mask, attn_bias, bias_table, buckets, seed, cu_seqlens, out, lse),
             *(layout.buffer_info()[0], *options),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.ffn import linear_gradients
-from ._launch import CPU, dense, launched, rows_of
+from ._launch import dense, launched, maker, rows_of
 from .linear import by_columns, library_is_faster
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
@@ -28,11 +28,11 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     outer, dtype = x.shape[:-1], x.dtype
     numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATION_CODES[activation]
     code, kernel = DTYPE_CODES[dtype], cpu().ffn_forward
+    new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
+    new_pre = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
-        y = torch.empty(*outer, m, dtype=dtype, device=CPU)
-        inner = torch.empty(rows, f, dtype=dtype, device=CPU)
-        pre = torch.empty(*outer, f, dtype=dtype, device=CPU) if save else None
+        y, inner, pre = new_y(), new_inner(), new_pre() if save else None
         kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
         return y, pre
 

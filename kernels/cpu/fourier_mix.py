@@ -5,7 +5,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.fourier import plan
 
-from ._launch import CPU, launched
+from ._launch import CPU, launched, maker
 
 
 def slower_forward(x):
@@ -25,10 +25,10 @@ def forward(x):
         return None
     (plan_s, table_s), (plan_n, table_n) = plan(s), plan(n)
     numbers = b, s, n, batch_stride, row_stride, DTYPE_CODES[dtype]
-    kernel, scratch_bytes = cpu().fourier_mix_forward, cpu().fourier_mix_scratch
+    kernel, scratch_bytes, new = cpu().fourier_mix_forward, cpu().fourier_mix_scratch, maker(shape, dtype)
 
     def launch(x):
-        y = torch.empty(*shape, dtype=dtype, device=CPU)
+        y = new()
         if b:
             size = scratch_bytes(plan_s, plan_n, b, s, n)  # depends on the number of threads
             scratch = torch.empty(size, dtype=torch.uint8, device=CPU)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.gated_ffn import linear_gradients, widened
-from ._launch import CPU, launched, rows_of
+from ._launch import launched, maker, rows_of
 from .ffn import ACTIVATION_CODES
 from .linear import library_is_faster
 
@@ -29,14 +29,12 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     strides = (layout[2] for layout in layouts)
     outer, dtype, hidden_dtype = x.shape[:-1], x.dtype, _hidden_dtype(x)
     numbers = rows, n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]
-    kernel = cpu().gated_ffn_forward
+    kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
+    new_inner = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
-        y = torch.empty(*outer, m, dtype=dtype, device=CPU)
-        hidden = torch.empty(rows, f, dtype=hidden_dtype, device=CPU)
-        gate = up = None
-        if save:
-            gate, up = (torch.empty(*outer, f, dtype=dtype, device=CPU) for _ in range(2))
+        y, hidden = new_y(), new_hidden()
+        gate, up = (new_inner(), new_inner()) if save else (None, None)
         kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
         return y, gate, up
 

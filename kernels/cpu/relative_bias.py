@@ -5,7 +5,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
 
-from ._launch import CPU, launched
+from ._launch import launched, maker
 
 
 @launched
@@ -14,10 +14,10 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)
     span = buckets.shape[0] // 2
     numbers = heads, query_length, key_length, query_offset, span, *table.stride(), DTYPE_CODES[dtype]
-    kernel = cpu().relative_bias_forward
+    kernel, new = cpu().relative_bias_forward, maker((1, heads, query_length, key_length), dtype)
 
     def launch(table, *_):
-        bias = torch.empty(1, heads, query_length, key_length, dtype=dtype, device=CPU)
+        bias = new()
         kernel(table, buckets, bias, *numbers)
         return (bias,)
 

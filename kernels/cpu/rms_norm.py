@@ -5,7 +5,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.layout import as_rows
 
-from ._launch import CPU, dense, launched, rows_of
+from ._launch import dense, launched, maker, rows_of
 
 
 @launched
@@ -15,12 +15,12 @@ def forward(x, weight, eps, residual, save):
         return None
     shape, dtype = x.shape, x.dtype
     numbers = *rows, residual_rows[2], eps, DTYPE_CODES[dtype]
-    kernel = cpu().rms_norm_forward
+    kernel, new = cpu().rms_norm_forward, maker(shape, dtype)
+    new_statistic = maker(shape[:-1], torch.float32) if save else None
 
     def launch(x, weight, _eps, residual, _save):
-        y = torch.empty(*shape, dtype=dtype, device=CPU)
-        total = None if residual is None else torch.empty(*shape, dtype=dtype, device=CPU)
-        rstd = torch.empty(shape[:-1], dtype=torch.float32, device=CPU) if save else None
+        y, total = new(), None if residual is None else new()
+        rstd = new_statistic() if save else None
         kernel(x, residual, weight, y, total, rstd, *numbers)
         return y, total, rstd
 
