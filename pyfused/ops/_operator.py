@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _extensions, dispatch
 from .._notices import once
-from .._tracing import jit_is_tracing, modes
+from .._tracing import jit_is_tracing, modes, profiler_is_on
 from ._autocast import without_autocast
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
@@ -24,12 +24,8 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
-_WATCHERS = (
-    modes,
-    jit_is_tracing,
-    _is_grad_enabled,
-    _in_transform,
-)  # where one says something true, a launch is not enough
+# Where one of these says something true, a launch is not enough.
+_WATCHERS = modes, profiler_is_on, jit_is_tracing, _is_grad_enabled, _in_transform
 _forced = dispatch._forced.get
 _signature = _extensions.signature()
 
@@ -129,7 +125,7 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
-        if _is_compiling() or modes() or not _PLAIN.issuperset(map(type, args)):
+        if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)

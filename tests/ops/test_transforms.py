@@ -93,6 +93,22 @@ def test_recorded_by_make_fx(call, grad_mode):
         torch.testing.assert_close(traced(other), call(other))
 
 
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_a_profile_names_every_operator(call, grad_mode):
+    x = torch.randn(2, 5, 8, requires_grad=grad_mode)
+    with torch.set_grad_enabled(grad_mode):
+        call(x)
+        with torch.profiler.profile() as profile:
+            found = call(x)
+            if grad_mode:
+                found.sin().sum().backward()
+    names = {event.name for event in profile.events() if event.name.startswith("pyfused::")}
+    assert any("backward" not in name for name in names)
+    library = ("fourier", "linear")  # their gradients are themselves, and torch's products
+    if grad_mode and not any(word in name for name in names for word in library):
+        assert any("backward" in name for name in names)
+
+
 def test_a_mode_sees_every_operator(call):
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
