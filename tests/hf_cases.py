@@ -34,6 +34,10 @@ MODELS = {
 }
 
 
+DECODERS = ["gpt2", "llama", "mistral, window 4", "mistral, window 32"]
+ENCODERS = ["bert", "roberta", "distilbert", "albert"]
+
+
 def livened(model):
     """Weights with which the softmax is far from uniform; a fresh model's attend to everything alike."""
     with torch.no_grad():

@@ -54,8 +54,9 @@ def attend(
             more than one query.
         dropout: the chance by which a probability becomes 0.
         scaling: multiplies the scores; 1 / sqrt(D) if None.
-        is_causal: instead of the module's own; both count only where attention_mask is None. In a layer that fuse_ fused,
-            the queries' own keys are then the first Tq of them, as in transformers' sdpa, whose masks such a model has.
+        is_causal: instead of the module's own; both count only where attention_mask is None. A layer that fuse_ fused has the
+            masks of the model's own implementation, and reads None as that does: with sdpa the queries' own keys are the
+            first Tq, with eager code every key is visible.
         relative_bias: T5's, from its table; query i has position i + Sk - Tq.
         position_bias: added to the scores, broadcasts to (B, H, Tq, Sk).
         **kwargs: what else the model passes on. head_mask, cu_seq_lens_q with cu_seq_lens_k, and output_attentions are
@@ -98,13 +99,15 @@ def _without_mask(module, query, key, is_causal, window):
             f"attention_mask is None, sliding_window is {window} and there are {keys} keys; it takes a mask that has the "
             "window"
         )
+    masks = getattr(getattr(module, "config", None), "masks", None)  # of a FusedConfig
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if queries == 1 or not causal:
+    if (
+        queries == 1 or not causal or masks == "eager"
+    ):  # eager code sees every key without a mask; Splinter's says no is_causal
         return Visible()
     # Without a mask of ours, transformers leaves it out in the first call with a static cache, whose keys behind the queries'
     # own are empty. With ours a model has cut its queries (Gemma 4 does), and their own keys are the last.
-    first = getattr(type(getattr(module, "config", None)), "MASKS", None) == "sdpa"
-    if queries > keys or (queries < keys and not first):
+    if queries > keys or (queries < keys and masks != "sdpa"):
         raise ValueError(
             f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
             "the keys are the queries' own; it takes a mask"

@@ -37,8 +37,6 @@ class FusedConfig:
     afterwards counts. Loading a pickled one imports this file, which registers the name.
     """
 
-    MASKS = "sdpa"  # who makes the model's masks; read by `attend`
-
     def __init__(self, config: PreTrainedConfig):
         vars(self).update(_fused=config, _had=config._attn_implementation)
 
@@ -46,6 +44,11 @@ class FusedConfig:
     def _attn_implementation(self) -> str | None:
         now = self._fused._attn_implementation
         return NAME if now == self._had else now
+
+    @property
+    def masks(self) -> str:
+        """The implementation whose masks the model makes, which tells `attend` what it means that there is none."""
+        return self._fused._attn_implementation or "eager"
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_fused", "_had") or name.startswith("__"):  # not there yet, while it is being copied or loaded

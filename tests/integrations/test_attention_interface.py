@@ -3,16 +3,23 @@
 import pytest
 import torch
 import transformers as hf
-from hf_cases import BART, MODELS, build, check_against_eager, livened, padding, tokens, with_implementation
+from hf_cases import (
+    DECODERS,
+    ENCODERS,
+    MODELS,
+    build,
+    check_against_eager,
+    livened,
+    padding,
+    tokens,
+    with_implementation,
+)
 from torch.nn import functional as F
 
 import pyfused
 from pyfused import _notices
 from pyfused.integrations import _attend, _masks, _supported
 from pyfused.integrations.transformers import attend, make_mask
-
-DECODERS = ["gpt2", "llama", "mistral, window 4", "mistral, window 32"]
-ENCODERS = ["bert", "roberta", "distilbert", "albert"]
 
 
 @pytest.fixture
@@ -315,60 +322,6 @@ def test_models_with_the_interface_in_some_layers_only_are_refused():
     assert "GitSelfAttention" in _supported.reason_against(hf.GitModel)
     assert "InformerProbSparseAttention" in _supported.reason_against(hf.InformerModel)
     assert not _supported.reason_against(hf.SwitchTransformersModel)
-
-
-def test_two_models_with_one_config():
-    config = MODELS["bert"]().config
-    first, second = (livened(hf.BertModel(config)) for _ in range(2))
-    pyfused.fuse_(first)
-    fused, plain = (model.encoder.layer[0].attention.self for model in (first, second))
-    assert fused.config._attn_implementation == "pyfused"
-    assert plain.config is first.config is second.config is config
-    assert config._attn_implementation == "sdpa"
-    assert fused.config.hidden_size == config.hidden_size
-    fused.config.name_or_path = "through"
-    assert config.name_or_path == "through"
-    first.set_attn_implementation("eager")  # the user's word counts
-    assert fused.config._attn_implementation == "eager"
-    pyfused.unfuse_(first)
-    assert fused.config is config
-
-
-@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "bart", "t5"])
-def test_fused_models(name):
-    """Whose masks are transformers' own for sdpa or eager, whichever the model had."""
-    for had in ("sdpa", "eager"):
-        plain = build(name, attn_implementation=had)
-        inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
-        if plain.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = tokens(2, 7)
-        expected = plain(**inputs)[0]
-        report = pyfused.fuse_(plain)
-        assert any("attention" in e.note for e in report.replaced)
-        live = ... if plain.config.is_encoder_decoder else inputs["attention_mask"].bool()
-        torch.testing.assert_close(plain(**inputs)[0][live], expected[live], rtol=1e-4, atol=1e-4)
-
-
-def test_fused_models_on_a_static_cache():
-    plain = build("gpt2")
-    ids, out = tokens(2, 9), []
-    expected = plain(ids)[0]
-    pyfused.fuse_(plain)
-    cache = hf.StaticCache(config=plain.config, max_cache_len=12)
-    for begin, end in ((0, 5), (5, 8), (8, 9)):
-        out.append(plain(ids[:, begin:end], past_key_values=cache)[0])
-    torch.testing.assert_close(torch.cat(out, 1), expected)
-
-
-def test_a_causal_layer_that_does_not_say_so():
-    """NLLB-MoE's decoder has is_causal False and runs on eager alone in transformers; its masks are never left out."""
-    sizes = {k: v for k, v in BART.items() if k != "dropout"}
-    model = livened(hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, num_experts=4)))
-    inputs = {"input_ids": tokens(2, 6), "decoder_input_ids": tokens(2, 7)}
-    expected = model(**inputs)[0]
-    torch.testing.assert_close(with_implementation(model, "pyfused")(**inputs)[0], expected)
-    pyfused.fuse_(with_implementation(model, "eager"))
-    torch.testing.assert_close(model(**inputs)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
