@@ -63,8 +63,10 @@ def test_forward_and_backward(each_backend, dtype, device, activation):
         if interpreted and i % 4 != 0:
             continue
         draws = 20 if 1 in size else 5 if rows < 3 else 2
+        if interpreted:
+            draws = min(draws, 5 if rows < 100 else 2)  # 2 s a draw of 129 rows in float16
         for with_residual in (True, False)[i % 8 // 4 :][:1] if interpreted else (True, False):
-            check(activation, dtype, device, (rows,), *size, with_residual, min(draws, 5) if interpreted else draws)
+            check(activation, dtype, device, (rows,), *size, with_residual, draws)
     check(activation, dtype, device, (2, 3), 10, 20, 10, True)
     check(activation, dtype, device, (), 10, 20, 10, True, draws=5 if interpreted else 20)
 
