@@ -58,8 +58,8 @@ class Operator:
 
     A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Of
     a differentiable operator, `<name>_inference` (with a residual in its place `<name>_inference_sum`) is registered too,
-    which returns the results alone and has no gradient: what a trace without gradients holds. A call of it
-    that repeats an earlier one's signature costs what an eager call does, where the operator with its empty tensors and its
+    which returns the results alone and has no gradient: what a trace without gradients holds. A call of
+    it that repeats an earlier one's signature costs what an eager call does; the operator with its empty tensors and its
     autograd costs 24 us above the kernel.
     """
 

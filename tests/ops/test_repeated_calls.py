@@ -237,6 +237,26 @@ def test_signatures():
     assert signature(*[x] * 200) is None  # longer than what it keeps
 
 
+def test_without_torchs_private_names():
+    """The short ways to an operator and to a new tensor are no public names of torch: without them the long ways remain."""
+    code = (
+        "import torch; del torch._C._dynamo.guards._empty_strided_cpu\n"
+        "init = torch._ops.OpOverload.__init__\n"
+        "def without(self, packet, op, *args): init(self, packet, op, *args); self.kept = self.__dict__.pop('_op')\n"
+        "torch._ops.OpOverload.__init__ = without\n"
+        "torch._ops.OpOverload.__call__ = lambda self, /, *args, **kwargs: self.kept(*args, **kwargs)\n"
+        "torch._ops.OpOverload.__hash__ = lambda self: id(self)\n"
+        "import pyfused\n"
+        "x, w = torch.ones(2, 8), torch.ones(3, 8)\n"
+        "with torch.no_grad():\n"
+        "    outputs = [pyfused.linear(x, w) for _ in range(2)]\n"
+        "    outputs += [torch.ops.pyfused.linear_inference.default(x, w, None, None) for _ in range(2)]\n"
+        "assert pyfused.explain('linear', x, w).backend == 'cpu'\n"
+        "print([o.unique().tolist() for o in outputs])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str([[8.0]] * 4)
+
+
 def test_without_dlpack_tensors_are_asked_for_their_address():
     """As with a torch that has no table of C functions for DLPack."""
     code = (
