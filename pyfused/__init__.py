@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .dispatch import BackendError, backend, explain
 from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
 
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from .fuse import FuseReport, fuse_, unfuse_
     from .generation import Generator
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlbertBackbone",

@@ -34,7 +34,7 @@ PREFERENCES: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: ContextVar[tuple[str, bool] | None] = ContextVar("pyfused_backend", default=None)
 
 
@@ -110,7 +110,7 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     takes = "cpu" if emulated else "cuda"
     if device != takes:
         return f"runs on {takes} tensors, not on {device}"
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return ""
 

@@ -10,6 +10,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any of them is imported
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What torch.compile keeps on disk is found by a version's names (pyfused.ops._operator.composite), not by a commit's.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest  # noqa: E402
 import shim  # noqa: E402

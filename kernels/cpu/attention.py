@@ -58,9 +58,9 @@ def forward(
 
     def launch(
         query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout, seed, _save,
-        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0,
+        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0, out=None,
     ):  # fmt: skip
-        out, lse = new_out(), new_lse() if save else None
+        out, lse = new_out() if out is None else out, new_lse() if save else None
         kernel(
             *(query, key, value, padding_mask, attn_bias, bias_table, buckets, seed, cu_seqlens, out, lse),
             *(layout.buffer_info()[0], *options),

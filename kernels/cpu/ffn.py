@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.ffn import linear_gradients
+from ..reference.linear import product
 from ._launch import dense, launched, maker, rows_of
 from .linear import by_columns, library_is_faster
 
@@ -17,8 +18,8 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     rows = x.shape[:-1].numel()
     transposed = by_columns(rows, w_in, w_out)
     if not transposed and library_is_faster(rows, w_in, w_out):
-        return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save: _library_forward(
-            x, w_in, b_in, w_out, b_out, activation, residual, save
+        return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None: _library_forward(
+            x, w_in, b_in, w_out, b_out, activation, residual, save, y
         )
     of_x, of_in, of_out = rows_of(x), *(rows_of(w.t() if transposed else w) for w in (w_in, w_out))
     of_residual = (0, 0, 0) if residual is None else rows_of(residual)
@@ -31,20 +32,21 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
-        y, inner, pre = new_y(), new_inner(), new_pre() if save else None
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
+        y, inner, pre = new_y() if y is None else y, new_inner(), new_pre() if save else None
         kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
         return y, pre
 
     return launch
 
 
-def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
+def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save, y):
     pre = F.linear(x.reshape(-1, x.shape[-1]), w_in, b_in)
     inner = torch.empty_like(pre) if save else pre
     _activation(pre, None, inner, None, activation)
-    y = F.linear(inner, w_out, b_out).view(*x.shape[:-1], w_out.shape[0])
-    return y if residual is None else y.add_(residual), pre.view(*x.shape[:-1], w_in.shape[0]) if save else None
+    inner, pre = (t.view(*x.shape[:-1], w_in.shape[0]) for t in (inner, pre))
+    y = product(inner, w_out, b_out, y)
+    return y if residual is None else y.add_(residual), pre if save else None
 
 
 def _activation(pre, grad_inner, inner, grad_pre, activation):

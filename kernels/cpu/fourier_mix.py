@@ -27,8 +27,8 @@ def forward(x):
     numbers = b, s, n, batch_stride, row_stride, DTYPE_CODES[dtype]
     kernel, scratch_bytes, new = cpu().fourier_mix_forward, cpu().fourier_mix_scratch, maker(shape, dtype)
 
-    def launch(x):
-        y = new()
+    def launch(x, y=None):
+        y = new() if y is None else y
         if b:
             size = scratch_bytes(plan_s, plan_n, b, s, n)  # depends on the number of threads
             scratch = torch.empty(size, dtype=torch.uint8, device=CPU)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cpu
 
 from ..reference.gated_ffn import linear_gradients, widened
+from ..reference.linear import product
 from ._launch import launched, maker, rows_of
 from .ffn import ACTIVATION_CODES
 from .linear import library_is_faster
@@ -19,8 +20,8 @@ def _hidden_dtype(x):
 @launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     if library_is_faster(x.numel() // max(x.shape[-1], 1), w_gate, w_up, w_out):
-        return lambda x, w_gate, w_up, w_out, _activation, residual, _save: _library_forward(
-            x, w_gate, w_up, w_out, activation, residual, save
+        return lambda x, w_gate, w_up, w_out, _activation, residual, _save, y=None: _library_forward(
+            x, w_gate, w_up, w_out, activation, residual, save, y
         )
     layouts = *map(rows_of, (x, w_gate, w_up, w_out)), (0, 0, 0) if residual is None else rows_of(residual)
     if None in layouts:
@@ -32,8 +33,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
-        y, hidden = new_y(), new_hidden()
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+        y, hidden = new_y() if y is None else y, new_hidden()
         gate, up = (new_inner(), new_inner()) if save else (None, None)
         kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
         return y, gate, up
@@ -41,12 +42,13 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
+def _library_forward(x, w_gate, w_up, w_out, activation, residual, save, y):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
     hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=_hidden_dtype(gate))
     _activation(gate, up, None, hidden, None, None, activation)
-    y = F.linear(hidden, *widened(w_out))
-    y = (y if residual is None else y.add_(residual)).to(x.dtype)
+    wide = product(hidden, *widened(w_out), None, y if hidden.dtype == x.dtype else None)
+    wide = wide if residual is None else wide.add_(residual)
+    y = wide.to(x.dtype) if y is None else wide if wide is y else y.copy_(wide)
     return y, gate if save else None, up if save else None
 
 

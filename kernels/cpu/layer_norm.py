@@ -18,8 +18,9 @@ def forward(x, weight, bias, eps, residual, save):
     kernel, new = cpu().layer_norm_forward, maker(shape, dtype)
     new_statistic = maker(shape[:-1], torch.float32) if save else None
 
-    def launch(x, weight, bias, _eps, residual, _save):
-        y, total = new(), None if residual is None else new()
+    def launch(x, weight, bias, _eps, residual, _save, y=None, total=None):
+        y = new() if y is None else y
+        total = new() if total is None and residual is not None else total
         mean, rstd = (new_statistic(), new_statistic()) if save else (None, None)
         kernel(x, residual, weight, bias, y, total, mean, rstd, *numbers)
         return y, total, mean, rstd

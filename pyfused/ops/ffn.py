@@ -8,7 +8,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 # GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
 ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")
@@ -52,6 +52,8 @@ def ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(ffn, x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
+    if is_recorded():
+        return _COMPOSITE(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)[0]
     given = x, w_in, b_in, w_out, b_out, activation, residual, False
     outputs = _FFN.again(given)
     if outputs is None:
@@ -134,4 +136,9 @@ _FFN_BACKWARD = Operator(
     "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool has_b_in, bool has_b_out)"
     " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
     fake=_backward_fake,
+)
+_COMPOSITE = composite(
+    "ffn",
+    "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, *, str activation, Tensor? residual=None)",
+    ffn,
 )

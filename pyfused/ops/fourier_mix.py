@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ._checks import check_floating
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:
@@ -30,6 +30,8 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: x does not fit; the message says what it got and what it takes.
     """
+    if is_recorded():
+        return _COMPOSITE(x)[0]
     outputs = _FOURIER_MIX.again((x,))
     if outputs is None:
         outputs = _FOURIER_MIX.first((x,), bind(x))
@@ -58,4 +60,9 @@ def _backward(ctx, grad_y):
 
 _FOURIER_MIX = Operator(
     "fourier_mix", "(Tensor x) -> Tensor y", fake=_fake, setup_context=_setup_context, backward=_backward
+)
+_COMPOSITE = composite(
+    "fourier_mix",
+    "(Tensor x)",
+    fourier_mix,
 )

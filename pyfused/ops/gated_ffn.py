@@ -11,7 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 from .ffn import canonical_activation
 
 
@@ -48,6 +48,8 @@ def gated_ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(gated_ffn, x, w_gate, w_up, w_out, activation=activation, residual=residual)
+    if is_recorded():
+        return _COMPOSITE(x, w_gate, w_up, w_out, activation=activation, residual=residual)[0]
     given = x, w_gate, w_up, w_out, activation, residual, False
     outputs = _GATED_FFN.again(given)
     if outputs is None:
@@ -119,4 +121,9 @@ _GATED_FFN_BACKWARD = Operator(
     "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation)"
     " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
     fake=_backward_fake,
+)
+_COMPOSITE = composite(
+    "gated_ffn",
+    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, *, str activation, Tensor? residual=None)",
+    gated_ffn,
 )

@@ -11,7 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 
 def layer_norm(
@@ -43,6 +43,9 @@ def layer_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(layer_norm, x, weight, bias, eps=eps, residual=residual)
+    if is_recorded():
+        outputs = _COMPOSITE(x, weight, bias, eps=float(eps), residual=residual)
+        return outputs[0] if residual is None else (outputs[0], outputs[1])
     given = x, weight, bias, eps, residual, False
     outputs = _LAYER_NORM.again(given)
     if outputs is None:
@@ -122,4 +125,9 @@ _LAYER_NORM_BACKWARD = Operator(
     "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_backward_fake,
+)
+_COMPOSITE = composite(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor? bias=None, *, float eps=1e-5, Tensor? residual=None)",
+    layer_norm,
 )

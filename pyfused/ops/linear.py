@@ -8,7 +8,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 
 def linear(
@@ -35,6 +35,8 @@ def linear(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(linear, x, weight, bias, residual=residual)
+    if is_recorded():
+        return _COMPOSITE(x, weight, bias, residual=residual)[0]
     given = x, weight, bias, residual
     outputs = _LINEAR.again(given)
     if outputs is None:
@@ -88,4 +90,9 @@ _LINEAR = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_COMPOSITE = composite(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? residual=None)",
+    linear,
 )

@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.buckets import exact_buckets
 from ._checks import check_floating
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 
 class RelativeBias(NamedTuple):
@@ -54,6 +54,9 @@ def relative_bias(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if is_recorded():
+        lengths = {"query_offset": query_offset, "bidirectional": bidirectional, "max_distance": max_distance}
+        return _COMPOSITE(table, query_length, key_length, **lengths)[0]
     given = table, query_length, key_length, bidirectional, max_distance, query_offset
     outputs = _RELATIVE_BIAS.again(given)
     if outputs is None:
@@ -137,4 +140,11 @@ _RELATIVE_BIAS_BACKWARD = Operator(
     "relative_bias_backward",
     "(Tensor grad_out, SymInt num_buckets, bool bidirectional, int max_distance, SymInt query_offset) -> Tensor grad_table",
     fake=_backward_fake,
+)
+
+_COMPOSITE = composite(
+    "relative_bias",
+    "(Tensor table, SymInt query_length, SymInt key_length, *, bool bidirectional, int max_distance=128,"
+    " SymInt query_offset=0)",
+    relative_bias,
 )

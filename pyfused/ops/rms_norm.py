@@ -11,7 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
-from ._operator import Operator
+from ._operator import Operator, composite, is_recorded
 
 
 def rms_norm(
@@ -46,6 +46,9 @@ def rms_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(rms_norm, x, weight, eps=eps, residual=residual)
+    if is_recorded():
+        outputs = _COMPOSITE(x, weight, eps=float(eps), residual=residual)
+        return outputs[0] if residual is None else (outputs[0], outputs[1])
     given = x, weight, eps, residual, False
     outputs = _RMS_NORM.again(given)
     if outputs is None:
@@ -110,4 +113,9 @@ _RMS_NORM_BACKWARD = Operator(
     "rms_norm_backward",
     "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_backward_fake,
+)
+_COMPOSITE = composite(
+    "rms_norm",
+    "(Tensor x, Tensor weight, *, float eps=1e-6, Tensor? residual=None)",
+    rms_norm,
 )

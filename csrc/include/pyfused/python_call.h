@@ -226,6 +226,10 @@ inline PyObject* prepared_run(PyObject* state, PyObject* const* args, Py_ssize_t
   Py_DECREF(launch);
   Py_ssize_t wanted = PyLong_AsSsize_t(PyTuple_GET_ITEM(state, 4));
   if (!outputs || wanted == 0) return outputs;
+  if (wanted < 0) {
+    Py_DECREF(outputs);
+    Py_RETURN_NONE;
+  }
   PyObject* first = wanted == 1 ? PySequence_GetItem(outputs, 0) : PySequence_GetSlice(outputs, 0, wanted);
   Py_DECREF(outputs);
   return first;
