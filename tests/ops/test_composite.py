@@ -1,0 +1,125 @@
+"""Are the public functions right as the one node that torch.compile records of each, and as what it makes of them?"""
+
+import pytest
+import torch
+
+import pyfused
+
+X, W, B = torch.randn(2, 5, 8), torch.randn(8), torch.randn(8)
+INNER, OUTER = torch.randn(16, 8), torch.randn(8, 16)
+QUERY, TABLE = torch.randn(2, 2, 5, 4), torch.randn(8, 2)
+BIAS = pyfused.RelativeBias(TABLE, True, 20)
+
+# What a user calls, and the arguments of its node.
+CALLS = {
+    "layer_norm": (lambda: pyfused.layer_norm(X, W, B), (X, W, B), {}),
+    "layer_norm, residual": (
+        lambda: pyfused.layer_norm(X, W, eps=1e-3, residual=X),
+        (X, W),
+        {"eps": 1e-3, "residual": X},
+    ),
+    "rms_norm": (lambda: pyfused.rms_norm(X, W), (X, W), {}),
+    "rms_norm, residual": (lambda: pyfused.rms_norm(X, W, eps=1e-3, residual=X), (X, W), {"eps": 1e-3, "residual": X}),
+    "linear": (lambda: pyfused.linear(X, INNER, residual=None), (X, INNER), {}),
+    "ffn": (
+        lambda: pyfused.ffn(X, INNER, None, OUTER, B, activation="gelu_new", residual=X),
+        (X, INNER, None, OUTER, B),
+        {"activation": "gelu_new", "residual": X},
+    ),
+    "gated_ffn": (
+        lambda: pyfused.gated_ffn(X, INNER, INNER, OUTER, activation="silu"),
+        (X, INNER, INNER, OUTER),
+        {"activation": "silu"},
+    ),
+    "fourier_mix": (lambda: pyfused.fourier_mix(X), (X,), {}),
+    "attention": (
+        lambda: pyfused.attention(QUERY, QUERY, QUERY, is_causal=True, scale=0.3),
+        (QUERY, QUERY, QUERY),
+        {"is_causal": True, "scale": 0.3},
+    ),
+    "attention, T5's bias": (
+        lambda: pyfused.attention(QUERY, QUERY, QUERY, relative_bias=BIAS),
+        (QUERY, QUERY, QUERY),
+        {"bias_table": TABLE, "max_distance": 20},
+    ),
+    "relative_bias": (
+        lambda: pyfused.relative_bias(TABLE, 5, 7, bidirectional=True, query_offset=2),
+        (TABLE, 5, 7),
+        {"bidirectional": True, "query_offset": 2},
+    ),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    function, arguments, keywords = CALLS[request.param]
+    node = getattr(torch.ops.pyfused, request.param.partition(",")[0])
+    return function, getattr(node, "v" + pyfused.__version__.replace(".", "_")), arguments, keywords
+
+
+def as_tuple(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_the_node_is_the_function(call):
+    function, node, arguments, keywords = call
+    torch.library.opcheck(node, arguments, keywords)
+    for found, expected in zip(node(*arguments, **keywords), as_tuple(function()), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_compiled_call_is_one_node(call):
+    function, node, _, _ = call
+    held = []
+
+    def collect(graph, _):
+        held.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    found = torch.compile(function, fullgraph=True, backend=collect)()
+    assert node in held
+    assert not [target for target in held if str(target).startswith("pyfused.") and target is not node]
+    for f, e in zip(as_tuple(found), as_tuple(function()), strict=True):
+        assert torch.equal(f, e)
+
+
+def test_an_error_names_the_argument():
+    for backend in ("eager", "inductor"):
+        torch._dynamo.reset()
+        call = torch.compile(lambda: pyfused.layer_norm(X, W[:7], B), fullgraph=True, backend=backend)
+        with pytest.raises(RuntimeError, match=r"weight has shape \(7,\); it takes \(N,\) = \(8,\)"):
+            call()
+
+
+ROWS = {"a kernel's": 3, "the library's": 200}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiled_products_and_norms(rows, dtype, backend):
+    """Of a compiled program's memory: each result from a kernel or from the library, by the number of rows, and from whatever
+    backend the program is run on."""
+    x = torch.randn(2, rows, 24, dtype=dtype)
+    weights = [torch.randn(shape, dtype=dtype) / 5 for shape in ((48, 24), (48, 24), (24, 48), (24, 24))]
+    bias, weight = torch.randn(24, dtype=dtype), torch.rand(24, dtype=dtype) + 0.5
+
+    def block(x):
+        y = pyfused.linear(x, weights[3], bias, residual=x)
+        y, total = pyfused.layer_norm(y, weight, bias, residual=x)
+        z = pyfused.ffn(y, weights[0], None, weights[2], bias, activation="gelu_tanh", residual=y)
+        z, second = pyfused.rms_norm(z, weight, residual=total)
+        z = pyfused.gated_ffn(z, *weights[:3], activation="silu", residual=z)
+        heads = pyfused.linear(z, weights[3]).view(2, rows, 3, 8).transpose(1, 2)
+        w = pyfused.attention(heads, heads, heads, is_causal=True).transpose(1, 2).reshape(x.shape)
+        return pyfused.fourier_mix(w), second
+
+    torch._dynamo.reset()
+    call = torch.compile(block, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        call(x)
+        with pyfused.backend(backend):
+            for _ in range(2):  # the second with prepared launches
+                for found, expected in zip(call(x), block(x), strict=True):
+                    torch.testing.assert_close(found, expected)
