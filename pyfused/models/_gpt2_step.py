@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import KVCache, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention
+from ..nn import Embedding, KVCache, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
 from ..ops.layer_norm import _LAYER_NORM
@@ -21,7 +21,7 @@ from .gpt2 import GPT2Backbone, GPT2Block
 
 _PLAIN = {
     GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, Mlp, ReversibleEmbedding,
-    nn.Embedding,
+    Embedding,
 }  # fmt: skip
 
 

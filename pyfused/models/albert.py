@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
+from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _encoder_call, _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import Call
@@ -119,8 +119,8 @@ class AlbertBackbone(Backbone):
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(vocabulary_size, embedding_dim, **factory)
-        self.position_embedding = nn.Embedding(max_sequence_length, embedding_dim, **factory)
-        self.segment_embedding = nn.Embedding(num_segments, embedding_dim, **factory)
+        self.position_embedding = Embedding(max_sequence_length, embedding_dim, **factory)
+        self.segment_embedding = Embedding(num_segments, embedding_dim, **factory)
         self.embedding_norm = LayerNorm(embedding_dim, config["layer_norm_epsilon"], **factory)
         self.projection = Linear(embedding_dim, hidden_dim, **factory)
         self.layers = nn.ModuleList(

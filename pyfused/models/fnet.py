@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
-from ..nn import FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
+from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
 from . import _inputs
 from ._config import check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import INPUTS, Call, embed, read
@@ -99,8 +99,8 @@ class FNetBackbone(Backbone):
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self.name, self.dropout = config["name"], dropout
         self.token_embedding = ReversibleEmbedding(vocabulary_size, hidden_dim, **factory)
-        self.position_embedding = nn.Embedding(max_sequence_length, hidden_dim, **factory)
-        self.segment_embedding = nn.Embedding(num_segments, hidden_dim, **factory)
+        self.position_embedding = Embedding(max_sequence_length, hidden_dim, **factory)
+        self.segment_embedding = Embedding(num_segments, hidden_dim, **factory)
         self.embedding_norm = LayerNorm(hidden_dim, config["layer_norm_epsilon"], **factory)
         self.projection = Linear(hidden_dim, hidden_dim, **factory)
         self.layers = nn.ModuleList(FNetLayer(config, factory) for _ in range(num_layers))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import CrossAttention, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
+from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._gpt2_call import INPUTS, Call, read
@@ -150,7 +150,7 @@ class GPT2Backbone(Backbone):
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=config["tie_embedding_weights"], **factory
         )
-        self.position_embedding = nn.Embedding(max_sequence_length, hidden_dim, **factory)
+        self.position_embedding = Embedding(max_sequence_length, hidden_dim, **factory)
         self.layers = nn.ModuleList(GPT2Block(config, i, factory) for i in range(num_layers))
         self.final_norm = LayerNorm(hidden_dim, config["layer_norm_epsilon"], **factory)
         self.reset_parameters()

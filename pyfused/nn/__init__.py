@@ -3,7 +3,7 @@ the KV cache."""
 
 from .attention import CAUSAL, EVERYTHING, CrossAttention, RelativeSelfAttention, SelfAttention, Visibility
 from .kv_cache import KVCache
-from .layers import FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
+from .layers import Embedding, FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
 from .multihead import MultiheadAttention
 from .packing import Packing
 from .t5 import FeedForward, GatedFeedForward, T5Attention
@@ -13,6 +13,7 @@ __all__ = [
     "CAUSAL",
     "EVERYTHING",
     "CrossAttention",
+    "Embedding",
     "FeedForward",
     "FourierMixing",
     "GatedFeedForward",

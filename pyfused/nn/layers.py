@@ -1,5 +1,5 @@
 """Which modules is a transformer made of, beside attention? Norms, Linear, the models' feed-forward networks, Fourier mixing,
-ReversibleEmbedding."""
+embeddings."""
 
 from __future__ import annotations
 
@@ -216,8 +216,21 @@ class FourierMixing(nn.Module):
         return fourier_mix(x)
 
 
-class ReversibleEmbedding(nn.Embedding):
-    """torch.nn.Embedding that also projects back to the vocabulary, as KerasHub's layer of this name does.
+class Embedding(nn.Embedding):
+    """torch.nn.Embedding, its constructor and its state dict. A compiled program does not watch norm_type, which means
+    nothing without max_norm: two Python functions less for each embedding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids (...) -> (..., D)."""
+        if self.max_norm is not None:
+            return super().forward(input)
+        return F.embedding(
+            input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
+        )
+
+
+class ReversibleEmbedding(Embedding):
+    """Embedding that also projects back to the vocabulary, as KerasHub's layer of this name does.
 
     Args:
         vocabulary_size, hidden_dim: V and D; the parameter is weight (V, D).
@@ -238,7 +251,7 @@ class ReversibleEmbedding(nn.Embedding):
         if not tie_weights:
             self.reverse_weight = nn.Parameter(torch.empty_like(self.weight).normal_())
 
-    def forward(self, input: Tensor, reverse: bool = False) -> Tensor:
+    def forward(self, input: Tensor, reverse: bool = False) -> Tensor:  # type: ignore[override]
         """ids (...) -> (..., D); with reverse=True, hidden states (..., D) -> logits (..., V)."""
         if not reverse:
             return super().forward(input)
