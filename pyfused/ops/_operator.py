@@ -27,7 +27,6 @@ LIBRARY = torch.library.Library("pyfused", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
 # Where one of these says something true, a launch is not enough.
@@ -243,7 +242,7 @@ class Operator:
         overload = self.overload
         if self.autograd is not None and not _wants_gradient(args):
             summed = self._residual is not None and args[self._residual] is not None
-            if _inside_composite.get() and _kernels_take(args):
+            if not _is_dynamo_compiling() and _inside_composite.get() and _kernels_take(args):
                 outputs = self._results(args, 2 if summed else 1)
                 (self._into_sum if summed else self._into)(*args, *outputs)
                 return (*outputs, *[None] * (self._outputs - len(outputs)))
@@ -264,7 +263,8 @@ def _kernels_take(args: tuple[Any, ...]) -> bool:
 def is_recorded() -> bool:
     """Whether torch.compile is recording what runs, which is to hold composite() nodes. torch.export records operators, and
     torch.func.vmap takes no node apart."""
-    return _is_dynamo_compiling() and not _is_exporting() and not _in_transform()
+    # The flag behind torch.compiler.is_exporting(), which torch 2.11's torch.compile takes to be true.
+    return _is_dynamo_compiling() and not torch.compiler._is_exporting_flag and not _in_transform()
 
 
 def composite(name: str, schema: str, function: Callable[..., Any]) -> Any:
@@ -275,11 +275,11 @@ def composite(name: str, schema: str, function: Callable[..., Any]) -> Any:
     does: torch keeps compiled programs on disk by the node alone.
 
     Args:
-        name: the function's, of its operator too; the node is torch.ops.pyfused.<name>.v<version>.
+        name: the function's, of its operator too; the node is torch.ops.pyfused.<name>_composite_<version>.
         schema: its arguments, as it takes them; it returns Tensor[], of one tensor where the function returns a bare one.
         function: the public function itself, which is_recorded() tells apart from the call that records it.
     """
-    overload = "v" + __version__.replace(".", "_")
+    node = f"{name}_composite_{re.sub('[^0-9a-z]', '_', __version__)}"
 
     def run(*args: Any, **keywords: Any) -> list[torch.Tensor]:
         token = _inside_composite.set(True)
@@ -289,9 +289,9 @@ def composite(name: str, schema: str, function: Callable[..., Any]) -> Any:
             _inside_composite.reset(token)
         return [found] if isinstance(found, torch.Tensor) else list(found)
 
-    LIBRARY.define(f"{name}.{overload}{schema} -> Tensor[]")
-    LIBRARY.impl(f"{name}.{overload}", run, "CompositeImplicitAutograd")
-    return getattr(getattr(torch.ops.pyfused, name), overload)
+    LIBRARY.define(f"{node}{schema} -> Tensor[]")
+    LIBRARY.impl(node, run, "CompositeImplicitAutograd")
+    return getattr(torch.ops.pyfused, node).default
 
 
 class _Shortened:

@@ -53,8 +53,8 @@ CALLS = {
 @pytest.fixture(params=CALLS)
 def call(request):
     function, arguments, keywords = CALLS[request.param]
-    node = getattr(torch.ops.pyfused, request.param.partition(",")[0])
-    return function, getattr(node, "v" + pyfused.__version__.replace(".", "_")), arguments, keywords
+    name, version = request.param.partition(",")[0], pyfused.__version__.replace(".", "_")
+    return function, getattr(torch.ops.pyfused, f"{name}_composite_{version}").default, arguments, keywords
 
 
 def as_tuple(found):
@@ -82,6 +82,22 @@ def test_a_compiled_call_is_one_node(call):
     assert not [target for target in held if str(target).startswith("pyfused.") and target is not node]
     for f, e in zip(as_tuple(found), as_tuple(function()), strict=True):
         assert torch.equal(f, e)
+
+
+def test_an_exported_program_holds_operators(call):
+    """Not the node, whose name changes with the version."""
+    function, _, _, _ = call
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return (*as_tuple(function()), x)
+
+    for strict in (True, False):
+        with torch.no_grad():
+            program = torch.export.export(Model(), (X,), strict=strict)
+        names = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("pyfused.")]
+        assert len(names) == 1
+        assert "composite" not in names[0]
 
 
 def test_an_error_names_the_argument():
