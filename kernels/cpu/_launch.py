@@ -12,7 +12,8 @@ _empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
 
 def launched(prepare):
     """Makes `forward(*args)` of `prepare(*args)`, which returns the launch for such arguments: a function of all of them
-    that reads of them the tensors' memory alone, and serves every call that differs from this one in values only. Where
+    that reads of them the tensors' memory alone, and serves every call that differs from this one in values only. Behind them
+    it takes tensors for the results, of the shapes and strides that it would make, and makes them where there are none. Where
     prepare returns None, because strides do not fit, forward copies them first."""
 
     def forward(*args):
