@@ -133,9 +133,8 @@ class Operator:
         def run(*args: Any) -> None:
             self._direct_into(args[:-count], args[-count:])
 
-        arguments = re.sub(
-            r"=\w+", "", schema.partition("->")[0].rstrip(" )")
-        )  # no argument without a default behind one with
+        # Without defaults: no argument that has none may follow one that has.
+        arguments = re.sub(r"=\w+", "", schema.partition("->")[0].rstrip(" )"))
         outputs = "".join(f", Tensor({'abc'[i]}!) out_{i}" for i in range(count))
         return self._without_gradient(suffix, f"{arguments}{outputs}) -> ()", run, lambda *args: None, -1)
 
