@@ -13,6 +13,7 @@ def check_registered(name, arguments, *, save=None, summed=False):
     plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     if save is not None:
         plain[save] = False
+    plain += [a.default_value for a in operator.default._schema.arguments[len(plain) :]]
     inference = getattr(torch.ops.pyfused, f"{name}_inference" + ("_sum" if summed else ""))
     torch.library.opcheck(
         inference, plain, test_utils=("test_schema", "test_faketensor")
