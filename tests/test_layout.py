@@ -90,3 +90,8 @@ def test_import_is_light():
     code = "import sys, pyfused; print([m for m in ('triton','transformers','tokenizers','h5py','keras') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_version_is_one():
+    """What torch.compile keeps on disk is found by it."""
+    assert f'\nversion = "{pyfused.__version__}"\n' in (ROOT / "pyproject.toml").read_text()

@@ -13,7 +13,8 @@ def product(x, weight, bias, y=None):
     """x weight^T + bias; in y where one is given, contiguous and of the result's shape and dtype."""
     if y is None:
         return F.linear(x, weight, bias)
-    rows, result = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    count = x.shape[:-1].numel()
+    rows, result = x.reshape(count, x.shape[-1]), y.view(count, y.shape[-1])
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:

@@ -139,3 +139,15 @@ def test_compiled_products_and_norms(rows, dtype, backend):
             for _ in range(2):  # the second with prepared launches
                 for found, expected in zip(call(x), block(x), strict=True):
                     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(0, 3, 4), (200, 0, 4), (200, 3, 0), (200, 3, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_librarys_product_into_memory(rows, n, k, bias):
+    x, weight, residual = torch.randn(2, rows, k), torch.randn(n, k), torch.randn(2, rows, n)
+    arguments = x, weight, torch.randn(n) if bias else None, residual
+    for backend in ("cpu", "reference"):
+        y = torch.full((2, rows, n), torch.nan)
+        with torch.no_grad(), pyfused.backend(backend):
+            torch.ops.pyfused.linear_into(*arguments, y)
+            torch.testing.assert_close(y, pyfused.linear(*arguments[:3], residual=residual))

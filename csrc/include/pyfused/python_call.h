@@ -189,9 +189,9 @@ inline PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // ---- a call whose launch is prepared --------------------------------------------------------------------------------
 // prepared(launches, forced, levels, otherwise, count, *watchers) -> run(*args): calls the launch that the dictionary
 // `launches` has under (value of the context variable `forced`, signature(*args)), and returns its first `count` outputs:
-// all of them for 0, one bare, None for -1. Where there is none, or a watcher returns something true, or levels["_current_level"] >= 0 (a forward-mode
-// derivative is being taken): otherwise(*args), or None where that is None. In Python the same takes 1 us more, and several
-// in a program that has pushed it out of the caches.
+// all of them for 0, one bare, None for -1. Where there is none, or a watcher returns something true, or
+// levels["_current_level"] >= 0 (a forward-mode derivative is being taken): otherwise(*args), or None where that is None. In
+// Python the same takes 1 us more, and several in a program that has pushed it out of the caches.
 
 inline PyObject* prepared_launch(PyObject* state, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 5; i < PyTuple_GET_SIZE(state); ++i) {
