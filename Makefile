@@ -3,6 +3,7 @@
 #
 # make run     env, verify, generate and encode on the bundled presets, with tokens per second beside transformers'
 # make test    every test that needs no GPU
+# make test-machines  the operators' tests and `pyfused verify` as older and newer processors run them
 # make lint    ruff and mypy
 # make bench   every benchmark on the CPU, into benchmarks/results
 # make gpu     build, GPU tests, sanitizer and benchmarks on a machine with a GPU (PART=tests|sanitize|bench for one of them)
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc kernels -type f -not -name '*.pyc') pyproject.toml setup.py CMakeLists.txt
 PART ?= all
 
-.PHONY: run test lint bench gpu clean
+.PHONY: run test test-machines lint bench gpu clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -32,6 +33,9 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+test-machines: $(VENV)/test.stamp
+	$(BIN)/python tests/machines.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

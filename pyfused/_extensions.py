@@ -18,9 +18,6 @@ from torch.autograd import forward_ad
 # What the kernels call a dtype (csrc/include/pyfused/simd.h).
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Instruction sets that a test machine has run. avx512 is built, and can be forced, but is never picked by itself yet.
-PROVEN_ISAS = ("baseline", "avx2")
-
 _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
 
@@ -54,7 +51,7 @@ def _default_isa() -> str | None:
     forced = os.environ.get("PYFUSED_ISA")
     if forced and supported and forced not in supported:
         raise ValueError(f"PYFUSED_ISA={forced!r}: this build and processor support {', '.join(supported)}")
-    return forced or next((isa for isa in reversed(supported) if isa in PROVEN_ISAS), None)
+    return forced or (supported[-1] if supported else None)
 
 
 def isa() -> str | None:

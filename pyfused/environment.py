@@ -60,7 +60,6 @@ def describe() -> dict[str, Any]:
         "cpu": {
             "supported": _extensions.cpu_supported(),
             "in_use": _extensions.isa(),
-            "proven": list(_extensions.PROVEN_ISAS),
             "threads": torch.get_num_threads(),
         },
         "gpus": gpus,

@@ -1,5 +1,9 @@
 """What holds for every test: where there is no GPU, Triton in its interpreter and csrc/cuda on the host shim; poisoned
-memory, one thread."""
+memory, and a number of threads.
+
+PYFUSED_TEST_THREADS is that number, 1 by default. PYFUSED_TEST_NATIVE=1 or 0: as on a processor that multiplies half
+precisions itself, or that does not.
+"""
 
 import os
 
@@ -8,6 +12,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any of them is imported
+# The tests are about what happens without these.
+for name in ("PYFUSED_BACKEND", "PYFUSED_CHECK"):
+    os.environ.pop(name, None)
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What torch.compile keeps on disk is found by a version's names (pyfused.ops._operator.composite), not by a commit's.
@@ -16,13 +23,21 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 import pytest  # noqa: E402
 import shim  # noqa: E402
 
-from pyfused import _extensions  # noqa: E402
+from pyfused import _extensions, dispatch  # noqa: E402
 from pyfused.testing.triton_interpreter import repair_interpreter  # noqa: E402
 
 if not HAS_GPU:
     repair_interpreter()
     _extensions.emulate_cuda(shim.load)
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
+if native := os.environ.get("PYFUSED_TEST_NATIVE"):
+    dispatch.kernel("cpu", "linear")._native = lambda dtype: native == "1" and dtype != torch.float32
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test may change the number."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

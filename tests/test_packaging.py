@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # What the environment of these tests was installed with has every instruction set and CUDA; here it is about packaging.
 FASTER = {"PYFUSED_BUILD_CUDA": "0", "PYFUSED_BUILD_ISAS": "baseline avx2"}
 
+# Without what leads to another pyfused, or tells the installed one which kernels to use
+SHELL = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("PYFUSED_")}
+
 CALL = """
 import torch, pyfused, pathlib
 x = torch.randn(3, 40); w = torch.randn(40); b = torch.randn(40)
@@ -26,8 +29,7 @@ print(pyfused.explain("layer_norm", x, w, b).backend, pathlib.Path(pyfused.__fil
 
 
 def run(*command, cwd, **env):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, env=SHELL | env, capture_output=True, text=True)
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result.stdout
 
@@ -127,7 +129,7 @@ def test_broken_extension_is_a_warning(wheel, tmp_path):
     (extension,) = (tmp_path / "env").rglob("_cpu*.so")
     extension.write_bytes(b"not a shared object")
     code = "import warnings; warnings.simplefilter('error')\n" + CALL
-    failed = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    failed = subprocess.run([python, "-c", code], cwd=tmp_path, env=SHELL, capture_output=True, text=True)
     assert "pyfused._cpu cannot be loaded" in failed.stderr
     backend, _ = run(python, "-W", "ignore", "-c", CALL, cwd=tmp_path).split()
     assert backend == "reference"

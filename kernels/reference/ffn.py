@@ -3,21 +3,30 @@
 import torch
 import torch.nn.functional as F
 
+# Further out every activation and every derivative is at its limit, in every dtype.
+_FAR = 1024.0
+
+
+def _with_limits(function):
+    """torch's function where its formula holds: whether that gives NaN at infinity depends on the processor."""
+    return lambda x: torch.where(x > _FAR, x, function(x.clamp(-_FAR, _FAR)))
+
+
 ACTIVATIONS = {
     "relu": F.relu,
-    "silu": F.silu,
+    "silu": _with_limits(F.silu),
     "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": _with_limits(F.gelu),
+    "gelu_tanh": _with_limits(lambda x: F.gelu(x, approximate="tanh")),
 }
 
 # (gradient of activation(x), x, activation(x)) -> gradient of x
 GRADIENTS = {
     "relu": lambda g, x, y: torch.ops.aten.threshold_backward(g, x, 0),
-    "silu": lambda g, x, y: torch.ops.aten.silu_backward(g, x),
+    "silu": lambda g, x, y: torch.ops.aten.silu_backward(g, x.clamp(-_FAR, _FAR)),
     "tanh": lambda g, x, y: torch.ops.aten.tanh_backward(g, y),
-    "gelu": lambda g, x, y: torch.ops.aten.gelu_backward(g, x),
-    "gelu_tanh": lambda g, x, y: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),
+    "gelu": lambda g, x, y: torch.ops.aten.gelu_backward(g, x.clamp(-_FAR, _FAR)),
+    "gelu_tanh": lambda g, x, y: torch.ops.aten.gelu_backward(g, x.clamp(-_FAR, _FAR), approximate="tanh"),
 }
 
 

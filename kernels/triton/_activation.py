@@ -2,12 +2,24 @@
 
 gelu_tanh is written with the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)): it keeps its digits where
 tanh u is near -1. tanh is a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would lose them; its relative error is
-below one rounding.
+below one rounding. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a factor
+x that meets a zero is bounded first, since infinity times zero is NaN.
 GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415).
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _not_below(x):
+    """x, or the number below which every activation is zero in float32; NaN stays NaN."""
+    return tl.where(x < -128.0, -128.0, x)
+
+
+@triton.jit
+def _bounded(x):
+    return tl.where(x > 128.0, 128.0, _not_below(x))
 
 
 @triton.jit
@@ -43,13 +55,13 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "silu":
-        return x * _logistic(x)
+        return _not_below(x) * _logistic(x)
     elif ACTIVATION == "tanh":
         return _tanh(x)
     elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return 0.5 * _not_below(x) * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        return x * _logistic(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return _not_below(x) * _logistic(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         return x
 
@@ -61,14 +73,15 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         p, slope = _logistic_with_slope(x)
-        return x * p, p + x * slope
+        return _not_below(x) * p, p + _bounded(x) * slope
     elif ACTIVATION == "tanh":
         t = _tanh(x)
         return t, 1.0 - t * t
     elif ACTIVATION == "gelu":
         p = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return x * p, p + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        return _not_below(x) * p, p + _bounded(x) * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
-        p, slope = _logistic_with_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return x * p, p + x * slope * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        near = _bounded(x)
+        p, slope = _logistic_with_slope(1.5957691216057308 * (near + 0.044715 * near * near * near))
+        return _not_below(x) * p, p + near * slope * (1.5957691216057308 * (1.0 + 0.134145 * near * near))

@@ -117,28 +117,39 @@ def test_activation_on_a_dense_grid(each_backend, dtype, device, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 40], ids=["few", "many"])
-def test_extreme_inputs_do_as_torch_does(each_backend, dtype, device, activation, rows):
-    values = [1e4, -1e4, 100.0, -100.0, 80.0, -80.0, 0.0, -0.0, float("nan"), float("inf"), float("-inf"), 6e-5]
-    for value in values:
+def test_large_and_tiny_inputs(each_backend, dtype, device, activation, rows):
+    for value in (1e4, -1e4, 100.0, -100.0, 80.0, -80.0, 0.0, -0.0, 6e-5):
         x = torch.full((rows,), value, dtype=dtype, device=device)
-        y, expected = scalar(x, activation), PLAIN[activation](x)
-        assert torch.equal(y.isnan(), expected.isnan()), value
-        assert torch.equal(y.isinf(), expected.isinf()), value
-        if expected.isfinite().all():
-            assert_close(y, expected, PLAIN[activation](x.double()), f"{activation}({value})")
+        results = scalar(x, activation), PLAIN[activation](x), PLAIN[activation](x.double())
+        assert_close(*results, f"{activation}({value})")
+
+
+def check_limits(activation, dtype, device, rows):
+    """Far out a value is x, zero or a sign, and a derivative one or zero; torch's own answer at infinity differs between
+    processors."""
+    far = torch.tensor([800.0, 2e4, 1e13, 1e30, 3e38, float("inf")], device=device).to(dtype)
+    x = torch.cat([far, -far, far.new_tensor([float("nan")])]).repeat(-(-rows // 13))
+    signs = torch.cat([torch.ones_like(far), -torch.ones_like(far), x[12:13]]).repeat(-(-rows // 13))
+    value, slope = (signs, 0 * signs) if activation == "tanh" else (x.clamp(min=0), signs.clamp(min=0))
+    if activation == "relu":
+        slope = slope.nan_to_num(1.0)  # torch's rule
+    for part, value, slope in zip(x.split(rows), value.split(rows), slope.split(rows)):
+        part = part.clone().requires_grad_()
+        y = scalar(part, activation)
+        torch.testing.assert_close(y, value, rtol=0, atol=0, equal_nan=True)
+        gradient = torch.autograd.grad(y, part, torch.ones_like(y))[0]
+        torch.testing.assert_close(gradient, slope, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_gradients_do_as_torch_does(each_backend, dtype, device, activation):
-    def gradient(function, dtype):
-        x = torch.tensor([1e4, -1e4, 100.0, -100.0, 0.0, float("nan")], dtype=dtype, device=device, requires_grad=True)
-        return torch.autograd.grad(function(x).sum(), x)[0]
+@pytest.mark.parametrize("rows", [1, 39], ids=["few", "many"])
+def test_far_inputs_give_the_limits(each_backend, dtype, device, activation, rows):
+    check_limits(activation, dtype, device, rows)
 
-    actual = gradient(lambda x: scalar(x, activation), dtype)
-    expected, truth = gradient(PLAIN[activation], dtype), gradient(PLAIN[activation], torch.float64)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    finite = expected.isfinite()
-    assert_close(actual[finite], expected[finite], truth[finite])
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_far_inputs_give_the_limits_in_float64(device, activation):
+    check_limits(activation, torch.float64, device, 39)
 
 
 def test_alias_and_no_grad(each_backend, device):

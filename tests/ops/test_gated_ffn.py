@@ -135,6 +135,22 @@ def test_small_rows_beside_large_ones(each_backend, device):
         assert_close(actual[row], expected[row], truth[row], f"row {row}")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_far_gates_give_the_limits(each_backend, dtype, device, activation, rows):
+    """A gate beyond every dtype's range beside an `up` of one: the activation's limits, and no NaN."""
+    far = 1e4 if dtype == torch.float16 else 1e30
+    x = torch.tensor([[far], [-far]], device=device).to(dtype).repeat(rows // 2, 1).requires_grad_()
+    w_gate, w_up, w_out = (torch.tensor([[w]], device=device).to(dtype) for w in (far, 1 / far, 1.0))
+    y = pyfused.gated_ffn(x, w_gate, w_up, w_out, activation=activation)
+    limits = {"tanh": (1.0, 1.0)}.get(activation, (float("inf"), 0.0))
+    expected = torch.tensor(limits, device=device).to(dtype).repeat(rows // 2)[:, None]
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0)  # 1 / far is rounded
+    (gradient,) = torch.autograd.grad(y[1::2].sum(), x)
+    if activation != "tanh":
+        assert (gradient[1::2] == 0).all()
+
+
 def test_overflow_and_nan_are_passed_on(each_backend, dtype, device):
     """What the output itself cannot hold is infinite, and NaN in a row is NaN in that row alone."""
     x = torch.ones(3, 8, device=device).to(dtype)

@@ -1,8 +1,10 @@
 // What are the activations and their derivatives on a GPU, in float32? The formulas of activation.h, on one number.
 //
 // activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. Formulas are chosen so that
-// little cancels. NaN stays NaN, and the limits at infinity are torch's (gelu and silu of -inf are NaN there, from -inf
-// times 0). fmaf is written out, so that the host's rounding is the GPU's. The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels of each.
+// little cancels. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a factor
+// x that meets a zero is bounded first, since infinity times zero is NaN. fmaf is written out, so that the host's
+// rounding is the GPU's. The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels
+// of each.
 #pragma once
 
 #include "pyfused/device.cuh"
@@ -11,6 +13,11 @@ namespace pyfused {
 
 // Codes that Python passes for an activation.
 enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4, kGeluTanh = 5 };
+
+// x, kept within the numbers beyond which every activation is at its limit in float32; NaN stays NaN.
+constexpr float kFar = 128.0f;
+__device__ inline float not_below(float x) { return x < -kFar ? -kFar : x; }
+__device__ inline float bounded(float x) { return x > kFar ? kFar : not_below(x); }
 
 // The logistic function s(z) and 1 - s(z) = s(-z); through e^-|z|, so neither overflows nor cancels.
 struct Logistic {
@@ -29,7 +36,7 @@ struct Normal {
     // erfc(a) = e^(-a^2) (1 + u Q(u)), u = t - 1, t = 1 / (1 + 0.36 a), a = |x| / sqrt(2): as in Abramowitz and Stegun
     // 7.1.26, but exact at zero. Q is fitted for the least relative error, 1.4e-8 over 0 <= a <= 11; further out
     // e^(-a^2) is zero.
-    const float size = fabsf(x), a = (size > 64.0f ? 64.0f : size) * (0.36f * 0.70710678118654752f);
+    const float a = fabsf(bounded(x)) * (0.36f * 0.70710678118654752f);
     const float u = -a / (1.0f + a);
     float q = 0.06780595085f;
     q = fmaf(q, u, 0.2434261216f);
@@ -51,13 +58,14 @@ __device__ inline float twice_u(float x) { return x * 1.5957691216057308f * fmaf
 __device__ inline float activate(int code, float x) {
   switch (code) {
     case kRelu: return x < 0 ? 0.0f : x;
-    case kSilu: return x / (1.0f + expf(-x));
+    case kSilu: return not_below(x) / (1.0f + expf(-x));
     case kTanh: return tanhf(x);
     case kGelu: {
-      const Normal n(x);  // the tail is zero beyond 64; infinity times zero is not
-      return x < 0 ? x * n.tail : fmaf(-(x > 64.0f ? 64.0f : x), n.tail, x);
+      const Normal n(x);
+      const float near = bounded(x);
+      return x < 0 ? near * n.tail : fmaf(-near, n.tail, x);
     }
-    case kGeluTanh: return x / (1.0f + expf(-twice_u(x)));
+    case kGeluTanh: return not_below(x) / (1.0f + expf(-twice_u(x)));
     default: return x;
   }
 }
@@ -67,7 +75,7 @@ __device__ inline float activate_gradient(int code, float x, float g) {
     case kRelu: return x <= 0 ? 0.0f : g;
     case kSilu: {
       const Logistic l(x);
-      return g * fmaf(x * l.s, l.rest, l.s);
+      return g * fmaf(bounded(x) * l.s, l.rest, l.s);
     }
     case kTanh: {  // both forms are 1 / cosh^2
       if (fabsf(x) < 1.0f) {
@@ -79,12 +87,13 @@ __device__ inline float activate_gradient(int code, float x, float g) {
     }
     case kGelu: {
       const Normal n(x);
-      return g * fmaf(x, n.bell * 0.3989422804014327f, x < 0 ? n.tail : 1.0f - n.tail);
+      return g * fmaf(bounded(x), n.bell * 0.3989422804014327f, x < 0 ? n.tail : 1.0f - n.tail);
     }
     case kGeluTanh: {
-      const Logistic l(twice_u(x));
-      const float slope = 1.5957691216057308f * fmaf(x * x, 3 * 0.044715f, 1.0f);
-      return g * fmaf(x * slope * l.s, l.rest, l.s);
+      const float near = bounded(x);
+      const Logistic l(twice_u(near));
+      const float slope = 1.5957691216057308f * fmaf(near * near, 3 * 0.044715f, 1.0f);
+      return g * fmaf(near * slope * l.s, l.rest, l.s);
     }
     default: return g;
   }

@@ -1,8 +1,9 @@
 // Which activations are there, and what are their derivatives? Each takes one exponential and one division at most.
 //
 // value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that little cancels: errors stay
-// within a few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN, and the limits at infinity
-// are those of torch's formulas (gelu and silu of -inf are NaN there, from -inf times 0). Results below 1e-36 may be 0.
+// within a few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN. At infinity, and where x^2
+// overflows, the results are the mathematical limits: a factor x that meets a zero is bounded first, since infinity
+// times zero is NaN. Results below 1e-36 may be 0.
 #pragma once
 
 #include "simd.h"
@@ -25,6 +26,11 @@ enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGel
 
 PYFUSED_INLINE vfloat magnitude(vfloat x) { return bits_as<vfloat>(bits_as<vuint>(x) & 0x7fffffffu); }
 
+// x, kept within the numbers beyond which every activation is at its limit in float32; NaN stays NaN.
+constexpr float kFar = 128.0f;
+PYFUSED_INLINE vfloat not_below(vfloat x) { return max(splat(-kFar), x); }
+PYFUSED_INLINE vfloat bounded(vfloat x) { return min(splat(kFar), not_below(x)); }
+
 // The logistic function s(z) and 1 - s(z) = s(-z); through e^-|z|, so neither overflows nor cancels.
 struct Logistic {
   vfloat s, rest;
@@ -46,10 +52,10 @@ struct Relu {
 };
 
 struct Silu {  // x s(x)
-  static PYFUSED_INLINE vfloat value(vfloat x) { return x / (splat(1.0f) + exp(-x)); }
+  static PYFUSED_INLINE vfloat value(vfloat x) { return not_below(x) / (splat(1.0f) + exp(-x)); }
   static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
     const Logistic l(x);
-    return g * (l.s * (splat(1.0f) + x * l.rest));
+    return g * (l.s * (splat(1.0f) + bounded(x) * l.rest));
   }
 };
 
@@ -79,8 +85,7 @@ struct Gelu {  // x P(x), P the normal distribution, with the smaller of its two
     // erfc(a) = e^(-a^2) (1 + u Q(u)), u = t - 1, t = 1 / (1 + 0.36 a), a = |x| / sqrt(2): as in Abramowitz and Stegun
     // 7.1.26, but exact at zero. Q is fitted for the least relative error, 1.4e-8 over 0 <= a <= 11; further out
     // e^(-a^2) is zero.
-    const vfloat finite = magnitude(x) > splat(64.0f) ? splat(64.0f) : magnitude(x);
-    const vfloat a = finite * splat(0.36f * 0.70710678118654752f), u = -a / (splat(1.0f) + a);
+    const vfloat a = magnitude(bounded(x)) * splat(0.36f * 0.70710678118654752f), u = -a / (splat(1.0f) + a);
     vfloat q = splat(0.06780595085f);
     q = q * u + splat(0.2434261216f);
     q = q * u + splat(0.1901682835f);
@@ -95,13 +100,13 @@ struct Gelu {  // x P(x), P the normal distribution, with the smaller of its two
   }
   static PYFUSED_INLINE vfloat value(vfloat x) {
     const Gelu n(x);
-    const vfloat finite = x > splat(64.0f) ? splat(64.0f) : x;  // the tail is zero there; infinity times zero is not
-    return x < vfloat{} ? x * n.tail : x - finite * n.tail;
+    const vfloat product = bounded(x) * n.tail;
+    return x < vfloat{} ? product : x - product;
   }
   static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
     const Gelu n(x);
     const vfloat p = x < vfloat{} ? n.tail : splat(1.0f) - n.tail;
-    return g * (p + x * n.bell * splat(0.3989422804014327f));
+    return g * (p + bounded(x) * n.bell * splat(0.3989422804014327f));
   }
 };
 
@@ -109,8 +114,9 @@ struct GeluTanh {  // x (1 + tanh u) / 2 = x s(2 u), u = sqrt(2 / pi) (x + 0.044
   static PYFUSED_INLINE vfloat twice_u(vfloat x) {
     return x * splat(1.5957691216057308f) * (splat(1.0f) + x * x * splat(0.044715f));
   }
-  static PYFUSED_INLINE vfloat value(vfloat x) { return x / (splat(1.0f) + exp(-twice_u(x))); }
-  static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) {
+  static PYFUSED_INLINE vfloat value(vfloat x) { return not_below(x) / (splat(1.0f) + exp(-twice_u(x))); }
+  static PYFUSED_INLINE vfloat gradient(vfloat far, vfloat g) {
+    const vfloat x = bounded(far);
     const Logistic l(twice_u(x));
     const vfloat slope = splat(1.5957691216057308f) * (splat(1.0f) + x * x * splat(3 * 0.044715f));
     return g * (l.s * (splat(1.0f) + x * slope * l.rest));

@@ -1,0 +1,89 @@
+"""Are the results right on older and newer processors? `python tests/machines.py` runs `pyfused verify` and the operators'
+tests as they run there: with the instructions that torch and its libraries may use, numbers of threads, and pyfused's own sets.
+
+On the CPU kernels alone: Triton's interpreter and the CUDA sources do not ask the processor.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pyfused import _extensions
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESETS = "gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"
+
+# What torch, oneDNN and MKL may use. oneDNN's AVX512_CORE lacks the products of half precisions that newer processors have.
+LIBRARIES = {
+    "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "everything": {},
+}
+THREADS = 1, 2
+
+VERIFY = """
+import sys, torch
+from pyfused.verify import render, verify
+torch.set_num_threads(int(sys.argv[1]))
+reports = [verify(name) for name in sys.argv[2:]]
+print(*map(render, reports), sep="\\n")
+sys.exit(not all(report["passed"] for report in reports))
+"""
+
+
+def libraries():
+    """The names in LIBRARIES that this processor can play, and that differ on it."""
+    return [*LIBRARIES] if "avx512" in _extensions.cpu_supported() else ["default", "avx2"]
+
+
+def machines():
+    """(library, threads, instruction set of pyfused) to run: the two first in all combinations; the third, which every
+    operator's test varies by itself, each once more."""
+    isas = _extensions.cpu_supported() or [""]
+    found = [(*pair, isas[-1]) for pair in itertools.product(libraries(), THREADS)]
+    return found + [(libraries()[-1], 1, isa) for isa in isas[:-1]]
+
+
+def environment(library, threads, isa):
+    """A shell's variables on such a machine. pyfused's choice for products of half precisions hangs on the processor: it is
+    made in one way with one thread, in the other with two."""
+    chosen = {name for names in LIBRARIES.values() for name in names} | {"PYFUSED_BACKEND", "TRITON_INTERPRET"}
+    kept = {name: value for name, value in os.environ.items() if name not in chosen}
+    named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    return kept | LIBRARIES[library] | named | {"PYFUSED_TEST_NATIVE": str(threads - 1)}
+
+
+def verified(machine):
+    """The finished process that verifies the bundled presets on a machine."""
+    command = [sys.executable, "-c", VERIFY, str(machine[1]), *PRESETS]
+    return subprocess.run(command, cwd=ROOT, env=environment(*machine), capture_output=True, text=True)
+
+
+def tested(machine, tests):
+    """The finished process that runs tests on a machine."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not triton and not cuda", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment(*machine), capture_output=True, text=True)
+
+
+def main():
+    failed = []
+    for machine in machines():
+        for what, run in (("verify", lambda: verified(machine)), ("operators", lambda: tested(machine, ["tests/ops"]))):
+            done = run()
+            name = f"{', '.join(map(str, machine))}: {what}"
+            print(f"{name:<60} {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
+            if done.returncode:
+                failed.append(name)
+                print(done.stdout[-6000:], done.stderr[-3000:], sep="\n", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
