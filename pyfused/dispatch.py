@@ -6,6 +6,9 @@ runs that, under strict=True too) and, where they matter, two kinds of function 
 `unsupported_forward(*args)`: the module cannot do this case; `slower_forward(*args)`: it can, and measurements say that the
 next backend is faster, or closer to float64. A forced backend ignores the second kind and gives way, visibly in explain(), to
 the first.
+
+A call in which some tensor has no element runs on the reference, forced or not, strict or not: there is nothing to compute
+that a kernel could be faster at, and no kernel need divide by a size of 0 or launch an empty grid.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     Args:
         name: "reference", "cpu", "triton" or "cuda".
         strict: raise BackendError where the backend lacks the case; otherwise the next one runs, as explain() shows. An
-            operator of which the backend has the forward alone gets its gradients from the next one all the same.
+            operator of which the backend has the forward alone gets its gradients from the next one all the same, and a
+            call with an empty tensor runs on the reference.
 
     Raises:
         ValueError: `name` is no backend, or cannot run on this machine at all.
@@ -149,12 +153,22 @@ def _candidates(operator: str, function: str, device: str, dtype: torch.dtype, f
     return tuple(rows)
 
 
+def _is_empty(args: tuple[Any, ...]) -> bool:
+    """Whether some tensor of a call has no element. Asked at first calls of a signature, and where there are none."""
+    for a in args:
+        if isinstance(a, torch.Tensor) and not a.numel():
+            return True
+    return False
+
+
 def choose(operator: str, function: str, args: tuple[Any, ...]):
     """The callable that runs `function` ("forward" or "backward") of an operator for these arguments.
 
     The first argument decides device and dtype. Costs about 1 us: the table is cached, only the two reasons are asked.
     """
     forced = _forced.get() or _forced_by_environment()
+    if _is_empty(args):
+        return getattr(kernel("reference", operator), function)
     tensor = args[0]
     for name, call, unsupported, slower in _candidates(
         operator,
@@ -227,7 +241,7 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
     order = PREFERENCES.get(device, ("reference",))
     order = (*((forced[0],) if forced else ()), *order, *BACKENDS)
     rows: list[Verdict] = []
-    found = False
+    found, empty = False, _is_empty(args)
     for name in dict.fromkeys(order):
         listed = name in PREFERENCES.get(device, ("reference",)) or bool(forced and forced[0] == name)
         reason = _cannot_run(name, device, dtype)
@@ -236,6 +250,8 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
             reason = "has no such operator"
         if not reason and _lacks(name, operator, function):
             reason, module = f"has no {function} of this operator", None
+        if not reason and empty and name != "reference":
+            reason, module = "a tensor has no element: plain PyTorch does what little there is", None
         if module is not None:
             unsupported = getattr(module, f"unsupported_{function}", None)
             slower = getattr(module, f"slower_{function}", None)

@@ -141,6 +141,7 @@ void attention_forward(addr query, addr key, addr value, addr mask, addr bias, a
                        addr starts, addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
     Problem<T> p(query, key, value, mask, bias, seed, starts, layout, causal, scale, dropout_p);
+    if (p.no_queries()) return;
     const bool few = Few<T>::fits(p);
     p.with_relative(table, buckets, (const int64_t*)layout + 20, few ? 1 : -1, few ? kWidth : kGroup);
     if (few) Few<T>{p, (T*)out, (float*)lse}.run();

@@ -56,6 +56,9 @@ template <class T> struct Problem {
     for (int i = 0; i < 2; ++i) this->seed[i] = seed ? (uint32_t)(*(const uint64_t*)seed >> (32 * i)) : 0;
   }
 
+  // Whether nothing is to be computed, and sizes that others are divided by are 0. Without keys, results are zeros.
+  bool no_queries() const { return !b || !h || !hkv || !longest || !d; }
+
   // The queries of a batch entry are [first_query, end_query); its keys likewise, in the packed form.
   int64_t first_query(int64_t b) const { return starts ? starts[b] : 0; }
   int64_t end_query(int64_t b) const { return starts ? starts[b + 1] : sq; }

@@ -213,12 +213,14 @@ template <class T> void mix(Mix<T> m, int64_t B, char* scratch) {
 
 int64_t fourier_mix_scratch(addr plan_s, addr plan_n, int64_t b, int64_t s, int64_t n) {
   const Plan along_s((const int64_t*)plan_s, nullptr), along_n((const int64_t*)plan_n, nullptr);
+  if (!b || !s || !n) return 0;
   const Schedule schedule(Mix<float>{nullptr, nullptr, along_s, along_n, s, n, 0, 0, nullptr}, b);
   return schedule.shared + schedule.threads * schedule.work;
 }
 
 void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype) {
+  if (!b || !s || !n) return;
   const Plan along_s((const int64_t*)plan_s, (const float*)table_s);
   const Plan along_n((const int64_t*)plan_n, (const float*)table_n);
   PYFUSED_BY_DTYPE(dtype, {

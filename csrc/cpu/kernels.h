@@ -1,6 +1,6 @@
 // What may cpu_bindings.cpp call? Every kernel of every operator, declared in the namespace of the instruction set.
 // No include guard: the bindings include it once per instruction set. `addr` is a tensor's data pointer, 0 for none;
-// strides count elements; dtype is a code of simd.h. Python has checked everything (pyfused/ops).
+// strides count elements; dtype is a code of simd.h. Python has checked everything (pyfused/ops). Any size may be 0.
 #include <cstdint>
 
 namespace pyfused::PYFUSED_ISA {
@@ -51,7 +51,7 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n), rows contiguous; y contiguous. The plans and tables of s and of n are those of fft.h.
-// b >= 1. scratch: fourier_mix_scratch() bytes, aligned to 64, the number of threads being the same in both calls.
+// scratch: fourier_mix_scratch() bytes, aligned to 64, the number of threads being the same in both calls.
 int64_t fourier_mix_scratch(addr plan_s, addr plan_n, int64_t b, int64_t s, int64_t n);
 void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype);

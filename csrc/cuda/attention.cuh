@@ -240,6 +240,13 @@ inline Attention arguments(const AttentionPointers& p, bool is_causal, double sc
   return a;
 }
 
+// Whether a size in the layout is 0: others are divided by it, and no grid is empty. Plain PyTorch computes such a call.
+inline bool has_no_work(const int64_t* layout) {
+  for (int i = 0; i < 6; ++i)
+    if (layout[i] == 0) return true;
+  return false;
+}
+
 // Rows of a set of heads that a batch entry or sequence has, on average.
 inline int64_t mean_rows(const Attention& a) { return a.cu_seqlens ? up(a.sq, a.b) : (int64_t)a.pack * a.sq; }
 

@@ -70,7 +70,7 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
   const AttentionPointers p{query, key, value, mask, bias, table, buckets, seed, out, lse, layout};
   const int64_t* n = (const int64_t*)layout;
   const Launch launch{"attention forward", n[0] * n[1] * n[3], n[5], device};
-  if (launch.rows == 0) return;
+  if (has_no_work(n) || chunk == 0) return;
   const OnDevice guard(launch);
   if (dtype == 0) {
     attention_float32(launch, p, is_causal, scale, dropout_p, true, chunk, stream);
@@ -86,7 +86,7 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
                        addr stream) {
   const int64_t* n = (const int64_t*)layout;
   const Launch launch{"attention combine", n[0] * n[1] * n[3], n[5], device};
-  if (launch.rows == 0) return;
+  if (has_no_work(n)) return;
   const OnDevice guard(launch);
   PYFUSED_BY_DTYPE(dtype, {
     const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));

@@ -19,7 +19,7 @@ void attention_packed_forward(addr query, addr key, addr value, addr cu_seqlens,
   const AttentionPointers p{query, key, value, 0, 0, table, buckets, seed, out, lse, layout, cu_seqlens};
   const int64_t* n = (const int64_t*)layout;
   const Launch launch{"attention of packed sequences", n[1] * n[3], n[5], device};
-  if (launch.rows == 0) return;
+  if (has_no_work(n)) return;
   const OnDevice guard(launch);
   if (dtype == 0) {
     attention_float32(launch, p, is_causal, scale, dropout_p, false, n[4], stream);

@@ -160,6 +160,7 @@ void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype, int device,
                          addr stream) {
   const Launch launch{"fourier_mix forward", b * s, n, device};
+  if (launch.rows * n == 0) return;
   const OnDevice on(launch);
   const Plan along_s = read_plan(plan_s, table_s), along_n = read_plan(plan_n, table_n);
   const int c = pairs_of_columns(along_s, n);

@@ -195,7 +195,7 @@ template <bool CENTRED>
 void normalise_rows(const Launch& launch, addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean,
                     addr rstd, int64_t x_stride, int64_t residual_stride, double eps, int dtype, addr stream) {
   const int64_t rows = launch.rows, n = launch.n;
-  if (rows == 0) return;
+  if (rows * n == 0) return;
   const OnDevice guard(launch);
   PYFUSED_BY_DTYPE(dtype, {
     const Tensors<T> a{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)y, (T*)total,

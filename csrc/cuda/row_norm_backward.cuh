@@ -218,6 +218,7 @@ void normalise_rows_backward(const Launch& launch, addr grad_y, addr grad_total,
                              addr rstd, addr grad_x, addr grad_weight, addr grad_bias, addr partial, int64_t parts,
                              int64_t x_stride, int dtype, addr stream) {
   const int64_t rows = launch.rows, n = launch.n;
+  if (n == 0 || (rows != 0 && parts == 0)) return;
   const OnDevice guard(launch);
   PYFUSED_BY_DTYPE(dtype, {
     if (rows) {

@@ -10,12 +10,17 @@ from . import relative_bias
 from ._philox import keep_mask
 
 
+def group_of(query, key):
+    """How many query heads share a key head; any number of no heads."""
+    return query.shape[1] // max(key.shape[1], 1)
+
+
 def scores(
     query, key, is_causal, padding_mask, attn_bias, scale, bias_table=None, bidirectional=True, max_distance=128
 ):
     """(B, H, Sq, Sk) scores, -inf where a query may not look; float32 at least."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    group = query.shape[1] // key.shape[1]
+    group = group_of(query, key)
     s = query.to(wide) @ key.to(wide).repeat_interleave(group, 1).transpose(-1, -2) * scale
     if attn_bias is not None:
         s = s + attn_bias.to(wide)
@@ -69,7 +74,7 @@ def forward(
     p = probabilities(s)
     if dropout_p > 0.0:
         p = p * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
-    group = query.shape[1] // key.shape[1]
+    group = group_of(query, key)
     out = p @ value.to(p.dtype).repeat_interleave(group, 1)
     out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     if not save:
@@ -95,7 +100,7 @@ def backward(
     keep = torch.ones_like(p)
     if dropout_p > 0.0:
         keep = keep * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
-    group = query.shape[1] // key.shape[1]
+    group = group_of(query, key)
     wide_key, wide_value = (t.to(p.dtype).repeat_interleave(group, 1) for t in (key, value))
     grad_out = grad_out.to(p.dtype)
     grad_p = grad_out @ wide_value.transpose(-1, -2) * keep
@@ -103,7 +108,7 @@ def backward(
     grad_query = grad_s @ wide_key * scale
     grad_key = grad_s.transpose(-1, -2) @ query.to(p.dtype) * scale
     grad_value = (p * keep).transpose(-1, -2) @ grad_out
-    grad_key, grad_value = (t.unflatten(1, (-1, group)).sum(2) for t in (grad_key, grad_value))
+    grad_key, grad_value = (t.unflatten(1, (key.shape[1], group)).sum(2) for t in (grad_key, grad_value))
     grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
     grad_table = None
     if wants_table:

@@ -1,5 +1,7 @@
 """ffn in plain PyTorch: the definition of truth (Vaswani et al. 2017, section 3.3)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -47,9 +49,7 @@ def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
 
 def linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out):
     """What remains of the backward once the activation is through: four library products and two sums."""
-    g, p = grad_y.reshape(-1, grad_y.shape[-1]), grad_pre.reshape(-1, grad_pre.shape[-1])
+    g, p, rows, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, x, inner))
     grad_b_in = p.sum(0) if has_b_in else None
     grad_b_out = g.sum(0) if has_b_out else None
-    grad_w_in = p.t() @ x.reshape(-1, x.shape[-1])
-    grad_w_out = g.t() @ inner.reshape(-1, inner.shape[-1])
-    return (p @ w_in).view(x.shape), grad_w_in, grad_b_in, grad_w_out, grad_b_out
+    return (p @ w_in).view(x.shape), p.t() @ rows, grad_b_in, g.t() @ inner, grad_b_out

@@ -3,6 +3,8 @@
 In float16 what follows the two first products is computed in float32: activation(gate) * up overflows float16.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -35,8 +37,8 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
 
 def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up):
     """What remains of the backward once the activation is through: library products; `hidden` may be wider than x."""
-    rows = x.reshape(-1, x.shape[-1])
-    g, p, q = (t.reshape(-1, t.shape[-1]) for t in (grad_y, grad_gate, grad_up))
+    count = math.prod(x.shape[:-1])
+    rows, g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (x, grad_y, grad_gate, grad_up, hidden))
     grad_x = torch.addmm(q @ w_up, p, w_gate).view(x.shape)
-    grad_w_out = g.to(hidden.dtype).t() @ hidden.reshape(-1, hidden.shape[-1])
+    grad_w_out = g.to(hidden.dtype).t() @ hidden
     return grad_x, p.t() @ rows, q.t() @ rows, grad_w_out.to(x.dtype)

@@ -250,5 +250,7 @@ class CrossAttention(_Attention):
         x may have several rows, one after the other, for each row of the keys, as beams of one source: their queries are
         taken together, so that the keys are neither copied nor read for each.
         """
-        query = self.query(x).view(key_value[0].shape[0], -1, self.num_heads, self.head_size).transpose(1, 2)
+        rows = key_value[0].shape[0]
+        length = x.shape[0] // max(rows, 1) * x.shape[1]
+        query = self.query(x).view(rows, length, self.num_heads, self.head_size).transpose(1, 2)
         return self._attend(query, *key_value, visible, probabilities).view(x.shape)

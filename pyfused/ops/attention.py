@@ -65,7 +65,7 @@ def attention(
 
     Returns:
         (B, H, Sq, D) of query's dtype, stored as (B, Sq, H, D), so that merging the heads is a view. A query that sees no
-        key gives zeros and has zero gradient.
+        key, as all do where Sk is 0, gives zeros and has zero gradient. Any size may be 0; H too where Hkv is.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -160,12 +160,10 @@ def bind(
         raise ValueError(f"key has shape {tuple(of_key)}; it takes (B, Hkv, Sk, D) with query's B = {b} and D = {d}")
     if value.shape != of_key:
         raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's shape, {tuple(of_key)}")
-    if hkv == 0 or h % hkv:
+    if h % hkv if hkv else h:
         raise ValueError(f"key has {hkv} heads; it takes a number that divides query's {h}")
-    if not 1 <= d <= MAX_HEAD_SIZE:
-        raise ValueError(f"query has head size {d}; it takes 1 to {MAX_HEAD_SIZE}")
-    if sq < 1 or sk < 1:
-        raise ValueError(f"query and key have lengths {sq} and {sk}; they take at least 1")
+    if d > MAX_HEAD_SIZE:
+        raise ValueError(f"query has head size {d}; it takes at most {MAX_HEAD_SIZE}")
     table, bidirectional, max_distance = None, True, 128
     if relative_bias is not None:
         table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
@@ -206,7 +204,7 @@ def bind(
         or (attn_bias is not None and attn_bias.requires_grad)
         or (table is not None and table.requires_grad)
     )
-    scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(d, 1)) if scale is None else float(scale)
     if d != 1:
         query = query if query.stride()[3] == 1 else query.contiguous()
         key = key if key.stride()[3] == 1 else key.contiguous()
@@ -224,8 +222,8 @@ def _bind_sequences(cu_seqlens, max_seqlen, query, key):
         raise TypeError(f"{name} is a {type(cu_seqlens).__name__}; it takes a torch.Tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {name_of(cu_seqlens.dtype)}; it takes int32 or int64")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}; it takes (N + 1,) with N at least 1")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}; it takes (N + 1,)")
     if cu_seqlens.device != query.device:
         raise ValueError(f"{name} is on {cu_seqlens.device}; it takes query's device, {query.device}")
     total = query.shape[2]
@@ -240,13 +238,13 @@ def _bind_sequences(cu_seqlens, max_seqlen, query, key):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in pairwise(ends)):
             raise ValueError(f"{name} is {_shown(ends)}; it takes 0 first, {total} last (query's T), and never falls")
-        longest = max(b - a for a, b in pairwise(ends))
+        longest = max((b - a for a, b in pairwise(ends)), default=0)
         if max_seqlen is not None and max_seqlen < longest:
             raise ValueError(f"max_seqlen is {max_seqlen}; it takes at least the longest sequence, {longest}")
         max_seqlen = longest if max_seqlen is None else max_seqlen
     elif max_seqlen is None:
         traced = tracing() or type(cu_seqlens) is not torch.Tensor
-        max_seqlen = total if traced else int(cu_seqlens.diff().max())
+        max_seqlen = total if traced or not total else int(cu_seqlens.diff().max())
     return cu_seqlens.to(torch.int32).contiguous(), min(max_seqlen, total)
 
 

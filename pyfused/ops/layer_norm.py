@@ -58,8 +58,8 @@ def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
     full = x.shape
-    if not full or full[-1] == 0:
-        raise ValueError(f"x has shape {tuple(full)}; it takes (..., N) with N >= 1")
+    if not full:
+        raise ValueError("x has shape (); it takes (..., N)")
     shape = full[-1:]
     check_like(weight, "weight", x, "x")
     check_shape(weight, "weight", shape, "(N,)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _backward(ctx, grad_y):
     x, weight = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
     n, k = weight.shape
-    rows = grad_y.reshape(grad_y.numel() // max(n, 1), n)
+    rows = grad_y.reshape(math.prod(x.shape[:-1]), n)
     grad_x = (rows @ weight).view(x.shape) if wants_x else None
     grad_weight = rows.t() @ x.reshape(rows.shape[0], k) if wants_weight else None
     return grad_x, grad_weight, rows.sum(0) if wants_bias else None, grad_y if wants_residual else None

@@ -43,7 +43,7 @@ def relative_bias(
     Args:
         table: (num_buckets, H), float32, float16, bfloat16 (float64 runs on the reference); num_buckets at least 2, or 4
             where bidirectional. Of an odd number the last bucket is not used where bidirectional.
-        query_length, key_length: Sq and Sk, at least 1.
+        query_length, key_length: Sq and Sk, at least 0.
         bidirectional, max_distance: as in RelativeBias; max_distance exceeds the number of distances with a bucket of
             their own, num_buckets // 2 (// 4 where bidirectional).
         query_offset: the position of the first query; keys start at 0. With a cache, the number of cached tokens.
@@ -79,8 +79,8 @@ def bind(table, query_length, key_length, *, bidirectional, max_distance=128, qu
     for name, length in (("query_length", query_length), ("key_length", key_length)):
         if not _is_int(length):
             raise TypeError(f"{name} is a {type(length).__name__}; it takes an int")
-        if length < 1:
-            raise ValueError(f"{name} is {length}; it takes at least 1")
+        if length < 0:
+            raise ValueError(f"{name} is {length}; it takes at least 0")
     if not _is_int(query_offset):
         raise TypeError(f"query_offset is a {type(query_offset).__name__}; it takes an int")
     return table, query_length, key_length, bidirectional, max_distance, query_offset

@@ -61,8 +61,8 @@ def bind(x, weight, *, eps=1e-6, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
     shape = x.shape
-    if not shape or shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(shape)}; it takes (..., N) with N >= 1")
+    if not shape:
+        raise ValueError("x has shape (); it takes (..., N)")
     check_like(weight, "weight", x, "x")
     check_shape(weight, "weight", shape[-1:], "(N,)")
     if residual is not None:

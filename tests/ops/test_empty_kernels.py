@@ -1,0 +1,95 @@
+"""Does every native kernel live with a size of 0? Each is called as its header declares it, in another process, with every
+integer at 0 in turn and with all of them: what dispatch keeps from them must not end the process either."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyfused import _extensions
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = "import shim; kernels = shim.load()"
+CPU = "from pyfused import _cpu; kernels = _cpu."
+
+# Sizes are 4, but for a head size of 8; strides too. Every address is one of a buffer of zeros, larger than anything asks for.
+SCRIPT = """
+import sys, torch
+from pyfused.kernels.fourier import plan
+{load}
+buffers = [torch.zeros(1 << 18) for _ in range(24)]
+ends = torch.tensor([0, 2, 4, 4, 4], dtype=torch.int32)
+none = torch.zeros(8, dtype=torch.int64)  # the plan of length 0
+
+def call(name, parameters, zero, given):
+    layout = torch.full((40,), 4)
+    layout[5] = 8
+    layout[20:24] = 0  # one distance of a relative bias
+    layout[[i for i in range(7) if (zero == "all" and i < {sizes}) or zero == i]] = 0
+    values = []
+    for i, (kind, parameter) in enumerate(parameters):
+        empty = zero in ("all", parameter)
+        if kind == "addr" and parameter in given:
+            values.append(given[parameter])
+        elif parameter == "layout":
+            values.append(layout.data_ptr())
+        elif parameter.startswith(("plan_", "table_")):
+            length = parameter.rpartition("_")[2]
+            stages, table = plan(4)
+            stages = none if zero in ("all", length) else stages
+            values.append((stages if parameter.startswith("plan") else table).data_ptr())
+        elif kind == "addr":
+            values.append(buffers[i].data_ptr())
+        elif parameter in ("dtype", "device"):
+            values.append(0)
+        elif parameter == "multiprocessors":
+            values.append(4)
+        else:
+            values.append({{"int64_t": 0 if empty else 4, "int": 1, "bool": False, "double": 0.25}}[kind])
+    print(name, zero, *given, flush=True)
+    getattr(kernels, name)(*values)
+
+for name, parameters in {declared!r}:
+    named = [parameter for _, parameter in parameters]
+    zeros = ["none", "all", *(p for kind, p in parameters if kind == "int64_t"), *(range(7) if "layout" in named else ())]
+    optional = {{"stream": 0, "bias": 0, "mask": 0}}
+    variants = [optional]
+    if "layout" in named:  # few queries and many, padded and packed
+        packed = dict.fromkeys(("starts", "cu_seqlens"), ends.data_ptr())
+        none_packed = dict.fromkeys(packed, 0)
+        variants = [{{**optional, **a, **b}} for a in (packed, none_packed) for b in ({{}}, {{"seed": 0}}, {{"seed": 0, "table": 0}})]
+    for given in variants:
+        for zero in zeros:
+            call(name, parameters, zero, given)
+print("alive")
+"""
+
+
+def declared(header):
+    """(name, [(type, parameter), ...]) of every function that a kernels.h declares."""
+    found = []
+    for name, parameters in re.findall(r"^(?:void|int64_t) (\w+)\(([^)]*)\);", (ROOT / header).read_text(), re.M):
+        found.append((name, [tuple(p.split()) for p in parameters.split(",") if p.strip()]))
+    return found
+
+
+def survives(load, header, sizes):
+    functions = declared(header)
+    script = SCRIPT.format(load=load, declared=functions, sizes=sizes)
+    path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'cuda_on_cpu')!r})\n"
+    done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1] == "alive", (done.returncode, lines[-1:], done.stderr[-2000:])
+    assert {line.split()[0] for line in lines[:-1]} == {name for name, _ in functions}
+
+
+@pytest.mark.parametrize("isa", _extensions.cpu_supported())
+def test_cpu(isa):
+    survives(CPU + isa, "csrc/cpu/kernels.h", sizes=7)
+
+
+@pytest.mark.skipif(not _extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
+def test_cuda():
+    survives(SHIM, "csrc/cuda/kernels.h", sizes=6)
