@@ -40,6 +40,8 @@ namespace python = pyfused::python;
         KERNEL(isa, fourier_mix_forward),    \
         KERNEL(isa, gated_ffn_forward),      \
         KERNEL(isa, gated_ffn_activation),   \
+        KERNEL(isa, mask_structure),         \
+        KERNEL(isa, all_zero),               \
         {}};                                 \
     if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();\
   }

@@ -1,28 +1,28 @@
 """How does an existing model run on fused kernels, unchanged otherwise? fuse_ gives its modules another forward.
 
-The forward is an attribute of the instance: class, parameters, buffers, hooks and state dict stay, and taking the attribute
-away (unfuse_) restores the module. It is a functools.partial of a function that can be imported by its name, so that the
-module still pickles, and its deep copy has a forward of its own. Such a function computes what the class's own forward does
-and hands over to it (`original`) what the kernels do not have, call by call.
+The forward is an attribute of the instance (_own_forward.py): class, parameters, buffers, hooks and state dict stay, and
+taking the attribute away (unfuse_) restores the module. Deep copies, pickles and nn.DataParallel's replicas have such a forward
+of their own; any other copy of a fused module's attributes, as copy.copy makes, computes as its class does. The forward is a
+function that can be imported by its name. It computes what the class's own forward does and hands over to it (`original`) what
+the kernels do not have, call by call.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-Forward = Callable[..., Any]  # (module, *args, **kwargs), at the top level of a file
+from ._own_forward import F, Forward, give, is_own, own_forward, take_back
+
 Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
-F = TypeVar("F", bound=Forward)
 
 # The library a model's classes come from -> the file of pyfused/integrations that knows them. Such a file has ADAPTERS, by the
 # full name of a class, and may have enter(model, wanted) and leave(model) for what concerns a model as a whole.
@@ -102,7 +102,7 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
         if isinstance(forward, str):
             left.append(Entry(name, kind, forward))
         else:
-            module.__dict__["forward"] = functools.partial(forward, module)
+            give(module, forward)
             replaced[name] = Entry(name, kind, _first_line(forward))
     return FuseReport(tuple(replaced.values()), tuple(left))
 
@@ -119,7 +119,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
     _check_module(model)
     for module in model.modules():
         if is_fused(module):
-            del module.__dict__["forward"]
+            take_back(module)
     for library in _integrations(model):
         if hasattr(library, "leave"):
             library.leave(model)
@@ -128,13 +128,12 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 def fused_forward(function: F) -> F:
     """Marks a function as one that fuse_ gives to instances. Its docstring's first line is what the report says."""
-    function.__dict__["pyfused_forward"] = True
-    return function
+    return own_forward(function)
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether fuse_ gave this module its forward."""
-    return _is_ours(module.__dict__.get("forward"))
+    return is_own(module.__dict__.get("forward"))
 
 
 def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -153,16 +152,16 @@ def is_bare(*modules: nn.Module | None) -> bool:
             or m._forward_pre_hooks
             or m._backward_hooks
             or m._backward_pre_hooks
-            or not _is_ours(m.__dict__.get("forward"), absent=True)
+            or _has_another_forward(m)
         ):
             return False
     return True
 
 
-def _is_ours(forward: Any, absent: bool = False) -> bool:
-    if forward is None:
-        return absent
-    return isinstance(forward, functools.partial) and getattr(forward.func, "pyfused_forward", False)
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether someone else put a forward on this instance."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not is_own(forward)
 
 
 def _check_module(model: Any) -> None:
@@ -194,7 +193,7 @@ def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str |
 def _reason_against(name: str, module: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> str:
     if not wanted(name, module):
         return "filter_fn says no"
-    if not _is_ours(module.__dict__.get("forward"), absent=True):
+    if _has_another_forward(module):
         return "this instance has a forward of its own already"
     return ""
 

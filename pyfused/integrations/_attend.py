@@ -11,11 +11,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
 from .. import _notices
-from .._tracing import tracing
+from ..kernels.cpu.mask_structure import all_zero
 from ..ops import RelativeBias, attention
 from ..ops import relative_bias as materialise
 from ..ops.attention import MAX_HEAD_SIZE
-from ._masks import Visible, additive, read_mask
+from ._masks import Visible, additive, may_look, read_mask
 
 # What changes the result and is not computed here; a model passes these only where it has such a thing.
 REFUSED = {
@@ -119,7 +119,10 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
     plain = (query, key, visible, packed, relative_bias)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
         _notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
-        output, weights = module._upcast_and_reordered_attn(query, key, value, _dense_bias(*plain))
+        bias, dead = _dense_bias(*plain)
+        output, weights = module._upcast_and_reordered_attn(query, key, value, bias)
+        if dead is not None:
+            output, weights = output.masked_fill(dead.transpose(1, 2), 0.0), weights.masked_fill(dead, 0.0)
         if head_mask is not None:
             output, weights = output * head_mask[:, None], weights * head_mask[:, None, None]
         return output, weights
@@ -133,8 +136,10 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
             f"head sizes {query.shape[3]} and {value.shape[3]}: attention runs on transformers' sdpa; the kernels take "
             f"one size for keys and values, up to {MAX_HEAD_SIZE}"
         )
-        bias = _dense_bias(*plain)
+        bias, dead = _dense_bias(*plain)
         output, _ = sdpa_attention_forward(module, query, key, value, bias, dropout, scaling, False)
+        if dead is not None:
+            output = output.masked_fill(dead.transpose(1, 2), 0.0)
     else:
         output = attention(
             query,
@@ -152,19 +157,17 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
     return output if head_mask is None else output * head_mask[:, None], None
 
 
-def _with_weights(query, key, value, bias, dropout, scaling, head_mask):
+def _with_weights(query, key, value, dense, dropout, scaling, head_mask):
     """The same in plain PyTorch, softmax in float32. The probabilities are those after dropout and head mask, as eager's."""
+    bias, dead = dense
     group = query.shape[1] // key.shape[1]
     key, value = (t if group == 1 else t.repeat_interleave(group, 1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if bias is not None:
         scores = scores + bias
-        # A query that sees no key has no probabilities.
-        dead = (scores == -torch.inf).all(-1, keepdim=True)
-        scores = scores.masked_fill(dead, 0.0)
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
-    if bias is not None:
+    if dead is not None:
         weights = weights.masked_fill(dead, 0.0)
     weights = F.dropout(weights, dropout)
     if head_mask is not None:
@@ -173,7 +176,8 @@ def _with_weights(query, key, value, bias, dropout, scaling, head_mask):
 
 
 def _dense_bias(query, key, visible, packed, relative_bias):
-    """All that says which keys a query sees, and its biases, as one tensor to add to the scores."""
+    """What the fallbacks add to the scores, (B or 1, H or 1, Tq, Sk), and which queries see no key, (..., Tq, 1); None for
+    nothing. Such a query is given every key here, as a softmax over -inf alone is NaN: its result is then to be zeros."""
     bias, (tq, sk) = visible.attn_bias, (query.shape[2], key.shape[2])
     hidden = None
     if visible.is_causal:
@@ -190,7 +194,11 @@ def _dense_bias(query, key, visible, packed, relative_bias):
         table, bidirectional, distance = relative_bias
         dense = materialise(table, tq, sk, bidirectional=bidirectional, max_distance=distance, query_offset=sk - tq)
         bias = _sum(dense.to(query.dtype), bias)
-    return bias if hidden is None else _sum(additive(~hidden, query.dtype), bias)
+    bias = bias if hidden is None else _sum(additive(~hidden, query.dtype), bias)
+    if bias is None:
+        return None, None
+    dead = (bias == -torch.inf).all(-1, keepdim=True)
+    return bias.masked_fill(dead, 0.0), dead
 
 
 def _sum(a, b):
@@ -198,14 +206,8 @@ def _sum(a, b):
 
 
 def _is_zero(bias):
-    """T5's cross-attention passes one tensor of zeros to all layers. Looked at once, where looking waits for no device."""
-    if tracing() or bias.requires_grad or not bias.is_cpu or bias.is_inference():
-        return False
-    known = getattr(bias, "_pyfused_zero", None)
-    if known is None or known[0] != bias._version:
-        known = bias._version, not bias.any().item()
-        bias._pyfused_zero = known
-    return known[1]
+    """T5's cross-attention passes one tensor of zeros to all layers. Looked at where that waits for no device."""
+    return not bias.requires_grad and may_look() and all_zero(bias)
 
 
 def _read_head_mask(module, head_mask, heads):

@@ -1,25 +1,22 @@
 """What does a mask of transformers say, in the terms of pyfused.attention? And the function that makes such masks.
 
-Every model gets what transformers' sdpa gets, a 4-D bool mask or None, which its code may slice, combine or move. A mask is
-looked at once: one that is nothing but padding and causality needs no dense bias. What was seen is kept as an attribute of
-the tensor, so that no tensor made from it has it.
+Every model gets what transformers' sdpa gets, a 4-D bool mask or None, which its code may slice, combine or move. A mask in
+the host's memory that is nothing but padding and causality needs no dense bias. Each layer looks for itself, and nothing is
+kept: masks are changed through numpy, shared memory or .data, which no version counter counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils.import_utils import is_tracing
 
 from .._tracing import tracing
+from ..kernels.cpu.mask_structure import structure
 from ._supported import check_interface, may_leave_out_masks
-
-_STRUCTURE, _BIAS = "_pyfused_structure", "_pyfused_bias"  # attributes of a mask
 
 
 class Visible(NamedTuple):
@@ -29,11 +26,6 @@ class Visible(NamedTuple):
     is_causal: bool = False
     attn_bias: Tensor | None = None
     keys: int | None = None
-
-
-class _Structure(NamedTuple):
-    visible: Visible | None  # None: neither padding nor causality alone
-    version: int
 
 
 def make_mask(
@@ -91,61 +83,38 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
         return Visible(mask[:, 0, 0].expand(sizes[0], -1))
-    if mask.shape == sizes and not (_traced(mask) or mask.requires_grad):
-        structure = getattr(mask, _STRUCTURE, None)
-        if structure is None or _changed(mask, structure.version):
-            structure = _Structure(_recognised(mask), 0 if mask.is_inference() else mask._version)
-            if not mask.is_inference():
-                setattr(mask, _STRUCTURE, structure)
-        if structure.visible is not None:
-            return structure.visible
+    if mask.shape == sizes and not mask.requires_grad and may_look():
+        visible = _recognised(mask)
+        if visible is not None:
+            return visible
     return Visible(attn_bias=additive(mask, query.dtype))
 
 
 def _recognised(mask: Tensor) -> Visible | None:
-    """What a (B, 1, Tq, Sk) mask is made of, if it is only padding, with or without causality. Reads it once a forward: B Tq
-    Sk bytes, beside the B H Tq Sk scores of each layer; on a device that waits, as transformers' own look at the padding."""
-    if mask.device.type == "meta" or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """What a (B, 1, Tq, Sk) mask is made of, if it is only padding, with or without causality.
+
+    On a GPU a look waits for the device, once a layer, so masks there are dense. Of eager's float masks, whose hidden keys are
+    finite, a query that sees no key sees all of them alike: such a mask is dense too.
+    """
+    found = structure(mask, all_see=mask.dtype != torch.bool)
+    if found is None:
         return None
-    seen = mask[:, 0]
-    if mask.dtype != torch.bool:
-        seen = seen == 0
-        hidden = torch.finfo(mask.dtype).min
-        # eager's mask: hidden keys are finite, so that a query which sees none sees all of them alike
-        if not bool((seen | (mask[:, 0] <= hidden)).all()) or not bool(seen.any(-1).all()):
-            return None
-    queries, keys = seen.shape[1:]
-    with _counting_changes():
-        last = seen[:, -1].clone()
-        if bool((seen == last[:, None]).all()):
-            return Visible(None if bool(last.all()) else last)
-        filled = int(last.any(0).nonzero().max()) + 1 if bool(last.any()) else 0
-        for end in dict.fromkeys((keys, filled)):  # behind what is filled, a static cache has room
-            if end < queries:
-                continue
-            places = torch.arange(end, device=mask.device)
-            causal = places <= places[end - queries :, None]
-            if torch.equal(seen[..., :end], causal & last[:, None, :end]) and not bool(seen[..., end:].any()):
-                padding = last[:, :end]
-                return Visible(None if bool(padding.all()) else padding.clone(), True, None, end)
-    return None
+    end, padded = found
+    padding = None
+    if padded:
+        last = mask[:, 0, -1, : end or None]
+        padding = last.clone() if mask.dtype == torch.bool else last == 0
+    return Visible(padding, end > 0, None, end or None)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a bias of this dtype. A bool mask is converted once for all layers; -inf hides, so that a query that sees
-    nothing gives zeros. A float mask stays what it is: finfo.min is finite, and such a query sees every key alike."""
+    """A mask as a bias of this dtype. In place of False -inf hides, so that a query that sees nothing gives zeros. A float
+    mask stays what it is: finfo.min is finite, and such a query sees every key alike."""
     if mask.dtype == dtype:
         return mask
     if mask.dtype != torch.bool:
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
-    if _traced(mask) or mask.is_inference():
-        return _hidden(mask, dtype)
-    kept = getattr(mask, _BIAS, None)
-    if kept is None or kept[0] != (dtype, mask.device) or _changed(mask, kept[1]):
-        with _counting_changes():
-            kept = (dtype, mask.device), mask._version, _hidden(mask, dtype)
-        setattr(mask, _BIAS, kept)
-    return kept[2]
+    return _hidden(mask, dtype)
 
 
 def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,15 +122,6 @@ def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, zero, hidden)
 
 
-def _counting_changes() -> AbstractContextManager[Any]:
-    """Tensors made here count their in-place changes, by which a mask is known to differ from what it remembers; those of
-    inference mode do not."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def _changed(mask: Tensor, version: int) -> bool:
-    return mask.is_inference() or mask._version != version
-
-
-def _traced(mask: Tensor | None) -> bool:
-    return tracing() or is_tracing(mask)
+def may_look() -> bool:
+    """Whether what a tensor holds may decide what is computed: not in a trace, nor in torch.func's transforms."""
+    return not (tracing() or torch._C._are_functorch_transforms_active())

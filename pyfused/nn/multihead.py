@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._notices import once
 from ..fuse import fused_forward
+from ..kernels.reference import attention as reference
 from ..ops import attention, linear
 from ..ops.attention import MAX_HEAD_SIZE
 from .attention import Visibility
@@ -98,6 +99,7 @@ def attend(
     visible: Visibility,
     batch_first: bool,
     residual: Tensor | None = None,
+    probabilities: list[Tensor] | None = None,
 ) -> Tensor:
     """Projections, attention, and the output projection with a residual on top.
 
@@ -105,6 +107,8 @@ def attend(
         query: (B, Sq, E), or (Sq, B, E) without batch_first; so are residual and the result.
         key, value: the same with Sk and their own features. One tensor for all three is projected at once.
         visible: which keys count; a packing has B = 1.
+        probabilities: a list that gets (B, H, Sq, Sk), behind the dropout; attention is plain PyTorch then, and takes no
+            packing.
     """
     q, k, v = _projected(module, query, key, value, batch_first)
     if module.bias_k is not None and module.bias_v is not None:
@@ -115,17 +119,23 @@ def attend(
         k, v = _appended(k, zero, module), _appended(v, zero, module)
         visible = _with_one_key_more(visible)
     packing = visible.packing
-    out = attention(
-        q,
-        k,
-        v,
-        is_causal=visible.is_causal,
-        padding_mask=visible.padding_mask,
-        attn_bias=visible.attn_bias,
-        dropout_p=module.dropout if module.training else 0.0,
-        cu_seqlens=None if packing is None else packing.cu_seqlens,
-        max_seqlen=None if packing is None else packing.max_seqlen,
-    )
+    if probabilities is not None:
+        masks = visible.is_causal, visible.padding_mask, visible.attn_bias
+        weights = reference.probabilities(reference.scores(q, k, *masks, module.head_dim**-0.5)).to(q.dtype)
+        probabilities.append(F.dropout(weights, module.dropout, module.training))
+        out = probabilities[0] @ v
+    else:
+        out = attention(
+            q,
+            k,
+            v,
+            is_causal=visible.is_causal,
+            padding_mask=visible.padding_mask,
+            attn_bias=visible.attn_bias,
+            dropout_p=module.dropout if module.training else 0.0,
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            max_seqlen=None if packing is None else packing.max_seqlen,
+        )
     merged = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
     return linear(merged.flatten(2), module.out_proj.weight, module.out_proj.bias, residual=residual)
 
@@ -183,21 +193,26 @@ def multihead_forward(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """pyfused.attention, where need_weights=False"""
+    probabilities: list[Tensor] | None = None
     if need_weights:
         once(
             "MultiheadAttention was called with need_weights=True, its default: the probabilities are computed and "
             "averaged by plain PyTorch; the fused path needs need_weights=False"
         )
-    else:
-        out = _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal)
-        if out is not None:
+        probabilities = []
+        is_causal = is_causal and attn_mask is None  # for probabilities torch reads the mask, not the hint about it
+    out = _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal, probabilities)
+    if out is not None:
+        if not probabilities:
             return out, None
+        weights = probabilities[0].mean(1) if average_attn_weights else probabilities[0]
+        return out, weights if query.dim() == 3 else weights[0]
     return nn.MultiheadAttention.forward(
         *(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
     )
 
 
-def _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor | None:
+def _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal, probabilities) -> Tensor | None:
     """None: what is left to torch, its errors included."""
     rank = query.dim()
     if not (attends(module, query, key, value) and rank in (2, 3) and key.dim() == rank and value.dim() == rank):
@@ -219,7 +234,7 @@ def _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal) ->
     visible = visible_keys(query, (b, module.num_heads, sq, sk), attn_mask, key_padding_mask, is_causal)
     if visible is None:
         return None
-    out = attend(module, query, key, value, visible, batch_first)
+    out = attend(module, query, key, value, visible, batch_first, probabilities=probabilities)
     return out if rank == 3 else out[0]
 
 
@@ -232,11 +247,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention, its constructor, state dict, masks and results, on pyfused.attention.
 
     Call it with need_weights=False. With need_weights=True, torch's default, it returns the averaged probabilities, which
-    the fused path never has in memory: such a call runs as torch's, and a FallbackWarning says so once. So do calls that
-    the kernels do not take: float64, nested tensors, head sizes above 256, mixed dtypes.
+    the fused path never has in memory: such a call attends in plain PyTorch, and a FallbackWarning says so once. Calls that
+    the kernels do not take run as torch's: float64, nested tensors, head sizes above 256, mixed dtypes.
 
     In bool masks True hides a key, as everywhere in torch.nn. A query that may see no key gets zeros from the attention,
-    where torch.nn gives NaN or zeros, depending on the path it takes.
+    where torch.nn gives NaN or zeros, depending on the path it takes. Its probabilities are zeros too.
     """
 
     def forward(

@@ -1,0 +1,85 @@
+"""Do all ways of computing attention in a transformers model agree on real tokens, wherever the padding is, and give no NaN?"""
+
+import copy
+
+import pytest
+import torch
+from hf_cases import build, tokens, with_implementation
+
+import pyfused
+from pyfused.testing import assert_close
+
+LENGTH = 8
+MASKS = {
+    "left": [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]],
+    "right": [[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8, [1, 1, 1, 1, 1, 1, 1, 0]],
+    "middle": [[1, 1, 0, 0, 1, 1, 1, 1], [1] * 8, [0, 1, 0, 1, 1, 0, 1, 0]],
+    "a row of padding": [[0, 0, 1, 1, 1, 1, 1, 1], [0] * 8, [1, 1, 1, 1, 1, 1, 0, 0]],
+}
+WIDE = {"n_embd": 264, "n_head": 1}  # the kernels take heads of 256
+CASES = {
+    **{
+        f"upcast, scaled {scaled}, by layer {by_layer}": (
+            "gpt2",
+            {"reorder_and_upcast_attn": True, "scale_attn_weights": scaled, "scale_attn_by_inverse_layer_idx": by_layer},
+            {},
+        )
+        for scaled in (True, False)
+        for by_layer in (True, False)
+    },
+    "scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {}),
+    "wide heads": ("gpt2", WIDE, {}),
+    "no probability is left": ("gpt2", {"attn_pdrop": 1.0}, {}),
+    **{f"attentions of {name}": (name, {}, {"output_attentions": True}) for name in ("gpt2", "bert", "albert", "t5")},
+    **{name: (name, {}, {}) for name in ("gpt2", "albert", "t5", "llama", "mistral, window 4")},
+}  # fmt: skip
+
+
+def given(name, mask, options):
+    torch.manual_seed(2)
+    inputs = {"input_ids": tokens(len(mask), LENGTH), "attention_mask": mask, **options}
+    if name == "t5":
+        inputs |= {"decoder_input_ids": tokens(len(mask), LENGTH), "decoder_attention_mask": mask}
+    return inputs
+
+
+def call(model, inputs, live):
+    """The output, every tensor of probabilities, and the gradients of a loss over the real tokens."""
+    model.zero_grad()
+    output = model(**inputs, use_cache=False) if "decoder_input_ids" in inputs else model(**inputs)
+    (output[0][live] * torch.linspace(-1.0, 1.0, output[0].shape[-1])).sum().backward()
+    found = {"output": output[0], **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    for name in ("attentions", "decoder_attentions"):
+        for i, weights in enumerate(output.get(name) or ()):
+            found[f"{name}.{i}"] = weights.transpose(1, 2)
+    return found
+
+
+def ways(name, options):
+    """How the model runs on pyfused."""
+    for had in ("eager", "sdpa"):
+        model = build(name, attn_implementation=had, **options)
+        yield f"fused from {had}", model, lambda m: pyfused.fuse_(m)
+    yield "by its name", build(name, **options), lambda m: with_implementation(m, "pyfused")
+
+
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore::pyfused._notices.FallbackWarning")
+def test_real_tokens(case, side):
+    name, options, arguments = CASES[case]
+    mask = torch.tensor(MASKS[side])
+    live = mask.bool()
+    for way, model, enter in ways(name, options):
+        plain = with_implementation(copy.deepcopy(model), "eager").train("attn_pdrop" in options)
+        inputs = given(name, mask, arguments)
+        expected = call(plain, inputs, live)
+        truth = call(copy.deepcopy(plain).double(), inputs, live)
+        model.train("attn_pdrop" in options)
+        enter(model)
+        found = call(model, inputs, live)
+        assert found.keys() == expected.keys(), way
+        for what, tensor in found.items():
+            assert tensor.isfinite().all(), (way, what)
+            rows = live if tensor.shape[:2] == live.shape else ...
+            assert_close(tensor[rows], expected[what][rows], truth[what][rows], f"{way}: {what}")
