@@ -50,7 +50,7 @@ class Sampler:
             return _or_none(token, logits.gather(-1, token))
         top, likeliest = logits.max(-1, keepdim=True)
         # Less the maximum first: a tiny temperature then gives -inf, not inf - inf.
-        scores = (logits.float() - top) / min(self.temperature, _HOTTEST)
+        scores = (logits.float() - top) / float(min(self.temperature, _HOTTEST))
         order = None
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores, order = scores.topk(self.top_k)
@@ -61,7 +61,7 @@ class Sampler:
         last = torch.full_like(cumulative[:, :1], cumulative.shape[-1] - 1, dtype=torch.int64)
         if order is not None and self.top_p is not None:
             # A token stays as long as those before it hold less than top_p; the first one always does.
-            last = ((cumulative - probabilities) < self.top_p).sum(-1, keepdim=True) - 1
+            last = (((cumulative - probabilities) < self.top_p).sum(-1, keepdim=True) - 1).clamp_(min=0)  # for NaN
         total = cumulative.gather(-1, last)
         pick = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).minimum(last)
         token = pick if order is None else order.gather(-1, pick)

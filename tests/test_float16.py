@@ -120,7 +120,7 @@ def test_t5_trains(pair):
         assert a.grad.dtype == torch.float16
         assert a.grad.isfinite().all(), name
         if b.grad.abs().max() > 1e-3:
-            assert off(a.grad, b.grad) < 0.02, name
+            assert off(a.grad, b.grad) < 0.1, name
             compared += 1
     assert compared > 8
     half.train()(**inputs_of())["decoder_sequence_output"].float().sum().backward()  # with dropout
