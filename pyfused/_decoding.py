@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from .models.t5 import T5Backbone
 from .sampling import Sampler
 
 DECODINGS: dict[type[Backbone], type[Decoding]] = {GPT2Backbone: GPT2Decoding, T5Backbone: T5Decoding}
+
+
+_CAPTURING = threading.Lock()  # all captures share one stream
 
 
 class Decoding(Protocol):
@@ -106,6 +110,7 @@ class GraphSteps:
 
     def __init__(self, model: Backbone, shape: tuple[int, ...], sampler: Sampler):
         self._sampler, self._device = sampler, next(model.parameters()).device
+        self.made_for = self.key(model, shape, sampler)
         self._decoding = decoding_of(model)(model, _rounded(shape), fixed=True)
         self._tokens = torch.zeros(shape[0], dtype=torch.int64, device=self._device)
         self._uniform = torch.zeros(shape[0], dtype=torch.float64, device=self._device)
@@ -124,7 +129,8 @@ class GraphSteps:
     def next(self, uniform: Tensor) -> Tensor:
         self._uniform.copy_(uniform)
         if self._graph is None:
-            self._graph = self._capture()
+            with _CAPTURING:
+                self._graph = self._capture()
         self._graph.replay()
         return self._tokens
 
@@ -146,12 +152,14 @@ class GraphSteps:
                 restore()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads do on the GPU meanwhile is no part of the graph, and no error.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         return graph
 
     def _step(self) -> None:
-        self._tokens.copy_(self._sampler(self._decoding.fixed_step(self._tokens), self._uniform))
+        fed = self._tokens.clamp(min=0)  # NO_TOKEN is seen when the host looks; the graph may run on until then
+        self._tokens.copy_(self._sampler(self._decoding.fixed_step(fed), self._uniform))
 
     def keep(self, slots: list[int]) -> bool:
         return False

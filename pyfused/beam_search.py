@@ -7,6 +7,7 @@ from the first token on in which they differ.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,12 @@ import numpy as np
 import torch
 
 from ._decoding import Decoding
+from .sampling import no_token
 
 # Added to the score of what may not be chosen, as transformers does: a comparison then never meets infinity.
 _NEVER = np.float32(-1.0e9)
+# The score of no text: a negative length_penalty takes those of texts far below _NEVER.
+_NOTHING = np.float32(-np.inf)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class BeamSearch:
             )
         if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, (int, float)):
             raise TypeError(f"length_penalty is {self.length_penalty!r}; it takes a number")
-        if not np.isfinite(self.length_penalty):
+        if not -math.inf < self.length_penalty < math.inf:
             raise ValueError(f"length_penalty is {self.length_penalty}; it takes a finite number")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping is {self.early_stopping!r}; it takes True, False or 'never'")
@@ -58,6 +62,15 @@ class BeamSearch:
     def candidates(self, stops: int) -> int:
         """Continuations of a text that are looked at: enough for num_beams of them not to end in a stop token."""
         return max(2, 1 + stops) * self.num_beams
+
+    def check_penalty(self, max_new_tokens: int) -> None:
+        """Raises ValueError where lengths to the power length_penalty leave float32, in which scores are compared."""
+        most = 30.0 / math.log10(max_new_tokens) if max_new_tokens > 1 else math.inf
+        if abs(self.length_penalty) > most:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty}; where max_new_tokens is {max_new_tokens} it takes "
+                f"{-most:.3g} to {most:.3g}"
+            )
 
     @torch.inference_mode()
     def run(
@@ -74,11 +87,13 @@ class BeamSearch:
         for t in range(max_new_tokens):
             scores = torch.log_softmax(logits, -1, dtype=torch.float32).unflatten(0, (len(texts), beams))
             scores = scores + torch.from_numpy(state.running).to(scores.device)[:, :, None]
-            best, index = scores.flatten(1).topk(width)
-            origin, token = np.divmod(index.cpu().numpy(), scores.shape[2])
+            best, index = (found.cpu().numpy() for found in scores.flatten(1).topk(width))  # NaN comes first
+            if np.isnan(best[:, 0]).any():
+                raise no_token(texts[int(np.isnan(best[:, 0]).argmax())], t, logits.dtype)
+            origin, token = np.divmod(index, scores.shape[2])
             stopping = np.isin(token, ends) | (t + 1 == max_new_tokens)
             before = state.tokens
-            rows = state.advance(t, best.cpu().numpy(), origin, token, stopping, self)
+            rows = state.advance(t, best, origin, token, stopping, self)
             done = state.done(t + 1, max_new_tokens, self)
             if t + 1 == max_new_tokens or done.all():
                 done[:] = True
@@ -119,7 +134,7 @@ class _State:
         self.tokens = np.zeros((batch, beams, longest), np.int64)
         self.running = np.full((batch, beams), _NEVER)
         self.running[:, 0] = 0.0  # at first all beams are the same
-        self.finished = np.full((batch, beams), _NEVER)
+        self.finished = np.full((batch, beams), _NOTHING)
         self.finished_tokens = self.tokens.copy()
         self.lengths = np.zeros((batch, beams), np.int64)
         self.is_finished = np.zeros((batch, beams), bool)
@@ -139,8 +154,8 @@ class _State:
         ends = stopping & (np.arange(best.shape[1]) < beams)
         scores = best / np.float32((t + 1) ** search.length_penalty)
         if search.early_stopping is True:
-            scores = scores + self.is_finished.all(1, keepdims=True) * _NEVER
-        scores = scores + ~ends * _NEVER
+            ends = ends & ~self.is_finished.all(1, keepdims=True)
+        scores = np.where(ends, scores, _NOTHING)
         merged = np.concatenate([self.finished, scores], 1)
         top = np.argsort(-merged, 1, kind="stable")[:, :beams]
         self.finished = np.take_along_axis(merged, top, 1)
@@ -156,7 +171,7 @@ class _State:
         if search.early_stopping == "never" and search.length_penalty > 0.0:
             length = longest
         hoped = self.running[:, :1] / np.float32(length**search.length_penalty)
-        worst = np.where(self.is_finished, self.finished.min(1, keepdims=True), _NEVER)
+        worst = np.where(self.is_finished, self.finished.min(1, keepdims=True), _NOTHING)
         done = ~(hoped > worst).any(1)
         return done | self.is_finished.all(1) if search.early_stopping is True else done
 

@@ -1,27 +1,47 @@
 """What can one do from a terminal? `pyfused env`, `generate`, `encode` and `verify`; --json on each.
 
-An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails.
+An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
+terminal's encoding does not have is written as "?".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from ._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    """Runs one command and returns the exit status. Without a command: prints the help, 0."""
+    with _encodable(sys.stdout):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        if arguments.command is None:
+            parser.print_help()
+            status = 0
+        else:
+            status = arguments.run(arguments)
+        print(end="", flush=True)  # while an error can still be told
+        return status
     except KeyboardInterrupt:
         print("pyfused: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: nothing to say, and nobody to say it to
+    except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
         return 141
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
@@ -29,16 +49,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+@contextlib.contextmanager
+def _encodable(stream: TextIO) -> Iterator[None]:
+    """Inside, the stream takes any text: "?" stands for what its encoding lacks. stderr does that by itself."""
+    before = getattr(stream, "errors", None)
+    if before != "strict" or not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, which is told already
+            stream.reconfigure(errors=before)
+
+
+def _text(argument: str) -> str:
+    """An argument as text. Bytes that the locale's encoding could not read come as lone surrogates; they are UTF-8, or
+    nothing that a tokeniser knows."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyfused", description="Fused transformer kernels, from the command line.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"pyfused {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     env = commands.add_parser("env", help="versions, backends, instruction sets, devices, and what is missing")
     env.set_defaults(run=_env)
 
     generate = commands.add_parser("generate", help="continue a text, or answer it, streaming to the terminal")
     generate.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     generate.add_argument("--top-k", type=int, metavar="K")
@@ -51,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = commands.add_parser("encode", help="hidden states of texts, printed or saved")
     encode.add_argument("preset", metavar="PRESET", help="a bundled name such as albert_tiny_en, or a directory")
-    encode.add_argument("--text", required=True, action="append", metavar="TEXT", help="may be given several times")
+    encode.add_argument(
+        "--text", required=True, type=_text, action="append", metavar="TEXT", help="may be given several times"
+    )
     encode.add_argument("--pool", choices=("cls", "mean"), help="one vector a text instead of one a token")
     encode.add_argument(
         "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with zeros behind shorter texts"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .models import _inputs
+from .models._evaluation import evaluating, skipping_padding
 from .models.backbone import Backbone
 
 
@@ -23,7 +24,7 @@ def encode(
     """Hidden states of texts: of T5 the encoder's, of the others those of the last layer.
 
     The model is used in evaluation mode, without gradients and with its padding left out (skip_padding), and left as it
-    was. FNet, which has no padding mask, takes texts of equal length together.
+    was. Threads may share it. FNet, which has no padding mask, takes texts of equal length together.
 
     Args:
         model: a backbone, on any device and in any dtype.
@@ -62,21 +63,14 @@ def encode(
             raise ValueError(f"texts[{row}] has {len(array)} tokens; it takes at most max_sequence_length = {places}")
     device = next(model.parameters()).device
     found: list[Tensor] = [torch.empty(0)] * len(arrays)
-    training, skipping = model.training, model.skip_padding
-    model.eval()
-    model.skip_padding = maskable = model.texts[0][1] is not None
-    try:
-        with torch.no_grad():
-            for rows in _batches(arrays, batch_size, maskable):
-                ids, lengths = _inputs.padded([arrays[row] for row in rows])
-                real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
-                mask = None if bool(real.all()) else real.to(device)
-                states = model.text_states(torch.from_numpy(ids).to(device), mask)
-                for row, text, length in zip(rows, states, lengths.tolist()):
-                    found[row] = _pooled(text[:length], pool)
-    finally:
-        model.train(training)
-        model.skip_padding = skipping
+    with evaluating(model), skipping_padding(), torch.no_grad():
+        for rows in _batches(arrays, batch_size, mixed=model.texts[0][1] is not None):
+            ids, lengths = _inputs.padded([arrays[row] for row in rows])
+            real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
+            mask = None if bool(real.all()) else real.to(device)
+            states = model.text_states(torch.from_numpy(ids).to(device), mask)
+            for row, text, length in zip(rows, states, lengths.tolist()):
+                found[row] = _pooled(text[:length], pool)
     if pool is None:
         return found
     return torch.stack(found) if found else next(model.parameters()).new_empty(0, config["hidden_dim"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
@@ -11,15 +12,19 @@ import torch
 from ._decoding import EagerSteps, GraphSteps, Steps, decoding_of
 from .beam_search import BeamSearch
 from .models import _inputs
+from .models._evaluation import evaluating
 from .models.backbone import Backbone
-from .sampling import Sampler, uniforms
+from .sampling import NO_TOKEN, Sampler, no_token, uniforms
+
+_KEEPING = threading.Lock()
 
 
 class Generator:
     """Continues prompts with a GPT2Backbone, or answers them with a T5Backbone, whose encoder reads the prompts.
 
     On a CUDA device one step is captured as a CUDA graph and replayed. The graphs of the last few shapes are kept, so
-    keep the Generator. The model is used in evaluation mode and left in the mode it was in.
+    keep the Generator. The model is used in evaluation mode and left in the mode it was in. Threads may share a Generator,
+    or its model: each call has caches and a graph of its own.
 
     Args:
         model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
@@ -69,6 +74,8 @@ class Generator:
             ValueError: an empty prompt, no room (GPT-2: prompt + max_new_tokens > max_sequence_length), a number out of
                 range, options that exclude each other.
             TypeError: a wrong type. IndexError: a token id outside the vocabulary.
+            FloatingPointError: logits that hold NaN or inf, as of a float16 model that overflows. (-inf is a token that is
+                never chosen, unless all are.)
         """
         arrays = _inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
@@ -81,38 +88,42 @@ class Generator:
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
         search = BeamSearch(num_beams, length_penalty, early_stopping, num_return_sequences)
-        self._check_search(search, sampler, on_token, len(stops))
+        self._check_search(search, max_new_tokens, sampler, on_token, len(stops))
         draws = uniforms(seed, len(arrays), max_new_tokens)
         if not arrays:
             return []
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                if num_beams > 1:
-                    decoding = self._decoding(self.model, self._decoding.shape(arrays, max_new_tokens))
-                    return search.run(decoding, arrays, max_new_tokens, stops)
-                steps = self._steps(arrays, max_new_tokens, sampler)
-                return _run(steps, arrays, max_new_tokens, draws.to(_device(self.model)), stops, on_token)
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), torch.inference_mode():
+            if num_beams > 1:
+                decoding = self._decoding(self.model, self._decoding.shape(arrays, max_new_tokens))
+                return search.run(decoding, arrays, max_new_tokens, stops)
+            steps = self._steps(arrays, max_new_tokens, sampler)
+            try:
+                draws = draws.to(self.model.device)
+                return _run(steps, arrays, max_new_tokens, draws, stops, on_token, self.model.dtype)
+            finally:
+                self._keep(steps)
 
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
+        """For one call alone: a graph is not among those that are kept while a call uses it."""
         shape = self._decoding.shape(prompts, max_new_tokens)
-        if _device(self.model).type != "cuda":
+        if self.model.device.type != "cuda":
             return EagerSteps(self._decoding(self.model, shape), sampler)
         key = GraphSteps.key(self.model, shape, sampler)
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            graph = GraphSteps(self.model, shape, sampler)
-        while len(self._graphs) >= 4:
-            del self._graphs[next(iter(self._graphs))]
-        self._graphs[key] = graph  # the latest goes last
-        return graph
+        return self._graphs.pop(key, None) or GraphSteps(self.model, shape, sampler)
 
-    def _check_search(self, search: BeamSearch, sampler: Sampler, on_token: object, stops: int) -> None:
+    def _keep(self, steps: Steps) -> None:
+        if isinstance(steps, GraphSteps):
+            with _KEEPING:
+                self._graphs[steps.made_for] = steps  # the latest goes last
+                while len(self._graphs) > 4:
+                    del self._graphs[next(iter(self._graphs))]
+
+    def _check_search(
+        self, search: BeamSearch, max_new_tokens: int, sampler: Sampler, on_token: object, stops: int
+    ) -> None:
         if search.num_beams == 1:
             return
+        search.check_penalty(max_new_tokens)
         if sampler.temperature != 0.0:
             raise ValueError(f"temperature is {sampler.temperature} and num_beams {search.num_beams}; beams take 0")
         if on_token is not None:
@@ -135,12 +146,9 @@ class Generator:
         return frozenset(int(token) for token in stop_token_ids)
 
 
-def _device(model: Backbone) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token) -> list[list[int]]:
-    """The loop. Slots are what the model computes; a slot whose row has stopped is dropped, or runs on unheard."""
+def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token, dtype) -> list[list[int]]:
+    """The loop. Slots are what the model computes; a slot whose row has stopped is dropped, or runs on unheard. dtype: the
+    logits', for an error's hint."""
     slots = list(range(len(prompts)))
     out: list[list[int]] = [[] for _ in slots]
     done = [False] * len(slots)
@@ -149,13 +157,19 @@ def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_tok
         # Nobody looks at a token before the end, so the host runs ahead of the GPU.
         history = [tokens.clone()]
         history += [steps.next(draws[:, t]).clone() for t in range(1, count)]
-        return torch.stack(history, 1).tolist()
+        found = torch.stack(history, 1).cpu()
+        if (missing := (found == NO_TOKEN).nonzero()).numel():
+            row, t = missing[missing[:, 1].argmin()].tolist()
+            raise no_token(row, t, dtype)
+        return found.tolist()
     for t in range(count):
         if t:
             tokens = steps.next(draws[:, t])
         for row, token in zip(slots, tokens.tolist()):
             if done[row]:
                 continue
+            if token == NO_TOKEN:
+                raise no_token(row, t, dtype)
             out[row].append(token)
             done[row] = token in stops
             if on_token is not None:

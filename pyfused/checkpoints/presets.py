@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -124,13 +125,16 @@ def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Pa
         return path
     if str(preset) in PUBLISHED:
         return _from_published(str(preset), want)
-    tried = [f"the presets that pyfused ships ({', '.join(bundled_presets()) or 'none'})",
-             f"the local directory {path} ({'a file' if path.is_file() else 'there is none'})",
-             f"KerasHub's names ({', '.join(PUBLISHED)})"]  # fmt: skip
+    names = [*bundled_presets(), *PUBLISHED]
+    close = get_close_matches(str(preset).lower(), names, n=3, cutoff=0.5)
+    nearest = f"nearest: {', '.join(close)}; " if close else ""
     hint = (
         f"; a Hugging Face repository is written hf://{preset}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(preset)) else ""
     )
-    raise ValueError(f"preset is {str(preset)!r}, which nothing matches; tried {'; '.join(tried)}{hint}")
+    raise ValueError(
+        f"preset is {str(preset)!r}, which nothing matches: no preset has this name ({nearest}pyfused.Backbone.presets "
+        f"lists all {len(names)}), and the directory {path} {'is a file' if path.is_file() else 'does not exist'}{hint}"
+    )
 
 
 def _from_published(name: str, want: Want) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from ..nn import (
     ReversibleEmbedding,
     RMSNorm,
 )
+from ..nn.wide import widened
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
 from ..ops.gated_ffn import _GATED_FFN
@@ -47,9 +49,10 @@ class BoundStep:
         embedding = model.token_embedding
         self._tokens = embedding.weight
         self._head = embedding.weight if embedding.tie_weights else embedding.reverse_weight
-        norm = model.decoder.final_norm
+        self._wide = model.dtype == torch.float16  # the residual stream is float32 then, and norms compute in it
         # The factor of the logits goes into the weight of the norm before them.
-        self._final = norm.weight * model.logits_scale, norm.eps
+        weight, eps = _norm(model.decoder.final_norm)
+        self._final = weight * model.logits_scale, eps
         layers: Any = model.decoder.layers
         self._heads, self._head_size = layers[0].attention.num_heads, layers[0].attention.head_size
         self._gated = isinstance(layers[0].feed_forward, GatedMlp)
@@ -64,6 +67,7 @@ class BoundStep:
                 *_norm(layer.feed_forward_norm),
                 self._feed_forward(layer.feed_forward),
                 layer.feed_forward.activation,
+                layer.feed_forward.widened,
             )
             for layer in layers
         ]
@@ -75,13 +79,14 @@ class BoundStep:
 
     def __call__(self, tokens: Tensor, bias: Tensor, cache: KVCache) -> Tensor:
         """tokens (B,), bias (1, H, 1, Sk) by relative position -> logits (B, V)."""
-        norm, linear, attention = _RMS_NORM.direct, _LINEAR.direct, _ATTENTION.direct
+        wide, linear, attention = self._wide, _LINEAR.direct, _ATTENTION.direct
+        norm = _wide_norm if wide else _RMS_NORM.direct
         feed_forward = (_GATED_FFN if self._gated else _FFN).direct
         b, h, d, mask = tokens.shape[0], self._heads, self._head_size, cache.encoder_mask
         cross: list[Any] = cache.cross
         bias = bias.expand(b, h, 1, bias.shape[3])
-        x, branch = F.embedding(tokens, self._tokens)[:, None], None
-        for i, (w1, e1, wqkv, wo, w2, e2, wq, wo2, w3, e3, weights, name) in enumerate(self._layers):
+        x, branch = widened(F.embedding(tokens, self._tokens)[:, None]), None
+        for i, (w1, e1, wqkv, wo, w2, e2, wq, wo2, w3, e3, weights, name, feed_wide) in enumerate(self._layers):
             y, total, _ = norm(x, w1, e1, branch, False)
             x = x if branch is None else total
             qkv = linear(y, wqkv, None, None)[0].view(b, 1, 3, h, d)
@@ -95,10 +100,16 @@ class BoundStep:
             out, _ = attention(query, key, value, False, mask, None, 1.0, 0.0, None, False)
             branch = linear(out.transpose(1, 2).reshape(b, 1, h * d), wo2, None, None)[0]
             y, x, _ = norm(x, w3, e3, branch, False)
-            branch = feed_forward(y, *weights, name, None, False)[0]
+            branch = feed_wide(y) if wide else feed_forward(y, *weights, name, None, False)[0]
         y = norm(x, *self._final, branch, False)[0]
         return linear(y, self._head, None, None)[0][:, 0]
 
 
 def _norm(norm: RMSNorm) -> tuple[Tensor, float | None]:
-    return norm.weight, norm.eps
+    return widened(norm.weight), norm.eps
+
+
+def _wide_norm(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
+    """The norm's operator, of a float32 stream x: (float16, float32 sum, None)."""
+    y, total, rstd = _RMS_NORM.direct(x, weight, eps, None if branch is None else branch.float(), save)
+    return y.to(torch.float16), total, rstd

@@ -24,6 +24,7 @@ from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAtt
 from . import _encoder_call, _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import Call
+from ._evaluation import skips_padding
 from .backbone import Backbone, resolve_dtype
 
 INPUTS = ("token_ids", "segment_ids", "padding_mask", *_encoder_call.INPUTS[2:], "return_attentions")
@@ -166,7 +167,7 @@ class AlbertBackbone(Backbone):
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         call = self._read(_inputs.gather(inputs, keywords, INPUTS))
-        if self.skip_padding:
+        if self.skip_padding or skips_padding():
             call.visible = call.visible.skip_padding(call.attentions is None)
         x = self.embed(call)
         for layer in self._applied() if x.numel() else ():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
+from ..nn.wide import widened
 from . import _inputs
 from ._config import check_known, check_rates, check_rest, check_sizes
 from ._encoder_call import INPUTS, Call, embed, read
@@ -48,7 +49,8 @@ class FNetLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x, _ = self.mixing_norm(self.mixing(x), x)
+        stream = widened(x)  # a sum over S * D elements may be more than float16 holds
+        x, _ = self.mixing_norm(self.mixing(stream), stream)
         if self.training and self.dropout:
             return self.feed_forward_norm(F.dropout(self.feed_forward(x), self.dropout), x)[0]
         return self.feed_forward_norm(self.feed_forward(x, x))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
+from ._evaluation import skips_padding
 from ._gpt2_call import INPUTS, Call, read
 from .backbone import Backbone, resolve_dtype
 
@@ -209,7 +210,7 @@ class GPT2Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.final_norm.weight)
-            if self.skip_padding:
+            if self.skip_padding or skips_padding():
                 empty = call.cache is None or call.cache.length == 0
                 possible = empty and call.memory is None and call.attentions is None
                 call.visible = call.visible.skip_padding(possible)

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
+from ..nn.wide import widened
 from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
+from ._evaluation import skips_padding
 from ._t5_call import ENCODER_INPUTS, INPUTS, StackCall, read, read_encoder
 from .backbone import Backbone, resolve_dtype
 
@@ -75,7 +77,8 @@ class T5Layer(nn.Module):
             real = Visibility(padding_mask=call.memory_mask)
             branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
         y, x = self.feed_forward_norm(x, branch)
-        return x, self._drop(self.feed_forward(y))
+        wide = y.dtype == torch.float16 and x.dtype == torch.float32
+        return x, self._drop(self.feed_forward.widened(y) if wide else self.feed_forward(y))
 
     def _encoder_keys(self, call: StackCall) -> tuple[Tensor, Tensor] | None:
         """Projected once, and kept in the cache if there is one; None where there is nothing to look at."""
@@ -106,7 +109,7 @@ class T5Stack(nn.Module):
         if call.visible.attn_bias is None:
             call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
         visible = call.visible
-        x, branch = self._drop(visible.packed(x)), None
+        x, branch = self._drop(visible.packed(widened(x) if x.numel() else x)), None
         for layer in layers if x.numel() else ():
             if call.hidden_states is not None:
                 call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
@@ -257,7 +260,7 @@ class T5Backbone(Backbone):
         return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
 
     def _encoded(self, call: StackCall) -> Tensor:
-        if self.skip_padding:  # distances count, so that padding between tokens has to stay
+        if self.skip_padding or skips_padding():  # distances count, so that padding between tokens has to stay
             call.visible = call.visible.skip_padding(call.attentions is None, unbroken=True)
         return self.encoder(self._embed(call), call)
 

@@ -4,6 +4,7 @@ embeddings."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
+from . import wide
 
 
 class LayerNorm(nn.LayerNorm):
@@ -19,9 +21,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
-        residual), input + residual). Raises as pyfused.layer_norm does."""
+        residual), input + residual). A float16 module takes a float32 input too (nn/wide.py): the norm is float16 then, the
+        sum float32. Raises as pyfused.layer_norm does."""
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dim() == 1:
+            if weight.dtype == torch.float16 and input.dtype == torch.float32:
+                bias = None if bias is None else bias.float()
+                return wide.normed(partial(layer_norm, weight=weight.float(), bias=bias, eps=self.eps), input, residual)
             return layer_norm(input, weight, bias, eps=self.eps, residual=residual)
         return self._general(input, weight, bias, residual)
 
@@ -47,10 +53,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
-        residual), input + residual). Raises as pyfused.rms_norm does."""
+        residual), input + residual). A float16 module takes a float32 input as LayerNorm's does. Raises as pyfused.rms_norm
+        does."""
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
         weight: Tensor | None = self.weight
         if weight is not None and weight.dim() == 1:
+            if weight.dtype == torch.float16 and input.dtype == torch.float32:
+                return wide.normed(partial(rms_norm, weight=weight.float(), eps=eps), input, residual)
             return rms_norm(input, weight, eps=eps, residual=residual)
         dims = len(self.normalized_shape)
         if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
@@ -149,6 +158,12 @@ class Mlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
 
+    def widened(self, x: Tensor) -> Tensor:
+        """As forward, of a float16 module: the result is float32, which float16 may not hold (nn/wide.py)."""
+        hidden = _ACTIVATIONS[self.activation](self.inner(x).float())
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return wide.product(hidden, self.outer.weight, self.outer.bias)
+
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
 
@@ -186,6 +201,12 @@ class GatedMlp(nn.Module):
         """x (..., N), residual (..., N) or None -> (..., N)."""
         dropout = self.dropout if self.training else 0.0
         return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """As Mlp's."""
+        hidden = _ACTIVATIONS[self.activation](self.gate(x).float()) * self.up(x).float()
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return wide.product(hidden, self.outer.weight)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")

@@ -1,4 +1,4 @@
-"""Is a preset found where it should be, and does the error list what was tried?"""
+"""Is a preset found where it should be, and does the error say what could have been meant?"""
 
 import builtins
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyfused import Backbone
 from pyfused.checkpoints import open_checkpoint, presets, presets_of, resolve_preset
 
 HEAD = {"token_embedding.reverse_weight"}
@@ -72,8 +73,7 @@ def test_bundled_names_come_first(monkeypatch, tmp_path, golden, preset):
 def test_nothing_matches(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("no_such_preset", str(tmp_path / "file"), ""):
-        with pytest.raises(ValueError, match=r"nothing matches; tried the presets that pyfused ships \(.*\); the local "
-                                             r"directory .*; KerasHub's names \(gpt2_base_en, "):  # fmt: skip
+        with pytest.raises(ValueError, match=r"nothing matches: .*pyfused.Backbone.presets lists all .* the directory "):
             resolve_preset(name)
     with pytest.raises(ValueError, match="a Hugging Face repository is written hf://openai-community/gpt2"):
         resolve_preset("openai-community/gpt2")
@@ -85,6 +85,18 @@ def test_nothing_matches(tmp_path):
         resolve_preset("kaggle://keras/gpt2")
     with pytest.raises(TypeError, match="preset must be a name or the path of a directory, got int"):
         resolve_preset(3)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("gpt2-tiny-en", "gpt2_tiny_en"), ("T5_tiny", "t5_tiny_en"), ("flan_t5_base", "flan_base_multi"),
+     ("gpt2_medium", "gpt2_medium_en"), ("fnet_base_en", "f_net_base_en")],
+)  # fmt: skip
+def test_an_unknown_name_brings_the_nearest_ones(name, near):
+    with pytest.raises(ValueError, match=f"nearest: .*{near}") as caught:
+        resolve_preset(name)
+    assert len(str(caught.value)) < 300
+    assert near in Backbone.presets
 
 
 def test_hugging_face(hub, golden):

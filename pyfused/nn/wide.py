@@ -1,0 +1,44 @@
+"""How does a float16 model keep what float16 cannot hold? In float32, beside weights that stay float16.
+
+T5's residual stream reaches 99,000 and FNet's Fourier sums more; float16 ends at 65,504. The stream is float32 there, norms
+read it and give float16, and a feed-forward network's result is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import linear
+
+
+def widened(x: Tensor) -> Tensor:
+    """float16 as float32; any other dtype as it is."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def normed(norm: Callable[..., Any], x: Tensor, residual: Tensor | None) -> Any:
+    """norm(x + residual) as float16, and with a residual, of either dtype, the float32 sum."""
+    if residual is None:
+        return norm(x).to(torch.float16)
+    y, total = norm(x, residual=residual.float())
+    return y.to(torch.float16), total
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden (..., F) float32, weight (N, F) and bias (N,) float16 -> hidden weight^T + bias, (..., N) float32.
+
+    Without gradients this is a product of float16 tensors: each row of hidden is divided by 256 times its root mean square.
+    Its sums then fit into float16 for weights up to 1,600 on average, even if all their signs agree, and its elements are
+    far above float16's smallest. To read a copy of the weight in float32 would take three times as long.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        y = F.linear(hidden, weight.float())
+    else:
+        scale = hidden.square().mean(-1, keepdim=True).sqrt().mul(256.0).clamp(min=1e-10)
+        y = linear((hidden / scale).to(weight.dtype), weight) * scale
+    return y if bias is None else y + bias
