@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opchecks import check_registered
+from plain_attention import plain
 
 import pyfused
 from pyfused.kernels.reference import attention as reference
@@ -92,26 +93,6 @@ def make(case, dtype, device):
         hidden = torch.rand(shape, device=device) < (0.2 if case.hidden else 0.0)
         inputs["attn_bias"] = torch.randn(shape, device=device).to(dtype).masked_fill(hidden, -torch.inf)
     return inputs, options
-
-
-def plain(inputs, options, seed=None, logarithm=False):
-    """Softmax attention as one writes it in PyTorch, every step in the dtype of the inputs; dead rows are zeros."""
-    query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    group, (sq, d), sk = query.shape[1] // key.shape[1], query.shape[2:], key.shape[2]
-    scale = options["scale"] if options["scale"] is not None else d**-0.5
-    s = query @ key.repeat_interleave(group, 1).transpose(-1, -2) * scale
-    if "attn_bias" in inputs:
-        s = s + inputs["attn_bias"]
-    if options["is_causal"]:
-        s = s.masked_fill(torch.ones(sq, sk, device=s.device).tril(sk - sq) == 0, -torch.inf)
-    if "padding_mask" in options:
-        s = s.masked_fill(~options["padding_mask"][:, None, None], -torch.inf)
-    dead = (s == -torch.inf).all(-1, keepdim=True)
-    s = s.masked_fill(dead, 0)
-    p = ((s - s.logsumexp(-1, keepdim=True)).exp() if logarithm else torch.softmax(s, -1)).masked_fill(dead, 0)
-    if seed is not None:
-        p = p * keep_mask(seed, options["dropout_p"], p.shape) / (1 - options["dropout_p"])
-    return p @ value.repeat_interleave(group, 1)
 
 
 def drawn_seed(options, device):
