@@ -11,10 +11,18 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
+
+def _silu_gradient(g, x):
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(g, x)
+    sigmoid = torch.sigmoid(x)  # the only derivative here that torch itself cannot differentiate
+    return g * sigmoid * (1 + x * (1 - sigmoid))
+
+
 # (gradient of activation(x), x, activation(x)) -> gradient of x
 GRADIENTS = {
     "relu": lambda g, x, y: torch.ops.aten.threshold_backward(g, x, 0),
-    "silu": lambda g, x, y: torch.ops.aten.silu_backward(g, x),
+    "silu": lambda g, x, y: _silu_gradient(g, x),
     "tanh": lambda g, x, y: torch.ops.aten.tanh_backward(g, y),
     "gelu": lambda g, x, y: torch.ops.aten.gelu_backward(g, x),
     "gelu_tanh": lambda g, x, y: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),

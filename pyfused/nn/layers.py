@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
+from ..ops.rms_norm import default_eps
 
 
 class LayerNorm(nn.LayerNorm):
@@ -48,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
         residual), input + residual). Raises as pyfused.rms_norm does."""
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        eps = default_eps(input.dtype) if self.eps is None else self.eps
         weight: Tensor | None = self.weight
         if weight is not None and weight.dim() == 1:
             return rms_norm(input, weight, eps=eps, residual=residual)
