@@ -47,13 +47,25 @@ template <class T> struct Backward {
     }
   };
 
-  // rows of T -> (kBlockQueries, width) floats, zero beyond what is there.
-  void copy_rows(const Strided<const T>& from, int64_t b, int64_t h, int64_t first, int64_t rows, float* to) const {
+  // A query that saw no key. Its rows may hold anything, NaN too, and count as zeros.
+  static bool is_blind(const vfloat* row_lse, int64_t i) { return row_lse[i / kWidth][i % kWidth] == INFINITY; }
+
+  // rows of T -> (kBlockQueries, width) floats, zero beyond what is there and for blind queries.
+  void copy_rows(const Strided<const T>& from, int64_t b, int64_t h, int64_t first, int64_t rows, const vfloat* row_lse,
+                 float* to) const {
     for (int64_t i = 0; i < kBlockQueries; ++i, to += width()) {
+      const bool none = i >= rows || is_blind(row_lse, i);
       const T* row = from.at(b, h, first + i);
       for (int64_t k = 0; k < p.d; k += kWidth)
-        store(to + k, i >= rows ? vfloat{} : (p.d - k >= kWidth ? load(row + k) : load_partial(row + k, p.d - k)));
+        store(to + k, none ? vfloat{} : (p.d - k >= kWidth ? load(row + k) : load_partial(row + k, p.d - k)));
     }
+  }
+
+  // The same for one group's lanes, (d, kGroup).
+  void clear_blind(const vfloat* row_lse, int64_t rows, float* lanes) const {
+    for (int64_t i = 0; i < rows; ++i)
+      if (is_blind(row_lse, i))
+        for (int64_t k = 0; k < p.d; ++k) lanes[k * kGroup + i] = 0;
   }
 
   // delta in the lanes, added up in the order of dots(): a query with one visible key then has out = value and
@@ -95,13 +107,15 @@ template <class T> struct Backward {
       group[g] = Group<T>(p, keys, b, h, i);
       to_lanes(p.query.at(b, h, i), p.query.row, group[g].rows, p.d, x.query_lanes + g * lanes, kGroup);
       to_lanes(grad_out.at(b, h, i), grad_out.row, group[g].rows, p.d, x.grad_out_lanes + g * lanes, kGroup);
+      clear_blind(row_lse + 2 * g, group[g].rows, x.query_lanes + g * lanes);
+      clear_blind(row_lse + 2 * g, group[g].rows, x.grad_out_lanes + g * lanes);
       float* out_lanes = x.grad_query_lanes + g * lanes;  // not in use yet
       to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
       deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
     }
     for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});
-    copy_rows(p.query, b, h, first, rows, x.query_rows);
-    copy_rows(grad_out, b, h, first, rows, x.grad_out_rows);
+    copy_rows(p.query, b, h, first, rows, row_lse, x.query_rows);
+    copy_rows(grad_out, b, h, first, rows, row_lse, x.grad_out_rows);
 
     const vfloat one = splat(1.0f);
     const int64_t most = group[groups - 1].most;

@@ -15,6 +15,35 @@ def group_of(query, key):
     return query.shape[1] // max(key.shape[1], 1)
 
 
+def hidden_pairs(is_causal, padding_mask, sq, sk, device):
+    """True where causality or padding hides a key from a query, broadcastable to (B, H, Sq, Sk); None: nowhere."""
+    hidden = None
+    if is_causal:
+        i = torch.arange(sq, device=device)[:, None]
+        j = torch.arange(sk, device=device)[None]
+        hidden = (j > i + sk - sq)[None, None]
+    if padding_mask is not None:
+        padded = ~padding_mask[:, None, None, :]
+        hidden = padded if hidden is None else hidden | padded
+    return hidden
+
+
+def zeroed(tensor, rows):
+    """(B, H, S, D) with zeros in these rows: what is not to be read may be NaN, and 0 * NaN would reach a sum."""
+    return tensor if rows is None else tensor.masked_fill(rows, 0.0)
+
+
+def unread(query, key, is_causal, padding_mask):
+    """(blind, padding), rows as zeroed() takes them: queries that padding and causality leave no key, and keys of padding."""
+    sq, sk = query.shape[2], key.shape[2]
+    blind = padding = None
+    if padding_mask is not None:
+        padding = ~padding_mask[:, None, :, None]
+    if padding_mask is not None or (is_causal and sq > sk):
+        blind = hidden_pairs(is_causal, padding_mask, sq, sk, query.device).all(-1, keepdim=True)
+    return blind, padding
+
+
 def scores(
     query, key, is_causal, padding_mask, attn_bias, scale, bias_table=None, bidirectional=True, max_distance=128
 ):
@@ -27,13 +56,8 @@ def scores(
     sq, sk = s.shape[-2:]
     if bias_table is not None:
         s = s + relative_bias.forward(bias_table.to(wide), sq, sk, bidirectional, max_distance, sk - sq)[0]
-    if is_causal:
-        i = torch.arange(sq, device=s.device)[:, None]
-        j = torch.arange(sk, device=s.device)[None]
-        s = s.masked_fill(j > i + sk - sq, -torch.inf)
-    if padding_mask is not None:
-        s = s.masked_fill(~padding_mask[:, None, None, :], -torch.inf)
-    return s
+    hidden = hidden_pairs(is_causal, padding_mask, sq, sk, s.device)
+    return s if hidden is None else s.masked_fill(hidden, -torch.inf)
 
 
 def probabilities(s):
@@ -70,12 +94,14 @@ def forward(
         inputs = (padded(t, real) for t in (query, key, value))
         out, lse = forward(*inputs, is_causal, real, None, scale, dropout_p, seed, save, *relative)
         return repacked(out, real), None if lse is None else repacked(lse[..., None], real)[..., 0].contiguous()
+    blind, padding = unread(query, key, is_causal, padding_mask)
+    query, key, value = zeroed(query, blind), zeroed(key, padding), zeroed(value, padding)
     s = scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative)
     p = probabilities(s)
     if dropout_p > 0.0:
         p = p * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
     group = group_of(query, key)
-    out = p @ value.to(p.dtype).repeat_interleave(group, 1)
+    out = zeroed(p @ value.to(p.dtype).repeat_interleave(group, 1), blind)
     out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     if not save:
         return out, None
@@ -96,13 +122,15 @@ def backward(
             *inputs, lse, is_causal, real, None, scale, dropout_p, seed, False, *relative, wants_table
         )
         return *(repacked(t, real) for t in grads), None, grad_table
+    blind, padding = unread(query, key, is_causal, padding_mask)
+    query, key, value = zeroed(query, blind), zeroed(key, padding), zeroed(value, padding)
     p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative))
     keep = torch.ones_like(p)
     if dropout_p > 0.0:
         keep = keep * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
     group = group_of(query, key)
     wide_key, wide_value = (t.to(p.dtype).repeat_interleave(group, 1) for t in (key, value))
-    grad_out = grad_out.to(p.dtype)
+    grad_out = zeroed(grad_out, blind).to(p.dtype)
     grad_p = grad_out @ wide_value.transpose(-1, -2) * keep
     grad_s = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
     grad_query = grad_s @ wide_key * scale

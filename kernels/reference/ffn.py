@@ -9,9 +9,21 @@ import torch.nn.functional as F
 _FAR = 1024.0
 
 
+def _has_limits(x):
+    """Whether torch's formulas, whose answer at infinity depends on the processor, are kept from it here. On a GPU that would
+    take three more passes over memory; there float64, the truth, is."""
+    return not x.is_cuda or x.dtype == torch.float64
+
+
 def _with_limits(function):
-    """torch's function where its formula holds: whether that gives NaN at infinity depends on the processor."""
-    return lambda x: torch.where(x > _FAR, x, function(x.clamp(-_FAR, _FAR)))
+    def limited(x):
+        return torch.where(x > _FAR, x, function(x.clamp(-_FAR, _FAR))) if _has_limits(x) else function(x)
+
+    return limited
+
+
+def _near(x):
+    return x.clamp(-_FAR, _FAR) if _has_limits(x) else x
 
 
 ACTIVATIONS = {
@@ -22,13 +34,21 @@ ACTIVATIONS = {
     "gelu_tanh": _with_limits(lambda x: F.gelu(x, approximate="tanh")),
 }
 
+
+def _silu_gradient(g, x):
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(g, x)
+    sigmoid = torch.sigmoid(x)  # the only derivative here that torch itself cannot differentiate
+    return g * sigmoid * (1 + x * (1 - sigmoid))
+
+
 # (gradient of activation(x), x, activation(x)) -> gradient of x
 GRADIENTS = {
     "relu": lambda g, x, y: torch.ops.aten.threshold_backward(g, x, 0),
-    "silu": lambda g, x, y: torch.ops.aten.silu_backward(g, x.clamp(-_FAR, _FAR)),
+    "silu": lambda g, x, y: _silu_gradient(g, _near(x)),
     "tanh": lambda g, x, y: torch.ops.aten.tanh_backward(g, y),
-    "gelu": lambda g, x, y: torch.ops.aten.gelu_backward(g, x.clamp(-_FAR, _FAR)),
-    "gelu_tanh": lambda g, x, y: torch.ops.aten.gelu_backward(g, x.clamp(-_FAR, _FAR), approximate="tanh"),
+    "gelu": lambda g, x, y: torch.ops.aten.gelu_backward(g, _near(x)),
+    "gelu_tanh": lambda g, x, y: torch.ops.aten.gelu_backward(g, _near(x), approximate="tanh"),
 }
 
 

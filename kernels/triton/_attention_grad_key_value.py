@@ -66,13 +66,14 @@ def _key_step(
     dims = tl.arange(0, BLOCK_D)
     live = queries < query_length
     query_rows = queries.to(tl.int64)[:, None]
-    query = load_tile(query_ptr + query_rows * stride_qs + dims[None, :], live, dims, D, MASKED)
     if MASKED:
         lse = tl.load(lse_ptr + queries, mask=live, other=float("inf"))  # p = 0 past the last query
+        live = live & (lse != float("inf"))  # the rows of a query that sees no key may hold anything too
         delta = tl.load(delta_ptr + queries, mask=live, other=0.0)
     else:
         lse = tl.load(lse_ptr + queries)
         delta = tl.load(delta_ptr + queries)
+    query = load_tile(query_ptr + query_rows * stride_qs + dims[None, :], live, dims, D, MASKED)
     if NATURAL:
         s = dot_rows(key_rows, visible, query_ptr + queries.to(tl.int64) * stride_qs, live, D, BLOCK_N, BLOCK_M)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..fuse import Adapter, Forward, fused_forward, original
@@ -12,6 +11,7 @@ from ..nn.multihead import multihead_forward, takes
 from ..nn.torch_layers import decoder_layer_forward, encoder_forward, encoder_layer_forward, reason_against
 from ..ops import layer_norm, rms_norm
 from ..ops.attention import MAX_HEAD_SIZE
+from ..ops.rms_norm import default_eps
 
 
 @fused_forward
@@ -26,7 +26,7 @@ def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Any:
 def rms_norm_forward(module: nn.RMSNorm, x: Tensor) -> Any:
     """pyfused.rms_norm"""
     if module.weight is not None and takes(x, module.weight):
-        return rms_norm(x, module.weight, eps=torch.finfo(x.dtype).eps if module.eps is None else module.eps)
+        return rms_norm(x, module.weight, eps=default_eps(x.dtype) if module.eps is None else module.eps)
     return original(module, x)
 
 

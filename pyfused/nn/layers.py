@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
+from ..ops.rms_norm import default_eps
 from . import wide
 
 
@@ -55,7 +56,7 @@ class RMSNorm(nn.RMSNorm):
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
         residual), input + residual). A float16 module takes a float32 input as LayerNorm's does. Raises as pyfused.rms_norm
         does."""
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        eps = default_eps(input.dtype) if self.eps is None else self.eps
         weight: Tensor | None = self.weight
         if weight is not None and weight.dim() == 1:
             if weight.dtype == torch.float16 and input.dtype == torch.float32:

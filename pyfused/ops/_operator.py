@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _extensions, dispatch
@@ -60,6 +59,8 @@ class Operator:
         schema: arguments and returns, as torch.library.define takes them.
         fake: the shapes, dtypes and strides of the outputs for given inputs.
         setup_context, backward: as torch.autograd.Function has them; absent for operators that are themselves backward.
+            With create_graph=True gradient mode is on inside backward: what the kernel kept of the forward, autograd has seen
+            no derivative of, so backward computes it again; the operators of gradients then run in plain PyTorch.
         residual: the argument, by its position, beside which the second output is a result too: x + residual.
 
     A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Of
@@ -99,7 +100,7 @@ class Operator:
             members = {
                 "forward": staticmethod(self.direct),
                 "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(once_differentiable(backward)),
+                "backward": staticmethod(backward),
             }
             self.autograd = type(f"pyfused.{name}", (torch.autograd.Function,), members)
         self.overload = getattr(torch.ops.pyfused, name).default
@@ -160,6 +161,8 @@ class Operator:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if _transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
+        if self.autograd is None and _wants_gradient(args):
+            return self.plainly(*args)  # a gradient that is to be differentiated: create_graph=True
         if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
@@ -227,6 +230,10 @@ class Operator:
                 "inside torch.func's transforms, forward-mode derivatives and torch.jit.trace pyfused's operators run in plain "
                 "PyTorch"
             )
+        return self.plainly(*args)
+
+    def plainly(self, *args: Any) -> tuple[Any, ...]:
+        """The reference: plain PyTorch, which autograd follows any number of times."""
         return getattr(self._reference, self.function)(*args)
 
     def _registered(self, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:

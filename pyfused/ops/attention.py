@@ -42,6 +42,13 @@ def attention(
 
     Inside torch.autocast, query, key, value and attn_bias are cast to its dtype, a float32 table of a bias is not.
 
+    What padding holds is not read, on any backend: NaN or inf in keys and values that padding_mask hides, or in another
+    packed sequence, changes no result and no gradient, and the gradients there are zero. The same holds for the rows of a
+    query that padding and causality leave no key. Keys that is_causal or a bias of -inf hides get a probability of zero and
+    nothing more: NaN or inf among their values may reach queries that do not see them, as in PyTorch.
+
+    Gradients are differentiable: with create_graph=True the backward runs in plain PyTorch, in O(Sq Sk) memory.
+
     Args:
         query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides, used
             in place; only a last dimension that is not contiguous is copied.

@@ -101,14 +101,17 @@ def _setup_context(ctx, inputs, output):
     ctx.activation, ctx.has = activation, (b_in is not None, b_out is not None, residual is not None)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-    ctx.save_for_backward(x, w_in, w_out, output[1])
+    ctx.save_for_backward(x, w_in, b_in, w_out, output[1])
 
 
 def _backward(ctx, grad_y, _grad_pre):
     if grad_y is None:
         return (None,) * 8
     has_b_in, has_b_out, has_residual = ctx.has
-    grads = _FFN_BACKWARD(grad_y, *ctx.saved_tensors, ctx.activation, has_b_in, has_b_out)
+    x, w_in, b_in, w_out, pre = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        pre = torch.nn.functional.linear(x, w_in, b_in)
+    grads = _FFN_BACKWARD(grad_y, x, w_in, w_out, pre, ctx.activation, has_b_in, has_b_out)
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
     grad_b_in, grad_b_out = grad_b_in if has_b_in else None, grad_b_out if has_b_out else None
     return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None, grad_y if has_residual else None, None

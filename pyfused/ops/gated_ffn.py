@@ -100,7 +100,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_y, _grad_gate, _grad_up):
     if grad_y is None:
         return (None,) * 7
-    grads = _GATED_FFN_BACKWARD(grad_y, *ctx.saved_tensors, ctx.activation)
+    x, w_gate, w_up, w_out, gate, up = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        gate, up = (torch.nn.functional.linear(x, w) for w in (w_gate, w_up))
+    grads = _GATED_FFN_BACKWARD(grad_y, x, w_gate, w_up, w_out, gate, up, ctx.activation)
     return *grads, None, grad_y if ctx.has_residual else None, None
 
 

@@ -88,7 +88,7 @@ def _fake(x, weight, bias, eps, residual, save):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, residual, _ = inputs
+    x, weight, bias, ctx.eps, residual, _ = inputs
     _, total, mean, rstd = output
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.set_materialize_grads(False)
@@ -98,6 +98,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y, grad_total, _grad_mean, _grad_rstd):
     total, weight, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        *_, mean, rstd = _LAYER_NORM.plainly(total, weight, None, ctx.eps, None, True)
     if grad_y is None:
         grad_y = torch.zeros_like(total)
     grad_x, grad_weight, grad_bias = _LAYER_NORM_BACKWARD(

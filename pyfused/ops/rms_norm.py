@@ -57,6 +57,11 @@ def rms_norm(
     return y if residual is None else (y, total)
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """torch.nn.RMSNorm's for eps=None: the machine epsilon of the dtype that is computed in, float32's for half precision."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def bind(x, weight, *, eps=1e-6, residual=None) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
     check_floating(x, "x")
@@ -81,7 +86,7 @@ def _fake(x, weight, eps, residual, save):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, residual, _ = inputs
+    x, weight, ctx.eps, residual, _ = inputs
     _, total, rstd = output
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
@@ -91,6 +96,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y, grad_total, _grad_rstd):
     total, weight, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        *_, rstd = _RMS_NORM.plainly(total, weight, ctx.eps, None, True)
     if grad_y is None:
         grad_y = torch.zeros_like(total)
     grad_x, grad_weight = _RMS_NORM_BACKWARD(grad_y, grad_total if ctx.has_residual else None, total, weight, rstd)

@@ -1,9 +1,12 @@
 """Do the modules replace torch.nn's? The same state dicts, values by the tolerance rule, and the residual."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import pyfused
 from pyfused import relative_bias
 from pyfused.nn import (
     CAUSAL,
@@ -74,6 +77,22 @@ def test_rms_norm(shape, eps, affine):
         mine(x, residual[:1])
     with pytest.raises((ValueError, TypeError), match="has shape"):
         mine(x[..., :-1])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm_without_eps(dtype, autocast):
+    """Of numbers so small that the epsilon decides: torch takes that of the dtype it computes in."""
+    theirs = nn.RMSNorm(64, dtype=dtype)
+    mine, fused = RMSNorm(64, dtype=dtype), copy.deepcopy(theirs)
+    pyfused.fuse_(fused)
+    x = (1e-4 * torch.randn(3, 64)).to(dtype)
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    truth = x.double() * (x.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = theirs(x)
+        for module in (mine, fused):
+            assert_close(module(x), plain, truth)
 
 
 @pytest.mark.parametrize("bias", [True, False])

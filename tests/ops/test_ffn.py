@@ -144,6 +144,8 @@ def check_limits(activation, dtype, device, rows):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 39], ids=["few", "many"])
 def test_far_inputs_give_the_limits(each_backend, dtype, device, activation, rows):
+    if each_backend == "reference" and device == "cuda":
+        pytest.skip("torch's own answers")
     check_limits(activation, dtype, device, rows)
 
 
