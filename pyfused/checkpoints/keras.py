@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pyfused.checkpoints.files import read_json, shard_path
+from pyfused.checkpoints.files import note, read_json, shard_path
+from pyfused.checkpoints.foreign import looks_like, other_weights
 from pyfused.checkpoints.storage import Entry, check_inside
 
 WHOLE, INDEX = "model.weights.h5", "model.weights.json"
@@ -45,7 +46,7 @@ def class_name(config: dict[str, Any], file: Path) -> str:
             f"{file}: the class is {name!r}, registered as {registered!r}; expected a backbone of keras_hub>"
         )
     if unknown := sorted(set(config) - _OBJECT_KEYS):
-        raise ValueError(f"{file}: unknown keys {unknown} beside the object's config")
+        note(f"{file}: keys beside the object's config that pyfused does not know, and leaves unread: {', '.join(unknown)}")
     return str(name)
 
 
@@ -73,7 +74,7 @@ def weight_files(directory: Path) -> list[Path]:
         index = directory / INDEX
         shards = dict.fromkeys(shard for shards in _weight_map(index).values() for shard in shards)
         return [shard_path(index, shard, ".weights.h5") for shard in shards]
-    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}")
+    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}{other_weights(directory)}")
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
@@ -135,7 +136,7 @@ def _read_file(path: Path) -> Iterator[Entry]:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as an h5 file: {error}") from error
+        raise ValueError(f"{path}: cannot be read as an h5 file: {error}{looks_like(path)}") from error
 
 
 class _Refused(Exception):
