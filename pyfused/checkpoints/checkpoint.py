@@ -19,7 +19,7 @@ from torch import nn
 from pyfused.checkpoints import albert, fnet, gpt2, hf, keras, t5
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.foreign import error_answer, no_configuration
-from pyfused.checkpoints.names import check_prefix, find
+from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
@@ -50,7 +50,7 @@ class Checkpoint:
         file = self.directory / _CONFIG
         kind, stated = self._stated_dtype
         if kind == "keras" and stated is not None:
-            return keras.policy_dtype(stated, file)
+            return keras.policy_dtypes(stated, file)[0]
         if stated is not None:
             name = stated.removeprefix("torch.") if isinstance(stated, str) else stated
             for dtype in FLOATS:
@@ -61,6 +61,14 @@ class Checkpoint:
         if len(found) > 1:
             raise ValueError(f"{file} states no dtype and the tensors have {_names(found)}; pass dtype=")
         return found.pop() if found else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that is computed in: `dtype`, but with a mixed policy of Keras."""
+        kind, stated = self._stated_dtype
+        if kind == "keras" and stated is not None:
+            return keras.policy_dtypes(stated, self.directory / _CONFIG)[1]
+        return self.dtype
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -159,11 +167,12 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
     stored = hf.read_entries(directory)
     files = list(dict.fromkeys(entry.file for entry in stored.values())) or hf.weight_files(directory)
     _check_depth(maps, config, len(stored), file, files)
-    found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps, directory)
+    found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps)
     config, entries = maps.settle(config, found.entries)
     plan = maps.hf_plan(config)
     check_prefix(found, missing_from(plan, entries), files)
     check_plan(plan, entries, files, file)
+    note_others(found, directory)
     return Checkpoint(model, config, directory, dtype, plan, entries)
 
 

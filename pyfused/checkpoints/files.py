@@ -51,7 +51,7 @@ def shard_path(index: Path, name: object, suffix: str) -> Path:
         raise ValueError(f"{index}: names the shard {name!r}; a shard is the plain name of a {suffix} file")
     path = index.parent / name
     if not path.is_file():
-        raise ValueError(f"{path}: missing, although {index.name} lists it")
+        raise ValueError(f"{path}: missing, although {index.name} lists it; download it")
     return path
 
 

@@ -15,7 +15,7 @@ _HEAD = 4096  # bytes that are looked at
 _MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer, which stands for the file: run `git lfs pull` where it was cloned"),
     (b"GGUF", "a GGUF file of llama.cpp: get the checkpoint in safetensors that it was made from"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and TensorFlow write: a Keras preset has model.weights.h5 and its own config.json"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file: in a Keras preset it is model.weights.h5, beside Keras's config.json"),
     (b"PK\x03\x04", "a zip archive, as torch.save and Keras (.keras) write: {pickle}"),
     (b"\x80", "a Python pickle, as torch.save writes: {pickle}"),
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
@@ -28,17 +28,28 @@ _PICKLE = (
 )
 
 # Weights in other formats by how their names end, for a folder that has none to be read
-_OTHER_WEIGHTS = (
-    (("adapter_model.safetensors", "adapter_model.bin"), "an adapter (LoRA) without the model that it changes; merge the two with peft's merge_and_unload, then save_pretrained"),
-    ((".bin", ".pt", ".pth", ".ckpt"), "a pickled file can run any code when it is read, so only safetensors are read; {pickle}"),
-    ((".gguf",), "a GGUF file of llama.cpp; get the checkpoint in safetensors that it was made from"),
-    ((".msgpack",), "Flax's format; load it with transformers 4 (from_pretrained(..., from_flax=True)), then save_pretrained"),
-    (("tf_model.h5",), "TensorFlow's format; load it with transformers 4 (from_pretrained(..., from_tf=True)), then save_pretrained"),
+_SAFE = "get the checkpoint in safetensors that it was made from"
+_FROM_4 = "load it with transformers 4 (from_pretrained(..., from_{}=True)), then save_pretrained"
+_OTHER_WEIGHTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        "an adapter (LoRA) without the model that it changes; merge the two with peft's merge_and_unload, then "
+        "save_pretrained",
+    ),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "a pickled file can run any code when it is read, so only safetensors are read; {pickle}",
+    ),
+    ((".gguf",), f"a GGUF file of llama.cpp; {_SAFE}"),
+    ((".msgpack",), f"Flax's format; {_FROM_4.format('flax')}"),
+    (("tf_model.h5",), f"TensorFlow's format; {_FROM_4.format('tf')}"),
     ((".keras",), "a Keras archive; load it with Keras, then save_to_preset"),
-    ((".h5",), "an HDF5 file; a Keras preset, of config.json and model.weights.h5, is what KerasHub's save_to_preset writes"),
-    ((".onnx",), "an exported graph; get the checkpoint in safetensors that it was made from"),
-    ((".safetensors",), "safetensors under another name; if these are the model's weights, rename the file to model.safetensors"),
-)  # fmt: skip
+    ((".h5",), "an HDF5 file; a Keras preset has model.weights.h5 beside Keras's config.json, as save_to_preset writes them"),
+    ((".onnx",), f"an exported graph; {_SAFE}"),
+    ((".safetensors",), "safetensors under another name; if these are the weights, rename the file to model.safetensors"),
+)
+
+_ANSWERS = (b"access denied", b"access to", b"entry not found", b"not found", b"repository not found", b"unauthorized")
 
 
 def looks_like(path: Path) -> str:
@@ -58,6 +69,10 @@ def _of_bytes(head: bytes, name: str) -> str | None:
         return f"an empty file, of a download that was cut off: {_AGAIN}"
     if not head.strip(b"\0"):
         return f"a file of zeros, of a download that reserved the space and never filled it: {_AGAIN}"
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and 2 <= length < 100_000_000:
+        right = name.endswith(".safetensors")
+        return None if right else "a safetensors file: give it back its name, which ends in .safetensors"
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what.format(pickle=_PICKLE.format(name=name))
@@ -66,10 +81,7 @@ def _of_bytes(head: bytes, name: str) -> str | None:
         return f"an HTML or XML page, with which a server answers an error or asks for a login: log in, then {_AGAIN}"
     if text[:1] == b"{" and not name.endswith(".json"):
         return f"a JSON text, with which a server answers an error ({_shown(text)}): {_AGAIN}"
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and 2 <= length < 100_000_000 and not name.endswith(".safetensors"):
-        return "a safetensors file: give it back its name, which ends in .safetensors"
-    if text.lower().startswith((b"access denied", b"access to", b"entry not found", b"invalid", b"not found", b"repository not found", b"unauthorized")):  # fmt: skip
+    if text.lower().startswith(_ANSWERS):
         return f"a server's error message ({_shown(text)}): {_AGAIN}"
     return None
 
@@ -100,7 +112,6 @@ def no_configuration(directory: Path) -> str:
     if (directory / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in directory.glob("text_encoder*/config.json"))
         return f"; it is a pipeline of diffusers: its text encoders are the folders {', '.join(parts) or 'text_encoder*'} in it"
-    found = [path for path in sorted(directory.glob("*/config.json"))]
-    if found:
+    if found := sorted(directory.glob("*/config.json")):
         return f"; there is one in {', '.join(path.parent.name for path in found[:5])}"
     return other_weights(directory)

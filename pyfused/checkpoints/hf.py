@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_LARGEST_HEADER, size - 8):
                 raise ValueError(
-                    f"the header would have {length} bytes, the file has {size}; it is damaged or truncated"
+                    f"the header would have {length} bytes, the file has {size}; it is damaged or truncated; download it again"
                 )
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError, RecursionError) as error:
@@ -168,7 +168,9 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
             f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, not those of data_offsets {offsets!r}"
         )
     if data + end > size:
-        raise ValueError(f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated")
+        raise ValueError(
+            f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated; download it again"
+        )
     return Entry(name, path, data + begin, DTYPES[dtype], tuple(shape))
 
 

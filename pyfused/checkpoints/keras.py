@@ -21,7 +21,9 @@ from pyfused.checkpoints.storage import Entry, check_inside
 WHOLE, INDEX = "model.weights.h5", "model.weights.json"
 
 _DTYPES = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
-_POLICIES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_POLICIES = {name: (getattr(torch, name),) * 2 for name in ("float32", "bfloat16", "float16", "float64")} | {
+    f"mixed_{name}": (torch.float32, getattr(torch, name)) for name in ("float16", "bfloat16")
+}
 
 # State that Keras keeps beside the weights and that no forward pass reads
 _IGNORED = re.compile(r"optimizer/.*|(.*/)?seed_generator/vars/\d+")
@@ -50,8 +52,8 @@ def class_name(config: dict[str, Any], file: Path) -> str:
     return str(name)
 
 
-def policy_dtype(policy: object, file: Path) -> torch.dtype:
-    """The dtype that a Keras dtype policy computes and stores in. Raises ValueError where those are not one."""
+def policy_dtypes(policy: object, file: Path) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which a Keras dtype policy stores variables and computes. Raises ValueError for a quantised one."""
     name: Any = policy
     kind: Any = "DTypePolicy"
     if isinstance(policy, dict):
@@ -61,7 +63,7 @@ def policy_dtype(policy: object, file: Path) -> torch.dtype:
     if kind == "DTypePolicy" and isinstance(name, str) and name in _POLICIES:
         return _POLICIES[name]
     raise ValueError(
-        f"{file}: the dtype policy {kind} {name!r} is not one dtype for everything (mixed or quantised); "
+        f"{file}: the dtype policy {kind} {name!r} is not one dtype for every layer (quantised, or a map); "
         f"pass dtype= one of {', '.join(_POLICIES)}"
     )
 

@@ -38,13 +38,15 @@ _ADAPTER = re.compile(r".*\.(lora_\w+|base_layer|modules_to_save)\..*")
 
 @dataclass(frozen=True)
 class Found:
-    """The tensors of the backbone by their names there, and the prefixes, unknown here, of names that would be others."""
+    """What a file holds: the tensors of the backbone by their names there, the prefixes, unknown here, of more such tensors,
+    and the names of all others."""
 
     entries: dict[str, Entry]
     unknown: Counter[str]
+    others: list[str]
 
 
-def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType, directory: Path) -> Found:
+def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType) -> Found:
     """Finds the backbone that ``plan`` describes, with every tensor that it may have, in a file's tensors.
 
     Raises ValueError for quantised weights, adapters, and one tensor under two names.
@@ -77,11 +79,7 @@ def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType, directory: Pat
             else:
                 found.setdefault(inside, entry)
     found = _without_copies(found, maps)
-    if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        names = ", ".join(others[:_SHOWN])
-        note(f"{directory}: tensors that are no part of the backbone, such as a head's, are left unread: {names}{more}")
-    return Found(found, Counter(prefix for prefix, short in unknown if short not in found))
+    return Found(found, Counter(prefix for prefix, short in unknown if short not in found), others)
 
 
 def check_prefix(found: Found, missing: list[str], files: list[Path]) -> None:
@@ -92,6 +90,14 @@ def check_prefix(found: Found, missing: list[str], files: list[Path]) -> None:
             f"{', '.join(map(str, files))}: {count} tensors of the model begin with {prefix!r}; pyfused takes the prefixes "
             f"{', '.join(sorted(_PREFIXES | _WRAPPERS))}: take {prefix!r} off the names"
         )
+
+
+def note_others(found: Found, directory: Path) -> None:
+    """Names in one warning the tensors that are left unread."""
+    if found.others:
+        more = f" and {len(found.others) - _SHOWN} more" if len(found.others) > _SHOWN else ""
+        names = ", ".join(found.others[:_SHOWN])
+        note(f"{directory}: tensors that are no part of the backbone, such as a head's, are left unread: {names}{more}")
 
 
 def _cuts(stored: str) -> Iterator[tuple[list[str], str]]:

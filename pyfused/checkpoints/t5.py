@@ -68,7 +68,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "activation": activation,
         "use_gated_activation": gated,
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
-        "tie_embedding_weights": tied,
+        "tie_embedding_weights": tied or decoder_layers == 0,
         "num_decoder_layers": num_layers if decoder_layers is None else decoder_layers,
         "num_buckets": options.integer("relative_attention_num_buckets", 32),
         "max_distance": options.integer("relative_attention_max_distance", 128),
@@ -181,7 +181,8 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
     """What only the files say: whether there is a decoder, and whether the output matrix is the token embedding."""
     if not any(name.startswith("decoder.") for name in entries):
-        config = config | {"num_decoder_layers": 0}
+        config = config | {"num_decoder_layers": 0, "tie_embedding_weights": True}
+        entries = {name: entry for name, entry in entries.items() if name != HF_HEAD}
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 

@@ -147,7 +147,9 @@ class T5Backbone(Backbone):
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
 
-    texts = (("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"))
+    texts: tuple[tuple[str, str | None], ...] = (
+        ("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"),
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -266,9 +268,10 @@ class T5Backbone(Backbone):
         for name, value in given.items():
             if value is not None and name not in (*ENCODER_INPUTS, *FLAGS):
                 self.check_decoder(name)
-        call = Call(read_encoder(given, self._config, self.token_embedding.weight), None)
+        encoder = read_encoder(given, self._config, self.token_embedding.weight)
+        call = Call(encoder, None)
         collect(call, given)
-        encoded = self._encoded(call.encoder)
+        encoded = self._encoded(encoder)
         return {"encoder_sequence_output": encoded, **{name: tuple(kept) for name, kept in call.asked.items()}}
 
     def check_decoder(self, what: str) -> None:
