@@ -86,9 +86,9 @@ def _names(directory: Path) -> tuple[Path | None, Path | None]:
     """The whole file and the index of shards, of which one may be there. Where there is no plain one, those of a variant
     (model.fp16.safetensors), as pipelines of diffusers have them; the plain and whole one goes first."""
     for whole, index in ((WHOLE, INDEX), ("model.*.safetensors", "model.safetensors.index.*.json")):
-        wholes = [path for path in sorted(directory.glob(whole)) if path.is_file()]
+        shard = re.compile(r".*-\d+-of-\d+\.safetensors")
+        wholes = [path for path in sorted(directory.glob(whole)) if path.is_file() and not shard.fullmatch(path.name)]
         indices = [path for path in sorted(directory.glob(index)) if path.is_file() and not wholes]
-        wholes = [path for path in wholes if not re.search(r"-\d+-of-\d+\.safetensors$", path.name)]
         if len(wholes) + len(indices) > 1:
             names = ", ".join(path.name for path in (*wholes, *indices))
             raise ValueError(f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}")

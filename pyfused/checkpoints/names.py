@@ -111,10 +111,10 @@ def _cuts(stored: str) -> Iterator[tuple[list[str], str]]:
 def _inside(stored: str, roots: set[str]) -> str | None:
     """The name within the backbone of a tensor that has no place there; None for one outside."""
     for prefix, name in _cuts(stored):
-        if name.split(".")[0] in roots:
-            return name
         if not set(prefix) <= _PREFIXES:
             return None
+        if name.split(".")[0] in roots:
+            return name
     return None
 
 
