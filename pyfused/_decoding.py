@@ -64,7 +64,9 @@ class Decoding(Protocol):
 
 
 def decoding_of(model: Backbone) -> type[Decoding]:
-    """Raises TypeError for a model that generates nothing."""
+    """Raises TypeError for a model that generates nothing, ValueError for a T5 that is the encoder alone."""
+    if isinstance(model, T5Backbone):
+        model.check_decoder("generation")
     for cls, decoding in DECODINGS.items():
         if isinstance(model, cls):
             return decoding

@@ -30,7 +30,7 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
     """
     model = Backbone.from_preset(preset, device=device, dtype=dtype).eval()
     exact = Backbone.from_preset(preset, device=device, dtype=torch.float64).eval()
-    _copy_weights(model, exact)
+    _copy_weights(model, exact, model.dtype)
     inputs = _inputs(model, device)
     with torch.no_grad():
         with backend("reference"):
@@ -43,7 +43,7 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
             rows.append({**row, "ratio": judgement.ratio, "passed": judgement.ok})
     return {
         "preset": preset,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
         "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
         "scale": truth.abs().max().item(),
@@ -53,11 +53,11 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
     }
 
 
-def _copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """The rounded weights, exactly: the truth is about the arithmetic, not about the rounding of a checkpoint."""
+def _copy_weights(source: torch.nn.Module, target: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What is computed with, exactly: the truth is about the arithmetic, not about the rounding of a checkpoint."""
     with torch.no_grad():
         for a, b in zip(source.parameters(), target.parameters(), strict=True):
-            b.copy_(a)
+            b.copy_(a.to(dtype))
 
 
 def _inputs(model: Backbone, device: str) -> dict[str, torch.Tensor]:

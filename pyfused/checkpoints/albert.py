@@ -11,39 +11,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
+from pyfused.checkpoints.files import Options, Refused
+from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "AlbertBackbone"
-HF_PREFIX, HF_SAVED_PREFIX = "albert.", ""
+HF_SAVED_PREFIX = ""
 
-# The heads for masked tokens and sentence order, which are no part of the backbone, and a buffer of older versions
-HF_IGNORED = (r"predictions\..*", r"sop_classifier\..*", r"embeddings\.position_ids")
+HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)",)  # 0, 1, ... and zeros, of older versions
 HF_HEAD = None  # a backbone's own projection to the vocabulary: it has none
+HF_EMBEDDING, HF_COPIES, HF_BARE = "embeddings.word_embeddings.weight", ("predictions.decoder.weight",), ""
 DEFAULTS: dict[str, Any] = {
     "num_groups": 1, "num_inner_repetitions": 1, "max_sequence_length": 512, "num_segments": 2, "pooler": True,
 }  # fmt: skip
 DEPTHS = ("num_groups", "num_inner_repetitions")  # num_layers says how often these are applied
 
-# Of the original TensorFlow configurations, which the published ones repeat: off, and read by nobody
+# Of the original TensorFlow configurations, which the published ones repeat
 _OFF = {"gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "down_scale_factor": 1}
-_HARMLESS = HARMLESS | {"classifier_dropout_prob", "tie_word_embeddings", "position_embedding_type", *_OFF}
+_REFUSED = REFUSED | {
+    name: Refused(f"pyfused reads ALBERT with {off}, as every published one has", off) for name, off in _OFF.items()
+}
+_SILENT = SILENT | {"classifier_dropout_prob", "tie_word_embeddings"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """AlbertBackbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
     options = Options(raw, file)
-    for name, why in REFUSED.items():
-        options.refuse([name], why)
-    for name, off in _OFF.items():
-        if (value := raw.get(name, off)) != off:
-            raise ValueError(
-                f"{file}: {name} is {value!r}; pyfused reads ALBERT with {off}, as every published one has"
-            )
-    if (kind := raw.get("position_embedding_type", "absolute")) != "absolute":
-        raise ValueError(f"{file}: position_embedding_type is {kind!r}; pyfused reads 'absolute'")
+    options.refuse(_REFUSED)
     dropout = options.number("hidden_dropout_prob", 0.0, high=1.0)
     attention = options.number("attention_probs_dropout_prob", 0.0, high=1.0)
     config: dict[str, Any] = {
@@ -74,7 +69,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "feed_forward_dropout": options.number("feed_forward_dropout_prob", 0.0, high=1.0),
         "pooler": True,
     }
-    options.finish(_HARMLESS)
+    options.finish(_SILENT)
     return config
 
 
@@ -135,19 +130,19 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     config["dropout"] = options.number("dropout", 0.0, high=1.0)
     config["max_sequence_length"] = options.integer("max_sequence_length", 512)
     config["num_segments"] = options.integer("num_segments", 2)
-    options.finish({"name", "trainable", "dtype"})
     if config["num_layers"] % config["num_groups"]:
         layers, groups = config["num_layers"], config["num_groups"]
         raise ValueError(f"{file}: num_layers is {layers}, which num_groups, {groups}, does not divide")
     if config["num_heads"] > config["hidden_dim"]:
         raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
-    return config | {
+    fixed = {
         "activation": "gelu_new",
         "layer_norm_epsilon": 1e-12,
         "attention_dropout": None,
         "feed_forward_dropout": None,
         "pooler": True,
     }
+    return config | finish_keras(options, fixed)
 
 
 def _layers(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:

@@ -18,7 +18,9 @@ from torch import nn
 
 from pyfused.checkpoints import albert, fnet, gpt2, hf, keras, t5
 from pyfused.checkpoints.files import read_json
-from pyfused.checkpoints.plan import Plan, check_plan, fill
+from pyfused.checkpoints.foreign import error_answer, no_configuration
+from pyfused.checkpoints.names import check_prefix, find, note_others
+from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
 
@@ -48,7 +50,7 @@ class Checkpoint:
         file = self.directory / _CONFIG
         kind, stated = self._stated_dtype
         if kind == "keras" and stated is not None:
-            return keras.policy_dtype(stated, file)
+            return keras.policy_dtypes(stated, file)[0]
         if stated is not None:
             name = stated.removeprefix("torch.") if isinstance(stated, str) else stated
             for dtype in FLOATS:
@@ -59,6 +61,14 @@ class Checkpoint:
         if len(found) > 1:
             raise ValueError(f"{file} states no dtype and the tensors have {_names(found)}; pass dtype=")
         return found.pop() if found else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that is computed in: `dtype`, but with a mixed policy of Keras."""
+        kind, stated = self._stated_dtype
+        if kind == "keras" and stated is not None:
+            return keras.policy_dtypes(stated, self.directory / _CONFIG)[1]
+        return self.dtype
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -128,30 +138,42 @@ def open_checkpoint(preset: str | os.PathLike[str], *, weights: bool = True) -> 
     directory = resolve_preset(preset, "weights" if weights else "config")
     file = directory / _CONFIG
     if not file.is_file():
-        raise ValueError(f"{directory}: not a preset, it has no {_CONFIG}")
+        raise ValueError(f"{directory}: not a preset, it has no {_CONFIG}{no_configuration(directory)}")
     raw = read_json(file)
     if keras.is_keras(raw):
         return _open_keras(directory, file, raw, weights)
-    if hf.is_hf(raw):
+    if hf.model_type(raw) is not None:
         return _open_hf(directory, file, raw, weights)
-    raise ValueError(f"{file}: neither a Hugging Face configuration (model_type) nor a Keras one (class_name)")
+    raise ValueError(
+        f"{file}: neither a Hugging Face configuration (model_type) nor a Keras one (class_name){error_answer(raw)}"
+    )
 
 
 def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
-    model = hf.model_type(raw, file)
+    stated = hf.model_type(raw)
+    model = hf.ALIASES.get(stated, stated) if isinstance(stated, str) else None
     if model not in MODELS:
-        raise ValueError(f"{file}: model_type is {model!r}; pyfused reads {', '.join(MODELS)}")
+        why = f": {hf.OTHERS[stated]}" if model in hf.OTHERS else ""
+        raise ValueError(
+            f"{file}: model_type is {stated!r}; pyfused reads {', '.join((*MODELS, *hf.ALIASES))}{why}"
+        )
     maps = MODELS[model]
     config = maps.config_from_hf(raw, file)
-    stated = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
-    dtype = ("hf", stated[0] if stated else None)
+    hf.note_class(raw, file)
+    dtypes = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
+    dtype = ("hf", dtypes[0] if dtypes else None)
     if not weights:
         return Checkpoint(model, config, directory, dtype, None, {})
-    found = hf.read_entries(directory)
-    files = list(dict.fromkeys(entry.file for entry in found.values())) or hf.weight_files(directory)
-    entries = hf.select(found, maps.HF_PREFIX, maps.HF_IGNORED)
-    config, entries = maps.settle(config, entries)
-    return _checked(Checkpoint(model, config, directory, dtype, None, entries), maps.hf_plan, files)
+    stored = hf.read_entries(directory)
+    files = list(dict.fromkeys(entry.file for entry in stored.values())) or hf.weight_files(directory)
+    _check_depth(maps, config, len(stored), file, files)
+    found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps)
+    config, entries = maps.settle(config, found.entries)
+    plan = maps.hf_plan(config)
+    check_prefix(found, missing_from(plan, entries), files)
+    check_plan(plan, entries, files, file)
+    note_others(found, directory)
+    return Checkpoint(model, config, directory, dtype, plan, entries)
 
 
 def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
@@ -167,22 +189,18 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
     dtype = ("keras", options.get("dtype"))
     if not weights:
         return Checkpoint(model, config, directory, dtype, None, {})
-    entries = keras.read_entries(directory)
-    checkpoint = Checkpoint(model, config, directory, dtype, None, entries)
-    return _checked(checkpoint, MODELS[model].keras_plan, keras.weight_files(directory))
+    entries, files, maps = keras.read_entries(directory), keras.weight_files(directory), MODELS[model]
+    _check_depth(maps, config, len(entries), file, files)
+    plan = maps.keras_plan(config)
+    check_plan(plan, entries, files, file)
+    return Checkpoint(model, config, directory, dtype, plan, entries)
 
 
-def _checked(checkpoint: Checkpoint, make_plan: Any, files: list[Path]) -> Checkpoint:
-    depths = MODELS[checkpoint.model].DEPTHS
-    layers, held = sum(checkpoint.config[name] or 0 for name in depths), len(checkpoint._entries)
-    where = checkpoint.directory / _CONFIG
-    if layers > held:  # before a plan for a billion layers is made
+def _check_depth(maps: ModuleType, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:
+    """Raises ValueError for more layers than tensors, before a plan for a billion layers is made."""
+    layers = sum(config[name] or 0 for name in maps.DEPTHS)
+    if layers > held:
         raise ValueError(f"{where}: calls for {layers} layers, but {files[0]} and its shards hold {held} tensors")
-    plan = make_plan(checkpoint.config)
-    check_plan(plan, checkpoint._entries, files, where)
-    return Checkpoint(
-        checkpoint.model, checkpoint.config, checkpoint.directory, checkpoint._stated_dtype, plan, checkpoint._entries
-    )
 
 
 def _names(dtypes: Any = FLOATS) -> str:

@@ -1,16 +1,20 @@
 """How are a checkpoint's small files read when nobody vouches for them?
 
 JSON with a size limit and no duplicate keys, option by option with its type checked, and shard names that cannot
-leave the directory. Every complaint is a ValueError that starts with the file's path.
+leave the directory. Every complaint is a ValueError that starts with the file's path; what is left unread is a warning.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pyfused.checkpoints.foreign import looks_like
 
 _LARGEST_JSON = 64 << 20  # the index of the largest sharded models is about 1 MB; a vocabulary about 10
 _ABSENT = object()
@@ -33,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{size} bytes; at most {_LARGEST_JSON} are read as JSON")
         content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        raise ValueError(f"{path}: cannot be read as JSON: {error}{looks_like(path)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
     return content
@@ -47,7 +51,7 @@ def shard_path(index: Path, name: object, suffix: str) -> Path:
         raise ValueError(f"{index}: names the shard {name!r}; a shard is the plain name of a {suffix} file")
     path = index.parent / name
     if not path.is_file():
-        raise ValueError(f"{path}: missing, although {index.name} lists it")
+        raise ValueError(f"{path}: missing, although {index.name} lists it; download it")
     return path
 
 
@@ -56,22 +60,22 @@ class Options:
 
     def __init__(self, raw: dict[str, Any], file: Path) -> None:
         self._left = dict(raw)
-        self._file = file
+        self.file = file
 
     def _fail(self, name: str, value: object, takes: str) -> ValueError:
-        return ValueError(f"{self._file}: {name} is {value!r}; it takes {takes}")
+        return ValueError(f"{self.file}: {name} is {value!r:.200}; it takes {takes}")
 
     def raw(self, name: str, default: Any = _ABSENT, aliases: Iterable[str] = ()) -> Any:
         """The value under ``name`` or one of its aliases; two that disagree are refused."""
         found = {key: self._left.pop(key) for key in (name, *aliases) if key in self._left}
         if not found:
             if default is _ABSENT:
-                raise ValueError(f"{self._file}: {name} is missing")
+                raise ValueError(f"{self.file}: {name} is missing")
             return default
         key, value = next(iter(found.items()))
         for other, also in found.items():
             if also != value:
-                raise ValueError(f"{self._file}: {key} is {value!r} but {other}, another name for it, is {also!r}")
+                raise ValueError(f"{self.file}: {key} is {value!r} but {other}, another name for it, is {also!r}")
         return value
 
     def integer(self, name: str, default: Any = _ABSENT, aliases: Iterable[str] = ()) -> int:
@@ -96,16 +100,33 @@ class Options:
             raise self._fail(name, value, "true or false")
         return value
 
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        """Options that would change what is computed, unless they are off (null, false, 0 or empty)."""
-        for name in names:
-            if value := self._left.pop(name, None):
-                raise ValueError(f"{self._file}: {name} is {value!r}: {why}")
+    def refuse(self, table: Mapping[str, Refused]) -> None:
+        """Refuses options that change what is computed, unless they are off."""
+        for name, refused in table.items():
+            value = self._left.pop(name, None)
+            if value and value != refused.off:
+                raise ValueError(f"{self.file}: {name} is {value!r:.200}; {refused.why}")
 
-    def finish(self, harmless: Iterable[str] = (), prefixes: tuple[str, ...] = ()) -> None:
-        """Refuses by name every option left over that is not listed as without effect on the outputs."""
-        known = set(harmless)
+    def finish(self, silent: Iterable[str] = (), prefixes: tuple[str, ...] = ()) -> None:
+        """Names in one warning every option left over, but those that are known to have no effect on the outputs."""
+        known = set(silent)
         unknown = sorted(name for name in self._left if name not in known and not name.startswith(prefixes or ("\0",)))
         if unknown:
-            values = ", ".join(f"{name}={self._left[name]!r}" for name in unknown)
-            raise ValueError(f"{self._file}: options that pyfused does not know and therefore cannot honour: {values}")
+            values = ", ".join(f"{name}={self._left[name]!r:.60}" for name in unknown)
+            note(f"{self.file}: options that pyfused does not know, and leaves unread: {values}")
+
+
+class Refused(NamedTuple):
+    """An option that changes the outputs: why it is refused, and the value that leaves it off, beside null, false, 0 and
+    whatever is empty."""
+
+    why: str
+    off: Any = None
+
+
+def note(message: str) -> None:
+    """Warns about a checkpoint, once a load; the line that is shown is the one that called pyfused."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyfused."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -10,28 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
+from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
 from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "FNetBackbone"
-HF_PREFIX, HF_SAVED_PREFIX = "fnet.", ""
+HF_SAVED_PREFIX = ""
 
-# Heads, positions 0, 1, ... and the Fourier matrices of models that were made for a TPU
-HF_IGNORED = (r"cls\..*", r"(.*\.)?(position_ids|token_type_ids)", r".*\.dft_mat_(hidden|seq)")
+# Positions 0, 1, ..., segments 0 and the Fourier matrices of models that were made for a TPU
+HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)", r"encoder\..*\.dft_mat_(hidden|seq)")
 HF_HEAD = None  # logits are a matter of heads
+HF_EMBEDDING, HF_COPIES, HF_BARE = "embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",), ""
 DEFAULTS: dict[str, Any] = {"max_sequence_length": 512, "num_segments": 4, "pooler": True}
 DEPTHS = ("num_layers",)
 
 # With use_tpu_fourier_optimizations the same transform is computed by matrix products, for one length of text alone
-_HARMLESS = HARMLESS | {"tie_word_embeddings", "tpu_short_seq_length"}
+_SILENT = SILENT | {"tie_word_embeddings", "tpu_short_seq_length"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """FNetBackbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
     options = Options(raw, file)
-    for name, why in REFUSED.items():
-        options.refuse([name], why)
+    options.refuse(REFUSED)
     activation = options.raw("hidden_act", "gelu_new")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise ValueError(f"{file}: hidden_act is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
@@ -48,7 +48,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "layer_norm_epsilon": options.number("layer_norm_eps", 1e-12),
         "pooler": True,
     }
-    options.finish(_HARMLESS)
+    options.finish(_SILENT)
     return config
 
 
@@ -96,8 +96,8 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "max_sequence_length": options.integer("max_sequence_length", 512),
         "num_segments": options.integer("num_segments", 4),
     }
-    options.finish({"name", "trainable", "dtype"})
-    return config | {"activation": "gelu_new", "layer_norm_epsilon": 1e-12, "pooler": True}
+    fixed = {"activation": "gelu_new", "layer_norm_epsilon": 1e-12, "pooler": True}
+    return config | finish_keras(options, fixed)
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.hf import settle_head
-from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED
+from pyfused.checkpoints.names import settle_head
+from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, finish_keras
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "GPT2Backbone"
-HF_PREFIX = HF_SAVED_PREFIX = "transformer."  # of models with a head: taken off in reading, put on in saving
+HF_SAVED_PREFIX = "transformer."  # of models with a head
 
 # Buffers of older versions that carry no weights: attn.bias is a causal mask (attn.c_attn.bias is a real bias)
-HF_IGNORED = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?position_ids")
-HF_HEAD, HF_EMBEDDING = "lm_head.weight", "wte.weight"
+HF_BUFFERS = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?position_ids")
+HF_HEAD, HF_EMBEDDING, HF_COPIES, HF_BARE = "lm_head.weight", "wte.weight", (), ""
 DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
 DEPTHS = ("num_layers",)
 
@@ -29,8 +29,7 @@ DEPTHS = ("num_layers",)
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """GPT2Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
     options = Options(raw, file)
-    for name, why in REFUSED.items():
-        options.refuse([name], why)
+    options.refuse(REFUSED)
     hidden_dim = options.integer("n_embd", 768, ["hidden_size"])
     inner = options.raw("n_inner", None)
     dropout = options.number("resid_pdrop", 0.1, high=1.0)
@@ -63,7 +62,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "cross_attention": options.boolean("add_cross_attention", False),
         "tie_embedding_weights": options.boolean("tie_word_embeddings", True),
     }
-    options.finish(HARMLESS | {"n_ctx"}, ("summary_",))
+    options.finish(SILENT | {"n_ctx"}, ("summary_",))
     return config
 
 
@@ -116,10 +115,9 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     }
     config["dropout"] = options.number("dropout", 0.1, high=1.0)
     config["max_sequence_length"] = options.integer("max_sequence_length", 1024)
-    options.finish({"name", "trainable", "dtype"})
     if config["num_heads"] > config["hidden_dim"]:
         raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
-    return config | {
+    fixed = {
         "activation": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "embedding_dropout": None,
@@ -131,6 +129,7 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "cross_attention": False,
         "tie_embedding_weights": True,
     }
+    return config | finish_keras(options, fixed)
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:

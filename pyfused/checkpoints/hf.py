@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyfused.checkpoints.files import read_json, reject_duplicates, shard_path
-from pyfused.checkpoints.storage import Entry, same_values
+from pyfused.checkpoints.files import note, read_json, reject_duplicates, shard_path
+from pyfused.checkpoints.foreign import looks_like, other_weights
+from pyfused.checkpoints.storage import Entry
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -29,51 +28,81 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 
-# Beginnings of class names, for configurations without model_type
-_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5", "FNet": "fnet"}
+# For configurations without model_type: beginnings of class names, then options that only this model has
+_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5", "MT5": "mt5", "UMT5": "umt5", "FNet": "fnet"}
+_MARKS = {
+    "gpt2": {"n_embd", "n_head", "n_layer"}, "t5": {"d_model", "d_kv", "d_ff"}, "fnet": {"tpu_short_seq_length"},
+    "albert": {"embedding_size", "num_hidden_groups"},
+}  # fmt: skip
+_TASKS = "PreTraining|MaskedLM|CausalLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|" \
+    "NextSentencePrediction|ConditionalGeneration"  # fmt: skip
+_KNOWN_CLASS = re.compile(rf"(TF|Flax)?({'|'.join(_CLASSES)})((Encoder|LMHead|DoubleHeads|WithLMHead)?Model|For({_TASKS}))")
+
+# Models that share another one's classes here, and those that look like one and are not
+ALIASES = {"mt5": "t5"}
+OTHERS = {"umt5": "UMT5 has a table of position biases in every layer, where T5's first layer has one for all"}
 
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
-def is_hf(config: dict[str, Any]) -> bool:
-    """Whether a config.json is Hugging Face's."""
-    return "model_type" in config or "architectures" in config
+def model_type(config: dict[str, Any]) -> Any:
+    """The model's name, from ``model_type``; in older configurations, which have none, from ``architectures`` or from the
+    options. None for a configuration that is not Hugging Face's."""
+    if (stated := config.get("model_type")) is not None:
+        return stated
+    first = class_name(config).removeprefix("TF").removeprefix("Flax")
+    found = (model for prefix, model in _CLASSES.items() if first.startswith(prefix))
+    by_options = (model for model, marks in _MARKS.items() if marks <= config.keys())
+    return next(found, None) or next(by_options, None)
 
 
-def model_type(config: dict[str, Any], file: Path) -> str:
-    """The model's name, from ``model_type`` or, in configurations older than that key, from ``architectures``."""
-    name = config.get("model_type")
-    if name is None:
-        classes = config.get("architectures")
-        first = classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
-        name = next((model for prefix, model in _CLASSES.items() if first.startswith(prefix)), None)
-    if not isinstance(name, str):
-        raise ValueError(f"{file}: model_type is {name!r}; it takes the name of a model")
-    return name
+def class_name(config: dict[str, Any]) -> str:
+    """The first of ``architectures``, or ""."""
+    classes = config.get("architectures")
+    return classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+
+
+def note_class(config: dict[str, Any], file: Path) -> None:
+    """Warns where a configuration names a class that is none of transformers'."""
+    name = class_name(config)
+    if name and not _KNOWN_CLASS.fullmatch(name):
+        note(
+            f"{file}: architectures is {name!r}, a class that transformers does not have; loaded is the backbone of "
+            f"{model_type(config)!r}, without what that class adds or changes"
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold weights, the whole one before shards. Raises ValueError when there are none to be read."""
-    if (directory / WHOLE).is_file():
-        return [directory / WHOLE]
-    if (directory / INDEX).is_file():
-        index = directory / INDEX
+    whole, index = _names(directory)
+    if whole is not None:
+        return [whole]
+    if index is not None:
         return [shard_path(index, name, ".safetensors") for name in dict.fromkeys(_weight_map(index).values())]
-    pickled = sorted(path.name for path in directory.glob("*.bin") if path.name.startswith("pytorch_model"))
-    if pickled:
-        raise ValueError(
-            f"{directory / pickled[0]}: a pickled file can run any code when it is read, so only safetensors are read; "
-            f"convert it once where you trust it: transformers' from_pretrained, then save_pretrained"
-        )
-    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}")
+    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}{other_weights(directory)}")
+
+
+def _names(directory: Path) -> tuple[Path | None, Path | None]:
+    """The whole file and the index of shards, of which one may be there. Where there is no plain one, those of a variant
+    (model.fp16.safetensors), as pipelines of diffusers have them; the plain and whole one goes first."""
+    for whole, index in ((WHOLE, INDEX), ("model.*.safetensors", "model.safetensors.index.*.json")):
+        shard = re.compile(r".*-\d+-of-\d+\.safetensors")
+        wholes = [path for path in sorted(directory.glob(whole)) if path.is_file() and not shard.fullmatch(path.name)]
+        indices = [path for path in sorted(directory.glob(index)) if path.is_file() and not wholes]
+        if len(wholes) + len(indices) > 1:
+            names = ", ".join(path.name for path in (*wholes, *indices))
+            raise ValueError(f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}")
+        if wholes or indices:
+            return next(iter(wholes), None), next(iter(indices), None)
+    return None, None
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
     """Every tensor of the directory's weight files by its name there; shards must hold what their index says."""
     files = weight_files(directory)
-    if files[0].name == WHOLE:
+    index = _names(directory)[1]
+    if index is None:
         return read_header(files[0])
-    index = directory / INDEX
     weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     for path in files:
@@ -87,42 +116,6 @@ def read_entries(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def select(entries: dict[str, Entry], prefix: str, ignored: Iterable[str]) -> dict[str, Entry]:
-    """Strips the head model's ``prefix`` and drops tensors whose stripped name a pattern of ``ignored`` matches."""
-    patterns = [re.compile(pattern) for pattern in ignored]
-    result: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        short = name.removeprefix(prefix)
-        if any(pattern.fullmatch(short) for pattern in patterns):
-            continue
-        if short in result:
-            raise ValueError(f"{entry} and tensor {result[short].name!r} are the same weight under two names")
-        result[short] = entry
-    return result
-
-
-def settle_head(
-    config: dict[str, Any], entries: dict[str, Entry], head_name: str, embedding_name: str
-) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Decides from the files whether the output matrix is the token embedding, and drops a redundant head.
-
-    Files of a model without a head have none whatever the configuration says. Where the configuration ties but the file
-    holds two different matrices, the file is right, as it is for transformers; that is worth a warning, unless the
-    configuration says (T5's does) that the logits are not scaled, which only models with a head of their own want.
-    """
-    head, embedding = entries.get(head_name), entries.get(embedding_name)
-    untied = head is not None and not config["tie_embedding_weights"]
-    if head is not None and embedding is not None and not untied:
-        untied = not same_values(head, embedding)
-        if untied and config.get("scale_logits", True):
-            warnings.warn(
-                f"{head} differs from {embedding.name!r} although the configuration ties them; it is used", stacklevel=5
-            )
-    if not untied:
-        entries = {name: entry for name, entry in entries.items() if name != head_name}
-    return config | {"tie_embedding_weights": not untied}, entries
-
-
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file. Raises ValueError naming the file, and the tensor if it is one's fault."""
     try:
@@ -131,11 +124,11 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_LARGEST_HEADER, size - 8):
                 raise ValueError(
-                    f"the header would have {length} bytes, the file has {size}; it is damaged or truncated"
+                    f"the header would have {length} bytes, the file has {size}; it is damaged or truncated; download it again"
                 )
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}{looks_like(path)}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: cannot be read as safetensors: the header is no JSON object")
     header.pop("__metadata__", None)
@@ -175,7 +168,9 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
             f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, not those of data_offsets {offsets!r}"
         )
     if data + end > size:
-        raise ValueError(f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated")
+        raise ValueError(
+            f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated; download it again"
+        )
     return Entry(name, path, data + begin, DTYPES[dtype], tuple(shape))
 
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
-from pyfused.checkpoints.files import read_json, shard_path
+from pyfused.checkpoints.files import note, read_json, shard_path
+from pyfused.checkpoints.foreign import looks_like, other_weights
 from pyfused.checkpoints.storage import Entry, check_inside
 
 WHOLE, INDEX = "model.weights.h5", "model.weights.json"
 
 _DTYPES = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
-_POLICIES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_POLICIES = {name: (getattr(torch, name),) * 2 for name in ("float32", "bfloat16", "float16", "float64")} | {
+    f"mixed_{name}": (torch.float32, getattr(torch, name)) for name in ("float16", "bfloat16")
+}
 
 # State that Keras keeps beside the weights and that no forward pass reads
 _IGNORED = re.compile(r"optimizer/.*|(.*/)?seed_generator/vars/\d+")
@@ -45,12 +48,12 @@ def class_name(config: dict[str, Any], file: Path) -> str:
             f"{file}: the class is {name!r}, registered as {registered!r}; expected a backbone of keras_hub>"
         )
     if unknown := sorted(set(config) - _OBJECT_KEYS):
-        raise ValueError(f"{file}: unknown keys {unknown} beside the object's config")
+        note(f"{file}: keys beside the object's config that pyfused does not know, and leaves unread: {', '.join(unknown)}")
     return str(name)
 
 
-def policy_dtype(policy: object, file: Path) -> torch.dtype:
-    """The dtype that a Keras dtype policy computes and stores in. Raises ValueError where those are not one."""
+def policy_dtypes(policy: object, file: Path) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which a Keras dtype policy stores variables and computes. Raises ValueError for a quantised one."""
     name: Any = policy
     kind: Any = "DTypePolicy"
     if isinstance(policy, dict):
@@ -60,7 +63,7 @@ def policy_dtype(policy: object, file: Path) -> torch.dtype:
     if kind == "DTypePolicy" and isinstance(name, str) and name in _POLICIES:
         return _POLICIES[name]
     raise ValueError(
-        f"{file}: the dtype policy {kind} {name!r} is not one dtype for everything (mixed or quantised); "
+        f"{file}: the dtype policy {kind} {name!r} is not one dtype for every layer (quantised, or a map); "
         f"pass dtype= one of {', '.join(_POLICIES)}"
     )
 
@@ -73,7 +76,7 @@ def weight_files(directory: Path) -> list[Path]:
         index = directory / INDEX
         shards = dict.fromkeys(shard for shards in _weight_map(index).values() for shard in shards)
         return [shard_path(index, shard, ".weights.h5") for shard in shards]
-    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}")
+    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}{other_weights(directory)}")
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
@@ -135,7 +138,7 @@ def _read_file(path: Path) -> Iterator[Entry]:
     except _Refused as error:
         raise ValueError(str(error)) from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as an h5 file: {error}") from error
+        raise ValueError(f"{path}: cannot be read as an h5 file: {error}{looks_like(path)}") from error
 
 
 class _Refused(Exception):

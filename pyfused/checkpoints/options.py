@@ -1,11 +1,14 @@
 """Which options of a configuration mean the same for every model: those without effect, and those that are refused?
 
-And by which names do Hugging Face and Keras call an activation?
+What is in neither table, nor read by a model, is named in a warning. And by which names do Hugging Face and Keras call an
+activation?
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from pyfused.checkpoints.files import Options, Refused
 
 # Several Hugging Face names for the tanh formula, two for the erf one
 HF_ACTIVATIONS = {
@@ -16,7 +19,8 @@ HF_ACTIVATIONS = {
 # Keras writes a function of KerasHub's, or of KerasNLP's, as it was called, by its registered name
 _KERAS_FUNCTIONS = {f"{package}>gelu_approximate": "gelu_new" for package in ("keras_hub", "keras_nlp")}
 
-HARMLESS = {
+# What some version of transformers writes into any configuration, and what has no effect on the outputs
+SILENT = {
     # about the file
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
     "torch_dtype", "transformers.js_config", "attn_implementation", "_attn_implementation",
@@ -28,7 +32,7 @@ HARMLESS = {
     "is_encoder_decoder", "tf_legacy_loss", "keys_to_ignore_at_inference", "chunk_size_feed_forward",
     "remove_invalid_values",
     # heads
-    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "predict_special_tokens",
+    "id2label", "label2id", "num_labels", "_num_labels", "problem_type",
     # generation
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
     "do_sample", "max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups",
@@ -38,14 +42,31 @@ HARMLESS = {
     "exponential_decay_length_penalty",
 }  # fmt: skip
 
+_QUANTISED = (
+    "the weights are quantised, and pyfused reads floating-point weights: load the checkpoint that they were quantised from"
+)
 REFUSED = {
-    "quantization_config": "quantised weights are not read; load the model the weights were quantised from",
-    "pruned_heads": "pruned attention heads are not read",
-    "auto_map": "the checkpoint belongs to code of its own, which pyfused does not run",
-    "cross_attention_hidden_size": "encoder states of another width are not read",
-    "tie_encoder_decoder": "the decoder's weights would be those of an encoder",
-    "use_bfloat16": "pass dtype='bfloat16' and drop the option",
+    "quantization_config": Refused(_QUANTISED),
+    "compression_config": Refused(_QUANTISED),
+    "pruned_heads": Refused("attention heads were taken out, so that layers have fewer of them"),
+    "auto_map": Refused("the checkpoint belongs to code of its own, which pyfused does not run"),
+    "cross_attention_hidden_size": Refused("the encoder's states would have another width"),
+    "tie_encoder_decoder": Refused("the decoder's weights would be those of the encoder"),
+    "use_bfloat16": Refused("pass dtype='bfloat16' and drop the option"),
+    "position_embedding_type": Refused("positions would enter in another way than pyfused computes", "absolute"),
 }
+
+
+def finish_keras(options: Options, fixed: dict[str, Any]) -> dict[str, Any]:
+    """``fixed``: what KerasHub's class computes and has no argument for. An option of such a name, from a later version or
+    another library, must say the same. The rest is named in a warning, as `Options.finish` does."""
+    for name, value in fixed.items():
+        stated = options.raw(name, value)
+        if (activation_name(stated) if name == "activation" else stated) != value:
+            raise ValueError(f"{options.file}: {name}={stated!r:.200}, but KerasHub's class computes {value!r}")
+    options.refuse({"quantization_config": REFUSED["quantization_config"]})
+    options.finish({"name", "trainable", "dtype"})
+    return fixed
 
 
 def activation_name(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,25 +43,44 @@ def transposed(shape: tuple[int, int], name: str, stored: tuple[int, ...] | None
     return Target(shape, (Piece(name, stored or shape[::-1], True),))
 
 
+def missing_from(plan: Plan, entries: Mapping[str, Entry]) -> list[str]:
+    """The stored names that the plan wants and the files do not have."""
+    return [piece.name for target in plan.values() for piece in target.pieces if piece.name not in entries]
+
+
 def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], where: Path) -> None:
     """Names, shapes and dtypes of the plan against the headers: raises ValueError before a byte of weights is read.
 
     ``files`` are the weight files, for the message about a missing tensor; ``where`` the configuration that wants it.
     """
     wanted = {piece.name: piece for target in plan.values() for piece in target.pieces}
-    listed = ", ".join(str(path) for path in files)
+    if missing := missing_from(plan, entries):
+        raise ValueError(
+            f"{', '.join(map(str, files))}: tensor {missing[0]!r} of shape {wanted[missing[0]].shape} is missing, which "
+            f"{where} calls for{_more(missing)}"
+        )
     for name, piece in wanted.items():
-        entry = entries.get(name)
-        if entry is None:
-            raise ValueError(f"{listed}: tensor {name!r} of shape {piece.shape} is missing, which {where} calls for")
+        entry = entries[name]
+        if entry.dtype not in FLOATS:
+            kind = "quantised, or no weight" if entry.dtype.itemsize == 1 else "no weight"
+            raise ValueError(f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}")
         if entry.shape != piece.shape:
             raise ValueError(f"{entry} has shape {entry.shape}, but {where} calls for {piece.shape}")
-        if entry.dtype not in FLOATS:
-            raise ValueError(f"{entry} has dtype {entry.dtype}; weights are {', '.join(map(str, FLOATS))}")
     extra = [entry for name, entry in entries.items() if name not in wanted]
     if extra:
-        more = f" (and {len(extra) - 1} more: {[entry.name for entry in extra[1:6]]})" if len(extra) > 1 else ""
-        raise ValueError(f"{extra[0]}{more} is not part of the model that {where} describes")
+        more = _more([entry.name for entry in extra])
+        raise ValueError(f"{extra[0]}{more} is not part of the model that {where} describes{_reason(extra[0].name)}")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more: {names[1:6]})" if len(names) > 1 else ""
+
+
+def _reason(name: str) -> str:
+    """What a tensor that has no place says about the model."""
+    if re.search(r"block\.[1-9]\d*\..*relative_attention_bias", name):
+        return ": UMT5 has a table of position biases in every layer, and pyfused reads T5, whose first layer has one for all"
+    return ""
 
 
 def fill(target: torch.Tensor, plan: Target, entries: Mapping[str, Entry], files: Mapping[Path, MappedFile]) -> None:

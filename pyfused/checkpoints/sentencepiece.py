@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyfused.checkpoints.foreign import looks_like
+
 SPACE = "▁"
 START, SEPARATOR = "[CLS]", "[SEP]"
 _UNIGRAM = 1
@@ -47,7 +49,7 @@ def read_model(
             raise ValueError(f"{size} bytes; at most {_LARGEST} are read")
         pieces, trainer, normalizer = _parse(path.read_bytes())
     except (OSError, ValueError, IndexError, struct.error) as error:
-        raise ValueError(f"{path}: cannot be read as a SentencePiece model: {error}") from error
+        raise ValueError(f"{path}: cannot be read as a SentencePiece model: {error}{looks_like(path)}") from error
     if trainer.get(3, _UNIGRAM) != _UNIGRAM:
         raise ValueError(f"{path}: model_type is {trainer[3]}; pyfused reads unigram models (1), as T5's")
     for number, name in ((3, "add_dummy_prefix"), (4, "remove_extra_whitespaces"), (5, "escape_whitespaces")):

@@ -77,7 +77,8 @@ def check_inside(entry: Entry, file_size: int) -> None:
     """Raises ValueError when the tensor's bytes are not all in the file."""
     if entry.offset < 0 or entry.offset + entry.nbytes > file_size:
         raise ValueError(
-            f"{entry} ends at byte {entry.offset + entry.nbytes}, but the file has {file_size} bytes: it is truncated"
+            f"{entry} ends at byte {entry.offset + entry.nbytes}, but the file has {file_size} bytes: it is truncated; "
+            f"download it again"
         )
 
 

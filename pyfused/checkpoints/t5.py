@@ -1,4 +1,4 @@
-"""How do T5's configuration and weight names in Hugging Face and Keras format map to pyfused's?
+"""How do T5's and mT5's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
 Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
 (in, out); pyfused stacks the matrices that are applied to the same vector: query, key and value, and key and value of
@@ -7,42 +7,54 @@ the encoder's states.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.hf import settle_head
-from pyfused.checkpoints.options import HARMLESS, HF_ACTIVATIONS, REFUSED, activation_name
+from pyfused.checkpoints import hf
+from pyfused.checkpoints.files import Options, Refused
+from pyfused.checkpoints.names import settle_head
+from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 KERAS_CLASS = "T5Backbone"
-HF_PREFIX, HF_SAVED_PREFIX = "transformer.", ""
+HF_SAVED_PREFIX = ""
 
-# Copies of the shared embedding, and a table that a layer of the first checkpoints had and nothing reads
-HF_IGNORED = (
-    r"(encoder|decoder)\.embed_tokens\.weight",
-    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-)
+# A table that a layer of the first checkpoints had and nothing reads
+HF_BUFFERS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 HF_HEAD, HF_EMBEDDING = "lm_head.weight", "shared.weight"
+HF_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HF_BARE = "encoder."  # of the names of a T5Stack, which may have been saved by itself
 DEFAULTS: dict[str, Any] = {
     "key_value_dim": None, "use_gated_activation": True, "tie_embedding_weights": True, "num_decoder_layers": None,
     "num_buckets": 32,
 }  # fmt: skip
 DEPTHS = ("num_layers", "num_decoder_layers")
 
-_HARMLESS = HARMLESS | {"initializer_factor", "classifier_dropout", "n_positions", "feed_forward_proj", "is_gated_act"}
+# Where mT5's class has other defaults than T5's, and what it does whatever the configuration says
+_MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
+_MT5_ALWAYS = {"scale_decoder_outputs": False}
+_ENCODERS = re.compile(r"M?T5(EncoderModel|ForTokenClassification)")
+_REFUSED = REFUSED | {"scalable_attention": Refused("it is UMT5's, which has a table of position biases in every layer")}
+_SILENT = SILENT | {"initializer_factor", "classifier_dropout", "n_positions"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """T5Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    """T5Backbone's constructor arguments. An option that would change the outputs is carried or refused by name.
+
+    num_decoder_layers is 0 where the configuration is that of an encoder alone.
+    """
+    if hf.model_type(raw) == "mt5":
+        raw = _MT5 | raw | _MT5_ALWAYS
     options = Options(raw, file)
-    for name, why in REFUSED.items():
-        options.refuse([name], why)
+    options.refuse(_REFUSED)
     num_layers = options.integer("num_layers", 6, ["num_hidden_layers"])
     decoder_layers = options.raw("num_decoder_layers", None)
     if decoder_layers is not None:
         decoder_layers = Options({"num_decoder_layers": decoder_layers}, file).integer("num_decoder_layers")
+    if not options.boolean("is_encoder_decoder", True) or _ENCODERS.fullmatch(hf.class_name(raw)):
+        decoder_layers = 0
     activation, gated = _hf_feed_forward(options, file)
     tied = options.boolean("tie_word_embeddings", True)
     config: dict[str, Any] = {
@@ -56,7 +68,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "activation": activation,
         "use_gated_activation": gated,
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
-        "tie_embedding_weights": tied,
+        "tie_embedding_weights": tied or decoder_layers == 0,
         "num_decoder_layers": num_layers if decoder_layers is None else decoder_layers,
         "num_buckets": options.integer("relative_attention_num_buckets", 32),
         "max_distance": options.integer("relative_attention_max_distance", 128),
@@ -64,7 +76,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "scale_logits": options.boolean("scale_decoder_outputs", tied),
         "decoder_start_token_id": _start_token(options, file),
     }
-    options.finish(_HARMLESS)
+    options.finish(_SILENT)
     return config
 
 
@@ -104,10 +116,11 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     spelled = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation) if gated else activation
     scaled = config["tie_embedding_weights"] if config["scale_logits"] is None else config["scale_logits"]
     heads = config["num_heads"]
+    alone = config["num_decoder_layers"] == 0
     return {
-        "architectures": ["T5ForConditionalGeneration"],
+        "architectures": ["T5EncoderModel" if alone else "T5ForConditionalGeneration"],
         "model_type": "t5",
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": not alone,
         "dtype": dtype,
         "vocab_size": config["vocabulary_size"],
         "num_layers": config["num_layers"],
@@ -155,18 +168,21 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
         "tie_embedding_weights": options.boolean("tie_embedding_weights", True),
     }
-    options.finish({"name", "trainable", "dtype"})
-    return config | {
+    fixed = {
         "num_decoder_layers": config["num_layers"],
         "num_buckets": 32,
         "max_distance": 128,
         "scale_logits": config["tie_embedding_weights"],
         "decoder_start_token_id": 0,
     }
+    return config | finish_keras(options, fixed)
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What only the files say: whether the output matrix is the token embedding."""
+    """What only the files say: whether there is a decoder, and whether the output matrix is the token embedding."""
+    if not any(name.startswith("decoder.") for name in entries):
+        config = config | {"num_decoder_layers": 0, "tie_embedding_weights": True}
+        entries = {name: entry for name, entry in entries.items() if name != HF_HEAD}
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
@@ -259,6 +275,9 @@ def keras_plan(config: dict[str, Any]) -> Plan:
     return plan
 
 
-def _stacks(config: dict[str, Any]) -> tuple[tuple[str, int], tuple[str, int]]:
-    depth = config["num_layers"]
-    return ("encoder", depth), ("decoder", config["num_decoder_layers"] or depth)
+def _stacks(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Names and depths; the encoder alone where the decoder has no layers."""
+    depth, decoder_depth = config["num_layers"], config["num_decoder_layers"]
+    if decoder_depth == 0:
+        return (("encoder", depth),)
+    return ("encoder", depth), ("decoder", depth if decoder_depth is None else decoder_depth)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.foreign import error_answer, looks_like
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
 
@@ -231,7 +232,7 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Token
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}{looks_like(path)}") from error
     end, _ = _hf_options(path.parent, end_of(backend) if pieces else END_OF_TEXT)
     if end is not None and backend.token_to_id(end) is None:
         raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
@@ -270,7 +271,7 @@ def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise ValueError(f"{path}: cannot be read: {error}{looks_like(path)}") from error
     merges = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
@@ -278,7 +279,9 @@ def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
             continue
         pair = line.split(" ")
         if len(pair) != 2 or any(token not in vocabulary for token in (*pair, "".join(pair))):
-            raise ValueError(f"{path}: line {number}, {line!r:.100}, is no pair of tokens that merge into a third")
+            raise ValueError(
+                f"{path}: line {number}, {line!r:.100}, is no pair of tokens that merge into a third{looks_like(path)}"
+            )
         merges.append((pair[0], pair[1]))
     return merges
 
@@ -338,7 +341,8 @@ def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
     if name not in _KERAS_CLASSES or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads {', '.join(_KERAS_CLASSES)}, or a tokenizer.json of Hugging Face"
+            f"{path}: the class is {name!r}; pyfused reads {', '.join(_KERAS_CLASSES)}, or a tokenizer.json of Hugging "
+            f"Face{error_answer(raw)}"
         )
     if config.get("add_bos"):
         raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")

@@ -43,7 +43,7 @@ class Call:
     """encoder is None where its states are given, or their keys are in the cache. decoder.memory is filled in later."""
 
     encoder: StackCall | None
-    decoder: StackCall
+    decoder: Any  # a StackCall; None in a model that is the encoder alone
     memory: Tensor | None = None
     asked: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -65,11 +65,7 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
         decoder.visible = Visibility(is_causal=True, padding_mask=mask)
     call = Call(None, decoder)
     _source(given, call, b, config, like)
-    if given.get("return_hidden_states"):
-        _collect(call, "hidden_states")
-    if given.get("return_attentions"):
-        _collect(call, "attentions")
-        decoder.cross_attentions = call.asked["cross_attentions"] = []
+    collect(call, given)
     return call
 
 
@@ -137,10 +133,13 @@ def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], l
         cache.encoder_mask = call.decoder.memory_mask
 
 
-def _collect(call: Call, what: str) -> None:
-    """Lists for both stacks; the encoder's only where it runs."""
-    for side, stack in (("encoder", call.encoder), ("decoder", call.decoder)):
-        if stack is not None:
-            found: list[torch.Tensor] = []
-            setattr(stack, what, found)
-            call.asked[f"{side}_{what}"] = found
+def collect(call: Call, given: dict[str, Any]) -> None:
+    """Lists for what the flags ask for, of both stacks; the encoder's only where it runs."""
+    for flag, what in (("return_hidden_states", "hidden_states"), ("return_attentions", "attentions")):
+        for side, stack in (("encoder", call.encoder), ("decoder", call.decoder)):
+            if given.get(flag) and stack is not None:
+                found: list[torch.Tensor] = []
+                setattr(stack, what, found)
+                call.asked[f"{side}_{what}"] = found
+    if given.get("return_attentions") and call.decoder is not None:
+        call.decoder.cross_attentions = call.asked["cross_attentions"] = []

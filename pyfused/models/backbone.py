@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyfused.checkpoints import open_checkpoint, presets_of
 
+from ._mixed import compute_in
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -31,6 +33,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+_MIXED = ("mixed_float16", "mixed_bfloat16")  # Keras's policies: float32 parameters, computation in the other dtype
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -48,8 +51,16 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
         raise TypeError(f"dtype is of type {type(dtype).__name__}; it takes {takes}")
     name = dtype.removeprefix("torch.")
     if name not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it takes {takes}")
+        mixed = f", and in from_preset and from_config {' and '.join(_MIXED)}" if name in _MIXED else ""
+        raise ValueError(f"dtype is {dtype!r}; it takes {takes}{mixed}")
     return _DTYPES[name]
+
+
+def _resolve_policy(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the parameters and of the computation."""
+    if isinstance(dtype, str) and dtype in _MIXED:
+        return torch.float32, _DTYPES[dtype.removeprefix("mixed_")]
+    return resolve_dtype(dtype), resolve_dtype(dtype)
 
 
 def model_names(cls: type) -> set[str]:
@@ -98,6 +109,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
+        """What is computed in, and the outputs have: the parameters' dtype, but with a mixed policy of Keras."""
         return self.token_embedding.weight.dtype
 
     @property
@@ -106,7 +118,9 @@ class Backbone(nn.Module, ABC):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, of types that JSON has, from which `from_config` makes an equal, untrained model."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
+        name = str(self.dtype).removeprefix("torch.")
+        mixed = next(self.parameters()).dtype != self.dtype
+        return {**self._config, "dtype": f"mixed_{name}" if mixed else name}
 
     @abstractmethod
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
@@ -126,7 +140,12 @@ class Backbone(nn.Module, ABC):
         """A model with newly initialised weights from what `get_config` returned."""
         if not isinstance(config, Mapping):
             raise TypeError(f"config is of type {type(config).__name__}; it takes a dict of constructor arguments")
-        return cls(**config)
+        if config.get("dtype") not in _MIXED:
+            return cls(**config)
+        variable, compute = _resolve_policy(config["dtype"])
+        model = cls(**{**config, "dtype": variable})
+        compute_in(model, compute)
+        return model
 
     @classmethod
     def from_preset(
@@ -144,7 +163,8 @@ class Backbone(nn.Module, ABC):
         kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset picks the class by the checkpoint.
         load_weights: False leaves the random initialisation and reads the configuration alone.
         device: where the weights go; None is torch's default device.
-        dtype: a name or a torch.dtype; None is what the checkpoint says.
+        dtype: a name or a torch.dtype, or "mixed_float16" or "mixed_bfloat16": float32 parameters, which are cast for each
+            computation, and outputs in the other dtype. None is what the checkpoint says, a mixed policy of Keras included.
         skip_padding: the attribute of this name; see the class.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
@@ -153,7 +173,7 @@ class Backbone(nn.Module, ABC):
         """
         if not isinstance(skip_padding, bool):
             raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
-        target = None if dtype is None else resolve_dtype(dtype)
+        target = None if dtype is None else _resolve_policy(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):
             raise ValueError(
@@ -166,13 +186,13 @@ class Backbone(nn.Module, ABC):
         kind = _class_of(checkpoint.model) if cls is Backbone else cls
         if skip_padding and kind.texts[0][1] is None:
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
-        config = checkpoint.config | overrides | {"dtype": target or checkpoint.dtype}
+        variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
+        config = checkpoint.config | overrides | {"dtype": variable}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
             with place:
                 model = kind.from_config(config)
-            model.skip_padding = skip_padding
-            return model.eval()
+            return _finished(model, variable, compute, skip_padding)
         with torch.device("meta"), _Uninitialised():
             model = kind.from_config(config)
         checkpoint.check_module(model)
@@ -183,8 +203,7 @@ class Backbone(nn.Module, ABC):
             )
         _allocate(model, place)
         checkpoint.load_into(model)
-        model.skip_padding = skip_padding
-        return model.eval()
+        return _finished(model, variable, compute, skip_padding)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -213,6 +232,13 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
                 tensors[name] = made[id(tensor)]
+
+
+def _finished(model: Any, variable: torch.dtype, compute: torch.dtype, skip_padding: bool) -> Any:
+    if compute != variable:
+        compute_in(model, compute)
+    model.skip_padding = skip_padding
+    return model.eval()
 
 
 def _class_of(model: str) -> Any:

@@ -29,7 +29,7 @@ from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
 from ._evaluation import skips_padding
-from ._t5_call import ENCODER_INPUTS, INPUTS, StackCall, read, read_encoder
+from ._t5_call import ENCODER_INPUTS, FLAGS, INPUTS, Call, StackCall, collect, read, read_encoder
 from .backbone import Backbone, resolve_dtype
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
@@ -136,7 +136,8 @@ class T5Backbone(Backbone):
         layer_norm_epsilon: added to the mean square in every norm.
         tie_embedding_weights: False gives token_embedding(x, reverse=True) a matrix of its own.
         dtype: a name or a torch.dtype; torch's default dtype if None.
-        num_decoder_layers: layers of the decoder, if not num_layers.
+        num_decoder_layers: layers of the decoder, if not num_layers; 0 makes the encoder alone, of which `encode`, and calls
+            with the encoder's inputs, work.
         num_buckets, max_distance: of the relative position bias.
         scale_logits: whether `logits` multiplies the hidden states by 1 / sqrt(D); if None, where the weights are tied.
         decoder_start_token_id: what generation feeds the decoder first.
@@ -149,7 +150,9 @@ class T5Backbone(Backbone):
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
 
-    texts = (("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"))
+    texts: tuple[tuple[str, str | None], ...] = (
+        ("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"),
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -183,7 +186,9 @@ class T5Backbone(Backbone):
             vocabulary_size, hidden_dim, tie_weights=tie_embedding_weights, **factory
         )
         self.encoder = T5Stack(config, False, factory)
-        self.decoder = T5Stack(config, True, factory)
+        self.decoder: Any = T5Stack(config, True, factory) if config["num_decoder_layers"] else None
+        if self.decoder is None:
+            self.texts, self.predicts_tokens = self.texts[:1], False
         self.logits_scale = hidden_dim**-0.5 if config["scale_logits"] else 1.0
         self.reset_parameters()
         self.requires_grad_(config["trainable"])
@@ -204,6 +209,7 @@ class T5Backbone(Backbone):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty KV cache for `capacity` tokens of the decoder per row, to pass as `cache`."""
+        self.check_decoder("new_cache")
         check_sizes({"batch_size": batch_size, "capacity": capacity})
         c = self._config
         heads = c["num_heads"]
@@ -232,13 +238,18 @@ class T5Backbone(Backbone):
             return_attentions: True adds "encoder_attentions", "decoder_attentions" (B, H, S, Sk) and "cross_attentions"
                 (B, H, Sd, Se): each layer's probabilities before dropout, materialised for it.
 
+        An encoder alone takes the encoder's inputs and flags, and gives what is the encoder's.
+
         A query that sees no key gets zeros from the attention. Empty inputs give an empty result.
 
         Raises:
-            ValueError: a missing or unknown input, a wrong shape, more tokens than the cache takes.
+            ValueError: a missing or unknown input, a wrong shape, more tokens than the cache takes; an input of the decoder
+            where there is none.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         given = _inputs.gather(inputs, keywords, INPUTS)
+        if self.decoder is None:
+            return self._encoder_alone(given)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.token_embedding.weight)
             encoded = call.memory if call.encoder is None else self._encoded(call.encoder)
@@ -255,6 +266,25 @@ class T5Backbone(Backbone):
         given = _inputs.gather(inputs, keywords, ENCODER_INPUTS)
         return self._encoded(read_encoder(given, self._config, self.token_embedding.weight))
 
+    def _encoder_alone(self, given: dict[str, Any]) -> dict[str, Any]:
+        """forward without a decoder."""
+        for name, value in given.items():
+            if value is not None and name not in (*ENCODER_INPUTS, *FLAGS):
+                self.check_decoder(name)
+        encoder = read_encoder(given, self._config, self.token_embedding.weight)
+        call = Call(encoder, None)
+        collect(call, given)
+        encoded = self._encoded(encoder)
+        return {"encoder_sequence_output": encoded, **{name: tuple(kept) for name, kept in call.asked.items()}}
+
+    def check_decoder(self, what: str) -> None:
+        """Raises ValueError where this is the encoder alone. `what` needs the decoder."""
+        if self.decoder is None:
+            raise ValueError(
+                f"{what} needs the decoder, and this {type(self).__name__} is the encoder alone, as its checkpoint is "
+                f"(num_decoder_layers is 0); it takes {' and '.join(ENCODER_INPUTS[:2])}, and has encode"
+            )
+
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The encoder's: (B, S) -> (B, S, D)."""
         return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
@@ -266,6 +296,7 @@ class T5Backbone(Backbone):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The decoder's hidden states (..., D) -> (..., V)."""
+        self.check_decoder("logits")
         return self.token_embedding(hidden * self.logits_scale if self.logits_scale != 1.0 else hidden, reverse=True)
 
     def _embed(self, call: StackCall) -> Tensor:
@@ -278,7 +309,9 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         config["num_decoder_layers"] = config["num_layers"]
     if config["scale_logits"] is None:
         config["scale_logits"] = config["tie_embedding_weights"]
-    sizes = ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim", "num_decoder_layers")
+    sizes = ["vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim"]
+    if config["num_decoder_layers"] != 0 or isinstance(config["num_decoder_layers"], bool):
+        sizes.append("num_decoder_layers")
     check_sizes({name: config[name] for name in (*sizes, "num_buckets", "max_distance")})
     if config["key_value_dim"] is None:
         check_heads(config["hidden_dim"], config["num_heads"])

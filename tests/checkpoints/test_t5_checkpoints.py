@@ -114,7 +114,6 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
         ({"relative_attention_num_buckets": 16}, "relative_attention_bias.weight' has shape"),
         ({"feed_forward_proj": "gated-gelu"}, "wi_0.weight'.*is missing"),
         ({"decoder_start_token_id": -1}, "decoder_start_token_id is -1"),
-        ({"rope_theta": 1.0}, "rope_theta=1.0"),
         ({"quantization_config": {"bits": 8}}, "quantization_config"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ],
