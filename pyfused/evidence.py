@@ -242,8 +242,8 @@ def line_from(row: dict[str, Any], file: str) -> Line:
     for by_size in speed.values():
         if not by_size or not all(s > 0 and 0 < v < math.inf for s, v in by_size.items()):
             raise ValueError(f"speed of {row['operator']}: sizes and speeds are positive numbers")
-    names = (str(row[key]) for key in ("operator", "function", "dtype", "shapes"))
-    return Line(*names, int(row["threads"]), speed, f"{file}, {row['date']}")
+    operator, function, dtype, shapes = (str(row[key]) for key in Line._fields[:4])
+    return Line(operator, function, dtype, shapes, int(row["threads"]), speed, f"{file}, {row['date']}")
 
 
 # ---- what follows -----------------------------------------------------------------------------------------------------

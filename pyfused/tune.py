@@ -39,11 +39,11 @@ class Point(NamedTuple):
 
     operator: str
     plain: Callable[..., torch.Tensor]
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[torch.Tensor, ...]
     residual: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Point:
-        tensors = tuple(t if t is None else t.to(dtype) for t in self.tensors)
+        tensors = tuple(t.to(dtype) for t in self.tensors)
         return Point(self.operator, self.plain, tensors, None if self.residual is None else self.residual.to(dtype))
 
     def options(self) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | 
         return None
     once = min(time_of(own, 1) for _ in range(3))
     repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # a call is shorter than the clock is exact
-    mine, theirs = [], []
+    mine: list[float] = []
+    theirs: list[float] = []
     began = clock()
     while len(mine) < 5 or (clock() - began < seconds and len(mine) < 200):
         mine.append(time_of(own, repeats))
