@@ -75,7 +75,7 @@ setup(
     packages=[*find_packages(include=["pyfused", "pyfused.*"]), *KERNELS],
     package_dir={"": ".", **KERNELS},
     include_package_data=False,  # what MANIFEST.in lists is for the sdist; the wheel takes package_data
-    package_data={"pyfused": ["py.typed", "presets/*/*"]},
+    package_data={"pyfused": ["py.typed", "presets/*/*", "evidence/*.json"]},
     ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

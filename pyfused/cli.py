@@ -1,4 +1,4 @@
-"""What can one do from a terminal? `pyfused env`, `generate`, `encode` and `verify`; --json on each.
+"""What can one do from a terminal? `pyfused env`, `generate`, `encode`, `verify`, `tune` and `evidence`; --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
 terminal's encoding does not have is written as "?".
@@ -108,12 +108,28 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
 
+    tune = commands.add_parser(
+        "tune", help="measure this machine's CPU kernels beside plain PyTorch, and dispatch by that"
+    )
+    tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="which to measure; all by default")
+    tune.add_argument("--quick", action="store_true", help="fewer sizes, less time for each")
+    tune.add_argument(
+        "--threads", type=int, nargs="+", default=(), metavar="N", help="numbers of threads; by default one, and all"
+    )
+    tune.add_argument("--save", metavar="FILE.json", help="write there instead of the user's cache folder")
+    tune.set_defaults(run=_tune)
+
+    evidence = commands.add_parser(
+        "evidence", help="the measurements that decide which backend runs, and where each is from"
+    )
+    evidence.set_defaults(run=_evidence)
+
     for command in (generate, encode, verify):
         command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
         command.add_argument(
             "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
         )
-    for command in (env, generate, encode, verify):
+    for command in (env, generate, encode, verify, tune, evidence):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -223,6 +239,48 @@ def _verify(arguments: argparse.Namespace) -> int:
     report = verify(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
     print(json.dumps(report, indent=2) if arguments.json else render(report))
     return 0 if report["passed"] else 1
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from . import evidence
+    from .tune import tune
+
+    if any(count < 1 for count in arguments.threads):
+        raise ValueError(f"--threads is {arguments.threads}; it takes numbers of at least 1")
+    path = Path(arguments.save) if arguments.save else evidence.own_file()
+    found = tune(
+        quick=arguments.quick,
+        operators=arguments.operators,
+        threads=arguments.threads,
+        say=lambda text: print(f"measuring: {text}", file=sys.stderr, flush=True),
+    )
+    found = evidence.write(path, found)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(evidence.render([evidence.line_from(row, path.name) for row in found["lines"]]))
+        print(f"wrote {path}")
+    for what in found["refused"]:
+        print(f"pyfused: left out, the outputs disagree: {what}", file=sys.stderr)
+    return 1 if found["refused"] else 0
+
+
+def _evidence(arguments: argparse.Namespace) -> int:
+    from . import evidence
+
+    found = evidence.lines()
+    if arguments.json:
+        files = [{"path": str(path), "exists": path.exists()} for path in evidence.files()]
+        lines = [line._asdict() for line in found]
+        print(json.dumps({"kind": evidence.kind(), "files": files, "lines": lines}, indent=1))
+        return 0
+    print(f"this machine: {evidence.kind()}\nasked for a line, in this order:")
+    for path in evidence.files():
+        print(f"  {path}{'' if path.exists() else ' (not there)'}")
+    print(evidence.render(found))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Which backend runs an operator? One table of preferences, the reasons that overrule it, and explain().
+"""Which backend runs an operator? One order of preference, the reasons that overrule it, and explain().
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
 a module per operator with `forward`, `backward` (or one of them: it is then no candidate for the other, and the next backend
-runs that, under strict=True too) and, where they matter, two kinds of function that return a reason or None:
-`unsupported_forward(*args)`: the module cannot do this case; `slower_forward(*args)`: it can, and measurements say that the
-next backend is faster, or closer to float64. A forced backend ignores the second kind and gives way, visibly in explain(), to
-the first.
+runs that, under strict=True too). A backend is passed over for one of three reasons:
+    unsupported_<function>(*args) of its module: it cannot do this case;
+    declined_<function>(*args) of its module: on any machine the next one does it better, being closer to float64, say;
+    evidence.py: on this kind of machine another one was measured to be faster, or nothing shows that this one is right.
+A forced backend ignores all but the first, and gives way to that visibly in explain().
 
 A call in which some tensor has no element runs on the reference, forced or not, strict or not: there is nothing to compute
 that a kernel could be faster at, and no kernel need divide by a size of 0 or launch an empty grid.
@@ -22,11 +23,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from . import _extensions
+from . import _extensions, evidence
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -138,19 +139,51 @@ def _lacks(name: str, operator: str, function: str) -> bool:
     return module is not None and not hasattr(module, function)
 
 
+class _Candidate(NamedTuple):
+    """A backend for a function of an operator. `reason`: why it never runs such tensors; "" if it may. `against`: functions of
+    a call's arguments that say why it does not run that call, or None."""
+
+    backend: str
+    call: Callable[..., tuple[Any, ...]] | None
+    reason: str
+    against: tuple[Callable[..., str | None], ...]
+
+
 @functools.cache
-def _candidates(operator: str, function: str, device: str, dtype: torch.dtype, forced: str | None):
-    """What may run, best first: (backend, callable, unsupported, slower), with everything that depends on no argument."""
-    order = PREFERENCES.get(device, ("reference",))
-    if forced:
-        order = (forced, *(name for name in order if name != forced))
+def _candidates(
+    operator: str, function: str, device: str, dtype: torch.dtype, forced: tuple[str, bool] | None
+) -> tuple[_Candidate, ...]:
+    """Every backend, best first, with all that depends on no argument."""
+    listed = PREFERENCES.get(device, ("reference",))
+    order = (*((forced[0],) if forced else ()), *listed, *BACKENDS)
+    strictly = forced[0] if forced and forced[1] and not _lacks(forced[0], operator, function) else None
     rows = []
-    for name in order:
-        module = kernel(name, operator) if not _cannot_run(name, device, dtype) else None
-        if module is not None and hasattr(module, function):
-            slower = getattr(module, f"slower_{function}", None) if name != forced else None
-            rows.append((name, getattr(module, function), getattr(module, f"unsupported_{function}", None), slower))
+    for name in dict.fromkeys(order):
+        reason = _cannot_run(name, device, dtype)
+        module = None if reason else kernel(name, operator)
+        against: tuple[Any, ...] = ()
+        if module is None:
+            reason = reason or "has no such operator"
+        elif not hasattr(module, function):
+            reason = f"has no {function} of this operator"
+        else:
+            is_forced = forced is not None and name == forced[0]
+            against = (getattr(module, f"unsupported_{function}", None),)
+            if not is_forced:
+                against += (
+                    getattr(module, f"declined_{function}", None),
+                    evidence.against(name, operator, function, device),
+                )
+                if name not in listed:
+                    reason = f"not used for {device} tensors unless forced"
+                elif strictly:
+                    reason = f"{strictly!r} is asked for strictly"
+        call = None if module is None else getattr(module, function, None)
+        rows.append(_Candidate(name, call, reason, tuple(filter(None, against))))
     return tuple(rows)
+
+
+_NOTHING = "a tensor has no element: plain PyTorch does what little there is"
 
 
 def _is_empty(args: tuple[Any, ...]) -> bool:
@@ -161,28 +194,35 @@ def _is_empty(args: tuple[Any, ...]) -> bool:
     return False
 
 
-def choose(operator: str, function: str, args: tuple[Any, ...]):
-    """The callable that runs `function` ("forward" or "backward") of an operator for these arguments.
-
-    The first argument decides device and dtype. Costs about 1 us: the table is cached, only the two reasons are asked.
-    """
-    forced = _forced.get() or _forced_by_environment()
-    if _is_empty(args):
-        return getattr(kernel("reference", operator), function)
+def _judged(operator: str, function: str, args: tuple[Any, ...]) -> Iterator[tuple[_Candidate, str]]:
+    """Every backend with the reason why it does not run this call, "" if it can; in the order in which they are asked. The
+    first argument decides device and dtype."""
     tensor = args[0]
-    for name, call, unsupported, slower in _candidates(
-        operator,
-        function,
-        "cpu" if tensor.is_cpu else tensor.device.type,  # the name of a device takes 0.9 us
-        tensor.dtype,
-        forced[0] if forced else None,
-    ):
-        if forced and forced[1] and name != forced[0] and not _lacks(forced[0], operator, function):
-            break
-        if (unsupported is None or unsupported(*args) is None) and (slower is None or slower(*args) is None):
-            return call
-    name = forced[0] if forced else "reference"
-    reason = next((v.reason for v in verdicts(operator, function, args) if v.backend == name), "")
+    empty = _is_empty(args)
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device takes 0.9 us
+    for candidate in _candidates(operator, function, device, tensor.dtype, _forced.get() or _forced_by_environment()):
+        reason = candidate.reason
+        if empty:
+            reason = "" if candidate.backend == "reference" else reason or _NOTHING
+        elif not reason:
+            for against in candidate.against:
+                reason = against(*args) or ""
+                if reason:
+                    break
+        yield candidate, reason
+
+
+def choose(operator: str, function: str, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+    """The callable that runs `function` ("forward" or "backward") of an operator for these arguments: of the first backend
+    that can. Costs about 1 us: all but the reasons that depend on the arguments is cached.
+
+    Raises:
+        BackendError: a backend was forced with strict=True and cannot.
+    """
+    for candidate, reason in _judged(operator, function, args):
+        if not reason:
+            return candidate.call  # type: ignore[return-value]
+    name, reason = next((candidate.backend, reason) for candidate, reason in _judged(operator, function, args))
     raise BackendError(f"{operator}: backend {name!r} was asked for strictly and cannot run this: {reason}")
 
 
@@ -205,6 +245,7 @@ class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
 
 def forget() -> None:
     """Drops all that is remembered of the kernels: after something that it depends on has changed."""
+    evidence.forget()
     _candidates.cache_clear()
     _lacks.cache_clear()
     for launches in Launches.all:
@@ -237,34 +278,17 @@ class Explanation:
 def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdict, ...]:
     """Every backend's verdict on one call, in the order in which they are asked."""
     forced = _forced.get() or _forced_by_environment()
-    device, dtype = args[0].device.type, args[0].dtype
-    order = PREFERENCES.get(device, ("reference",))
-    order = (*((forced[0],) if forced else ()), *order, *BACKENDS)
     rows: list[Verdict] = []
-    found, empty = False, _is_empty(args)
-    for name in dict.fromkeys(order):
-        listed = name in PREFERENCES.get(device, ("reference",)) or bool(forced and forced[0] == name)
-        reason = _cannot_run(name, device, dtype)
-        module = None if reason else kernel(name, operator)
-        if not reason and module is None:
-            reason = "has no such operator"
-        if not reason and _lacks(name, operator, function):
-            reason, module = f"has no {function} of this operator", None
-        if not reason and empty and name != "reference":
-            reason, module = "a tensor has no element: plain PyTorch does what little there is", None
-        if module is not None:
-            unsupported = getattr(module, f"unsupported_{function}", None)
-            slower = getattr(module, f"slower_{function}", None)
-            reason = (unsupported and unsupported(*args)) or ""
-            if not reason and slower and not (forced and forced[0] == name):
-                reason = slower(*args) or ""
-            if not reason and not listed:
-                reason = f"not used for {device} tensors unless forced"
-        runs = not reason and not found
-        found = found or runs
+    found = False
+    for candidate, reason in _judged(operator, function, args):
+        name, runs = candidate.backend, not reason and not found
         if not reason:
-            forced_here = forced is not None and forced[0] == name
-            reason = ("forced" if forced_here else "first that fits") if runs else "fits, and comes later"
+            reason = "fits, and comes later"
+            if runs:
+                reason = "forced" if forced and forced[0] == name else "first that fits"
+                measured = evidence.found(name, operator, function, args)
+                reason = f"{reason}; {measured}" if measured else reason
+        found = found or runs
         rows.append(Verdict(name, runs, reason))
     return tuple(rows)
 

@@ -37,6 +37,19 @@ def maker(shape, dtype, strides=None):
     return functools.partial(_empty_strided, tuple(shape), tuple(strides), dtype)
 
 
+def library_norm(norm):
+    """A function of (parameters, x, residual, y, total) that gives (y, total) by a norm of torch: norm(x + residual,
+    *parameters)."""
+
+    def launch(parameters, x, residual, y, total):
+        if residual is not None:
+            x = total = torch.add(x, residual, out=total)
+        normalised = norm(x, *parameters).contiguous()
+        return normalised if y is None else y.copy_(normalised), total
+
+    return launch
+
+
 def rows_of(x):
     """(rows, N, row stride) of x (..., N) as a kernel takes it, or None where no single stride leads from row to row."""
     *outer, n = x.shape

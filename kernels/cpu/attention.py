@@ -70,7 +70,7 @@ def forward(
     return launch
 
 
-def slower_backward(
+def declined_backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
     bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip

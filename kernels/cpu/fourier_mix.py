@@ -8,13 +8,6 @@ from pyfused.kernels.fourier import plan
 from ._launch import CPU, launched, maker
 
 
-def slower_forward(x):
-    b, s, n = x.shape
-    if b * min(s, n) <= 4 and max(s, n) >= 1024:
-        return "so few and long signals leave most lanes of a vector empty: torch.fft is up to 1.9 times faster"
-    return None
-
-
 @launched
 def forward(x):
     shape, dtype = x.shape, x.dtype

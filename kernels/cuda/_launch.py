@@ -7,8 +7,6 @@ import functools
 
 import torch
 
-UNPROVEN = "unproven on this device: no result file shows it right and faster"
-
 
 def pointer(tensor):
     """The address, 0 for None."""

@@ -8,7 +8,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.buckets import distance_buckets
 
-from ._launch import UNPROVEN, multiprocessors, pointer, where
+from ._launch import multiprocessors, pointer, where
 
 _ROWS = 16  # of a decode block: queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
@@ -31,10 +31,6 @@ def unsupported_forward(
     if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
     return None
-
-
-def slower_forward(*args):
-    return UNPROVEN
 
 
 def _chunks(blocks: int, key_length: int, processors: int) -> tuple[int, int]:

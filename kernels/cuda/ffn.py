@@ -11,18 +11,10 @@ from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.layout import as_rows
 
 from ..reference.ffn import linear_gradients
-from ._launch import UNPROVEN, pointer, where
+from ._launch import pointer, where
 from .linear import few
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-
-
-def slower_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    return UNPROVEN
-
-
-def slower_backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    return UNPROVEN
 
 
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):

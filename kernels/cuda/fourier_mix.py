@@ -7,7 +7,7 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.fourier import plan
 
-from ._launch import UNPROVEN, pointer, where
+from ._launch import pointer, where
 
 
 @functools.cache
@@ -29,10 +29,6 @@ def unsupported_forward(x):
         if _too_long(length):
             return f"a transform of length {length} does not fit in a block's shared memory"
     return None
-
-
-def slower_forward(x):
-    return UNPROVEN
 
 
 def forward(x):

@@ -11,21 +11,13 @@ from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.layout import as_rows
 
 from ..reference.gated_ffn import linear_gradients
-from ._launch import UNPROVEN, pointer, where
+from ._launch import pointer, where
 from .ffn import ACTIVATION_CODES
 from .linear import few
 
 
 def _hidden_dtype(x):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def slower_forward(x, w_gate, w_up, w_out, activation, residual, save):
-    return UNPROVEN
-
-
-def slower_backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    return UNPROVEN
 
 
 def forward(x, w_gate, w_up, w_out, activation, residual, save):

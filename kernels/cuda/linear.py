@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.layout import as_rows
 
-from ._launch import UNPROVEN, pointer, where
+from ._launch import pointer, where
 
 FEW_ROWS = 16  # kFewRows of few_rows.cuh
 
@@ -14,10 +14,6 @@ FEW_ROWS = 16  # kFewRows of few_rows.cuh
 def few(rows, *weights):
     """Whether the streaming kernels take these products: they count a weight's rows and columns in 32 bits."""
     return rows <= FEW_ROWS and all(max(w.shape) < 2**30 for w in weights)
-
-
-def slower_forward(x, weight, bias, residual):
-    return UNPROVEN
 
 
 def forward(x, weight, bias, residual):

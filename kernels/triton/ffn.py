@@ -10,7 +10,7 @@ Three ways, all with float32 accumulation (float32 inputs multiply in float32, n
    epilogues, tiles in groups so that a group's weights stay in the L2. It saves the activation's pass over (R, F),
    4 R F bytes of 16-bit data: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at
    800 TFLOP/s) at N = M = 768. Not yet measured.
-3. More rows by default: slower_forward() hands them to the library products (cuBLAS) of kernels/reference. A Triton
+3. More rows by default: declined_forward() hands them to the library products (cuBLAS) of kernels/reference. A Triton
    product reaches about 80% of cuBLAS on an H100, which costs more than the pass it saves. That is an expectation from
    published numbers: not yet measured here.
 
@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyfused import evidence
 from pyfused.kernels.layout import as_rows
 from pyfused.kernels.reference.ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
@@ -227,10 +228,10 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     return y.view(*x.shape[:-1], w_out.shape[0]), pre
 
 
-def slower_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    if x.shape[:-1].numel() > FEW_ROWS:
-        return f"above {FEW_ROWS} rows cuBLAS products are expected to be faster (not yet measured)"
-    return None
+def declined_forward(*args):
+    if args[0].shape[:-1].numel() <= FEW_ROWS or evidence.found("triton", "ffn", "forward", args):
+        return None
+    return f"above {FEW_ROWS} rows no evidence shows it faster than cuBLAS products on this device"
 
 
 def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):

@@ -1,0 +1,357 @@
+"""What was measured on this kind of machine, and which backend follows from it?
+
+Evidence is a JSON file for one kind of device, written by `pyfused tune`:
+
+    {"kind": "cpu_amd_avx2", "lines": [
+      {"operator": "linear", "function": "forward", "dtype": "float32", "shapes": "large", "threads": 1,
+       "date": "2026-11-26", "torch": "2.13.0", "speed": {"cpu": {"1": 1.6, "16": 1.9, "512": 0.9}}}, ...]}
+
+`speed` is how many times as fast as plain PyTorch (backend `reference`) a backend was, by size; shapes_of() says what the class
+of shapes and the size of a call are. A call takes the nearest size that was measured, on a scale of powers. Three files are
+asked for a line, in this order: this machine's own, in the user's cache folder; the one shipped for its kind; the one shipped
+for a kind like it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _extensions
+
+SHIPPED = Path(__file__).parent / "evidence"
+_ignored = False
+_LARGE = 1 << 18  # elements of a weight: 1 MB in float32, what a core's second cache holds
+
+
+class Line(NamedTuple):
+    """What was measured of one function of an operator, for one class of shapes."""
+
+    operator: str
+    function: str
+    dtype: str
+    shapes: str
+    threads: int
+    speed: dict[str, dict[int, float]]  # by backend, by size
+    source: str
+
+    def at(self, size: int) -> dict[str, float]:
+        """Each backend's speed at the nearest size measured; plain PyTorch's is 1."""
+        place = math.log2(max(size, 1))
+        return {
+            "reference": 1.0,
+            **{
+                name: by_size[min(by_size, key=lambda s: abs(math.log2(s) - place))]
+                for name, by_size in self.speed.items()
+            },
+        }
+
+    def describe(self, size: int) -> str:
+        """Where a verdict on a call of this size comes from."""
+        threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.source}: {self.dtype}, {self.shapes}, size {size}, {threads}"
+
+
+# ---- which class of shapes a call belongs to --------------------------------------------------------------------------
+
+
+def product_shapes(rows: int, *weights: torch.Tensor) -> tuple[str, int]:
+    """Of x W^T: large or small weights, stored by rows as nn.Linear has them or by columns as Conv1D; the size is x's rows."""
+    extent = "large" if min(w.numel() for w in weights) >= _LARGE else "small"
+    by_rows = all(w.stride()[1] == 1 for w in weights)
+    return extent if by_rows else f"{extent}, by columns", rows
+
+
+def _linear(x, weight, bias, residual):
+    return product_shapes(x.shape[:-1].numel(), weight)
+
+
+def _ffn(x, w_in, b_in, w_out, *_):
+    return product_shapes(x.shape[:-1].numel(), w_in, w_out)
+
+
+def _gated_ffn(x, *weights_and_more):
+    return product_shapes(x.shape[:-1].numel(), *weights_and_more[:3])
+
+
+def _layer_norm(x, weight, bias, eps, residual, save):
+    return "plain" if residual is None else "residual", x.numel()
+
+
+def _rms_norm(x, weight, eps, residual, save):
+    return "plain" if residual is None else "residual", x.numel()
+
+
+def _fourier_mix(x):
+    b, s, n = x.shape
+    return "long" if max(s, n) >= 1024 else "short", b * min(s, n)
+
+
+_SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
+    ("linear", "forward"): _linear,
+    ("ffn", "forward"): _ffn,
+    ("gated_ffn", "forward"): _gated_ffn,
+    ("layer_norm", "forward"): _layer_norm,
+    ("rms_norm", "forward"): _rms_norm,
+    ("fourier_mix", "forward"): _fourier_mix,
+}
+
+
+# Their CPU kernels have the library's way beside their own, and ask slower_call() themselves.
+LIBRARY_INSIDE = ("layer_norm", "rms_norm", "ffn", "gated_ffn")
+OPERATORS = tuple(dict.fromkeys(operator for operator, _ in _SHAPES))
+
+
+def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str, int]:
+    """The class of shapes of a call, and its size within the class.
+
+    Raises:
+        KeyError: nothing is measured of this function.
+    """
+    return _SHAPES[operator, function](*args)
+
+
+# ---- which lines are in force -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def kind(device: str = "cpu") -> str:
+    """What evidence is kept by: of a CPU the vendor, the instruction set of our kernels, and where torch uses another or
+    multiplies half precision itself, that; of a GPU its name."""
+    if device != "cpu":
+        return f"{device}_{torch.cuda.get_device_name().lower().replace(' ', '_')}"
+    used = _extensions.isa() or "none"
+    torch_uses = torch.backends.cpu.get_cpu_capability().lower()
+    parts = ["cpu", _vendor(), used]
+    if torch_uses != {"baseline": "default"}.get(used, used):
+        parts.append(f"torch_{torch_uses}")
+    return "_".join(parts + [name_of(dtype) for dtype in (torch.bfloat16, torch.float16) if multiplies_itself(dtype)])
+
+
+@functools.cache
+def _vendor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    for word, vendor in (("AuthenticAMD", "amd"), ("GenuineIntel", "intel")):
+        if word in text:
+            return vendor
+    return platform.machine().lower() or "unknown"
+
+
+def multiplies_itself(dtype: torch.dtype) -> bool:
+    """Whether this processor has products of a half-precision dtype, which oneDNN then uses in torch."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def own_file(device: str = "cpu") -> Path:
+    """Where `pyfused tune` writes what it measured on this machine."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "pyfused" / "evidence" / f"{kind(device)}.json"
+
+
+def files(device: str = "cpu") -> list[Path]:
+    """The files that are asked for a line, first to last; some may not exist."""
+    found = [own_file(device), SHIPPED / f"{kind(device)}.json"]
+    if device == "cpu":
+        likes = [f"cpu_{name_of(d)}" for d in (torch.bfloat16, torch.float16) if multiplies_itself(d)]
+        like = "cpu_amd_baseline_torch_avx2" if _extensions.isa() == "baseline" else "cpu_amd_avx2"
+        found += [SHIPPED / f"{name}.json" for name in (*likes, like)]
+    return list(dict.fromkeys(found))
+
+
+@functools.cache
+def lines(device: str = "cpu") -> tuple[Line, ...]:
+    """The lines in force: of each function, dtype and class of shapes, those of the first file that has any."""
+    taken: dict[tuple[str, str, str, str], tuple[Path, list[Line]]] = {}
+    for path in files(device):
+        for line in _read(path, None if path.parent == SHIPPED else kind(device)):
+            first, kept = taken.setdefault(line[:4], (path, []))
+            if first == path:
+                kept.append(line)
+    return tuple(line for _, kept in taken.values() for line in kept)
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Inside the block nothing was ever measured: what `pyfused tune` measures by. Not thread-safe."""
+    global _ignored
+    before, _ignored = _ignored, True
+    _by_class.cache_clear()
+    try:
+        yield
+    finally:
+        _ignored = before
+        _by_class.cache_clear()
+
+
+def forget() -> None:
+    """Reads the files again when they are next asked for."""
+    for function in (kind, lines, _by_class):
+        function.cache_clear()
+
+
+def _read(path: Path, expected: str | None) -> Iterator[Line]:
+    """A file's lines; a damaged or foreign one is a warning that names it, and none."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        warnings.warn(f"evidence file {path} cannot be read and is left out: {error}", RuntimeWarning, stacklevel=2)
+        return
+    try:
+        content = json.loads(text)
+        if expected is not None and content["kind"] != expected:
+            raise ValueError(f"it is about {content['kind']!r}, this machine is {expected!r}")
+        found = [line_from(row, path.name) for row in content["lines"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        warnings.warn(f"evidence file {path} is left out: {what}", RuntimeWarning, stacklevel=2)
+        return
+    yield from found
+
+
+def line_from(row: dict[str, Any], file: str) -> Line:
+    """A row of a file's `lines`, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not as the head of this file says.
+    """
+    speed = {
+        str(name): {int(size): float(value) for size, value in by_size.items()}
+        for name, by_size in row["speed"].items()
+    }
+    for by_size in speed.values():
+        if not by_size or not all(s > 0 and 0 < v < math.inf for s, v in by_size.items()):
+            raise ValueError(f"speed of {row['operator']}: sizes and speeds are positive numbers")
+    operator, function, dtype, shapes = (str(row[key]) for key in Line._fields[:4])
+    return Line(operator, function, dtype, shapes, int(row["threads"]), speed, f"{file}, {row['date']}")
+
+
+# ---- what follows -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _by_class(device: str) -> dict[tuple[str, str, str, str], dict[int, Line]]:
+    table: dict[tuple[str, str, str, str], dict[int, Line]] = {}
+    for line in () if _ignored else lines(device):
+        table.setdefault(line[:4], {})[line.threads] = line
+    return table
+
+
+def line_of(device: str, operator: str, function: str, dtype: torch.dtype, shapes: str) -> Line | None:
+    """The line for a class of shapes, measured with as many threads as torch uses now, or the nearest number."""
+    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    if by_threads is None:
+        return None
+    now = torch.get_num_threads()
+    return by_threads[min(by_threads, key=lambda threads: abs(math.log2(threads / now)))]
+
+
+def slower(
+    backend: str, operator: str, function: str, device: str, dtype: torch.dtype, shapes: str, size: int
+) -> str | None:
+    """Why another backend runs such a call instead of this one, with the line that says so; None if none is faster."""
+    line = line_of(device, operator, function, dtype, shapes)
+    if line is None:
+        return None
+    speeds = line.at(size)
+    best = max(speeds, key=speeds.__getitem__)
+    if backend not in speeds or speeds[best] <= speeds[backend]:
+        return None
+    other = "plain PyTorch" if best == "reference" else best
+    return f"{other} is {speeds[best] / speeds[backend]:.2f} times as fast ({line.describe(size)})"
+
+
+def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
+    """slower() of a forward's arguments on the CPU, for a kernel that has the library's way beside its own."""
+    shapes, size = shapes_of(operator, "forward", args)
+    return slower(backend, operator, "forward", "cpu", args[0].dtype, shapes, size)
+
+
+def against(backend: str, operator: str, function: str, device: str) -> Callable[..., str | None] | None:
+    """A function of a call's arguments that says why this backend is not to run it, or None; None where that is never so."""
+    if backend == "cpu" and operator in LIBRARY_INSIDE:
+        return None
+    known = [line for line in lines(device) if line[:2] == (operator, function)]
+    if device != "cpu" and backend == "cuda" and not any(backend in line.speed for line in known):
+        return lambda *args: f"unproven on this device: no evidence shows it right and faster ({kind(device)})"
+    if not known:
+        return None
+
+    def reason(*args: Any) -> str | None:
+        shapes, size = shapes_of(operator, function, args)
+        return slower(backend, operator, function, device, args[0].dtype, shapes, size)
+
+    return reason
+
+
+def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> str:
+    """What was measured of this backend for such a call, as explain() prints it; "" if nothing was."""
+    if (operator, function) not in _SHAPES:
+        return ""
+    shapes, size = shapes_of(operator, function, args)
+    line = line_of(args[0].device.type, operator, function, args[0].dtype, shapes)
+    speed = None if line is None else line.at(size).get(backend)
+    if line is None or speed is None:
+        return ""
+    return f"{speed:.2f} times the speed of plain PyTorch ({line.describe(size)})"
+
+
+# ---- what people see of it --------------------------------------------------------------------------------------------
+
+
+def write(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Writes what pyfused.tune.tune() found, and keeps the lines that are there of other operators. Whole or not at all.
+
+    Returns:
+        What the file has now.
+    """
+    measured = {row["operator"] for row in found["lines"]}
+    try:
+        old = json.loads(path.read_text())
+        kept = [row for row in old["lines"] if old["kind"] == found["kind"] and row["operator"] not in measured]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = []  # nothing there, or nothing that could be read
+    whole = {
+        **found,
+        "lines": sorted([*kept, *found["lines"]], key=lambda row: [str(row[key]) for key in Line._fields[:5]]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    text = ",\n  ".join(json.dumps(row) for row in whole["lines"])
+    fresh.write_text(f'{{"kind": {json.dumps(whole["kind"])}, "lines": [\n  {text}\n]}}\n')
+    os.replace(fresh, path)
+    forget()
+    return whole
+
+
+def render(found: Iterable[Line]) -> str:
+    """The lines as the table that `pyfused evidence` prints."""
+    rows = ["times as fast as plain PyTorch, by size (below 1 plain PyTorch runs)"]
+    for line in found:
+        for backend, by_size in line.speed.items():
+            speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
+            threads = f"{line.threads} thread{'s' * (line.threads > 1)}"
+            rows.append(
+                f"{line.operator:<12} {line.dtype:<9} {line.shapes:<18} {threads:<10} {backend:<5} {speeds}  [{line.source}]"
+            )
+    return "\n".join(rows)

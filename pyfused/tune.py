@@ -1,0 +1,166 @@
+"""How fast is each backend on this machine? Measures what dispatch decides by, as evidence.py keeps it.
+
+A point is one call of an operator, run on the CPU kernel and in plain PyTorch in turn, on the same inputs, with the outputs
+checked by the tolerance rule first. What is kept is the ratio of their times.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import dispatch, evidence, ops
+from .testing import judge
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDTHS = (128, 768)  # of a small and of a large weight
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
+# (B, S, N): from few and long signals, where most lanes of a vector are empty, to many
+_SPECTRA = (
+    (1, 1, 1024),
+    (1, 4, 2048),
+    (1, 16, 1024),
+    (1, 2, 128),
+    (1, 64, 64),
+    (1, 128, 512),
+    (2, 512, 768),
+    (1, 512, 1024),
+)
+
+
+class Point(NamedTuple):
+    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch."""
+
+    operator: str
+    plain: Callable[..., torch.Tensor]
+    tensors: tuple[torch.Tensor, ...]
+    residual: torch.Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Point:
+        tensors = tuple(t.to(dtype) for t in self.tensors)
+        return Point(self.operator, self.plain, tensors, None if self.residual is None else self.residual.to(dtype))
+
+    def options(self) -> dict[str, Any]:
+        return {} if self.residual is None else {"residual": self.residual}
+
+    def in_plain_torch(self) -> torch.Tensor:
+        """The whole result, as one writes it without pyfused."""
+        x, *rest = self.tensors
+        return self.plain(x if self.residual is None else x + self.residual, *rest)
+
+
+def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
+    """torch.fft has no half precision on a CPU."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.fft.fft2(wide).real.to(x.dtype)
+
+
+def points(quick: bool = False) -> Iterator[Point]:
+    """What is measured, in float32."""
+    for width in _WIDTHS:
+        weight = torch.randn(width, width) / width**0.5
+        for rows in _ROWS[::3] if quick else _ROWS:
+            yield Point("linear", F.linear, (torch.randn(rows, width), weight))
+        for rows in (1, 8) if quick else (1, 2, 4, 8):
+            yield Point("linear", F.linear, (torch.randn(rows, width), weight.t()))
+    for rows in (1, 128) if quick else (1, 16, 128, 1024):
+        x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
+        for added in (None, residual):
+            yield Point("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, weight, bias), added)
+            yield Point("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), added)
+    for shape in _SPECTRA[::3] if quick else _SPECTRA:
+        yield Point("fourier_mix", _fourier_mix, (torch.randn(shape),))
+
+
+def tune(
+    *,
+    quick: bool = False,
+    operators: Sequence[str] = (),
+    threads: Sequence[int] = (),
+    say: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Measures this machine's CPU kernels beside plain PyTorch.
+
+    Args:
+        quick: fewer sizes, and less time for each.
+        operators: which to measure; by default all that evidence is kept of.
+        threads: numbers of threads; by default one, and as many as torch uses.
+        say: gets a line before each group of measurements.
+        clock: seconds, as time.perf_counter gives them.
+
+    Returns:
+        What evidence.py reads, and `refused`: the calls whose outputs broke the tolerance rule, of which nothing is kept.
+
+    Raises:
+        ValueError: there are no CPU kernels here, or of an operator no evidence is kept.
+    """
+    if dispatch.missing("cpu"):
+        raise ValueError(f"there is nothing to measure: {dispatch.missing('cpu')}")
+    for name in operators:
+        if name not in evidence.OPERATORS:
+            raise ValueError(f"operators names {name!r}; evidence is kept of {', '.join(evidence.OPERATORS)}")
+    before = torch.get_num_threads()
+    measured: dict[tuple[Any, ...], dict[int, float]] = {}
+    refused = []
+    try:
+        with torch.inference_mode(), evidence.ignored(), dispatch.backend("cpu"):
+            for count in dict.fromkeys(threads or (1, before)):
+                torch.set_num_threads(count)
+                dispatch.forget()
+                for dtype in DTYPES:
+                    say(f"{count} thread{'s' * (count > 1)}, {evidence.name_of(dtype)}")
+                    for exact in points(quick):
+                        if operators and exact.operator not in operators:
+                            continue
+                        point = exact.to(dtype)
+                        bound = ops.MODULES[point.operator].bind(*point.tensors, **point.options())
+                        shapes, size = evidence.shapes_of(point.operator, "forward", bound)
+                        speed = _speed(point, 0.02 if quick else 0.1, clock)
+                        if speed is None:
+                            refused.append(f"{point.operator}, {evidence.name_of(dtype)}, {shapes}, size {size}")
+                            continue
+                        key = point.operator, "forward", evidence.name_of(dtype), shapes, count
+                        measured.setdefault(key, {})[size] = round(speed, 3)
+    finally:
+        torch.set_num_threads(before)
+        dispatch.forget()
+    names = "operator", "function", "dtype", "shapes", "threads"
+    about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    lines = [{**dict(zip(names, key)), **about, "speed": {"cpu": speed}} for key, speed in sorted(measured.items())]
+    return {"kind": evidence.kind(), "lines": lines, "refused": refused}
+
+
+def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | None:
+    """How many times as fast as plain PyTorch the CPU kernel is; None where its output is wrong."""
+    function, tensors, options = getattr(ops, point.operator), point.tensors, point.options()
+
+    def own() -> torch.Tensor:
+        out = function(*tensors, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    def time_of(call: Callable[[], torch.Tensor], repeats: int) -> float:
+        began = clock()
+        for _ in range(repeats):
+            call()
+        return clock() - began
+
+    plain = point.in_plain_torch
+    if not judge(own(), plain(), point.to(torch.float64).in_plain_torch()).ok:
+        return None
+    once = min(time_of(own, 1) for _ in range(3))
+    repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # a call is shorter than the clock is exact
+    mine: list[float] = []
+    theirs: list[float] = []
+    began = clock()
+    while len(mine) < 5 or (clock() - began < seconds and len(mine) < 200):
+        mine.append(time_of(own, repeats))
+        theirs.append(time_of(plain, repeats))
+    # Other work on the machine only ever adds time: the quicker quarter says more than the median.
+    return statistics.quantiles(theirs, n=4)[0] / statistics.quantiles(mine, n=4)[0]

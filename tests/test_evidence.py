@@ -1,0 +1,198 @@
+"""Does what was measured decide which backend runs, and does a bad file do no harm?"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyfused
+from pyfused import dispatch, evidence
+from pyfused.tune import tune
+
+X, W = torch.randn(16, 8), torch.randn(8, 8)
+
+
+def row(operator="linear", dtype="float32", shapes="small", threads=1, **speed):
+    about = {"function": "forward", "date": "2026-01-02", "torch": "2.13.0"}
+    return {"operator": operator, "dtype": dtype, "shapes": shapes, "threads": threads, **about, "speed": {"cpu": speed}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the user's; returns a function that writes this machine's file into it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dispatch.forget()
+
+    def write(*rows, text=None, kind=None):
+        path = evidence.own_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text or json.dumps({"kind": kind or evidence.kind(), "lines": rows}))
+        dispatch.forget()
+        return path
+
+    yield write
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+def runs(operator, *args, **options):
+    return pyfused.explain(operator, *args, **options).backend
+
+
+def test_the_nearest_size_decides(cache):
+    cache(row(**{"1": 0.5, "16": 2.0, "256": 0.5}))
+    found = {rows: runs("linear", torch.randn(rows, 8), W) for rows in (1, 3, 5, 16, 60, 70, 5000)}
+    assert found == {1: "reference", 3: "reference", 5: "cpu", 16: "cpu", 60: "cpu", 70: "reference", 5000: "reference"}
+
+
+def test_explain_names_the_line(cache):
+    path = cache(row(**{"16": 0.5}))
+    said = str(pyfused.explain("linear", X, W))
+    assert f"plain PyTorch is 2.00 times as fast ({path.name}, 2026-01-02: float32, small, size 16, one thread)" in said
+    cache(row(**{"16": 1.5}))
+    assert f"1.50 times the speed of plain PyTorch ({path.name}, 2026-01-02" in str(pyfused.explain("linear", X, W))
+
+
+def test_what_explain_says_is_what_runs(cache, monkeypatch):
+    ran = []
+    for name in ("reference", "cpu"):
+        module = dispatch.kernel(name, "linear")
+        original = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
+    for speed, expected in ((0.5, "reference"), (2.0, "cpu")):
+        cache(row(**{"16": speed}))
+        pyfused.linear(X, W)
+        assert ran[-1] == expected == runs("linear", X, W)
+
+
+def test_a_forced_backend_ignores_what_is_faster(cache):
+    cache(row(**{"16": 0.5}))
+    with pyfused.backend("cpu"):
+        assert runs("linear", X, W) == "cpu"
+
+
+def test_products_inside_other_operators_follow_it(cache, monkeypatch):
+    calls = []
+    library = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
+    for speed, expected in ((0.5, 1), (2.0, 0)):
+        cache(row(**{"16": speed}))
+        calls.clear()
+        found = pyfused.ffn(X, W, None, W, None, activation="relu")
+        assert min(len(calls), 1) == expected
+        torch.testing.assert_close(found, library(torch.relu(library(X, W)), W))
+
+
+@pytest.mark.parametrize("residual", [None, X * 2])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norms_run_on_torch_where_that_is_faster(cache, name, residual):
+    function, weight = getattr(pyfused, name), W[0]
+    expected = function(X, weight, residual=residual)
+    cache(row(name, shapes="plain", **{"1": 0.5}), row(name, shapes="residual", **{"1": 0.5}))
+    torch.testing.assert_close(function(X, weight, residual=residual), expected)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(X, weight, residual=residual), expected)
+    assert runs(name, X, weight) == "cpu"  # whose module has torch's way beside its own
+    shapes, size = evidence.shapes_of(name, "forward", pyfused.ops.MODULES[name].bind(X, weight, residual=residual))
+    assert evidence.slower("cpu", name, "forward", "cpu", X.dtype, shapes, size)
+
+
+def test_threads(cache):
+    cache(row(threads=1, **{"16": 0.5}), row(threads=2, **{"16": 2.0}))
+    assert runs("linear", X, W) == "reference"
+    torch.set_num_threads(2)
+    try:
+        assert runs("linear", X, W) == "cpu"
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_own_file_before_shipped_ones_line_by_line(cache):
+    """What the own file says nothing about comes from the next file."""
+    before = {line[:5]: line for line in evidence.lines()}
+    assert before
+    cache(row(**{"16": 123.0}))
+    after = {line[:5]: line for line in evidence.lines()}
+    assert after["linear", "forward", "float32", "small", 1].speed == {"cpu": {16: 123.0}}
+    assert {key for key in before if key[3] != "small"} <= set(after)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"kind": "cpu_of_another_kind", "lines": []}', "it is about 'cpu_of_another_kind'"),
+        (json.dumps({"lines": []}), "KeyError: 'kind'"),
+        ("\0" * 100, "JSONDecodeError"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_named_and_left_out(cache, text, said):
+    expected = runs("linear", X, W)
+    path = cache(text=text)
+    with pytest.warns(RuntimeWarning, match=f"{path}.*{said}"):
+        assert runs("linear", X, W) == expected
+
+
+@pytest.mark.parametrize("speed", [{}, {"0": 1.0}, {"16": -1.0}, {"16": float("nan")}, {"16": "fast"}, {"many": 1.0}])
+def test_a_line_that_makes_no_sense_leaves_the_file_out(cache, speed):
+    cache(row(**speed))
+    with pytest.warns(RuntimeWarning, match="is left out"):
+        evidence.lines()
+
+
+def test_shipped_files_are_whole():
+    found = list(evidence.SHIPPED.glob("*.json"))
+    assert {"cpu_amd_avx2.json", "cpu_amd_baseline_torch_avx2.json", "cpu_bfloat16.json"} <= {path.name for path in found}
+    for path in found:
+        assert [evidence.line_from(line, path.name) for line in json.loads(path.read_text())["lines"]]
+
+
+class Clock:
+    """Time that passes by the calls of the kernels alone: each read of it is a tick."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1e-3
+        return self.now
+
+
+def test_tune_writes_what_dispatch_reads(cache, tmp_path):
+    found = tune(quick=True, operators=["linear", "fourier_mix"], threads=[1], clock=Clock())
+    assert found["refused"] == []
+    assert {line["operator"] for line in found["lines"]} == {"linear", "fourier_mix"}
+    assert {line["dtype"] for line in found["lines"]} == {"float32", "float16", "bfloat16"}
+    cache(row("rms_norm", shapes="plain", **{"1": 0.5}))
+    evidence.write(evidence.own_file(), found)
+    assert {line.operator for line in evidence.lines() if line.source.startswith(evidence.kind())} >= {"linear", "rms_norm"}
+    assert f"{evidence.own_file().name}, {found['lines'][0]['date']}" in str(pyfused.explain("linear", X, W))
+
+
+def test_tune_keeps_nothing_of_a_wrong_kernel(monkeypatch):
+    module = dispatch.kernel("cpu", "fourier_mix")
+    monkeypatch.setattr(module, "forward", lambda x: (x * 0,))
+    dispatch.forget()
+    found = tune(quick=True, operators=["fourier_mix"], threads=[1], clock=Clock())
+    assert found["lines"] == []
+    assert len(found["refused"]) == 9
+
+
+def test_tune_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="operators names 'conv'"):
+        tune(operators=["conv"])
+
+
+def test_the_commands():
+    def run(*arguments):
+        command = [sys.executable, "-m", "pyfused", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    tuned = run("tune", "fourier_mix", "--quick", "--threads", "1", "--json")
+    assert json.loads(tuned.stdout)["kind"] == evidence.kind()
+    assert "measuring: 1 thread, float32" in tuned.stderr
+    assert str(evidence.own_file()) in run("evidence").stdout
+    said = json.loads(run("evidence", "--json").stdout)
+    assert said["files"][0] == {"path": str(evidence.own_file()), "exists": True}
+    assert any(line["source"].startswith(evidence.kind()) for line in said["lines"])
