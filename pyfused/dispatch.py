@@ -6,7 +6,8 @@ runs that, under strict=True too). A backend is passed over for one of three rea
     unsupported_<function>(*args) of its module: it cannot do this case;
     declined_<function>(*args) of its module: on any machine the next one does it better, being closer to float64, say;
     evidence.py: on this kind of machine another one was measured to be faster, or nothing shows that this one is right.
-A forced backend ignores all but the first, and gives way to that visibly in explain().
+A forced backend ignores all but the first, and gives way to that visibly in explain(). Launchers of CPU kernels have the
+library's way beside their own, for calls where that was measured to be faster: left_to_library_<function>(*args) says why.
 
 A call in which some tensor has no element runs on the reference, forced or not, strict or not: there is nothing to compute
 that a kernel could be faster at, and no kernel need divide by a size of 0 or launch an empty grid.
@@ -62,7 +63,8 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     _check_backend(name, "name")
     token = _forced.set((name, strict))
     try:
-        yield
+        with evidence.one_way(library=False):
+            yield
     finally:
         _forced.reset(token)
 
@@ -286,8 +288,9 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
             reason = "fits, and comes later"
             if runs:
                 reason = "forced" if forced and forced[0] == name else "first that fits"
-                measured = evidence.found(name, operator, function, args)
-                reason = f"{reason}; {measured}" if measured else reason
+                by_library = getattr(kernel(name, operator), f"left_to_library_{function}", lambda *args: None)(*args)
+                more = f"by the library: {by_library}" if by_library else evidence.found(name, operator, function, args)
+                reason = f"{reason}; {more}" if more else reason
         found = found or runs
         rows.append(Verdict(name, runs, reason))
     return tuple(rows)

@@ -22,6 +22,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ import torch
 from . import _extensions
 
 SHIPPED = Path(__file__).parent / "evidence"
-_ignored = False
+_only_way: ContextVar[bool | None] = ContextVar("pyfused_one_way", default=None)  # True: the library's
 _LARGE = 1 << 18  # elements of a weight: 1 MB in float32, what a core's second cache holds
 
 
@@ -107,9 +108,7 @@ _SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
 }
 
 
-# Their CPU kernels have the library's way beside their own, and ask slower_call() themselves.
-LIBRARY_INSIDE = ("layer_norm", "rms_norm", "ffn", "gated_ffn")
-OPERATORS = tuple(dict.fromkeys(operator for operator, _ in _SHAPES))
+OPERATORS = ("linear", "layer_norm", "rms_norm", "fourier_mix")  # of which CPU evidence is kept; ffn's products are linear's
 
 
 def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str, int]:
@@ -162,9 +161,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def own_file(device: str = "cpu") -> Path:
-    """Where `pyfused tune` writes what it measured on this machine."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "pyfused" / "evidence" / f"{kind(device)}.json"
+    """Where `pyfused tune` writes what it measured on this machine: in the user's cache folder, or in PYFUSED_EVIDENCE."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PYFUSED_EVIDENCE") or cache / "pyfused" / "evidence") / f"{kind(device)}.json"
 
 
 def files(device: str = "cpu") -> list[Path]:
@@ -190,16 +189,14 @@ def lines(device: str = "cpu") -> tuple[Line, ...]:
 
 
 @contextmanager
-def ignored() -> Iterator[None]:
-    """Inside the block nothing was ever measured: what `pyfused tune` measures by. Not thread-safe."""
-    global _ignored
-    before, _ignored = _ignored, True
-    _by_class.cache_clear()
+def one_way(library: bool) -> Iterator[None]:
+    """Inside the block launches are prepared for the library's way, or for the kernel's, whatever was measured: how a forced
+    backend runs, and how `pyfused tune` gets both to compare."""
+    token = _only_way.set(library)
     try:
         yield
     finally:
-        _ignored = before
-        _by_class.cache_clear()
+        _only_way.reset(token)
 
 
 def forget() -> None:
@@ -212,7 +209,7 @@ def _read(path: Path, expected: str | None) -> Iterator[Line]:
     """A file's lines; a damaged or foreign one is a warning that names it, and none."""
     try:
         text = path.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         warnings.warn(f"evidence file {path} cannot be read and is left out: {error}", RuntimeWarning, stacklevel=2)
@@ -252,7 +249,7 @@ def line_from(row: dict[str, Any], file: str) -> Line:
 @functools.cache
 def _by_class(device: str) -> dict[tuple[str, str, str, str], dict[int, Line]]:
     table: dict[tuple[str, str, str, str], dict[int, Line]] = {}
-    for line in () if _ignored else lines(device):
+    for line in lines(device):
         table.setdefault(line[:4], {})[line.threads] = line
     return table
 
@@ -270,6 +267,11 @@ def slower(
     backend: str, operator: str, function: str, device: str, dtype: torch.dtype, shapes: str, size: int
 ) -> str | None:
     """Why another backend runs such a call instead of this one, with the line that says so; None if none is faster."""
+    way = _only_way.get()
+    if way is None and os.environ.get("PYFUSED_BACKEND") == backend:
+        way = False
+    if way is not None:
+        return "asked for" if way else None
     line = line_of(device, operator, function, dtype, shapes)
     if line is None:
         return None
@@ -282,14 +284,15 @@ def slower(
 
 
 def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
-    """slower() of a forward's arguments on the CPU, for a kernel that has the library's way beside its own."""
+    """slower() of a forward's arguments on the CPU, whose kernels' launchers have the library's way beside their own."""
     shapes, size = shapes_of(operator, "forward", args)
     return slower(backend, operator, "forward", "cpu", args[0].dtype, shapes, size)
 
 
 def against(backend: str, operator: str, function: str, device: str) -> Callable[..., str | None] | None:
-    """A function of a call's arguments that says why this backend is not to run it, or None; None where that is never so."""
-    if backend == "cpu" and operator in LIBRARY_INSIDE:
+    """A function of a call's arguments that says why this backend is not to run it, or None; None where that is never so, as
+    of the reference, which can do everything and comes last."""
+    if backend in ("reference", "cpu"):  # a CPU kernel asks slower_call() itself, and runs the library's way
         return None
     known = [line for line in lines(device) if line[:2] == (operator, function)]
     if device != "cpu" and backend == "cuda" and not any(backend in line.speed for line in known):
@@ -306,7 +309,7 @@ def against(backend: str, operator: str, function: str, device: str) -> Callable
 
 def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> str:
     """What was measured of this backend for such a call, as explain() prints it; "" if nothing was."""
-    if (operator, function) not in _SHAPES:
+    if backend == "reference" or (operator, function) not in _SHAPES:
         return ""
     shapes, size = shapes_of(operator, function, args)
     line = line_of(args[0].device.type, operator, function, args[0].dtype, shapes)

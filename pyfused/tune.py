@@ -110,7 +110,7 @@ def tune(
     measured: dict[tuple[Any, ...], dict[int, float]] = {}
     refused = []
     try:
-        with torch.inference_mode(), evidence.ignored(), dispatch.backend("cpu"):
+        with torch.inference_mode():
             for count in dict.fromkeys(threads or (1, before)):
                 torch.set_num_threads(count)
                 dispatch.forget()
@@ -138,29 +138,28 @@ def tune(
 
 
 def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | None:
-    """How many times as fast as plain PyTorch the CPU kernel is; None where its output is wrong."""
-    function, tensors, options = getattr(ops, point.operator), point.tensors, point.options()
+    """How many times as fast as the library's way the CPU kernel is; None where its output is wrong. Both ways run as
+    pyfused runs them: what a call of an operator costs is part of either."""
+    function, options = getattr(ops, point.operator), point.options()
 
-    def own() -> torch.Tensor:
-        out = function(*tensors, **options)
-        return out[0] if isinstance(out, tuple) else out
+    def run(library: bool, repeats: int) -> tuple[torch.Tensor, float]:
+        # Launches are remembered by what backend() asks for, so that each way keeps its own.
+        with dispatch.backend("cpu", strict=not library), evidence.one_way(library):
+            began = clock()
+            for _ in range(repeats):
+                out = function(*point.tensors, **options)
+            took = clock() - began
+        return out[0] if isinstance(out, tuple) else out, took
 
-    def time_of(call: Callable[[], torch.Tensor], repeats: int) -> float:
-        began = clock()
-        for _ in range(repeats):
-            call()
-        return clock() - began
-
-    plain = point.in_plain_torch
-    if not judge(own(), plain(), point.to(torch.float64).in_plain_torch()).ok:
+    if not judge(run(False, 1)[0], point.in_plain_torch(), point.to(torch.float64).in_plain_torch()).ok:
         return None
-    once = min(time_of(own, 1) for _ in range(3))
+    once = min(run(False, 1)[1] for _ in range(3))
     repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # a call is shorter than the clock is exact
-    mine: list[float] = []
-    theirs: list[float] = []
+    kernel: list[float] = []
+    library: list[float] = []
     began = clock()
-    while len(mine) < 5 or (clock() - began < seconds and len(mine) < 200):
-        mine.append(time_of(own, repeats))
-        theirs.append(time_of(plain, repeats))
+    while len(kernel) < 5 or (clock() - began < seconds and len(kernel) < 200):
+        kernel.append(run(False, repeats)[1])
+        library.append(run(True, repeats)[1])
     # Other work on the machine only ever adds time: the quicker quarter says more than the median.
-    return statistics.quantiles(theirs, n=4)[0] / statistics.quantiles(mine, n=4)[0]
+    return statistics.quantiles(library, n=4)[0] / statistics.quantiles(kernel, n=4)[0]

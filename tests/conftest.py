@@ -12,9 +12,10 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any of them is imported
-# The tests are about what happens without these.
+# The tests are about what happens without these, and without what `pyfused tune` found here.
 for name in ("PYFUSED_BACKEND", "PYFUSED_CHECK"):
     os.environ.pop(name, None)
+os.environ["PYFUSED_EVIDENCE"] = os.devnull
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What torch.compile keeps on disk is found by a version's names (pyfused.ops._operator.composite), not by a commit's.
@@ -23,7 +24,7 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 import pytest  # noqa: E402
 import shim  # noqa: E402
 
-from pyfused import _extensions, dispatch  # noqa: E402
+from pyfused import _extensions, evidence  # noqa: E402
 from pyfused.testing.triton_interpreter import repair_interpreter  # noqa: E402
 
 if not HAS_GPU:
@@ -31,7 +32,7 @@ if not HAS_GPU:
     _extensions.emulate_cuda(shim.load)
 THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
 if native := os.environ.get("PYFUSED_TEST_NATIVE"):
-    dispatch.kernel("cpu", "linear")._native = lambda dtype: native == "1" and dtype != torch.float32
+    evidence.multiplies_itself = lambda dtype: native == "1" and dtype != torch.float32
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ def row(operator="linear", dtype="float32", shapes="small", threads=1, **speed):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache folder of the user's; returns a function that writes this machine's file into it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
     dispatch.forget()
 
     def write(*rows, text=None, kind=None):
@@ -38,13 +38,15 @@ def cache(tmp_path, monkeypatch):
 
 
 def runs(operator, *args, **options):
-    return pyfused.explain(operator, *args, **options).backend
+    """"library" or "kernel"."""
+    said = next(v.reason for v in pyfused.explain(operator, *args, **options).verdicts if v.runs)
+    return "library" if "by the library" in said else "kernel"
 
 
 def test_the_nearest_size_decides(cache):
     cache(row(**{"1": 0.5, "16": 2.0, "256": 0.5}))
-    found = {rows: runs("linear", torch.randn(rows, 8), W) for rows in (1, 3, 5, 16, 60, 70, 5000)}
-    assert found == {1: "reference", 3: "reference", 5: "cpu", 16: "cpu", 60: "cpu", 70: "reference", 5000: "reference"}
+    found = {rows: runs("linear", torch.randn(rows, 8), W) == "kernel" for rows in (1, 3, 5, 16, 60, 70, 5000)}
+    assert found == {1: False, 3: False, 5: True, 16: True, 60: True, 70: False, 5000: False}
 
 
 def test_explain_names_the_line(cache):
@@ -55,34 +57,42 @@ def test_explain_names_the_line(cache):
     assert f"1.50 times the speed of plain PyTorch ({path.name}, 2026-01-02" in str(pyfused.explain("linear", X, W))
 
 
-def test_what_explain_says_is_what_runs(cache, monkeypatch):
-    ran = []
-    for name in ("reference", "cpu"):
-        module = dispatch.kernel(name, "linear")
-        original = module.forward
-        monkeypatch.setattr(module, "forward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
-    for speed, expected in ((0.5, "reference"), (2.0, "cpu")):
-        cache(row(**{"16": speed}))
-        pyfused.linear(X, W)
-        assert ran[-1] == expected == runs("linear", X, W)
-
-
-def test_a_forced_backend_ignores_what_is_faster(cache):
-    cache(row(**{"16": 0.5}))
-    with pyfused.backend("cpu"):
-        assert runs("linear", X, W) == "cpu"
-
-
-def test_products_inside_other_operators_follow_it(cache, monkeypatch):
+@pytest.mark.parametrize("name, tensors", [("linear", (X, W)), ("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
+def test_what_explain_says_is_what_runs(cache, monkeypatch, name, tensors):
+    """linear's evidence is about the products inside other operators too."""
     calls = []
     library = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
-    for speed, expected in ((0.5, 1), (2.0, 0)):
+    options = {} if name == "linear" else {"activation": "relu"}
+    results = []
+    for speed, expected in ((0.5, "library"), (2.0, "kernel")):
         cache(row(**{"16": speed}))
         calls.clear()
-        found = pyfused.ffn(X, W, None, W, None, activation="relu")
-        assert min(len(calls), 1) == expected
-        torch.testing.assert_close(found, library(torch.relu(library(X, W)), W))
+        results.append(getattr(pyfused, name)(*tensors, **options))
+        assert ("library" if calls else "kernel") == expected == runs(name, *tensors, **options)
+    torch.testing.assert_close(*results)
+
+
+def test_the_reference_runs_what_a_faster_backend_has_not(cache):
+    cache(row(dtype="float64", **{"16": 2.0}))
+    said = pyfused.explain("linear", X.double(), W.double())
+    assert said.backend == "reference"
+    with pyfused.backend("reference", strict=True):
+        pyfused.linear(X, W)
+
+
+def test_a_forced_backend_ignores_what_is_faster(cache, monkeypatch):
+    cache(row(**{"16": 0.5}))
+    assert runs("linear", X, W) == "library"
+    with pyfused.backend("cpu"):
+        assert runs("linear", X, W) == "kernel"
+    monkeypatch.setenv("PYFUSED_BACKEND", "cpu")
+    dispatch._forced_by_environment.cache_clear()
+    try:
+        assert runs("linear", X, W) == "kernel"
+    finally:
+        monkeypatch.undo()
+        dispatch._forced_by_environment.cache_clear()
 
 
 @pytest.mark.parametrize("residual", [None, X * 2])
@@ -93,17 +103,15 @@ def test_norms_run_on_torch_where_that_is_faster(cache, name, residual):
     cache(row(name, shapes="plain", **{"1": 0.5}), row(name, shapes="residual", **{"1": 0.5}))
     torch.testing.assert_close(function(X, weight, residual=residual), expected)
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(X, weight, residual=residual), expected)
-    assert runs(name, X, weight) == "cpu"  # whose module has torch's way beside its own
-    shapes, size = evidence.shapes_of(name, "forward", pyfused.ops.MODULES[name].bind(X, weight, residual=residual))
-    assert evidence.slower("cpu", name, "forward", "cpu", X.dtype, shapes, size)
+    assert runs(name, X, weight, residual=residual) == "library"
 
 
 def test_threads(cache):
     cache(row(threads=1, **{"16": 0.5}), row(threads=2, **{"16": 2.0}))
-    assert runs("linear", X, W) == "reference"
+    assert runs("linear", X, W) == "library"
     torch.set_num_threads(2)
     try:
-        assert runs("linear", X, W) == "cpu"
+        assert runs("linear", X, W) == "kernel"
     finally:
         torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from ..reference.gated_ffn import linear_gradients, widened
 from ..reference.linear import product
 from ._launch import launched, maker, rows_of
 from .ffn import ACTIVATION_CODES
-from .linear import library_is_faster
+from .linear import library_is_faster, would_copy
 
 
 def _hidden_dtype(x):
@@ -17,9 +17,14 @@ def _hidden_dtype(x):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
+def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
+    weights = w_gate, w_up, w_out
+    return would_copy(*weights) or library_is_faster(x.shape[:-1].numel(), *weights)
+
+
 @launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    if library_is_faster(x.numel() // max(x.shape[-1], 1), w_gate, w_up, w_out):
+    if left_to_library_forward(x, w_gate, w_up, w_out):
         return lambda x, w_gate, w_up, w_out, _activation, residual, _save, y=None: _library_forward(
             x, w_gate, w_up, w_out, activation, residual, save, y
         )

@@ -1,8 +1,9 @@
-"""linear on the CPU: launches csrc/cpu/linear.cpp."""
+"""linear on the CPU: launches csrc/cpu/linear.cpp, or the library's product where that was measured to be faster."""
 
 from pyfused import evidence
 from pyfused._extensions import DTYPE_CODES, cpu
 
+from ..reference.linear import product
 from ._launch import dense, launched, maker, rows_of
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
@@ -14,27 +15,29 @@ def by_columns(rows, *weights):
     return rows <= MOST_ROWS_BY_COLUMNS and all(w.stride()[1] != 1 and w.stride()[0] == 1 for w in weights)
 
 
-def _would_copy(rows, *weights):
-    if any(w.stride()[1] != 1 for w in weights) and not by_columns(rows, *weights):
+def would_copy(*weights):
+    if any(w.stride()[1] != 1 for w in weights):
         return "a weight whose last dimension is not contiguous would be copied"
     return None
 
 
 def library_is_faster(rows, *weights):
-    """Why the library (MKL or oneDNN) does these products inside another operator, or None where the kernels do."""
-    reason = _would_copy(rows, *weights)
+    """Why the library (MKL or oneDNN) does these products, or None where the kernels do."""
+    reason = None if by_columns(rows, *weights) else would_copy(*weights)
     if reason:
         return reason
     shapes, size = evidence.product_shapes(rows, *weights)
     return evidence.slower("cpu", "linear", "forward", "cpu", weights[0].dtype, shapes, size)
 
 
-def declined_forward(x, weight, bias, residual):
-    return _would_copy(x.shape[:-1].numel(), weight)
+def left_to_library_forward(x, weight, bias, residual):
+    return library_is_faster(x.shape[:-1].numel(), weight)
 
 
 @launched
 def forward(x, weight, bias, residual):
+    if left_to_library_forward(x, weight, bias, residual):
+        return lambda x, weight, bias, residual, y=None: _library_forward(x, weight, bias, residual, y)
     of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
     transposed = by_columns(x.shape[:-1].numel(), weight)
     of_weight = rows_of(weight.t() if transposed else weight)
@@ -51,3 +54,8 @@ def forward(x, weight, bias, residual):
         return (y,)
 
     return launch
+
+
+def _library_forward(x, weight, bias, residual, y):
+    y = product(x, weight, bias, y)
+    return (y if residual is None else y.add_(residual),)

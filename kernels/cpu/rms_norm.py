@@ -10,9 +10,13 @@ from pyfused.kernels.layout import as_rows
 from ._launch import dense, launched, library_norm, maker, rows_of
 
 
+def left_to_library_forward(x, weight, eps, residual, save):
+    return None if save else evidence.slower_call("cpu", "rms_norm", (x, weight, eps, residual, save))
+
+
 @launched
 def forward(x, weight, eps, residual, save):
-    if not save and evidence.slower_call("cpu", "rms_norm", (x, weight, eps, residual, save)):
+    if left_to_library_forward(x, weight, eps, residual, save):
         norm = library_norm(lambda t, weight: F.rms_norm(t, weight.shape, weight, eps))
         return lambda x, weight, _eps, residual, _save, y=None, total=None: (
             *norm((weight,), x, residual, y, total), None

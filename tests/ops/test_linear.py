@@ -152,10 +152,8 @@ def test_stored_transposed(each_backend, dtype, device, rows):
 def test_explain_names_the_reason_for_a_transposed_weight():
     weight = torch.randn(64, 32).t()
     if "cpu:baseline" in BACKENDS:
-        for rows, backend in (1, "reference"), (2, "cpu"), (8, "cpu"), (9, "reference"):
-            said = pyfused.explain("linear", torch.randn(rows, 64), weight)
-            assert said.backend == backend
-            assert (backend == "cpu") or "contiguous" in str(said)
+        for rows, copies in (8, False), (9, True):
+            assert ("would be copied" in str(pyfused.explain("linear", torch.randn(rows, 64), weight))) == copies
 
 
 @pytest.mark.parametrize(
