@@ -56,8 +56,10 @@ def environment(library, threads, isa):
     made in one way with one thread, in the other with two."""
     chosen = {name for names in LIBRARIES.values() for name in names} | {"PYFUSED_BACKEND", "TRITON_INTERPRET"}
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
-    named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    return kept | LIBRARIES[library] | named | {"PYFUSED_TEST_NATIVE": str(threads - 1)}
+    named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads), "PYFUSED_TEST_NATIVE": str(threads - 1)}
+    # Passive: a thread that spins while it waits for another takes minutes where cores are shared.
+    named |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    return kept | LIBRARIES[library] | named
 
 
 def verified(machine):
