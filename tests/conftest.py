@@ -1,8 +1,8 @@
 """What holds for every test: where there is no GPU, Triton in its interpreter and csrc/cuda on the host shim; poisoned
 memory, and a number of threads.
 
-PYFUSED_TEST_THREADS is that number, 1 by default. PYFUSED_TEST_NATIVE=1 or 0: as on a processor that multiplies half
-precisions itself, or that does not.
+PYFUSED_TEST_THREADS is that number, 1 by default. PYFUSED_TEST_PRODUCTS=library or kernels: as on a processor where that one
+is faster at every product; which it is here, the processor decides.
 """
 
 import os
@@ -31,8 +31,8 @@ if not HAS_GPU:
     repair_interpreter()
     _extensions.emulate_cuda(shim.load)
 THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
-if native := os.environ.get("PYFUSED_TEST_NATIVE"):
-    evidence.multiplies_itself = lambda dtype: native == "1" and dtype != torch.float32
+if faster := os.environ.get("PYFUSED_TEST_PRODUCTS"):  # where nothing is forced
+    evidence._only_way.set(faster == "library")
 
 
 @pytest.fixture(autouse=True)

@@ -52,12 +52,15 @@ def machines():
 
 
 def environment(library, threads, isa):
-    """A shell's variables on such a machine. pyfused's choice for products of half precisions hangs on the processor: it is
-    made in one way with one thread, in the other with two."""
+    """A shell's variables on such a machine. Whether the library or a kernel computes a product hangs on the processor too:
+    with one thread it is always the one, with two the other."""
     chosen = {name for names in LIBRARIES.values() for name in names} | {"PYFUSED_BACKEND", "TRITON_INTERPRET"}
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
-    named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    return kept | LIBRARIES[library] | named | {"PYFUSED_TEST_NATIVE": str(threads - 1)}
+    named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads)}
+    named["PYFUSED_TEST_PRODUCTS"] = "kernels" if threads == 1 else "library"
+    # Passive: a thread that spins while it waits for another takes minutes where cores are shared.
+    named |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    return kept | LIBRARIES[library] | named
 
 
 def verified(machine):

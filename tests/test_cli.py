@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pyfused import verify as verifying
 from pyfused._extensions import cpu_supported
 from pyfused.cli import main
 
@@ -60,11 +61,12 @@ def test_generate_matches_transformers(capsys):
     assert json.loads(out)["tokens"] == expected
 
 
-def test_verify_passes_on_the_bundled_preset(capsys):
+def test_verify_passes_on_the_bundled_preset(capsys, monkeypatch):
     status, out, _ = call(capsys, "verify", PRESET)
     assert status == 0
     assert out.rstrip().endswith("PASS")
     assert all(f"cpu:{isa}" in out for isa in cpu_supported())
+    monkeypatch.setattr(verifying, "available", lambda device: ["reference", "cpu:baseline"])
     status, out, _ = call(capsys, "verify", PRESET, "--json", "--dtype", "bfloat16")
     report = json.loads(out)
     assert status == 0
@@ -83,6 +85,7 @@ def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         return y * 1.001, *rest
 
     monkeypatch.setattr(module, "forward", wrong)
+    monkeypatch.setattr(verifying, "available", lambda device: ["reference", "cpu:baseline"])
     dispatch.forget()
     try:
         status, out, _ = call(capsys, "verify", PRESET)

@@ -142,7 +142,7 @@ def check_limits(activation, dtype, device, rows):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 39], ids=["few", "many"])
+@pytest.mark.parametrize("rows", [5, 39], ids=["few", "many"])
 def test_far_inputs_give_the_limits(each_backend, dtype, device, activation, rows):
     if each_backend == "reference" and device == "cuda":
         pytest.skip("torch's own answers")

@@ -21,8 +21,7 @@ def ffn(x, w_out):
     return pyfused.ffn(x, x[0].flatten(0, 1), None, w_out, x[0, 0, 0], activation="gelu_new")
 
 
-# Functions of x (2, 3, 4, 8), whose first values change from call to call. `linear` gets 8 rows: for more, a processor's
-# library may be faster, and plain PyTorch, which has no launch to keep, runs.
+# Functions of x (2, 3, 4, 8), whose first values change from call to call
 CALLS = {
     "layer_norm": lambda x: pyfused.layer_norm(x, x[0, 0, 0], x[0, 0, 1], eps=1e-3),
     "layer_norm residual": lambda x: pyfused.layer_norm(x, x[0, 0, 0], residual=x.transpose(1, 2).reshape(x.shape)),
@@ -30,8 +29,8 @@ CALLS = {
     "layer_norm copies": lambda x: pyfused.layer_norm(x.mT, x[0, 0, :, 0], x[0, 0, :, 1]),
     "rms_norm": lambda x: pyfused.rms_norm(x, x[0, 0, 0]),
     "rms_norm residual": lambda x: pyfused.rms_norm(x[:, :, ::2], x[0, 0, 0], residual=x[:, :, 1::2]),
-    "linear": lambda x: pyfused.linear(x[0, 1:], x[0].flatten(0, 1), x[0, :, :, 0].reshape(-1).contiguous()),
-    "linear residual": lambda x: pyfused.linear(x[0, 1:], x[0].flatten(0, 1)[:8], None, residual=x[1, 1:]),
+    "linear": lambda x: pyfused.linear(x, x[0].flatten(0, 1), x[0, :, :, 0].reshape(-1).contiguous(), residual=None),
+    "linear residual": lambda x: pyfused.linear(x, x[0].flatten(0, 1)[:8], None, residual=x),
     "linear transposed": lambda x: pyfused.linear(x, x.view(6, 4, 8)[:2].reshape(8, 8).t()),
     "ffn": lambda x: ffn(x, x[1].flatten(0, 1).t().contiguous()),
     "ffn by the library": lambda x: ffn(x, x[1].flatten(0, 1).t()),
@@ -75,17 +74,15 @@ def parts(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("library", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_same_as_when_every_call_is_checked(name, dtype, native, checks, monkeypatch):
-    """`native`: whether the processor multiplies half precisions itself, as torch's library then does."""
-    monkeypatch.setattr(evidence, "multiplies_itself", lambda kind: native and kind != torch.float32)
-    dispatch.forget()
+def test_same_as_when_every_call_is_checked(name, dtype, library, checks):
     call, inputs = CALLS[name], [torch.randn(2, 3, 4, 8).to(dtype) for _ in range(3)]
-    expected = [parts(call(x)) for x in inputs]  # with gradients enabled, which checks each
-    assert len(checks) == 3
-    with torch.no_grad():
-        actual = [parts(call(x)) for x in inputs]
+    with evidence.one_way(library):
+        expected = [parts(call(x)) for x in inputs]  # with gradients enabled, which checks each
+        assert len(checks) == 3
+        with torch.no_grad():
+            actual = [parts(call(x)) for x in inputs]
     for a, e in zip(actual, expected, strict=True):
         assert all(map(torch.equal, a, e))
         assert all(one.stride() == other.stride() for one, other in zip(a, e))
