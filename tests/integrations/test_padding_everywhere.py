@@ -7,6 +7,7 @@ import torch
 from hf_cases import build, tokens, with_implementation
 
 import pyfused
+
 LENGTH = 8
 MASKS = {
     "left": [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]],
