@@ -133,7 +133,7 @@ def fused_forward(function: F) -> F:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether fuse_ gave this module its forward."""
-    return is_own(module.__dict__.get("forward"))
+    return is_own(module.forward)  # not of its __dict__: torch.compile knows of that what it lists
 
 
 def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

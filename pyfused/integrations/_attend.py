@@ -197,6 +197,7 @@ def _dense_bias(query, key, visible, packed, relative_bias):
     bias = bias if hidden is None else _sum(additive(~hidden, query.dtype), bias)
     if bias is None:
         return None, None
+    bias = bias[(None,) * (4 - bias.dim())]
     dead = (bias == -torch.inf).all(-1, keepdim=True)
     return bias.masked_fill(dead, 0.0), dead
 

@@ -68,7 +68,6 @@ def test_a_changed_mask(kind, mode, changed):
             mask, value = torch.zeros(mask.shape).masked_fill_(~mask, lowest), lowest
         for model in (fused, named):
             model(ids, attention_mask=mask)
-        assert vars(mask) == {}
         mask = changed(mask, value)
         added = mask if kind == "float" else torch.zeros(mask.shape).masked_fill_(~mask, lowest)
         expected = eager(ids, attention_mask=added)[0]
@@ -85,7 +84,6 @@ def test_a_changed_position_bias(changed):
     bias = torch.zeros(2, 1, 6, 6)
     arguments = {"position_bias": bias, "is_causal": False}
     attend(module, query, query, query, None, **arguments)
-    assert vars(bias) == {}
     arguments["position_bias"] = bias = changed(bias, 3.0)
     expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, bias)
     torch.testing.assert_close(attend(module, query, query, query, None, **arguments)[0], expected.transpose(1, 2))
@@ -97,6 +95,7 @@ def test_a_mask_is_saved_as_it_came(mask):
     model = build("gpt2")
     pyfused.fuse_(model)
     model(tokens(2, 6), attention_mask=mask)
+    assert vars(mask) == {}
     torch.save(mask, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=True), mask)

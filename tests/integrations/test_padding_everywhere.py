@@ -7,7 +7,6 @@ import torch
 from hf_cases import build, tokens, with_implementation
 
 import pyfused
-from pyfused.testing import assert_close
 
 LENGTH = 8
 MASKS = {
@@ -63,6 +62,16 @@ def ways(name, options):
     yield "by its name", build(name, **options), lambda m: with_implementation(m, "pyfused")
 
 
+def in_double(model):
+    """transformers' own code in float64, which scores in float32 would not be."""
+    name = "sdpa" if model.config.model_type in ("llama", "mistral") else "eager"
+    truth = with_implementation(copy.deepcopy(model).double(), name)
+    for module in truth.modules():
+        if getattr(module, "reorder_and_upcast_attn", False):
+            module.reorder_and_upcast_attn = False
+    return truth
+
+
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore::pyfused._notices.FallbackWarning")
@@ -71,15 +80,14 @@ def test_real_tokens(case, side):
     mask = torch.tensor(MASKS[side])
     live = mask.bool()
     for way, model, enter in ways(name, options):
-        plain = with_implementation(copy.deepcopy(model), "eager").train("attn_pdrop" in options)
-        inputs = given(name, mask, arguments)
-        expected = call(plain, inputs, live)
-        truth = call(copy.deepcopy(plain).double(), inputs, live)
         model.train("attn_pdrop" in options)
+        inputs = given(name, mask, arguments)
+        truth = call(in_double(model), inputs, live)
         enter(model)
         found = call(model, inputs, live)
-        assert found.keys() == expected.keys(), way
+        assert found.keys() == truth.keys(), way
         for what, tensor in found.items():
             assert tensor.isfinite().all(), (way, what)
             rows = live if tensor.shape[:2] == live.shape else ...
-            assert_close(tensor[rows], expected[what][rows], truth[what][rows], f"{way}: {what}")
+            error, size = (tensor - truth[what])[rows].norm().item(), truth[what][rows].norm().item()
+            assert error <= 1e-4 * size + 1e-5, (way, what, error, size)

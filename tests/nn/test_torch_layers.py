@@ -383,3 +383,25 @@ def test_children_are_never_bypassed(case):
             layer.self_attn.forward = lambda query, *_, **__: (query * 3, None)
     torch.testing.assert_close(mine(x), theirs(x))
     assert not torch.allclose(mine(x), twin("TransformerEncoderLayer", E, H, 40, dropout=0.0)[0](x))
+
+
+@pytest.mark.parametrize("float_mask", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_probabilities_with_a_row_of_padding_alone(average, float_mask):
+    """The other rows, and the gradients that they give, are torch's without that row; in it nothing is NaN."""
+    theirs = nn.MultiheadAttention(E, 4, batch_first=True)
+    mine = pyfused.nn.MultiheadAttention(E, 4, batch_first=True)
+    mine.load_state_dict(theirs.state_dict())
+    x, hidden = torch.randn(3, SQ, E), torch.zeros(3, SQ, dtype=torch.bool)
+    hidden[0, :2], hidden[1], rows = True, True, [0, 2]
+    found = []
+    for module, kept in ((mine, slice(None)), (theirs, rows)):
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if float_mask else hidden
+        out, weights = module(x[kept], x[kept], x[kept], key_padding_mask=mask[kept], average_attn_weights=average)
+        assert out.isfinite().all()
+        assert weights.isfinite().all()
+        live = rows if module is mine else slice(None)
+        (out[live].square().sum() + weights[live].square().sum()).backward()
+        found.append([out[live], weights[live], *(p.grad for p in module.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
