@@ -109,7 +109,7 @@ def _norm(norm: RMSNorm) -> tuple[Tensor, float | None]:
     return widened(norm.weight), norm.eps
 
 
-def _wide_norm(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
+def _wide_norm(x: Tensor, weight: Tensor, eps: float | None, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
     """The norm's operator, of a float32 stream x: (float16, float32 sum, None)."""
     y, total, rstd = _RMS_NORM.direct(x, weight, eps, None if branch is None else branch.float(), save)
     return y.to(torch.float16), total, rstd

@@ -26,8 +26,8 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dim() == 1:
             if weight.dtype == torch.float16 and input.dtype == torch.float32:
-                bias = None if bias is None else bias.float()
-                return wide_norm(partial(layer_norm, weight=weight.float(), bias=bias, eps=self.eps), input, residual)
+                wide_bias = None if bias is None else bias.float()
+                return wide_norm(partial(layer_norm, weight=weight.float(), bias=wide_bias, eps=self.eps), input, residual)
             return layer_norm(input, weight, bias, eps=self.eps, residual=residual)
         return self._general(input, weight, bias, residual)
 
