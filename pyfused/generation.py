@@ -58,7 +58,8 @@ class Generator:
         Args:
             prompts: token ids; their lengths may differ. None at all gives an empty list.
             max_new_tokens: at most this many per prompt.
-            temperature: 0 takes the likeliest token (the next three then change nothing); else it divides the logits.
+            temperature: 0, and what is too small for float32, takes the likeliest token (the next three then change
+                nothing); else it divides the logits.
             top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds
                 this much probability. With both, top_p cuts what top_k left.
             seed: of the draws; None takes one from torch's default generator. The draws of row r depend on (seed, r)

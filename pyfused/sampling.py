@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 # What stands for a token where the logits choose none: NaN or inf among them, or nothing but -inf.
 NO_TOKEN = -1
 
@@ -71,7 +70,7 @@ class Sampler:
 
 def _or_none(token: Tensor, top: Tensor) -> Tensor:
     """tokens (B, 1) -> (B,), and NO_TOKEN where the largest logit, which is NaN if any of them is, says that there is none."""
-    return torch.where(top.isfinite(), token, NO_TOKEN).squeeze(-1)
+    return token.masked_fill(~top.isfinite(), NO_TOKEN).squeeze(-1)
 
 
 def no_token(row: int, step: int, dtype: torch.dtype) -> FloatingPointError:

@@ -1,4 +1,4 @@
-"""Which models do the float16 tests use? T5 with a residual stream of 99,000, as Flan-T5's, and FNet with sums beyond 65,504."""
+"""Which models do the float16 tests use? T5 with Flan-T5's residual stream of 99,000, FNet with sums beyond 65,504."""
 
 import torch
 

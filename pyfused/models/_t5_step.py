@@ -67,7 +67,7 @@ class BoundStep:
                 *_norm(layer.feed_forward_norm),
                 self._feed_forward(layer.feed_forward),
                 layer.feed_forward.activation,
-                layer.feed_forward.widened,
+                layer.feed_forward,
             )
             for layer in layers
         ]
@@ -86,7 +86,7 @@ class BoundStep:
         cross: list[Any] = cache.cross
         bias = bias.expand(b, h, 1, bias.shape[3])
         x, branch = widened(F.embedding(tokens, self._tokens)[:, None]), None
-        for i, (w1, e1, wqkv, wo, w2, e2, wq, wo2, w3, e3, weights, name, feed_wide) in enumerate(self._layers):
+        for i, (w1, e1, wqkv, wo, w2, e2, wq, wo2, w3, e3, weights, name, module) in enumerate(self._layers):
             y, total, _ = norm(x, w1, e1, branch, False)
             x = x if branch is None else total
             qkv = linear(y, wqkv, None, None)[0].view(b, 1, 3, h, d)
@@ -100,7 +100,7 @@ class BoundStep:
             out, _ = attention(query, key, value, False, mask, None, 1.0, 0.0, None, False)
             branch = linear(out.transpose(1, 2).reshape(b, 1, h * d), wo2, None, None)[0]
             y, x, _ = norm(x, w3, e3, branch, False)
-            branch = feed_wide(y) if wide else feed_forward(y, *weights, name, None, False)[0]
+            branch = module(y, wide=True) if wide else feed_forward(y, *weights, name, None, False)[0]
         y = norm(x, *self._final, branch, False)[0]
         return linear(y, self._head, None, None)[0][:, 0]
 
@@ -109,7 +109,7 @@ def _norm(norm: RMSNorm) -> tuple[Tensor, float | None]:
     return widened(norm.weight), norm.eps
 
 
-def _wide_norm(x: Tensor, weight: Tensor, eps: float, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
+def _wide_norm(x: Tensor, weight: Tensor, eps: float | None, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
     """The norm's operator, of a float32 stream x: (float16, float32 sum, None)."""
     y, total, rstd = _RMS_NORM.direct(x, weight, eps, None if branch is None else branch.float(), save)
     return y.to(torch.float16), total, rstd

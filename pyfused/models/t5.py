@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
-from ..nn.wide import widened
+from ..nn.wide import is_wide, widened
 from ..ops.attention import MAX_HEAD_SIZE
 from . import _inputs
 from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
@@ -77,8 +77,7 @@ class T5Layer(nn.Module):
             real = Visibility(padding_mask=call.memory_mask)
             branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
         y, x = self.feed_forward_norm(x, branch)
-        wide = y.dtype == torch.float16 and x.dtype == torch.float32
-        return x, self._drop(self.feed_forward.widened(y) if wide else self.feed_forward(y))
+        return x, self._drop(self.feed_forward(y, wide=True) if is_wide(x, y) else self.feed_forward(y))
 
     def _encoder_keys(self, call: StackCall) -> tuple[Tensor, Tensor] | None:
         """Projected once, and kept in the cache if there is one; None where there is nothing to look at."""
@@ -135,7 +134,8 @@ class T5Backbone(Backbone):
         use_gated_activation: activation(gate(x)) * up(x) in place of activation(inner(x)).
         layer_norm_epsilon: added to the mean square in every norm.
         tie_embedding_weights: False gives token_embedding(x, reverse=True) a matrix of its own.
-        dtype: a name or a torch.dtype; torch's default dtype if None.
+        dtype: a name or a torch.dtype; torch's default dtype if None. In float16 the residual stream is float32 (Flan-T5's
+            does not fit), and so are all hidden states but the last.
         num_decoder_layers: layers of the decoder, if not num_layers; 0 makes the encoder alone, of which `encode`, and calls
             with the encoder's inputs, work.
         num_buckets, max_distance: of the relative position bias.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.ffn import canonical_activation
 from ..ops.rms_norm import default_eps
-from . import wide
+from .wide import wide_norm, wide_product
 
 
 class LayerNorm(nn.LayerNorm):
@@ -27,8 +27,8 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dim() == 1:
             if weight.dtype == torch.float16 and input.dtype == torch.float32:
-                bias = None if bias is None else bias.float()
-                return wide.normed(partial(layer_norm, weight=weight.float(), bias=bias, eps=self.eps), input, residual)
+                wide_bias = None if bias is None else bias.float()
+                return wide_norm(partial(layer_norm, weight=weight.float(), bias=wide_bias, eps=self.eps), input, residual)
             return layer_norm(input, weight, bias, eps=self.eps, residual=residual)
         return self._general(input, weight, bias, residual)
 
@@ -60,7 +60,7 @@ class RMSNorm(nn.RMSNorm):
         weight: Tensor | None = self.weight
         if weight is not None and weight.dim() == 1:
             if weight.dtype == torch.float16 and input.dtype == torch.float32:
-                return wide.normed(partial(rms_norm, weight=weight.float(), eps=eps), input, residual)
+                return wide_norm(partial(rms_norm, weight=weight.float(), eps=eps), input, residual)
             return rms_norm(input, weight, eps=eps, residual=residual)
         dims = len(self.normalized_shape)
         if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
@@ -154,16 +154,14 @@ class Mlp(nn.Module):
         self.inner = Linear(hidden_dim, intermediate_dim, bias, device=device, dtype=dtype)
         self.outer = Linear(intermediate_dim, hidden_dim, bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., N), residual (..., N) or None -> (..., N)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, wide: bool = False) -> Tensor:
+        """x (..., N), residual (..., N) or None -> (..., N); float32 with `wide`, of a float16 module whose result float16
+        may not hold."""
         dropout = self.dropout if self.training else 0.0
-        return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
-
-    def widened(self, x: Tensor) -> Tensor:
-        """As forward, of a float16 module: the result is float32, which float16 may not hold (nn/wide.py)."""
-        hidden = _ACTIVATIONS[self.activation](self.inner(x).float())
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        return wide.product(hidden, self.outer.weight, self.outer.bias)
+        if not wide:
+            return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
+        hidden = _ACTIVATIONS[self.activation](linear(x, self.inner.weight, self.inner.bias).float())
+        return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, self.outer.bias, residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
@@ -198,16 +196,13 @@ class GatedMlp(nn.Module):
         self.up = Linear(hidden_dim, intermediate_dim, False, device=device, dtype=dtype)
         self.outer = Linear(intermediate_dim, hidden_dim, False, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., N), residual (..., N) or None -> (..., N)."""
-        dropout = self.dropout if self.training else 0.0
-        return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
-
-    def widened(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, wide: bool = False) -> Tensor:
         """As Mlp's."""
-        hidden = _ACTIVATIONS[self.activation](self.gate(x).float()) * self.up(x).float()
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        return wide.product(hidden, self.outer.weight)
+        dropout = self.dropout if self.training else 0.0
+        if not wide:
+            return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
+        hidden = _ACTIVATIONS[self.activation](linear(x, self.gate.weight).float()) * linear(x, self.up.weight).float()
+        return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, None, residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")

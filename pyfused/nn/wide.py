@@ -21,7 +21,12 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
-def normed(norm: Callable[..., Any], x: Tensor, residual: Tensor | None) -> Any:
+def is_wide(x: Tensor, narrow: Tensor) -> bool:
+    """Whether x is such a stream, beside what a float16 model computes of it."""
+    return narrow.dtype == torch.float16 and x.dtype == torch.float32
+
+
+def wide_norm(norm: Callable[..., Any], x: Tensor, residual: Tensor | None) -> Any:
     """norm(x + residual) as float16, and with a residual, of either dtype, the float32 sum."""
     if residual is None:
         return norm(x).to(torch.float16)
@@ -29,8 +34,8 @@ def normed(norm: Callable[..., Any], x: Tensor, residual: Tensor | None) -> Any:
     return y.to(torch.float16), total
 
 
-def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden (..., F) float32, weight (N, F) and bias (N,) float16 -> hidden weight^T + bias, (..., N) float32.
+def wide_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """hidden (..., F) float32, weight (N, F) and bias (N,) float16 -> hidden weight^T + bias + residual, (..., N) float32.
 
     Without gradients this is a product of float16 tensors: each row of hidden is divided by 256 times its root mean square.
     Its sums then fit into float16 for weights up to 1,600 on average, even if all their signs agree, and its elements are
@@ -41,4 +46,5 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     else:
         scale = hidden.square().mean(-1, keepdim=True).sqrt().mul(256.0).clamp(min=1e-10)
         y = linear((hidden / scale).to(weight.dtype), weight) * scale
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
