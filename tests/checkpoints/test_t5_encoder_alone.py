@@ -42,7 +42,7 @@ def check(model, theirs):
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"architectures": ["T5EncoderModel"], "model_type": "t5"}, {"architectures": ["MT5EncoderModel"], "model_type": "mt5"},
+        {}, {"architectures": ["T5EncoderModel"]}, {"architectures": ["MT5EncoderModel"], "model_type": "mt5"},
         {"architectures": None}, {"architectures": ["T5ForConditionalGeneration"]}, {"is_encoder_decoder": True},
         {"architectures": None, "is_encoder_decoder": False},
     ],
