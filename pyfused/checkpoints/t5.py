@@ -124,7 +124,7 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "vocab_size": config["vocabulary_size"],
         "num_layers": config["num_layers"],
-        "num_decoder_layers": config["num_decoder_layers"] or config["num_layers"],
+        "num_decoder_layers": config["num_decoder_layers"] or config["num_layers"],  # transformers has no 0
         "num_heads": heads,
         "d_model": config["hidden_dim"],
         "d_ff": config["intermediate_dim"],

@@ -257,8 +257,13 @@ def _from_files(
     for token in special:
         if token not in vocabulary:
             raise ValueError(f"{vocabulary_file}: the special token {token!r} is missing")
+    merges = _merges(merges_file, vocabulary)
+    if not merges and any(len(token) > 1 and token not in special for token in vocabulary):
+        raise ValueError(
+            f"{merges_file}: no merges, and {vocabulary_file.name} has tokens of several characters{looks_like(merges_file)}"
+        )
     try:
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=_merges(merges_file, vocabulary)))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:
         raise ValueError(f"{vocabulary_file}, {merges_file}: {error}") from error
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))

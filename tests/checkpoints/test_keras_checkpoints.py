@@ -52,8 +52,8 @@ def test_against_the_verified_name_maps(golden):
     "policy, dtype",
     [
         ("float16", torch.float16), ({"class_name": "DTypePolicy", "config": {"name": "bfloat16"}}, torch.bfloat16),
-        (None, torch.float32), ("mixed_bfloat16", None), ("int8_from_float32", None), (7, None),
-        ({"class_name": "DTypePolicy", "config": {"name": "mixed_float16"}}, None),
+        (None, torch.float32), ("mixed_bfloat16", torch.float32), ("int8_from_float32", None), (7, None),
+        ({"class_name": "DTypePolicy", "config": {"name": "mixed_float16"}}, torch.float32), ("mixed_int8", None),
         ({"class_name": "DTypePolicyMap", "config": {"default_policy": "float32"}}, None),
         ({"class_name": "QuantizedDTypePolicy", "config": {"mode": "int8", "name": "float32"}}, None),
     ],
@@ -105,6 +105,18 @@ def test_options_that_do_not_fit(preset, edit, change, said):
     config = json.loads((directory / "config.json").read_text())["config"]
     edit(directory / "config.json", config=config | change)
     with pytest.raises(ValueError, match=f"{re.escape(str(directory))}.*{said}"):
+        open_checkpoint(directory)
+
+
+def test_what_nothing_reads_is_named_in_one_warning(preset, edit):
+    directory = preset("keras_gpt2")
+    config = json.loads((directory / "config.json").read_text())["config"]
+    edit(directory / "config.json", config=config | {"rotary": True, "layer_norm_epsilon": 1e-5, "note": "mine"})
+    with pytest.warns(UserWarning, match=r"config.json: .* leaves unread: note='mine', rotary=True$") as caught:
+        open_checkpoint(directory)
+    assert len(caught) == 1
+    edit(directory / "config.json", config=config, surprise=1)
+    with pytest.warns(UserWarning, match="beside the object's config .* leaves unread: surprise"):
         open_checkpoint(directory)
 
 

@@ -119,6 +119,13 @@ OURS = {
 ACTIVATIONS = {"gpt2": "activation_function", "albert": "hidden_act", "fnet": "hidden_act", "t5": "dense_act_fn"}
 
 
+def test_no_key_with_an_effect_is_left_unread():
+    rows = [line.split("\t") for line in (PUBLISHED / "keys.tsv").read_text().splitlines()[1:]]
+    without_effect = {row[0].removesuffix(".json"): set(row[1].split()) for row in rows}
+    for name, keys in NOTED.items():
+        assert keys <= without_effect[name]
+
+
 @pytest.mark.parametrize("name", LOADED)
 @pytest.mark.filterwarnings("ignore:.*unread", "ignore:.*a class that transformers does not have")
 def test_values_are_those_that_transformers_reads(folder, name):
