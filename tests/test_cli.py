@@ -59,16 +59,38 @@ def test_generate_matches_transformers(capsys):
     assert json.loads(out)["tokens"] == expected
 
 
-def test_verify_passes_on_the_bundled_preset(capsys):
-    status, out, _ = call(capsys, "verify", PRESET)
+@pytest.mark.parametrize("preset", [PRESET, "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"])
+def test_verify_passes_on_the_bundled_presets(capsys, preset):
+    status, out, _ = call(capsys, "verify", preset)
     assert status == 0
-    assert out.rstrip().endswith("PASS")
-    assert "cpu:avx2" in out
+    lines = out.splitlines()
+    assert lines[0].endswith("; 3 seeds")
+    assert "RMS error" in lines[1]
+    assert lines[2].split() == ["backend", "RMS", "error", "allowed", "ratio", "worst", "allowed", "ratio"]
+    assert {line.split()[0] for line in lines[3:-1]} >= {"reference", "cpu:baseline"}
+    for line in lines[3:-1]:
+        _, *figures, word = line.split()
+        rms, rms_allowed, rms_ratio, worst, worst_allowed, worst_ratio = map(float, figures)
+        assert rms <= rms_allowed
+        assert worst <= worst_allowed
+        assert rms_ratio == pytest.approx(rms / rms_allowed, abs=0.01)
+        assert worst_ratio == pytest.approx(worst / worst_allowed, abs=0.01)
+        assert word == "PASS"
+    assert lines[-1] == "PASS"
+
+
+def test_verify_as_json(capsys):
     status, out, _ = call(capsys, "verify", PRESET, "--json", "--dtype", "bfloat16")
     report = json.loads(out)
     assert status == 0
     assert report["passed"]
     assert report["dtype"] == "bfloat16"
+    assert report["seeds"] == 3
+    for row in report["backends"]:
+        ratios = (row[f"{kind}_error"] / row[f"{kind}_bound"] for kind in ("rms", "worst"))
+        assert row["ratio"] == max(ratios) <= 1
+        assert row["output"] in ("hidden states", "logits")
+    assert 0 < report["plain_rms"] < report["plain_worst"] < report["scale"]
 
 
 def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
