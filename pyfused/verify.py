@@ -1,8 +1,8 @@
 """Do this preset's weights give the right numbers on this machine? The comparison behind `pyfused verify`.
 
 The same weights and inputs run through the reference operators in float64 (the truth), the reference operators in the
-model's dtype (plain PyTorch), and every backend that runs here. The tolerance
-rule judges each output of each backend, over several random inputs.
+model's dtype (plain PyTorch), and every backend that runs here. The tolerance rule judges each output of each backend, over
+several random inputs.
 """
 
 from __future__ import annotations
