@@ -3,11 +3,10 @@
 import torch
 from golden_cases import ROOT, case, manifest
 from safetensors.torch import load_file
-from t5_cases import assert_like
 
 from pyfused import AlbertBackbone, backend
 
-__all__ = ["ROOT", "assert_like", "case", "manifest"]
+__all__ = ["ROOT", "case", "manifest"]
 
 RENAMED = {
     "input_ids": "token_ids", "token_type_ids": "segment_ids", "attention_mask": "padding_mask",

@@ -4,8 +4,7 @@
 
 Each of pyfused's instruction sets runs beside plain PyTorch; torch's own is chosen before the start, by
 ATEN_CPU_CAPABILITY=default|avx2|avx512 and ONEDNN_MAX_CPU_ISA=SSE41|AVX2|AVX512_CORE. The figures are errors over what the rule
-allows: right kernels must stay at 1 or below in every seed, a planted fault must be above in every seed. What was measured
-is in tests/data/tolerance_*.json.
+allows: right kernels must stay at 1 or below in every seed, a planted fault must be above in every seed.
 """
 
 import argparse

@@ -86,20 +86,6 @@ def reference_outputs(model, call):
         return outputs_of(model, call)
 
 
-def assert_like(actual, plains, truth, what):
-    """The tolerance rule for a whole model: errors are root mean squares, and plain PyTorch's is the largest of several
-    plain implementations': rounding errors of one layer are mixed into everything by the next."""
-    truth = truth.detach().cpu()
-    assert actual.shape == truth.shape
-    assert truth.dtype == torch.float64
-
-    def error(found):
-        return (found.detach().cpu().double() - truth).square().mean().sqrt().item()
-
-    bound = 2 * max(map(error, plains)) + torch.finfo(actual.dtype).eps * truth.square().mean().sqrt().item()
-    assert error(actual) <= bound, f"{what}: error {error(actual):.3e} exceeds {bound:.3e}"
-
-
 def hf_fnet(dtype=torch.float32, seed=0, spread=0.2, **config):
     """transformers' FNetModel (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter: norms
     and biases too, all of standard deviation `spread`."""

@@ -100,21 +100,6 @@ def outputs_of(model, call):
     return found | {"logits": model.logits(out["decoder_sequence_output"])}
 
 
-def assert_like(actual, plains, truth, what):
-    """The tolerance rule for a whole model: errors are root mean squares, and plain PyTorch's is the largest of several
-    plain implementations'. T5's scores are not scaled, so that rounding errors grow from layer to layer, and the largest
-    of a few hundred errors is a matter of luck."""
-    truth = truth.detach().cpu()
-    assert actual.shape == truth.shape
-    assert truth.dtype == torch.float64
-
-    def error(found):
-        return (found.detach().cpu().double() - truth).square().mean().sqrt().item()
-
-    bound = 2 * max(map(error, plains)) + torch.finfo(actual.dtype).eps * truth.square().mean().sqrt().item()
-    assert error(actual) <= bound, f"{what}: error {error(actual):.3e} exceeds {bound:.3e}"
-
-
 def reference_outputs(model, call):
     """outputs_of with the operators in plain PyTorch, one of the plain implementations."""
     with backend("reference"):

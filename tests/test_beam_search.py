@@ -21,7 +21,8 @@ STOPS = list(range(0, 97, 12))
 
 @pytest.fixture(scope="module")
 def pairs():
-    """transformers' language models, and pyfused's with the same weights. Not so spread out that one token has it all."""
+    """transformers' language models, and pyfused's with the same weights. Not so spread out that one token has it all. In
+    float64: of hundreds of beams some are so close that float32's rounding would choose."""
     from transformers import GPT2LMHeadModel
 
     t5 = hf_t5(spread=0.25, vocab_size=97)
@@ -29,6 +30,7 @@ def pairs():
     gpt2 = GPT2LMHeadModel(bare.config).eval()
     gpt2.transformer.load_state_dict(bare.state_dict())
     gpt2.tie_weights()
+    t5, bare, gpt2 = t5.double(), bare.double(), gpt2.double()
     return {"t5": (t5, like_t5(t5).to(DEVICE)), "gpt2": (gpt2, like_gpt2(bare).to(DEVICE))}
 
 

@@ -1,5 +1,6 @@
 """Does the command line do what it says, and fail in one line?"""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -55,26 +56,58 @@ def test_generate_matches_transformers(capsys):
     from pyfused.checkpoints import load_tokenizer, resolve_preset
 
     ids = load_tokenizer(PRESET).encode("In the beginning")
-    model = GPT2LMHeadModel.from_pretrained(resolve_preset(PRESET)).eval()
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+    model = GPT2LMHeadModel.from_pretrained(resolve_preset(PRESET)).double().eval()
+    whole = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    expected = whole[0, len(ids) :].tolist()
+    best, second = model(whole).logits[0, len(ids) - 1 : -1].topk(2).values.unbind(-1)
+    assert (best - second).min() > 1e-3  # a hundred times float32's noise: no rounding decides between two tokens
     _, out, _ = call(capsys, "generate", PRESET, "--prompt", "In the beginning", "--max-new-tokens", "40", "--json")
     assert json.loads(out)["tokens"] == expected
 
 
-def test_verify_passes_on_the_bundled_preset(capsys, monkeypatch):
-    status, out, _ = call(capsys, "verify", PRESET)
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """verify on what a user's machine has: in the tests Triton's interpreter and the host shim are backends too, and slow."""
+    module = importlib.import_module("pyfused.verify")
+    native = [name for name in module.available() if name.partition(":")[0] not in ("triton", "cuda")]
+    monkeypatch.setattr(module, "available", lambda device: native)
+
+
+@pytest.mark.parametrize("preset", [PRESET, "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"])
+def test_verify_passes_on_the_bundled_presets(capsys, no_interpreter, preset):
+    status, out, _ = call(capsys, "verify", preset)
     assert status == 0
-    assert out.rstrip().endswith("PASS")
-    assert all(f"cpu:{isa}" in out for isa in cpu_supported())
-    monkeypatch.setattr(verifying, "available", lambda device: ["reference", "cpu:baseline"])
+    lines = out.splitlines()
+    assert lines[0].endswith("; 3 seeds")
+    assert "RMS error" in lines[1]
+    assert lines[2].split() == ["backend", "RMS", "error", "allowed", "ratio", "worst", "allowed", "ratio"]
+    assert {line.split()[0] for line in lines[3:-1]} >= {"reference", "cpu:baseline"}
+    for line in lines[3:-1]:
+        _, *figures, word = line.split()
+        rms, rms_allowed, rms_ratio, worst, worst_allowed, worst_ratio = map(float, figures)
+        assert rms <= rms_allowed
+        assert worst <= worst_allowed
+        assert rms_ratio == pytest.approx(rms / rms_allowed, abs=0.01)
+        assert worst_ratio == pytest.approx(worst / worst_allowed, abs=0.01)
+        assert word == "PASS"
+    assert lines[-1] == "PASS"
+
+
+def test_verify_as_json(capsys, no_interpreter):
     status, out, _ = call(capsys, "verify", PRESET, "--json", "--dtype", "bfloat16")
     report = json.loads(out)
     assert status == 0
     assert report["passed"]
     assert report["dtype"] == "bfloat16"
+    assert report["seeds"] == 3
+    for row in report["backends"]:
+        ratios = (row[f"{kind}_error"] / row[f"{kind}_bound"] for kind in ("rms", "worst"))
+        assert row["ratio"] == max(ratios) <= 1
+        assert row["output"] in ("hidden states", "logits")
+    assert 0 < report["plain_rms"] < report["plain_worst"] < report["scale"]
 
 
-def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
+def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch, no_interpreter):
     from pyfused import dispatch
 
     module = dispatch.kernel("cpu", "layer_norm")
@@ -139,7 +172,7 @@ def t5(tmp_path_factory):
     return str(directory)
 
 
-def test_t5_answers_and_is_verified(capsys, t5):
+def test_t5_answers_and_is_verified(capsys, t5, no_interpreter):
     from pyfused import Backbone, Generator
     from pyfused.checkpoints import load_tokenizer
 

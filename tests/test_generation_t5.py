@@ -1,5 +1,7 @@
 """Does T5 answer with the right tokens? Greedy against transformers' generate, with sources of any length."""
 
+import copy
+
 import pytest
 import torch
 from t5_cases import hf_t5, like_hf
@@ -35,15 +37,34 @@ def model(hf):
 
 
 @pytest.fixture(scope="module")
-def prompts():
+def chosen(hf):
+    """100 of 130 prompts with the greedy tokens of transformers' generate in float64: those whose two best logits are never
+    near each other. Then every right implementation gives these tokens, on any processor."""
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 41, (100,), generator=generator).tolist()
-    return [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
+    lengths = torch.randint(1, 41, (130,), generator=generator).tolist()
+    prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
+    tokens, wide = greedy(copy.deepcopy(hf).double(), prompts), like_hf(hf, torch.float64)
+    pairs = sorted(zip(prompts, tokens), key=lambda pair: -margins(logits_of(wide, pair[0], pair[1][:-1])).min())
+    return sorted(pairs[:100], key=lambda pair: prompts.index(pair[0]))
 
 
 @pytest.fixture(scope="module")
-def expected(hf, prompts):
-    """Greedy tokens of transformers' generate, sources of one length together."""
+def prompts(chosen):
+    return [prompt for prompt, _ in chosen]
+
+
+@pytest.fixture(scope="module")
+def expected(chosen):
+    return [tokens for _, tokens in chosen]
+
+
+def margins(logits):
+    best, second = logits.topk(2).values.unbind(-1)
+    return best - second
+
+
+def greedy(hf, prompts):
+    """Tokens of transformers' generate, sources of one length together."""
     out = {}
     for length in sorted({len(p) for p in prompts}):
         rows = [i for i, p in enumerate(prompts) if len(p) == length]
@@ -54,6 +75,7 @@ def expected(hf, prompts):
     return [out[i] for i in range(len(prompts))]
 
 
+@torch.no_grad()
 def logits_of(model, prompt, tokens):
     """Logits behind the start token and each of `tokens`, without a cache."""
     start = model.get_config()["decoder_start_token_id"]
@@ -71,8 +93,7 @@ def test_the_best_two_logits_are_further_apart_than_noise(hf, prompts, expected,
     for prompt, new in zip(prompts, expected):
         truth, mine = (logits_of(m, prompt, new[:-1]) for m in (wide, model))
         assert truth.argmax(-1).tolist() == new  # and a run without cache agrees
-        best, second = truth.topk(2).values.unbind(-1)
-        assert (best - second > 3 * (mine.double() - truth).abs().amax(-1)).all()
+        assert (margins(truth) > 10 * (mine.double() - truth).abs().amax(-1)).all()
     assert len({tuple(new) for new in expected}) > 80  # and the texts differ
     assert len({token for new in expected for token in new}) > 30
 

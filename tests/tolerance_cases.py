@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rows, features and tokens that fit no tile; small, since a thousand seeds are run.
 ROWS, WIDTH, INNER = 11, 45, 70
 BUCKETS, MOST = 16, 20
+DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,17 @@ def as_tuple(out):
 
 
 def plain_and_truth(case, dtype, seed):
-    """({what: plain PyTorch's}, {what: the truth})."""
-    return [results(case, case.plain, case.gradients or case.plain, dtype, wide, seed) for wide in (dtype, torch.float64)]
+    """({what: plain PyTorch's}, {what: the truth}), each of DRAWS draws in one tensor."""
+    gradients = case.gradients or case.plain
+    return [together(lambda s, w=w: results(case, case.plain, gradients, dtype, w, s), seed) for w in (dtype, torch.float64)]
 
 
 def fused(case, dtype, seed, backend):
     with running(backend):
-        return results(case, case.fused, case.fused, dtype, dtype, seed)
+        return together(lambda s: results(case, case.fused, case.fused, dtype, dtype, s), seed)
+
+
+def together(run, seed):
+    """Small tensors whose errors share causes are few numbers: see pyfused/testing/tolerance.py."""
+    drawn = [run(DRAWS * seed + i) for i in range(DRAWS)]
+    return {what: torch.stack([found[what] for found in drawn]) for what in drawn[0]}

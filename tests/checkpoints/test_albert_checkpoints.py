@@ -7,12 +7,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from albert_cases import albert_state, assert_like, call_of, outputs_of, reference_outputs
+from albert_cases import albert_state, call_of, outputs_of, reference_outputs
 from safetensors.torch import load_file, save_file
 
 from pyfused import AlbertBackbone, backend
 from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
 from pyfused.models.backbone import Backbone
+from pyfused.testing import assert_close
 
 NAMES = ("hf_albert_pretraining", "hf_albert_mlm", "keras_albert")
 CONFIG = {
@@ -48,7 +49,7 @@ def test_golden_outputs(golden, name):
     truth = outputs_of(Backbone.from_preset(golden / "ckpt" / name, dtype="float64"), call_of(inputs))
     assert inputs["attention_mask"].sum(1).min() > 0  # the libraries disagree about rows that may look at no key
     for what, value in actual.items():
-        assert_like(value, [stored[f"out/{what}"], reference[what]], truth[what], f"{name} {what}")
+        assert_close(value, [stored[f"out/{what}"], reference[what]], truth[what], f"{name} {what}")
 
 
 def test_against_the_verified_name_maps(golden):
@@ -226,7 +227,7 @@ def test_keras_hub_save_to_preset(tmp_path, heads, dtype, sharded):
         with backend("reference"):
             reference = mine(call)
         for name, value in mine(call).items():
-            assert_like(value, [theirs[name], reference[name]], truth[name], name)
+            assert_close(value, [theirs[name], reference[name]], truth[name], name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,12 +7,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fnet_cases import assert_like, call_of, fnet_state, outputs_of, reference_outputs
+from fnet_cases import call_of, fnet_state, outputs_of, reference_outputs
 from safetensors.torch import load_file, save_file
 
 from pyfused import FNetBackbone, backend
 from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
 from pyfused.models.backbone import Backbone
+from pyfused.testing import assert_close
 
 NAMES = ("hf_fnet_pretraining", "keras_fnet")
 CONFIG = {
@@ -43,7 +44,7 @@ def test_golden_outputs(golden, name):
     actual, reference = outputs_of(model, call), reference_outputs(model, call)
     truth = outputs_of(Backbone.from_preset(golden / "ckpt" / name, dtype="float64"), call)
     for what, value in actual.items():
-        assert_like(value, [stored[f"out/{what}"], reference[what]], truth[what], f"{name} {what}")
+        assert_close(value, [stored[f"out/{what}"], reference[what]], truth[what], f"{name} {what}")
 
 
 def test_against_the_verified_name_maps(golden):
@@ -197,7 +198,7 @@ def test_keras_hub_save_to_preset(tmp_path, dtype, sharded):
         with backend("reference"):
             reference = mine(call)
         for name, value in mine(call).items():
-            assert_like(value, [theirs[name], reference[name]], truth[name], name)
+            assert_close(value, [theirs[name], reference[name]], truth[name], name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

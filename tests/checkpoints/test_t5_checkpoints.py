@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from t5_cases import assert_like, call_of, live, outputs_of, reference_outputs, t5_state
+from t5_cases import call_of, live, outputs_of, reference_outputs, t5_state
 
 from pyfused import T5Backbone, backend
 from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
 from pyfused.models.backbone import Backbone
+from pyfused.testing import assert_close
 
 TIED, UNTIED = ("hf_t5", "keras_t5"), ("hf_t5_v11", "hf_t5_sharded", "keras_t5_v11", "keras_t5_sharded")
 COMMON = {
@@ -57,7 +58,7 @@ def test_golden_outputs(golden, name):
     for what, value in actual.items():
         rows = live(inputs, what)
         plains = [stored[f"out/{what}"][rows], reference[what][rows]]
-        assert_like(value[rows], plains, truth[what][rows], f"{name} {what}")
+        assert_close(value[rows], plains, truth[what][rows], f"{name} {what}")
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_v11"])
@@ -241,7 +242,7 @@ def test_keras_hub_save_to_preset(tmp_path, dtype, sharded, kind):
         with backend("reference"):
             reference = mine(call)
         for name, value in mine(call).items():
-            assert_like(value, [theirs[name], reference[name]], truth[name], name)
+            assert_close(value, [theirs[name], reference[name]], truth[name], name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from albert_cases import (
     albert_state,
-    assert_like,
     call_of,
     hf_albert,
     like_hf,
@@ -18,6 +17,7 @@ from albert_cases import (
 
 import pyfused
 from pyfused import AlbertBackbone, Generator
+from pyfused.testing import assert_close
 
 SIZES = {"vocabulary_size": 61, "num_layers": 4, "num_heads": 4, "embedding_dim": 10, "hidden_dim": 24}
 SIZES |= {"intermediate_dim": 56, "num_groups": 2, "num_inner_repetitions": 2, "max_sequence_length": 33}
@@ -58,7 +58,7 @@ def test_equals_transformers(dtype, padding, device):
         assert actual.keys() == plain.keys()
         for name, value in actual.items():
             assert value.dtype == dtype
-            assert_like(value, [plain[name], reference[name]], truth[name], f"{dtype} {padding} {config} {name}")
+            assert_close(value, [plain[name], reference[name]], truth[name], f"{dtype} {padding} {config} {name}")
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def test_equals_transformers_at_base_size(device):
     mine, plain = like_hf(hf).to(device), hf_outputs(hf, inputs)
     reference = reference_outputs(mine, call_of(inputs))
     for name, value in outputs_of(mine, call_of(inputs)).items():
-        assert_like(value, [plain[name], reference[name]], truth[name], name)
+        assert_close(value, [plain[name], reference[name]], truth[name], name)
 
 
 def from_keras(backbone):
@@ -135,11 +135,11 @@ def test_equals_keras_hub(heads, device):
     with pyfused.backend("reference"):
         reference = models["float32"](call)
     for name, value in actual.items():
-        assert_like(value, [plain[name], reference[name]], truth[name], name)
+        assert_close(value, [plain[name], reference[name]], truth[name], name)
     vectors = torch.randn(3, 10)
     logits = [models[d].token_embedding(vectors.to(device, getattr(torch, d)), reverse=True) for d in models]
     plain = keras.token_embedding(vectors, reverse=True)
-    assert_like(logits[0], [plain], logits[1], "logits")
+    assert_close(logits[0], [plain], logits[1], "logits")
 
 
 @torch.no_grad()
@@ -329,7 +329,7 @@ def test_training_follows_transformers(device):
     assert mine[1][-1] < 0.9 * mine[1][0]
     with pyfused.backend("reference"):
         reference = ours(like_hf(hf).to(device))
-    assert_like(mine[0], [theirs, reference], mine[1], "losses")
+    assert_close(mine[0], [theirs, reference], mine[1], "losses")
 
 
 GOOD = {"token_ids": torch.zeros(2, 5, dtype=torch.int64), "segment_ids": None, "padding_mask": None}

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from albert_cases import ROOT, albert_of_case, albert_state, assert_like, call_of, case, manifest, outputs_of
+from albert_cases import ROOT, albert_of_case, albert_state, call_of, case, manifest, outputs_of
 from safetensors.torch import load_file
 
 from pyfused import AlbertBackbone
+from pyfused.testing import assert_close
 
 PLAIN = [c["id"] for c in manifest()["cases"] if c["id"].startswith("albert") and c["hf_call"]]
 SPECIAL = {"albert_inputs_embeds_pos", "albert_states_attn", "albert_grad"}
@@ -31,7 +32,7 @@ def compare(name, inputs, outputs, actual):
     assert actual.keys() == truth.keys()
     assert len(outputs) >= 2  # transformers eager and sdpa, and KerasHub where it can say the configuration
     for what, value in actual.items():
-        assert_like(value, [source[what] for source in outputs.values()], truth[what], f"{name} {what}")
+        assert_close(value, [source[what] for source in outputs.values()], truth[what], f"{name} {what}")
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def test_hidden_states_and_attentions(device):
         actual |= {f"{name}.{i}": v for i, v in enumerate(out[name])}
     assert actual.keys() == outputs["ref64"].keys()
     for key, value in actual.items():
-        assert_like(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
+        assert_close(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
     bare = model(call_of(inputs))
     assert list(bare) == ["sequence_output", "pooled_output"]
     assert torch.equal(out["sequence_output"], bare["sequence_output"])
@@ -123,7 +124,7 @@ def test_gradients(device):
         query, _, value = grad.chunk(3)
         return torch.cat([query, value])
 
-    assert_like(together(grads[torch.float32]).float(), map(together, plains), together(truths), "gradients")
+    assert_close(together(grads[torch.float32]).float(), map(together, plains), together(truths), "gradients")
 
 
 def test_it_is_exported():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fnet_cases import assert_like, call_of, fnet_state, hf_fnet, like_hf, outputs_of, reference_outputs
+from fnet_cases import call_of, fnet_state, hf_fnet, like_hf, outputs_of, reference_outputs
 
 import pyfused
 from pyfused import FNetBackbone
+from pyfused.testing import assert_close
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "hidden_dim": 24, "intermediate_dim": 56, "max_sequence_length": 40}
 
@@ -35,7 +36,7 @@ def test_equals_transformers(config, length, device):
     mine = like_hf(hf).to(device)
     actual, reference = outputs_of(mine, call_of(inputs)), reference_outputs(mine, call_of(inputs))
     for name, value in actual.items():
-        assert_like(value, [plain[name], reference[name]], truth[name], f"{config} {length} {name}")
+        assert_close(value, [plain[name], reference[name]], truth[name], f"{config} {length} {name}")
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def test_equals_transformers_at_base_size(device):
     mine = like_hf(hf).to(device)
     reference = reference_outputs(mine, call_of(inputs))
     for name, value in outputs_of(mine, call_of(inputs)).items():
-        assert_like(value, [plain[name], reference[name]], truth[name], name)
+        assert_close(value, [plain[name], reference[name]], truth[name], name)
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_positions_segments_and_embeddings_given(device):
         exact = {k: v.double() if v.is_floating_point() else v for k, v in change.items()}
         truth, plain = hf_outputs(truth_model, exact), hf_outputs(hf, change)
         for name, value in outputs_of(mine, call_of(change)).items():
-            assert_like(value, [plain[name]], truth[name], f"{list(change)} {name}")
+            assert_close(value, [plain[name]], truth[name], f"{list(change)} {name}")
 
 
 def test_tpu_option_of_transformers_is_the_same_transform():
@@ -128,13 +129,13 @@ def test_equals_keras_hub(dtype, device):
         reference = models[dtype](call)
     for name, value in actual.items():
         assert value.dtype == getattr(torch, dtype)
-        assert_like(value, [plain[name].detach(), reference[name]], truth[name], name)
+        assert_close(value, [plain[name].detach(), reference[name]], truth[name], name)
     logits = keras.token_embedding(plain["sequence_output"], reverse=True)
     exact = models["float64"].logits(truth["sequence_output"])
     mine = models[dtype].logits(actual["sequence_output"])
     with pyfused.backend("reference"):
         reference = models[dtype].logits(reference["sequence_output"])
-    assert_like(mine, [logits.detach(), reference], exact, "logits")
+    assert_close(mine, [logits.detach(), reference], exact, "logits")
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def test_each_backend_in_16_bits(dtype, each_backend, device):
     actual, reference = outputs_of(mine, call_of(inputs)), reference_outputs(mine, call_of(inputs))
     for name, value in actual.items():
         assert value.dtype == dtype
-        assert_like(value, [reference[name]], truth[name], f"{dtype} {name}")
+        assert_close(value, [reference[name]], truth[name], f"{dtype} {name}")
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
@@ -292,7 +293,7 @@ def test_training_follows_transformers(device):
     with pyfused.backend("reference"):
         plain = like_hf(hf).to(device)
         reference = losses(plain, lambda ids: plain.logits(plain(token_ids=ids, segment_ids=None)["pooled_output"]))
-    assert_like(ours[0], [theirs, reference], ours[1], "losses")
+    assert_close(ours[0], [theirs, reference], ours[1], "losses")
 
 
 GOOD = {"token_ids": torch.zeros(2, 5, dtype=torch.int64), "segment_ids": torch.zeros(2, 5, dtype=torch.int64)}

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from fnet_cases import ROOT, assert_like, call_of, case, fnet_of_case, fnet_state, manifest, outputs_of
+from fnet_cases import ROOT, call_of, case, fnet_of_case, fnet_state, manifest, outputs_of
 from safetensors.torch import load_file
 
 import pyfused
+from pyfused.testing import assert_close
 
 PLAIN = [c["id"] for c in manifest()["cases"] if c["id"].startswith("fnet") and c["hf_call"]]
 SPECIAL = {"fnet_b_states", "fnet_b_grad", "fnet_mixing_op"}
@@ -31,7 +32,7 @@ def test_outputs_on_each_backend(name, each_backend, device):
     assert actual.keys() == truths.keys()
     assert outputs.keys() == {"hf_eager", "keras"}
     for what, truth in truths.items():
-        assert_like(actual[what], [references[what] for references in outputs.values()], truth, f"{name} {what}")
+        assert_close(actual[what], [references[what] for references in outputs.values()], truth, f"{name} {what}")
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def test_the_mixing_alone(each_backend, device):
     _, inputs, outputs = case("fnet_mixing_op")
     (x,) = inputs.values()
     actual = pyfused.nn.FourierMixing()(x.float().to(device))
-    assert_like(actual, [outputs["hf_eager"]["real_fft2"]], outputs["ref64"]["real_fft2"], "mixing")
+    assert_close(actual, [outputs["hf_eager"]["real_fft2"]], outputs["ref64"]["real_fft2"], "mixing")
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def test_hidden_states(device):
     actual |= {"last_hidden_state": out["sequence_output"], "pooler_output": out["pooled_output"]}
     assert actual.keys() == outputs["ref64"].keys()
     for key, value in actual.items():
-        assert_like(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
+        assert_close(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
     bare = model(call_of(inputs))
     assert list(bare) == ["sequence_output", "pooled_output"]
     assert torch.equal(out["sequence_output"], bare["sequence_output"])
@@ -99,4 +100,4 @@ def test_gradients(each_backend, device):
             [(found[name].detach() / truth.square().mean().sqrt()).flatten() for name, truth in truths.items()]
         )
 
-    assert_like(together(grads[torch.float32]).float(), [together(plain)], together(truths), "gradients")
+    assert_close(together(grads[torch.float32]).float(), [together(plain)], together(truths), "gradients")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from t5_cases import assert_like, call_of, hf_t5, like_hf, outputs_of, reference_outputs, t5_state
+from t5_cases import call_of, hf_t5, like_hf, outputs_of, reference_outputs, t5_state
 
 import pyfused
 from pyfused import T5Backbone
+from pyfused.testing import assert_close
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "intermediate_dim": 56}
 
@@ -64,7 +65,7 @@ def test_equals_transformers(dtype, padding, device):
             rows = torch.ones(value.shape[:2], dtype=torch.bool) if name.startswith("encoder") else seen
             what = f"{dtype} {padding} {config} {name}"
             plains = [plain[name][rows], reference[name].cpu()[rows]]
-            assert_like(value.cpu()[rows], plains, truth[name][rows], what)
+            assert_close(value.cpu()[rows], plains, truth[name][rows], what)
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def test_equals_transformers_at_base_size(device):
     mine, plain = like_hf(hf).to(device), hf_outputs(hf, inputs)
     reference = reference_outputs(mine, call_of(inputs))
     for name, value in outputs_of(mine, call_of(inputs)).items():
-        assert_like(value, [plain[name], reference[name]], truth[name], name)
+        assert_close(value, [plain[name], reference[name]], truth[name], name)
 
 
 def from_keras(backbone):
@@ -144,12 +145,12 @@ def test_equals_keras_hub(kind, device):
     with pyfused.backend("reference"):
         reference = models["float32"](call)
     for name, value in actual.items():
-        assert_like(value, [plain[name], reference[name]], truth[name], name)
+        assert_close(value, [plain[name], reference[name]], truth[name], name)
     lm = keras_hub.models.T5Seq2SeqLM(backbone=keras, preprocessor=None)
     theirs = lm(call)
     logits = [models[d].logits(o["decoder_sequence_output"]) for d, o in (("float32", actual), ("float64", truth))]
     plains = [theirs, models["float32"].logits(reference["decoder_sequence_output"])]
-    assert_like(logits[0], plains, logits[1], "logits")
+    assert_close(logits[0], plains, logits[1], "logits")
 
 
 def test_encode_alone(device):
@@ -343,7 +344,7 @@ def test_training_follows_transformers(device):
             lambda a, b: plain(call_of({"input_ids": a, "decoder_input_ids": b}))["decoder_sequence_output"],
             plain.logits,
         )
-    assert_like(ours[0], [theirs, reference], ours[1], "losses")
+    assert_close(ours[0], [theirs, reference], ours[1], "losses")
 
 
 GOOD = {

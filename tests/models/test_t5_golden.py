@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from t5_cases import ROOT, assert_like, call_of, case, live, manifest, outputs_of, t5_of_case, t5_state
+from t5_cases import ROOT, call_of, case, live, manifest, outputs_of, t5_of_case, t5_state
 
 import pyfused
+from pyfused.testing import assert_close
 
 PLAIN = [c["id"] for c in manifest()["cases"] if c["id"].startswith("t5") and c["hf_call"]]
 SPECIAL = {"t5_buckets", "t5_states_attn", "t5_past_kv", "t5_grad"}
@@ -34,7 +35,7 @@ def test_outputs(name, device):
         rows = live(inputs, what)
         assert rows.any()
         plains = [references[what][rows] for references in outputs.values()]
-        assert_like(value.cpu()[rows], plains, truth[what][rows], f"{name} {what}")
+        assert_close(value.cpu()[rows], plains, truth[what][rows], f"{name} {what}")
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def test_each_backend(each_backend, device):
         for what, truth in truths.items():
             rows = live(inputs, what)
             plains = [references[what][rows] for references in outputs.values()]
-            assert_like(actual[what].cpu()[rows], plains, truth[rows], f"{name} {what}")
+            assert_close(actual[what].cpu()[rows], plains, truth[rows], f"{name} {what}")
 
 
 def test_buckets(device):
@@ -72,7 +73,7 @@ def test_hidden_states_and_attentions(device):
             actual |= {f"{name}.{i}": v for i, v in enumerate(out[name])}
         assert actual.keys() == outputs["ref64"].keys()
         for key, value in actual.items():
-            assert_like(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
+            assert_close(value, [outputs["hf_eager"][key]], outputs["ref64"][key], key)
         bare = model(call_of(inputs))
     assert list(bare) == ["encoder_sequence_output", "decoder_sequence_output"]
     assert torch.equal(out["decoder_sequence_output"], bare["decoder_sequence_output"])
@@ -96,7 +97,7 @@ def test_past_keys_and_values(device):
             actual |= {"self.key.0": cache.keys(0).clone(), "cross.key.0": cache.cross[0][0].clone()}
     assert actual.keys() == outputs["ref64"].keys()
     for key, truth in outputs["ref64"].items():
-        assert_like(actual[key], [outputs["hf_sdpa"][key], outputs["hf_eager"][key]], truth, key)
+        assert_close(actual[key], [outputs["hf_sdpa"][key], outputs["hf_eager"][key]], truth, key)
 
 
 def test_gradients(device):
@@ -136,4 +137,4 @@ def test_gradients(device):
             [(found[name].detach() / truth.square().mean().sqrt()).flatten() for name, truth in truths.items()]
         )
 
-    assert_like(together(grads[torch.float32]).float(), map(together, plains), together(truths), "gradients")
+    assert_close(together(grads[torch.float32]).float(), map(together, plains), together(truths), "gradients")

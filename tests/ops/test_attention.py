@@ -119,22 +119,29 @@ def test_forward(each_backend, dtype, device, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The yardstick is softmax written exp(s - logsumexp(s)): whoever keeps one log-sum-exp per row for the backward,
-    as SDPA's flash kernels do too, and not the probabilities, has the rounding of that number in the gradients."""
-    inputs, options = make(case, dtype, device)
-    cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-    seed = drawn_seed(options, device)
+    """The yardstick is softmax written exp(s - logsumexp(s)), see plain_attention. The rounding of a row's log-sum-exp is in
+    all of its gradients, so a few rows are few numbers however long they are: several draws are judged together."""
+    b, h, _, sq, *_ = case.sizes
+    exact = dtype == torch.float32
+    if exact and sq <= 8 and device == "cpu" and each_backend != "reference":
+        pytest.skip("so few float32 queries are left to plain PyTorch: test_few_queries_have_the_gradients_of_softmax")
+    drawn = []
+    for _ in range(min(8, -(-512 // (b * h * sq))) if exact else 1):
+        inputs, options = make(case, dtype, device)
+        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
+        seed = drawn_seed(options, device)
 
-    def gradients(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+        def gradients(function, wide, inputs=inputs, cotangent=cotangent):
+            leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+            return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
 
-    actual = gradients(lambda t: pyfused.attention(**t, **options), dtype)
-    expected = gradients(lambda t: plain(t, options, seed, logarithm=True), dtype)
-    truth = gradients(lambda t: plain(t, options, seed), torch.float64)
-    for name, a, p, t in zip(inputs, actual, expected, truth):
-        assert a.dtype == dtype
-        assert_close(a, p, t, f"gradient of {name}")
+        actual = gradients(lambda t, o=options: pyfused.attention(**t, **o), dtype)
+        assert {t.dtype for t in actual} == {dtype}
+        expected = gradients(lambda t, o=options, s=seed: plain(t, o, s, logarithm=True), dtype)
+        truth = gradients(lambda t, o=options, s=seed: plain(t, o, s), torch.float64)
+        drawn.append(list(zip(actual, expected, truth)))
+    for name, judged in zip(inputs, zip(*drawn)):
+        assert_close(*(torch.stack(tensors) for tensors in zip(*judged)), f"gradient of {name}")
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
