@@ -1,4 +1,4 @@
-"""Does what stands in padding stay there? NaN in a fused model's padded embeddings changes no bit of the real tokens' outputs."""
+"""Does what stands in padding stay there? NaN in a fused model's padded embeddings changes no bit of real tokens' outputs."""
 
 import pytest
 import torch
