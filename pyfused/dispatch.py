@@ -190,7 +190,7 @@ _NOTHING = "a tensor has no element: plain PyTorch does what little there is"
 
 def _is_empty(args: tuple[Any, ...]) -> bool:
     """Whether some tensor of a call has no element. Asked at first calls of a signature, and where there are none."""
-    for a in args:
+    for a in args:  # noqa: SIM110 - any() takes half a microsecond more
         if isinstance(a, torch.Tensor) and not a.numel():
             return True
     return False

@@ -170,7 +170,7 @@ class AlbertBackbone(Backbone):
         if self.skip_padding or skips_padding():
             call.visible = call.visible.skip_padding(call.attentions is None)
         x = self.embed(call)
-        for layer in self._applied() if x.numel() else ():
+        for layer in self._applied():
             if call.hidden_states is not None:
                 call.hidden_states.append(call.visible.unpacked(x))
             x = layer(x, call)

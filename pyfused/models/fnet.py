@@ -161,7 +161,7 @@ class FNetBackbone(Backbone):
     def run(self, call: Call) -> Tensor:
         """The pass itself, unchecked: (B, S, D)."""
         x = self.embed(call)
-        for layer in self.layers if x.numel() else ():
+        for layer in self.layers if x.shape[1] else ():  # no Fourier transform has length 0
             if call.hidden_states is not None:
                 call.hidden_states.append(x)
             x = layer(x)

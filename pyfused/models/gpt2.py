@@ -234,13 +234,12 @@ class GPT2Backbone(Backbone):
     def run(self, call: Call, last: Tensor | None = None) -> Tensor:
         """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
         visible = call.visible
-        x, branch = visible.packed(self.embed(call)), None
-        for layer in self.layers if x.numel() else ():
+        x = visible.packed(self.embed(call))
+        branch: Any = None
+        for layer in self.layers:
             if call.hidden_states is not None:
                 call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
             x, branch = layer(x, branch, call)
-        if branch is None:
-            return x
         if last is None:
             return visible.unpacked(self.final_norm(x, branch)[0])
         if visible.packing is None:

@@ -108,12 +108,12 @@ class T5Stack(nn.Module):
         if call.visible.attn_bias is None:
             call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
         visible = call.visible
-        x, branch = self._drop(visible.packed(widened(x) if x.numel() else x)), None
-        for layer in layers if x.numel() else ():
+        x, branch = self._drop(visible.packed(widened(x))), None
+        for layer in layers:
             if call.hidden_states is not None:
                 call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
             x, branch = layer(x, branch, call)
-        x = visible.unpacked(self._drop(x if branch is None else self.final_norm(x, branch)[0]))
+        x = visible.unpacked(self._drop(self.final_norm(x, branch)[0]))
         if call.hidden_states is not None:
             call.hidden_states.append(x)
         return x

@@ -23,7 +23,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels run on such a tensor, and on these with it; float64, other devices, nested tensors and, outside of
     torch.autocast, mixed dtypes are better off with torch's own functions."""
     dtype = x.dtype
-    if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested or not x.numel():
+    if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested:
         return False
     if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
         return all(t is None or t.dtype in _DTYPES for t in others)
@@ -84,7 +84,6 @@ def attends(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Te
     weights = (module.in_proj_weight, module.q_proj_weight, module.in_proj_bias, module.bias_k, module.out_proj.weight)
     return (
         takes(query, key, value, *weights)
-        and key.numel() > 0
         and not (key.is_nested or value.is_nested)
         and module.head_dim <= MAX_HEAD_SIZE
         and not (module.training and module.dropout >= 1.0)

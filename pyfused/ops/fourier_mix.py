@@ -22,7 +22,8 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     infinite beyond. A sample that holds one NaN is NaN throughout. torch.autocast changes nothing: x keeps its dtype.
 
     Args:
-        x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; any S and N from 1 on, primes too; B may be 0.
+        x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; any S and N from 1 on, primes
+            too; B may be 0.
 
     Returns:
         (B, S, N), of x's dtype, contiguous.

@@ -148,7 +148,7 @@ def with_gradients(function, inputs):
 
 def same(name, found, expected, **tolerance):
     for f, e in zip(found, expected, strict=True):
-        assert f is not None and f.shape == e.shape and f.dtype == e.dtype, name
+        assert (f.shape, f.dtype) == (e.shape, e.dtype), name
         torch.testing.assert_close(f, e, msg=lambda text: f"{name}: {text}", **tolerance)
 
 
