@@ -91,7 +91,7 @@ def test_every_step_reads_the_same_memory(model, kind, sampler):
     for reads in seen[1:]:
         # The first operator copies the caller's draws into their place, which no graph holds.
         assert reads.calls[1:] == seen[0].calls[1:]
-    draws, *read = seen[0].found.values()
+    _draws, *read = seen[0].found.values()
     assert not any(storage.expired() for storage in read)
 
 

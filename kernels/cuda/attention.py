@@ -24,7 +24,7 @@ def unsupported_forward(
     # Rows and keys are counted in 32 bits, with a tile to spare.
     if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
-    if cu_seqlens is not None and _most_blocks(query, cu_seqlens) > 2**31 - 1:
+    if _most_blocks(query, cu_seqlens) > 2**31 - 1:
         return "more than 2^31 tiles of queries"
     # The span is at most max_distance, which costs nothing to look at.
     far = bias_table is not None and max_distance > _MAX_SPAN
@@ -49,8 +49,9 @@ def _buckets(table, bidirectional, max_distance):
 
 
 def _most_blocks(query, cu_seqlens):
-    """Of packed sequences, with the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
-    return query.shape[1] * (query.shape[2] // _ROWS + cu_seqlens.shape[0] - 1)
+    """With the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
+    b, h, sq = query.shape[:3]
+    return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
 
 def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0, sequences=0):
