@@ -8,13 +8,14 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.buckets import distance_buckets
 
-from ._launch import UNPROVEN, multiprocessors, pointer, where
+from ._launch import UNPROVEN, multiprocessors, pointer, shared_memory, where
 
 _ROWS = 16  # of a decode block: queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
 _CHUNK = 256  # keys a block should at least have before the keys of its queries are split over several
 _MAX_CHUNKS = 64
 _MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16 heads
+_TILES = 84 * 1024  # bytes of shared memory beside those distances, at most, where heads share a block
 
 
 def unsupported_forward(
@@ -30,6 +31,11 @@ def unsupported_forward(
     far = bias_table is not None and max_distance > _MAX_SPAN
     if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
+    group = query.shape[1] // key.shape[1]
+    if bias_table is not None and group > 1 and group * query.shape[2] <= _ROWS:
+        distances = _buckets(bias_table, bidirectional, max_distance).shape[0]
+        if _TILES + group * distances * 4 > shared_memory(query.device):
+            return f"a relative bias of {group} heads that share a key head does not fit in a block's shared memory"
     return None
 
 

@@ -12,11 +12,11 @@ value, which float32 sums meet only when compensated, and no accumulator of a te
 the operands of an inner step in registers.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from pyfused.kernels.tables import kept_on_device
 
 from ._launch import GRID_LIMITS, launch
 
@@ -101,11 +101,11 @@ def _sequence_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-@functools.cache
-def _cas(n, device):
-    """cas(2 pi i / n), i < n, in float32 from float64. It is kept: a captured CUDA graph holds its address."""
+@kept_on_device
+def _cas(n):
+    """cas(2 pi i / n), i < n, in float32 from float64."""
     angles = torch.arange(n, device="cpu").double() * (2 * torch.pi / n)
-    return (angles.cos() + angles.sin()).float().to(device)
+    return (angles.cos() + angles.sin()).float()
 
 
 def tile():
@@ -136,10 +136,10 @@ def forward(x):
     items, sizes = b * (s // 2 + 1), tile()
     launch(
         _features_kernel, (triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"])),
-        x, _cas(n, x.device), w, items, s, n, x.stride(0), x.stride(1), **sizes
+        x, _cas(n, device=x.device), w, items, s, n, x.stride(0), x.stride(1), **sizes
     )
     launch(
         _sequence_kernel, (b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(n // 2 + 1, sizes["COLUMNS"])),
-        w, _cas(s, x.device), y, s, n, **sizes
+        w, _cas(s, device=x.device), y, s, n, **sizes
     )
     return (y,)
