@@ -37,7 +37,8 @@ def test_the_sanitizer_sees_each_tensor_by_itself(runs):
 
 
 @pytest.mark.skipif(not _extensions.emulating_cuda(), reason="runs under the sanitizer there")
-def test_the_script_runs_every_call_of_the_cuda_kernels():
-    done = subprocess.run(gpu.CUDA_CALLS, capture_output=True, text=True)
+def test_the_script_runs_calls_of_the_cuda_kernels():
+    """Two here; tests/cuda_on_cpu/test_kernels.py runs them all."""
+    done = subprocess.run([*gpu.CUDA_CALLS, "rms_norm 37", "relative_bias"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("calls ran on cpu; left to other backends: relative_bias\n"), done.stdout
+    assert done.stdout == "3 calls ran on cpu; left to other backends: relative_bias\n"
