@@ -2,7 +2,8 @@
 
 The extensions are optional: without a compiler the install goes on as pure Python and `pyfused env` says what is missing.
 PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_BUILD_ISAS="baseline avx2" leaves the other instruction
-sets out; PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
+sets out; PYFUSED_BUILD_ARCHITECTURES="90a-real" leaves the other chips out (names as CMake has them);
+PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
 """
 
 import os
@@ -52,6 +53,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYFUSED_BUILD_CUDA={os.environ.get('PYFUSED_BUILD_CUDA', '1')}",
             f"-DPYFUSED_BUILD_ISAS={os.environ.get('PYFUSED_BUILD_ISAS', '').replace(' ', ';')}",
+            f"-DPYFUSED_BUILD_ARCHITECTURES={os.environ.get('PYFUSED_BUILD_ARCHITECTURES', '').replace(' ', ';')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)

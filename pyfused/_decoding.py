@@ -120,8 +120,8 @@ class GraphSteps:
 
     @staticmethod
     def key(model: Backbone, shape: tuple[int, ...], sampler: Sampler) -> object:
-        """What a captured graph depends on: shapes, sampling, where the weights lie, and a forced backend."""
-        weights = tuple(p.data_ptr() for p in model.parameters())
+        """What a captured graph depends on: shapes, sampling, where the weights lie and as what, and a forced backend."""
+        weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
         return _rounded(shape), sampler, weights, dispatch._forced.get()
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
@@ -146,17 +146,18 @@ class GraphSteps:
             for t, was in zip(state, before):
                 t.copy_(was)
 
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step()
-                restore()
-        torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do on the GPU meanwhile is no part of the graph, and no error.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        with torch.cuda.device(self._device):  # torch captures on the current one, which need not be the model's
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._step()
+                    restore()
+            current.wait_stream(side)
+            # What other threads do on the GPU meanwhile is no part of the graph, and no error.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                self._step()
         return graph
 
     def _step(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,26 @@ def cuda() -> ModuleType:
     if module is None:
         raise RuntimeError(reason)
     return module
+
+
+def cuda_lacks(capability: tuple[int, int]) -> str:
+    """Why pyfused._cuda has no code for a GPU of this compute capability; empty where it has, or does not say."""
+    module, _ = _load("_cuda")
+    built = getattr(module, "architectures", "").split()
+    if not built or any(_runs_on(architecture, capability) for architecture in built):
+        return ""
+    return f"pyfused._cuda has no code for sm_{capability[0]}{capability[1]}; it was built for {', '.join(built)}"
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """architecture as CMake has it: "80-real" is machine code, good for its own and later minor versions; "90-virtual" is PTX,
+    good for all later chips; "90" is both. "90a" is for that chip alone, "100f" for its family."""
+    number, suffix, kind = re.fullmatch(r"(\d+)([af]?)-?(real|virtual)?", architecture).groups()  # type: ignore[union-attr]
+    major, minor = divmod(int(number), 10)
+    if suffix == "a":
+        return capability == (major, minor)
+    same = capability[0] == major and capability[1] >= minor
+    return same or (kind != "real" and suffix == "" and capability >= (major, minor))
 
 
 def missing(name: str) -> str:

@@ -99,7 +99,10 @@ def missing(name: str) -> str:
     if name == "cuda":
         if _extensions.emulating_cuda():
             return ""
-        return _extensions.missing("_cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
+        reason = _extensions.missing("_cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
+        cards = () if reason else range(torch.cuda.device_count())
+        lacking = (_extensions.cuda_lacks(torch.cuda.get_device_capability(card)) for card in cards)
+        return reason or next(filter(None, lacking), "")
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

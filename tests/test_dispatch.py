@@ -137,3 +137,34 @@ def test_tensor_subclasses_go_through_the_registered_operator():
         y = pyfused.layer_norm(x, w)
     assert type(y).__name__ == "FakeTensor"
     assert y.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 0), "80-real 90a-real", True),
+        ((8, 9), "80-real 90a-real", True),  # machine code serves later minor versions
+        ((9, 0), "80-real 90a-real", True),
+        ((12, 0), "80-real 90a-real", False),
+        ((12, 0), "80-real 90a-real 90-virtual", True),  # PTX serves all later chips
+        ((9, 1), "90a-real 90a-virtual", False),  # "a" is that chip alone
+        ((10, 3), "100f-real", True),
+        ((12, 0), "100f-real", False),
+        ((7, 5), "80-real 90-virtual", False),
+        ((8, 6), "80", True),
+        ((13, 0), "80", True),
+    ],
+)
+def test_cuda_is_held_to_the_cards_that_are_there(monkeypatch, capability, built, runs):
+    """A card without code for it is a reason that explain() gives, not a launch that fails."""
+    extension = type("Extension", (), {"architectures": built})
+    monkeypatch.setattr(_extensions, "_emulated", None)
+    monkeypatch.setattr(_extensions, "_load", lambda name: (extension, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
+    said = dispatch.missing.__wrapped__("cuda")
+    assert (said == "") == runs
+    if not runs:
+        number = "".join(map(str, capability))
+        assert f"no code for sm_{number}; it was built for {built.replace(' ', ', ')}" in said

@@ -49,7 +49,7 @@ void launch_decode(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = tiles > kMerge ? tiles : kMerge;
   auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny, false>;
   allow_shared(launch, kernel, bytes);
-  const dim3 grid((unsigned)((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
+  const dim3 grid(launch.blocks((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, WN * kWarp, bytes, stream, a);
 }
 
@@ -91,7 +91,7 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
   PYFUSED_BY_DTYPE(dtype, {
     const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));
     auto kernel = combine_kernel<T>;
-    PYFUSED_LAUNCH(kernel, (unsigned)launch.rows, kCombineThreads, 0, stream, a, (const float*)part,
+    PYFUSED_LAUNCH(kernel, launch.blocks(launch.rows), kCombineThreads, 0, stream, a, (const float*)part,
                    (const float*)part_lse, (int)chunks);
   })
   launch.check();

@@ -223,7 +223,7 @@ void launch_float32(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
   auto kernel = float32_kernel<D, TR, TN, SEQUENCES>;
   allow_shared(launch, kernel, bytes);
-  const dim3 grid((unsigned)(tiles_of(a, TR * kSide) * (a.h / a.pack)), (unsigned)up(a.sk, a.chunk));
+  const dim3 grid(launch.blocks(tiles_of(a, TR * kSide) * (a.h / a.pack)), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, kThreads, bytes, stream, a);
 }
 

@@ -20,7 +20,7 @@ void launch_tiles(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = tile_bytes<MR, kWarps, BN, kStages, D>() + distances(a) * sizeof(float);
   auto kernel = attention_kernel<T, D, MR, kWarps, 1, BN, kStages, EXTRAS, SEQUENCES>;
   allow_shared(launch, kernel, bytes);
-  PYFUSED_LAUNCH(kernel, (unsigned)(tiles_of(a, kRows) * a.h), kWarps * kWarp, bytes, stream, a);
+  PYFUSED_LAUNCH(kernel, launch.blocks(tiles_of(a, kRows) * a.h), kWarps * kWarp, bytes, stream, a);
 }
 
 template <class T, bool SEQUENCES>

@@ -168,7 +168,7 @@ void gated_ffn_scaled(addr gate, addr up, addr hidden, addr scale, int64_t rows,
   const Launch launch{"gated_ffn scaled", rows, f, device};
   const OnDevice guard(launch);
   auto kernel = aligned16({gate, up, hidden}) && f % 8 == 0 ? scaled_kernel<8> : scaled_kernel<1>;
-  PYFUSED_LAUNCH(kernel, (unsigned)rows, kThreads, 0, stream, (const __half*)gate, (const __half*)up, (__half*)hidden,
+  PYFUSED_LAUNCH(kernel, launch.blocks(rows), kThreads, 0, stream, (const __half*)gate, (const __half*)up, (__half*)hidden,
                  (float*)scale, f, activation);
   launch.check();
 }

@@ -8,13 +8,14 @@ import torch
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.buckets import distance_buckets
 
-from ._launch import multiprocessors, pointer, where
+from ._launch import multiprocessors, pointer, shared_memory, where
 
 _ROWS = 16  # of a decode block: queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
 _CHUNK = 256  # keys a block should at least have before the keys of its queries are split over several
 _MAX_CHUNKS = 64
 _MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16 heads
+_TILES = 84 * 1024  # bytes of shared memory beside those distances, at most, where heads share a block
 
 
 def unsupported_forward(
@@ -24,12 +25,17 @@ def unsupported_forward(
     # Rows and keys are counted in 32 bits, with a tile to spare.
     if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
-    if cu_seqlens is not None and _most_blocks(query, cu_seqlens) > 2**31 - 1:
+    if _most_blocks(query, cu_seqlens) > 2**31 - 1:
         return "more than 2^31 tiles of queries"
     # The span is at most max_distance, which costs nothing to look at.
     far = bias_table is not None and max_distance > _MAX_SPAN
     if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
+    group = query.shape[1] // key.shape[1]
+    if bias_table is not None and group > 1 and group * query.shape[2] <= _ROWS:
+        distances = _buckets(bias_table, bidirectional, max_distance).shape[0]
+        if _TILES + group * distances * 4 > shared_memory(query.device):
+            return f"a relative bias of {group} heads that share a key head does not fit in a block's shared memory"
     return None
 
 
@@ -45,8 +51,9 @@ def _buckets(table, bidirectional, max_distance):
 
 
 def _most_blocks(query, cu_seqlens):
-    """Of packed sequences, with the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
-    return query.shape[1] * (query.shape[2] // _ROWS + cu_seqlens.shape[0] - 1)
+    """With the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
+    b, h, sq = query.shape[:3]
+    return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
 
 def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0, sequences=0):

@@ -6,27 +6,27 @@ import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.fourier import plan
+from pyfused.kernels.tables import kept_on_device
 
-from ._launch import pointer, where
+from ._launch import pointer, shared_memory, where
+
+
+@kept_on_device
+def _fourier_table(n):
+    return plan(n)[1]
 
 
 @functools.cache
-def _plan_on(n, device):
-    """The plan, on the host, and its tables on the device; the first call of a length copies, which no graph captures."""
-    stages, table = plan(n)
-    return stages, table.to(device)
-
-
-@functools.cache
-def _too_long(n):
-    """Whether a transform of length n, or the convolution that it takes, does not fit in a block's shared memory."""
-    longest = cuda().fourier_mix_longest()
+def _too_long(n, shared):
+    """Whether a transform of length n, or the convolution that it takes, does not fit in a block's shared memory, of which
+    an element takes 17 bytes: a complex number in two arrays, one in 16 of them left out (fft.cuh)."""
+    longest = min(cuda().fourier_mix_longest(), (shared - 16) // 17)
     return n > longest or int(plan(n)[0][1]) > longest
 
 
 def unsupported_forward(x):
     for length in x.shape[1:]:
-        if _too_long(length):
+        if _too_long(length, shared_memory(x.device)):
             return f"a transform of length {length} does not fit in a block's shared memory"
     return None
 
@@ -38,8 +38,8 @@ def forward(x):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if b == 0:
         return (y,)
-    plan_s, table_s = _plan_on(s, x.device)
-    plan_n, table_n = _plan_on(n, x.device)
+    plan_s, plan_n = plan(s)[0], plan(n)[0]  # on the host
+    table_s, table_n = (_fourier_table(length, device=x.device) for length in (s, n))
     floats = cuda().fourier_mix_scratch(pointer(plan_s), b, s, n)
     scratch = torch.empty(floats, dtype=torch.float32, device=x.device)
     pointers = map(pointer, (x, y, scratch, plan_s, table_s, plan_n, table_n))

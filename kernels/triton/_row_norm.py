@@ -25,6 +25,8 @@ import triton.language as tl
 
 from pyfused.kernels.layout import as_rows
 
+from ._launch import launch
+
 FORWARD_TILE, BACKWARD_TILE = 16384, 8192  # the longest rows that one program keeps in registers
 
 
@@ -283,12 +285,14 @@ def forward(x, weight, bias, eps, residual, save, centred):
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": has_bias, "SAVE": save, "CENTRED": centred}
     if n <= FORWARD_TILE:
         tile_rows, block, warps = forward_tile(n)
-        forward_kernel[(triton.cdiv(rows, tile_rows),)](
+        launch(
+            forward_kernel, (triton.cdiv(rows, tile_rows),),
             *pointers, *stats, rows, n, x_stride, residual_stride, eps, **flags,
             ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     else:
-        forward_long_kernel[(rows,)](
+        launch(
+            forward_long_kernel, (rows,),
             *pointers, *stats, n, x_stride, residual_stride, eps, **flags, BLOCK=4096, num_warps=8
         )
     return y, total, mean, rstd
@@ -316,22 +320,26 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     parts = triton.cdiv(rows, tile_rows * steps)
     partial = torch.empty((parts, 2, n), dtype=torch.float32, device=x.device)
     if long:
-        backward_long_kernel[(rows,)](
+        launch(
+            backward_long_kernel, (rows,),
             grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, n, x_stride,
             HAS_TOTAL=has_total, CENTRED=centred, BLOCK=4096, num_warps=8, **exact,
         )  # fmt: skip
-        column_sums_kernel[(triton.cdiv(n, block), parts)](
+        launch(
+            column_sums_kernel, (triton.cdiv(n, block), parts),
             grad_y, x_rows, mean, rstd, partial, rows, n, x_stride, steps,
             HAS_BIAS=has_bias, CENTRED=centred, ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     else:
-        backward_kernel[(parts,)](
+        launch(
+            backward_kernel, (parts,),
             grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, partial, rows, n, x_stride, steps,
             HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred,
             ROWS=tile_rows, BLOCK=block, num_warps=warps, **exact,
         )  # fmt: skip
     width = 128 if long else 32  # narrow blocks, so that short rows too keep many multiprocessors busy
-    reduce_kernel[(triton.cdiv(n, width),)](
+    launch(
+        reduce_kernel, (triton.cdiv(n, width),),
         partial, grad_weight, grad_bias if has_bias else grad_weight, parts, n,
         HAS_BIAS=has_bias, PARTS=4096 // width, BLOCK=width, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
 from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import grad_query_kernel
+from ._launch import launch
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
@@ -30,15 +31,6 @@ def _chip(device: torch.device) -> tuple[str, int]:
         return "sm_90", properties.multi_processor_count
     big = properties.shared_memory_per_block_optin >= 163 * 1024
     return "sm_80" if big else "sm_86", properties.multi_processor_count
-
-
-def _launch(kernel, grid, *args, tensor, **options):
-    """On the tensor's device, which need not be the current one, and its current stream."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
 
 
 def _like(tensor):
@@ -110,7 +102,7 @@ def forward(
     else:
         target, target_lse, out_strides = out, lse, (0, *out.stride()[:3])
     keep_scale, threshold = _dropout(dropout_p, seed)
-    _launch(
+    launch(
         forward_kernel,
         (programs, chunks),
         query,
@@ -148,10 +140,9 @@ def forward(
         PACKED=packed,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-        tensor=query,
     )
     if chunks > 1:
-        _launch(
+        launch(
             combine_kernel,
             (b * h * sq,),
             part,
@@ -167,7 +158,6 @@ def forward(
             BLOCK_D=block_d(d),
             BLOCK_C=triton.next_power_of_2(chunks),
             num_warps=4,
-            tensor=query,
         )
     return out, lse
 
@@ -212,7 +202,7 @@ def backward(
         # A sequence's last slot may have no tile, and then no program that writes.
         new = torch.empty if cu_seqlens is None else torch.zeros
         table_sums = new((b, h, tiles // b, num_buckets), dtype=torch.float32, device=query.device)
-    _launch(
+    launch(
         grad_query_kernel,
         (h * tiles,),
         grad_out,
@@ -243,7 +233,6 @@ def backward(
         BUCKETS=1 if table_sums is None else table_sums.shape[3],
         **shared,
         **c.options,
-        tensor=query,
     )
     if table_sums is not None:
         grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
@@ -253,7 +242,7 @@ def backward(
         elif correction is not None:
             grad_bias *= correction[..., None]
     c = config("grad_key_value", d, query.dtype, chip, extras, relative)
-    _launch(
+    launch(
         grad_key_value_kernel,
         (hkv * _tiles(b, sk, c.block_n, cu_seqlens),),
         grad_out,
@@ -280,6 +269,5 @@ def backward(
         sequences,
         **shared,
         **c.options,
-        tensor=query,
     )
     return grad_query, grad_key, grad_value, grad_bias, grad_table

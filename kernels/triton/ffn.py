@@ -26,6 +26,7 @@ from pyfused import evidence
 from pyfused.kernels.layout import as_rows
 from pyfused.kernels.reference.ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
+from pyfused.kernels.triton._launch import launch
 
 FEW_ROWS = 16  # the least height of a tensor-core tile
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors; a constant, so that splits depend on the shape alone
@@ -201,7 +202,8 @@ def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dt
     if rows > FEW_ROWS:
         tile = linear_tile(x.dtype)
         grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-        _linear_kernel[grid](
+        launch(
+            _linear_kernel, grid,
             x, w, *tensors, rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile
         )
         return y, pre
@@ -209,11 +211,13 @@ def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dt
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
     partial = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else y
-    _stream_kernel[(triton.cdiv(n, tile["BLOCK_N"]), parts)](
+    launch(
+        _stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
         x, w, *tensors, partial, rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
     )
     if parts > 1:
-        _combine_kernel[(triton.cdiv(n, 256), rows)](
+        launch(
+            _combine_kernel, (triton.cdiv(n, 256), rows),
             partial, *tensors, parts, rows, n, residual_stride, **flags, BLOCK=256, num_warps=2
         )
     return y, pre
@@ -240,7 +244,8 @@ def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
     inner = torch.empty_like(pre)
     size = pre.numel()
     if size:
-        _activation_backward_kernel[(triton.cdiv(size, 2048),)](
+        launch(
+            _activation_backward_kernel, (triton.cdiv(size, 2048),),
             pre, grad, inner, size, ACTIVATION=activation, BLOCK=2048, num_warps=4
         )
     return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)

@@ -12,13 +12,14 @@ value, which float32 sums meet only when compensated, and no accumulator of a te
 the operands of an inner step in registers.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from pyfused import evidence
+from pyfused.kernels.tables import kept_on_device
+
+from ._launch import GRID_LIMITS, launch
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -43,9 +44,9 @@ def _features_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles of all samples, tiles of N columns). Items are the rows 0 .. S / 2 of every sample."""
-    item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    item = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    batch, a = (item // (S // 2 + 1)).to(tl.int64), item % (S // 2 + 1)
+    batch, a = item // (S // 2 + 1), item % (S // 2 + 1)
     minus = tl.where(a == 0, 0, S - a)
     rows = x_ptr + batch * stride_batch + a.to(tl.int64) * stride_row
     mirrors = x_ptr + batch * stride_batch + minus.to(tl.int64) * stride_row
@@ -101,11 +102,11 @@ def _sequence_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-@functools.cache
-def _cas(n, device):
-    """cas(2 pi i / n), i < n, in float32 from float64. It is kept: a captured CUDA graph holds its address."""
+@kept_on_device
+def _cas(n):
+    """cas(2 pi i / n), i < n, in float32 from float64."""
     angles = torch.arange(n, device="cpu").double() * (2 * torch.pi / n)
-    return (angles.cos() + angles.sin()).float().to(device)
+    return (angles.cos() + angles.sin()).float()
 
 
 def tile():
@@ -116,6 +117,8 @@ def tile():
 def unsupported_forward(x):
     if x.shape[1] * x.shape[2] >= 2**31:
         return "a sample of 2**31 elements or more, beyond 32-bit offsets"
+    if max(x.shape[1:]) > (longest := GRID_LIMITS[1] * tile()["COLUMNS"]):
+        return f"a transform longer than {longest}, beyond the tiles that a grid takes"
     return None
 
 
@@ -134,10 +137,12 @@ def forward(x):
         return (y,)
     w = torch.empty((b, s, n // 2 + 1), dtype=torch.float32, device=x.device)
     items, sizes = b * (s // 2 + 1), tile()
-    _features_kernel[(triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"]))](
-        x, _cas(n, x.device), w, items, s, n, x.stride(0), x.stride(1), **sizes
+    launch(
+        _features_kernel, (triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"])),
+        x, _cas(n, device=x.device), w, items, s, n, x.stride(0), x.stride(1), **sizes
     )
-    _sequence_kernel[(b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(n // 2 + 1, sizes["COLUMNS"]))](
-        w, _cas(s, x.device), y, s, n, **sizes
+    launch(
+        _sequence_kernel, (b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(n // 2 + 1, sizes["COLUMNS"])),
+        w, _cas(s, device=x.device), y, s, n, **sizes
     )
     return (y,)

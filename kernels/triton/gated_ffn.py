@@ -25,6 +25,7 @@ import triton.language as tl
 from pyfused.kernels.layout import as_rows
 from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
+from pyfused.kernels.triton._launch import launch
 from pyfused.kernels.triton.ffn import FEW_ROWS, linear, share
 
 
@@ -148,9 +149,11 @@ def gate_scaled_kernel(
 def unscale_kernel(
     sums_ptr, scale_ptr, residual_ptr, y_ptr, n, residual_stride, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """y = sums * scale (+ residual), a block of a row a program."""
-    row = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """y = sums * scale (+ residual), a block of a row a program: grid (rows * blocks), as only its first axis takes more than
+    65,535."""
+    blocks = tl.cdiv(n, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(sums_ptr + row * n + col, mask=col < n, other=0.0) * tl.load(scale_ptr + row)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + row * residual_stride + col, mask=col < n, other=0.0).to(tl.float32)
@@ -214,13 +217,16 @@ def _stream(x, x_stride, w_gate, w_up, activation, factors, hidden):
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
     partial = torch.empty((parts, 2, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else outputs[2]
-    stream_kernel[(triton.cdiv(n, tile["BLOCK_N"]), parts)](
+    launch(
+        stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
         x, w_gate, w_up, *outputs, partial, rows, n, k, each, x_stride,
         w_gate.stride(0), w_gate.stride(1), w_up.stride(0), w_up.stride(1),
         **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
     )  # fmt: skip
     if parts > 1:
-        combine_kernel[(triton.cdiv(n, 256), rows)](partial, *outputs, parts, rows, n, **flags, BLOCK=256, num_warps=2)
+        launch(
+            combine_kernel, (triton.cdiv(n, 256), rows), partial, *outputs, parts, rows, n, **flags, BLOCK=256, num_warps=2
+        )
 
 
 def _scaled(gate, up, activation):
@@ -229,8 +235,8 @@ def _scaled(gate, up, activation):
     hidden, scale = torch.empty_like(gate), torch.ones(rows, dtype=torch.float32, device=gate.device)
     if gate.numel():
         block = row_block(f)
-        warps = 8 if block > 1024 else 4
-        gate_scaled_kernel[(rows,)](gate, up, hidden, scale, f, ACTIVATION=activation, BLOCK=block, num_warps=warps)
+        options = {"ACTIVATION": activation, "BLOCK": block, "num_warps": 8 if block > 1024 else 4}
+        launch(gate_scaled_kernel, (rows,), gate, up, hidden, scale, f, **options)
     return hidden, scale
 
 
@@ -239,7 +245,8 @@ def _unscaled(sums, scale, residual, residual_stride):
     rows, m = sums.shape
     y = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
     if y.numel():
-        unscale_kernel[(triton.cdiv(m, 512), rows)](
+        launch(
+            unscale_kernel, (triton.cdiv(m, 512) * rows,),
             sums, scale, y if residual is None else residual, y, m, residual_stride,
             HAS_RESIDUAL=residual is not None, BLOCK=512, num_warps=2,
         )  # fmt: skip
@@ -263,7 +270,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         if not half:
             hidden = torch.empty_like(gate) if save else gate
             if gate.numel():
-                gate_kernel[(triton.cdiv(gate.numel(), 1024),)](
+                launch(
+                    gate_kernel, (triton.cdiv(gate.numel(), 1024),),
                     gate, up, hidden, gate.numel(), ACTIVATION=activation, BLOCK=1024, num_warps=4
                 )
     if half:
@@ -291,7 +299,8 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     size = gate.numel()
     if size:
-        gradients_kernel[(triton.cdiv(size, 1024),)](
+        launch(
+            gradients_kernel, (triton.cdiv(size, 1024),),
             gate, up, grad_hidden, hidden, grad_gate, grad_up, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
         )
     return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from pyfused.kernels.buckets import distance_buckets
 
+from ._launch import launch
+
 _FAR = tl.constexpr(1 << 30)
 
 
@@ -20,11 +22,12 @@ def _forward_kernel(
     table_ptr, buckets_ptr, bias_ptr, heads, query_length, key_length, offset, span, stride_bucket, stride_head,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H * row tiles, column tiles)."""
-    tiles = tl.cdiv(query_length, ROWS)
-    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    i = tile * ROWS + tl.arange(0, ROWS)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Grid (H * row tiles * column tiles)."""
+    high, wide = tl.cdiv(query_length, ROWS), tl.cdiv(key_length, COLUMNS)
+    above = tl.program_id(0) // wide
+    head = above // high
+    i = above % high * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(0) % wide * COLUMNS + tl.arange(0, COLUMNS)
     relative = tl.minimum(tl.maximum(j[None, :] - (i[:, None] + offset), -span), span)
     bucket = tl.load(buckets_ptr + span + relative)
     bias = tl.load(table_ptr + head * stride_head + bucket * stride_bucket)
@@ -38,8 +41,9 @@ def _backward_kernel(
     grad_ptr, buckets_ptr, part_ptr, heads, num_buckets, query_length, key_length, offset, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, num_buckets, H); part is (row tiles, num_buckets, H)."""
-    tile, bucket, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (row tiles * num_buckets * H), as part is: (row tiles, num_buckets, H)."""
+    program = tl.program_id(0)
+    tile, bucket, head = program // heads // num_buckets, program // heads % num_buckets, program % heads
     lanes = tl.arange(0, 256)
     least, most = span + 1, -span - 1
     for at in range(0, 2 * span + 1, 256):
@@ -59,7 +63,7 @@ def _backward_kernel(
         relative = j[None, :] - (i[:, None] + offset)
         inside = (i < query_length)[:, None] & (j < end)[None, :] & (relative >= least) & (relative <= most)
         total += tl.sum(tl.load(rows + j[None, :], mask=inside, other=0.0).to(tl.float32), 1)
-    tl.store(part_ptr + (tile * num_buckets + bucket) * heads + head, tl.sum(total, 0))
+    tl.store(part_ptr + program, tl.sum(total, 0))
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
@@ -69,7 +73,8 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype, device=table.device)
     if heads:
         rows, columns = 16, 128
-        _forward_kernel[(heads * triton.cdiv(query_length, rows), triton.cdiv(key_length, columns))](
+        launch(
+            _forward_kernel, (heads * triton.cdiv(query_length, rows) * triton.cdiv(key_length, columns),),
             table, buckets, bias, heads, query_length, key_length, query_offset, buckets.shape[0] // 2, *table.stride(),
             ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
@@ -84,7 +89,8 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     tiles = triton.cdiv(sq, rows)
     parts = torch.empty((tiles, num_buckets, heads), dtype=torch.float32, device=grad_out.device)
     if heads:
-        _backward_kernel[(tiles, num_buckets, heads)](
+        launch(
+            _backward_kernel, (tiles * num_buckets * heads,),
             grad_out, buckets, parts, heads, num_buckets, sq, sk, query_offset, buckets.shape[0] // 2,
             ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip

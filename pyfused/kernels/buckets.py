@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from .tables import kept_on_device
+
 
 def exact_buckets(bidirectional: bool, num_buckets: int) -> int:
     """How many distances on one side have a bucket of their own; the formula needs one, and max_distance beyond it."""
@@ -27,19 +29,26 @@ def buckets_of(distance: torch.Tensor, bidirectional: bool, num_buckets: int, ma
 
 
 @functools.cache
-def distance_buckets(
-    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device | None = None
-) -> torch.Tensor:
-    """int32 (2 * span + 1,): element r + span is the bucket of r = key position - query position, for -span <= r <= span.
-
-    Every distance from span on has the bucket of span: clamp r. Cached; the first call for a device copies to it.
-    """
+def _by_distance(bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
     with torch.inference_mode(False):
-        if device is not None and device.type != "cpu":
-            return distance_buckets(bidirectional, num_buckets, max_distance).to(device)
         side = num_buckets // 2 if bidirectional else num_buckets
         bucket = buckets_of(torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
         span = int((bucket < side - 1).sum())  # never falls, so this is where it stays at its last value
         bucket = bucket[: span + 1]
         after = bucket[1:] + side if bidirectional else torch.zeros(span, dtype=bucket.dtype)
         return torch.cat((bucket.flip(0), after)).to(torch.int32)
+
+
+_on_device = kept_on_device(_by_distance)
+
+
+def distance_buckets(
+    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """int32 (2 * span + 1,): element r + span is the bucket of r = key position - query position, for -span <= r <= span.
+
+    Every distance from span on has the bucket of span: clamp r. Kept; the first call for a device copies to it.
+    """
+    if device is None or device.type == "cpu":
+        return _by_distance(bidirectional, num_buckets, max_distance)
+    return _on_device(bidirectional, num_buckets, max_distance, device=device)

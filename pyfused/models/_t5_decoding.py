@@ -29,12 +29,7 @@ class T5Decoding:
         self._cache = model.new_cache(batch_size, capacity)
         self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._places = torch.arange(capacity, device=model.device)
-        layers: Any = model.decoder.layers
-        table = layers[0].attention.position_bias()
-        # The bias of the last place's query; that of place p is its last p + 1 columns, without the last ones' sum.
-        self._bias = relative_bias(
-            table.table, 1, capacity, bidirectional=False, max_distance=table.max_distance, query_offset=capacity - 1
-        )
+        self._bias = self._last_bias()
         self._bound = BoundStep(model) if not fixed and bindable(model) else None
 
     @staticmethod
@@ -45,8 +40,19 @@ class T5Decoding:
     def check_room(model: T5Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
         """T5 has no longest text."""
 
+    def _last_bias(self) -> Tensor:
+        """(1, H, 1, capacity): of the last place's query; that of place p is its last p + 1 columns, without the last ones'
+        sum."""
+        layers: Any = self.model.decoder.layers
+        table, capacity = layers[0].attention.position_bias(), self._cache.capacity
+        return relative_bias(
+            table.table, 1, capacity, bidirectional=False, max_distance=table.max_distance, query_offset=capacity - 1
+        )
+
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         self._cache.positions, self._cache.length = None, 0
+        if self._fixed:  # a CUDA graph reads it, and the table may have been written since
+            self._bias.copy_(self._last_bias())
         self._encode(prompts)
         config = self.model.get_config()
         first = torch.full((len(prompts),), config["decoder_start_token_id"], device=self._places.device)

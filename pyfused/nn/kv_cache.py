@@ -44,6 +44,7 @@ class KVCache:
     def _set(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
         self._layers = [_views(kv) for kv in buffers]
+        self._rows = torch.arange(self.batch_size, device=buffers[0].device)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's places to write to, its keys and its values. A trace makes the views of the one buffer: three inputs of
@@ -67,9 +68,8 @@ class KVCache:
 
     def at_positions(self, positions: Tensor, extent: int) -> None:
         """From now on each row writes one token at its own place and reads `extent` places, of which the caller masks
-        those beyond its own. positions: (B,) int64 on the cache's device, read anew by every append, so that a CUDA
-        graph may hold it."""
-        self._rows = torch.arange(self.batch_size, device=positions.device)
+        those beyond its own. positions: (B,) int64 on the cache's device, read anew by every append. A CUDA graph may hold
+        it: here nothing is allocated that an append reads."""
         self.positions, self._extent = positions, extent
 
     def append(self, layer: int, key_value: Tensor) -> tuple[Tensor, Tensor]:

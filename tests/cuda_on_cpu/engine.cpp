@@ -147,6 +147,8 @@ std::string failure;
 cudaError_t last_error = cudaSuccess;
 std::map<const void*, size_t> shared_allowed;
 uint64_t order = 0;
+bool looking = false;  // launches are checked and written down, not run
+std::string seen;
 std::mutex launching;
 
 std::string place(const Site& site) {
@@ -473,6 +475,9 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 dim, size_t sh
     fail("a grid of " + text({grid.x, grid.y, grid.z}) + " blocks");
   else if (shared > allowed)
     fail(std::to_string(shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(allowed));
+  else if (looking)
+    seen += std::string(name) + " " + std::to_string(grid.x) + " " + std::to_string(grid.y) + " " +
+            std::to_string(grid.z) + " " + std::to_string(threads) + " " + std::to_string(shared) + "\n";
   else {
     now.block_dim = dim;
     now.grid_dim = grid;
@@ -517,6 +522,14 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   memset(p, value, bytes);
   return cudaSuccess;
 }
+
+// From now on launches are looked at, or run again; what was seen of them since looking began: a line each.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_look(bool on) {
+  std::lock_guard<std::mutex> guard(launching);
+  looking = on;
+  if (on) seen.clear();
+}
+extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_seen() { return seen.c_str(); }
 
 // Which way threads and blocks are run from now on; see Order.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_set_order(uint64_t which) {

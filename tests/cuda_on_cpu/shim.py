@@ -21,6 +21,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -142,6 +143,33 @@ def order(module: ModuleType, which: int) -> Iterator[None]:
         yield
     finally:
         set_order(ctypes.c_uint64(0))
+
+
+@dataclass
+class Seen:
+    """A launch that was not run: its kernel's expression, grid, threads of a block and bytes of dynamic shared memory."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+
+
+@contextmanager
+def looking(module: ModuleType) -> Iterator[list[Seen]]:
+    """Launches inside the block are held to a GPU's limits and written down; no kernel runs, so that addresses may be any."""
+    assert module.__file__
+    library, launches = ctypes.CDLL(module.__file__), []
+    library.cuda_on_cpu_seen.restype = ctypes.c_char_p
+    library.cuda_on_cpu_look(ctypes.c_bool(True))
+    try:
+        yield launches
+    finally:
+        for line in library.cuda_on_cpu_seen().decode().splitlines():
+            kernel, *numbers = line.rsplit(" ", 5)
+            x, y, z, threads, shared = map(int, numbers)
+            launches.append(Seen(kernel, (x, y, z), threads, shared))
+        library.cuda_on_cpu_look(ctypes.c_bool(False))
 
 
 def sanitized(command: Sequence[str], **options) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""Is the built pyfused._cuda what it should be: no spills, two architectures, no driver needed?"""
+"""Is the built pyfused._cuda what it should be: no spills, code for every chip, no driver needed?"""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pyfused._extensions import _load, missing
+from pyfused._extensions import _load, cuda_lacks, missing
 from pyfused.testing.cuda_compile import ARCHITECTURES
 from pyfused.testing.triton_compile import cuobjdump
 
@@ -32,6 +32,23 @@ def test_an_error_names_operator_shape_and_device(extension):
     """Device 99 is on no machine, nor is a driver on most."""
     with pytest.raises(RuntimeError, match=r"^layer_norm forward of shape \(4, 8\) on cuda:99: "):
         _load("_cuda")[0].layer_norm_forward(0, 0, 0, 0, 0, 0, 0, 0, 4, 8, 8, 0, 1e-5, 0, 99, 0)
+
+
+def listed(extension, option):
+    done = subprocess.run([cuobjdump(), option, extension], capture_output=True, text=True, check=True)
+    return set(re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)", done.stdout))
+
+
+def test_it_has_the_code_that_it_says_it_has(extension):
+    """Machine code for the chips of today, and PTX, which a driver compiles, for those of tomorrow."""
+    built = [name.split("-") for name in _load("_cuda")[0].architectures.split()]
+    assert listed(extension, "--list-elf") == {f"sm_{number}" for number, kind in built if kind == "real"}
+    ptx = listed(extension, "--list-ptx")
+    assert ptx == {f"sm_{number}" for number, kind in built if kind == "virtual"}
+    assert ptx <= {"sm_80", "sm_90"}  # no later one, no "sm_90a": else there is no PTX for some chip of today
+    assert ptx
+    for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]:
+        assert not cuda_lacks(capability)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

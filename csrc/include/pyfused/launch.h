@@ -24,6 +24,13 @@ struct Launch {
   }
   // A launch reports what is wrong with itself at once; what a running kernel does wrong is seen by a later call.
   void check() const { check(cudaGetLastError()); }
+  // The blocks of a grid's first dimension, of which a GPU takes 2^31 - 1; cast to unsigned, 2^32 more would look like few.
+  unsigned blocks(int64_t count) const {
+    if (count > 0x7fffffff)
+      throw std::runtime_error(std::string(what) + " of shape (" + std::to_string(rows) + ", " + std::to_string(n) +
+                               "): a grid of " + std::to_string(count) + " blocks; a GPU takes 2147483647");
+    return (unsigned)count;
+  }
 };
 
 // Makes `device` current for a scope: this library's static runtime has a current device of its own.

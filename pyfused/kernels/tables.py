@@ -1,0 +1,50 @@
+"""How does a table that kernels look things up in reach a device? Once, finished before anyone can read it, and never freed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_making = threading.Lock()
+
+
+def kept_on_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """table(*key, device): make(*key), which is on the CPU, on that device. All callers get one tensor, whose address a
+    captured CUDA graph may hold.
+
+    The first call of a key copies, and waits for the copy: later calls may come from any stream.
+
+    Raises:
+        RuntimeError: the first call of a key is inside a CUDA graph capture, where nothing can be waited for, and what is
+            allocated belongs to the graph.
+    """
+    held: dict[Any, torch.Tensor] = {}
+
+    def table(*key: Any, device: torch.device) -> torch.Tensor:
+        found = held.get((key, device))
+        if found is None:
+            with _making:
+                found = held.get((key, device))
+                if found is None:
+                    found = held[key, device] = _on_device(make, key, device)
+        return found
+
+    return table
+
+
+def _on_device(make: Callable[..., torch.Tensor], key: tuple[Any, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        if device.type != "cuda":
+            return make(*key).to(device)
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"a CUDA graph is being captured, and a table of {make.__name__.strip('_')}{key} is not on {device} yet; "
+                    "run what is captured once before"
+                )
+            made = make(*key).to(device)
+            torch.cuda.current_stream(device).synchronize()
+            return made

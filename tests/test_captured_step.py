@@ -1,0 +1,144 @@
+"""Does a captured generation step find its memory again? It is replayed with the addresses and numbers of its capture.
+
+Without a GPU the step runs operator by operator, and a dispatch mode writes down what each one reads: a tensor that the
+step did not make must be the same one, alive and in the same place, whenever the step runs.
+"""
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import Machine
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from pyfused import _decoding
+from pyfused._decoding import GraphSteps
+from pyfused.models.gpt2 import GPT2Backbone
+from pyfused.models.t5 import T5Backbone
+from pyfused.sampling import Sampler
+
+SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
+SHAPES = {"gpt2": (3, 30), "t5": (3, 7, 30)}
+
+
+@pytest.fixture(params=SHAPES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    if kind == "gpt2":
+        return GPT2Backbone(**SIZES, dropout=0.1, max_sequence_length=80).eval()
+    return T5Backbone(**SIZES).eval()
+
+
+class Replayed(GraphSteps):
+    """Runs the step where a GPU would replay it."""
+
+    def _capture(self):
+        self.replay = self._step
+        return self
+
+
+class Reads(TorchDispatchMode):
+    """Writes down every operator and what it is given: a tensor made since by its number, another by where it lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.found = [], {}, {}
+
+    def _describe(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.made:
+            where = f"made {self.made[storage._cdata][0]}"
+        else:
+            self.found.setdefault(storage._cdata, StorageWeakRef(storage))
+            where = f"at {tensor.data_ptr():#x}"
+        return f"{where} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_map_only(torch.Tensor, self._describe, (args, kwargs or {}))
+        self.calls.append(f"{func} {given}")
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.found:
+                storage = tensor.untyped_storage()
+                self.made.setdefault(storage._cdata, (len(self.made), storage))  # held: no later one has its address
+        return out
+
+
+def prompts(seed):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 61, n) for n in generator.integers(1, 24, 3)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(2.0, 9, 0.8), Sampler(1.0)], ids=["greedy", "top", "all"])
+def test_every_step_reads_the_same_memory(model, kind, sampler):
+    steps = Replayed(model, SHAPES[kind], sampler)
+    seen, elsewhere = [], []
+    for seed in range(3):
+        steps.start(prompts(seed), torch.rand(3, dtype=torch.float64))
+        elsewhere.append([torch.empty(n, dtype=torch.int64) for n in (1, 3, 61) * 50])  # what was freed is used again
+        for _ in range(2):
+            with Reads() as reads:
+                steps.next(torch.rand(3, dtype=torch.float64))
+            seen.append(reads)
+    assert any("pyfused.attention" in call for call in seen[0].calls)
+    assert len(seen[0].found) > 20  # weights, caches and what else outlives a step
+    for reads in seen[1:]:
+        # The first operator copies the caller's draws into their place, which no graph holds.
+        assert reads.calls[1:] == seen[0].calls[1:]
+    _draws, *read = seen[0].found.values()
+    assert not any(storage.expired() for storage in read)
+
+
+@torch.inference_mode()
+def test_weights_written_in_place_are_read(model, kind):
+    """As a training step between two calls writes them: what a step reads must not have been computed of the old ones."""
+
+    def logits(decoding):
+        decoding.start(prompts(1))
+        return decoding.fixed_step(torch.tensor([5, 60, 0]))
+
+    def new():
+        return _decoding.decoding_of(model)(model, SHAPES[kind], fixed=True)
+
+    kept = new()
+    before = logits(kept)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    after = logits(new())
+    assert not torch.allclose(before, after)
+    assert torch.equal(logits(kept), after)
+
+
+@torch.inference_mode()
+def test_a_capture_happens_on_the_models_device(model, kind, monkeypatch):
+    """Not on the current one, on which torch makes its own stream for captures."""
+    machine = Machine(monkeypatch)
+    steps = GraphSteps(model, SHAPES[kind], Sampler())
+    steps.start(prompts(0), torch.zeros(3, dtype=torch.float64))
+    steps._device, where = torch.device("cuda", 1), []
+    step = steps._step
+    monkeypatch.setattr(
+        steps, "_step", lambda: (where.append((machine.device, machine.streams[1], machine.capturing)), step())
+    )
+    default = machine.streams[1]
+    steps.next(torch.zeros(3, dtype=torch.float64))
+    assert [(device, capturing) for device, _, capturing in where] == [(1, False), (1, False), (1, True)]
+    assert all(stream is not default for _, stream, _ in where)  # neither the warm-up nor the capture takes part in it
+    assert ("wait", 1, 1) in machine.log
+    assert ("synchronize", 0) not in machine.log
+    assert machine.device == 0
+
+
+def test_a_graph_is_kept_for_weights_of_one_dtype(model, kind):
+    """Memory that float32 weights left may hold those of another dtype next."""
+    key = GraphSteps.key(model, SHAPES[kind], Sampler())
+    assert GraphSteps.key(model, SHAPES[kind], Sampler()) == key
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(torch.float16)[..., ::2]
+    assert GraphSteps.key(model, SHAPES[kind], Sampler()) != key

@@ -1,0 +1,224 @@
+"""Do launches fit a GPU, and offsets their integers, for tensors as large as a GPU's memory? No memory is needed to see."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fake_cuda import Machine, Pointer
+from large_launches import Launches
+
+from pyfused.kernels.triton import (
+    _row_norm,
+    attention,
+    ffn,
+    fourier_mix,
+    gated_ffn,
+    layer_norm,
+    relative_bias,
+    rms_norm,
+)
+from pyfused.kernels.triton._launch import GRID_LIMITS, launch
+
+MODULES = (_row_norm, attention, ffn, gated_ffn, fourier_mix, relative_bias)
+SOURCES = Path(inspect.getfile(launch)).parent
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the interpreter")
+HALF, BF16 = torch.float16, torch.bfloat16
+
+
+def new(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@triton.jit
+def planted_kernel(x_ptr, y_ptr, n, beyond, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(0, n, BLOCK):
+        tl.store(y_ptr + at + beyond, tl.load(x_ptr + at, mask=at < n), mask=at < n)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """launches of a call, on a GPU of 132 multiprocessors; `run` looks at what a few programs of each touch."""
+
+    def recorded(call, run=True):
+        launches = Launches(run)
+        for module in MODULES:
+            monkeypatch.setattr(module, "launch", launches.launch)
+        monkeypatch.setattr(_row_norm, "_programs", lambda device: 264)
+        monkeypatch.setattr(attention, "_chip", lambda device: ("sm_90", 132))
+        call()
+        assert launches.grids
+        return launches
+
+    return recorded
+
+
+def norm(module, rows, n, bias):
+    x, weight = new(rows, n), new(n)
+    stats = [new(rows, dtype=torch.float32)] * (2 if bias else 1)
+    more = (new(n),) if bias else ()
+    module.forward(x, weight, *more, 1e-5, x, True)
+    module.backward(x, x, x, weight, *stats, *((True,) if bias else ()))
+
+
+def heads(b, h, s, d, dtype=BF16):
+    return new(b, s, h, d, dtype=dtype).transpose(1, 2)
+
+
+def attend(b, h, hkv, sq, sk, d, dtype=BF16, gradients=True, mask=False, bias=False, relative=False, dropout=False):
+    query, key = heads(b, h, sq, d, dtype), heads(b, hkv, sk, d, dtype)
+    padding = new(b, sk, dtype=torch.bool) if mask else None
+    attn_bias = new(b, h, sq, sk, dtype=dtype) if bias else None
+    seed, p = (new(1, dtype=torch.int64), 0.1) if dropout else (None, 0.0)
+    table = (new(32, h, dtype=dtype), True, 128) if relative else (None, True, 128)
+    out, lse = attention.forward(query, key, key, True, padding, attn_bias, 0.1, p, seed, True, *table)
+    if gradients:
+        attention.backward(out, query, key, key, out, lse, True, padding, attn_bias, 0.1, p, seed, bias, *table, relative)
+
+
+def packed(rows, sequences, h, d):
+    query, cu_seqlens = heads(1, h, rows, d), new(sequences + 1, dtype=torch.int32)
+    options = (None, True, 128)
+    out, lse = attention.forward(query, query, query, True, None, None, 0.1, 0.0, None, True, *options, cu_seqlens, 0)
+    attention.backward(
+        out, query, query, query, out, lse, True, None, None, 0.1, 0.0, None, False, *options, False, cu_seqlens, 0
+    )
+
+
+def feed_forward(rows, n, f, dtype=BF16):
+    x, w_in, w_out = new(rows, n, dtype=dtype), new(f, n, dtype=dtype), new(n, f, dtype=dtype)
+    b_in, b_out = new(f, dtype=dtype), new(n, dtype=dtype)
+    y, pre = ffn.forward(x, w_in, b_in, w_out, b_out, "gelu", x, True)
+    ffn.backward(y, x, w_in, w_out, pre, "gelu", True, True)
+
+
+def few(rows, product):
+    """Of few rows with a wide matrix."""
+    n, k = 2**24, 256
+    x, w = new(rows, k), new(n, k)
+    if product is ffn.linear:
+        ffn.linear(x, k, w, new(n), "gelu", new(rows, n), n, True)
+    else:
+        gated_ffn._stream(x, k, w, w, "silu", (new(rows, n), new(rows, n)), new(rows, n))
+
+
+def gated(rows, n, f, dtype=BF16):
+    x, w_in, w_out = new(rows, n, dtype=dtype), new(f, n, dtype=dtype), new(n, f, dtype=dtype)
+    y, gate, up = gated_ffn.forward(x, w_in, w_in, w_out, "silu", x, True)
+    gated_ffn.backward(y, x, w_in, w_in, w_out, gate, up, "silu")
+
+
+def distances(h, sq, sk):
+    relative_bias.forward(new(32, h), sq, sk, True, 128, 0)
+    relative_bias.backward(new(1, h, sq, sk), 32, True, 128, 0)
+
+
+CALLS = {  # more than 2^31 elements in a tensor each
+    "layer_norm": lambda: norm(layer_norm, 2**20, 8192, True),
+    "layer_norm short": lambda: norm(layer_norm, 2**24, 768, True),
+    "layer_norm long": lambda: norm(layer_norm, 2**18, 20000, True),
+    "rms_norm long": lambda: norm(rms_norm, 2**18, 20000, False),
+    "attention": lambda: attend(4096, 64, 8, 256, 256, 64),
+    "attention float32": lambda: attend(4096, 64, 64, 128, 128, 128, torch.float32),
+    "attention mask bias dropout": lambda: attend(4096, 64, 64, 128, 128, 128, mask=True, bias=True, dropout=True),
+    "attention relative": lambda: attend(4096, 64, 64, 128, 128, 128, relative=True),
+    "attention few": lambda: attend(4096, 64, 8, 1, 2048, 64, gradients=False),
+    "attention chunks": lambda: attend(1, 16, 1, 1, 2**15, 64, gradients=False),
+    "attention packed": lambda: packed(2**22, 4096, 12, 64),
+    "ffn": lambda: feed_forward(2**20, 512, 4096),
+    "ffn float32": lambda: feed_forward(2**20, 128, 4096, torch.float32),
+    "ffn few": lambda: few(16, ffn.linear),
+    "ffn one": lambda: few(1, ffn.linear),
+    "ffn split": lambda: ffn.linear(new(16, 2**15), 2**15, new(64, 2**15), None, "gelu", None, 0, True),
+    "gated_ffn": lambda: gated(2**20, 512, 4096),
+    "gated_ffn float16": lambda: gated(2**20, 2304, 4096, HALF),
+    "gated_ffn few": lambda: few(16, gated_ffn._stream),
+    "gated_ffn one": lambda: few(1, gated_ffn._stream),
+    "gated_ffn split": lambda: gated(16, 2**12, 64),
+    "fourier_mix": lambda: fourier_mix.forward(new(2**13, 512, 768)),
+    "fourier_mix short": lambda: fourier_mix.forward(new(2**30, 2, 3)),
+    "relative_bias": lambda: distances(64, 2**13, 2**13),
+    # and as many programs as there may be
+    "attention long": lambda: attend(8, 64, 64, 131072, 131072, 64),
+    "attention few long": lambda: attend(4096, 64, 1, 1, 131072, 64, gradients=False),
+    "attention bias long": lambda: attend(1, 2, 2, 131072, 131072, 64, bias=True),
+    "attention packed long": lambda: packed(2**24, 2**20, 64, 64),
+    "norm of one": lambda: norm(layer_norm, 2**30, 1, True),
+    "gated_ffn rows": lambda: gated(2**22, 64, 64, HALF),
+    "fourier_mix long": lambda: fourier_mix.forward(new(1, 1, 4194240)),
+    "fourier_mix batch": lambda: fourier_mix.forward(new(2**20, 512, 64)),
+    "relative_bias keys": lambda: distances(12, 1, 2**27),
+    "relative_bias buckets": lambda: relative_bias.backward(new(1, 4, 64, 64), 2**17, True, 2**18, 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_wraps_round_and_every_access_is_inside(record, name):
+    launches = record(CALLS[name])
+    assert not launches.faults, "\n".join(launches.faults[:5])
+
+
+def test_every_kernel_is_among_the_calls(record):
+    launched = {name for call in CALLS.values() for name, _ in record(call, run=False).grids}
+    modules = {path: ast.parse(path.read_text()) for path in SOURCES.glob("*.py")}
+    kernels = {
+        node.name
+        for tree in modules.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("kernel")
+    }
+    assert launched == kernels
+
+
+def test_what_no_grid_takes_is_refused_by_name():
+    class Kernel:
+        @staticmethod
+        def fn():
+            pass
+
+    Kernel.fn.__name__ = "some_kernel"
+    for axis in range(3):
+        grid = [1, 1, 1]
+        grid[axis] = GRID_LIMITS[axis] + 1
+        with pytest.raises(ValueError, match="some_kernel: a grid of"):
+            launch(Kernel, tuple(grid), torch.empty(1))
+    x = new(1, 2, 4194241)
+    assert "longer than 4194240" in fourier_mix.unsupported_forward(x)
+    assert "longer than 4194240" in fourier_mix.unsupported_forward(x.transpose(1, 2))
+    assert fourier_mix.unsupported_forward(new(1, 2, 4194240)) is None
+
+
+def test_what_is_looked_for_is_found():
+    def faults(n, beyond=0):
+        launches = Launches(run=True)
+        launches.launch(planted_kernel, (triton.cdiv(n, 128),), new(n), new(n), n, beyond, BLOCK=128)
+        return launches.faults
+
+    assert not faults(2**31 - 128)
+    assert any("more than 32 bits" in fault for fault in faults(2**31 + 256))
+    assert any("store at" in fault for fault in faults(2**20, beyond=1))
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.name)
+def test_kernels_start_through_one_function(path):
+    """kernel[grid](...) is written in launch() alone."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    started = [node.lineno for node in calls if isinstance(node.func, ast.Subscript)]
+    assert bool(started) == (path.name == "_launch.py")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kernel_starts_on_its_tensors_device(monkeypatch, index):
+    machine, began = Machine(monkeypatch), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: began.append((machine.device, grid, len(args), options))
+
+    launch(Kernel(), (5,), Pointer(index), 7, num_warps=4)
+    assert began == [(index, (5,), 2, {"num_warps": 4})]
+    assert machine.device == 0
