@@ -78,8 +78,8 @@ def tested(machine, tests):
 def main():
     failed = []
     for machine in machines():
-        for what, run in (("verify", lambda: verified(machine)), ("operators", lambda: tested(machine, ["tests/ops"]))):
-            done = run()
+        for what in ("verify", "operators"):
+            done = verified(machine) if what == "verify" else tested(machine, ["tests/ops"])
             name = f"{', '.join(map(str, machine))}: {what}"
             print(f"{name:<60} {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
             if done.returncode:
