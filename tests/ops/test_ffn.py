@@ -130,15 +130,15 @@ def check_limits(activation, dtype, device, rows):
     far = torch.tensor([800.0, 2e4, 1e13, 1e30, 3e38, float("inf")], device=device).to(dtype)
     x = torch.cat([far, -far, far.new_tensor([float("nan")])]).repeat(-(-rows // 13))
     signs = torch.cat([torch.ones_like(far), -torch.ones_like(far), x[12:13]]).repeat(-(-rows // 13))
-    value, slope = (signs, 0 * signs) if activation == "tanh" else (x.clamp(min=0), signs.clamp(min=0))
+    values, slopes = (signs, 0 * signs) if activation == "tanh" else (x.clamp(min=0), signs.clamp(min=0))
     if activation == "relu":
-        slope = slope.nan_to_num(1.0)  # torch's rule
-    for part, y_expected, gradient_expected in zip(x.split(rows), value.split(rows), slope.split(rows)):
+        slopes = slopes.nan_to_num(1.0)  # torch's rule
+    for part, value, slope in zip(x.split(rows), values.split(rows), slopes.split(rows)):
         part = part.clone().requires_grad_()
         y = scalar(part, activation)
-        torch.testing.assert_close(y, y_expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(y, value, rtol=0, atol=0, equal_nan=True)
         gradient = torch.autograd.grad(y, part, torch.ones_like(y))[0]
-        torch.testing.assert_close(gradient, gradient_expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(gradient, slope, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
