@@ -135,7 +135,7 @@ def test_what_a_small_chip_cannot_hold_is_left_to_others(monkeypatch):
         bias = (torch.randn(32, 16), True, 300)
         query, key = torch.randn(1, 16, 1, 256), torch.randn(1, 1, 5, 256)
         options = (False, None, None, 1.0, 0.0, None, False)
-        mixes = [fourier_mix.unsupported_forward(torch.empty(1, 1, n)) for n in (5960, 6000, 9216)]
+        mixes = [fourier_mix.unsupported_forward(torch.empty(1, 1, n)) for n in (5904, 6000, 9216)]
         return [attention.unsupported_forward(query, key, key, *options, *bias), *mixes]
 
     assert reasons() == [None] * 4
@@ -145,7 +145,7 @@ def test_what_a_small_chip_cannot_hold_is_left_to_others(monkeypatch):
     assert "16 heads that share a key head" in heads
     assert fits is None
     assert all("does not fit in a block's shared memory" in reason for reason in long)
-    assert max(launch.shared for launch in launches(mix(1, 1, 5960, 0))) <= SHARED
+    assert max(launch.shared for launch in launches(mix(1, 1, 5904, 0))) <= SHARED
 
 
 @pytest.mark.parametrize("dtype", CODES)
