@@ -23,9 +23,9 @@ _WIDTHS = (128, 768)  # of a small and of a large weight
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
 # (B, S, N): from few and long signals, where most lanes of a vector are empty, to many
 _SPECTRA = (
-    (1, 1, 1024),
-    (1, 4, 2048),
-    (1, 16, 1024),
+    (1, 1, 4096),
+    (1, 4, 4096),
+    (1, 16, 2048),
     (1, 2, 128),
     (1, 64, 64),
     (1, 128, 512),

@@ -69,8 +69,8 @@ void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, add
 // What a mask (B, Sq, Sk) of elements of 1, 2, 4 or 8 bytes holds, all of them one of two values, compared by their bits.
 // 2 * end + padding: end is 0 where all queries of an entry see the same keys, else they see those up to their own place,
 // the last query being at key end - 1; padding is 1 where some key before end is hidden from an entry's last query. -1:
-// neither, or all_see is set and a query sees no key. B, Sq, Sk >= 1.
-int64_t mask_structure(addr mask, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
+// neither, or all_see is set and a query sees no key, or there is nothing to look at.
+int64_t mask_structure(addr first, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
                        int64_t bytes, int64_t visible, int64_t hidden, bool all_see);
 int64_t all_zero(addr memory, int64_t bytes);  // whether every byte is 0
 

@@ -60,6 +60,7 @@ template <class T> int64_t look(const Mask<T>& m, T visible, T hidden, bool all_
     for (int64_t i = 0; same && i < m.sq - 1; ++i) same = equal(m.row(n, i), m.last(n), m.sk);
   if (same) return result(m, m.sk, m.sk, visible, all_see, false);
   T* nothing = (T*)std::malloc(m.sk * sizeof(T));
+  if (nothing == nullptr) return -1;
   for (int64_t j = 0; j < m.sk; ++j) nothing[j] = hidden;
   int64_t found = -1;
   const int64_t ends[] = {m.sk, filled};
@@ -72,11 +73,12 @@ template <class T> int64_t look(const Mask<T>& m, T visible, T hidden, bool all_
 
 }  // namespace
 
-int64_t mask_structure(addr mask, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
+int64_t mask_structure(addr first, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
                        int64_t bytes, int64_t visible, int64_t hidden, bool all_see) {
+  if (b < 1 || sq < 1 || sk < 1) return -1;
   const auto as = [&](auto of) {
     using T = decltype(of);
-    return look(Mask<T>{(const T*)mask, b, sq, sk, batch_stride, row_stride}, (T)visible, (T)hidden, all_see);
+    return look(Mask<T>{(const T*)first, b, sq, sk, batch_stride, row_stride}, (T)visible, (T)hidden, all_see);
   };
   if (bytes == 1) return as(uint8_t{});
   if (bytes == 2) return as(uint16_t{});

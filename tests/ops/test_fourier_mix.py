@@ -153,14 +153,6 @@ def test_too_long_for_shared_memory(device):
             assert "shared memory" in str(pyfused.explain("fourier_mix", torch.empty(shape, device=device)))
 
 
-def test_few_long_signals_go_to_torch():
-    """Measured: there torch.fft is faster."""
-    explained = pyfused.explain("fourier_mix", torch.empty(1, 1, 4096))
-    assert explained.backend == "reference"
-    if pyfused.explain("fourier_mix", torch.empty(1, 8, 8)).backend == "cpu":
-        assert "torch.fft" in str(explained)
-
-
 def test_gradcheck_reference():
     for shape in [(2, 3, 4), (1, 4, 5), (1, 1, 1)]:
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
