@@ -35,7 +35,8 @@ PYFUSED_INLINE vfloat bounded(vfloat x) { return min(splat(kFar), not_below(x));
 struct Logistic {
   vfloat s, rest;
   PYFUSED_INLINE explicit Logistic(vfloat z) {
-    const vfloat e = exp(-magnitude(z)), near = splat(1.0f) / (splat(1.0f) + e), far = e * near;
+    // Their sum is 1 in every bit: where silu's derivative is near its zero, errors of both would not cancel otherwise.
+    const vfloat e = exp(-magnitude(z)), far = e / (splat(1.0f) + e), near = splat(1.0f) - far;
     s = z < vfloat{} ? far : near;
     rest = z < vfloat{} ? near : far;
   }
