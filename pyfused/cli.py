@@ -53,7 +53,8 @@ def _main(argv: Sequence[str] | None) -> int:
 def _encodable(stream: TextIO) -> Iterator[None]:
     """Inside, the stream takes any text: "?" stands for what its encoding lacks. stderr does that by itself."""
     before = getattr(stream, "errors", None)
-    if before != "strict" or not isinstance(stream, io.TextIOWrapper):
+    # surrogateescape, which the C locale has, refuses every character but lone surrogates too
+    if before not in ("strict", "surrogateescape") or not isinstance(stream, io.TextIOWrapper):
         yield
         return
     stream.reconfigure(errors="replace")

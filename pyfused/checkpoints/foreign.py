@@ -21,10 +21,11 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
 )  # fmt: skip
 
-# A pickle can run any code when it is read, so none is read here
+# A pickle can run any code when it is read, so none is read here. Tied weights share memory in it, and safetensors refuses that
 _PICKLE = (
-    'where you trust it, convert it once: safetensors.torch.save_file(torch.load("{name}", weights_only=True), '
-    '"model.safetensors"), or transformers\' from_pretrained, then save_pretrained'
+    "where you trust it, convert it once: transformers' from_pretrained, then save_pretrained; or, where it is all there is, "
+    'safetensors.torch.save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load("{name}", '
+    'weights_only=True).items()}}, "model.safetensors")'
 )
 
 # Weights in other formats by how their names end, for a folder that has none to be read
@@ -114,4 +115,6 @@ def no_configuration(directory: Path) -> str:
         return f"; it is a pipeline of diffusers: its text encoders are the folders {', '.join(parts) or 'text_encoder*'} in it"
     if found := sorted(directory.glob("*/config.json")):
         return f"; there is one in {', '.join(path.parent.name for path in found[:5])}"
+    if found := sorted((*directory.glob("model*.safetensors"), *directory.glob("model*.weights.h5"))):
+        return f"; there are weights, {found[0].name}: get the config.json that was published beside them"
     return other_weights(directory)

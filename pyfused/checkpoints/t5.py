@@ -53,7 +53,9 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     decoder_layers = options.raw("num_decoder_layers", None)
     if decoder_layers is not None:
         decoder_layers = Options({"num_decoder_layers": decoder_layers}, file).integer("num_decoder_layers")
-    if not options.boolean("is_encoder_decoder", True) or _ENCODERS.fullmatch(hf.class_name(raw)):
+    # The class decides where one is named: a T5EncoderModel changes is_encoder_decoder of a configuration that it shares
+    both, name = options.boolean("is_encoder_decoder", True), hf.class_name(raw)
+    if _ENCODERS.fullmatch(name) or not (name or both):
         decoder_layers = 0
     activation, gated = _hf_feed_forward(options, file)
     tied = options.boolean("tie_word_embeddings", True)

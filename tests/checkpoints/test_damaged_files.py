@@ -5,8 +5,9 @@ import re
 import zipfile
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pyfused.checkpoints import load_tokenizer, open_checkpoint
 
@@ -109,6 +110,9 @@ def test_a_folder_with_something_else_alone(tmp_path, preset):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"not a preset, it has no config.json; model.gguf: a GGUF file"):
         open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no config.json; there are weights, model.safetensors: get the config.json"):
+        open_checkpoint(tmp_path)
     preset("hf_t5").rename(tmp_path / "text_encoder_2")
     with pytest.raises(ValueError, match=r"no config.json; there is one in text_encoder_2"):
         open_checkpoint(tmp_path)
@@ -117,16 +121,20 @@ def test_a_folder_with_something_else_alone(tmp_path, preset):
         open_checkpoint(tmp_path)
 
 
-def test_a_pickle_read_as_the_error_says(preset, same):
-    directory = preset("hf_gpt2")
+def test_a_pickle_read_as_the_error_says(preset, same, monkeypatch):
+    directory = preset("hf_t5")
     path = directory / "model.safetensors"
     expected = dict(open_checkpoint(directory).tensors())
-    torch.save(load_file(path), directory / "pytorch_model.bin")
+    weights = load_file(path)
+    tied = {f"{stack}.embed_tokens.weight": weights["shared.weight"] for stack in ("encoder", "decoder")}
+    torch.save(weights | tied, directory / "pytorch_model.bin")
     assert zipfile.is_zipfile(directory / "pytorch_model.bin")
     path.unlink()
-    with pytest.raises(ValueError, match="weights_only=True"):
+    with pytest.raises(ValueError) as error:
         open_checkpoint(directory)
-    save_file(torch.load(directory / "pytorch_model.bin", weights_only=True), path)
+    monkeypatch.chdir(directory)
+    command = re.search(r"safetensors.torch.save_file.*", str(error.value))
+    exec(command[0], {"torch": torch, "safetensors": safetensors})  # as it stands there
     same(open_checkpoint(directory).tensors(), expected)
 
 

@@ -71,6 +71,21 @@ def test_a_full_file_under_an_encoders_configuration(tmp_path, theirs):
     check(model, theirs)
 
 
+def test_a_full_model_whose_configuration_an_encoder_shared(tmp_path):
+    """T5EncoderModel(config) writes is_encoder_decoder=False into the configuration that it is given."""
+    full = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES)).eval()
+    transformers.T5EncoderModel(full.config)
+    full.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["is_encoder_decoder"] is False
+    model = T5Backbone.from_preset(tmp_path).eval()
+    assert model.get_config()["num_decoder_layers"] == 3
+    inputs = {"encoder_token_ids": IDS, "encoder_padding_mask": MASK, "decoder_token_ids": IDS[:, :4]}
+    with torch.no_grad():
+        actual = model(inputs | {"decoder_padding_mask": None})["decoder_sequence_output"]
+        expected = full(IDS, MASK, decoder_input_ids=IDS[:, :4], output_hidden_states=True).decoder_hidden_states[-1]
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_half_a_decoder_is_refused(tmp_path, theirs, edit):
     edit(tmp_path / "config.json", architectures=None, is_encoder_decoder=True)
     path = tmp_path / "model.safetensors"
