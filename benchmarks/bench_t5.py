@@ -48,7 +48,8 @@ def cases(device):
             def last_logits(model):
                 """(1, V), without a cache."""
                 written = token.expand(1, CACHED + 1)
-                found = model({"encoder_token_ids": ids, "decoder_token_ids": written})
+                masks = {"encoder_padding_mask": None, "decoder_padding_mask": None}
+                found = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
                 return model.logits(found["decoder_sequence_output"][:, -1])
 
             def their_encoder():

@@ -67,7 +67,8 @@ def small(device):
 
 
 def run(model, inputs, options):
-    return model(*inputs, **options)
+    found = model(*inputs, **options)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def arguments(name, x, mask):

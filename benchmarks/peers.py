@@ -49,14 +49,20 @@ def _wide(argument):
     return argument
 
 
-def references(model: torch.nn.Module, call: Callable[[torch.nn.Module], Any]) -> dict[str, Call]:
-    """A Case's plain and exact results of a model: through the reference operators in its own dtype, and in float64."""
+def references(
+    model: torch.nn.Module, call: Callable[[torch.nn.Module], Any], baseline: torch.dtype | None = torch.float32
+) -> dict[str, Call]:
+    """A Case's plain and exact results of a model: through the reference operators in its own dtype, and in float64.
+
+    baseline: the dtype in which the Case's baseline is plain PyTorch; in it that is the plain result.
+    """
 
     def plain(model=model):
         with running("reference", strict=False):
             return call(model)
 
-    return {"plain": plain, "exact": lambda: plain(copy.deepcopy(model).double())}
+    found = {"exact": lambda: plain(copy.deepcopy(model).double())}
+    return found if next(model.parameters()).dtype == baseline else {**found, "plain": plain}
 
 
 def _forced(call: Call, backend: str) -> Call | None:

@@ -1,10 +1,12 @@
 """Is attention right on every backend? Values, gradients, masks, bias, dropout, strides, memory, errors, opcheck."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import check
 from opchecks import check_registered
 from plain_attention import plain
 
@@ -107,54 +109,59 @@ def drawn_seed(options, device):
 
 @pytest.mark.parametrize("case", CASES + FORWARD_ONLY, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    inputs, options = make(case, dtype, device)
-    seed = drawn_seed(options, device)
-    out = pyfused.attention(**inputs, **options)
-    assert out.dtype == dtype
-    assert out.transpose(1, 2).is_contiguous()
-    truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
-    assert_close(out, plain(inputs, options, seed), truth)
+    def once():
+        inputs, options = make(case, dtype, device)
+        seed = drawn_seed(options, device)
+        out = pyfused.attention(**inputs, **options)
+        assert out.dtype == dtype
+        assert out.transpose(1, 2).is_contiguous()
+        truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
+        return {"output": (out, plain(inputs, options, seed), truth)}
+
+    check(once)
+
+
+def gradients(fused, plain, inputs, cotangent):
+    """{what: (fused, plain, truth)} of every input; plain takes `logarithm` too, which is left out for the truth."""
+
+    def run(function, wide):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+
+    dtype = cotangent.dtype
+    actual, expected = run(fused, dtype), run(lambda t: plain(t, logarithm=True), dtype)
+    assert [t.dtype for t in actual] == [t.dtype for t in inputs.values()]
+    return {f"gradient of {k}": found for k, *found in zip(inputs, actual, expected, run(plain, torch.float64))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The rounding of a row's log-sum-exp is in all of its gradients: few rows are few numbers; draws are judged together."""
-    queries, rows = case.sizes[3], case.sizes[0] * case.sizes[1] * case.sizes[3]
+    queries = case.sizes[3]
     if dtype == torch.float32 and queries <= 8 and device == "cpu" and each_backend != "reference":
         pytest.skip("plain PyTorch runs there: test_few_queries_have_the_gradients_of_softmax")
-    drawn = []
-    for _ in range(min(8, -(-512 // rows)) if dtype == torch.float32 else 1):
+
+    def once():
         inputs, options = make(case, dtype, device)
         cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
         seed = drawn_seed(options, device)
+        return gradients(
+            lambda t: pyfused.attention(**t, **options), functools.partial(plain, options=options, seed=seed), inputs, cotangent
+        )
 
-        def gradients(function, wide, inputs=inputs, cotangent=cotangent):
-            leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-            return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
-
-        actual = gradients(lambda t, o=options: pyfused.attention(**t, **o), dtype)
-        assert all(t.dtype == dtype for t in actual)
-        expected = gradients(lambda t, o=options, s=seed: plain(t, o, s, logarithm=True), dtype)
-        truth = gradients(lambda t, o=options, s=seed: plain(t, o, s), torch.float64)
-        drawn.append(list(zip(actual, expected, truth)))
-    for name, judged in zip(inputs, zip(*drawn)):
-        assert_close(*(torch.stack(tensors) for tensors in zip(*judged)), f"gradient of {name}")
+    check(once)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
 def test_few_queries_have_the_gradients_of_softmax(device, sizes):
     """With no backend forced, and against ordinary softmax: no log-sum-exp rounded to float32 in between."""
-    inputs, options = make(Case(sizes), torch.float32, device)
-    cotangent = torch.randn(inputs["query"].shape, device=device)
 
-    def gradients(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+    def once():
+        inputs, options = make(Case(sizes), torch.float32, device)
+        cotangent = torch.randn(inputs["query"].shape, device=device)
+        fused = lambda t: pyfused.attention(**t, **options)  # noqa: E731
+        return gradients(fused, lambda t, logarithm=False: plain(t, options), inputs, cotangent)
 
-    actual = gradients(lambda t: pyfused.attention(**t, **options), torch.float32)
-    expected, truth = (gradients(lambda t: plain(t, options), wide) for wide in (torch.float32, torch.float64))
-    for name, a, p, t in zip(inputs, actual, expected, truth):
-        assert_close(a, p, t, f"gradient of {name}")
+    check(once)
 
 
 def test_agrees_with_sdpa(each_backend, dtype, device):
