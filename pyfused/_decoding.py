@@ -111,7 +111,7 @@ class GraphSteps:
     stay where they are; attention reads the whole capacity and masks what a row has not reached."""
 
     def __init__(self, model: Backbone, shape: tuple[int, ...], sampler: Sampler):
-        self._sampler, self._device = sampler, next(model.parameters()).device
+        self._sampler, self._device = sampler, model.device
         self.made_for = self.key(model, shape, sampler)
         self._decoding = decoding_of(model)(model, _rounded(shape), fixed=True)
         self._tokens = torch.zeros(shape[0], dtype=torch.int64, device=self._device)

@@ -61,7 +61,7 @@ def encode(
     for row, array in enumerate(arrays):
         if places is not None and len(array) > places:
             raise ValueError(f"texts[{row}] has {len(array)} tokens; it takes at most max_sequence_length = {places}")
-    device = next(model.parameters()).device
+    device = model.device
     found: list[Tensor] = [torch.empty(0)] * len(arrays)
     with evaluating(model), skipping_padding(), torch.no_grad():
         for rows in _batches(arrays, batch_size, mixed=model.texts[0][1] is not None):
@@ -73,7 +73,7 @@ def encode(
                 found[row] = _pooled(text[:length], pool)
     if pool is None:
         return found
-    return torch.stack(found) if found else next(model.parameters()).new_empty(0, config["hidden_dim"])
+    return torch.stack(found) if found else torch.empty(0, config["hidden_dim"], dtype=model.dtype, device=device)
 
 
 def _batches(texts: list[np.ndarray], batch_size: int, mixed: bool) -> Iterator[list[int]]:

@@ -52,7 +52,7 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
         row = {"backend": name, "output": what, "rms_error": found.rms_error, "rms_bound": found.rms_bound}
         row |= {"worst_error": found.worst_error, "worst_bound": found.worst_bound}
         rows.append({**row, "ratio": found.ratio, "passed": found.ok})
-    of_plain = judged["reference"].values()
+    of_plain = next(iter(judged.values())).values()  # which is the same beside every backend
     return {
         "preset": preset,
         "dtype": str(model.dtype).removeprefix("torch."),

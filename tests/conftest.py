@@ -67,9 +67,21 @@ LONG = (
 ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
 
 
-def pytest_collection_modifyitems(items):
+def left_out_of_interpreter(item):
+    """Whether an `interpreted` marker leaves this case of Triton's to a GPU: the interpreter takes seconds where one takes
+    none, and the same kernel runs in the cases that stay."""
+    marker, case = item.get_closest_marker("interpreted"), getattr(item, "callspec", None)
+    if HAS_GPU or marker is None or case is None or case.params.get("each_backend") != "triton":
+        return False
+    return any(case.params[name] != value for name, value in marker.kwargs.items())
+
+
+def pytest_collection_modifyitems(config, items):
     """The long files first. Where there is a GPU, what takes its device from conftest or runs every backend is a GPU test
     too: `-m gpu`."""
+    if dropped := [item for item in items if left_out_of_interpreter(item)]:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not left_out_of_interpreter(item)]
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if HAS_GPU and str(item.path.relative_to(item.config.rootpath)).startswith(ON_THE_DEVICE):

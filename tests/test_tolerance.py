@@ -60,6 +60,15 @@ def test_few_elements_may_differ_more_by_chance(count, factor):
     assert not judge((truth + factor * error).float(), (truth + error).float(), truth).ok
 
 
+def test_few_elements_of_plain_pytorch_may_be_exact_by_luck():
+    for value in (1.0, 6.3, 0.02):
+        truth = torch.tensor([value], dtype=torch.float32).double()
+        beside = torch.nextafter(torch.nextafter(truth.float(), torch.tensor([9.0])), torch.tensor([9.0]))
+        assert judge(beside, truth.float(), truth).ok
+    many = torch.ones(10_000, dtype=torch.float64)
+    assert not judge(many.float() + 2**-22, many.float(), many).ok
+
+
 def test_a_few_large_errors_count_as_few():
     """Where plain PyTorch's error is that of three elements, its size is a matter of chance, however many are beside them."""
     truth = torch.ones(10_000, dtype=torch.float64)
@@ -77,7 +86,7 @@ def test_a_rounding_step_belongs_to_its_element(dtype):
     assert judge(exact, exact, truth).ratio == 0
     off = exact.clone()
     off[-1] *= 1 + 2 * step
-    assert judge(off, exact, truth).worst_ratio == pytest.approx(3.0)
+    assert 2.5 < judge(off, exact, truth).worst_ratio <= 3.0
 
 
 def test_zeros_and_subnormals_have_the_smallest_step():

@@ -16,6 +16,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .._tracing import tracing
 from ..kernels.cpu.mask_structure import structure
+from ..nn.attention import bias_in
 from ._supported import check_interface, may_leave_out_masks
 
 
@@ -110,11 +111,7 @@ def _recognised(mask: Tensor) -> Visible | None:
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as a bias of this dtype. In place of False -inf hides, so that a query that sees nothing gives zeros. A float
     mask stays what it is: finfo.min is finite, and such a query sees every key alike."""
-    if mask.dtype == dtype:
-        return mask
-    if mask.dtype != torch.bool:
-        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
-    return _hidden(mask, dtype)
+    return _hidden(mask, dtype) if mask.dtype == torch.bool else bias_in(mask, dtype)
 
 
 def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._tracing import tracing
 from ..nn import KVCache
+from ..nn.attention import bias_in
 from ..ops._checks import may_look
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -109,7 +110,7 @@ def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Ten
         return torch.zeros(found.shape, dtype=like.dtype, device=like.device).masked_fill(~found, -torch.inf)
     if not found.is_floating_point():
         raise TypeError(f"{name} is {_dtype(found)}; it takes bool, or floats that are added to the scores")
-    return found.to(like.device, like.dtype)
+    return bias_in(found.to(like.device), like.dtype)
 
 
 def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCache | None:

@@ -16,6 +16,14 @@ from .layers import Linear
 from .packing import Packing, packing_of, without_padding
 
 
+def bias_in(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive bias in another dtype: what is finite stays finite (a query whose keys all have float32's least number sees
+    them all alike; as -inf in a half precision they would be hidden), and -inf stays -inf."""
+    if bias.dtype == dtype:
+        return bias
+    return bias.clamp(min=torch.finfo(dtype).min).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Visibility:
     """Which keys a query may see, and how far away they count: arguments of pyfused.attention that all layers share."""

@@ -14,7 +14,7 @@ from ..fuse import fused_forward
 from ..kernels.reference import attention as reference
 from ..ops import attention, linear
 from ..ops.attention import MAX_HEAD_SIZE
-from .attention import Visibility
+from .attention import Visibility, bias_in
 
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -57,7 +57,7 @@ def visible_keys(
         if key_padding_mask.dtype == torch.bool:
             padding_mask = ~key_padding_mask
         elif key_padding_mask.is_floating_point():
-            attn_bias = key_padding_mask.to(like.dtype)[:, None, None]
+            attn_bias = bias_in(key_padding_mask, like.dtype)[:, None, None]
         else:
             return None
     if is_causal and (attn_mask is None or sq != sk):
@@ -74,7 +74,7 @@ def visible_keys(
             attn_mask = attn_mask.reshape(b, h, sq, sk)
         else:
             return None
-        attn_mask = attn_mask.to(like.dtype)
+        attn_mask = bias_in(attn_mask, like.dtype)
         attn_bias = attn_mask if attn_bias is None else attn_bias + attn_mask
     return Visibility(is_causal, padding_mask, attn_bias)
 

@@ -15,6 +15,7 @@ from ..kernels.reference import attention as reference
 from ..kernels.reference.relative_bias import buckets
 from ..ops import RelativeBias, attention
 from ..ops.ffn import canonical_activation
+from .attention import bias_in
 from .layers import _ACTIVATIONS, Linear, feed_forward, gated_feed_forward
 
 # What transformers' layers hand down to every attention, and what has no bearing on it
@@ -156,13 +157,14 @@ def _masked(query, mask, position_bias, is_causal) -> dict[str, Any]:
     if isinstance(position_bias, RelativeBias):
         options["relative_bias"] = position_bias
     elif position_bias is not None:
-        bias = position_bias.to(query.dtype)
+        bias = bias_in(position_bias, query.dtype)
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
         options["padding_mask"] = mask[:, 0, 0].expand(query.shape[0], -1)
     elif mask is not None:
         if mask.dtype == torch.bool:
             mask = query.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        bias = mask.to(query.dtype) if bias is None else bias + mask.to(query.dtype)
+        mask = bias_in(mask, query.dtype)
+        bias = mask if bias is None else bias + mask
     return {**options, "attn_bias": bias}
 
 

@@ -195,7 +195,7 @@ def ones(*shape):
     [
         ({"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens is a list"),
         ({"cu_seqlens": ones(3)}, TypeError, "cu_seqlens is float32; it takes int32 or int64"),
-        ({"cu_seqlens": torch.tensor([0])}, ValueError, r"cu_seqlens has shape \(1,\)"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, r"cu_seqlens has shape \(0,\)"),
         ({"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, "cu_seqlens has shape"),
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"cu_seqlens is \[0, 4\]; it takes 0 first, 5 last"),
         ({"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens is"),

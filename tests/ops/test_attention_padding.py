@@ -39,6 +39,7 @@ def filled(case, inputs, options, junk):
     return inputs, blind, padding
 
 
+@pytest.mark.interpreted(dtype=torch.float32)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("table", [False, True], ids=["", "table"])
 def test_forward(each_backend, dtype, device, case, table):
@@ -54,6 +55,7 @@ def test_forward(each_backend, dtype, device, case, table):
         assert torch.equal(out, found[0])
 
 
+@pytest.mark.interpreted(dtype=torch.float32, table=False)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("table", [False, True], ids=["", "table"])
 def test_backward(each_backend, dtype, device, case, table):
@@ -79,6 +81,7 @@ def test_backward(each_backend, dtype, device, case, table):
             assert torch.equal(one, other)
 
 
+@pytest.mark.interpreted(dtype=torch.float32)
 def test_packed_neighbours(each_backend, dtype, device):
     """A sequence of NaN is its own."""
     starts = torch.tensor([0, 5, 9, 9, 30, 31], device=device)
@@ -92,6 +95,7 @@ def test_packed_neighbours(each_backend, dtype, device):
     assert found[:, :, 5:9].isnan().all()
 
 
+@pytest.mark.interpreted(dtype=torch.float32)
 def test_backward_of_packed_neighbours(each_backend, dtype, device):
     if each_backend == "cuda":
         pytest.skip("csrc/cuda has no backward")

@@ -151,7 +151,7 @@ def test_opcheck(each_backend, device):
         ({"bidirectional": 1}, TypeError, "bidirectional is a int"),
         ({"max_distance": 12.5}, TypeError, "max_distance is a float"),
         ({"max_distance": 2}, ValueError, "max_distance is 2; it takes more than 2"),
-        ({"query_length": 0}, ValueError, "query_length is 0"),
+        ({"query_length": -1}, ValueError, "query_length is -1"),
         ({"key_length": -1}, ValueError, "key_length is -1"),
         ({"key_length": 2.0}, TypeError, "key_length is a float"),
         ({"query_offset": None}, TypeError, "query_offset is a NoneType"),

@@ -144,7 +144,7 @@ def test_only_the_sum_has_a_gradient(each_backend, device):
         ({"weight": torch.ones(8, dtype=torch.float16)}, TypeError, "weight is float16"),
         ({"residual": torch.ones(8)}, ValueError, "residual has shape"),
         ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
-        ({"x": torch.ones(2, 0)}, ValueError, r"x has shape \(2, 0\)"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\)"),
     ],
 )
 def test_bad_input_names_the_argument(change, error, message):
