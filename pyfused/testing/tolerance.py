@@ -82,8 +82,8 @@ def judge(actual: torch.Tensor, plain: torch.Tensor | Iterable[torch.Tensor], tr
     # The yardstick: of several plain results the one with the largest RMS error.
     yardstick = max((_finite(_errors(p, truth)) for p in plains), key=_rms)
     rms_plain, worst_plain = _rms(yardstick), yardstick.max().item()
-    # What chance adds is never a part of nothing: a few elements of plain PyTorch may be exact by luck, and their rounding alone
-    # is worth step / sqrt(12).
+    # What chance adds is never a part of nothing: a few elements of plain PyTorch may be exact by luck, and their rounding
+    # alone is worth step / sqrt(12).
     more, rounding = _chance(yardstick) - 1, step / math.sqrt(12)
     bounds = 4 * (worst_plain + more * rounding.clamp(min=worst_plain)) + step
     worst = (error / bounds).argmax()
