@@ -8,11 +8,10 @@ import test_attention_relative_bias as biased
 import torch
 from draws import check
 from opchecks import check_registered
-from test_attention import drawn_seed, gradients
+from test_attention import check_threads, drawn_seed, gradients
 from test_attention import plain as plain_attention
 
 import pyfused
-from pyfused.testing import assert_close
 
 SMALL, ENCODER, DECODER = (8, 12, True), (32, 128, True), (32, 128, False)
 
@@ -172,18 +171,16 @@ def test_opcheck(each_backend, device):
 @pytest.mark.cpu_kernels
 def test_threads_do_not_change_the_result(each_backend):
     case = Case((3, 3, 24), (300, 7, 130), is_causal=True)
-    inputs, options = make(case, torch.float32, "cpu")
 
-    def run(threads):
+    def once(threads):
         torch.set_num_threads(threads)
-        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-        out = fused(leaves, options, case)
-        return out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        inputs, options = make(case, torch.float32, "cpu")
+        cotangent, yardstick = torch.randn(inputs["query"].shape), functools.partial(plain, options=options, case=case)
+        found = gradients(lambda t: fused(t, options, case), yardstick, inputs, cotangent)
+        truth = yardstick({k: v.double() for k, v in inputs.items()})
+        return found | {"output": (fused(inputs, options, case), yardstick(inputs), truth)}
 
-    for a, b, c, d in zip(run(1), run(2), run(2), run(5)):
-        assert torch.equal(b, c)
-        for other in (b, d):
-            assert_close(other, a, a.double())
+    check_threads(once)
 
 
 def ones(*shape):
