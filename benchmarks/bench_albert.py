@@ -10,16 +10,18 @@ import torch
 import pyfused
 from pyfused.bench import Case
 
+from .peers import references
+
 LENGTHS = (128, 96, 64, 32, 112, 40, 24, 16)  # 512 of 8 * 128
 
 
 def models(device, dtype):
-    """The same random weights in transformers' model, in float32, and in pyfused's."""
+    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
     from transformers import AlbertConfig, AlbertModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
-    theirs = AlbertModel(AlbertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    theirs = AlbertModel(AlbertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).to(dtype).float()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mine = pyfused.AlbertBackbone.from_preset(directory, device=device, dtype=dtype)
@@ -33,9 +35,9 @@ def cases(device):
         mine, theirs = models(device, dtype)
         compiled = torch.compile(theirs)
 
-        def run(skip):
-            mine.skip_padding = skip
-            return mine(token_ids=ids, segment_ids=None, padding_mask=mask)["sequence_output"][mask]
+        def run(skip, model=mine):
+            model.skip_padding = skip
+            return model(token_ids=ids, segment_ids=None, padding_mask=mask)["sequence_output"][mask]
 
         def peer(model):
             return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
@@ -50,8 +52,8 @@ def cases(device):
                     "transformers float32": lambda theirs=theirs: peer(theirs),
                     "torch.compile float32": lambda compiled=compiled: peer(compiled),
                 },
+                **references(mine, lambda model, run=run: run(False, model)),
                 baseline="torch.compile float32",
                 flops=2 * matrices * 12 * sum(LENGTHS),
-                tolerance=1e-3 if dtype == torch.float32 else 1e-1,
                 seconds=60.0,
             )

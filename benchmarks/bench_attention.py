@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
-from .peers import beside, sdpa
+from .peers import beside, in_double, sdpa
 
 
 def cases(device):
@@ -25,49 +25,19 @@ def cases(device):
         t5 = pyfused.relative_bias(relative.table, s, s, bidirectional=True)
         keep = torch.ones(b, s, dtype=torch.bool, device=device)
         keep[:, s // 2 :] = False
-        mask = keep[:, None, None, :]
         name, flops = f"{b}x{h}x{s}x{d}", 4 * b * h * s * s * d
-        with torch.no_grad():
-            yield Case(
-                name,
-                {
-                    "pyfused": lambda: pyfused.attention(q, k, v),
-                    "torch": lambda: F.scaled_dot_product_attention(q, k, v),
-                },
-                flops=flops,
-            )
-            yield Case(
-                f"{name} causal",
-                {
-                    "pyfused": lambda: pyfused.attention(q, k, v, is_causal=True),
-                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-                },
-                flops=flops / 2,
-            )
-            yield Case(
-                f"{name} dense bias",
-                {
-                    "pyfused": lambda: pyfused.attention(q, k, v, attn_bias=bias),
-                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
-                },
-                flops=flops,
-            )
-            yield Case(
-                f"{name} T5 bias",
-                {
-                    "pyfused": lambda: pyfused.attention(q, k, v, relative_bias=relative),
-                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=t5),
-                },
-                flops=flops,
-            )
-            yield Case(
-                f"{name} half padding",
-                {
-                    "pyfused": lambda: pyfused.attention(q, k, v, padding_mask=keep),
-                    "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-                },
-                flops=flops / 2,
-            )
+        variants = {
+            "": ({}, {}, 1.0),
+            " causal": ({"is_causal": True}, {"is_causal": True}, 0.5),
+            " dense bias": ({"attn_bias": bias}, {"attn_mask": bias}, 1.0),
+            " T5 bias": ({"relative_bias": relative}, {"attn_mask": t5}, 1.0),
+            " half padding": ({"padding_mask": keep}, {"attn_mask": keep[:, None, None, :]}, 0.5),
+        }
+        for label, (own, other, share) in variants.items():
+            with torch.no_grad():
+                providers = {"pyfused": lambda own=own: pyfused.attention(q, k, v, **own)}
+                providers.update(sdpa(device, q, k, v, **other))
+                yield Case(name + label, providers, exact_sdpa(q, k, v, **other), flops=share * flops)
     with torch.no_grad():
         yield packed_case(device, torch.float32, 12, 64, (128, 96, 64, 32, 112, 40, 24, 16))
     for b, h, s, d in [(1, 12, 160, 64), (1, 12, 1024, 64), (8, 12, 1024, 64)]:
@@ -80,6 +50,7 @@ def cases(device):
                     "pyfused": lambda: pyfused.attention(q, k, v, is_causal=True),
                     "torch": lambda: F.scaled_dot_product_attention(q, k, v),
                 },
+                exact_sdpa(q, k, v),
                 bytes=2 * b * h * s * d * 4,
             )
     for b, h, s, d in [(8, 4, 256, 40), (1, 12, 512, 64)]:
@@ -89,12 +60,16 @@ def cases(device):
         def train(call, q=q, k=k, v=v, g=g):
             return torch.autograd.grad(call(q, k, v, is_causal=True), (q, k, v), g)
 
+        def plain(q=q, k=k, v=v, g=g):
+            return train(F.scaled_dot_product_attention, q, k, v, g)
+
         yield Case(
             f"train {b}x{h}x{s}x{d} causal",
             {
                 "pyfused": lambda: train(pyfused.attention),
-                "torch": lambda: train(F.scaled_dot_product_attention),
+                "torch": plain,
             },
+            in_double(plain),
             flops=14 * b * h * s * s * d / 2,
         )
     for b, h, s, d in [(1, 12, 512, 64)]:
@@ -112,11 +87,22 @@ def cases(device):
         def train_biased(call, q=q, k=k, v=v, table=table, g=g):
             return torch.autograd.grad(call(q, k, v, table), (q, k, v, table), g)
 
+        def plain_biased(q=q, k=k, v=v, table=table, g=g):
+            return train_biased(dense, q, k, v, table, g)
+
         yield Case(
             f"train {b}x{h}x{s}x{d} T5 bias",
-            {"pyfused": lambda: train_biased(fused), "torch": lambda: train_biased(dense)},
+            {"pyfused": lambda: train_biased(fused), "torch": plain_biased},
+            in_double(plain_biased),
             flops=14 * b * h * s * s * d,
         )
+
+
+def exact_sdpa(query, key, value, attn_mask=None, is_causal=False):
+    def plain(query=query, key=key, value=value, attn_mask=attn_mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal)
+
+    return in_double(plain)
 
 
 def packed_case(device, dtype, h, d, lengths):
@@ -130,12 +116,12 @@ def packed_case(device, dtype, h, d, lengths):
     def fused():
         return pyfused.attention(q, k, v, cu_seqlens=ends, max_seqlen=s)[0].transpose(0, 1)
 
-    def plain():
-        return F.scaled_dot_product_attention(*padded, attn_mask=real[:, None, None]).transpose(1, 2)[real]
+    def plain(q=padded[0], k=padded[1], v=padded[2]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None]).transpose(1, 2)[real]
 
-    flops, tolerance = 4 * h * d * sum(n * n for n in lengths), 1e-3 if dtype == torch.float32 else 3e-2
+    flops = 4 * h * d * sum(n * n for n in lengths)
     name = f"packed {b} sequences, {total} of {b * s} tokens, {h}x{d}"
-    return Case(name, beside(device, fused, plain), flops=flops, tolerance=tolerance)
+    return Case(name, beside(device, fused, plain), in_double(plain), flops=flops)
 
 
 def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512, 64)), decoding=(1, 16)):
@@ -157,7 +143,7 @@ def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512,
             with torch.no_grad():
                 providers = beside(device, lambda own=own: pyfused.attention(q, k, v, **own), lambda: None)
                 providers.update(sdpa(device, q, k, v, **other))
-                yield Case(name + label, providers, flops=share * flops, tolerance=3e-2)
+                yield Case(name + label, providers, exact_sdpa(q, k, v, **other), flops=share * flops)
     with torch.no_grad():
         yield packed_case(device, torch.bfloat16, 12, 64, tuple(range(16, 513, 16)))
 
@@ -165,24 +151,24 @@ def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512,
         relative = pyfused.RelativeBias(table, True)
         with torch.no_grad():  # the peers are given the bias in memory, ready made
             dense = pyfused.relative_bias(table, s, s, bidirectional=True)
-            own = beside(device, lambda: pyfused.attention(q, k, v, relative_bias=relative), lambda: None)
-            yield Case(
-                f"{name} T5 bias", {**own, **sdpa(device, q, k, v, attn_mask=dense)}, flops=flops, tolerance=3e-2
-            )
+            providers = beside(device, lambda: pyfused.attention(q, k, v, relative_bias=relative), lambda: None)
+            providers.update(sdpa(device, q, k, v, attn_mask=dense))
+            yield Case(f"{name} T5 bias", providers, exact_sdpa(q, k, v, dense), flops=flops)
 
-        def train(call, inputs, **options):
-            return torch.autograd.grad(call(*inputs, **options), inputs, g)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        for is_causal in (False, True):
 
-        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        for label, own, other in [("", {}, {}), (" causal", {"is_causal": True}, {"is_causal": True})]:
+            def train(call, q=leaves[0], k=leaves[1], v=leaves[2], g=g, is_causal=is_causal):
+                return torch.autograd.grad(call(q, k, v, is_causal=is_causal), (q, k, v), g)
+
+            def plain(q=leaves[0], k=leaves[1], v=leaves[2], g=g, train=train):
+                return train(F.scaled_dot_product_attention, q, k, v, g)
+
             yield Case(
-                f"train {name}{label}",
-                {
-                    "pyfused": lambda own=own: train(pyfused.attention, inputs, **own),
-                    "torch": lambda other=other: train(F.scaled_dot_product_attention, inputs, **other),
-                },
-                flops=14 * b * h * s * s * d * (0.5 if own else 1.0),
-                tolerance=5e-2,
+                f"train {name}{' causal' if is_causal else ''}",
+                {"pyfused": lambda train=train: train(pyfused.attention), "torch": plain},
+                in_double(plain),
+                flops=14 * b * h * s * s * d * (0.5 if is_causal else 1.0),
             )
     for b in decoding:
         q = torch.randn(b, 12, 1, 64, device=device, dtype=torch.bfloat16)
@@ -190,4 +176,4 @@ def on_gpu(device, shapes=((16, 12, 2048, 64), (4, 16, 2048, 128), (64, 12, 512,
         with torch.no_grad():
             providers = beside(device, lambda q=q, k=k, v=v: pyfused.attention(q, k, v, is_causal=True), lambda: None)
             providers.update(sdpa(device, q, k, v))
-            yield Case(f"decode {b}x12x1000x64 bfloat16", providers, bytes=4 * b * 12 * 1000 * 64, tolerance=3e-2)
+            yield Case(f"decode {b}x12x1000x64 bfloat16", providers, exact_sdpa(q, k, v), bytes=4 * b * 12 * 1000 * 64)

@@ -11,6 +11,8 @@ import torch
 import pyfused
 from pyfused.bench import Case
 
+from .peers import references
+
 BATCH, LENGTH = 2, 128
 SIZES = (BATCH, LENGTH), (BATCH + 1, LENGTH - 28)  # measured, and compiled for
 BASE = {"num_layers": 2, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
@@ -77,6 +79,7 @@ def pair(name, model, given, warm):
     return Case(
         f"{name}, {BATCH}x{next(iter(given.values())).shape[1]} float32",
         {"pyfused": lambda: last(compiled(**given)), "eager": lambda: last(model(**given))},
+        **references(model, lambda model: last(model(**given)), baseline=None),
         baseline="eager",
         seconds=6.0,
     )

@@ -18,6 +18,11 @@ def before_and_after(model, device):
     return {"transformers": before, "pyfused": after}
 
 
+def exact(model, call):
+    """The call's result by a copy of the model in float64."""
+    return lambda: call(copy.deepcopy(model).double())
+
+
 def encoders():
     """Name, model, and the shape of its token ids."""
     import transformers as hf
@@ -40,6 +45,7 @@ def cases(device):
             yield Case(
                 f"{name}, {shape[0]} x {shape[1]}",
                 {n: lambda m=m, ids=ids: m(ids).last_hidden_state for n, m in models.items()},
+                exact(models["transformers"], lambda m, ids=ids: m(ids).last_hidden_state),
                 baseline="transformers",
                 seconds=20.0,
             )
@@ -49,6 +55,7 @@ def cases(device):
         yield Case(
             f"GPT-2 124M, prompt of {CACHED}",
             {n: lambda m=m: m(ids, use_cache=True).logits for n, m in models.items()},
+            exact(models["transformers"], lambda m: m(ids).logits),
             baseline="transformers",
             seconds=20.0,
         )
@@ -62,6 +69,7 @@ def cases(device):
         yield Case(
             f"GPT-2 124M, one token after {CACHED}",
             {n: lambda n=n: token(n) for n in models},
+            exact(models["transformers"], lambda m: m(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:]),
             baseline="transformers",
             seconds=10.0,
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
-from .peers import beside
+from .peers import beside, in_double
 
 
 def cases(device):
@@ -31,7 +31,7 @@ def cases(device):
                 yield Case(
                     f"{rows}x{n}x{f} {str(dtype).removeprefix('torch.')}",
                     beside(device, fused, plain, compiled=dtype == torch.bfloat16 and rows in (1, 8192)),
+                    in_double(plain),
                     bytes=3 * n * f * x.element_size() if rows <= 16 else 0,
                     flops=6 * rows * n * f if rows > 16 else 0,
-                    tolerance=3e-2,
                 )

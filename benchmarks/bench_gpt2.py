@@ -13,19 +13,26 @@ from pyfused.models._gpt2_call import Call
 from pyfused.models._gpt2_decoding import prefill
 from pyfused.nn import EVERYTHING
 
+from .peers import references
+
 PROMPT, CACHED = 128, 160
 
 
 def models(device, dtype):
-    """The same random weights in transformers' model, in float32, and in pyfused's."""
+    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config())
+    theirs = GPT2LMHeadModel(GPT2Config()).to(dtype).float()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mine = pyfused.GPT2Backbone.from_preset(directory, device=device, dtype=dtype)
     return mine.eval(), theirs.to(device).eval()
+
+
+def last_logits(model, ids):
+    """(B, V) of the last position, without a cache."""
+    return model.token_embedding(model(token_ids=ids, padding_mask=None)[:, -1], reverse=True)
 
 
 def cases(device):
@@ -57,21 +64,20 @@ def cases(device):
                 return out
 
             label = str(dtype).removeprefix("torch.")
-            tolerance = 1e-3 if dtype == torch.float32 else 1e-1
             yield Case(
                 f"prompt of {PROMPT} {label}",
                 {"pyfused": my_prompt, "transformers float32": their_prompt},
+                **references(mine, lambda model: last_logits(model, prompt)),
                 baseline="transformers float32",
                 flops=2 * 85e6 * PROMPT,
-                tolerance=tolerance,
                 seconds=20.0,
             )
             prefill(mine, cache, [ids[0, :CACHED].cpu().numpy()])
             yield Case(
                 f"token, {CACHED} cached {label}",
                 {"pyfused": my_token, "transformers float32": their_token},
+                **references(mine, lambda model: last_logits(model, ids)),
                 baseline="transformers float32",
                 bytes=sum(p.numel() * p.element_size() for p in mine.parameters()),
-                tolerance=tolerance,
                 seconds=10.0,
             )

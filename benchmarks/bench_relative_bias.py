@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.bench import Case
 
+from .peers import in_double
+
 
 def in_pytorch(table, sq, sk):
     """The bidirectional bias of 32 buckets and 128, step by step."""
@@ -31,6 +33,7 @@ def cases(device):
                     "pyfused": lambda: pyfused.relative_bias(table, s, s, bidirectional=True),
                     "torch": lambda: in_pytorch(table, s, s),
                 },
+                in_double(lambda table=table, s=s: in_pytorch(table, s, s)),
                 bytes=4 * h * s * s,
             )
         leaf = table.clone().requires_grad_()
@@ -39,11 +42,15 @@ def cases(device):
         def train(call, s=s, leaf=leaf, grad=grad):
             return torch.autograd.grad(call(leaf, s), leaf, grad)
 
+        def plain(s=s, leaf=leaf, grad=grad):
+            return train(lambda t, n: in_pytorch(t, n, n), s, leaf, grad)
+
         yield Case(
             f"train {h}x{s}x{s}",
             {
                 "pyfused": lambda: train(lambda t, n: pyfused.relative_bias(t, n, n, bidirectional=True)),
-                "torch": lambda: train(lambda t, n: in_pytorch(t, n, n)),
+                "torch": plain,
             },
+            in_double(plain),
             bytes=2 * 4 * h * s * s,
         )

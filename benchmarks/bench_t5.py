@@ -13,17 +13,19 @@ import pyfused
 from pyfused.bench import Case
 from pyfused.models._t5_decoding import T5Decoding
 
+from .peers import references
+
 SOURCE, CACHED = 512, 32
 SIZES = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
 
 
 def models(device, dtype):
-    """The same random weights in transformers' model, in float32, and in pyfused's."""
+    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-    theirs = T5ForConditionalGeneration(config)
+    theirs = T5ForConditionalGeneration(config).to(dtype).float()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mine = pyfused.T5Backbone.from_preset(directory, device=device, dtype=dtype)
@@ -40,21 +42,27 @@ def cases(device):
             ids, token = source.to(device), torch.zeros(1, dtype=torch.int64, device=device)
             encoder = theirs.get_encoder()
 
-            def my_encoder():
-                return mine.encode(encoder_token_ids=ids, encoder_padding_mask=None)
+            def my_encoder(model=mine):
+                return model.encode(encoder_token_ids=ids, encoder_padding_mask=None)
+
+            def last_logits(model):
+                """(1, V), without a cache."""
+                written = token.expand(1, CACHED + 1)
+                masks = {"encoder_padding_mask": None, "decoder_padding_mask": None}
+                found = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
+                return model.logits(found["decoder_sequence_output"][:, -1])
 
             def their_encoder():
                 return encoder(ids).last_hidden_state
 
             label = str(dtype).removeprefix("torch.")
-            tolerance = 1e-3 if dtype == torch.float32 else 1e-1
             matrices = sum(p.numel() for n, p in mine.encoder.named_parameters() if p.dim() == 2)
             yield Case(
                 f"encoder, {SOURCE} tokens {label}",
                 {"pyfused": my_encoder, "transformers float32": their_encoder},
+                **references(mine, my_encoder),
                 baseline="transformers float32",
                 flops=2 * matrices * SOURCE,
-                tolerance=tolerance,
                 seconds=20.0,
             )
 
@@ -82,8 +90,8 @@ def cases(device):
             yield Case(
                 f"token, {CACHED} cached, source of {SOURCE} {label}",
                 {"pyfused": my_token, "transformers float32": their_token},
+                **references(mine, last_logits),
                 baseline="transformers float32",
                 bytes=read * token.new_empty(0, dtype=dtype).element_size(),
-                tolerance=tolerance,
                 seconds=10.0,
             )

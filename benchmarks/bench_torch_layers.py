@@ -12,7 +12,7 @@ from torch import nn
 import pyfused
 from pyfused.bench import Case
 
-from .peers import beside
+from .peers import beside, in_double
 
 D, HEADS, INNER = 768, 12, 3072
 
@@ -46,6 +46,7 @@ def cases(device):
                             lambda: run(fused, inputs, options),
                             lambda: run(model, inputs, options),
                         ),
+                        in_double(lambda inputs=inputs: run(copy.deepcopy(model).double(), inputs, options)),
                         flops=flops(name, batch, length) * (0.5 if label and name == "encoder of 2 layers" else 1),
                         seconds=6.0,
                     )
@@ -59,12 +60,15 @@ def small(device):
         pyfused.fuse_(fused)
         with torch.inference_mode():
             yield Case(
-                f"encoder layer of width {width} 1x{length} float32", beside(device, lambda: fused(x), lambda: model(x))
+                f"encoder layer of width {width} 1x{length} float32",
+                beside(device, lambda: fused(x), lambda: model(x)),
+                in_double(lambda x=x: copy.deepcopy(model).double()(x)),
             )
 
 
 def run(model, inputs, options):
-    return model(*inputs, **options)
+    found = model(*inputs, **options)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def arguments(name, x, mask):

@@ -2,10 +2,10 @@
 
 import copy
 
+import draws
 import torch
 
 import pyfused
-from pyfused.testing.tolerance import judge
 
 
 class Trio:
@@ -76,22 +76,20 @@ class Trio:
         return self._judge(once)
 
     def _judge(self, once):
-        """These models are small, and the errors of a row or a token share their causes: a tensor is few numbers. So where the
-        rule does not hold for one draw of the weights, it must for several judged together."""
-        drawn = {}
-        for _ in range(6):
+        """The models are small, so the rule is for several draws of the weights; returns the first draw's fused results."""
+        first = {}
+
+        def moved():
+            if first:
+                self._move_weights()
             compared = once()
-            for name, (fused, plain, truth) in compared.items():
-                if truth.is_floating_point():
-                    drawn.setdefault(name, []).append((fused, plain, truth))
-                else:
-                    assert torch.equal(fused, plain), name
-            judged = {name: judge(*map(torch.stack, zip(*draws))) for name, draws in drawn.items()}
-            failed = {name: result for name, result in judged.items() if not result.ok}
-            if not failed:
-                return {name: fused for name, (fused, _, _) in compared.items()}
-            self._move_weights()
-        raise AssertionError(f"{len(drawn)} draws together: {failed}")
+            first.update({name: fused for name, (fused, _, _) in compared.items() if name not in first})
+            for name, (fused, plain, _) in compared.items():
+                assert fused.is_floating_point() or torch.equal(fused, plain), name
+            return {name: found for name, found in compared.items() if found[0].is_floating_point()}
+
+        draws.check(moved, 6)
+        return first
 
     def _move_weights(self):
         with torch.no_grad():

@@ -1,7 +1,9 @@
 """Are encoded texts the model's hidden states, text by text, whatever else is in the batch?"""
 
+import copy
 import json
 
+import draws
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 import pyfused
 from pyfused.checkpoints import load_tokenizer
 from pyfused.cli import main
+from pyfused.testing import running
 
 PRESETS = ["gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"]
 LINES = ["And God said, Let there be light: and there was light.", "Jesus wept.", "The LORD is my shepherd;", "Amen."]
@@ -31,30 +34,46 @@ def alone(model, text):
         return model(token_ids=ids, segment_ids=None, padding_mask=None)["sequence_output"][0]
 
 
+def check(model, encoded, expected):
+    """The tolerance rule for encoded(texts). Plain and true is what expected(states) makes of each text's own states, by the
+    reference operators in the model's dtype, and in float64."""
+    wide = copy.deepcopy(model).double().eval()
+
+    def once():
+        texts = [torch.randint(5, model.get_config()["vocabulary_size"], (n,)).tolist() for n in (13, 4, 6, 4, 9)]
+        found = encoded(texts)
+        with running("reference", strict=False):
+            plain, truth = ([expected(alone(m, text)) for text in texts] for m in (model, wide))
+        return {"states": [torch.cat([t.reshape(-1, t.shape[-1]) for t in each]) for each in (found, plain, truth)]}
+
+    draws.check(once)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_text_is_as_if_alone(preset, batch_size):
-    model, texts = prepared(preset)
-    model.train()
-    found = pyfused.encode(model, texts, batch_size=batch_size)
-    assert (model.training, model.skip_padding) == (True, False)
-    model.eval()
-    assert len({len(text) for text in texts}) > 1
-    for states, text in zip(found, texts, strict=True):
-        torch.testing.assert_close(states, alone(model, text), rtol=1e-4, atol=1e-4)
-        assert not states.requires_grad
-        assert states._base is None
+    model = pyfused.Backbone.from_preset(preset)
+
+    def encoded(texts):
+        model.train()
+        found = pyfused.encode(model, texts, batch_size=batch_size)
+        assert (model.training, model.skip_padding) == (True, False)
+        model.eval()
+        assert [len(states) for states in found] == [len(text) for text in texts]
+        assert not any(states.requires_grad for states in found)
+        assert all(states._base is None for states in found)
+        return found
+
+    check(model, encoded, lambda states: states)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pooled(preset):
     model, texts = prepared(preset)
-    found = pyfused.encode(model, texts, pool="mean")
-    expected = torch.stack([alone(model, text).mean(0) for text in texts])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    model.eval()
+    check(model, lambda given: pyfused.encode(model, given, pool="mean"), lambda states: states.mean(0))
     if model.begins_with_cls:
-        expected = torch.stack([alone(model, text)[0] for text in texts])
-        torch.testing.assert_close(pyfused.encode(model, texts, pool="cls"), expected, rtol=1e-4, atol=1e-4)
+        check(model, lambda given: pyfused.encode(model, given, pool="cls"), lambda states: states[0])
     else:
         with pytest.raises(ValueError, match=r"pool is 'cls', and a \w+ has no token"):
             pyfused.encode(model, texts, pool="cls")

@@ -1,5 +1,6 @@
 """Does the tolerance rule find what is wrong, and only that? Right kernels, planted faults, and the rule's own corners."""
 
+import draws
 import pytest
 import torch
 from tolerance_cases import CASES, DTYPES, fused, plain_and_truth
@@ -144,3 +145,20 @@ def test_bad_input_is_refused():
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     return request.param
+
+
+def test_draws_together_excuse_one_by_chance_and_no_fault():
+    """The first draw's error would be too much; with the others' it is none. One as large in every draw is a fault."""
+
+    def drawn(*factors):
+        factors = iter(factors)
+
+        def once():
+            truth, factor = torch.randn(300, dtype=torch.float64), next(factors)
+            return {"it": ((truth + noise(300, scale=factor * 1e-3)).float(), (truth + noise(300, scale=1e-3)).float(), truth)}
+
+        return once
+
+    draws.check(drawn(3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+    with pytest.raises(AssertionError, match="8 draws together"):
+        draws.check(drawn(*[3.0] * 8))

@@ -1,4 +1,4 @@
-"""How is a case timed? Providers in turn, many rounds, outputs compared in the same run, medians and ratios reported.
+"""How is a case timed? Providers in turn, many rounds, outputs judged in the same run, medians and ratios reported.
 
 An absolute time means little on a shared machine: what counts is the ratio to the baseline, and the share of the
 machine's own ceilings (copy bandwidth, matrix rate), measured in the same run.
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..testing.tolerance import assert_close
+
 
 @dataclass
 class Case:
@@ -22,29 +24,27 @@ class Case:
 
     Args:
         name: such as "512x768 float32 residual".
-        providers: name -> a function of no arguments that returns a tensor (or a tuple whose first item is compared).
+        providers: name -> a function of no arguments that returns a tensor, or a tuple of them.
+        exact: the result in float64. Of a tuple, as many items are judged as this one returns.
+        plain: plain PyTorch in the dtype of "pyfused", which sets the scale of errors; None is the baseline.
         baseline: the provider that ratios refer to; "pyfused" is compared with the best of the others as well.
         bytes, flops: the least that the case must move and do, for GB/s and GFLOP/s; 0 if not meaningful.
-        tolerance: the largest difference between outputs that is accepted, relative to the largest magnitude.
         rounds, seconds: at most so many, and so long; at least five rounds.
     """
 
     name: str
     providers: dict[str, Callable[[], Any]]
+    exact: Callable[[], Any]
+    plain: Callable[[], Any] | None = None
     baseline: str = "torch"
     bytes: float = 0.0
     flops: float = 0.0
-    tolerance: float = 1e-3
     rounds: int = 60
     seconds: float = 4.0
 
 
-def _first(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple | list) else out
-
-
 def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
-    """Times every provider of a case, interleaved, and checks that they agree.
+    """Times every provider of a case, interleaved, after its output has passed the tolerance rule.
 
     Args:
         case: what to run.
@@ -55,19 +55,9 @@ def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
         machine whose processor others share}, "ratio": {provider: its time / pyfused's}, "gb_per_s", "gflop_per_s"}.
 
     Raises:
-        AssertionError: two providers disagree, or an output is not finite: a fast wrong answer is no result.
+        AssertionError: an output breaks the rule, or the exact one is not finite: a fast wrong answer is no result.
     """
-    first = {name: _first(call()).detach().float().cpu() for name, call in case.providers.items()}
-    expected = first[case.baseline]
-    scale = expected.abs().max().item()
-    for name, out in first.items():
-        if not torch.isfinite(out).all() or scale == 0.0:
-            raise AssertionError(f"{case.name}: {name} gives zeros or a value that is not finite")
-        worst = (out - expected).abs().max().item()
-        if worst > case.tolerance * scale:
-            raise AssertionError(
-                f"{case.name}: {name} is {worst:.3e} from {case.baseline}, largest magnitude {scale:.3e}"
-            )
+    check(case)
     clock = _time_cuda if device == "cuda" else _time_cpu
     for call in case.providers.values():  # compiled and warm
         call()
@@ -90,6 +80,24 @@ def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
         "gb_per_s": case.bytes / own / 1e9,
         "gflop_per_s": case.flops / own / 1e9,
     }
+
+
+def check(case: Case) -> None:
+    """Judges the output of every provider of a case by the tolerance rule.
+
+    Raises:
+        AssertionError: as measure.
+    """
+    exact, plain = _items(case.exact()), _items((case.plain or case.providers[case.baseline])())
+    if not all(truth.isfinite().all() for truth in exact):
+        raise AssertionError(f"{case.name}: the exact result is not finite")
+    for name, call in case.providers.items():
+        for found, scale, truth in zip(_items(call()), plain, exact):
+            assert_close(found, scale, truth, f"{case.name}: {name}")
+
+
+def _items(out: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(out) if isinstance(out, tuple | list) else (out,)
 
 
 def _time_cpu(call: Callable[[], Any]) -> float:

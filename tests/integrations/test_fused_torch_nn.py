@@ -3,8 +3,8 @@ report, hooks, filters, copies."""
 
 import copy
 import pickle
-from functools import partial
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused.fuse import is_fused
-from pyfused.testing import assert_close
 
 E, H, F, B, S = 24, 4, 40, 3, 9
 LENGTHS = torch.tensor([9, 4, 6])
@@ -71,15 +70,19 @@ def test_padding_gives_what_torch_gives(options, mode):
     """Zeros in front of the final norm exactly where torch's nested tensors leave them; elsewhere the same numbers."""
     model = encoder(**options).train(mode == "train")
     copied, _ = fused(model)
-    x = torch.randn(B, S, E) if options.get("batch_first", True) else torch.randn(S, B, E)
-    with torch.set_grad_enabled(mode != "no_grad"):
-        plain, truth = (m(x.to(p), src_key_padding_mask=PADDED) for m, p in with_truth(model))
-        with pytest.MonkeyPatch.context() as patch:
-            no_torch_layers(patch)
-            actual = copied(x, src_key_padding_mask=PADDED)
-    assert_close(actual, plain, truth)
-    if options == {"norm": False}:
-        assert (actual[PADDED] == 0).all() == (mode == "no_grad")
+
+    def once():
+        x = torch.randn(B, S, E) if options.get("batch_first", True) else torch.randn(S, B, E)
+        with torch.set_grad_enabled(mode != "no_grad"):
+            plain, truth = (m(x.to(p), src_key_padding_mask=PADDED) for m, p in with_truth(model))
+            with pytest.MonkeyPatch.context() as patch:
+                no_torch_layers(patch)
+                actual = copied(x, src_key_padding_mask=PADDED)
+        if options == {"norm": False}:
+            assert (actual[PADDED] == 0).all() == (mode == "no_grad")
+        return {"output": (actual, plain, truth)}
+
+    draws.check(once)
 
 
 def with_truth(model):
@@ -112,16 +115,19 @@ def test_masks_of_an_encoder(case):
 def test_gradients_of_a_transformer():
     model = shaken(nn.Transformer(E, H, 2, 2, F, 0.0, batch_first=True))
     copied, _ = fused(model)
-    src, tgt = torch.randn(B, S, E), torch.randn(B, 5, E)
     options = {"src_key_padding_mask": PADDED, "memory_key_padding_mask": PADDED}
-    grads = []
-    for module, dtype in ((copied, torch.float32), *with_truth(model)):
-        mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=dtype)
-        out = module(src.to(dtype), tgt.to(dtype), tgt_mask=mask, tgt_is_causal=True, **options)
-        out.square().sum().backward()
-        grads.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
-    for name, actual in grads[0].items():
-        assert_close(actual, grads[1][name], grads[2][name], name)
+
+    def once():
+        src, tgt, found = torch.randn(B, S, E), torch.randn(B, 5, E), []
+        for module, dtype in ((copied, torch.float32), *with_truth(model)):
+            mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=dtype)
+            module.zero_grad()
+            out = module(src.to(dtype), tgt.to(dtype), tgt_mask=mask, tgt_is_causal=True, **options)
+            out.square().sum().backward()
+            found.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
+        return {what: [one[what] for one in found] for what in found[0]}
+
+    draws.check(once)
 
 
 def test_exports_with_dynamic_sizes():
@@ -245,24 +251,27 @@ def test_a_model_by_hand(way):
     model = shaken(ByHand())
     copied, report = fused(model)
     assert [e.name for e in report.replaced] == ["attention", "norm", "last"]
-    ids, grads = torch.randint(0, 11, (B, S)), []
-    for module in (copied, model, copy.deepcopy(model).double()):
-        call = module
+    compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+
+    def call(module, ids):
         if way == "checkpoint":
-            call = partial(checkpoint, module, use_reentrant=False)
-        elif way == "functional_call":
-            doubled = {name: 2 * p for name, p in module.named_parameters()}
-            call = partial(torch.func.functional_call, module, doubled)
-        elif way == "compile" and module is copied:
-            call = torch.compile(module, fullgraph=True, backend="aot_eager")
-        autocast = way == "autocast" and next(module.parameters()).dtype == torch.float32
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = call(ids)
-        out.double().square().mean().backward()
-        grads.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
-    for name, actual in grads[0].items():
-        expected, truth = grads[1][name], grads[2][name]
-        assert actual.dtype == expected.dtype
+            return checkpoint(module, ids, use_reentrant=False)
+        if way == "functional_call":
+            return torch.func.functional_call(module, {name: 2 * p for name, p in module.named_parameters()}, ids)
+        return compiled(ids) if way == "compile" and module is copied else module(ids)
+
+    def once():
+        ids, found = torch.randint(0, 11, (B, S)), []
+        for module in (copied, model, copy.deepcopy(model).double()):
+            module.zero_grad()
+            autocast = way == "autocast" and next(module.parameters()).dtype == torch.float32
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = call(module, ids)
+            out.double().square().mean().backward()
+            found.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
+        assert all(found[0][what].dtype == found[1][what].dtype for what in found[0])
         if way == "autocast":  # gradients of float32 parameters went through bfloat16
-            actual, expected = actual.bfloat16(), expected.bfloat16()
-        assert_close(actual, expected, truth, name)
+            found[:2] = [{what: t.bfloat16() for what, t in one.items()} for one in found[:2]]
+        return {what: [one[what] for one in found] for what in found[0]}
+
+    draws.check(once)

@@ -3,6 +3,7 @@ configs, state dicts, values, gradients and caches, alone and inside transformer
 
 import copy
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -48,23 +49,9 @@ def attentions(implementation="eager", table=True, is_decoder=False, **options):
     return twin(*(kind(made, has_relative_attention_bias=table, layer_idx=0, **options) for kind in kinds))
 
 
-def double(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
 def compare(twins, run):
-    """run(module, convert) -> (output, the input leaf): values and all gradients by the tolerance rule."""
-    found = []
-    for module, convert in zip(twins, (lambda t: t, lambda t: t, double), strict=True):
-        out, leaf = run(module, convert)
-        module.zero_grad()
-        torch.manual_seed(5)
-        (out * torch.randn(out.shape).to(out.dtype)).sum().backward()
-        found.append((out, {name: p.grad for name, p in module.named_parameters()} | {"input": leaf.grad}))
-    (mine, grads), (plain, plain_grads), (truth, truth_grads) = found
-    assert_close(mine, plain, truth)
-    for name, grad in grads.items():
-        assert_close(grad, plain_grads[name], truth_grads[name], f"gradient of {name}")
+    """run(module, leaf, convert) -> output, of a random (B, S, 24): values and all gradients by the tolerance rule."""
+    draws.check_modules(twins, [torch.empty(B, S, 24)], lambda module, leaves, convert: run(module, *leaves, convert))
 
 
 def additive(mask):
@@ -81,15 +68,14 @@ CAUSAL = torch.ones(S, S, dtype=torch.bool).tril()
 def test_self_attention(bias, mask, is_decoder):
     implementation = "sdpa" if mask in ("none", "padding", "causal and padding") else "eager"
     twins = attentions(implementation, bias == "own table", is_decoder, is_causal=is_decoder)
-    x, table = torch.randn(B, S, 24), torch.randn(8, 4)
+    table = torch.randn(8, 4)
     given = {
         "none": None, "padding": PADDING, "causal and padding": PADDING & CAUSAL, "float": additive(PADDING & CAUSAL),
         "float by head": torch.randn(B, 4, S, S),
     }[mask]  # fmt: skip
     dense = relative_bias(table.double(), S, S, bidirectional=not is_decoder, max_distance=9)
 
-    def run(module, convert):
-        leaf = convert(x).clone().requires_grad_()
+    def run(module, leaf, convert):
         position_bias = None
         if bias == "dense":
             position_bias = dense.to(leaf.dtype)
@@ -103,18 +89,17 @@ def test_self_attention(bias, mask, is_decoder):
                 assert after.table is module.relative_attention_bias.weight
             else:
                 assert after is position_bias
-        return out, leaf
+        return out
 
     compare(twins, run)
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None]])
 def test_cross_attention(mask):
-    x, memory = torch.randn(B, S, 24), torch.randn(B, SK, 24)
+    memory = torch.randn(B, SK, 24)
 
-    def run(module, convert):
-        leaf = convert(x).clone().requires_grad_()
-        return module(leaf, mask=mask, key_value_states=convert(memory))[0], leaf
+    def run(module, leaf, convert):
+        return module(leaf, mask=mask, key_value_states=convert(memory))[0]
 
     compare(attentions("sdpa", False, True), run)
 
@@ -201,14 +186,9 @@ def test_feed_forward(gated, act):
     made.dense_act_fn = act
     name, theirs = ("GatedFeedForward", "T5DenseGatedActDense") if gated else ("FeedForward", "T5DenseActDense")
     twins = twin(getattr(pyfused.nn, name)(made), getattr(modeling_t5, theirs)(made))
-    x = torch.randn(B, S, 24)
-
-    def run(module, convert):
-        leaf = convert(x).clone().requires_grad_()
-        return module(leaf), leaf
-
-    compare(twins, run)
-    torch.testing.assert_close(twins[0](x, x), twins[1](x) + x)
+    compare(twins, lambda module, leaf, convert: module(leaf))
+    ours = twins[0]
+    compare(twins, lambda module, leaf, convert: module(leaf, leaf) if module is ours else module(leaf) + leaf)
 
 
 @pytest.mark.parametrize("name", ["FeedForward", "GatedFeedForward"])
@@ -235,9 +215,15 @@ def test_wo_may_stay_in_float32(name):
     mine, theirs, _ = twin(mine, theirs)
     for module in (mine, theirs):
         module.bfloat16().wo.float()
-    x = torch.randn(B, S, 24).bfloat16()
-    assert mine(x).dtype == torch.float32
-    torch.testing.assert_close(mine(x), theirs(x), rtol=0, atol=2**-7 * theirs(x).abs().max().item())
+    wide = copy.deepcopy(theirs).double()
+
+    def once():
+        x = torch.randn(B, S, 24).bfloat16()
+        found = mine(x)
+        assert found.dtype == torch.float32
+        return {"output": (found, theirs(x), wide(x.double()))}
+
+    draws.check(once)
 
 
 @pytest.mark.parametrize("name", ["FeedForward", "GatedFeedForward"])

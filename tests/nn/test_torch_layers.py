@@ -4,6 +4,7 @@ and what is left to torch."""
 import copy
 import warnings
 
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,38 +30,24 @@ def twin(kind, *args, **options):
     return mine, theirs, copy.deepcopy(theirs).double()
 
 
-def to_double(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
 def compare(mine, theirs, wide, inputs, options, training=False):
-    """Values and gradients, of inputs and parameters, by the tolerance rule; with mine nothing may reach torch's forward.
+    """Values and gradients by the tolerance rule, of new inputs in the shapes of these; with mine nothing may reach torch's
+    forward. Inputs that are one tensor stay one tensor, as torch's and pyfused's paths ask for that."""
 
-    Inputs that are one tensor stay one tensor, as torch's and pyfused's paths ask for that."""
-    results = []
-    for module, convert in ((mine, lambda t: t), (theirs, lambda t: t), (wide, to_double)):
+    def run(module, leaves, convert):
         module.train(training)
-        leaves = {id(t): convert(t).detach().clone().requires_grad_() for t in inputs}
-        options_here = {k: convert(v) for k, v in options.items()}
         with pytest.MonkeyPatch.context() as patch:
             if module is mine:
                 for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
                     patch.setattr(kind, "forward", lambda *_, **__: pytest.fail("the call was left to torch"))
-            out = module(*(leaves[id(t)] for t in inputs), **options_here)
+            out = module(*leaves, **{k: convert(v) for k, v in options.items()})
         out = out[0] if isinstance(out, tuple) else out
-        torch.manual_seed(5)
-        weights = torch.randn(out.shape)
-        module.zero_grad()
-        (out * weights.to(out.dtype)).sum().backward()
-        grads = {name: p.grad for name, p in module.named_parameters()}
-        grads |= {f"input {i}": leaves[key].grad for i, key in enumerate(leaves)}
-        results.append((out, grads))
-    (mine_out, mine_grads), (plain_out, plain_grads), (truth_out, truth_grads) = results
-    assert mine_out.is_contiguous() or not plain_out.is_contiguous()
-    assert_close(mine_out, plain_out, truth_out)
-    assert list(mine_grads) == list(plain_grads)
-    for name, grad in mine_grads.items():
-        assert_close(grad, plain_grads[name], truth_grads[name], f"gradient of {name}")
+        contiguous.append(out.is_contiguous())
+        return out
+
+    contiguous = []
+    draws.check_modules((mine, theirs, wide), inputs, run)
+    assert contiguous[0] or not contiguous[1]
 
 
 def causal(size):
@@ -344,7 +331,7 @@ def test_inside_autocast(norm_first):
             outs.append(module(*inputs, **options))
         module.zero_grad()
         outs[-1].float().square().sum().backward()
-    truth = wide(*(t.double() for t in inputs), **{k: to_double(v) for k, v in options.items()})
+    truth = wide(*(t.double() for t in inputs), **{k: draws.to_double(v) for k, v in options.items()})
     truth.square().sum().backward()
     assert outs[0].dtype == outs[1].dtype
     assert_close(*(out.bfloat16() for out in outs), truth)

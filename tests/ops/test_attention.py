@@ -1,10 +1,12 @@
 """Is attention right on every backend? Values, gradients, masks, bias, dropout, strides, memory, errors, opcheck."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import check
 from opchecks import check_registered
 from plain_attention import plain
 
@@ -107,54 +109,59 @@ def drawn_seed(options, device):
 
 @pytest.mark.parametrize("case", CASES + FORWARD_ONLY, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    inputs, options = make(case, dtype, device)
-    seed = drawn_seed(options, device)
-    out = pyfused.attention(**inputs, **options)
-    assert out.dtype == dtype
-    assert out.transpose(1, 2).is_contiguous()
-    truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
-    assert_close(out, plain(inputs, options, seed), truth)
+    def once():
+        inputs, options = make(case, dtype, device)
+        seed = drawn_seed(options, device)
+        out = pyfused.attention(**inputs, **options)
+        assert out.dtype == dtype
+        assert out.transpose(1, 2).is_contiguous()
+        truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
+        return {"output": (out, plain(inputs, options, seed), truth)}
+
+    check(once)
+
+
+def gradients(fused, plain, inputs, cotangent):
+    """{what: (fused, plain, truth)} of every input; plain takes `logarithm` too, which is left out for the truth."""
+
+    def run(function, wide):
+        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+
+    dtype = cotangent.dtype
+    actual, expected = run(fused, dtype), run(lambda t: plain(t, logarithm=True), dtype)
+    assert [t.dtype for t in actual] == [t.dtype for t in inputs.values()]
+    return {f"gradient of {k}": found for k, *found in zip(inputs, actual, expected, run(plain, torch.float64))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The rounding of a row's log-sum-exp is in all of its gradients: few rows are few numbers; draws are judged together."""
-    queries, rows = case.sizes[3], case.sizes[0] * case.sizes[1] * case.sizes[3]
+    queries = case.sizes[3]
     if dtype == torch.float32 and queries <= 8 and device == "cpu" and each_backend != "reference":
         pytest.skip("plain PyTorch runs there: test_few_queries_have_the_gradients_of_softmax")
-    drawn = []
-    for _ in range(min(8, -(-512 // rows)) if dtype == torch.float32 else 1):
+
+    def once():
         inputs, options = make(case, dtype, device)
         cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
         seed = drawn_seed(options, device)
+        return gradients(
+            lambda t: pyfused.attention(**t, **options), functools.partial(plain, options=options, seed=seed), inputs, cotangent
+        )
 
-        def gradients(function, wide, inputs=inputs, cotangent=cotangent):
-            leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-            return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
-
-        actual = gradients(lambda t, o=options: pyfused.attention(**t, **o), dtype)
-        assert all(t.dtype == dtype for t in actual)
-        expected = gradients(lambda t, o=options, s=seed: plain(t, o, s, logarithm=True), dtype)
-        truth = gradients(lambda t, o=options, s=seed: plain(t, o, s), torch.float64)
-        drawn.append(list(zip(actual, expected, truth)))
-    for name, judged in zip(inputs, zip(*drawn)):
-        assert_close(*(torch.stack(tensors) for tensors in zip(*judged)), f"gradient of {name}")
+    check(once)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
 def test_few_queries_have_the_gradients_of_softmax(device, sizes):
     """With no backend forced, and against ordinary softmax: no log-sum-exp rounded to float32 in between."""
-    inputs, options = make(Case(sizes), torch.float32, device)
-    cotangent = torch.randn(inputs["query"].shape, device=device)
 
-    def gradients(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+    def once():
+        inputs, options = make(Case(sizes), torch.float32, device)
+        cotangent = torch.randn(inputs["query"].shape, device=device)
+        fused = lambda t: pyfused.attention(**t, **options)  # noqa: E731
+        return gradients(fused, lambda t, logarithm=False: plain(t, options), inputs, cotangent)
 
-    actual = gradients(lambda t: pyfused.attention(**t, **options), torch.float32)
-    expected, truth = (gradients(lambda t: plain(t, options), wide) for wide in (torch.float32, torch.float64))
-    for name, a, p, t in zip(inputs, actual, expected, truth):
-        assert_close(a, p, t, f"gradient of {name}")
+    check(once)
 
 
 def test_agrees_with_sdpa(each_backend, dtype, device):
@@ -305,19 +312,23 @@ def test_no_grad_matches_grad(each_backend, device):
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 300, 300, 24), (2, 3, 3, 130, 170, 24), (1, 2, 2, 2, 1500, 24)], ids=str)
 def test_threads_do_not_change_the_result(each_backend, sizes):
-    inputs, options = make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu")
-
-    def run(threads):
+    def once(threads):
         torch.set_num_threads(threads)
-        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-        out = pyfused.attention(**leaves, **options)
-        return out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        inputs, options = make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu")
+        cotangent, yardstick = torch.randn(inputs["query"].shape), functools.partial(plain, options=options)
+        found = gradients(lambda t: pyfused.attention(**t, **options), yardstick, inputs, cotangent)
+        truth = yardstick({k: v.double() for k, v in inputs.items()})
+        return found | {"output": (pyfused.attention(**inputs, **options), yardstick(inputs), truth)}
 
-    one, two, again, five = run(1), run(2), run(2), run(5)
-    for a, b, c, d in zip(one, two, again, five):
-        assert torch.equal(b, c)  # repeatable bit by bit for a number of threads
-        for other in (b, d):
-            assert_close(other, a, a.double())
+    check_threads(once)
+
+
+def check_threads(once):
+    """Right for every number of threads, and for each repeatable bit by bit."""
+    for threads in (1, 2, 5):
+        check(functools.partial(once, threads))
+    first, again = (torch.manual_seed(7) and once(2) for _ in range(2))
+    assert all(torch.equal(first[what][0], again[what][0]) for what in first)
 
 
 MEMORY = """

@@ -1,16 +1,17 @@
 """Is attention of packed sequences right on every backend? As a padded batch's real rows, values and all gradients."""
 
 import dataclasses
+import functools
 
 import pytest
 import test_attention_relative_bias as biased
 import torch
+from draws import check
 from opchecks import check_registered
-from test_attention import drawn_seed
+from test_attention import check_threads, drawn_seed, gradients
 from test_attention import plain as plain_attention
 
 import pyfused
-from pyfused.testing import assert_close
 
 SMALL, ENCODER, DECODER = (8, 12, True), (32, 128, True), (32, 128, False)
 
@@ -90,32 +91,30 @@ def plain(inputs, options, case, seed=None, logarithm=False):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    inputs, options = make(case, dtype, device)
-    seed = drawn_seed(options, device)
-    out = fused(inputs, options, case)
-    assert out.dtype == dtype
-    assert out.transpose(1, 2).is_contiguous()
-    truth = plain({k: v.double() for k, v in inputs.items()}, options, case, seed)
-    assert_close(out, plain(inputs, options, case, seed), truth)
+    def once():
+        inputs, options = make(case, dtype, device)
+        seed = drawn_seed(options, device)
+        out = fused(inputs, options, case)
+        assert out.dtype == dtype
+        assert out.transpose(1, 2).is_contiguous()
+        truth = plain({k: v.double() for k, v in inputs.items()}, options, case, seed)
+        return {"output": (out, plain(inputs, options, case, seed), truth)}
+
+    check(once)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
     """The yardstick keeps one log-sum-exp a row, as test_attention's."""
-    inputs, options = make(case, dtype, device)
-    cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-    seed = drawn_seed(options, device)
 
-    def gradients(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
+    def once():
+        inputs, options = make(case, dtype, device)
+        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
+        seed = drawn_seed(options, device)
+        yardstick = functools.partial(plain, options=options, case=case, seed=seed)
+        return gradients(lambda t: fused(t, options, case), yardstick, inputs, cotangent)
 
-    actual = gradients(lambda t: fused(t, options, case), dtype)
-    expected = gradients(lambda t: plain(t, options, case, seed, logarithm=True), dtype)
-    truth = gradients(lambda t: plain(t, options, case, seed), torch.float64)
-    for name, a, p, t in zip(inputs, actual, expected, truth):
-        assert a.dtype == dtype
-        assert_close(a, p, t, f"gradient of {name}")
+    check(once)
 
 
 def test_views_and_a_longer_maximum(each_backend, device):
@@ -172,18 +171,16 @@ def test_opcheck(each_backend, device):
 @pytest.mark.cpu_kernels
 def test_threads_do_not_change_the_result(each_backend):
     case = Case((3, 3, 24), (300, 7, 130), is_causal=True)
-    inputs, options = make(case, torch.float32, "cpu")
 
-    def run(threads):
+    def once(threads):
         torch.set_num_threads(threads)
-        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-        out = fused(leaves, options, case)
-        return out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        inputs, options = make(case, torch.float32, "cpu")
+        cotangent, yardstick = torch.randn(inputs["query"].shape), functools.partial(plain, options=options, case=case)
+        found = gradients(lambda t: fused(t, options, case), yardstick, inputs, cotangent)
+        truth = yardstick({k: v.double() for k, v in inputs.items()})
+        return found | {"output": (fused(inputs, options, case), yardstick(inputs), truth)}
 
-    for a, b, c, d in zip(run(1), run(2), run(2), run(5)):
-        assert torch.equal(b, c)
-        for other in (b, d):
-            assert_close(other, a, a.double())
+    check_threads(once)
 
 
 def ones(*shape):

@@ -1,17 +1,18 @@
 """Is T5's relative bias inside attention right on every backend? Values, all gradients, decoding, memory, errors."""
 
 import dataclasses
+import functools
 
 import pytest
 import test_relative_bias
 import torch
+from draws import check
 from opchecks import check_registered
-from test_attention import Case, drawn_seed, make
+from test_attention import Case, drawn_seed, gradients, make
 from test_attention import plain as plain_attention
 
 import pyfused
 from pyfused import RelativeBias
-from pyfused.testing import assert_close
 
 # (num_buckets, max_distance, bidirectional)
 ENCODER, DECODER, SMALL, ODD = (32, 128, True), (32, 128, False), (8, 12, True), (7, 6, False)
@@ -79,36 +80,31 @@ def plain(inputs, options, table, seed=None, logarithm=False):
 @pytest.mark.parametrize("case", CASES + DECODING, ids=str)
 def test_forward(each_backend, dtype, device, case):
     case, table = case.attention, case.table
-    inputs, options = make_biased(case, table, dtype, device)
-    seed = drawn_seed(options, device)
-    out = fused(inputs, options, table)
-    assert out.dtype == dtype
-    truth = plain({k: v.double() for k, v in inputs.items()}, options, table, seed)
-    assert_close(out, plain(inputs, options, table, seed), truth)
+
+    def once():
+        inputs, options = make_biased(case, table, dtype, device)
+        seed = drawn_seed(options, device)
+        out = fused(inputs, options, table)
+        assert out.dtype == dtype
+        truth = plain({k: v.double() for k, v in inputs.items()}, options, table, seed)
+        return {"output": (out, plain(inputs, options, table, seed), truth)}
+
+    check(once)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The yardstick is that of attention's own test. Several draws are judged together: a table's gradient is few
-    numbers, of which the largest error is an accident."""
+    """The yardstick is that of attention's own test."""
     case, table = case.attention, case.table
-    drawn = []
-    for _ in range(2 if each_backend == "triton" and device == "cpu" else 10):  # the interpreter is slow
+
+    def once():
         inputs, options = make_biased(case, table, dtype, device)
         cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
         seed = drawn_seed(options, device)
+        yardstick = functools.partial(plain, options=options, table=table, seed=seed)
+        return gradients(lambda t: fused(t, options, table), yardstick, inputs, cotangent)
 
-        def gradients(function, wide, inputs=inputs, cotangent=cotangent):
-            leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-            return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
-
-        actual = gradients(lambda t, o=options: fused(t, o, table), dtype)
-        assert {t.dtype for t in actual} == {dtype}
-        expected = gradients(lambda t, o=options, s=seed: plain(t, o, table, s, logarithm=True), dtype)
-        truth = gradients(lambda t, o=options, s=seed: plain(t, o, table, s), torch.float64)
-        drawn.append(list(zip(actual, expected, truth)))
-    for key, judged in zip(inputs, zip(*drawn)):
-        assert_close(*(torch.stack(tensors) for tensors in zip(*judged)), f"gradient of {key}")
+    check(once)
 
 
 def test_gradients_are_bitwise_repeatable(each_backend, device):
@@ -123,33 +119,41 @@ def test_gradients_are_bitwise_repeatable(each_backend, device):
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 40, 40, 16), (2, 4, 2, 1, 40, 16)], ids=str)
 def test_float32_table_beside_half_tensors(each_backend, device, sizes):
     """The table of a model that keeps its parameters in float32; its gradient is float32 too."""
-    inputs, options = make_biased(Case(sizes, is_causal=True), DECODER, torch.bfloat16, device)
-    inputs["table"] = torch.randn(32, sizes[1], device=device)
-    cotangent = torch.randn(inputs["query"].shape, device=device)
 
-    def run(function, change=lambda t: t):
-        leaves = {k: change(v).detach().requires_grad_() for k, v in inputs.items()}
-        out = function(leaves)
-        return out, *torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
+    def once():
+        inputs, options = make_biased(Case(sizes, is_causal=True), DECODER, torch.bfloat16, device)
+        inputs["table"] = torch.randn(32, sizes[1], device=device)
+        cotangent = torch.randn(inputs["query"].shape, device=device)
 
-    actual = run(lambda t: fused(t, options, DECODER))
-    expected = run(lambda t: plain(t, options, DECODER, logarithm=True))
-    truth = run(lambda t: plain(t, options, DECODER), lambda t: t.double())
-    assert actual[-1].dtype == torch.float32
-    for what, a, p, t in zip(("out", *inputs), actual, expected, truth):
-        assert_close(a, p, t, what)
+        def run(function, change=lambda t: t):
+            leaves = {k: change(v).detach().requires_grad_() for k, v in inputs.items()}
+            out = function(leaves)
+            return out, *torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
+
+        actual = run(lambda t: fused(t, options, DECODER))
+        expected = run(lambda t: plain(t, options, DECODER, logarithm=True))
+        truth = run(lambda t: plain(t, options, DECODER), lambda t: t.double())
+        assert actual[-1].dtype == torch.float32
+        return {what: found for what, *found in zip(("out", *inputs), actual, expected, truth)}
+
+    check(once)
 
 
 @pytest.mark.parametrize("table", [ENCODER, DECODER], ids=["both", "before"])
 def test_decoding_gives_the_rows_of_the_whole(each_backend, device, table):
     """A query beside a cache of Sk - 1 tokens stands at position Sk - 1."""
-    inputs, options = make_biased(Case((2, 4, 2, 60, 60, 16), is_causal=True), table, torch.float32, device)
-    whole = fused(inputs, options, table)
-    for sk in (1, 2, 37, 60):
-        step = {k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"}
-        one = fused({**step, "table": inputs["table"]}, options, table)
-        wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
-        assert_close(one, whole[:, :, sk - 1 : sk], plain(wide, options, table))
+
+    def once():
+        inputs, options = make_biased(Case((2, 4, 2, 60, 60, 16), is_causal=True), table, torch.float32, device)
+        whole, found = fused(inputs, options, table), {}
+        for sk in (1, 2, 37, 60):
+            step = {k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"}
+            one = fused({**step, "table": inputs["table"]}, options, table)
+            wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
+            found[f"{sk} keys"] = one, whole[:, :, sk - 1 : sk], plain(wide, options, table)
+        return found
+
+    check(once)
 
 
 def test_dead_rows_are_zero(each_backend, device):

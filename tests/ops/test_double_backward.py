@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from draws import check
 from test_attention import drawn_seed
 from test_attention import plain as plain_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
-from pyfused.testing import assert_close, available, running
+from pyfused.testing import available, running
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1, 1]], device=DEVICE) > 0
 ENDS = (0, 3, 3, 4, 9)
@@ -171,19 +172,22 @@ def runs():
 @pytest.mark.parametrize("name", CASES)
 def test_as_plain_pytorch(name, backend, dtype):
     fused, plain, shapes = CASES[name]
-    inputs = tensors(shapes, dtype)
-    upstream = [torch.randn_like(o, requires_grad=True) for o in outputs_of(plain, inputs)]
-    weights = [torch.randn_like(t) for t in inputs]
-    with running(backend, strict=False):
-        found = second_order(fused, inputs, upstream, weights)
-    expected = second_order(plain, inputs, upstream, weights)
 
     def wide(given):
         return [t.detach().double().requires_grad_() for t in given]
 
-    truth = second_order(plain, wide(inputs), wide(upstream), [w.double() for w in weights])
-    for i, (one, other, exact) in enumerate(zip(found, expected, truth, strict=True)):
-        assert_close(one, other, exact, f"gradient {i} of {len(inputs)} and {len(inputs) + len(upstream)}")
+    def once():
+        inputs = tensors(shapes, dtype)
+        upstream = [torch.randn_like(o, requires_grad=True) for o in outputs_of(plain, inputs)]
+        weights = [torch.randn_like(t) for t in inputs]
+        with running(backend, strict=False):
+            found = second_order(fused, inputs, upstream, weights)
+        expected = second_order(plain, inputs, upstream, weights)
+        truth = second_order(plain, wide(inputs), wide(upstream), [w.double() for w in weights])
+        what = f"of {len(inputs)} and {len(inputs) + len(upstream)}"
+        return {f"gradient {i} {what}": judged for i, judged in enumerate(zip(found, expected, truth, strict=True))}
+
+    check(once)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -235,19 +239,28 @@ ROUTES = {
 }
 
 
+def check_penalty(route):
+    def once():
+        x, weight = tensors(((4, 32), (32,)), torch.float32)
+        runs = (route, x, weight), (normed, x, weight), (normed, x.detach().double().requires_grad_(), weight.double())
+        return {"penalty": [penalty(*run) for run in runs]}
+
+    check(once)
+
+
+def normed(x, weight):
+    return F.layer_norm(x, weight.shape, weight)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_routes(route):
-    x, weight = tensors(((4, 32), (32,)), torch.float32)
-    expected = penalty(lambda x, w: F.layer_norm(x, w.shape, w), x, weight)
-    torch.testing.assert_close(penalty(ROUTES[route], x, weight), expected)
+    check_penalty(ROUTES[route])
 
 
 def test_under_a_dispatch_mode():
     """Something that looks on sends the calls through torch's dispatcher, in the backward too."""
-    x, weight = tensors(((4, 32), (32,)), torch.float32)
-    expected = penalty(lambda x, w: F.layer_norm(x, w.shape, w), x, weight)
     with FlopCounterMode(display=False):
-        torch.testing.assert_close(penalty(norms, x, weight), expected)
+        check_penalty(norms)
 
 
 def test_torch_compile_refuses():
@@ -261,17 +274,20 @@ def test_torch_compile_refuses():
 def test_of_each_input_alone(name):
     """The others need no gradient."""
     fused, plain, shapes = CASES[name]
-    given = [t.detach() for t in tensors(shapes, torch.float32)]
-    for i in range(len(given)):
-        x = given[i].clone().requires_grad_()
 
-        def second(function, x=x, i=i):
-            (first,) = torch.autograd.grad(
-                sum(o.sin().sum() for o in outputs_of(function, [*given[:i], x, *given[i + 1 :]])), x, create_graph=True
-            )
-            return torch.autograd.grad(first.sin().sum(), x)[0]
+    def second(function, given, i):
+        x = given[i].detach().requires_grad_()
+        (first,) = torch.autograd.grad(
+            sum(o.sin().sum() for o in outputs_of(function, [*given[:i], x, *given[i + 1 :]])), x, create_graph=True
+        )
+        return torch.autograd.grad(first.sin().sum(), x)[0]
 
-        torch.testing.assert_close(second(fused), second(plain), rtol=1e-3, atol=1e-4)
+    def once():
+        given = [t.detach() for t in tensors(shapes, torch.float32)]
+        runs = (fused, given), (plain, given), (plain, [t.double() for t in given])
+        return {f"input {i}": [second(*run, i) for run in runs] for i in range(len(given))}
+
+    check(once)
 
 
 def test_of_the_sum_alone():

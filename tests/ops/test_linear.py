@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import check
 from opchecks import check_registered
 
 import pyfused
@@ -42,17 +43,12 @@ def make(dtype, device, *shape, scale=1.0):
     return (torch.randn(shape, device=device) * scale).to(dtype)
 
 
-def draws(numbers):
-    """How many inputs to judge together: of a few numbers alone, plain PyTorch's largest error says little."""
-    return min(50, max(1, 200 // max(numbers, 1)))
-
-
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
 def test_forward(each_backend, dtype, device, with_bias, with_residual):
     for rows, (k, n) in SHAPES:
-        judged = []
-        for _ in range(draws(rows * n)):
+
+        def once(rows=rows, k=k, n=n):
             x, weight = make(dtype, device, rows, k), make(dtype, device, n, k, scale=k**-0.5)
             bias = make(dtype, device, n) if with_bias else None
             residual = make(dtype, device, rows, n) if with_residual else None
@@ -60,33 +56,37 @@ def test_forward(each_backend, dtype, device, with_bias, with_residual):
             assert y.dtype == dtype
             assert y.is_contiguous()
             truth = plain(*(None if t is None else t.double() for t in (x, weight, bias, residual)))
-            judged.append((y, plain(x, weight, bias, residual), truth))
-        assert_close(*map(torch.cat, zip(*judged)), f"rows {rows}, K {k}, N {n}")
+            return {f"rows {rows}, K {k}, N {n}": (y, plain(x, weight, bias, residual), truth)}
+
+        check(once, 50)
 
 
 @pytest.mark.parametrize("shape", [(3, 16), (2, 5, 33), (40,), (2, 0, 7)], ids=str)
 def test_gradients(each_backend, dtype, device, shape):
     k, n = shape[-1], 21
     out = (*shape[:-1], n)
-    inputs = [make(dtype, device, *s) for s in (shape, (n, k), (n,), out)]
-    cotangent = make(dtype, device, *out)
 
-    def run(function, wide):
-        leaves = [t.to(wide).requires_grad_() for t in inputs]
-        y = function(*leaves)
-        return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
+    def once():
+        inputs = [make(dtype, device, *s) for s in (shape, (n, k), (n,), out)]
+        cotangent = make(dtype, device, *out)
 
-    actual = run(lambda x, w, b, r: pyfused.linear(x, w, b, residual=r), dtype)
-    for i, (a, p, t) in enumerate(zip(actual, run(plain, dtype), run(plain, torch.float64))):
-        assert a.dtype == dtype
-        assert_close(a, p, t, f"output {i}")
+        def run(function, wide):
+            leaves = [t.to(wide).requires_grad_() for t in inputs]
+            y = function(*leaves)
+            return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
+
+        actual = run(lambda x, w, b, r: pyfused.linear(x, w, b, residual=r), dtype)
+        assert {t.dtype for t in actual} == {dtype}
+        return {f"output {i}": t for i, t in enumerate(zip(actual, run(plain, dtype), run(plain, torch.float64)))}
+
+    check(once)
 
 
 def test_only_wanted_gradients(each_backend, device):
     x, weight = make(torch.float32, device, 4, 8), make(torch.float32, device, 6, 8).requires_grad_()
     pyfused.linear(x, weight).sum().backward()
     assert x.grad is None
-    assert torch.allclose(weight.grad, x.sum(0).expand(6, 8), atol=1e-5)
+    assert_close(weight.grad, *(t.sum(0).expand(6, 8) for t in (x, x.double())))
 
 
 def test_strides(each_backend, dtype, device):

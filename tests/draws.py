@@ -1,0 +1,54 @@
+"""How are few numbers judged? By one draw where the tolerance rule holds for it, else by several draws together."""
+
+import torch
+
+from pyfused.testing import judge
+
+
+def check(once, draws=8):
+    """once() -> {what: (actual, plain, truth)}, of new random numbers at every call.
+
+    Errors that share a cause (the log-sum-exp of a row, the only row of a product) are fewer than their elements, so that one
+    draw may break the rule by chance. Draws together do not, and what is wrong in each of them stays wrong.
+    """
+    drawn = {}
+    for draw in range(draws):
+        if draw:  # other numbers, even where once() sets a seed
+            torch.manual_seed(torch.initial_seed() + draw)
+        for what, tensors in once().items():
+            drawn.setdefault(what, []).append(tensors)
+        judged = {what: judge(*map(torch.stack, zip(*found))) for what, found in drawn.items()}
+        failed = {what: judgement for what, judgement in judged.items() if not judgement.ok}
+        if not failed:
+            return
+    raise AssertionError(f"{draws} draws together: {failed}")
+
+
+def check_modules(modules, inputs, run):
+    """Values, and gradients of parameters and inputs.
+
+    Args:
+        modules: pyfused's, the plain one, and that in float64.
+        inputs: tensors, in whose shapes random ones are made; one that is given twice stays one.
+        run: (module, leaves, convert) -> output. `convert` makes other floats float64 for the last module.
+    """
+
+    def once():
+        values, cotangent, found = {id(t): torch.randn_like(t) for t in inputs}, None, []
+        for module, convert in zip(modules, (lambda t: t, lambda t: t, to_double), strict=True):
+            leaves = {key: convert(t).clone().requires_grad_() for key, t in values.items()}
+            out = run(module, [leaves[id(t)] for t in inputs], convert)
+            cotangent = torch.randn(out.shape) if cotangent is None else cotangent
+            module.zero_grad()
+            (out * cotangent.to(out.dtype)).sum().backward()
+            grads = {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+            grads |= {f"gradient of input {i}": leaf.grad for i, leaf in enumerate(leaves.values())}
+            found.append({"output": out, **grads})
+        assert found[0].keys() == found[1].keys()
+        return {what: [one[what] for one in found] for what in found[0]}
+
+    check(once)
+
+
+def to_double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
