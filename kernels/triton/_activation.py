@@ -43,8 +43,8 @@ def _logistic(x):
 
 @triton.jit
 def _logistic_with_slope(x):
-    """(p, p (1 - p)) from the smaller of p and 1 - p: the larger, taken as a difference, loses nothing, and silu's errors cancel
-    near the zero of its derivative."""
+    """(p, p (1 - p)) from the smaller of p and 1 - p: the larger, taken as a difference, loses nothing, and silu's errors
+    cancel near the zero of its derivative."""
     e = tl.exp(-tl.abs(x))
     smaller = e / (1.0 + e)
     larger = 1.0 - smaller
