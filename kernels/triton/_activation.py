@@ -2,8 +2,8 @@
 
 gelu_tanh is written with the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)): it keeps its digits where
 tanh u is near -1. tanh is a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would lose them; its relative error is
-below one rounding. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a factor
-x that meets a zero is bounded first, since infinity times zero is NaN.
+below one rounding. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a
+factor that has vanished gives zero, although infinity times zero is NaN.
 GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415).
 """
 
@@ -12,14 +12,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _not_below(x):
-    """x, or the number below which every activation is zero in float32; NaN stays NaN."""
-    return tl.where(x < -128.0, -128.0, x)
-
-
-@triton.jit
-def _bounded(x):
-    return tl.where(x > 128.0, 128.0, _not_below(x))
+def _scaled(factor, x):
+    """factor x, and 0 where the factor has vanished, although x or what it was multiplied with may be infinite."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
 
 
 @triton.jit
@@ -57,13 +52,13 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "silu":
-        return _not_below(x) * _logistic(x)
+        return _scaled(_logistic(x), x)
     elif ACTIVATION == "tanh":
         return _tanh(x)
     elif ACTIVATION == "gelu":
-        return 0.5 * _not_below(x) * (1.0 + tl.erf(x * 0.7071067811865476))
+        return _scaled(0.5 * (1.0 + tl.erf(x * 0.7071067811865476)), x)
     elif ACTIVATION == "gelu_tanh":
-        return _not_below(x) * _logistic(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return _scaled(_logistic(1.5957691216057308 * (x + 0.044715 * x * x * x)), x)
     else:
         return x
 
@@ -75,15 +70,14 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         return tl.where(x < 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         p, slope = _logistic_with_slope(x)
-        return _not_below(x) * p, p + _bounded(x) * slope
+        return _scaled(p, x), p + _scaled(slope, x)
     elif ACTIVATION == "tanh":
         t = _tanh(x)
         return t, 1.0 - t * t
     elif ACTIVATION == "gelu":
         p = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return _not_below(x) * p, p + _bounded(x) * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        return _scaled(p, x), p + _scaled(0.3989422804014327 * tl.exp(-0.5 * x * x), x)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
-        near = _bounded(x)
-        p, slope = _logistic_with_slope(1.5957691216057308 * (near + 0.044715 * near * near * near))
-        return _not_below(x) * p, p + near * slope * (1.5957691216057308 * (1.0 + 0.134145 * near * near))
+        p, slope = _logistic_with_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return _scaled(p, x), p + _scaled(slope, x * (1.5957691216057308 * (1.0 + 0.134145 * x * x)))
