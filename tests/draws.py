@@ -6,7 +6,7 @@ from pyfused.testing import judge
 
 
 def check(once, draws=8):
-    """once() -> {what: (actual, plain, truth)}, of new random numbers at every call.
+    """once() -> {what: (actual, plain, truth)}, of new random numbers at every call; plain may be a list, as judge takes it.
 
     Errors that share a cause (the log-sum-exp of a row, the only row of a product) are fewer than their elements, so that one
     draw may break the rule by chance. Draws together do not, and what is wrong in each of them stays wrong.
@@ -17,11 +17,18 @@ def check(once, draws=8):
             torch.manual_seed(torch.initial_seed() + draw)
         for what, tensors in once().items():
             drawn.setdefault(what, []).append(tensors)
-        judged = {what: judge(*map(torch.stack, zip(*found))) for what, found in drawn.items()}
+        judged = {what: judge(*together(found)) for what, found in drawn.items()}
         failed = {what: judgement for what, judgement in judged.items() if not judgement.ok}
         if not failed:
             return
     raise AssertionError(f"{draws} draws together: {failed}")
+
+
+def together(found):
+    """[(actual, plain, truth), ...] of several draws in one tensor each."""
+    actual, plain, truth = zip(*found)
+    plain = torch.stack(plain) if isinstance(plain[0], torch.Tensor) else list(map(torch.stack, zip(*plain)))
+    return torch.stack(actual), plain, torch.stack(truth)
 
 
 def check_modules(modules, inputs, run):
@@ -52,3 +59,11 @@ def check_modules(modules, inputs, run):
 
 def to_double(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def chained_linear(x, weight, bias=None):
+    """x W^T + b with each element one chain of multiply-adds from the first feature to the last."""
+    y = x[..., :1] * weight[:, 0]
+    for k in range(1, x.shape[-1]):
+        y = y + x[..., k, None] * weight[:, k]
+    return y if bias is None else y + bias
