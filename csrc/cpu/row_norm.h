@@ -26,17 +26,24 @@ template <class T, bool CENTRED> struct Forward {
   int64_t n, x_stride, residual_stride;
   float eps;
 
-  // Calls step(k, i) for every whole vector i of the row, with k = 0..3 in turn: a sum kept in four accumulators is
-  // bound by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
-  template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const {
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+  // Sums of a row are added up in blocks of so many elements: a longer chain of additions loses bits.
+  static constexpr int64_t kBlock = 1024;
+
+  // Calls step(k, i) for every whole vector i from `begin` to `end`, with k = 0..3 in turn: a sum kept in four accumulators
+  // is bound by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
+  template <class Step> PYFUSED_INLINE int64_t vectors(int64_t begin, int64_t end, Step step) const {
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) step(k, i + k * kWidth);
     }
-    for (; i + kWidth <= n; i += kWidth) step(0, i);
+    for (; i + kWidth <= end; i += kWidth) step(0, i);
     return i;
   }
+
+  template <class Step> PYFUSED_INLINE int64_t vectors(Step step) const { return vectors(0, n, step); }
+
+  int64_t block_end(int64_t begin) const { return begin + kBlock < n ? begin + kBlock : n; }
 
   // Writes x + residual, rounded to T as the rest of the network sees it, and returns the row to normalise.
   const T* add_residual(int64_t r) const {
@@ -50,21 +57,27 @@ template <class T, bool CENTRED> struct Forward {
   void row(int64_t r) const {
     const T* px = residual ? add_residual(r) : x + r * x_stride;
     const float mu = CENTRED ? row_mean(px) : 0.0f;
-    vfloat square[4] = {}, rest[4] = {};
-    int64_t i = vectors([&](int k, int64_t i) {
-      vfloat d = load(px + i);
-      if constexpr (CENTRED) d -= mu, rest[k] += d;
-      square[k] += d * d;
-    });
+    vfloat squares{}, rests{};
+    int64_t i = 0;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      vfloat square[4] = {}, rest[4] = {};
+      i = vectors(begin, block_end(begin), [&](int k, int64_t i) {
+        vfloat d = load(px + i);
+        if constexpr (CENTRED) d -= mu, rest[k] += d;
+        square[k] += d * d;
+      });
+      squares += (square[0] + square[1]) + (square[2] + square[3]);
+      if constexpr (CENTRED) rests += (rest[0] + rest[1]) + (rest[2] + rest[3]);
+    }
     float tail_rest = 0, tail_square = 0;
     for (; i < n; ++i) {
       const float d = load_one(px + i) - mu;
       tail_rest += d, tail_square += d * d;
     }
-    const float mean_square = (sum_lanes((square[0] + square[1]) + (square[2] + square[3])) + tail_square) / n;
+    const float mean_square = (sum_lanes(squares) + tail_square) / n;
     if constexpr (CENTRED) {
       // What is left of the sum corrects the mean, so a large offset costs no precision.
-      const float shift = (sum_lanes((rest[0] + rest[1]) + (rest[2] + rest[3])) + tail_rest) / n;
+      const float shift = (sum_lanes(rests) + tail_rest) / n;
       const float variance = mean_square - shift * shift;
       finish(r, px, mu + shift, 1.0f / std::sqrt((!(variance < 0) ? variance : 0) + eps));
     } else {
@@ -73,10 +86,15 @@ template <class T, bool CENTRED> struct Forward {
   }
 
   float row_mean(const T* px) const {
-    vfloat sum[4] = {};
-    const int64_t i = vectors([&](int k, int64_t i) { sum[k] += load(px + i); });
-    if (i < n) sum[1] += load_partial(px + i, n - i);
-    return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / n;
+    vfloat sums{};
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      vfloat sum[4] = {};
+      const int64_t end = block_end(begin);
+      const int64_t i = vectors(begin, end, [&](int k, int64_t i) { sum[k] += load(px + i); });
+      if (i < end) sum[1] += load_partial(px + i, end - i);
+      sums += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    return sum_lanes(sums) / n;
   }
 
   // y of a row whose statistics are known.
