@@ -157,6 +157,7 @@ def multiplies_itself(dtype: torch.dtype) -> bool:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
