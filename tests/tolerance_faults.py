@@ -170,6 +170,7 @@ FAULTS = {
         lambda query, key, value: attention()(query=query, key=key[..., :-1, :], value=value[..., :-1, :]),
         lambda query, key, value: attention()(query=query, key=key, value=value),
     ),
-    "one bucket off": Fault(T5, with_bias, lambda **t: with_bias(**t, shift=True)),
+    # In bfloat16, whose rounding is as large, one seed in a hundred hides it (0.88); kernels have one source for all dtypes.
+    "one bucket off": Fault(T5, with_bias, lambda **t: with_bias(**t, shift=True), DTYPES[:2]),
     "a missing rescale": Fault(QKV, attention(), without_rescale),
 }
