@@ -7,8 +7,8 @@ Plain PyTorch in the same dtype, on the same inputs, sets the scale. Two figures
 
 Of few elements both may be more, by chance; see _chance. A rounding step is the distance between neighbouring numbers of the
 dtype at the true value. The constants are calibrated: `tests/calibrate_tolerance.py` prints what right kernels reach on each
-instruction set, and what planted faults do; tests/data/tolerance_calibration.json keeps it. Errors that share a cause (the log-sum-exp of a row, the only row of a product)
-are fewer than their elements: judge several draws together there.
+instruction set, and what planted faults do; tests/data/tolerance_calibration.json keeps it. Errors that share a cause (the
+log-sum-exp of a row, the only row of a product) are fewer than their elements: judge several draws together there.
 """
 
 from __future__ import annotations
