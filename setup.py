@@ -16,7 +16,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = {f"pyfused.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()}
+# The top-level folders that are parts of the package.
+FOLDERS = {f"pyfused.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()}
+FOLDERS["pyfused.bench.benchmarks"] = "benchmarks"
 
 
 class CMakeBuild(build_ext):
@@ -74,8 +76,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["pyfused", "pyfused.*"]), *KERNELS],
-    package_dir={"": ".", **KERNELS},
+    packages=[*find_packages(include=["pyfused", "pyfused.*"]), *FOLDERS],
+    package_dir={"": ".", **FOLDERS},
     include_package_data=False,  # what MANIFEST.in lists is for the sdist; the wheel takes package_data
     package_data={"pyfused": ["py.typed", "presets/*/*", "evidence/*.json"]},
     ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],

@@ -1,1 +1,1 @@
-"""Benchmarks of every operator and model beside their peers; `python -m benchmarks` runs them."""
+"""The cases of `pyfused bench`: one file an operator, a model or a question. Seen as pyfused.bench.benchmarks."""

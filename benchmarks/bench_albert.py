@@ -1,59 +1,69 @@
-"""ALBERT base with random weights beside transformers, eager and compiled: 8 texts of up to 128 tokens, half of it padding.
+"""ALBERT base with random weights beside transformers: 8 texts of up to 128 tokens, half of it padding, and a training step.
 
-Floor: the products of the layers, over the real tokens alone where padding is left out, over all of them where it is not.
+Floor: the products of the layers, over the real tokens alone where padding is left out (skip_padding), over all of them where
+it is not.
 """
 
-import tempfile
+from functools import partial
 
 import torch
 
 import pyfused
 from pyfused.bench import Case
+from pyfused.bench.peers import compiled
 
-from .peers import references
+from .models import NO_DROPOUT, model_calls, pair, train_calls
 
-LENGTHS = (128, 96, 64, 32, 112, 40, 24, 16)  # 512 of 8 * 128
+LENGTHS = 128, 96, 64, 32, 112, 40, 24, 16  # 512 of 8 * 128
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+SMALL = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "vocab_size": 101,
+}
 
 
-def models(device, dtype):
-    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
+def cases(setup):
+    lengths = (9, 5) if setup.small else LENGTHS
+    size = f"{len(lengths)}x{max(lengths)}"
+    for dtype in setup.dtypes:
+        yield Case(f"{size}, half padding, skip_padding", dtype, partial(forward, setup, lengths, True, dtype))
+        yield Case(f"{size}, half padding", dtype, partial(forward, setup, lengths, False, dtype))
+        yield Case(f"train {size}", dtype, partial(train, setup, lengths, dtype))
+
+
+def models(setup, lengths, dtype):
     from transformers import AlbertConfig, AlbertModel
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
-    theirs = AlbertModel(AlbertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).to(dtype).float()
-    with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        mine = pyfused.AlbertBackbone.from_preset(directory, device=device, dtype=dtype)
-    return mine, theirs.to(device).eval()
+    config = AlbertConfig(**(SMALL if setup.small else BASE), **NO_DROPOUT)
+    ids = torch.randint(config.vocab_size, (len(lengths), max(lengths)), device=setup.device)
+    mask = torch.arange(ids.shape[1], device=setup.device) < torch.tensor(lengths, device=setup.device)[:, None]
+    return *pair(AlbertModel, config, pyfused.AlbertBackbone, setup, dtype), ids, mask
 
 
-def cases(device):
-    ids = torch.randint(30000, (8, 128), generator=torch.Generator().manual_seed(1)).to(device)
-    mask = torch.arange(128, device=device) < torch.tensor(LENGTHS, device=device)[:, None]
-    for dtype in (torch.float32, torch.bfloat16):
-        mine, theirs = models(device, dtype)
-        compiled = torch.compile(theirs)
+def calls_of(ids, mask):
+    """Of pyfused's and of transformers' model: the states of the real tokens."""
 
-        def run(skip, model=mine):
-            model.skip_padding = skip
-            return model(token_ids=ids, segment_ids=None, padding_mask=mask)["sequence_output"][mask]
+    def states(model):
+        return model(token_ids=ids, segment_ids=None, padding_mask=mask)["sequence_output"][mask]
 
-        def peer(model):
-            return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
+    def their_states(model):
+        return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
 
-        with torch.no_grad():
-            matrices = 4 * 768 * 768 + 2 * 768 * 3072
-            yield Case(
-                f"8x128, half padding {str(dtype).removeprefix('torch.')}",
-                {
-                    "pyfused": lambda run=run: run(True),  # skip_padding
-                    "pyfused masked": lambda run=run: run(False),
-                    "transformers float32": lambda theirs=theirs: peer(theirs),
-                    "torch.compile float32": lambda compiled=compiled: peer(compiled),
-                },
-                **references(mine, lambda model, run=run: run(False, model)),
-                baseline="torch.compile float32",
-                flops=2 * matrices * 12 * sum(LENGTHS),
-                seconds=60.0,
-            )
+    return states, their_states
+
+
+def forward(setup, lengths, skip, dtype):
+    mine, theirs, ids, mask = models(setup, lengths, dtype)
+    mine.skip_padding = skip
+    states, their_states = calls_of(ids, mask)
+    return model_calls(
+        mine, theirs, states, their_states, peers=compiled(partial(their_states, theirs)) if skip else {}
+    )
+
+
+def train(setup, lengths, dtype):
+    mine, theirs, ids, mask = models(setup, lengths, dtype)
+    return train_calls(mine, theirs, *calls_of(ids, mask))

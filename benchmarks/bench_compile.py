@@ -6,20 +6,32 @@ run the same kernels. Before each call torch.compile looks at its guards, some 5
 twelve would, and compile in a sixth of the time.
 """
 
+import copy
+from functools import partial
+
 import torch
 
 import pyfused
-from pyfused.bench import Case
-
-from .peers import references
+from pyfused.bench import Calls, Case
+from pyfused.testing import running
 
 BATCH, LENGTH = 2, 128
 SIZES = (BATCH, LENGTH), (BATCH + 1, LENGTH - 28)  # measured, and compiled for
 BASE = {"num_layers": 2, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
 
 
+def cases(setup):
+    if setup.small:  # compiling takes half a minute whatever the sizes; tests/test_compile.py does it
+        return
+    for name, make in models():
+        yield Case(f"{name}, {BATCH}x{LENGTH}", torch.float32, partial(backbone, setup, make))
+    for name, make, options in transformers_models():
+        title = f"transformers' {name}, fused, 4 layers of 128, {BATCH}x{LENGTH}"
+        yield Case(title, torch.float32, partial(fused, setup, make, options))
+
+
 def models():
-    """Name -> a model of it, in evaluation mode."""
+    """Name -> a model of it."""
     for family in ("gpt2", "albert", "t5", "fnet"):
         yield f"{family} tiny", lambda family=family: pyfused.Backbone.from_preset(f"{family}_tiny_en")
     yield "gpt2 base, 2 layers", lambda: pyfused.GPT2Backbone(50257, **BASE)
@@ -32,14 +44,22 @@ def models():
 
 
 def transformers_models():
-    """Name -> a fused transformers model, in evaluation mode, and what its call takes beside the ids."""
-    import transformers as hf
+    """Name -> a function that makes a transformers model, and what its call takes beside the ids."""
+
+    def hf():
+        import transformers
+
+        return transformers
 
     narrow = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 512}
-    yield "gpt2", lambda: hf.GPT2Model(hf.GPT2Config(n_layer=4, n_embd=128, n_head=2)), {"use_cache": False}
-    yield "albert", lambda: hf.AlbertModel(hf.AlbertConfig(**narrow, num_attention_heads=2)), {}
-    yield "t5 encoder", lambda: hf.T5EncoderModel(hf.T5Config(num_layers=4, d_model=128, d_ff=512, num_heads=2)), {}
-    yield "fnet", lambda: hf.FNetModel(hf.FNetConfig(**narrow)), {}
+    yield "gpt2", lambda: hf().GPT2Model(hf().GPT2Config(n_layer=4, n_embd=128, n_head=2)), {"use_cache": False}
+    yield "albert", lambda: hf().AlbertModel(hf().AlbertConfig(**narrow, num_attention_heads=2)), {}
+    yield (
+        "t5 encoder",
+        lambda: hf().T5EncoderModel(hf().T5Config(num_layers=4, d_model=128, d_ff=512, num_heads=2)),
+        {},
+    )
+    yield "fnet", lambda: hf().FNetModel(hf().FNetConfig(**narrow)), {}
 
 
 def inputs(model, batch, length, device):
@@ -66,34 +86,28 @@ def last(found):
     return found["decoder_sequence_output" if "decoder_sequence_output" in found else "sequence_output"]
 
 
-def ready(make, device):
+def backbone(setup, make):
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    return make().to(device).eval()
+    model = make().to(setup.device).eval()
+    length = min(LENGTH, model.get_config().get("max_sequence_length", LENGTH))
+    return pair(model, *(inputs(model, b, s, setup.device) for b, s in ((BATCH, length), (BATCH + 1, length - 3))))
 
 
-def pair(name, model, given, warm):
+def fused(setup, make, options):
+    torch._dynamo.reset()
+    model = make().to(setup.device).eval()
+    pyfused.fuse_(model)
+    return pair(model, *({"input_ids": torch.randint(5, 200, size, device=setup.device), **options} for size in SIZES))
+
+
+def pair(model, given, warm):
     """The model compiled, called first with `warm`, another size, beside the model itself."""
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    compiled(**warm)
-    return Case(
-        f"{name}, {BATCH}x{next(iter(given.values())).shape[1]} float32",
-        {"pyfused": lambda: last(compiled(**given)), "eager": lambda: last(model(**given))},
-        **references(model, lambda model: last(model(**given)), baseline=None),
-        baseline="eager",
-        seconds=6.0,
-    )
-
-
-def cases(device):
     with torch.no_grad():
-        for name, make in models():
-            model = ready(make, device)
-            length = min(LENGTH, model.get_config().get("max_sequence_length", LENGTH))
-            given, warm = inputs(model, BATCH, length, device), inputs(model, BATCH + 1, length - 3, device)
-            yield pair(name, model, given, warm)
-        for name, make, options in transformers_models():
-            model = ready(make, device)
-            pyfused.fuse_(model)
-            given, warm = ({"input_ids": torch.randint(5, 200, (b, s), device=device), **options} for b, s in SIZES)
-            yield pair(f"transformers' {name}, fused, 4 layers of 128", model, given, warm)
+        compiled(**warm)
+
+    def exact():
+        with running("reference", strict=False):
+            return last(copy.deepcopy(model).double()(**given))
+
+    return Calls(lambda: last(compiled(**given)), lambda: last(model(**given)), exact=exact, baseline="not compiled")

@@ -1,38 +1,46 @@
 """ffn beside torch's linear, gelu, linear: bound by the weights' bytes for few rows, by the matrix rate for many."""
 
-import torch
+from functools import partial
+
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.bench import Case
+from pyfused.bench import Calls, Case, training
+from pyfused.bench.peers import backends, compiled
 
-from .peers import beside, in_double
+CPU = tuple((rows, 768, 3072) for rows in (1, 4, 16, 128, 512))
+GPU = (*CPU, (1, 2048, 8192), (8192, 768, 3072), (4096, 2048, 8192))
+COMPILED = 1, 128, 8192  # rows beside torch.compile, which takes seconds to compile
 
 
-def cases(device):
-    shapes = [(rows, 768, 3072) for rows in (1, 4, 16, 128, 512)]
-    if device == "cuda":
-        shapes += [(1, 2048, 8192), (8192, 768, 3072), (4096, 2048, 8192)]
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows, n, f in shapes:
-            x, r = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
-            w_in, b_in = (torch.randn(f, n, device=device) / n**0.5).to(dtype), torch.randn(f, device=device).to(dtype)
-            w_out, b_out = (
-                (torch.randn(n, f, device=device) / f**0.5).to(dtype),
-                torch.randn(n, device=device).to(dtype),
-            )
+def cases(setup):
+    for dtype in setup.dtypes:
+        for rows, n, f in setup.pick(CPU, GPU, [(3, 24, 40)]):
+            yield Case(f"{rows}x{n}x{f}", dtype, partial(forward, setup, rows, n, f, dtype))
+        for rows, n, f in setup.pick([(128, 768, 3072)], [(8192, 768, 3072)], [(3, 24, 40)]):
+            yield Case(f"train {rows}x{n}x{f}", dtype, partial(train, setup, rows, n, f, dtype))
 
-            def plain(x=x, r=r, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out):
-                return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out) + r
 
-            def fused(x=x, r=r, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out):
-                return pyfused.ffn(x, w_in, b_in, w_out, b_out, activation="gelu_tanh", residual=r)
+def fused(x, w_in, b_in, w_out, b_out, residual):
+    return pyfused.ffn(x, w_in, b_in, w_out, b_out, activation="gelu_tanh", residual=residual)
 
-            with torch.no_grad():
-                yield Case(
-                    f"{rows}x{n}x{f} {str(dtype).removeprefix('torch.')}",
-                    beside(device, fused, plain, compiled=dtype == torch.bfloat16 and rows in (1, 8192)),
-                    in_double(plain),
-                    bytes=2 * n * f * x.element_size() if rows <= 16 else 0,
-                    flops=4 * rows * n * f if rows > 16 else 0,
-                )
+
+def plain(x, w_in, b_in, w_out, b_out, residual):
+    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out) + residual
+
+
+def inputs_of(setup, rows, n, f, dtype):
+    w_in, w_out = (setup.randn(f, n) / n**0.5).to(dtype), (setup.randn(n, f) / f**0.5).to(dtype)
+    x, residual = (setup.randn(rows, n, dtype=dtype) for _ in range(2))
+    return x, w_in, setup.randn(f, dtype=dtype), w_out, setup.randn(n, dtype=dtype), residual
+
+
+def forward(setup, rows, n, f, dtype):
+    peers = {**backends(fused), **(compiled(plain) if rows in COMPILED else {})}
+    return Calls(fused, plain, inputs_of(setup, rows, n, f, dtype), peers=peers)
+
+
+def train(setup, rows, n, f, dtype):
+    leaves = (t.requires_grad_() for t in inputs_of(setup, rows, n, f, dtype))
+    grad, own = setup.randn(rows, n, dtype=dtype), training(fused)
+    return Calls(own, training(plain), (*leaves, grad), peers=backends(own), trains=True)

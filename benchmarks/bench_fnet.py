@@ -1,49 +1,61 @@
-"""FNet base with random weights beside transformers, eager and compiled: two texts of 512 tokens.
+"""FNet base with random weights beside transformers: two texts of 512 tokens, and a training step.
 
-Floor: the products of the feed-forward networks; the mixing is 4% of transformers' eager time.
+Floor: the products of the feed-forward networks; the mixing is 4% of transformers' eager time. Of half precision transformers'
+FNet has none on a CPU (torch.fft); plain PyTorch is pyfused's own model in plain PyTorch there.
 """
 
-import tempfile
+from functools import partial
 
 import torch
 
 import pyfused
 from pyfused.bench import Case
+from pyfused.bench.peers import compiled
+from pyfused.testing import running
 
-from .peers import references
+from .models import NO_DROPOUT, model_calls, pair, train_calls
+
+SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 101}
 
 
-def models(device, dtype):
-    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
+def cases(setup):
+    b, s = (2, 9) if setup.small else (2, 512)
+    for dtype in setup.dtypes:
+        yield Case(f"{b}x{s}", dtype, partial(forward, setup, (b, s), dtype))
+        yield Case(f"train {b}x{s}", dtype, partial(train, setup, (b, s), dtype))
+
+
+def models(setup, shape, dtype):
     from transformers import FNetConfig, FNetModel
 
-    torch.manual_seed(0)
-    theirs = FNetModel(FNetConfig()).to(dtype).float()
-    with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        mine = pyfused.FNetBackbone.from_preset(directory, device=device, dtype=dtype)
-    return mine, theirs.to(device).eval()
+    config = FNetConfig(**(SMALL if setup.small else {}), **{k: v for k, v in NO_DROPOUT.items() if "hidden" in k})
+    ids = torch.randint(config.vocab_size, shape, device=setup.device)
+    return *pair(FNetModel, config, pyfused.FNetBackbone, setup, dtype), ids
 
 
-def cases(device):
-    ids = torch.randint(32000, (2, 512), generator=torch.Generator().manual_seed(1)).to(device)
-    for dtype in (torch.float32, torch.bfloat16):
-        mine, theirs = models(device, dtype)
-        compiled = torch.compile(theirs)
+def calls_of(mine, theirs, ids, dtype):
+    """Of pyfused's and of a plain model: the plain model and both calls."""
 
-        def run(model=mine):
-            return model(token_ids=ids, segment_ids=None)["sequence_output"]
+    def states(model):
+        return model(token_ids=ids, segment_ids=None)["sequence_output"]
 
-        with torch.no_grad():
-            yield Case(
-                f"2x512 {str(dtype).removeprefix('torch.')}",
-                {
-                    "pyfused": run,
-                    "transformers float32": lambda theirs=theirs: theirs(ids).last_hidden_state,
-                    "torch.compile float32": lambda compiled=compiled: compiled(ids).last_hidden_state,
-                },
-                **references(mine, run),
-                baseline="torch.compile float32",
-                flops=2 * 12 * 2 * 768 * 3072 * 1024,
-                seconds=40.0,
-            )
+    def their_states(model):
+        if model is theirs:
+            return model(ids).last_hidden_state
+        with running("reference", strict=False):
+            return states(model)
+
+    return (theirs if dtype == torch.float32 else mine), states, their_states
+
+
+def forward(setup, shape, dtype):
+    mine, theirs, ids = models(setup, shape, dtype)
+    plain, states, their_states = calls_of(mine, theirs, ids, dtype)
+    peers = compiled(partial(their_states, theirs)) if plain is theirs else {}
+    return model_calls(mine, plain, states, their_states, peers=peers)
+
+
+def train(setup, shape, dtype):
+    mine, theirs, ids = models(setup, shape, dtype)
+    plain, states, their_states = calls_of(mine, theirs, ids, dtype)
+    return train_calls(mine, plain, states, their_states)

@@ -1,75 +1,111 @@
-"""transformers' models with random weights before and after pyfused.fuse_: T5 1.1, ALBERT and FNet base, GPT-2 124M."""
+"""transformers' models with random weights before and after pyfused.fuse_: T5 1.1, ALBERT, BERT and FNet base, GPT-2 124M."""
 
 import copy
+from functools import partial
 
 import torch
 
 import pyfused
-from pyfused.bench import Case
+from pyfused.bench import Calls, Case
+from pyfused.bench.peers import compiled
 
-CACHED = 128
+from .bench_albert import BASE
+from .bench_albert import SMALL as SMALL_ALBERT
+from .bench_gpt2 import NO_DROPOUT as NO_GPT2_DROPOUT
+from .bench_gpt2 import SMALL as SMALL_GPT2
+from .bench_t5 import config_of
+from .models import NO_DROPOUT
 
 
-def before_and_after(model, device):
-    """The model as transformers makes it, and a fused copy."""
-    before = model.to(device).eval()
-    after = copy.deepcopy(before)
+def cases(setup):
+    b, s, cached = (2, 9, 9) if setup.small else (8, 128, 128)
+    for dtype in setup.dtypes:
+        yield Case(f"T5 base encoder 1x{4 * s}", dtype, partial(encoder, setup, t5, (1, 4 * s), dtype))
+        yield Case(f"ALBERT base {b}x{s}", dtype, partial(encoder, setup, albert, (b, s), dtype))
+        yield Case(f"BERT base {b}x{s}", dtype, partial(encoder, setup, bert, (b, s), dtype))
+        if dtype == torch.float32:  # transformers' FNet has no half precision on a CPU
+            yield Case(f"FNet base 2x{4 * s}", dtype, partial(encoder, setup, fnet, (2, 4 * s), dtype))
+        yield Case(f"GPT-2 124M, prompt of {cached}", dtype, partial(prompt, setup, cached, dtype))
+        if setup.device == "cpu":
+            yield Case(f"GPT-2 124M, token after {cached}", dtype, partial(token, setup, cached, dtype))
+
+
+def t5(setup):
+    from transformers import T5EncoderModel
+
+    return T5EncoderModel(config_of(setup))
+
+
+def albert(setup):
+    from transformers import AlbertConfig, AlbertModel
+
+    return AlbertModel(AlbertConfig(**(SMALL_ALBERT if setup.small else BASE), **NO_DROPOUT))
+
+
+def bert(setup):
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(**(SMALL_ALBERT if setup.small else BASE), **NO_DROPOUT), add_pooling_layer=False)
+
+
+def fnet(setup):
+    from transformers import FNetConfig, FNetModel
+
+    sizes = {k: v for k, v in SMALL_ALBERT.items() if "heads" not in k} if setup.small else {}
+    return FNetModel(FNetConfig(**sizes, hidden_dropout_prob=0.0))
+
+
+def fused(model):
+    after = copy.deepcopy(model)
     pyfused.fuse_(after)
-    return {"transformers": before, "pyfused": after}
+    return after
 
 
-def exact(model, call):
-    """The call's result by a copy of the model in float64."""
-    return lambda: call(copy.deepcopy(model).double())
+def encoder(setup, make, shape, dtype):
+    before = make(setup).to(setup.device, dtype).eval()
+    after = fused(before)
+    ids = torch.randint(100, shape, device=setup.device)
+
+    def states(model):
+        return model(ids).last_hidden_state
+
+    return Calls(
+        partial(states, after),
+        partial(states, before),
+        exact=lambda: states(copy.deepcopy(before).double()),
+        peers=compiled(partial(states, before)) if make is bert else {},
+    )
 
 
-def encoders():
-    """Name, model, and the shape of its token ids."""
-    import transformers as hf
+def gpt2(setup, dtype):
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
-    yield "T5 base encoder", hf.T5EncoderModel(hf.T5Config(**sizes, feed_forward_proj="gated-gelu")), (1, 512)
-    base = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-    yield "ALBERT base", hf.AlbertModel(hf.AlbertConfig(**base, hidden_dropout_prob=0.0)), (8, 128)
-    yield "FNet base", hf.FNetModel(hf.FNetConfig()), (2, 512)
+    config = GPT2Config(**NO_GPT2_DROPOUT, **(SMALL_GPT2 if setup.small else {}))
+    return GPT2LMHeadModel(config).to(setup.device, dtype).eval()
 
 
-def cases(device):
-    import transformers as hf
+def prompt(setup, length, dtype):
+    before = gpt2(setup, dtype)
+    after, ids = fused(before), torch.randint(100, (1, length), device=setup.device)
 
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        for name, model, shape in encoders():
-            ids = torch.randint(1000, shape, device=device)
-            models = before_and_after(model, device)
-            yield Case(
-                f"{name}, {shape[0]} x {shape[1]}",
-                {n: lambda m=m, ids=ids: m(ids).last_hidden_state for n, m in models.items()},
-                exact(models["transformers"], lambda m, ids=ids: m(ids).last_hidden_state),
-                baseline="transformers",
-                seconds=20.0,
-            )
+    def logits(model):
+        return model(ids, use_cache=True).logits
 
-        models = before_and_after(hf.GPT2LMHeadModel(hf.GPT2Config()), device)
-        ids = torch.randint(1000, (1, CACHED), device=device)
-        yield Case(
-            f"GPT-2 124M, prompt of {CACHED}",
-            {n: lambda m=m: m(ids, use_cache=True).logits for n, m in models.items()},
-            exact(models["transformers"], lambda m: m(ids).logits),
-            baseline="transformers",
-            seconds=20.0,
-        )
-        caches = {n: m(ids, use_cache=True).past_key_values for n, m in models.items()}
+    return Calls(partial(logits, after), partial(logits, before), exact=lambda: logits(copy.deepcopy(before).double()))
 
-        def token(name):
-            logits = models[name](ids[:, :1], past_key_values=caches[name], use_cache=True).logits
-            caches[name].crop(-1)
+
+def token(setup, cached, dtype):
+    before = gpt2(setup, dtype)
+    after, ids = fused(before), torch.randint(100, (1, cached + 1), device=setup.device)
+
+    def stepping(model):
+        past = model(ids[:, :cached], use_cache=True).past_key_values
+
+        def step():
+            logits = model(ids[:, cached:], past_key_values=past, use_cache=True).logits
+            past.crop(-1)
             return logits
 
-        yield Case(
-            f"GPT-2 124M, one token after {CACHED}",
-            {n: lambda n=n: token(n) for n in models},
-            exact(models["transformers"], lambda m: m(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:]),
-            baseline="transformers",
-            seconds=10.0,
-        )
+        return step
+
+    return Calls(stepping(after), stepping(before), exact=lambda: copy.deepcopy(before).double()(ids).logits[:, -1:])

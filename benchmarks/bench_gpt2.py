@@ -1,83 +1,83 @@
-"""GPT-2 124M with random weights beside transformers: a prompt of 128, and one generated token with 128 to 160 cached.
+"""GPT-2 124M with random weights beside transformers: a prompt of 128, one generated token with 160 cached, a training step.
 
-Both compute the last position's logits for the prompt, as generation needs them. Floor of a token: 124M weights read once.
+Both compute the last position's logits for the prompt, as generation needs them. Floor of a token: 124M weights read once. On a
+GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
 """
 
-import tempfile
+from functools import partial
 
 import torch
 
 import pyfused
 from pyfused.bench import Case
-from pyfused.models._gpt2_call import Call
-from pyfused.models._gpt2_decoding import prefill
-from pyfused.nn import EVERYTHING
+from pyfused.bench.peers import compiled
+from pyfused.models._gpt2_decoding import GPT2Decoding, prefill
 
-from .peers import references
+from .models import model_calls, pair, train_calls
 
-PROMPT, CACHED = 128, 160
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 101}
 
 
-def models(device, dtype):
-    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
+def cases(setup):
+    prompt, cached = (9, 12) if setup.small else (128, 160)
+    for dtype in setup.dtypes:
+        yield Case(f"prompt of {prompt}", dtype, partial(first, setup, prompt, dtype))
+        if setup.device == "cpu":
+            yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))
+        yield Case(f"train 1x{prompt}", dtype, partial(train, setup, prompt, dtype))
+
+
+def models(setup, dtype, length):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config()).to(dtype).float()
-    with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        mine = pyfused.GPT2Backbone.from_preset(directory, device=device, dtype=dtype)
-    return mine.eval(), theirs.to(device).eval()
+    config = GPT2Config(**NO_DROPOUT, **(SMALL if setup.small else {}))
+    ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
+    return *pair(GPT2LMHeadModel, config, pyfused.GPT2Backbone, setup, dtype), ids
 
 
-def last_logits(model, ids):
+def last_logits(ids, model):
     """(B, V) of the last position, without a cache."""
-    return model.token_embedding(model(token_ids=ids, padding_mask=None)[:, -1], reverse=True)
+    return model.logits(model(token_ids=ids, padding_mask=None)[:, -1])
 
 
-def cases(device):
-    ids = torch.randint(50257, (1, CACHED + 1), generator=torch.Generator().manual_seed(1)).to(device)
-    prompt, last = ids[:, :PROMPT], ids[:, CACHED:]
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            mine, theirs = models(device, dtype)
-            cache = mine.new_cache(1, CACHED + 64)
-            places = torch.arange(CACHED + 64, device=device)
+def first(setup, length, dtype):
+    mine, theirs, ids = models(setup, dtype, length)
+    cache, prompt = mine.new_cache(1, length + 64), [ids[0].cpu().numpy()]
 
-            def my_prompt():
-                cache.length = 0
-                return prefill(mine, cache, [prompt[0].cpu().numpy()])
+    def fill():
+        cache.length = 0
+        return prefill(mine, cache, prompt)
 
-            def my_token():
-                cache.length = CACHED
-                hidden = mine.run(Call(last, places[CACHED : CACHED + 1], visible=EVERYTHING, cache=cache))
-                return mine.token_embedding(hidden[:, 0], reverse=True)
+    def their_prompt(model):
+        return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
 
-            def their_prompt():
-                return theirs(prompt, logits_to_keep=1, use_cache=True).logits[:, -1]
+    peers = compiled(partial(their_prompt, theirs))
+    return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers)
 
-            past = theirs(ids[:, :CACHED], use_cache=True).past_key_values
 
-            def their_token():
-                out = theirs(last, past_key_values=past, use_cache=True).logits[:, -1]
-                past.crop(-1)
-                return out
+def token(setup, cached, dtype):
+    mine, theirs, ids = models(setup, dtype, cached + 1)
+    decoding, last = GPT2Decoding(mine, (1, cached + 64)), ids[:, cached:]
+    decoding.start([ids[0, :cached].cpu().numpy()])
+    past = theirs(ids[:, :cached], use_cache=True).past_key_values
 
-            label = str(dtype).removeprefix("torch.")
-            yield Case(
-                f"prompt of {PROMPT} {label}",
-                {"pyfused": my_prompt, "transformers float32": their_prompt},
-                **references(mine, lambda model: last_logits(model, prompt)),
-                baseline="transformers float32",
-                flops=2 * 85e6 * PROMPT,
-                seconds=20.0,
-            )
-            prefill(mine, cache, [ids[0, :CACHED].cpu().numpy()])
-            yield Case(
-                f"token, {CACHED} cached {label}",
-                {"pyfused": my_token, "transformers float32": their_token},
-                **references(mine, lambda model: last_logits(model, ids)),
-                baseline="transformers float32",
-                bytes=sum(p.numel() * p.element_size() for p in mine.parameters()),
-                seconds=10.0,
-            )
+    def step():
+        decoding._cache.length, decoding._lengths = cached, [cached]
+        return decoding.step(last[0])
+
+    def their_token(model):
+        logits = model(last, past_key_values=past, use_cache=True).logits[:, -1]
+        past.crop(-1)
+        return logits
+
+    return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step)
+
+
+def train(setup, length, dtype):
+    mine, theirs, ids = models(setup, dtype, length)
+
+    def states(model):
+        return model(token_ids=ids, padding_mask=None)
+
+    return train_calls(mine, theirs, states, lambda model: model.transformer(ids, use_cache=False).last_hidden_state)

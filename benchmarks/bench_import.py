@@ -1,25 +1,31 @@
-"""Import time of pyfused over torch's: at most 150 ms is the target."""
+"""Import time of pyfused over torch's, in fresh processes: at most 60 ms is the target."""
 
 import statistics
 import subprocess
 import sys
+from functools import partial
+
+import torch
+
+from pyfused.bench import Case, Values
+
+CODE = """
+import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import pyfused; c = time.perf_counter()
+print(b - a, c - b)
+"""
 
 
-def import_seconds(rounds: int = 7) -> dict[str, float]:
-    """Median wall time inside a fresh interpreter: torch alone, and pyfused once torch is there."""
-    code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import pyfused;"
-        "c = time.perf_counter(); print(b - a, c - b)"
-    )
-    rows = []
+def cases(setup):
+    if setup.device == "cpu":
+        yield Case("import pyfused after torch", torch.float32, partial(seconds, 1 if setup.small else 7))
+
+
+def seconds(rounds):
+    """Medians: pyfused once torch is there, and torch alone."""
+    found = []
     for _ in range(rounds):
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        rows.append([float(x) for x in out.split()])
-    return {"torch": statistics.median(r[0] for r in rows), "pyfused": statistics.median(r[1] for r in rows)}
-
-
-def cases(device):
-    """No case of the usual kind: the measurement needs fresh processes. Prints its own line."""
-    seconds = import_seconds()
-    print(f"import torch {seconds['torch'] * 1e3:.0f} ms, then import pyfused {seconds['pyfused'] * 1e3:.0f} ms")
-    return iter(())
+        out = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout
+        found.append([1e3 * float(word) for word in out.split()])
+    return Values(
+        "ms", {"pyfused": statistics.median(f[1] for f in found), "torch": statistics.median(f[0] for f in found)}
+    )

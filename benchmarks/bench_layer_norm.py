@@ -1,68 +1,52 @@
 """layer_norm (+residual) beside torch: bound by memory, so the floor is bytes over the copy bandwidth."""
 
-import torch
+from functools import partial
+
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.bench import Case
+from pyfused.bench import Calls, Case, training
+from pyfused.bench.peers import backends, compiled, liger
 
-from .peers import beside, in_double
-
-
-def cases(device):
-    shapes = [(1, 768), (128, 768), (512, 768), (512, 1024), (512, 4096)]
-    if device == "cuda":
-        shapes = [(4096, 768), (4096, 1024), (16384, 1024), (4096, 4096)]
-    dtypes = [torch.float32, torch.bfloat16]
-    for rows, n in shapes:
-        for dtype in dtypes:
-            x, r = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
-            w, b = (torch.randn(n, device=device).to(dtype) for _ in range(2))
-            size = rows * n * x.element_size()
-            name = f"{rows}x{n} {str(dtype).removeprefix('torch.')}"
-
-            def plain(x=x, w=w, b=b):
-                return F.layer_norm(x, w.shape, w, b)
-
-            def plain_sum(x=x, w=w, b=b, r=r):
-                return F.layer_norm(x + r, w.shape, w, b)
-
-            with torch.no_grad():
-                yield Case(
-                    f"{name} residual",
-                    beside(
-                        device,
-                        lambda: pyfused.layer_norm(x, w, b, residual=r),
-                        plain_sum,
-                        compiled=dtype == torch.bfloat16,
-                    ),
-                    in_double(plain_sum),
-                    bytes=4 * size,
-                )
-                yield Case(
-                    name,
-                    beside(device, lambda: pyfused.layer_norm(x, w, b), plain),
-                    in_double(plain),
-                    bytes=2 * size,
-                )
-            if device == "cuda":
-                yield backward(rows, n, dtype, device, name, size)
+CPU = (1, 768), (128, 768), (512, 768), (512, 1024), (512, 4096)
+GPU = (4096, 768), (4096, 1024), (16384, 1024), (4096, 4096)
 
 
-def backward(rows, n, dtype, device, name, size):
-    x, w, b, g = (torch.randn(s, device=device, dtype=dtype) for s in [(rows, n), (n,), (n,), (rows, n)])
-    inputs = [t.requires_grad_() for t in (x, w, b)]
-    own, other = pyfused.layer_norm(*inputs), F.layer_norm(x, (n,), w, b)
+def cases(setup):
+    for rows, n in setup.pick(CPU, GPU, [(3, 40)]):
+        for dtype in setup.dtypes:
+            name = f"{rows}x{n}"
+            yield Case(f"{name} residual", dtype, partial(with_residual, setup, rows, n, dtype))
+            yield Case(name, dtype, partial(forward, setup, rows, n, dtype))
+            if rows > 1:
+                yield Case(f"train {name}", dtype, partial(train, setup, rows, n, dtype))
 
-    def whole(x=x, w=w, b=b, g=g):
-        return torch.autograd.grad(F.layer_norm(x, w.shape, w, b), (x, w, b), g)
 
-    return Case(
-        f"{name} backward",
-        {
-            "pyfused": lambda: torch.autograd.grad(own, inputs, g, retain_graph=True),
-            "torch": lambda: torch.autograd.grad(other, inputs, g, retain_graph=True),
-        },
-        in_double(whole),
-        bytes=3 * size,
-    )
+def plain(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
+def forward(setup, rows, n, dtype):
+    inputs = setup.randn(rows, n, dtype=dtype), setup.randn(n, dtype=dtype), setup.randn(n, dtype=dtype)
+    peers = {**compiled(plain), **backends(pyfused.layer_norm), **liger("layer_norm")}
+    return Calls(pyfused.layer_norm, plain, inputs, peers=peers)
+
+
+def with_residual(setup, rows, n, dtype):
+    x, residual = (setup.randn(rows, n, dtype=dtype) for _ in range(2))
+    weight, bias = (setup.randn(n, dtype=dtype) for _ in range(2))
+
+    def fused(x, residual, weight, bias):
+        return pyfused.layer_norm(x, weight, bias, residual=residual)
+
+    def added(x, residual, weight, bias):
+        return plain(x + residual, weight, bias)
+
+    return Calls(fused, added, (x, residual, weight, bias), peers={**compiled(added), **backends(fused)})
+
+
+def train(setup, rows, n, dtype):
+    calls = forward(setup, rows, n, dtype)
+    leaves = tuple(t.requires_grad_() for t in calls.inputs)
+    fused, grad = training(pyfused.layer_norm), setup.randn(rows, n, dtype=dtype)
+    return Calls(fused, training(plain), (*leaves, grad), peers=backends(fused), trains=True)

@@ -1,29 +1,24 @@
 """linear beside torch's: bound by the weights' bytes for few rows, by the matrix rate for many."""
 
-import torch
+from functools import partial
+
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.bench import Case
+from pyfused.bench import Calls, Case
+from pyfused.bench.peers import backends
 
-from .peers import beside, in_double
+ROWS = 1, 4, 16, 128
+WEIGHTS = (768, 768), (768, 2304), (3072, 768), (768, 50257)  # in, out
 
 
-def cases(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        for n, m in [(768, 2304), (768, 768), (3072, 768), (768, 50257)]:
-            w, b = (torch.randn(m, n, device=device) / n**0.5).to(dtype), torch.randn(m, device=device).to(dtype)
-            for rows in (1, 4, 16, 128):
-                x = torch.randn(rows, n, device=device).to(dtype)
+def cases(setup):
+    for dtype in setup.dtypes:
+        for n, m in setup.pick(WEIGHTS, WEIGHTS, [(24, 40)]):
+            for rows in setup.pick(ROWS, ROWS, [3]):
+                yield Case(f"{rows}x{n} -> {m}", dtype, partial(forward, setup, rows, n, m, dtype))
 
-                def plain(x=x, w=w, b=b):
-                    return F.linear(x, w, b)
 
-                with torch.no_grad():
-                    yield Case(
-                        f"{rows}x{n} -> {m} {str(dtype).removeprefix('torch.')}",
-                        beside(device, lambda: pyfused.linear(x, w, b), plain),
-                        in_double(plain),
-                        bytes=n * m * x.element_size() if rows <= 16 else 0,
-                        flops=2 * rows * n * m if rows > 16 else 0,
-                    )
+def forward(setup, rows, n, m, dtype):
+    inputs = setup.randn(rows, n, dtype=dtype), (setup.randn(m, n) / n**0.5).to(dtype), setup.randn(m, dtype=dtype)
+    return Calls(pyfused.linear, F.linear, inputs, peers=backends(pyfused.linear))

@@ -2,25 +2,28 @@
 
 Each step runs in a process of its own: the most memory that it holds (ru_maxrss) less what it held before the step, when the
 weights were there. Gradients, activations and the kernels' buffers are in it, an optimiser is not.
-
-`python -m benchmarks.bench_memory [--batch B] [--save]`; it has no cases for `python -m benchmarks`, as it measures no time.
 """
 
-import argparse
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-from benchmarks.bench_t5 import SIZES
+import torch
+
+from pyfused.bench import Case, Values
+
+from .bench_t5 import SIZES
 
 SOURCE, TARGET, VOCABULARY = 512, 512, 32128
 PROVIDERS = ("pyfused", "transformers, fused", "transformers sdpa", "transformers eager")
 
 
-def cases(device):
-    """None: memory, not time."""
-    return ()
+def cases(setup):
+    if setup.device == "cpu" and not setup.small:
+        for batch in (1, 4):
+            name = f"T5 1.1 base, training step {batch}x{SOURCE} + {TARGET}"
+            yield Case(name, torch.float32, partial(peaks, batch))
 
 
 def model_of(provider):
@@ -56,8 +59,6 @@ def step(provider, batch):
     """Runs one step; the peak above what was held before, in MiB."""
     import resource
 
-    import torch
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, call = model_of(provider)
@@ -76,30 +77,14 @@ def held():
     return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--provider", choices=PROVIDERS, help="in this process, printing the number alone")
-    parser.add_argument("--save", action="store_true", help="write it into benchmarks/results")
-    arguments = parser.parse_args()
-    if arguments.provider:
-        print(step(arguments.provider, arguments.batch))
-        return
+def peaks(batch):
+    """Of every provider, in MiB."""
     found = {}
     for provider in PROVIDERS:
-        command = [sys.executable, "-m", "benchmarks.bench_memory", "--batch", str(arguments.batch)]
-        ran = subprocess.run([*command, "--provider", provider], check=True, capture_output=True, text=True)
-        found[provider] = float(ran.stdout.split()[-1])
-        print(f"{provider:<24}{found[provider]:>9.0f} MiB  x{found[provider] / found['pyfused']:.2f}", flush=True)
-    if arguments.save:
-        from benchmarks.__main__ import HERE, device_label
-
-        path = HERE / "results" / f"{device_label('cpu', 1)}.json"
-        content = json.loads(path.read_text())
-        name = f"T5 1.1 base, training step, batch {arguments.batch}, {SOURCE} + {TARGET} tokens, float32"
-        content.setdefault("peak_memory_mib", {})[name] = found
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        command = [sys.executable, "-m", __name__, provider, str(batch)]
+        found[provider] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return Values("MiB", found)
 
 
 if __name__ == "__main__":
-    main()
+    print(step(sys.argv[1], int(sys.argv[2])))

@@ -4,14 +4,24 @@ Moves the (1, H, Sq, Sk) result once; PyTorch moves several integer tensors of S
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.bench import Case
+from pyfused.bench import Calls, Case, training
+from pyfused.bench.peers import backends
 
-from .peers import in_double
+SHAPES = (12, 128), (12, 512), (8, 2048)
+
+
+def cases(setup):
+    for dtype in setup.dtypes:
+        for heads, length in setup.pick(SHAPES, SHAPES, [(2, 20)]):
+            name = f"{heads}x{length}x{length}"
+            yield Case(name, dtype, partial(forward, setup, heads, length, dtype))
+            yield Case(f"train {name}", dtype, partial(train, setup, heads, length, dtype))
 
 
 def in_pytorch(table, sq, sk):
@@ -23,34 +33,19 @@ def in_pytorch(table, sq, sk):
     return F.embedding(bucket, table).permute(2, 0, 1)[None].contiguous()
 
 
-def cases(device):
-    for h, s in [(12, 128), (12, 512), (8, 2048)]:
-        table = torch.randn(32, h, device=device)
-        with torch.no_grad():
-            yield Case(
-                f"{h}x{s}x{s}",
-                {
-                    "pyfused": lambda: pyfused.relative_bias(table, s, s, bidirectional=True),
-                    "torch": lambda: in_pytorch(table, s, s),
-                },
-                in_double(lambda table=table, s=s: in_pytorch(table, s, s)),
-                bytes=4 * h * s * s,
-            )
-        leaf = table.clone().requires_grad_()
-        grad = torch.randn(1, h, s, s, device=device)
+def ways(length):
+    def fused(table):
+        return pyfused.relative_bias(table, length, length, bidirectional=True)
 
-        def train(call, s=s, leaf=leaf, grad=grad):
-            return torch.autograd.grad(call(leaf, s), leaf, grad)
+    return fused, lambda table: in_pytorch(table, length, length)
 
-        def plain(s=s, leaf=leaf, grad=grad):
-            return train(lambda t, n: in_pytorch(t, n, n), s, leaf, grad)
 
-        yield Case(
-            f"train {h}x{s}x{s}",
-            {
-                "pyfused": lambda: train(lambda t, n: pyfused.relative_bias(t, n, n, bidirectional=True)),
-                "torch": plain,
-            },
-            in_double(plain),
-            bytes=2 * 4 * h * s * s,
-        )
+def forward(setup, heads, length, dtype):
+    fused, plain = ways(length)
+    return Calls(fused, plain, (setup.randn(32, heads, dtype=dtype),), peers=backends(fused))
+
+
+def train(setup, heads, length, dtype):
+    fused, plain = map(training, ways(length))
+    inputs = setup.randn(32, heads, dtype=dtype).requires_grad_(), setup.randn(1, heads, length, length, dtype=dtype)
+    return Calls(fused, plain, inputs, peers=backends(fused), trains=True)

@@ -1,97 +1,105 @@
-"""T5 1.1 base with random weights beside transformers: an encoder's pass over 512 tokens, and one generated token.
+"""T5 1.1 base with random weights beside transformers: an encoder's pass over 512 tokens, one generated token, a training step.
 
-The token attends to 32 tokens before it and to 512 of the source. Floor of a token: the weights of the decoder and of the
-logits, and the keys and values of the source, each read once.
+The token attends to 32 tokens before it and to the source. Floor of a token: the weights of the decoder and of the logits, and
+the keys and values of the source, each read once. On a GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
 """
 
-import tempfile
+from functools import partial
 
-import numpy as np
 import torch
 
 import pyfused
 from pyfused.bench import Case
+from pyfused.bench.peers import compiled
 from pyfused.models._t5_decoding import T5Decoding
 
-from .peers import references
+from .models import model_calls, pair, train_calls
 
-SOURCE, CACHED = 512, 32
 SIZES = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
+SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2, "vocab_size": 101}
 
 
-def models(device, dtype):
-    """The same random weights, which dtype holds, in transformers' model, in float32, and in pyfused's."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-    theirs = T5ForConditionalGeneration(config).to(dtype).float()
-    with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        mine = pyfused.T5Backbone.from_preset(directory, device=device, dtype=dtype)
-    return mine, theirs.to(device).eval()
+def cases(setup):
+    source, short, cached = (9, 7, 3) if setup.small else (512, 128, 32)
+    for dtype in setup.dtypes:
+        yield Case(f"encoder, {source} tokens", dtype, partial(encoder, setup, source, dtype))
+        if setup.device == "cpu":
+            name = f"token, {cached} cached, source of {short}"
+            yield Case(name, dtype, partial(token, setup, short, cached, dtype))
+        yield Case(f"train 1x{short} + {short}", dtype, partial(train, setup, short, dtype))
 
 
-def cases(device):
+def config_of(setup, **more):
+    from transformers import T5Config
+
+    sizes = SMALL if setup.small else SIZES
+    return T5Config(
+        **sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False, decoder_start_token_id=0
+    )
+
+
+def models(setup, dtype, length):
+    from transformers import T5ForConditionalGeneration
+
+    config = config_of(setup)
+    ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
+    return *pair(T5ForConditionalGeneration, config, pyfused.T5Backbone, setup, dtype), ids
+
+
+def encoder(setup, length, dtype):
+    mine, theirs, ids = models(setup, dtype, length)
+
+    def states(model):
+        return model.encode(encoder_token_ids=ids, encoder_padding_mask=None)
+
+    def their_states(model):
+        return model.get_encoder()(ids).last_hidden_state
+
+    return model_calls(mine, theirs, states, their_states, peers=compiled(partial(their_states, theirs)))
+
+
+def token(setup, length, cached, dtype):
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    source = torch.randint(32128, (1, SOURCE), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            mine, theirs = models(device, dtype)
-            ids, token = source.to(device), torch.zeros(1, dtype=torch.int64, device=device)
-            encoder = theirs.get_encoder()
+    mine, theirs, ids = models(setup, dtype, length)
+    last = torch.zeros(1, dtype=torch.int64, device=setup.device)
 
-            def my_encoder(model=mine):
-                return model.encode(encoder_token_ids=ids, encoder_padding_mask=None)
+    def last_logits(model):
+        """(1, V), without a cache."""
+        written, masks = last.expand(1, cached + 1), {"encoder_padding_mask": None, "decoder_padding_mask": None}
+        found = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
+        return model.logits(found["decoder_sequence_output"][:, -1])
 
-            def last_logits(model):
-                """(1, V), without a cache."""
-                written = token.expand(1, CACHED + 1)
-                masks = {"encoder_padding_mask": None, "decoder_padding_mask": None}
-                found = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
-                return model.logits(found["decoder_sequence_output"][:, -1])
+    decoding = T5Decoding(mine, (1, cached + 64, length))
+    decoding.start([ids[0].cpu().numpy()])
+    for _ in range(cached - 1):
+        decoding.step(last)
+    past, states = EncoderDecoderCache(DynamicCache(), DynamicCache()), theirs.get_encoder()(ids)
+    for _ in range(cached):
+        theirs(encoder_outputs=states, decoder_input_ids=last[:, None], past_key_values=past, use_cache=True)
 
-            def their_encoder():
-                return encoder(ids).last_hidden_state
+    def step():
+        decoding._cache.length = cached
+        return decoding.step(last)
 
-            label = str(dtype).removeprefix("torch.")
-            matrices = sum(p.numel() for n, p in mine.encoder.named_parameters() if p.dim() == 2)
-            yield Case(
-                f"encoder, {SOURCE} tokens {label}",
-                {"pyfused": my_encoder, "transformers float32": their_encoder},
-                **references(mine, my_encoder),
-                baseline="transformers float32",
-                flops=2 * matrices * SOURCE,
-                seconds=20.0,
-            )
+    def their_token(model):
+        out = model(encoder_outputs=states, decoder_input_ids=last[:, None], past_key_values=past, use_cache=True)
+        past.self_attention_cache.crop(-1)
+        return out.logits[:, -1]
 
-            decoding = T5Decoding(mine, (1, CACHED + 1, SOURCE))
-            decoding.start([np.array(source[0])])
-            past, states = EncoderDecoderCache(DynamicCache(), DynamicCache()), encoder(ids)
-            for _ in range(CACHED - 1):
-                decoding.step(token)
-            for _ in range(CACHED):
-                theirs(encoder_outputs=states, decoder_input_ids=token[:, None], past_key_values=past, use_cache=True)
+    return model_calls(mine, theirs, last_logits, their_token, run=step)
 
-            def my_token():
-                decoding._cache.length = CACHED
-                return decoding.step(token)
 
-            def their_token():
-                out = theirs(
-                    encoder_outputs=states, decoder_input_ids=token[:, None], past_key_values=past, use_cache=True
-                )
-                past.self_attention_cache.crop(-1)
-                return out.logits[:, -1]
+def train(setup, length, dtype):
+    mine, theirs, ids = models(setup, dtype, length)
+    target = ids.roll(1, 1)
 
-            read = sum(p.numel() for n, p in mine.decoder.named_parameters() if ".key_value" not in n)
-            read += mine.token_embedding.weight.numel() + 2 * 12 * SOURCE * 768
-            yield Case(
-                f"token, {CACHED} cached, source of {SOURCE} {label}",
-                {"pyfused": my_token, "transformers float32": their_token},
-                **references(mine, last_logits),
-                baseline="transformers float32",
-                bytes=read * token.new_empty(0, dtype=dtype).element_size(),
-                seconds=10.0,
-            )
+    def states(model):
+        masks = {"encoder_padding_mask": None, "decoder_padding_mask": None}
+        return model(encoder_token_ids=ids, decoder_token_ids=target, **masks)["decoder_sequence_output"]
+
+    def their_states(model):
+        encoded = model.get_encoder()(ids).last_hidden_state
+        return model.decoder(target, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
+
+    return train_calls(mine, theirs, states, their_states)

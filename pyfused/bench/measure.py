@@ -1,129 +1,178 @@
-"""How is a case timed? Providers in turn, many rounds, outputs judged in the same run, medians and ratios reported.
+"""How is a case timed? Providers in turn, many rounds, outputs judged first, medians and paired ratios reported.
 
-An absolute time means little on a shared machine: what counts is the ratio to the baseline, and the share of the
-machine's own ceilings (copy bandwidth, matrix rate), measured in the same run.
+An absolute time means little on a shared machine: what counts is the ratio to a peer in the same rounds, and the share of the
+machine's own ceilings, measured in the same run.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..testing.tolerance import assert_close
+from ..evidence import name_of
+from ..testing.tolerance import judge
+from .case import Calls, Case, Function, Values, wide
+from .cost import cost_of
+
+NOISY = 0.25  # a spread (the middle half of the times over their median) from here on is said to be noise
 
 
-@dataclass
-class Case:
-    """One row of a benchmark.
-
-    Args:
-        name: such as "512x768 float32 residual".
-        providers: name -> a function of no arguments that returns a tensor, or a tuple of them.
-        exact: the result in float64. Of a tuple, as many items are judged as this one returns.
-        plain: plain PyTorch in the dtype of "pyfused", which sets the scale of errors; None is the baseline.
-        baseline: the provider that ratios refer to; "pyfused" is compared with the best of the others as well.
-        bytes, flops: the least that the case must move and do, for GB/s and GFLOP/s; 0 if not meaningful.
-        rounds, seconds: at most so many, and so long; at least five rounds.
-    """
-
-    name: str
-    providers: dict[str, Callable[[], Any]]
-    exact: Callable[[], Any]
-    plain: Callable[[], Any] | None = None
-    baseline: str = "torch"
-    bytes: float = 0.0
-    flops: float = 0.0
-    rounds: int = 60
-    seconds: float = 4.0
-
-
-def measure(case: Case, device: str = "cpu") -> dict[str, Any]:
-    """Times every provider of a case, interleaved, after its output has passed the tolerance rule.
+def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
+    """Times every provider of a case, interleaved, once its output has passed the tolerance rule.
 
     Args:
         case: what to run.
         device: "cpu" or "cuda".
+        peers: those asked for, each with the reason why it cannot run here, "" if it can.
+        seconds: how long at most, at least five rounds.
 
     Returns:
-        {"case", "seconds": {provider: median}, "undisturbed": {provider: the time that a tenth of the rounds stay below, for a
-        machine whose processor others share}, "ratio": {provider: its time / pyfused's}, "gb_per_s", "gflop_per_s"}.
-
-    Raises:
-        AssertionError: an output breaks the rule, or the exact one is not finite: a fast wrong answer is no result.
+        {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why}} and, by provider, "seconds" (the
+        median), "undisturbed" (what a tenth of the rounds stay below), "spread" (the middle half of the times / the median)
+        and "ratio" (its time / pyfused's, the median over the rounds); "interval": [low, high] of the baseline's ratio, with
+        95% confidence. Of Values "unit", "values" and "ratio". Where pyfused fails or its output is wrong, "error".
     """
-    check(case)
-    clock = _time_cuda if device == "cuda" else _time_cpu
-    for call in case.providers.values():  # compiled and warm
-        call()
-    samples: dict[str, list[float]] = {name: [] for name in case.providers}
-    began = time.perf_counter()
-    for done in range(case.rounds):
-        for name, call in case.providers.items():
-            samples[name].append(clock(call))
-        if done >= 4 and time.perf_counter() - began > case.seconds:
-            break
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    lows = {name: sorted(values)[len(values) // 10] for name, values in samples.items()}
-    own = medians["pyfused"]
-    return {
-        "case": case.name,
-        "seconds": medians,
-        "undisturbed": lows,
-        "rounds": len(next(iter(samples.values()))),
-        "ratio": {name: value / own for name, value in medians.items() if name != "pyfused"},
-        "gb_per_s": case.bytes / own / 1e9,
-        "gflop_per_s": case.flops / own / 1e9,
-    }
+    row: dict[str, Any] = {"case": case.name, "dtype": name_of(case.dtype)}
+    try:
+        torch.manual_seed(0)
+        calls = case.make()
+        if isinstance(calls, Values):
+            own = calls.values["pyfused"]
+            ratio = {name: value / own for name, value in calls.values.items() if name != "pyfused"}
+            return row | {"unit": calls.unit, "values": calls.values, "ratio": ratio}
+        with torch.set_grad_enabled(calls.trains):
+            return row | _measured(calls, device, peers, seconds)
+    except Exception as error:
+        return row | {"error": _said(error)}
 
 
-def check(case: Case) -> None:
-    """Judges the output of every provider of a case by the tolerance rule.
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]}"
 
-    Raises:
-        AssertionError: as measure.
-    """
-    exact, plain = _items(case.exact()), _items((case.plain or case.providers[case.baseline])())
+
+def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
+    left_out = {name: peers[name] for name in calls.peers if peers.get(name)}
+    makers = {name: make for name, make in calls.peers.items() if name in peers and name not in left_out}
+    exact = _items(calls.exact() if calls.exact else calls.plain(*wide(calls.inputs)))
     if not all(truth.isfinite().all() for truth in exact):
-        raise AssertionError(f"{case.name}: the exact result is not finite")
-    for name, call in case.providers.items():
-        for found, scale, truth in zip(_items(call()), plain, exact):
-            assert_close(found, scale, truth, f"{case.name}: {name}")
+        raise ValueError("the exact result is not finite")
+    scale = _items((calls.scale or calls.plain)(*calls.inputs))
+    functions: dict[str, Function] = {"pyfused": calls.pyfused}
+    wrong = _wrong(calls.pyfused(*calls.inputs), scale, exact)
+    if wrong:
+        raise AssertionError(f"pyfused's output is wrong: {wrong}")
+    baseline: dict[str, Callable[[], Function]] = {calls.baseline: lambda: calls.plain}
+    for name, make in (baseline | makers).items():
+        try:
+            function = make()
+            out = function(*calls.inputs)
+            wrong = _far_off(out, exact) if name in calls.loose else _wrong(out, scale, exact)
+            if wrong:
+                raise AssertionError(f"its output is wrong: {wrong}")
+            functions[name] = function
+        except Exception as error:
+            left_out[name] = _said(error)
+    providers = {name: functools.partial(function, *calls.inputs) for name, function in functions.items()}
+    cost = cost_of(providers["pyfused"])
+    return {
+        "baseline": calls.baseline,
+        **_timed(providers, calls.baseline, device, seconds),
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "left_out": left_out,
+    }
 
 
 def _items(out: Any) -> tuple[torch.Tensor, ...]:
     return tuple(out) if isinstance(out, tuple | list) else (out,)
 
 
-def _time_cpu(call: Callable[[], Any]) -> float:
-    """Seconds per call; a call that takes less than 100 us is repeated, as the clock and a cold start would weigh in."""
+def _wrong(out: Any, scale: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str:
+    """What breaks the tolerance rule, or ""."""
+    for found, plain, truth in zip(_items(out), scale, exact):
+        verdict = judge(found, plain, truth)
+        if not verdict.ok:
+            return f"{verdict.ratio:.2g} times what the tolerance rule allows (an RMS error of {verdict.rms_error:.2g})"
+    return ""
+
+
+def _far_off(out: Any, exact: tuple[torch.Tensor, ...]) -> str:
+    """Of a peer in lower precision: its RMS error may be a tenth of the result's RMS."""
+    for found, truth in zip(_items(out), exact):
+        truth = truth.cpu()
+        off = (found.cpu().double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+        if not off <= 0.1:
+            return f"an RMS error of {off:.2g} of the result's RMS"
+    return ""
+
+
+def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, seconds: float) -> dict[str, Any]:
+    clock = _time_cuda if device == "cuda" else _time_cpu
+    repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    order, began = list(providers), time.perf_counter()
+    while len(samples["pyfused"]) < 5 or time.perf_counter() - began < seconds:
+        for name in order:
+            samples[name].append(clock(providers[name], repeats[name]))
+        order.reverse()  # who comes first finds caches as the other left them
+    own = samples["pyfused"]
+    ratios = {name: [t / o for t, o in zip(times, own)] for name, times in samples.items() if name != "pyfused"}
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    spread = {}
+    for name, times in samples.items():
+        low, _, high = statistics.quantiles(times, n=4)
+        spread[name] = (high - low) / medians[name]
+    return {
+        "seconds": medians,
+        "undisturbed": {name: sorted(times)[len(times) // 10] for name, times in samples.items()},
+        "spread": spread,
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "interval": _interval(ratios[baseline]) if baseline in ratios else None,
+        "rounds": len(own),
+    }
+
+
+def _interval(values: list[float]) -> list[float]:
+    """Between which two of the values their median lies with 95% confidence, whatever their distribution: by the normal
+    approximation of how many of n lie below it."""
+    ordered, n = sorted(values), len(values)
+    half = 0.98 * math.sqrt(n)
+    return [ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]]
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    """How often a call is repeated for one reading: 0.2 ms, where the clock and a cold start weigh nothing."""
+    once = min(_time_cpu(call, 1) for _ in range(3))
+    return max(1, min(200, int(2e-4 / max(once, 1e-7))))
+
+
+def _time_cpu(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds per call."""
     began = time.perf_counter()
-    call()
-    once = time.perf_counter() - began
-    if once > 1e-4:
-        return once
-    began = time.perf_counter()
-    for _ in range(20):
+    for _ in range(repeats):
         call()
-    return (time.perf_counter() - began) / 20
+    return (time.perf_counter() - began) / repeats
 
 
-def _time_cuda(call: Callable[[], Any]) -> float:
+def _time_cuda(call: Callable[[], Any], repeats: int) -> float:
     """Seconds of one call on the device, by events. Before it 512 MB are overwritten: the L2 cache is cold, as between the
     layers of a model, and the host has time to submit the call before the device gets there, so that only the device's
     time is measured."""
     _flush().zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    for _ in range(repeats):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 @functools.cache
@@ -131,35 +180,31 @@ def _flush() -> torch.Tensor:
     return torch.empty(512 << 20, dtype=torch.int8, device="cuda")
 
 
-def ceilings(device: str = "cpu") -> dict[str, float]:
-    """What this machine can do at most, with the threads in use: copy bandwidth (GB/s) and matrix rate (GFLOP/s)."""
+def ceilings(device: str, dtypes: tuple[torch.dtype, ...], small: bool = False) -> dict[str, float]:
+    """What this machine can do at most, with the threads in use: copy and read bandwidth (GB/s), and the matrix rate of
+    torch's own product by dtype (GFLOP/s)."""
     clock = _time_cuda if device == "cuda" else _time_cpu
-    size = 1 << (30 if device == "cuda" else 27)
+    size = 1 << (20 if small else 30 if device == "cuda" else 27)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    copy = min(clock(lambda: target.copy_(source)) for _ in range(7))
-    read = min(clock(lambda: source.sum()) for _ in range(7))
-    product = min(clock(lambda: a @ b) for _ in range(7))
-    return {
-        "copy_gb_per_s": 2 * size / copy / 1e9,
-        "read_gb_per_s": size / read / 1e9,
-        f"matmul_{str(dtype).removeprefix('torch.')}_gflop_per_s": 2 * n**3 / product / 1e9,
+    found = {
+        "copy_gb_per_s": 2 * size / min(clock(lambda: target.copy_(source), 1) for _ in range(7)) / 1e9,
+        "read_gb_per_s": size / min(clock(lambda: source.sum(), 1) for _ in range(7)) / 1e9,
     }
+    for dtype in dict.fromkeys((torch.float32, *dtypes)):
+        # A product without instructions of its own, as half precision has on many CPUs, would take minutes.
+        n = 64 if small else 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 256
+        a = torch.randn(n, n, device=device).to(dtype)
+        seconds = min(clock(functools.partial(torch.matmul, a, a), 1) for _ in range(7))
+        found[f"{name_of(dtype)}_gflop_per_s"] = 2 * n**3 / seconds / 1e9
+    return found
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table: times in ms (below 0.1 ms in us, the undisturbed one in brackets), and how many times faster
-    pyfused is than each other provider."""
-    lines = []
-    for row in rows:
-        own = row["seconds"]["pyfused"] * 1e3
-        time = f"{own:>9.3f} ms"
-        if own < 0.1:
-            time = f"{own * 1e3:>9.2f} us ({row['undisturbed']['pyfused'] * 1e6:.1f})"
-        peers = "  ".join(f"{name} x{ratio:.2f}" for name, ratio in row["ratio"].items())
-        rate = f"{row['gb_per_s']:.1f} GB/s" if row["gb_per_s"] else ""
-        rate = f"{row['gflop_per_s']:.0f} GFLOP/s" if row["gflop_per_s"] else rate
-        lines.append(f"{row['case']:<44} {time}  {rate:<14} {peers}")
-    return "\n".join(lines)
+def share(row: dict[str, Any], limits: dict[str, float]) -> float | None:
+    """The part of the roofline that pyfused reaches: the least time that the bytes and the FLOPs take at this machine's
+    ceilings, over the time taken. More than 1 where the data stays in caches. Half precision may be computed in float32."""
+    if not (row["bytes"] or row["flops"]):
+        return None
+    rate = max(limits.get(f"{row['dtype']}_gflop_per_s", 0.0), limits["float32_gflop_per_s"])
+    bandwidth = max(limits["read_gb_per_s"], limits["copy_gb_per_s"])
+    return max(row["bytes"] / bandwidth, row["flops"] / rate) / 1e9 / row["seconds"]["pyfused"]

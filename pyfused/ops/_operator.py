@@ -21,6 +21,7 @@ from .._notices import once
 from .._tracing import jit_is_tracing, modes, profiler_is_on
 from .._version import __version__
 from ._autocast import without_autocast
+from ._cost import COSTS, Cost
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
@@ -62,6 +63,7 @@ class Operator:
             With create_graph=True gradient mode is on inside backward: what the kernel kept of the forward, autograd has seen
             no derivative of, so backward computes it again; the operators of gradients then run in plain PyTorch.
         residual: the argument, by its position, beside which the second output is a result too: x + residual.
+        cost: the least that a call must move and compute, of the schema's arguments.
 
     A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Of
     a differentiable operator two forms without gradients are registered too, for traces:
@@ -82,8 +84,10 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         residual: int | None = None,
+        cost: Callable[..., Cost],
     ):
         self.name = name
+        COSTS[name] = cost
         self.kernel = name.removesuffix("_backward")
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()

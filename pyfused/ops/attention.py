@@ -14,6 +14,7 @@ import torch
 from .._tracing import tracing
 from ._autocast import autocast_is_on, autocasts, in_lower_precision, to
 from ._checks import check_floating, check_like, check_shape, may_look, name_of
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 from .relative_bias import RelativeBias, check_buckets
 
@@ -332,6 +333,40 @@ def _backward_fake(
 
 # The arguments from the relative bias on have defaults, which every kernel's Python function repeats: torch's dispatcher leaves
 # trailing arguments out that have their default values.
+def _pairs(query, key, is_causal, padding_mask, cu_seqlens):
+    """How many pairs of a query and a key that it sees one head has, over the whole batch. A causal mask hides half."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        return sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths)
+    (batch, _, sq, _), sk = query.shape, key.shape[2]
+    real = batch * sk if padding_mask is None else int(padding_mask.count_nonzero())
+    if not is_causal or not sk:
+        return sq * real
+    seen = sum(max(0, i + 1 + sk - sq) for i in range(sq)) if sq > sk else sq * sk - sq * (sq - 1) // 2
+    return seen * real // sk
+
+
+def _cost(
+    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
+    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
+):  # fmt: skip
+    """Two products of D for a pair; a relative bias is read as its table."""
+    pairs = _pairs(query, key, is_causal, padding_mask, cu_seqlens)
+    moved = size(query, key, value, padding_mask, attn_bias, bias_table) + size(query)
+    return Cost(moved, 4 * pairs * query.shape[1] * query.shape[3])
+
+
+def _backward_cost(
+    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
+    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
+):  # fmt: skip
+    """Five products of D for a pair: the scores again, and of each of the forward's two both gradients."""
+    pairs = _pairs(query, key, is_causal, padding_mask, cu_seqlens)
+    moved = size(grad_out, query, key, value, out, lse, padding_mask, attn_bias, bias_table) + size(query, key, value)
+    moved += size(attn_bias) * wants_bias + size(bias_table) * wants_table
+    return Cost(moved, 10 * pairs * query.shape[1] * query.shape[3])
+
+
 _ATTENTION = Operator(
     "attention",
     "(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? padding_mask, Tensor? attn_bias, float scale,"
@@ -340,6 +375,7 @@ _ATTENTION = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cost=_cost,
 )
 _ATTENTION_BACKWARD = Operator(
     "attention_backward",
@@ -349,6 +385,7 @@ _ATTENTION_BACKWARD = Operator(
     " Tensor? cu_seqlens=None, SymInt max_seqlen=0)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_table)",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 # GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
@@ -126,6 +127,16 @@ def _backward_fake(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out)
     return contiguous(x), contiguous(w_in), grad_b_in, contiguous(w_out), grad_b_out
 
 
+def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
+    rows = x.shape[:-1].numel()
+    return Cost(size(x, w_in, b_in, w_out, b_out, residual, x), 2 * rows * (w_in.numel() + w_out.numel()))
+
+
+def _backward_cost(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+    rows = x.shape[:-1].numel()
+    return Cost(size(grad_y, x, w_in, w_out, pre) + size(x, w_in, w_out), 4 * rows * (w_in.numel() + w_out.numel()))
+
+
 _FFN = Operator(
     "ffn",
     "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, Tensor? residual, bool save)"
@@ -133,12 +144,14 @@ _FFN = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cost=_cost,
 )
 _FFN_BACKWARD = Operator(
     "ffn_backward",
     "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool has_b_in, bool has_b_out)"
     " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 _COMPOSITE = composite(
     "ffn",

@@ -6,11 +6,13 @@ so its backward is its forward; and y[s, n] = y[-s, -n], indices modulo S and N.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from ._checks import check_floating
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 
@@ -59,8 +61,19 @@ def _backward(ctx, grad_y):
     return _FOURIER_MIX(grad_y)[0]
 
 
+def _cost(x):
+    """2.5 S N log2(S N) a sample: half of a complex transform by Cooley and Tukey, as the input is real."""
+    signal = x.shape[1] * x.shape[2]
+    return Cost(size(x, x), int(2.5 * x.numel() * math.log2(max(signal, 2))))
+
+
 _FOURIER_MIX = Operator(
-    "fourier_mix", "(Tensor x) -> Tensor y", fake=_fake, setup_context=_setup_context, backward=_backward
+    "fourier_mix",
+    "(Tensor x) -> Tensor y",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    cost=_cost,
 )
 _COMPOSITE = composite(
     "fourier_mix",

@@ -11,6 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 from .ffn import canonical_activation
 
@@ -111,6 +112,17 @@ def _backward_fake(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, w_gate, w_up, w_out))
 
 
+def _cost(x, w_gate, w_up, w_out, activation, residual, save):
+    weights = w_gate, w_up, w_out
+    return Cost(size(x, *weights, residual, x), 2 * x.shape[:-1].numel() * sum(w.numel() for w in weights))
+
+
+def _backward_cost(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+    weights = w_gate, w_up, w_out
+    moved = size(grad_y, x, *weights, gate, up) + size(x, *weights)
+    return Cost(moved, 4 * x.shape[:-1].numel() * sum(w.numel() for w in weights))
+
+
 _GATED_FFN = Operator(
     "gated_ffn",
     "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, str activation, Tensor? residual, bool save)"
@@ -118,12 +130,14 @@ _GATED_FFN = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cost=_cost,
 )
 _GATED_FFN_BACKWARD = Operator(
     "gated_ffn_backward",
     "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation)"
     " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 _COMPOSITE = composite(
     "gated_ffn",

@@ -11,6 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 
@@ -113,6 +114,18 @@ def _backward_fake(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     return grad_x, torch.empty_like(weight), torch.empty_like(weight) if has_bias else weight.new_empty(0)
 
 
+def _cost(x, weight, bias, eps, residual, save):
+    """Mean 1, centring 1, variance 2, scaling 1, weight 1, and 1 each for bias and residual."""
+    sums = residual is not None
+    return Cost(size(x, weight, bias, residual) + size(x) * (1 + sums), x.numel() * (6 + (bias is not None) + sums))
+
+
+def _backward_cost(grad_y, grad_total, x, weight, mean, rstd, has_bias):
+    """The normalised value 2, its product with the gradient 1, two sums over the row 3, the gradient 4, the weight's 2."""
+    moved = size(grad_y, grad_total, x, weight, mean, rstd) + size(x) + size(weight) * (1 + has_bias)
+    return Cost(moved, x.numel() * (12 + has_bias + (grad_total is not None)))
+
+
 _LAYER_NORM = Operator(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual, bool save)"
@@ -121,12 +134,14 @@ _LAYER_NORM = Operator(
     setup_context=_setup_context,
     backward=_backward,
     residual=4,
+    cost=_cost,
 )
 _LAYER_NORM_BACKWARD = Operator(
     "layer_norm_backward",
     "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 _COMPOSITE = composite(
     "layer_norm",

@@ -9,6 +9,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, in_lower_precision
 from ._checks import check_floating, check_like, check_shape
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 
@@ -85,12 +86,19 @@ def _backward(ctx, grad_y):
     return grad_x, grad_weight, rows.sum(0) if wants_bias else None, grad_y if wants_residual else None
 
 
+def _cost(x, weight, bias, residual):
+    rows = x.shape[:-1].numel()
+    written = rows * weight.shape[0] * x.element_size()
+    return Cost(size(x, weight, bias, residual) + written, 2 * rows * weight.numel())
+
+
 _LINEAR = Operator(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor y",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cost=_cost,
 )
 _COMPOSITE = composite(
     "linear",

@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.buckets import exact_buckets
 from ._checks import check_floating
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 
@@ -128,6 +129,15 @@ def _backward_fake(grad_out, num_buckets, bidirectional, max_distance, query_off
     return grad_out.new_empty((num_buckets, grad_out.shape[1]))
 
 
+def _cost(table, query_length, key_length, bidirectional, max_distance, query_offset):
+    """Of memory alone: a result is a number of the table."""
+    return Cost(size(table) + table.shape[1] * query_length * key_length * table.element_size(), 0)
+
+
+def _backward_cost(grad_out, num_buckets, bidirectional, max_distance, query_offset):
+    return Cost(size(grad_out) + num_buckets * grad_out.shape[1] * grad_out.element_size(), grad_out.numel())
+
+
 _RELATIVE_BIAS = Operator(
     "relative_bias",
     "(Tensor table, SymInt query_length, SymInt key_length, bool bidirectional, int max_distance, SymInt query_offset)"
@@ -135,11 +145,13 @@ _RELATIVE_BIAS = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cost=_cost,
 )
 _RELATIVE_BIAS_BACKWARD = Operator(
     "relative_bias_backward",
     "(Tensor grad_out, SymInt num_buckets, bool bidirectional, int max_distance, SymInt query_offset) -> Tensor grad_table",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 
 _COMPOSITE = composite(

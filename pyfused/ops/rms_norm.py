@@ -11,6 +11,7 @@ import torch
 
 from ._autocast import autocast_is_on, autocasts, normalized
 from ._checks import check_floating, check_like, check_shape
+from ._cost import Cost, size
 from ._operator import Operator, composite, is_recorded
 
 
@@ -108,6 +109,18 @@ def _backward_fake(grad_y, grad_total, x, weight, rstd):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
 
 
+def _cost(x, weight, eps, residual, save):
+    """Mean square 2, scaling 1, weight 1, and 1 for residual."""
+    sums = residual is not None
+    return Cost(size(x, weight, residual) + size(x) * (1 + sums), x.numel() * (4 + sums))
+
+
+def _backward_cost(grad_y, grad_total, x, weight, rstd):
+    """The normalised value 1, its product with the gradient 1, a sum over the row 2, the gradient 3, the weight's 2."""
+    moved = size(grad_y, grad_total, x, weight, rstd) + size(x, weight)
+    return Cost(moved, x.numel() * (9 + (grad_total is not None)))
+
+
 _RMS_NORM = Operator(
     "rms_norm",
     "(Tensor x, Tensor weight, float eps, Tensor? residual, bool save) -> (Tensor y, Tensor total, Tensor rstd)",
@@ -115,11 +128,13 @@ _RMS_NORM = Operator(
     setup_context=_setup_context,
     backward=_backward,
     residual=3,
+    cost=_cost,
 )
 _RMS_NORM_BACKWARD = Operator(
     "rms_norm_backward",
     "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_backward_fake,
+    cost=_backward_cost,
 )
 _COMPOSITE = composite(
     "rms_norm",

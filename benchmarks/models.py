@@ -1,0 +1,55 @@
+"""The models' cases have this in common: the same random weights in transformers' model and in pyfused's, in one dtype."""
+
+import copy
+import tempfile
+from functools import partial
+
+import torch
+
+from pyfused.bench import Calls
+from pyfused.testing import running
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def pair(cls, config, backbone, setup, dtype):
+    """(pyfused's model, transformers' model), evaluating, with the same random weights, which the dtype holds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = cls(config).to(dtype).eval()
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        mine = backbone.from_preset(directory, device=setup.device, dtype=dtype)
+    return mine.eval(), theirs.to(setup.device)
+
+
+def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **options):
+    """Calls of two models.
+
+    my_call, their_call: from a model to its result. run: what is timed of pyfused's, where that is not my_call of the model.
+    The scale of errors is pyfused's own model in plain PyTorch: transformers fails in some dtypes.
+    """
+
+    def scale(model=mine):
+        with running("reference", strict=False):
+            return my_call(model)
+
+    return Calls(
+        run or partial(my_call, mine),
+        partial(their_call, theirs),
+        exact=lambda: scale(copy.deepcopy(mine).double()),
+        scale=scale,
+        peers=peers or {},
+        **options,
+    )
+
+
+def train_calls(mine, theirs, my_call, their_call):
+    """Forward and backward, without dropout: the gradients of the token embeddings, of the mean square of the result."""
+
+    def step(call, model):
+        embeddings = max((p for p in model.parameters() if p.dim() == 2), key=torch.numel)
+        return torch.autograd.grad(call(model).float().square().mean(), embeddings)[0]
+
+    return model_calls(mine, theirs, partial(step, my_call), partial(step, their_call), trains=True)

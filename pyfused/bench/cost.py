@@ -1,0 +1,42 @@
+"""What does a call have to move and compute at least? The sum of what its operators declare (pyfused/ops/_cost.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..ops._cost import COSTS, Cost, size
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operators of pyfused, and torch's own products, with what they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "pyfused":
+            name = re.sub("_inference(_sum)?$", "", func._schema.name.partition("::")[2])
+            cost = COSTS[name](*args, **(kwargs or {}))
+        elif func.overloadpacket in flop_registry:
+            written = out if isinstance(out, tuple | list) else (out,)
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            cost = Cost(size(*args, *written), flops)
+        else:
+            return out
+        self.bytes += cost.bytes
+        self.flops += cost.flops
+        return out
+
+
+def cost_of(call: Callable[[], Any]) -> Cost:
+    """What the operators inside one call move and compute. Runs the call."""
+    with _Counter() as counter:
+        call()
+    return Cost(counter.bytes, counter.flops)

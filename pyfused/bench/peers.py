@@ -1,0 +1,135 @@
+"""Whom is pyfused measured beside? Each peer by name, with the packages that it needs.
+
+A peer of a Case is a function that makes its call; what it raises is said in the row. This file has those that work for any
+function or any module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import dispatch
+from .case import Function
+
+# Name -> what has to be installed. "eager" and "sdpa", plain PyTorch, are in every row.
+PEERS: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "sdpa": (),
+    "triton": ("triton",),
+    "cuda": (),
+    "compile": (),
+    "flash": (),
+    "cudnn": (),
+    "efficient": (),
+    "flex": (),
+    "liger": ("liger_kernel",),
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "ctranslate2": ("ctranslate2",),
+    "ctranslate2-int8": ("ctranslate2",),
+}
+_ON_GPU = ("triton", "cuda", "flash", "cudnn", "efficient", "liger")
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def missing(name: str, device: str) -> str:
+    """Why a peer cannot run here, or ""."""
+    if name in _ON_GPU and device != "cuda":
+        return "runs on a GPU"
+    lacking = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
+    return f"not installed: {', '.join(lacking)} (pip install 'pyfused[bench]')" if lacking else ""
+
+
+def compiled(function: Function) -> dict[str, Callable[[], Function]]:
+    """torch.compile of a function, or of a module, for the sizes at hand."""
+
+    def make() -> Function:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return {"compile": make}
+
+
+def backends(function: Function) -> dict[str, Callable[[], Function]]:
+    """pyfused's own GPU backends, each forced: the call raises where one lacks the case."""
+
+    def forced(name: str) -> Function:
+        def run(*inputs: Any) -> Any:
+            with dispatch.backend(name, strict=True):
+                return function(*inputs)
+
+        return run
+
+    return {name: lambda name=name: forced(name) for name in ("triton", "cuda")}  # type: ignore[misc]
+
+
+def sdpa(**options: Any) -> Function:
+    """scaled_dot_product_attention with these options, as PyTorch chooses among its kernels."""
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, *more, **options)
+
+    return run
+
+
+def sdpa_by_name(function: Function) -> dict[str, Callable[[], Function]]:
+    """The same by each of PyTorch's kernels; the call raises where one lacks the case."""
+
+    def by_name(backend: SDPBackend) -> Function:
+        def run(*inputs: Any) -> Any:
+            with sdpa_kernel(backend):
+                return function(*inputs)
+
+        return run
+
+    return {name: lambda backend=backend: by_name(backend) for name, backend in _SDPA.items()}  # type: ignore[misc]
+
+
+def flex(variant: str, shape: tuple[int, ...], bias: Any, device: str) -> dict[str, Callable[[], Function]]:
+    """FlexAttention, compiled: plain, causal by a mask of blocks, or with T5's bias looked up by distance."""
+
+    def make() -> Function:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        from ..kernels.buckets import distance_buckets
+
+        torch._dynamo.reset()
+        length, mask, score_mod = shape[2], None, None
+        if variant == " causal":
+            mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
+        elif bias is not None:
+            buckets = distance_buckets(bias.bidirectional, bias.table.shape[0], bias.max_distance, bias.table.device)
+            span, table = buckets.shape[0] // 2, bias.table
+
+            def score_mod(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+                return score + table[buckets[(k - q).clamp(-span, span) + span], h]
+
+        run = torch.compile(flex_attention, dynamic=False)
+        return lambda query, key, value, *_: run(query, key, value, score_mod=score_mod, block_mask=mask)
+
+    return {"flex": make}
+
+
+def liger(operator: str) -> dict[str, Callable[[], Function]]:
+    """Liger-Kernel's Triton norm."""
+
+    def make() -> Function:
+        if operator == "layer_norm":
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6)
+
+    return {"liger": make}

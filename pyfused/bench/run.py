@@ -1,0 +1,146 @@
+"""Which benchmarks run, and what is made of their rows? The engine of `pyfused bench`."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import evidence, ops
+from .._version import __version__
+from . import peers as known
+from .case import Case, Setup
+from .measure import NOISY, ceilings, measure
+
+EVERYTHING = Setup()
+LEAST = 0.97  # of plain PyTorch's speed: the promise, less the noise of a shared machine
+
+
+def names() -> list[str]:
+    """Every benchmark: benchmarks/bench_<name>.py."""
+    from . import benchmarks
+
+    return sorted(
+        m.name.removeprefix("bench_") for m in pkgutil.iter_modules(benchmarks.__path__) if m.name[:6] == "bench_"
+    )
+
+
+def cases(name: str, setup: Setup) -> list[Case]:
+    """The rows of a benchmark."""
+    return list(importlib.import_module(f".benchmarks.bench_{name}", __package__).cases(setup))
+
+
+def bench(
+    wanted: Sequence[str] = (),
+    setup: Setup = EVERYTHING,
+    *,
+    threads: int = 0,
+    peers: Sequence[str] = (),
+    seconds: float = 2.0,
+    check: bool = False,
+    each: Callable[[dict[str, Any]], None] = lambda row: None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = lambda rows: rows,
+) -> dict[str, Any]:
+    """Measures pyfused beside its peers, in turn, in this process.
+
+    Args:
+        wanted: benchmarks; by default all.
+        setup: device and dtypes.
+        threads: CPU threads, for the length of the run; 0 leaves torch's number.
+        peers: those to measure beside plain PyTorch; by default all. One that is not installed is named in the result.
+        seconds: how long a row is measured, at most; at least five rounds.
+        check: a row below LEAST is measured twice more, three times as long, before it is said to be.
+        each: gets every row as soon as it is known.
+        progress: wraps the list of cases, and shows how far the loop over it is.
+
+    Returns:
+        {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "rows": [...]}. The
+        rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C ends the run and
+        keeps what is done.
+
+    Raises:
+        ValueError: a name that is no benchmark or no peer, or a device that is not here.
+    """
+    for what, given, takes in (("NAMES", wanted, names()), ("--peers", peers, list(known.PEERS))):
+        for name in given:
+            if name not in takes:
+                raise ValueError(f"{what} has {name!r}; it takes {', '.join(takes)}")
+    if setup.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device 'cuda': no CUDA device here")
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    rows: list[dict[str, Any]] = []
+    missing = {name: why for name in peers or known.PEERS if (why := known.missing(name, setup.device))}
+    found: dict[str, Any] = {
+        "kind": evidence.kind(setup.device),
+        "device": setup.device,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "ceilings": {},
+        "missing": missing,
+        "interrupted": False,
+        "rows": rows,
+    }
+    asked = {name: missing.get(name, "") for name in peers or known.PEERS}
+    try:
+        found["ceilings"] = ceilings(setup.device, setup.dtypes, setup.small)
+        listed = [(name, case) for name in wanted or names() for case in cases(name, setup)]
+        for name, case in progress(listed):
+            row = {"benchmark": name, **measure(case, setup.device, asked, seconds)}
+            if check and is_slow(row):
+                row = _surely(row, partial(measure, case, setup.device, {}), seconds)
+            _judge(row)
+            rows.append(row)
+            each(row)
+    except KeyboardInterrupt:
+        found["interrupted"] = True
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def is_slow(row: dict[str, Any]) -> bool:
+    """Whether pyfused is below LEAST of plain PyTorch's speed, and not by chance: all of the ratio's interval is."""
+    return bool(row.get("interval")) and row["interval"][1] < LEAST
+
+
+def _surely(row: dict[str, Any], again: Callable[[float], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The row, with the baseline's numbers of the best of two longer measurements where it was slow."""
+    for _ in range(2):
+        other = again(3 * seconds)
+        if not other.get("interval"):
+            return row
+        if other["interval"][1] > row["interval"][1]:
+            baseline = row["baseline"]
+            row = {**row, "interval": other["interval"], "rounds": other["rounds"]}
+            row["ratio"] = {**row["ratio"], baseline: other["ratio"][baseline]}
+            for key in ("seconds", "undisturbed", "spread"):
+                row[key] = {**row[key], **{name: other[key][name] for name in ("pyfused", baseline)}}
+        if not is_slow(row):
+            break
+    return row
+
+
+def _judge(row: dict[str, Any]) -> None:
+    row["slow"] = is_slow(row)
+    row["noisy"] = any(row.get("spread", {}).get(name, 0) > NOISY for name in ("pyfused", row.get("baseline")))
+
+
+def versions() -> dict[str, str]:
+    """Of pyfused, Python, torch, and every peer that is installed."""
+    found = {"pyfused": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in dict.fromkeys(p for needed in known.PEERS.values() for p in needed):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
