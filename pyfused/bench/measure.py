@@ -79,7 +79,9 @@ def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) 
             functions[name] = function
         except Exception as error:
             left_out[name] = _said(error)
-    providers = {name: functools.partial(function, *calls.inputs) for name, function in functions.items()}
+    providers: dict[str, Callable[[], Any]] = {
+        name: functools.partial(function, *calls.inputs) for name, function in functions.items()
+    }
     cost = cost_of(providers["pyfused"])
     return {
         "baseline": calls.baseline,

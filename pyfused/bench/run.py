@@ -24,12 +24,10 @@ LEAST = 0.97  # of plain PyTorch's speed: the promise, less the noise of a share
 
 
 def names() -> list[str]:
-    """Every benchmark: benchmarks/bench_<name>.py."""
-    from . import benchmarks
-
-    return sorted(
-        m.name.removeprefix("bench_") for m in pkgutil.iter_modules(benchmarks.__path__) if m.name[:6] == "bench_"
-    )
+    """Every benchmark, benchmarks/bench_<name>.py; the operators first."""
+    folder = importlib.import_module(".benchmarks", __package__).__path__
+    found = {m.name.removeprefix("bench_") for m in pkgutil.iter_modules(folder) if m.name.startswith("bench_")}
+    return [*ops.MODULES, *sorted(found - ops.MODULES.keys())]
 
 
 def cases(name: str, setup: Setup) -> list[Case]:
