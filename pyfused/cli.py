@@ -1,4 +1,4 @@
-"""What can one do from a terminal? `pyfused env`, `generate`, `encode`, `verify`, `tune` and `evidence`; --json on each.
+"""What can one do from a terminal? `pyfused env`, `generate`, `encode`, `verify`, `bench`, `tune` and `evidence`; --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
 terminal's encoding does not have is written as "?".
@@ -108,6 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure operators and models beside plain PyTorch and other peers")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="such as attention or gpt2; all by default")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+    bench.add_argument(
+        "--dtype", nargs="+", default=(), metavar="DTYPE", help="float32, bfloat16, float16; all by default"
+    )
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    bench.add_argument("--peers", default="", metavar="A,B", help="eager,compile,openvino,...; all by default")
+    bench.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each row (default 2)")
+    bench.add_argument("--check", action="store_true", help="exit status 1 where pyfused is slower than plain PyTorch")
+    bench.add_argument("--limit", type=float, metavar="S", help="begin no row after so many seconds")
+    bench.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE.json", help="write the rows there; without a file, print them"
+    )
+    bench.add_argument("--plot", metavar="FILE.png", help="draw bars for each peer, and a roofline")
+    bench.set_defaults(run=_bench)
 
     tune = commands.add_parser(
         "tune", help="measure this machine's CPU kernels beside plain PyTorch, and dispatch by that"
@@ -240,6 +257,50 @@ def _verify(arguments: argparse.Namespace) -> int:
     report = verify(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
     print(json.dumps(report, indent=2) if arguments.json else render(report))
     return 0 if report["passed"] else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .bench import report
+    from .bench.case import DTYPES, Setup
+    from .bench.plot import drawable, plot
+    from .bench.run import bench
+
+    if arguments.threads < 1:
+        raise ValueError(f"--threads is {arguments.threads}; it takes at least 1")
+    if arguments.json not in (None, "-") and not arguments.json.endswith(".json"):
+        raise ValueError(f"--json is {arguments.json!r}; it takes a name that ends in .json")
+    if arguments.plot:
+        drawable(arguments.plot)
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    for name in arguments.dtype:
+        if name not in by_name:
+            raise ValueError(f"--dtype is {name!r}; it takes {', '.join(by_name)}")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = tuple(by_name[name] for name in arguments.dtype) or DTYPES
+    quiet = arguments.json == "-"
+    shown = report.Live(sys.stderr if quiet else sys.stdout, arguments.json if not quiet else None)
+    found = bench(
+        arguments.names,
+        Setup(device, dtypes),
+        threads=arguments.threads,
+        peers=[name for name in arguments.peers.split(",") if name],
+        seconds=arguments.seconds,
+        limit=arguments.limit,
+        check=arguments.check,
+        each=shown,
+    )
+    shown.close(found, arguments.check)
+    if quiet:
+        print(json.dumps(found, indent=1))
+    if arguments.plot:
+        plot(found, arguments.plot)
+        print(f"drew {arguments.plot}", file=sys.stderr)
+    if found["interrupted"]:
+        return 130
+    failed = any("error" in row for row in found["rows"])
+    return 1 if failed or (arguments.check and any(row.get("slow") for row in found["rows"])) else 0
 
 
 def _tune(arguments: argparse.Namespace) -> int:

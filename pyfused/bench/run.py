@@ -7,7 +7,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 import platform
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,8 +44,8 @@ def bench(
     peers: Sequence[str] = (),
     seconds: float = 2.0,
     check: bool = False,
-    each: Callable[[dict[str, Any]], None] = lambda row: None,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = lambda rows: rows,
+    limit: float | None = None,
+    each: Callable[[dict[str, Any], str, int], None] = lambda found, now, left: None,
 ) -> dict[str, Any]:
     """Measures pyfused beside its peers, in turn, in this process.
 
@@ -55,13 +56,13 @@ def bench(
         peers: those to measure beside plain PyTorch; by default all. One that is not installed is named in the result.
         seconds: how long a row is measured, at most; at least five rounds.
         check: a row below LEAST is measured twice more, three times as long, before it is said to be.
-        each: gets every row as soon as it is known.
-        progress: wraps the list of cases, and shows how far the loop over it is.
+        limit: no row begins after so many seconds.
+        each: called as each(found, "attention 1x12x512x64 float32", rows left) with what is known, before every row.
 
     Returns:
         {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "rows": [...]}. The
-        rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C ends the run and
-        keeps what is done.
+        rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C, or the limit,
+        ends the run and keeps what is done.
 
     Raises:
         ValueError: a name that is no benchmark or no peer, or a device that is not here.
@@ -92,13 +93,17 @@ def bench(
     try:
         found["ceilings"] = ceilings(setup.device, setup.dtypes, setup.small)
         listed = [(name, case) for name in wanted or names() for case in cases(name, setup)]
-        for name, case in progress(listed):
+        began = time.monotonic()
+        for place, (name, case) in enumerate(listed):
+            if limit is not None and time.monotonic() - began > limit:
+                found["interrupted"] = True
+                break
+            each(found, f"{name} {case.name} {evidence.name_of(case.dtype)}", len(listed) - place)
             row = {"benchmark": name, **measure(case, setup.device, asked, seconds)}
             if check and is_slow(row):
                 row = _surely(row, partial(measure, case, setup.device, {}), seconds)
             _judge(row)
             rows.append(row)
-            each(row)
     except KeyboardInterrupt:
         found["interrupted"] = True
     finally:

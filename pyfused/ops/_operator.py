@@ -101,11 +101,15 @@ class Operator:
             backward = without_autocast(backward)
             shortened: Any = _Shortened(self)
             torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_context, lib=shortened)
-            members = {
-                "forward": staticmethod(self.direct),
-                "setup_context": staticmethod(setup_context),
-                "backward": staticmethod(backward),
-            }
+            setup = setup_context
+
+            def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
+                outputs = self.direct(*args)
+                setup(ctx, args, outputs)
+                return outputs
+
+            # With a setup_context of its own torch would look at the signature of forward at every call, in 40 us.
+            members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
             self.autograd = type(f"pyfused.{name}", (torch.autograd.Function,), members)
         self.overload = getattr(torch.ops.pyfused, name).default
         self._residual = residual
@@ -182,7 +186,7 @@ class Operator:
         """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
         the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
-        if not (_is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS)):
+        if not (_is_grad_enabled() or _is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS)):
             signature = _signature(*given)
             launch = self._launches.get((_forced(), _signature(*bound)))
             if (
