@@ -1,4 +1,4 @@
-"""What can one do from a terminal? `pyfused env`, `generate`, `encode`, `verify`, `bench`, `tune` and `evidence`; --json on each.
+"""What can one do from a terminal? `pyfused env | generate | encode | verify | bench | tune | evidence`, with --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
 terminal's encoding does not have is written as "?".
