@@ -1,30 +1,47 @@
-"""Does a benchmark refuse a wrong answer, and no right one? By the tolerance rule, as everything is judged."""
+"""Does a benchmark refuse a wrong answer, say what is noise and what is slow, and keep what it knows?"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_host_overhead
-from pyfused.bench import Case, measure, render
+import pyfused
+from pyfused.bench import Calls, Case, Setup, Values, cost_of, report, training
+from pyfused.bench import run as engine
 from pyfused.bench.beside_transformers import same
-from pyfused.bench.measure import check
+from pyfused.bench.measure import _interval, measure, share
+from pyfused.cli import main
 
 
-def case(change=lambda y: y, dtype=torch.float32, plain=None, baseline=torch.float32):
-    """A product by "pyfused" in one dtype, beside a baseline in another, on numbers that both hold."""
+def case(change=lambda y: y, dtype=torch.float32, **more):
+    """A product by pyfused, changed, beside torch's."""
     x, w = (torch.randn(n, 96).to(dtype) for n in (33, 70))
-    providers = {
-        "pyfused": lambda: change(F.linear(x, w)),
-        "torch": lambda: F.linear(x.to(baseline), w.to(baseline)),
-    }
-    exact = lambda: (F.linear(x.double(), w.double()),)  # noqa: E731
-    return Case("product", providers, exact, plain and (lambda: F.linear(x, w)), rounds=1, seconds=0.0)
+    return Case("product", dtype, lambda: Calls(lambda x, w: change(F.linear(x, w)), F.linear, (x, w), **more))
+
+
+def row_of(one, peers=None):
+    return measure(one, "cpu", peers or {}, 0.0)
+
+
+# ---- a row ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_right_answer_is_timed():
-    row = measure(case())
-    assert row["rounds"] == 1
-    assert "x" in render([row])
+    row = row_of(case())
+    assert row["rounds"] == 5
+    assert row["seconds"].keys() == {"pyfused", "eager"}
+    low, high = row["interval"]
+    assert 0 < low <= row["ratio"]["eager"] <= high
+    assert (row["flops"], row["bytes"]) == (2 * 33 * 96 * 70, 4 * (33 * 96 + 70 * 96 + 33 * 70))
+    assert not row["left_out"]
 
 
 FAULTS = {
@@ -33,36 +50,323 @@ FAULTS = {
     "not finite": lambda y: y.masked_fill(y == y.max(), torch.nan),
     "zeros": torch.zeros_like,
     "one element": lambda y: y + 1e-4 * (y == y.max()),
+    "another shape": lambda y: y[:1],
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_answer_is_refused(fault):
-    with pytest.raises(AssertionError, match="product: pyfused"):
-        measure(case(FAULTS[fault]))
+def test_a_wrong_answer_is_a_row_that_says_so(fault):
+    row = row_of(case(FAULTS[fault]))
+    assert "seconds" not in row
+    assert row["error"]
 
 
 def test_the_scale_is_of_pyfuseds_own_dtype():
-    measure(case(dtype=torch.bfloat16, plain=True))
-    with pytest.raises(AssertionError, match="product: pyfused"):
-        measure(case(lambda y: y * 1.02, torch.bfloat16, plain=True))
+    assert "seconds" in row_of(case(dtype=torch.bfloat16))
+    assert "wrong" in row_of(case(lambda y: y * 1.02, torch.bfloat16))["error"]
 
 
-def test_every_item_that_the_exact_result_has_is_judged():
+def test_every_item_of_a_tuple_is_judged():
     x = torch.randn(33, 70)
-    good = Case("pair", {"pyfused": lambda: (x, x), "torch": lambda: (x, x)}, lambda: (x.double(), x.double()))
-    check(good)
-    good.providers["pyfused"] = lambda: (x, x + 1e-3)
-    with pytest.raises(AssertionError, match="pair: pyfused"):
-        check(good)
+    good = Calls(lambda x: (x, x), lambda x: (x, x), (x,))
+    assert "seconds" in row_of(Case("pair", torch.float32, lambda: good))
+    good.pyfused = lambda x: (x, x + 1e-3)
+    assert "error" in row_of(Case("pair", torch.float32, lambda: good))
 
 
-def test_small_calls_of_every_operator_are_right():
-    """The benchmark's own cases, on tensors of a few numbers."""
-    found = list(bench_host_overhead.cases("cpu"))
-    assert len(found) == 15
-    for one in found:
-        check(one)
+def test_gradients_are_judged():
+    x, w, grad = torch.randn(9, 96, requires_grad=True), torch.randn(70, 96, requires_grad=True), torch.randn(9, 70)
+    for function, right in (
+        (pyfused.linear, True),
+        (lambda x, w: pyfused.linear(x, w.detach() * 1.0) + 0 * w.sum(), False),
+    ):
+        calls = Calls(training(function), training(F.linear), (x, w, grad), trains=True)
+        assert ("seconds" in row_of(Case("train", torch.float32, lambda calls=calls: calls))) == right
+
+
+def fails():
+    raise RuntimeError("no such\nkernel")
+
+
+def test_a_peer_that_fails_or_disagrees_is_left_out_by_name():
+    peers = {
+        "compile": lambda: lambda x, w: F.linear(x, w) * 1.1,
+        "flex": fails,
+        "liger": lambda: F.linear,
+        "openvino": lambda: F.linear,
+        "cuda": lambda: F.linear,
+    }
+    row = row_of(case(peers=peers), {"compile": "", "flex": "", "liger": "not installed", "openvino": ""})
+    assert row["ratio"].keys() == {"eager", "openvino"}
+    assert "its output is wrong" in row["left_out"]["compile"]
+    assert row["left_out"]["flex"] == "RuntimeError: no such kernel"
+    assert row["left_out"]["liger"] == "not installed"
+    assert "cuda" not in row["left_out"]  # not asked for
+
+
+def test_a_peer_of_lower_precision_may_be_a_tenth_off():
+    def peer(factor):
+        return {"ctranslate2-int8": lambda: lambda x, w: F.linear(x, w) * factor}
+
+    for factor, kept in ((1.05, True), (1.2, False), (math.nan, False)):
+        row = row_of(case(peers=peer(factor), loose=("ctranslate2-int8",)), {"ctranslate2-int8": ""})
+        assert ("ctranslate2-int8" in row["ratio"]) == kept
+
+
+def test_plain_pytorch_that_fails_is_said_and_pyfused_is_timed():
+    def plain(x, w):
+        raise NotImplementedError("no half precision")
+
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    calls = Calls(F.linear, plain, (x, w), exact=lambda: F.linear(x.double(), w.double()), scale=F.linear)
+    row = row_of(Case("product", torch.float32, lambda: calls))
+    assert row["left_out"] == {"eager": "NotImplementedError: no half precision"}
+    assert row["interval"] is None
+    assert row["seconds"]["pyfused"] > 0
+
+
+def test_an_interval_holds_the_median_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(3)
+    held = 0
+    for _ in range(400):
+        low, high = _interval(torch.randn(61, generator=generator).exp().tolist())
+        held += low <= 1.0 <= high
+    assert 0.92 < held / 400 < 0.99
+    assert _interval([2.0, 1.0, 3.0, 5.0, 4.0]) == [1.0, 5.0]
+
+
+def test_the_share_of_the_roofline():
+    limits = {"read_gb_per_s": 10.0, "copy_gb_per_s": 8.0, "float32_gflop_per_s": 100.0, "bfloat16_gflop_per_s": 5.0}
+    row = {"dtype": "bfloat16", "bytes": 1e9, "flops": 5e9, "seconds": {"pyfused": 0.2}}
+    assert share(row, limits) == pytest.approx(0.5)  # 0.1 s for the bytes
+    assert share(row | {"flops": 2e10}, limits) == pytest.approx(1.0)  # 0.2 s for the products, in float32
+    assert share(row | {"bytes": 0, "flops": 0}, limits) is None
+
+
+# ---- what an operator costs -------------------------------------------------------------------------------------------
+
+
+def test_costs_of_attention():
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 10, 8)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, 5:] = False
+    whole = 4 * 4 * 8 * (2 * 6 * 10)
+    with torch.no_grad():
+        assert cost_of(lambda: pyfused.attention(q, k, k)).flops == whole
+        assert cost_of(lambda: pyfused.attention(q, k, k, padding_mask=mask)).flops == whole * 15 // 20
+        seen = sum(j <= i + 10 - 6 for i in range(6) for j in range(10))
+        assert cost_of(lambda: pyfused.attention(q, k, k, is_causal=True)).flops == 4 * 4 * 8 * 2 * seen
+        more = torch.randn(2, 4, 14, 8)
+        seen = sum(j <= i + 10 - 14 for i in range(14) for j in range(10))
+        assert cost_of(lambda: pyfused.attention(more, k, k, is_causal=True)).flops == 4 * 4 * 8 * 2 * seen
+        assert cost_of(lambda: pyfused.attention(q, k, k)).bytes == 4 * (2 * q.numel() + 2 * k.numel())
+        ends = torch.tensor([0, 3, 3, 10])
+        packed = torch.randn(1, 4, 10, 8)
+        assert cost_of(lambda: pyfused.attention(packed, packed, packed, cu_seqlens=ends)).flops == 4 * 4 * 8 * (9 + 49)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "rms_norm", "linear", "ffn", "gated_ffn", "fourier_mix", "relative_bias"]
+)
+def test_every_operator_declares_its_cost_forward_and_backward(name):
+    one = next(c for c in engine.cases(name, Setup(small=True)) if "train" not in c.name)
+    calls = one.make()
+    with torch.no_grad():
+        forward = cost_of(lambda: calls.pyfused(*calls.inputs))
+    read = sum(t.numel() * t.element_size() for t in calls.inputs)
+    assert forward.bytes > read
+    leaves = [t.requires_grad_() for t in calls.inputs]
+    both = cost_of(lambda: _backward(calls.pyfused(*leaves)))
+    assert both.bytes > forward.bytes
+
+
+def _backward(out):
+    first = out[0] if isinstance(out, tuple) else out
+    first.sum().backward()
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two benchmarks of made-up cases."""
+    made = {"good": [case()], "mixed": [case(torch.zeros_like), case()]}
+    monkeypatch.setattr(engine, "names", lambda: list(made))
+    monkeypatch.setattr(engine, "cases", lambda name, setup: made[name])
+    return made
+
+
+def run(*names, **more):
+    return engine.bench(names, Setup(small=True), seconds=0.0, peers=["eager"], **more)
+
+
+def test_one_failing_case_ends_nothing(two):
+    found = run()
+    assert [(r["benchmark"], "error" in r) for r in found["rows"]] == [
+        ("good", False),
+        ("mixed", True),
+        ("mixed", False),
+    ]
+    assert not found["interrupted"]
+    text = report.table(found) + report.summary(found)
+    assert "FAILED" in text
+    assert "1 failed: mixed product float32" in text
+
+
+def test_ctrl_c_keeps_what_is_done(two):
+    def stop(found, now, left):
+        if len(found["rows"]) == 1:
+            raise KeyboardInterrupt
+
+    found = run(each=stop)
+    assert found["interrupted"]
+    assert len(found["rows"]) == 1
+    assert "interrupted" in report.summary(found)
+
+
+def test_a_limit_begins_no_more_rows(two, monkeypatch):
+    times = iter([0.0, 0.0, 0.5, 1.5])
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(times))
+    found = run(limit=1.0)
+    assert found["interrupted"]
+    assert len(found["rows"]) == 2
+
+
+def test_noise_is_said(two, monkeypatch):
+    readings = iter([1.0, 1.0, 1.5, 1.5, 0.6, 0.6, 2.0, 2.0, 1.0, 1.0] * 9)
+    monkeypatch.setattr("pyfused.bench.measure._time_cpu", lambda call, repeats: next(readings))
+    monkeypatch.setattr("pyfused.bench.measure._repeats", lambda call: 1)
+    monkeypatch.setattr(
+        engine, "ceilings", lambda *a: {"read_gb_per_s": 1, "copy_gb_per_s": 1, "float32_gflop_per_s": 1}
+    )
+    found = run("good")
+    assert found["rows"][0]["noisy"]
+    assert "noisy" in report.summary(found)
+
+
+@pytest.mark.parametrize("slower, tries", [((2.0, 2.0, 2.0), 3), ((2.0, 1.0, 1.0), 2), ((1.0,), 1)])
+def test_a_slow_row_is_measured_again_before_it_counts(two, monkeypatch, slower, tries):
+    measured = []
+
+    def clock(call, repeats):
+        own = call.func is not F.linear
+        return slower[len(measured) - 1] if own else 1.0
+
+    def counted(*args):
+        measured.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr("pyfused.bench.measure._time_cpu", clock)
+    monkeypatch.setattr("pyfused.bench.measure._repeats", lambda call: 1)
+    monkeypatch.setattr(
+        engine, "ceilings", lambda *a: {"read_gb_per_s": 1, "copy_gb_per_s": 1, "float32_gflop_per_s": 1}
+    )
+    monkeypatch.setattr(engine, "measure", counted)
+    (row,) = run("good", check=True)["rows"]
+    assert len(measured) == tries
+    assert row["slow"] == (slower[-1] == 2.0)
+    assert row["ratio"]["eager"] == pytest.approx(1 / slower[tries - 1])
+    assert ("slow" in report.line(row, {"read_gb_per_s": 1, "copy_gb_per_s": 1, "float32_gflop_per_s": 1})) == row[
+        "slow"
+    ]
+
+
+def test_names_and_peers_are_checked():
+    with pytest.raises(ValueError, match="NAMES has 'attentoin'; it takes attention"):
+        engine.bench(["attentoin"])
+    with pytest.raises(ValueError, match="--peers has 'torch'; it takes eager"):
+        engine.bench(["attention"], peers=["torch"])
+
+
+def test_threads_are_as_before(two):
+    before = torch.get_num_threads()
+    found = run("good", threads=before + 1)
+    assert found["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_every_operator_and_model_has_a_benchmark():
+    from pyfused import ops
+
+    assert {*ops.MODULES, "gpt2", "t5", "albert", "fnet"} <= set(engine.names())
+    for name in ("gpt2", "t5", "albert", "fnet", "attention", "ffn"):
+        named = {c.name.split()[0].rstrip(",") for c in engine.cases(name, Setup())}
+        assert "train" in named
+
+
+def test_values_have_a_unit():
+    row = row_of(Case("memory", torch.float32, lambda: Values("MiB", {"pyfused": 10.0, "torch": 25.0})))
+    assert row["ratio"] == {"torch": 2.5}
+    text = report.line(row, {})
+    assert "10 MiB" in text
+    assert "torch 2.50 (25)" in text
+
+
+# ---- from a shell -----------------------------------------------------------------------------------------------------
+
+
+def test_from_a_shell(capsys, tmp_path):
+    path, picture = tmp_path / "run.json", tmp_path / "run.png"
+    options = ["--seconds", "0", "--peers", "eager", "--dtype", "float32"]
+    assert main(["bench", "host_overhead", *options, "--json", str(path), "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "15 rows" in out
+    assert "layer_norm residual" in out
+    assert "ceilings: copy" in out
+    found = json.loads(path.read_text())
+    assert len(found["rows"]) == 15
+    assert found["threads"] == 1
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert {*tmp_path.iterdir()} == {path, picture}
+    assert main(["bench", "host_overhead", *options, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 15
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["nothing"], "NAMES has 'nothing'"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--json", "gpt2"], "--json is 'gpt2'; it takes a name that ends in .json"),
+        (["--plot", "run.xyz"], "--plot is 'run.xyz'"),
+        (["--peers", "tensorflow"], "--peers has 'tensorflow'"),
+        (["--device", "cuda"], "no CUDA device here"),
+    ],
+)
+def test_a_bad_option_is_one_line(options, message, capsys):
+    assert main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_check_fails_where_pyfused_is_slower(two, monkeypatch, capsys):
+    two["mixed"].pop(0)
+    monkeypatch.setattr(engine, "is_slow", lambda row: row["benchmark"] == "mixed")
+    assert main(["bench", "--seconds", "0", "--peers", "eager"]) == 0
+    assert main(["bench", "--seconds", "0", "--peers", "eager", "--check"]) == 1
+    assert "slower than plain PyTorch: mixed product float32" in capsys.readouterr().out
+
+
+def test_a_killed_run_loses_nothing(tmp_path):
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pyfused.cli", "bench", "host_overhead", "--seconds", "0.2", "--json", str(path)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not path.exists() or len(json.loads(path.read_text())["rows"]) < 2:
+            assert started.poll() is None
+            time.sleep(0.05)
+    finally:
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    assert len(json.loads(path.read_text())["rows"]) >= 2
+
+
+def test_the_installed_benchmarks_need_no_source_tree():
+    """What the wheel takes of benchmarks/: tests/test_packaging.py builds it."""
+    folder = Path(engine.__file__).resolve().parents[2] / "benchmarks"
+    for path in folder.glob("bench_*.py"):
+        assert "parents[" not in path.read_text()
 
 
 @pytest.mark.parametrize("gap, right", [(0.0, True), (1e-7, True), (1e-2, False)])

@@ -58,16 +58,29 @@ def _said(error: BaseException) -> str:
 
 
 def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
+    providers, left_out = judged(calls, peers)
+    cost = cost_of(providers["pyfused"])
+    timed = _timed(providers, calls.baseline, device, seconds)
+    return {"baseline": calls.baseline, **timed, "bytes": cost.bytes, "flops": cost.flops, "left_out": left_out}
+
+
+def judged(calls: Calls, peers: dict[str, str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The calls of "pyfused", of plain PyTorch and of the peers asked for, where the outputs were right; and why others are
+    left out.
+
+    Raises:
+        AssertionError: pyfused's own output breaks the tolerance rule. ValueError: the exact one is not finite.
+    """
     left_out = {name: peers[name] for name in calls.peers if peers.get(name)}
     makers = {name: make for name, make in calls.peers.items() if name in peers and name not in left_out}
     exact = _items(calls.exact() if calls.exact else calls.plain(*wide(calls.inputs)))
     if not all(truth.isfinite().all() for truth in exact):
         raise ValueError("the exact result is not finite")
     scale = _items((calls.scale or calls.plain)(*calls.inputs))
-    functions: dict[str, Function] = {"pyfused": calls.pyfused}
     wrong = _wrong(calls.pyfused(*calls.inputs), scale, exact)
     if wrong:
         raise AssertionError(f"pyfused's output is wrong: {wrong}")
+    providers: dict[str, Callable[[], Any]] = {"pyfused": functools.partial(calls.pyfused, *calls.inputs)}
     baseline: dict[str, Callable[[], Function]] = {calls.baseline: lambda: calls.plain}
     for name, make in (baseline | makers).items():
         try:
@@ -76,20 +89,10 @@ def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) 
             wrong = _far_off(out, exact) if name in calls.loose else _wrong(out, scale, exact)
             if wrong:
                 raise AssertionError(f"its output is wrong: {wrong}")
-            functions[name] = function
+            providers[name] = functools.partial(function, *calls.inputs)
         except Exception as error:
             left_out[name] = _said(error)
-    providers: dict[str, Callable[[], Any]] = {
-        name: functools.partial(function, *calls.inputs) for name, function in functions.items()
-    }
-    cost = cost_of(providers["pyfused"])
-    return {
-        "baseline": calls.baseline,
-        **_timed(providers, calls.baseline, device, seconds),
-        "bytes": cost.bytes,
-        "flops": cost.flops,
-        "left_out": left_out,
-    }
+    return providers, left_out
 
 
 def _items(out: Any) -> tuple[torch.Tensor, ...]:

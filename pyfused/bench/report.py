@@ -61,6 +61,19 @@ def _rate(amount: float, seconds: float) -> str:
     return f"{amount / seconds / 1e9:.1f}" if amount else ""
 
 
+def table(found: dict[str, Any]) -> str:
+    """Every row, benchmark by benchmark."""
+    lines = []
+    for before, row in zip([None, *found["rows"]], found["rows"]):
+        lines += [*_heading(before, row), line(row, found["ceilings"])]
+    return "\n".join(lines)
+
+
+def _heading(before: dict[str, Any] | None, row: dict[str, Any]) -> list[str]:
+    """What stands above the first row of a benchmark."""
+    return [] if before and before["benchmark"] == row["benchmark"] else ["", row["benchmark"], COLUMNS]
+
+
 class Live:
     """Shows a run while it goes on: each row as it comes, on a terminal with a line below that says how far it is; and keeps
     all of it in a file, so that a run that is killed loses nothing.
@@ -72,7 +85,7 @@ class Live:
 
     def __init__(self, stream: TextIO, path: str | Path | None = None):
         self._stream, self._path = stream, Path(path) if path else None
-        self._shown, self._benchmark = 0, ""
+        self._shown, self._headed = 0, False
         self._began = time.monotonic()
 
     def __call__(self, found: dict[str, Any], now: str, left: int) -> None:
@@ -93,15 +106,14 @@ class Live:
     def _rows(self, found: dict[str, Any]) -> None:
         if self._stream.isatty():
             print("\r\033[K", end="", file=self._stream)
-        if not self._benchmark and found["ceilings"]:
+        if not self._headed and found["ceilings"]:  # else interrupted before anything was known
+            self._headed = True
             print(head(found), file=self._stream)
-        for row in found["rows"][self._shown :]:
-            if row["benchmark"] != self._benchmark:
-                self._benchmark = row["benchmark"]
-                print(f"\n{self._benchmark}\n{COLUMNS}", file=self._stream)
-            print(line(row, found["ceilings"]), file=self._stream, flush=True)
-        self._benchmark = self._benchmark or " "
-        self._shown = len(found["rows"])
+        rows = found["rows"]
+        for place in range(self._shown, len(rows)):
+            lines = [*_heading(rows[place - 1] if place else None, rows[place]), line(rows[place], found["ceilings"])]
+            print("\n".join(lines), file=self._stream, flush=True)
+        self._shown = len(rows)
         if self._path:
             write(found, self._path)
 
