@@ -5,7 +5,7 @@
 # make test    every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify` as older and newer processors run them
 # make lint    ruff and mypy
-# make bench   every benchmark on the CPU, into benchmarks/results
+# make bench   every benchmark on the CPU, into benchmarks/results and the README
 # make gpu     build, GPU tests, sanitizer and benchmarks on a machine with a GPU (PART=tests|sanitize|bench for one of them)
 # make clean   removes what the others made
 
@@ -35,7 +35,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/pyfused encode fnet_tiny_en --text "Jesus wept." --pool cls
 
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks -n 2 --dist loadfile --no-loadscope-reorder
 
 test-machines: $(VENV)/test.stamp
 	$(BIN)/python tests/machines.py
@@ -44,8 +44,8 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp
-	$(BIN)/python -m benchmarks --device cpu --save
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/publish.py --run
 
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
@@ -73,6 +73,10 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 $(VENV)/test.stamp: $(VENV)/lib.stamp
 	$(BIN)/pip install --quiet --group test
 	$(BIN)/pip install --quiet --no-deps "keras-hub==0.32.0"
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet -e ".[bench]"
 	touch $@
 
 $(VENV)/lint.stamp: $(VENV)/lib.stamp pyproject.toml

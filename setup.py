@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 # The top-level folders that are parts of the package.
@@ -75,11 +76,21 @@ class CMakeBuild(build_ext):
         return [self.get_ext_fullpath(ext.name) for ext in self.extensions]
 
 
+class Modules(build_py):
+    """Of benchmarks/ the wheel has the cases, which `pyfused bench` runs; what only a source tree can use stays there."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        if package != "pyfused.bench.benchmarks":
+            return found
+        return [row for row in found if row[1].startswith("bench_") or row[1] in ("__init__", "models")]
+
+
 setup(
     packages=[*find_packages(include=["pyfused", "pyfused.*"]), *FOLDERS],
     package_dir={"": ".", **FOLDERS},
     include_package_data=False,  # what MANIFEST.in lists is for the sdist; the wheel takes package_data
     package_data={"pyfused": ["py.typed", "presets/*/*", "evidence/*.json"]},
     ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": Modules},
 )

@@ -1,10 +1,13 @@
-"""Writes what was measured into the README and benchmarks/results: `python benchmarks/publish.py`, after `make bench`.
+"""Writes what was measured into the README and benchmarks/results: `python benchmarks/publish.py [--run]`.
 
-Every number and picture there comes from the files that `pyfused bench --json` wrote; tests/test_publish.py holds that.
+--run measures first, with one CPU thread and with all (`make bench` does). Every number and picture there comes from the files
+that `pyfused bench --json` wrote; tests/test_publish.py holds that.
 """
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -184,9 +187,31 @@ def with_block(text: str, new: str) -> str:
     return f"{before}{BEGIN}{new}{END}{after}"
 
 
+def run() -> None:
+    """Measures this machine, a file for each number of threads."""
+    from pyfused import evidence
+
+    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+        path = RESULTS / f"{evidence.kind()}_{threads}thread.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pyfused.cli",
+            "bench",
+            "--device",
+            "cpu",
+            "--threads",
+            str(threads),
+            "--check",
+        ]
+        subprocess.run([*command, "--json", str(path)], check=False)
+
+
 def main() -> None:
     from pyfused.bench.plot import plot
 
+    if "--run" in sys.argv[1:]:
+        run()
     runs = results()
     README.write_text(with_block(README.read_text(), block(runs)))
     (RESULTS / "README.md").write_text(page(runs))
@@ -196,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -105,15 +105,19 @@ def test_wheel_away_from_the_source(wheel, tmp_path):
         "pyfused/kernels/triton/attention.py",
         "pyfused/py.typed",
         "pyfused/presets/gpt2_tiny_en/model.safetensors",
+        "pyfused/bench/benchmarks/bench_attention.py",
     ):
         assert need in names
+    assert "pyfused/bench/benchmarks/publish.py" not in names  # for a source tree alone
     assert any(n.startswith("pyfused/_cpu") for n in names)
     assert not any(n.startswith("kernels/") for n in names), "a top-level `kernels` would shadow another package"
     python = environment(tmp_path / "env", wheel)
     backend, where = run(python, "-c", CALL, cwd=tmp_path).split()
     assert backend == "cpu"
     assert Path(where).is_relative_to(tmp_path)
-    assert run(tmp_path / "env" / "bin" / "pyfused", "env", cwd=tmp_path).startswith("versions")
+    command = tmp_path / "env" / "bin" / "pyfused"
+    assert run(command, "env", cwd=tmp_path).startswith("versions")
+    assert "15 rows" in run(command, "bench", "host_overhead", "--seconds", "0", cwd=tmp_path)
 
 
 def test_installs_and_runs_without_a_compiler(source, tmp_path):
