@@ -28,7 +28,7 @@ SMALL = {
 def cases(setup):
     lengths = (9, 5) if setup.small else LENGTHS
     size = f"{len(lengths)}x{max(lengths)}"
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         yield Case(f"{size}, half padding, skip_padding", dtype, partial(forward, setup, lengths, True, dtype))
         yield Case(f"{size}, half padding", dtype, partial(forward, setup, lengths, False, dtype))
         yield Case(f"train {size}", dtype, partial(train, setup, lengths, dtype))

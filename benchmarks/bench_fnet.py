@@ -20,7 +20,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vo
 
 def cases(setup):
     b, s = (2, 9) if setup.small else (2, 512)
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         yield Case(f"{b}x{s}", dtype, partial(forward, setup, (b, s), dtype))
         yield Case(f"train {b}x{s}", dtype, partial(train, setup, (b, s), dtype))
 

@@ -19,7 +19,7 @@ from .models import NO_DROPOUT
 
 def cases(setup):
     b, s, cached = (2, 9, 9) if setup.small else (8, 128, 128)
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         yield Case(f"T5 base encoder 1x{4 * s}", dtype, partial(encoder, setup, t5, (1, 4 * s), dtype))
         yield Case(f"ALBERT base {b}x{s}", dtype, partial(encoder, setup, albert, (b, s), dtype))
         yield Case(f"BERT base {b}x{s}", dtype, partial(encoder, setup, bert, (b, s), dtype))

@@ -21,7 +21,7 @@ SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 101}
 
 def cases(setup):
     prompt, cached = (9, 12) if setup.small else (128, 160)
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         yield Case(f"prompt of {prompt}", dtype, partial(first, setup, prompt, dtype))
         if setup.device == "cpu":
             yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))

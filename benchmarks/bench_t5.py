@@ -21,7 +21,7 @@ SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2, 
 
 def cases(setup):
     source, short, cached = (9, 7, 3) if setup.small else (512, 128, 32)
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         yield Case(f"encoder, {source} tokens", dtype, partial(encoder, setup, source, dtype))
         if setup.device == "cpu":
             name = f"token, {cached} cached, source of {short}"

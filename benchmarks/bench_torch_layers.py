@@ -28,7 +28,7 @@ def cases(setup):
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     sizes = (32, 2, 40) if setup.small else (768, 12, 3072)
-    for dtype in setup.dtypes:
+    for dtype in setup.model_dtypes:
         if (
             not setup.small
         ):  # so small that what counts is the host's work: torch makes one call where pyfused makes six

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..evidence import multiplies_itself
+
 Function = Callable[..., Any]
 T = TypeVar("T")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +26,12 @@ class Setup:
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = DTYPES
     small: bool = False
+
+    @property
+    def model_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes for whole models: float16 only where the device multiplies it itself, else a call takes many seconds."""
+        slow = self.device == "cpu" and not self.small and not multiplies_itself(torch.float16)
+        return tuple(dtype for dtype in self.dtypes if not (slow and dtype == torch.float16))
 
     def pick(self, cpu: Sequence[T], gpu: Sequence[T], small: Sequence[T]) -> Sequence[T]:
         """The sizes for this device, or the small ones."""
