@@ -14,10 +14,12 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Keys in a tile: scores and value rows of a tile stay in L1 together. A multiple of kRows.
+// Keys in a tile: scores and value rows of a tile stay in L1 together. A multiple of kRows; from 48 on of 24, so that few lines
+// of a bias's rows belong to two tiles.
 inline int64_t tile_keys(int64_t d) {
   const int64_t n = 4608 / d / kRows * kRows;
-  return n < 2 * kRows ? 2 * kRows : (n > 12 * kRows ? 12 * kRows : n);
+  if (n < 8 * kRows) return n < 2 * kRows ? 2 * kRows : n;
+  return n < 12 * kRows ? 8 * kRows : 12 * kRows;
 }
 
 // Groups that share a tile of keys before the next one: a tile comes from memory once for all of them.

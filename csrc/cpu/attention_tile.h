@@ -365,20 +365,23 @@ template <class T> struct Group {
       row[i] = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2];
     }
     for (int64_t c = 0; c < n; c += kWidth) {
-      const int64_t m = n - c < kWidth ? n - c : kWidth;
-      const int32_t* j = keys.position + c0 + c;
+      // The last keys of a tile are read with some before them, which have their bias already: a whole square again.
+      const int64_t begin = n - c < kWidth && n >= kWidth ? n - kWidth : c, done = c - begin;
+      const int64_t m = n - begin < kWidth ? n - begin : kWidth;
+      const int32_t* j = keys.position + c0 + begin;
       const bool run = m == kWidth && sj == 1 && j[m - 1] - j[0] == m - 1;
       for (int v = 0; v < 2; ++v) {
-        float* at = s + c * step + v * kWidth;
+        float* at = s + begin * step + v * kWidth;
         if (run) {  // a square of the bias, kept in registers
           vfloat t[kWidth];
 #pragma GCC unroll 16
           for (int r = 0; r < kWidth; ++r) t[r] = load(row[v * kWidth + r] + j[0]);
           transpose(t);
 #pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) store(at + k * step, load(at + k * step) + t[k]);
+          for (int k = 0; k < kWidth; ++k)
+            if (k >= done) store(at + k * step, load(at + k * step) + t[k]);
         } else {
-          for (int64_t k = 0; k < m; ++k) {
+          for (int64_t k = done; k < m; ++k) {
             float lanes[kWidth];
             for (int r = 0; r < kWidth; ++r) lanes[r] = load_one(row[v * kWidth + r] + j[k] * sj);
             store(at + k * step, load(at + k * step) + load(lanes));
