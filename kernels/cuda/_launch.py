@@ -11,7 +11,7 @@ from pyfused.kernels.prepared import current_stream
 
 
 def pointers(*tensors):
-    """The addresses, 0 for None."""
+    """The addresses, 0 for None. The caller holds the tensors until its kernel has started."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

@@ -40,9 +40,8 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     new_partial = maker((parts, 2, n), torch.float32, None, device)
 
     def launch(grad_y, grad_total, x, weight, mean, rstd, _has_bias):
-        grads = new(), new_of_weight(), new_of_weight() if has_bias else None
-        tensors = grad_y, grad_total, x, weight, mean, rstd, *grads, new_partial()
-        kernel(*pointers(*tensors), *numbers, *place())
+        grads, partial = (new(), new_of_weight(), new_of_weight() if has_bias else None), new_partial()
+        kernel(*pointers(grad_y, grad_total, x, weight, mean, rstd, *grads, partial), *numbers, *place())
         return grads
 
     return launch

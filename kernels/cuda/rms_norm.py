@@ -40,8 +40,8 @@ def backward(grad_y, grad_total, x, weight, rstd):
     new_partial = maker((parts, n), torch.float32, None, device)
 
     def launch(grad_y, grad_total, x, weight, rstd):
-        grad_x, grad_weight = new(), new_of_weight()
-        kernel(*pointers(grad_y, grad_total, x, weight, rstd, grad_x, grad_weight, new_partial()), *numbers, *place())
-        return grad_x, grad_weight
+        grads, partial = (new(), new_of_weight()), new_partial()
+        kernel(*pointers(grad_y, grad_total, x, weight, rstd, *grads, partial), *numbers, *place())
+        return grads
 
     return launch
