@@ -25,6 +25,7 @@ import torch
 from . import dispatch
 from ._decoding import decoding_of
 from .encoding import encode
+from .kernels.prepared import recorder
 from .models._evaluation import evaluating
 from .models.backbone import Backbone
 
@@ -70,8 +71,8 @@ class Compiled(NamedTuple):
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, Triton kernels are noted down in the list, each once, and neither compiled nor started: what they would have
-    written is arbitrary. For one thread at a time; what kernels this process has compiled already is not noted down."""
+    """Inside, this thread's Triton kernels are noted down in the list, each once, and neither compiled nor started: what they
+    would have written is arbitrary. What this process has compiled already is not noted down."""
     launches: dict[Launch, None] = {}
     found: list[Launch] = []
     if importlib.util.find_spec("triton") is None:
@@ -80,30 +81,29 @@ def recording() -> Iterator[list[Launch]]:
     from triton import knobs
     from triton.runtime import driver
 
-    if knobs.runtime.interpret:
-        yield found
-        return
+    before = knobs.runtime.jit_cache_hook
 
-    from .kernels.triton import _launch
-
-    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def note(*, fn: Any, compile: dict[str, Any], **more: Any) -> bool:
+        if recorder.get() is None:  # another thread's
+            return bool(before and before(fn=fn, compile=compile, **more))
         target = driver.active.get_current_target()
         name = f"{fn.module}:{fn.jit_function.__name__}"
         place = target.backend, target.arch, target.warp_size
         launches[Launch(name, compile["specialization_data"], place)] = None
         return True  # which ends Triton's work on this start
 
-    def start(kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
-        kernel.warmup(*arguments, grid=grid, **options)
+    def record(kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
+        if not knobs.runtime.interpret:
+            kernel.warmup(*arguments, grid=grid, **options)
 
     dispatch.forget()  # launches that are prepared would start
-    hook, recorder = knobs.runtime.jit_cache_hook, _launch._recorder
-    knobs.runtime.jit_cache_hook, _launch._recorder = note, start
+    token = recorder.set(record)
+    knobs.runtime.jit_cache_hook = note
     try:
         yield found
     finally:
-        knobs.runtime.jit_cache_hook, _launch._recorder = hook, recorder
-        dispatch.forget()
+        knobs.runtime.jit_cache_hook = before
+        recorder.reset(token)
         found += launches
 
 

@@ -41,8 +41,8 @@ def test_a_prepared_start_is_the_one_that_triton_makes(facts):
 
 
 def test_a_call_is_a_few_functions(facts):
-    """What the host does for a call of few starts: bounds that this reached, with some room for other Pythons. A start through
-    Triton, of layer_norm's few arguments, is 60 functions and 1,400 instructions; what a GPU's driver adds is not yet measured."""
+    """What the host does for a call: bounds that this reached, with some room for other Pythons. What a GPU's driver and
+    allocator add is not yet measured."""
     for name, count in facts["counts"].items():
         starts = count["starts"]
         assert starts == (2 if name in ("attention chunks", "ffn", "gated_ffn") else 1), name

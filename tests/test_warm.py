@@ -26,6 +26,7 @@ def test_a_model_loads_what_was_compiled_ahead(tmp_path):
     facts = json.loads(done.stdout)
     assert facts["errors"] == []
     assert facts["started while recording"] == 0
+    assert facts["by another thread"] == facts["after recording"] == 1
     assert facts["launches"] == facts["told"] > 5
     # On disk under the names that Triton itself looks for: the calls compile nothing, and a second time no process starts.
     assert facts["starts"] > 0

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import threading
 import time
 
 import fake_gpu
+import torch
 from triton import knobs
 
 import pyfused
@@ -12,12 +14,25 @@ from pyfused import warm
 from pyfused.models import Backbone
 
 
+def elsewhere(driver=None):
+    """A call as of another thread, which starts its kernel; with a driver, how many starts that was."""
+    before = len(driver.started) if driver else 0
+    with torch.no_grad(), pyfused.backend("triton"):
+        pyfused.rms_norm(torch.ones(3, 40), torch.ones(40))
+    return len(driver.started) - before if driver else None
+
+
 def main(preset, *lengths):
     driver, lengths = fake_gpu.install(), list(map(int, lengths))
     model = Backbone.from_preset(preset, dtype="bfloat16")
     with pyfused.backend("triton"), warm.recording() as launches:
         warm._run(model, lengths, True)
-    started = len(driver.started)
+        started = len(driver.started)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    others = len(driver.started) - started
+    started_after = elsewhere(driver)
     told, again = [], []
     done = warm.compile_in_parallel(launches, 2, told.append)
     began = time.perf_counter()
@@ -32,6 +47,8 @@ def main(preset, *lengths):
     facts = {
         "launches": len(launches),
         "started while recording": started,
+        "by another thread": others,
+        "after recording": started_after,
         "errors": [row.error for row in done if row.error],
         "told": len(told),
         "told again": len(again),

@@ -9,11 +9,10 @@ what torch's allocator makes lies at multiples of 256.
 import torch
 from triton import knobs
 
-from pyfused.kernels.prepared import current_device, current_stream
+from pyfused.kernels.prepared import current_device, current_stream, recorder
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
-_recorder = None  # in the place of every start while pyfused.warm notes down what a model starts
 _hands_over = None  # whether this Triton calls a launcher as `start` does; None until one start was watched
 
 
@@ -36,8 +35,8 @@ def starter(kernel, grid, device, *numbers, **options):
     def through_triton(*tensors):
         return kernel[grid](*tensors, *numbers, **options)
 
-    if _recorder is not None:
-        return lambda *tensors: _recorder(kernel, grid, (*tensors, *numbers), options)
+    if (record := recorder.get()) is not None:
+        return lambda *tensors: record(kernel, grid, (*tensors, *numbers), options)
     if not on_gpu(device):
         return through_triton
     sizes = (*grid, 1, 1)[:3]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+
+# What notes a thread's Triton starts down instead, while pyfused.warm finds out what a model needs. No launch is kept then.
+recorder: ContextVar[Callable[..., None] | None] = ContextVar("pyfused_recorder", default=None)
 
 
 def launched(prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +40,9 @@ def launched(prepare: Callable[..., Any]) -> Callable[..., Any]:
         launch = prepare(*args)
         return on_device(launch, args[0].device.index) if args[0].is_cuda and launch is not None else launch
 
+    def kept(*args: Any) -> Any:
+        return prepare_on_device(*args) if recorder.get() is None else None
+
     def forward(*args: Any) -> Any:
         launch = prepare_on_device(*args)
         if launch is None:
@@ -43,7 +50,7 @@ def launched(prepare: Callable[..., Any]) -> Callable[..., Any]:
             launch = prepare_on_device(*args)
         return launch(*args)
 
-    forward.prepare = prepare_on_device  # type: ignore[attr-defined]
+    forward.prepare = kept  # type: ignore[attr-defined]
     return forward
 
 
