@@ -77,11 +77,36 @@ def use_isa(name: str) -> Iterator[None]:
         dispatch.forget()
 
 
-def signature() -> Callable[..., bytes | None]:
-    """A function of a call's arguments: bytes that are equal for two calls on the CPU exactly if they differ in nothing but
-    the values in their tensors; None for any other call, and for all without the extension."""
-    module, _ = _load("_cpu")
-    return module.signature if module else lambda *args: None
+def _reads_tensors() -> bool:
+    """Whether the C++ part is there, and torch hands it a tensor's address and sizes."""
+    return _load("_cpu")[0] is not None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
+def signature() -> Callable[..., Any]:
+    """A function of a call's arguments: what is equal for two calls exactly if they differ in nothing but the values in their
+    tensors, of a GPU's tensors their device and alignment too; None where that cannot be said. Without the extension, and with
+    torch 2.10, calls on a GPU alone have one."""
+    if _reads_tensors():
+        return _load("_cpu")[0].signature  # type: ignore[union-attr]
+    return gpu_signature if torch.backends.cuda.is_built() else lambda *args: None
+
+
+_VALUES = frozenset({type(None), bool, int, float, str})
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def gpu_signature(*args: Any) -> tuple[Any, ...] | None:
+    """As csrc/include/pyfused/python_call.h has it, in a few microseconds."""
+    words: list[Any] = []
+    for a in args:
+        kind = type(a)
+        if kind in _VALUES:
+            words.append((kind, a))
+        elif kind in _TENSORS and a.is_cuda:
+            words.append((a.dtype, a.get_device(), a.data_ptr() % 16 == 0, a.shape, a.stride()))
+        else:
+            return None
+    return tuple(words)
 
 
 def prepared(
@@ -94,10 +119,33 @@ def prepared(
     """A function of a call's arguments that runs the launch which `launches` has under (forced.get(), signature of the call)
     and returns its first `count` outputs: all of them for 0, one bare. Where there is none, or a watcher returns something
     true, or a forward-mode derivative is being taken, otherwise(*args), or None without it."""
-    module, _ = _load("_cpu")
-    if module:
-        return module.prepared(launches, forced, vars(forward_ad), otherwise, count, *watchers)
+    if _reads_tensors():
+        return _load("_cpu")[0].prepared(launches, forced, vars(forward_ad), otherwise, count, *watchers)  # type: ignore[union-attr]
+    if torch.backends.cuda.is_built():
+        return gpu_prepared(launches, forced, watchers, otherwise, count)
     return otherwise or (lambda *args: None)
+
+
+def gpu_prepared(
+    launches: dict[Any, Callable[..., Any]],
+    forced: ContextVar[Any],
+    watchers: tuple[Callable[[], Any], ...],
+    otherwise: Callable[..., Any] | None,
+    count: int,
+) -> Callable[..., Any]:
+    """prepared() by gpu_signature."""
+
+    def run(*args: Any, **names: Any) -> Any:
+        key = None if names else gpu_signature(*args)
+        launch = launches.get((forced.get(), key)) if key is not None else None
+        if launch is None or forward_ad._current_level >= 0 or any(watcher() for watcher in watchers):
+            return otherwise(*args, **names) if otherwise else None
+        outputs = launch(*args)
+        if count <= 0:
+            return None if count else outputs
+        return outputs[0] if count == 1 else outputs[:count]
+
+    return run
 
 
 def cpu() -> ModuleType:

@@ -1,4 +1,4 @@
-"""What can one do from a terminal? `pyfused env | generate | encode | verify | bench | tune | evidence`, with --json on each.
+"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | bench | tune | evidence`, --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
 terminal's encoding does not have is written as "?".
@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", metavar="FILE.png", help="draw bars for each peer, and a roofline")
     bench.set_defaults(run=_bench)
 
+    warm = commands.add_parser("warm", help="compile what a preset needs before it is needed, in parallel")
+    warm.add_argument("preset", metavar="PRESET")
+    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the texts to expect")
+    warm.add_argument("--workers", type=int, metavar="N", help="processes that compile; one a core by default")
+    warm.set_defaults(run=_warm)
+
     tune = commands.add_parser(
         "tune", help="measure this machine's CPU kernels beside plain PyTorch, and dispatch by that"
     )
@@ -142,12 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evidence.set_defaults(run=_evidence)
 
-    for command in (generate, encode, verify):
+    for command in (generate, encode, verify, warm):
         command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
         command.add_argument(
             "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
         )
-    for command in (env, generate, encode, verify, tune, evidence):
+    for command in (env, generate, encode, verify, warm, tune, evidence):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -301,6 +307,29 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 130
     failed = any("error" in row for row in found["rows"])
     return 1 if failed or (arguments.check and any(row.get("slow") for row in found["rows"])) else 0
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    from .models import Backbone
+    from .warm import LENGTHS, warm
+
+    for option, values in (("--lengths", arguments.lengths), ("--workers", [arguments.workers])):
+        if any(value is not None and value < 1 for value in values or ()):
+            raise ValueError(f"{option} is {values}; it takes numbers of at least 1")
+    report = warm(
+        Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype),
+        lengths=arguments.lengths or LENGTHS,
+        workers=arguments.workers,
+        say=lambda text: print(f"warming: {text}", file=sys.stderr, flush=True),
+    )
+    if arguments.json:
+        print(json.dumps({"preset": arguments.preset, **report}, indent=2))
+    else:
+        counts = f"{report['compiled']} kernels compiled, {report['cached']} there already"
+        print(f"{arguments.preset} on {report['device']}: {counts}; {report['seconds']:.1f} s")
+    for row in report["failed"]:
+        print(f"pyfused: {row['kernel']} does not compile: {row['error']}", file=sys.stderr)
+    return 1 if report["failed"] else 0
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -28,15 +28,21 @@ class Generator:
 
     Args:
         model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
+        warm: make ready now what the first call would wait for: on a GPU the Triton kernels are compiled, in parallel, and
+            kept on disk. `pyfused warm` does that ahead of a program.
 
     Example:
         tokens = pyfused.Generator(model).generate([[464, 3290]], max_new_tokens=20)
     """
 
-    def __init__(self, model: Backbone):
+    def __init__(self, model: Backbone, *, warm: bool = False):
         self._decoding = decoding_of(model)
         self.model = model
         self._graphs: dict[object, GraphSteps] = {}
+        if warm:
+            from .warm import warm as make_ready
+
+            make_ready(model)
 
     def generate(
         self,

@@ -41,8 +41,8 @@ class Launches:
     def __init__(self, run):
         self.run, self.grids, self.faults = run, [], []
 
-    def launch(self, kernel, grid, *args, **options):
-        _launch.launch(_Recorder(self, kernel), grid, *args, **options)
+    def starter(self, kernel, grid, *args, **options):
+        return _launch.starter(_Recorder(self, kernel), grid, *args, **options)
 
     def _start(self, kernel, grid, args, options):
         name = kernel.fn.__name__

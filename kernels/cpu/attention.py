@@ -6,8 +6,7 @@ import torch
 
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
-
-from ._launch import CPU, launched, maker
+from pyfused.kernels.prepared import CPU, launched, maker
 
 
 def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen, *more):

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cpu
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
 from ..reference.ffn import linear_gradients
 from ..reference.linear import product
-from ._launch import dense, launched, maker, rows_of
 from .linear import by_columns, library_is_faster
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}

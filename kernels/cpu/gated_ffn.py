@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cpu
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import launched, maker
 
 from ..reference.gated_ffn import linear_gradients, widened
 from ..reference.linear import product
-from ._launch import launched, maker, rows_of
 from .ffn import ACTIVATION_CODES
 from .linear import library_is_faster, would_copy
 

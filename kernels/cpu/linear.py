@@ -2,9 +2,10 @@
 
 from pyfused import evidence
 from pyfused._extensions import DTYPE_CODES, cpu
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
 from ..reference.linear import product
-from ._launch import dense, launched, maker, rows_of
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 

@@ -4,8 +4,7 @@ import torch
 
 from pyfused._extensions import DTYPE_CODES, cpu
 from pyfused.kernels.buckets import distance_buckets
-
-from ._launch import launched, maker
+from pyfused.kernels.prepared import launched, maker
 
 
 @launched

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 
 from pyfused import evidence
 from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import as_rows, rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
-from ._launch import dense, launched, library_norm, maker, rows_of
+from ._launch import library_norm
 
 
 def left_to_library_forward(x, weight, eps, residual, save):
@@ -19,7 +20,8 @@ def forward(x, weight, eps, residual, save):
     if left_to_library_forward(x, weight, eps, residual, save):
         norm = library_norm(lambda t, weight: F.rms_norm(t, weight.shape, weight, eps))
         return lambda x, weight, _eps, residual, _save, y=None, total=None: (
-            *norm((weight,), x, residual, y, total), None
+            *norm((weight,), x, residual, y, total),
+            None,
         )
     rows, residual_rows = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
     if rows is None or residual_rows is None or not dense(weight):

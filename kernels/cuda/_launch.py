@@ -7,18 +7,20 @@ import functools
 
 import torch
 
+from pyfused.kernels.prepared import current_stream
 
-def pointer(tensor):
-    """The address, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+
+def pointers(*tensors):
+    """The addresses, 0 for None. The caller holds the tensors until its kernel has started."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def where(device):
-    """What each launcher takes last: the device's index and the current stream's handle."""
+    """A function that returns what each launcher takes last: the device's index and the current stream's handle."""
     if device.type == "cpu":
-        return 0, 0
-    stream = torch.cuda.current_stream(device)
-    return stream.device_index, stream.cuda_stream
+        return lambda: (0, 0)
+    index = device.index
+    return lambda: (index, current_stream(index))
 
 
 @functools.cache
@@ -29,4 +31,6 @@ def multiprocessors(device):
 @functools.cache
 def shared_memory(device):
     """Bytes that one block may ask for: 99 KB on consumer chips, 163 on an A100, 227 on an H100."""
-    return 227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return (
+        227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    )

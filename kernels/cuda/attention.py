@@ -7,8 +7,9 @@ import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.buckets import distance_buckets
+from pyfused.kernels.prepared import launched, maker
 
-from ._launch import multiprocessors, pointer, shared_memory, where
+from ._launch import multiprocessors, pointers, shared_memory, where
 
 _ROWS = 16  # of a decode block: queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
@@ -56,12 +57,11 @@ def _most_blocks(query, cu_seqlens):
     return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
 
-def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0, sequences=0):
+def _layout(query, key, value, out_strides, attn_bias, table, buckets, chunk_stride=0, sequences=0):
     """Sizes and strides, in the order of csrc/cuda/attention.cuh; the array must live until the launch has returned."""
     b, h, sq, d = query.shape
     sizes = [sequences or b, h, key.shape[1], sq, key.shape[2], d]
-    for t in (query, key, value, out):
-        batch, head, row = t.stride()[-4:-1]
+    for batch, head, row in (query.stride()[:3], key.stride()[:3], value.stride()[:3], out_strides):
         sizes += (row if sequences else batch, head, row)
     sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
     relative = (0, 0, 0, 0)
@@ -70,40 +70,51 @@ def _layout(query, key, value, out, attn_bias, table, buckets, chunk_stride=0, s
     return array("q", [*sizes, chunk_stride, *relative])
 
 
+@launched
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
     bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
-    b, h, sq, d = query.shape
-    hkv, sk = key.shape[1:3]
-    out = torch.empty_strided((b, h, sq, d), (sq * h * d, d, h * d, 1), dtype=query.dtype, device=query.device)
-    lse = torch.empty((b, h, sq), dtype=torch.float32, device=query.device) if save else None
-    if b == 0 or h == 0:
-        return out, lse
-    dtype, place = DTYPE_CODES[query.dtype], where(query.device)
+    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
+    strides = sq * h * d, d, h * d, 1
     buckets = None if bias_table is None else _buckets(bias_table, bidirectional, max_distance)
-    processors = multiprocessors(query.device)
-    options = (is_causal, scale, dropout_p)
-    outputs = (pointer(out), pointer(lse))
+    tensors, more = (query, key, value, strides[:3]), (attn_bias, bias_table, buckets)
+    processors, code, place = multiprocessors(device), DTYPE_CODES[dtype], where(device)
+    options = is_causal, scale, dropout_p
+    chunks = 1
     if cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
-        layout = _layout(query, key, value, out, None, bias_table, buckets, sequences=cu_seqlens.shape[0] - 1)
-        inputs = tuple(map(pointer, (query, key, value, cu_seqlens, bias_table, buckets, seed)))
-        cuda().attention_packed_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
+        layout = _layout(*tensors, *more, sequences=cu_seqlens.shape[0] - 1)
+        kernel, numbers = cuda().attention_packed_forward, (*options, processors, code)
+    elif h // hkv * sq > _ROWS:
+        layout = _layout(*tensors, *more)
+        kernel, numbers = cuda().attention_forward, (*options, processors, code)
+    else:
+        chunks, chunk = _chunks(b * hkv, sk, processors)
+        layout = _layout(*tensors, *more)
+        kernel, numbers = cuda().attention_decode_forward, (*options, chunk, code)
+    new_out, new_lse = maker((b, h, sq, d), dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
+    if chunks > 1:
+        of_chunk = h * sq * d, sq * d, d
+        parts = _layout(query, key, value, of_chunk, *more, b * h * sq * d)
+        combine = cuda().attention_combine
+        new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
+        new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
+    relative = bias_table is not None
+
+    def launch(
+        query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _save,
+        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0, out=None,
+    ):  # fmt: skip
+        out, lse = new_out() if out is None else out, new_lse() if save else None
+        buckets = _buckets(bias_table, bidirectional, max_distance) if relative else None
+        masks = (padding_mask, attn_bias) if cu_seqlens is None else (cu_seqlens,)
+        inputs = query, key, value, *masks, bias_table, buckets, seed
+        if chunks == 1:
+            kernel(*pointers(*inputs, out, lse), layout.buffer_info()[0], *numbers, *place())
+            return out, lse
+        part, part_lse = new_part(), new_part_lse()
+        kernel(*pointers(*inputs, part, part_lse), parts.buffer_info()[0], *numbers, *place())
+        combine(*pointers(part, part_lse, out, lse), layout.buffer_info()[0], chunks, code, *place())
         return out, lse
-    layout = _layout(query, key, value, out, attn_bias, bias_table, buckets)
-    inputs = tuple(map(pointer, (query, key, value, padding_mask, attn_bias, bias_table, buckets, seed)))
-    if h // hkv * sq > _ROWS:
-        cuda().attention_forward(*inputs, *outputs, layout.buffer_info()[0], *options, processors, dtype, *place)
-        return out, lse
-    chunks, chunk = _chunks(b * hkv, sk, processors)
-    if chunks == 1:
-        cuda().attention_decode_forward(*inputs, *outputs, layout.buffer_info()[0], *options, chunk, dtype, *place)
-        return out, lse
-    part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
-    part_lse = torch.empty((chunks, b, h, sq), dtype=torch.float32, device=query.device)
-    parts = _layout(query, key, value, part, attn_bias, bias_table, buckets, part.stride(0))
-    cuda().attention_decode_forward(
-        *inputs, pointer(part), pointer(part_lse), parts.buffer_info()[0], *options, chunk, dtype, *place
-    )
-    cuda().attention_combine(pointer(part), pointer(part_lse), *outputs, layout.buffer_info()[0], chunks, dtype, *place)
-    return out, lse
+
+    return launch

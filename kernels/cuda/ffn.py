@@ -4,58 +4,76 @@ cuBLAS adds a bias in its own epilogue, so the pass between the products is the 
 backward's is one pass for the inner activations and the gradient through the activation.
 """
 
-import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
 from ..reference.ffn import linear_gradients
-from ._launch import pointer, where
+from ._launch import pointers, where
 from .linear import few
 
 ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
 
 
+@launched
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    lead, (f, n), m = x.shape[:-1], w_in.shape, w_out.shape[0]
-    if not few(lead.numel(), w_in, w_out):
-        return _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save)
-    x, x_stride = as_rows(x)
-    w_in, w_in_stride = as_rows(w_in)
-    w_out, w_out_stride = as_rows(w_out)
-    b_in = None if b_in is None else b_in.contiguous()
-    b_out = None if b_out is None else b_out.contiguous()
-    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    inner = torch.empty((*lead, f), dtype=x.dtype, device=x.device)
-    pre = torch.empty_like(inner) if save else None
-    y = torch.empty((*lead, m), dtype=x.dtype, device=x.device)
-    pointers = map(pointer, (x, w_in, b_in, w_out, b_out, residual, inner, pre, y))
-    sizes = x.shape[0], n, f, m
-    strides = x_stride, w_in_stride, w_out_stride, residual_stride
-    codes = ACTIVATION_CODES[activation], DTYPE_CODES[x.dtype]
-    cuda().ffn_forward(*pointers, *sizes, *strides, *codes, *where(x.device))
-    return y, pre
+    outer, (f, n), m, dtype, device = x.shape[:-1], w_in.shape, w_out.shape[0], x.dtype, x.device
+    if not few(outer.numel(), w_in, w_out):
+        return _prepare_library_forward(outer.numel() * f, activation, save, dtype, device)
+    of_x, of_in, of_out = map(rows_of, (x, w_in, w_out))
+    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
+        return None
+    strides = of_x[2], of_in[2], of_out[2], of_residual[2]
+    numbers, place = (of_x[0], n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    new_inner, new_y, kernel = (
+        maker((*outer, f), dtype, None, device),
+        maker((*outer, m), dtype, None, device),
+        cuda().ffn_forward,
+    )
+
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
+        y, inner, pre = new_y() if y is None else y, new_inner(), new_inner() if save else None
+        kernel(*pointers(x, w_in, b_in, w_out, b_out, residual, inner, pre, y), *numbers, *place())
+        return y, pre
+
+    return launch
 
 
-def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    pre = F.linear(x, w_in, b_in).contiguous()
-    inner = torch.empty_like(pre) if save else pre
-    _activation(pre, None, inner, None, activation)
-    y = F.linear(inner, w_out, b_out)
-    return y if residual is None else y.add_(residual), pre if save else None
+def _prepare_library_forward(size, activation, save, dtype, device):
+    activate = prepare_activation(size, activation, dtype, device)
+
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
+        pre = F.linear(x, w_in, b_in).contiguous()
+        inner = pre.new_empty(pre.shape) if save else pre
+        activate(pre, None, inner, None)
+        found = F.linear(inner, w_out, b_out)
+        found = found if residual is None else found.add_(residual)
+        return found if y is None else y.copy_(found), pre if save else None
+
+    return launch
 
 
-def _activation(pre, grad_inner, inner, grad_pre, activation):
-    """inner = activation(pre), grad_pre = grad_inner activation'(pre); contiguous, in place if one is given twice."""
-    pointers = map(pointer, (pre, grad_inner, inner, grad_pre))
-    codes = ACTIVATION_CODES[activation], DTYPE_CODES[pre.dtype]
-    cuda().ffn_activation(*pointers, pre.numel(), *codes, *where(pre.device))
+def prepare_activation(size, activation, dtype, device):
+    """A function of (pre, grad_inner, inner, grad_pre), contiguous, each of `size` elements: inner = activation(pre),
+    grad_pre = grad_inner activation'(pre); in place if one is given twice."""
+    numbers, place = (size, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    kernel = cuda().ffn_activation
+    return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
+@launched
 def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    pre = pre.contiguous()
-    grad_pre = (grad_y @ w_out).contiguous()
-    inner = torch.empty_like(pre)
-    _activation(pre, grad_pre, inner, grad_pre, activation)
-    return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+    if not pre.is_contiguous():
+        return None
+    activate = prepare_activation(pre.numel(), activation, pre.dtype, pre.device)
+    new_inner = maker(pre.shape, pre.dtype, None, pre.device)
+
+    def launch(grad_y, x, w_in, w_out, pre, *_):
+        grad_pre, inner = (grad_y @ w_out).contiguous(), new_inner()
+        activate(pre, grad_pre, inner, grad_pre)
+        return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+
+    return launch

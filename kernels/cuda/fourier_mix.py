@@ -6,9 +6,10 @@ import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
 from pyfused.kernels.fourier import plan
+from pyfused.kernels.prepared import launched, maker
 from pyfused.kernels.tables import kept_on_device
 
-from ._launch import pointer, shared_memory, where
+from ._launch import pointers, shared_memory, where
 
 
 @kept_on_device
@@ -31,18 +32,20 @@ def unsupported_forward(x):
     return None
 
 
+@launched
 def forward(x):
     if x.stride(2) != 1:
-        x = x.contiguous()
-    b, s, n = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if b == 0:
-        return (y,)
+        return None
+    (b, s, n), device, kernel = x.shape, x.device, cuda().fourier_mix_forward
     plan_s, plan_n = plan(s)[0], plan(n)[0]  # on the host
-    table_s, table_n = (_fourier_table(length, device=x.device) for length in (s, n))
-    floats = cuda().fourier_mix_scratch(pointer(plan_s), b, s, n)
-    scratch = torch.empty(floats, dtype=torch.float32, device=x.device)
-    pointers = map(pointer, (x, y, scratch, plan_s, table_s, plan_n, table_n))
-    dtype = DTYPE_CODES[x.dtype]
-    cuda().fourier_mix_forward(*pointers, b, s, n, x.stride(0), x.stride(1), dtype, *where(x.device))
-    return (y,)
+    floats = cuda().fourier_mix_scratch(plan_s.data_ptr(), b, s, n)
+    new_y, new_scratch = maker(x.shape, x.dtype, None, device), maker((floats,), torch.float32, None, device)
+    numbers, place = (b, s, n, x.stride(0), x.stride(1), DTYPE_CODES[x.dtype]), where(device)
+
+    def launch(x, y=None):
+        y, scratch = new_y() if y is None else y, new_scratch()
+        table_s, table_n = _fourier_table(s, device=device), _fourier_table(n, device=device)
+        kernel(*pointers(x, y, scratch, plan_s, table_s, plan_n, table_n), *numbers, *place())
+        return (y,)
+
+    return launch

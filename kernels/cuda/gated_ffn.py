@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
 from ..reference.gated_ffn import linear_gradients
-from ._launch import pointer, where
+from ._launch import pointers, where
 from .ffn import ACTIVATION_CODES
 from .linear import few
 
@@ -20,53 +21,78 @@ def _hidden_dtype(x):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
+@launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    lead, (f, n), m = x.shape[:-1], w_gate.shape, w_out.shape[0]
-    if not few(lead.numel(), w_gate, w_out):
-        return _library_forward(x, w_gate, w_up, w_out, activation, residual, save)
-    x, x_stride = as_rows(x)
-    weights, weight_strides = zip(*map(as_rows, (w_gate, w_up, w_out)))
-    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    gate, up = (torch.empty((*lead, f), dtype=x.dtype, device=x.device) if save else None for _ in range(2))
-    hidden = torch.empty((*lead, f), dtype=_hidden_dtype(x), device=x.device)
-    y = torch.empty((*lead, m), dtype=x.dtype, device=x.device)
-    pointers = map(pointer, (x, *weights, residual, hidden, gate, up, y))
-    sizes = x.shape[0], n, f, m
-    strides = x_stride, *weight_strides, residual_stride
-    codes = ACTIVATION_CODES[activation], DTYPE_CODES[x.dtype]
-    cuda().gated_ffn_forward(*pointers, *sizes, *strides, *codes, *where(x.device))
-    return y, gate, up
+    outer, (f, n), m, dtype, device = x.shape[:-1], w_gate.shape, w_out.shape[0], x.dtype, x.device
+    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    if of_residual is None:
+        return None
+    if not few(outer.numel(), w_gate, w_up, w_out):
+        return _prepare_library_forward(outer, f, m, of_residual[2], activation, save, dtype, device)
+    rows = tuple(map(rows_of, (x, w_gate, w_up, w_out)))
+    if None in rows:
+        return None
+    strides = *(stride for _, _, stride in rows), of_residual[2]
+    numbers = outer.numel(), n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]
+    place, kernel = where(device), cuda().gated_ffn_forward
+    new, new_y = maker((*outer, f), dtype, None, device), maker((*outer, m), dtype, None, device)
+    new_hidden = maker((*outer, f), _hidden_dtype(x), None, device)
+
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+        y, hidden = new_y() if y is None else y, new_hidden()
+        gate, up = (new(), new()) if save else (None, None)
+        kernel(*pointers(x, w_gate, w_up, w_out, residual, hidden, gate, up, y), *numbers, *place())
+        return y, gate, up
+
+    return launch
 
 
-def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
-    gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
-    hidden = torch.empty_like(gate) if save else gate
-    kept = (gate, up) if save else (None, None)
-    if x.dtype != torch.float16:
-        _activation(gate, up, None, hidden, None, None, activation)
-        y = F.linear(hidden, w_out)
-        return y if residual is None else y.add_(residual), *kept
-    rows, f, m = x.shape[:-1].numel(), w_gate.shape[0], w_out.shape[0]
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    pointers = map(pointer, (gate, up, hidden, scale))
-    cuda().gated_ffn_scaled(*pointers, rows, f, ACTIVATION_CODES[activation], *where(x.device))
-    y = F.linear(hidden, w_out).contiguous()
-    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    pointers = map(pointer, (y, scale, residual))
-    cuda().gated_ffn_unscale(*pointers, rows, m, residual_stride, *where(x.device))
-    return y, *kept
+def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dtype, device):
+    code, rows, place = ACTIVATION_CODES[activation], outer.numel(), where(device)
+    activate = prepare_activation(rows * f, activation, dtype, device)
+    new_scale, scaled, unscale = (
+        maker((rows,), torch.float32, None, device),
+        cuda().gated_ffn_scaled,
+        cuda().gated_ffn_unscale,
+    )
+
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+        gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
+        hidden = gate.new_empty(gate.shape) if save else gate
+        if dtype == torch.float16:
+            scale = new_scale()
+            scaled(*pointers(gate, up, hidden, scale), rows, f, code, *place())
+            found = F.linear(hidden, w_out).contiguous()
+            unscale(*pointers(found, scale, residual), rows, m, residual_stride, *place())
+        else:
+            activate(gate, up, None, hidden, None, None)
+            found = F.linear(hidden, w_out)
+            found = found if residual is None else found.add_(residual)
+        y = found if y is None else y.copy_(found)
+        return (y, gate, up) if save else (y, None, None)
+
+    return launch
 
 
-def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
-    """hidden = activation(gate) * up and, from grad_hidden, the gradients of both; contiguous; may be in place."""
-    pointers = map(pointer, (gate, up, grad_hidden, hidden, grad_gate, grad_up))
-    codes = ACTIVATION_CODES[activation], DTYPE_CODES[gate.dtype]
-    cuda().gated_ffn_activation(*pointers, gate.numel(), *codes, *where(gate.device))
+def prepare_activation(size, activation, dtype, device):
+    """A function of (gate, up, grad_hidden, hidden, grad_gate, grad_up), contiguous, each of `size` elements: hidden =
+    activation(gate) * up and, from grad_hidden, the gradients of both; may be in place."""
+    numbers, place = (size, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    kernel = cuda().gated_ffn_activation
+    return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
+@launched
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    gate, up = gate.contiguous(), up.contiguous()
-    grad_hidden = (grad_y @ w_out).contiguous()
-    hidden, grad_up = torch.empty_like(gate, dtype=_hidden_dtype(gate)), torch.empty_like(up)
-    _activation(gate, up, grad_hidden, hidden, grad_hidden, grad_up, activation)
-    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up)
+    if not dense(gate, up):
+        return None
+    dtype, device = gate.dtype, gate.device
+    activate = prepare_activation(gate.numel(), activation, dtype, device)
+    new_hidden, new_grad = maker(gate.shape, _hidden_dtype(gate), None, device), maker(gate.shape, dtype, None, device)
+
+    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation):
+        grad_hidden, hidden, grad_up = (grad_y @ w_out).contiguous(), new_hidden(), new_grad()
+        activate(gate, up, grad_hidden, hidden, grad_hidden, grad_up)
+        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up)
+
+    return launch

@@ -3,38 +3,45 @@
 import torch
 
 from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
-from ._launch import multiprocessors, pointer, where
+from ._launch import multiprocessors, pointers, where
 
 
+@launched
 def forward(x, weight, bias, eps, residual, save):
-    rows, stride = as_rows(x)
-    residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = rstd = None
-    if save:
-        mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    pointers = map(pointer, (rows, residual_rows, weight, bias, y, total, mean, rstd))
-    dtype = DTYPE_CODES[x.dtype]
-    cuda().layer_norm_forward(*pointers, *rows.shape, stride, residual_stride, eps, dtype, *where(x.device))
-    return y, total, mean, rstd
+    of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
+    if of_x is None or of_residual is None or not dense(weight, bias):
+        return None
+    device, kernel = x.device, cuda().layer_norm_forward
+    numbers, place = (*of_x, of_residual[2], eps, DTYPE_CODES[x.dtype]), where(device)
+    new, new_statistic = maker(x.shape, x.dtype, None, device), maker(x.shape[:-1], torch.float32, None, device)
+
+    def launch(x, weight, bias, _eps, residual, _save, y=None, total=None):
+        y = new() if y is None else y
+        total = new() if total is None and residual is not None else total
+        mean, rstd = (new_statistic(), new_statistic()) if save else (None, None)
+        kernel(*pointers(x, residual, weight, bias, y, total, mean, rstd), *numbers, *place())
+        return y, total, mean, rstd
+
+    return launch
 
 
+@launched
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
-    rows, stride = as_rows(x)
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_weight = torch.empty_like(weight)
-    grad_bias = torch.empty_like(weight) if has_bias else None
-    parts = cuda().layer_norm_backward_parts(*rows.shape, multiprocessors(x.device))
-    partial = torch.empty((parts, 2, rows.shape[1]), dtype=torch.float32, device=x.device)
-    pointers = map(pointer, (grad_y, grad_total, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias, partial))
-    dtype = DTYPE_CODES[x.dtype]
-    cuda().layer_norm_backward(*pointers, parts, *rows.shape, stride, dtype, *where(x.device))
-    return grad_x, grad_weight, grad_bias
+    of_x, device = rows_of(x), x.device
+    if of_x is None or not dense(grad_y, grad_total, weight):
+        return None
+    rows, n, _ = of_x
+    parts = cuda().layer_norm_backward_parts(rows, n, multiprocessors(device))
+    numbers, kernel, place = (parts, *of_x, DTYPE_CODES[x.dtype]), cuda().layer_norm_backward, where(device)
+    new, new_of_weight = maker(x.shape, x.dtype, None, device), maker(weight.shape, weight.dtype, None, device)
+    new_partial = maker((parts, 2, n), torch.float32, None, device)
+
+    def launch(grad_y, grad_total, x, weight, mean, rstd, _has_bias):
+        grads, partial = (new(), new_of_weight(), new_of_weight() if has_bias else None), new_partial()
+        kernel(*pointers(grad_y, grad_total, x, weight, mean, rstd, *grads, partial), *numbers, *place())
+        return grads
+
+    return launch

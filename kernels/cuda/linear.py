@@ -1,12 +1,12 @@
 """linear on CUDA: launches csrc/cuda/linear.cu for up to 16 rows; more rows are a product of cuBLAS's."""
 
-import torch
 import torch.nn.functional as F
 
 from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 
-from ._launch import pointer, where
+from ._launch import pointers, where
 
 FEW_ROWS = 16  # kFewRows of few_rows.cuh
 
@@ -16,18 +16,28 @@ def few(rows, *weights):
     return rows <= FEW_ROWS and all(max(w.shape) < 2**30 for w in weights)
 
 
+@launched
 def forward(x, weight, bias, residual):
-    shape = (*x.shape[:-1], weight.shape[0])
-    if not few(x.shape[:-1].numel(), weight):
-        y = F.linear(x, weight, bias)
-        return (y if residual is None else y.add_(residual),)
-    x, x_stride = as_rows(x)
-    weight, weight_stride = as_rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
-    sizes = x.shape[0], *weight.shape
-    strides = x_stride, weight_stride, residual_stride
-    pointers = map(pointer, (x, weight, bias, residual, y, None))
-    cuda().linear_forward(*pointers, *sizes, *strides, 0, False, DTYPE_CODES[x.dtype], *where(x.device))
-    return (y,)
+    outer, (m, n), device = x.shape[:-1], weight.shape, x.device
+    if not few(outer.numel(), weight):
+        return _by_library
+    of_x, of_weight = rows_of(x), rows_of(weight)
+    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    if of_x is None or of_weight is None or of_residual is None or not dense(bias):
+        return None
+    strides = of_x[2], of_weight[2], of_residual[2]
+    numbers, place = (of_x[0], m, n, *strides, 0, False, DTYPE_CODES[x.dtype]), where(device)
+    new, kernel = maker((*outer, m), x.dtype, None, device), cuda().linear_forward
+
+    def launch(x, weight, bias, residual, y=None):
+        y = new() if y is None else y
+        kernel(*pointers(x, weight, bias, residual, y, None), *numbers, *place())
+        return (y,)
+
+    return launch
+
+
+def _by_library(x, weight, bias, residual, y=None):
+    found = F.linear(x, weight, bias)
+    found = found if residual is None else found.add_(residual)
+    return (found if y is None else y.copy_(found),)

@@ -111,7 +111,7 @@ def _step(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences", "chunk"])
+@triton.jit(do_not_specialize=["threshold", "span", "stride_lc", "query_length", "key_length", "sequences", "chunk"])
 def forward_kernel(
     query_ptr,
     key_ptr,
@@ -293,7 +293,7 @@ def forward_kernel(
         tl.store(lse_rows, lse, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "query_length", "chunks"])
 def combine_kernel(
     part_ptr,
     part_lse_ptr,

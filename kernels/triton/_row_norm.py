@@ -23,15 +23,16 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, maker
 
-from ._launch import launch
+from ._launch import starter
 
 FORWARD_TILE, BACKWARD_TILE = 16384, 8192  # the longest rows that one program keeps in registers
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, n, x_stride, residual_stride, eps,
@@ -120,7 +121,7 @@ def forward_long_kernel(
         tl.store(rstd_ptr + row, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def backward_kernel(
     grad_y_ptr, grad_total_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
     rows, n, x_stride, steps,
@@ -189,7 +190,7 @@ def backward_long_kernel(
         tl.store(grad_x_ptr + row * n + start + col, dx, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def column_sums_kernel(
     grad_y_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr,
     rows, n, x_stride, steps,
@@ -216,7 +217,7 @@ def column_sums_kernel(
         tl.store(partial_ptr + n + one, tl.sum(grad_bias, axis=0), mask=one < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def reduce_kernel(
     partial_ptr, grad_weight_ptr, grad_bias_ptr, parts, n,
     HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -262,85 +263,83 @@ def _programs(device):
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def forward(x, weight, bias, eps, residual, save, centred):
-    """(y, total, mean, rstd); mean is None where the rows are not centred."""
-    n = x.shape[-1]
-    x_rows, x_stride = as_rows(x)
-    rows = x_rows.shape[0]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = rstd = total = None
-    residual_rows, residual_stride = x_rows, 0
-    if residual is not None:
-        residual_rows, residual_stride = as_rows(residual)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if save:
-        mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if centred else None
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if rows == 0:
-        return y, total, mean, rstd
-    weight = weight.contiguous()
-    has_bias, bias = bias is not None, weight if bias is None else bias.contiguous()
-    pointers = (x_rows, residual_rows, weight, bias, y, y if total is None else total)
-    stats = (y if mean is None else mean, y if rstd is None else rstd)
-    flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": has_bias, "SAVE": save, "CENTRED": centred}
+def prepare_forward(x, weight, bias, eps, residual, save, centred):
+    """A function of (x, weight, bias, residual, y, total) that returns (y, total, mean, rstd), and makes y and total where they
+    are None; mean is None where the rows are not centred. None where strides do not fit."""
+    of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
+    if of_x is None or of_residual is None or not dense(weight, bias):
+        return None
+    (rows, n, x_stride), residual_stride, device = of_x, of_residual[2], x.device
+    new, new_statistic = maker(x.shape, x.dtype, None, device), maker(x.shape[:-1], torch.float32, None, device)
+    flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None, "SAVE": save, "CENTRED": centred}
     if n <= FORWARD_TILE:
         tile_rows, block, warps = forward_tile(n)
-        launch(
-            forward_kernel, (triton.cdiv(rows, tile_rows),),
-            *pointers, *stats, rows, n, x_stride, residual_stride, eps, **flags,
-            ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        start = starter(
+            forward_kernel, (triton.cdiv(rows, tile_rows),), device,
+            rows, n, x_stride, residual_stride, eps, **flags, ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     else:
-        launch(
-            forward_long_kernel, (rows,),
-            *pointers, *stats, n, x_stride, residual_stride, eps, **flags, BLOCK=4096, num_warps=8
+        start = starter(
+            forward_long_kernel, (rows,), device, n, x_stride, residual_stride, eps, **flags, BLOCK=4096, num_warps=8
         )
-    return y, total, mean, rstd
+
+    def run(x, weight, bias, residual, y, total):
+        y = new() if y is None else y
+        total = new() if total is None and residual is not None else total
+        mean = new_statistic() if save and centred else None
+        rstd = new_statistic() if save else None
+        start(x, residual, weight, bias, y, total, mean, rstd)
+        return y, total, mean, rstd
+
+    return run
 
 
-def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
-    """(grad_x, grad_weight, grad_bias); mean is None where the rows are not centred."""
-    n = x.shape[-1]
-    x_rows, x_stride = as_rows(x)
-    rows = x_rows.shape[0]
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
-    has_total, grad_total = grad_total is not None, grad_y if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_weight = torch.empty_like(weight)
-    grad_bias = torch.empty_like(weight) if has_bias else None
-    if rows == 0:
-        return grad_x, grad_weight.zero_(), grad_bias.zero_() if has_bias else None
-    centred = mean is not None
-    mean = rstd if mean is None else mean
+def prepare_backward(grad_y, grad_total, x, weight, has_bias, centred):
+    """A function of (grad_y, grad_total, x, weight, mean, rstd) that returns (grad_x, grad_weight, grad_bias); mean is None
+    where the rows are not centred. None where strides do not fit."""
+    of_x, device = rows_of(x), x.device
+    if of_x is None or not dense(grad_y, grad_total, weight):
+        return None
+    rows, n, x_stride = of_x
     # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
     long = n > BACKWARD_TILE
     tile_rows, block, warps = (16, 256, 4) if long else backward_tile(n)
-    steps = triton.cdiv(rows, tile_rows * _programs(x.device))
+    steps = triton.cdiv(rows, tile_rows * _programs(device))
     parts = triton.cdiv(rows, tile_rows * steps)
-    partial = torch.empty((parts, 2, n), dtype=torch.float32, device=x.device)
+    has_total = grad_total is not None
     if long:
-        launch(
-            backward_long_kernel, (rows,),
-            grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, n, x_stride,
+        walk_rows = starter(
+            backward_long_kernel, (rows,), device, n, x_stride,
             HAS_TOTAL=has_total, CENTRED=centred, BLOCK=4096, num_warps=8, **exact,
         )  # fmt: skip
-        launch(
-            column_sums_kernel, (triton.cdiv(n, block), parts),
-            grad_y, x_rows, mean, rstd, partial, rows, n, x_stride, steps,
+        add_columns = starter(
+            column_sums_kernel, (triton.cdiv(n, block), parts), device, rows, n, x_stride, steps,
             HAS_BIAS=has_bias, CENTRED=centred, ROWS=tile_rows, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     else:
-        launch(
-            backward_kernel, (parts,),
-            grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, partial, rows, n, x_stride, steps,
+        whole_rows = starter(
+            backward_kernel, (parts,), device, rows, n, x_stride, steps,
             HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred,
             ROWS=tile_rows, BLOCK=block, num_warps=warps, **exact,
         )  # fmt: skip
     width = 128 if long else 32  # narrow blocks, so that short rows too keep many multiprocessors busy
-    launch(
-        reduce_kernel, (triton.cdiv(n, width),),
-        partial, grad_weight, grad_bias if has_bias else grad_weight, parts, n,
+    reduce = starter(
+        reduce_kernel, (triton.cdiv(n, width),), device, parts, n,
         HAS_BIAS=has_bias, PARTS=4096 // width, BLOCK=width, num_warps=4,
     )  # fmt: skip
-    return grad_x, grad_weight, grad_bias
+    new_grad, new_of_weight = maker(x.shape, x.dtype, None, device), maker(weight.shape, weight.dtype, None, device)
+    new_partial = maker((parts, 2, n), torch.float32, None, device)
+
+    def run(grad_y, grad_total, x, weight, mean, rstd):
+        grad_x, grad_weight, grad_bias = new_grad(), new_of_weight(), new_of_weight() if has_bias else None
+        partial = new_partial()
+        if long:
+            walk_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x)
+            add_columns(grad_y, x, mean, rstd, partial)
+        else:
+            whole_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x, partial)
+        reduce(partial, grad_weight, grad_bias)
+        return grad_x, grad_weight, grad_bias
+
+    return run

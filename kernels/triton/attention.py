@@ -7,16 +7,18 @@ import torch
 import triton
 
 from pyfused.kernels.buckets import distance_buckets
+from pyfused.kernels.prepared import launched, maker
 
 from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
 from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import grad_query_kernel
-from ._launch import launch
+from ._launch import starter
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
 _CHUNK = 256  # keys a program should at least have before the keys of one query tile are split over several
+_MAX_CHUNKS = 64
 
 
 @functools.cache
@@ -34,9 +36,9 @@ def _chip(device: torch.device) -> tuple[str, int]:
 
 
 def _like(tensor):
-    """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
+    """Shape and strides of a (B, H, S, D) tensor stored as (B, S, H, D)."""
     b, h, s, d = tensor.shape
-    return torch.empty((b, s, h, d), dtype=tensor.dtype, device=tensor.device).transpose(1, 2)
+    return (b, h, s, d), (s * h * d, d, h * d, 1)
 
 
 def _dropout(dropout_p, seed):
@@ -56,12 +58,18 @@ def _bias_strides(attn_bias):
     return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
 
 
+def _span(table, bidirectional, max_distance):
+    """How many distances on one side T5's bias tells apart, 0 without it."""
+    return (
+        0
+        if table is None
+        else distance_buckets(bidirectional, table.shape[0], max_distance, table.device).shape[0] // 2
+    )
+
+
 def _by_distance(table, bidirectional, max_distance):
-    """The biases of a head by distance, (H, 2 * span + 1), their buckets, and span; None, None, 0 without a table."""
-    if table is None:
-        return None, None, 0
-    buckets = distance_buckets(bidirectional, table.shape[0], max_distance, table.device)
-    return table.t().index_select(1, buckets), buckets, buckets.shape[0] // 2
+    """The biases of a head by distance, (H, 2 * span + 1)."""
+    return table.t().index_select(1, distance_buckets(bidirectional, table.shape[0], max_distance, table.device))
 
 
 def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -71,53 +79,40 @@ def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None)
 
 def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
-    chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, 64))
+    chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, _MAX_CHUNKS))
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
 
 
+def block_c(chunks: int) -> int:
+    """BLOCK_C of combine_kernel: one of two, so that a text that grows compiles no kernel again for 2, 4, 8, ... chunks. What
+    there is no chunk for is masked and not read; 64 rows of D = 256 on four warps are 128 registers a thread."""
+    return 16 if chunks <= 16 else 64
+
+
+@launched
 def forward(
     query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
     bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
-    b, h, sq, d = query.shape
-    hkv, sk = key.shape[1:3]
-    out = _like(query)
-    lse = torch.empty((b, h, sq), dtype=torch.float32, device=query.device) if save else None
-    if b == 0:
-        return out, lse
+    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
+    shape, strides = _like(query)
     group = h // hkv
-    chip, processors = _chip(query.device)
+    chip, processors = _chip(device)
     packed = group * sq <= _PACK_ROWS and cu_seqlens is None
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    by_distance, _, span = _by_distance(bias_table, bidirectional, max_distance)
+    span = _span(bias_table, bidirectional, max_distance)
     extras = (attn_bias is not None) + (seed is not None)
-    c = config("decode" if packed else "forward", d, query.dtype, chip, extras, bias_table is not None)
+    c = config("decode" if packed else "forward", d, dtype, chip, extras, bias_table is not None)
     programs = b * hkv if packed else h * _tiles(b, sq, c.block_m, cu_seqlens)
     chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
-    if chunks > 1:
-        part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
-        part_lse = torch.empty((chunks, b, h, sq), dtype=torch.float32, device=query.device)
-        target, target_lse, out_strides = part, part_lse, part.stride()[:4]
-    else:
-        target, target_lse, out_strides = out, lse, (0, *out.stride()[:3])
-    keep_scale, threshold = _dropout(dropout_p, seed)
-    launch(
+    out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
+    attend = starter(
         forward_kernel,
         (programs, chunks),
-        query,
-        key,
-        value,
-        target,
-        target_lse,
-        padding_mask,
-        attn_bias,
-        by_distance,
-        seed,
-        cu_seqlens,
-        _in_units(scale, query.dtype),
-        keep_scale,
-        threshold,
+        device,
+        _in_units(scale, dtype),
+        *_dropout(dropout_p, seed),
         span,
         *query.stride()[:3],
         *key.stride()[:3],
@@ -141,127 +136,87 @@ def forward(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
+    new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
     if chunks > 1:
-        launch(
+        combine = starter(
             combine_kernel,
             (b * h * sq,),
-            part,
-            part_lse,
-            out,
-            lse,
-            *out.stride()[:3],
+            device,
+            *strides[:3],
             b * h * sq,
             h,
             sq,
             chunks,
             D=d,
             BLOCK_D=block_d(d),
-            BLOCK_C=triton.next_power_of_2(chunks),
+            BLOCK_C=block_c(chunks),
             num_warps=4,
         )
-    return out, lse
+        new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
+        new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
+
+    def launch(
+        query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _save,
+        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0, out=None,
+    ):  # fmt: skip
+        out, lse = new_out() if out is None else out, new_lse() if save else None
+        by_distance = None if bias_table is None else _by_distance(bias_table, bidirectional, max_distance)
+        inputs = padding_mask, attn_bias, by_distance, seed, cu_seqlens
+        if chunks == 1:
+            attend(query, key, value, out, lse, *inputs)
+            return out, lse
+        part, part_lse = new_part(), new_part_lse()
+        attend(query, key, value, part, part_lse, *inputs)
+        combine(part, part_lse, out, lse)
+        return out, lse
+
+    return launch
 
 
+@launched
 def backward(
     grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
     bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
-    b, h, sq, d = query.shape
-    hkv, sk = key.shape[1:3]
-    # out comes from forward, but the registered operator may be called with any.
-    out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
-    lse = lse.contiguous()
-    grad_query, grad_key, grad_value = _like(query), _like(key), _like(value)
-    grad_bias = None
-    if wants_bias:
-        # Tiles that no query may see are skipped, so their zeros must be there already.
-        skips = is_causal or padding_mask is not None
-        grad_bias = (torch.zeros if skips else torch.empty)((b, h, sq, sk), dtype=query.dtype, device=query.device)
-    grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=query.device) if wants_table else None
-    if b == 0:
-        return grad_query, grad_key, grad_value, grad_bias, grad_table
-    delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
-    correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
-    chip, _ = _chip(query.device)
+    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
+    chip, _ = _chip(device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    keep_scale, threshold = _dropout(dropout_p, seed)
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
     constant = sk == 1
-    by_distance, buckets, span = _by_distance(bias_table, bidirectional, max_distance)
-    scalars = (0.0 if constant else scale, _in_units(scale, query.dtype), keep_scale, threshold, span)
+    span = _span(bias_table, bidirectional, max_distance)
+    scalars = (0.0 if constant else scale, _in_units(scale, dtype), *_dropout(dropout_p, seed), span)
     inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
-
-    extras = (attn_bias is not None) + (seed is not None)
-    relative = bias_table is not None
-    c = config("grad_query", d, query.dtype, chip, extras, relative)
+    extras, relative = (attn_bias is not None) + (seed is not None), bias_table is not None
+    c = config("grad_query", d, dtype, chip, extras, relative)
     tiles = _tiles(b, sq, c.block_m, cu_seqlens)
-    table_sums = None
-    if wants_table and not constant:
-        num_buckets = triton.next_power_of_2(bias_table.shape[0])
-        # A sequence's last slot may have no tile, and then no program that writes.
-        new = torch.empty if cu_seqlens is None else torch.zeros
-        table_sums = new((b, h, tiles // b, num_buckets), dtype=torch.float32, device=query.device)
-    launch(
+    # out comes from forward, but the registered operator may be called with any.
+    out_like, (key_shape, key_strides) = _like(query), _like(key)
+    num_buckets = triton.next_power_of_2(bias_table.shape[0]) if wants_table and not constant else None
+    by_query = starter(
         grad_query_kernel,
         (h * tiles,),
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        padding_mask,
-        attn_bias,
-        by_distance,
-        None if table_sums is None else buckets,
-        seed,
-        cu_seqlens,
-        grad_query,
-        delta,
-        correction,
-        grad_bias,
-        table_sums,
+        device,
         *scalars,
         *inputs,
-        *out.stride()[:3],
+        *out_like[1][:3],
         *_bias_strides(attn_bias),
         h,
         sq,
         sk,
         sequences,
-        BUCKETS=1 if table_sums is None else table_sums.shape[3],
+        BUCKETS=num_buckets or 1,
         **shared,
         **c.options,
     )
-    if table_sums is not None:
-        grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
-    if grad_bias is not None:
-        if constant:
-            grad_bias.zero_()
-        elif correction is not None:
-            grad_bias *= correction[..., None]
-    c = config("grad_key_value", d, query.dtype, chip, extras, relative)
-    launch(
+    c = config("grad_key_value", d, dtype, chip, extras, relative)
+    by_key = starter(
         grad_key_value_kernel,
         (hkv * _tiles(b, sk, c.block_n, cu_seqlens),),
-        grad_out,
-        query,
-        key,
-        value,
-        lse,
-        delta,
-        correction,
-        padding_mask,
-        attn_bias,
-        by_distance,
-        seed,
-        cu_seqlens,
-        grad_key,
-        grad_value,
+        device,
         *scalars,
         *inputs,
-        *grad_key.stride()[:3],
+        *key_strides[:3],
         *_bias_strides(attn_bias),
         hkv,
         sq,
@@ -270,4 +225,41 @@ def backward(
         **shared,
         **c.options,
     )
-    return grad_query, grad_key, grad_value, grad_bias, grad_table
+    new_query, new_key = maker(out_like[0], dtype, out_like[1], device), maker(key_shape, dtype, key_strides, device)
+    new_delta = maker((b, h, sq), torch.float32, None, device)
+    # Tiles that no query may see are skipped, so their zeros must be there already. So are those of a sequence's last slot
+    # where it has no tile, and then no program that writes.
+    new_bias = torch.zeros if is_causal or padding_mask is not None else torch.empty
+    new_sums = torch.empty if cu_seqlens is None else torch.zeros
+
+    def launch(
+        grad_out, query, key, value, out, lse, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _wants_bias,
+        bias_table=None, _bidirectional=True, _max_distance=128, _wants_table=False, cu_seqlens=None, _max_seqlen=0,
+    ):  # fmt: skip
+        out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = lse.contiguous()
+        grad_query, grad_key, grad_value, delta = new_query(), new_key(), new_key(), new_delta()
+        correction = new_delta() if dtype == torch.float32 else None
+        grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
+        by_distance = buckets = table_sums = grad_table = None
+        if relative:
+            by_distance = _by_distance(bias_table, bidirectional, max_distance)
+        if wants_table:
+            grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=device)
+        if num_buckets:
+            buckets = distance_buckets(bidirectional, bias_table.shape[0], max_distance, device)
+            table_sums = new_sums((b, h, tiles // b, num_buckets), dtype=torch.float32, device=device)
+        extra = padding_mask, attn_bias, by_distance
+        gradients = grad_query, delta, correction, grad_bias, table_sums
+        by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
+        if table_sums is not None:
+            grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
+        if grad_bias is not None:
+            if constant:
+                grad_bias.zero_()
+            elif correction is not None:
+                grad_bias *= correction[..., None]
+        by_key(grad_out, query, key, value, lse, delta, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
+        return grad_query, grad_key, grad_value, grad_bias, grad_table
+
+    return launch

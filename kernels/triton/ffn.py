@@ -18,15 +18,18 @@ Backward: library products around one kernel that reads `pre` and the gradient o
 inner activations and grad_pre: one pass of 8 R F bytes in 16 bits instead of two.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from pyfused import evidence
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 from pyfused.kernels.reference.ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
-from pyfused.kernels.triton._launch import launch
+from pyfused.kernels.triton._launch import starter
 
 FEW_ROWS = 16  # the least height of a tensor-core tile
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors; a constant, so that splits depend on the shape alone
@@ -49,7 +52,7 @@ def _finish(
     tl.store(y_ptr + row * n + col, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, rows, n, k, x_stride, w_stride_n, w_stride_k, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
@@ -85,7 +88,7 @@ def _linear_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _stream_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, partial_ptr,
     rows, n, k, share, x_stride, w_stride_n, w_stride_k, residual_stride,
@@ -126,7 +129,7 @@ def _stream_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine_kernel(
     partial_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, parts, rows, n, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
@@ -183,53 +186,70 @@ def share(n, k, tile):
     return triton.cdiv(blocks, split) * tile["BLOCK_K"]
 
 
-def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dtype=None):
-    """(activation(x w^T + bias) + residual, the same before the activation if `save`), of x's dtype or another one.
+def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, save, dtype=None):
+    """A function of (x, w, bias, residual, y) that returns activation(x w^T + bias) + residual, and the same before the
+    activation if `save`; it makes y where that is None.
 
-    x (rows, k), w (n, k).
+    x (*outer, k) with x_stride from row to row, w (n, k), residual (*outer, n) where residual_stride is not None; y (*outer, n)
+    of w's dtype or another one.
     """
-    (rows, k), n = x.shape, w.shape[0]
-    y = torch.empty((rows, n), dtype=dtype or x.dtype, device=x.device)
-    pre = torch.empty_like(y) if save else None
-    if rows == 0 or n == 0:
-        return y, pre
-    if k == 0:  # a sum of nothing; an empty tensor has no memory to read from
-        x, w, k, x_stride = y.new_zeros((rows, 1)), y.new_zeros((n, 1)), 1, 1
-    tensors = (w if bias is None else bias.contiguous(), y if residual is None else residual, y, pre if save else y)
-    strides = (x_stride, w.stride(0), w.stride(1), residual_stride)
-    flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "SAVE": save}
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
+    (n, k), rows, device = w.shape, math.prod(outer), w.device
+    strides = (x_stride, *w.stride(), residual_stride or 0)
+    flags = {"ACTIVATION": activation, "HAS_BIAS": has_bias, "HAS_RESIDUAL": residual_stride is not None, "SAVE": save}
+    precision = "ieee" if w.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
+    new_y = maker((*outer, n), dtype or w.dtype, None, device)
+    parts = 0
     if rows > FEW_ROWS:
-        tile = linear_tile(x.dtype)
-        grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-        launch(
-            _linear_kernel, grid,
-            x, w, *tensors, rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile
-        )
-        return y, pre
-    tile = stream_tile(rows, x.dtype)
-    each = share(n, k, tile)
-    parts = triton.cdiv(k, each)
-    partial = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else y
-    launch(
-        _stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
-        x, w, *tensors, partial, rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
-    )
+        tile = linear_tile(w.dtype)
+        multiply = starter(
+            _linear_kernel, (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),), device,
+            rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile,
+        )  # fmt: skip
+    else:
+        tile = stream_tile(rows, w.dtype)
+        each = share(n, k, tile)
+        parts = triton.cdiv(k, each)
+        stream = starter(
+            _stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts), device,
+            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
+        )  # fmt: skip
     if parts > 1:
-        launch(
-            _combine_kernel, (triton.cdiv(n, 256), rows),
-            partial, *tensors, parts, rows, n, residual_stride, **flags, BLOCK=256, num_warps=2
-        )
-    return y, pre
+        combine = starter(
+            _combine_kernel, (triton.cdiv(n, 256), rows), device,
+            parts, rows, n, strides[3], **flags, BLOCK=256, num_warps=2,
+        )  # fmt: skip
+        new_partial = maker((parts, rows, n), torch.float32, None, device)
+
+    def run(x, w, bias, residual, y):
+        y, pre = new_y() if y is None else y, new_y() if save else None
+        outputs = bias, residual, y, pre
+        if parts > 1:
+            partial = new_partial()
+            stream(x, w, *outputs, partial)
+            combine(partial, *outputs)
+        elif parts:
+            stream(x, w, *outputs, None)
+        else:
+            multiply(x, w, *outputs)
+        return y, pre
+
+    return run
 
 
+@launched
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
-    x_rows, x_stride = as_rows(x)
-    residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    inner, pre = linear(x_rows, x_stride, w_in, b_in, activation, None, 0, save)
-    y, _ = linear(inner, inner.stride(0), w_out, b_out, "none", residual_rows, residual_stride, False)
-    pre = None if pre is None else pre.view(*x.shape[:-1], w_in.shape[0])
-    return y.view(*x.shape[:-1], w_out.shape[0]), pre
+    of_x, of_residual = rows_of(x), (0, 0, None) if residual is None else rows_of(residual)
+    if of_x is None or of_residual is None or not dense(b_in, b_out):
+        return None
+    outer, f = x.shape[:-1], w_in.shape[0]
+    first = prepare_product(outer, of_x[2], w_in, b_in is not None, activation, None, save)
+    second = prepare_product(outer, f, w_out, b_out is not None, "none", of_residual[2], False)
+
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
+        inner, pre = first(x, w_in, b_in, None, None)
+        return second(inner, w_out, b_out, residual, y)[0], pre
+
+    return launch
 
 
 def declined_forward(*args):
@@ -238,14 +258,25 @@ def declined_forward(*args):
     return f"above {FEW_ROWS} rows no evidence shows it faster than cuBLAS products on this device"
 
 
+@launched
 def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    pre = pre.contiguous()
-    grad = (grad_y.reshape(-1, grad_y.shape[-1]) @ w_out).view(pre.shape)
-    inner = torch.empty_like(pre)
-    size = pre.numel()
-    if size:
-        launch(
-            _activation_backward_kernel, (triton.cdiv(size, 2048),),
-            pre, grad, inner, size, ACTIVATION=activation, BLOCK=2048, num_warps=4
-        )
-    return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)
+    if not pre.is_contiguous():
+        return None
+    shape, size, device = pre.shape, pre.numel(), pre.device
+    new_inner = maker(shape, pre.dtype, None, device)
+    start = starter(
+        _activation_backward_kernel,
+        (triton.cdiv(size, 2048),),
+        device,
+        size,
+        ACTIVATION=activation,
+        BLOCK=2048,
+        num_warps=4,
+    )
+
+    def launch(grad_y, x, w_in, w_out, pre, *_):
+        grad, inner = (grad_y.reshape(-1, grad_y.shape[-1]) @ w_out).view(shape), new_inner()
+        start(pre, grad, inner)
+        return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)
+
+    return launch

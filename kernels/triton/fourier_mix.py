@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from pyfused import evidence
+from pyfused.kernels.prepared import launched, maker
 from pyfused.kernels.tables import kept_on_device
 
-from ._launch import GRID_LIMITS, launch
+from ._launch import GRID_LIMITS, starter
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def _next(angle, step, length):
     return tl.where(angle >= length, angle - length, angle)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "S"])
 def _features_kernel(
     x_ptr, cas_ptr, w_ptr, items, S, N, stride_batch, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -72,7 +73,7 @@ def _features_kernel(
     tl.store((w + a.to(tl.int64) * kept)[:, None] + minus_n[None, :], v, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _sequence_kernel(
     w_ptr, cas_ptr, y_ptr, S, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
 ):  # fmt: skip
@@ -128,21 +129,31 @@ def declined_forward(x):
     return "no evidence shows two dense products faster than torch.fft on this device"
 
 
+@launched
 def forward(x):
     if x.stride(2) != 1:
-        x = x.contiguous()
-    b, s, n = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if b == 0:
+        return None
+    (b, s, n), sizes, device = x.shape, tile(), x.device
+    kept = n // 2 + 1
+    items = b * (s // 2 + 1)
+    along_features = starter(
+        _features_kernel, (triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"])), device,
+        items, s, n, x.stride(0), x.stride(1), **sizes,
+    )  # fmt: skip
+    along_sequence = starter(
+        _sequence_kernel,
+        (b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(kept, sizes["COLUMNS"])),
+        device,
+        s,
+        n,
+        **sizes,
+    )
+    new_y, new_w = maker(x.shape, x.dtype, None, device), maker((b, s, kept), torch.float32, None, device)
+
+    def launch(x, y=None):
+        y, w = new_y() if y is None else y, new_w()
+        along_features(x, _cas(n, device=device), w)
+        along_sequence(w, _cas(s, device=device), y)
         return (y,)
-    w = torch.empty((b, s, n // 2 + 1), dtype=torch.float32, device=x.device)
-    items, sizes = b * (s // 2 + 1), tile()
-    launch(
-        _features_kernel, (triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"])),
-        x, _cas(n, device=x.device), w, items, s, n, x.stride(0), x.stride(1), **sizes
-    )
-    launch(
-        _sequence_kernel, (b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(n // 2 + 1, sizes["COLUMNS"])),
-        w, _cas(s, device=x.device), y, s, n, **sizes
-    )
-    return (y,)
+
+    return launch

@@ -18,15 +18,18 @@ hidden features, in float32 for float16 inputs, and the gradients of gate and up
 product too: float16 training is right, bfloat16 training is what is fast.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.layout import as_rows
+from pyfused.kernels.layout import rows_of
+from pyfused.kernels.prepared import dense, launched, maker
 from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
-from pyfused.kernels.triton._launch import launch
-from pyfused.kernels.triton.ffn import FEW_ROWS, linear, share
+from pyfused.kernels.triton._launch import starter
+from pyfused.kernels.triton.ffn import FEW_ROWS, prepare_product, share
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -43,7 +46,7 @@ def _finish(
         tl.store(hidden_ptr + at, activate(gate, ACTIVATION) * up, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def stream_kernel(
     x_ptr, w_gate_ptr, w_up_ptr, gate_ptr, up_ptr, hidden_ptr, partial_ptr,
     rows, n, k, share, x_stride, w_gate_stride_n, w_gate_stride_k, w_up_stride_n, w_up_stride_k,
@@ -93,7 +96,7 @@ def stream_kernel(
         _finish(gate, up, at, live, gate_ptr, up_ptr, hidden_ptr, ACTIVATION, FACTORS, HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def combine_kernel(
     partial_ptr, gate_ptr, up_ptr, hidden_ptr, parts, rows, n,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -201,106 +204,133 @@ def _wide_product(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _stream(x, x_stride, w_gate, w_up, activation, factors, hidden):
-    """Fills `factors`, (gate, up), and `hidden`, each (rows, F) or None, for rows <= FEW_ROWS."""
-    (rows, k), n = x.shape, w_gate.shape[0]
-    if rows == 0 or n == 0:
-        return
-    if k == 0:  # a sum of nothing; an empty tensor has no memory to read from
-        x, k, x_stride = x.new_zeros((rows, 1)), 1, 1
-        w_gate = w_up = x.new_zeros((n, 1))
-    gate, up = factors or (hidden, hidden)
-    outputs = (gate, up, gate if hidden is None else hidden)
-    flags = {"ACTIVATION": activation, "FACTORS": factors is not None, "HIDDEN": hidden is not None}
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
-    tile = stream_tile(rows, x.dtype)
+def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
+    """A function of (x, w_gate, w_up) that returns (gate, up, hidden), each (*outer, F) for at most FEW_ROWS rows: the first
+    two with `factors`, the third with `hidden`, else None."""
+    (n, k), rows, dtype, device = w_gate.shape, math.prod(outer), w_gate.dtype, w_gate.device
+    flags = {"ACTIVATION": activation, "FACTORS": factors, "HIDDEN": hidden}
+    precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
+    tile = stream_tile(rows, dtype)
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
-    partial = torch.empty((parts, 2, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else outputs[2]
-    launch(
-        stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
-        x, w_gate, w_up, *outputs, partial, rows, n, k, each, x_stride,
-        w_gate.stride(0), w_gate.stride(1), w_up.stride(0), w_up.stride(1),
+    stream = starter(
+        stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts), device,
+        rows, n, k, each, x_stride, *w_gate.stride(), *w_up.stride(),
         **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
     )  # fmt: skip
     if parts > 1:
-        launch(
-            combine_kernel, (triton.cdiv(n, 256), rows), partial, *outputs, parts, rows, n, **flags, BLOCK=256, num_warps=2
+        combine = starter(
+            combine_kernel, (triton.cdiv(n, 256), rows), device, parts, rows, n, **flags, BLOCK=256, num_warps=2
         )
+        new_partial = maker((parts, 2, rows, n), torch.float32, None, device)
+    new = maker((*outer, n), dtype, None, device)
+
+    def run(x, w_gate, w_up):
+        outputs = (new(), new()) if factors else (None, None)
+        outputs += (new() if hidden else None,)
+        if parts > 1:
+            partial = new_partial()
+            stream(x, w_gate, w_up, *outputs, partial)
+            combine(partial, *outputs)
+        else:
+            stream(x, w_gate, w_up, *outputs, None)
+        return outputs
+
+    return run
 
 
-def _scaled(gate, up, activation):
-    """(hidden, scale) of float16 factors (rows, F): hidden * scale[:, None] = activation(gate) * up."""
-    rows, f = gate.shape
-    hidden, scale = torch.empty_like(gate), torch.ones(rows, dtype=torch.float32, device=gate.device)
-    if gate.numel():
-        block = row_block(f)
-        options = {"ACTIVATION": activation, "BLOCK": block, "num_warps": 8 if block > 1024 else 4}
-        launch(gate_scaled_kernel, (rows,), gate, up, hidden, scale, f, **options)
-    return hidden, scale
+def _prepare_scaled(outer, f, activation, device):
+    """A function of float16 factors gate and up (*outer, F) that returns (hidden, scale): hidden * scale[:, None] =
+    activation(gate) * up."""
+    block, rows = row_block(f), math.prod(outer)
+    start = starter(
+        gate_scaled_kernel, (rows,), device, f, ACTIVATION=activation, BLOCK=block, num_warps=8 if block > 1024 else 4
+    )
+    new_hidden, new_scale = maker((*outer, f), torch.float16, None, device), maker((rows,), torch.float32, None, device)
+
+    def run(gate, up):
+        hidden, scale = new_hidden(), new_scale()
+        start(gate, up, hidden, scale)
+        return hidden, scale
+
+    return run
 
 
-def _unscaled(sums, scale, residual, residual_stride):
-    """sums * scale + residual in float16."""
-    rows, m = sums.shape
-    y = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
-    if y.numel():
-        launch(
-            unscale_kernel, (triton.cdiv(m, 512) * rows,),
-            sums, scale, y if residual is None else residual, y, m, residual_stride,
-            HAS_RESIDUAL=residual is not None, BLOCK=512, num_warps=2,
-        )  # fmt: skip
-    return y
+def _prepare_unscaled(outer, m, residual_stride, device):
+    """A function of (sums, scale, residual, y) that returns sums (*outer, m) * scale + residual in float16."""
+    start = starter(
+        unscale_kernel, (triton.cdiv(m, 512) * math.prod(outer),), device,
+        m, residual_stride or 0, HAS_RESIDUAL=residual_stride is not None, BLOCK=512, num_warps=2,
+    )  # fmt: skip
+    new = maker((*outer, m), torch.float16, None, device)
+
+    def run(sums, scale, residual, y):
+        y = new() if y is None else y
+        start(sums, scale, residual, y)
+        return y
+
+    return run
 
 
+@launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    x_rows, x_stride = as_rows(x)
-    rows, f = x_rows.shape[0], w_gate.shape[0]
-    residual_rows, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    of_x, of_residual = rows_of(x), (0, 0, None) if residual is None else rows_of(residual)
+    if of_x is None or of_residual is None:
+        return None
+    (rows, _, x_stride), residual_stride, device = of_x, of_residual[2], x.device
+    outer, f, m = x.shape[:-1], w_gate.shape[0], w_out.shape[0]
     few, half = rows <= FEW_ROWS, x.dtype == torch.float16
-    gate = up = hidden = None
-    if few:
-        if save or half:
-            gate, up = (torch.empty((rows, f), dtype=x.dtype, device=x.device) for _ in range(2))
-        if not half:
-            hidden = torch.empty((rows, f), dtype=x.dtype, device=x.device)
-        _stream(x_rows, x_stride, w_gate, w_up, activation, None if gate is None else (gate, up), hidden)
-    else:
-        gate, up = x_rows @ w_gate.t(), x_rows @ w_up.t()
-        if not half:
-            hidden = torch.empty_like(gate) if save else gate
-            if gate.numel():
-                launch(
-                    gate_kernel, (triton.cdiv(gate.numel(), 1024),),
-                    gate, up, hidden, gate.numel(), ACTIVATION=activation, BLOCK=1024, num_warps=4
-                )
     if half:
-        hidden, scale = _scaled(gate, up, activation)
-        sums = (
-            linear(hidden, f, w_out, None, "none", None, 0, False, torch.float32)[0]
-            if few
-            else _wide_product(hidden, w_out.t())
+        scaled = _prepare_scaled(outer, f, activation, device)
+        unscaled = _prepare_unscaled(outer, m, residual_stride, device)
+    if few:
+        stream = prepare_stream(outer, x_stride, w_gate, w_up, activation, save or half, not half)
+        wide, stride = (torch.float32, None) if half else (None, residual_stride)
+        last = prepare_product(outer, f, w_out, False, "none", stride, False, wide)
+    elif not half:
+        size = rows * f
+        activated = starter(
+            gate_kernel, (triton.cdiv(size, 1024),), device, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
         )
-        y = _unscaled(sums, scale, residual_rows, residual_stride)
-    elif few:
-        y = linear(hidden, f, w_out, None, "none", residual_rows, residual_stride, False)[0]
-    else:
-        y = hidden @ w_out.t()
-        y = y if residual is None else y.add_(residual_rows)
-    kept = (t.view(*x.shape[:-1], f) if save else None for t in (gate, up))
-    return y.view(*x.shape[:-1], w_out.shape[0]), *kept
+        new_hidden = maker((*outer, f), x.dtype, None, device)
+
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+        if few:
+            gate, up, hidden = stream(x, w_gate, w_up)
+        else:
+            gate, up = (x @ w_gate.t()).contiguous(), (x @ w_up.t()).contiguous()
+        if half:
+            hidden, scale = scaled(gate, up)
+            sums = last(hidden, w_out, None, None, None)[0] if few else _wide_product(hidden.view(rows, f), w_out.t())
+            y = unscaled(sums, scale, residual, y)
+        elif few:
+            y = last(hidden, w_out, None, residual, y)[0]
+        else:
+            hidden = new_hidden() if save else gate
+            activated(gate, up, hidden)
+            product = hidden @ w_out.t()
+            product = product if residual is None else product.add_(residual)
+            y = product if y is None else y.copy_(product)
+        return (y, gate, up) if save else (y, None, None)
+
+    return launch
 
 
+@launched
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    gate, up = gate.contiguous(), up.contiguous()
-    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-    grad_hidden = _wide_product(grad_y.reshape(-1, grad_y.shape[-1]), w_out)
-    hidden = torch.empty(gate.shape, dtype=wide, device=x.device)
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    size = gate.numel()
-    if size:
-        launch(
-            gradients_kernel, (triton.cdiv(size, 1024),),
-            gate, up, grad_hidden, hidden, grad_gate, grad_up, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
-        )
-    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)
+    if not dense(gate, up):
+        return None
+    size, dtype, device = gate.numel(), gate.dtype, gate.device
+    start = starter(
+        gradients_kernel, (triton.cdiv(size, 1024),), device, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
+    )
+    new_hidden = maker(gate.shape, torch.float32 if dtype == torch.float16 else dtype, None, device)
+    new_grad = maker(gate.shape, dtype, None, device)
+
+    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation):
+        grad_hidden = _wide_product(grad_y.reshape(-1, grad_y.shape[-1]), w_out)
+        hidden, grad_gate, grad_up = new_hidden(), new_grad(), new_grad()
+        start(gate, up, grad_hidden, hidden, grad_gate, grad_up)
+        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)
+
+    return launch

@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.buckets import distance_buckets
+from pyfused.kernels.prepared import launched, maker
 
-from ._launch import launch
+from ._launch import starter
 
 _FAR = tl.constexpr(1 << 30)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["offset", "span"])
+@triton.jit(do_not_specialize=["query_length", "offset", "span"])
 def _forward_kernel(
     table_ptr, buckets_ptr, bias_ptr, heads, query_length, key_length, offset, span, stride_bucket, stride_head,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -36,7 +37,7 @@ def _forward_kernel(
     tl.store(bias_ptr + row[:, None] * key_length + j[None, :], bias, mask=stored)
 
 
-@triton.jit(do_not_specialize=["offset", "span"])
+@triton.jit(do_not_specialize=["query_length", "offset", "span"])
 def _backward_kernel(
     grad_ptr, buckets_ptr, part_ptr, heads, num_buckets, query_length, key_length, offset, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,31 +68,42 @@ def _backward_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
+@launched
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
-    num_buckets, heads = table.shape
-    buckets = distance_buckets(bidirectional, num_buckets, max_distance, table.device)
-    bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype, device=table.device)
-    if heads:
-        rows, columns = 16, 128
-        launch(
-            _forward_kernel, (heads * triton.cdiv(query_length, rows) * triton.cdiv(key_length, columns),),
-            table, buckets, bias, heads, query_length, key_length, query_offset, buckets.shape[0] // 2, *table.stride(),
-            ROWS=rows, COLUMNS=columns, num_warps=4,
-        )  # fmt: skip
-    return (bias,)
+    (num_buckets, heads), device = table.shape, table.device
+    span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
+    rows, columns = 16, 128
+    start = starter(
+        _forward_kernel, (heads * triton.cdiv(query_length, rows) * triton.cdiv(key_length, columns),), device,
+        heads, query_length, key_length, query_offset, span, *table.stride(), ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    new = maker((1, heads, query_length, key_length), table.dtype, None, device)
+
+    def launch(table, _queries, _keys, _bidirectional, _max_distance, _offset, bias=None):
+        bias = new() if bias is None else bias
+        start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), bias)
+        return (bias,)
+
+    return launch
 
 
+@launched
 def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
-    _, heads, sq, sk = grad_out.shape
-    buckets = distance_buckets(bidirectional, num_buckets, max_distance, grad_out.device)
-    grad_out = grad_out.contiguous()
+    if not grad_out.is_contiguous():
+        return None
+    (_, heads, sq, sk), device, dtype = grad_out.shape, grad_out.device, grad_out.dtype
+    span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
     rows, columns = 64, 64
     tiles = triton.cdiv(sq, rows)
-    parts = torch.empty((tiles, num_buckets, heads), dtype=torch.float32, device=grad_out.device)
-    if heads:
-        launch(
-            _backward_kernel, (tiles * num_buckets * heads,),
-            grad_out, buckets, parts, heads, num_buckets, sq, sk, query_offset, buckets.shape[0] // 2,
-            ROWS=rows, COLUMNS=columns, num_warps=4,
-        )  # fmt: skip
-    return (parts.sum(0).to(grad_out.dtype),)
+    start = starter(
+        _backward_kernel, (tiles * num_buckets * heads,), device,
+        heads, num_buckets, sq, sk, query_offset, span, ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    new_parts = maker((tiles, num_buckets, heads), torch.float32, None, device)
+
+    def launch(grad_out, *_):
+        parts = new_parts()
+        start(grad_out, distance_buckets(bidirectional, num_buckets, max_distance, device), parts)
+        return (parts.sum(0).to(dtype),)
+
+    return launch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -11,3 +13,23 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if x.stride(1) != 1 and x.shape[1] != 1:
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def rows_of(x: torch.Tensor) -> tuple[int, int, int] | None:
+    """(rows, N, row stride) of x (..., N) as a kernel takes it, or None where no single stride leads from row to row."""
+    *outer, n = x.shape
+    if x.is_contiguous():
+        return math.prod(outer), n, n
+    *strides, within = x.stride()
+    if within != 1 and n != 1:
+        return None
+    stride = following = None
+    for size, step in zip(reversed(outer), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != following:
+            return None
+        following = step * size
+    return math.prod(outer), n, n if stride is None else stride

@@ -19,7 +19,7 @@ namespace pyfused::python {
 // DLPack 1: DLTensor and DLPackExchangeAPI.
 struct View {
   char* data;
-  int32_t device_type, device_id;  // 1 is the CPU
+  int32_t device_type, device_id;  // types: 1 is the CPU, 2 CUDA, 10 ROCm
   int32_t dimensions;
   uint8_t kind, bits;
   uint16_t lanes;
@@ -119,7 +119,8 @@ PyMethodDef function(const char* name) {
 
 // ---- the signature of a call ----------------------------------------------------------------------------------------
 // signature(*args) -> bytes, the same for two calls exactly if they differ in nothing but the values in their tensors; or
-// None where that cannot be said: an argument that is neither None, bool, int, float, str nor a plain tensor on the CPU.
+// None where that cannot be said: an argument that is neither None, bool, int, float, str nor a plain tensor on the CPU or a
+// GPU. A GPU's tensor is described by its device too, and by whether its address is a multiple of 16, by which Triton compiles.
 
 class Words {
  public:
@@ -154,10 +155,14 @@ inline bool describe(PyObject* value, Words& words) {
       PyErr_Clear();
       return false;
     }
-    if (view.device_type != 1) return false;
-    int64_t head = kTensor | view.kind << 8 | view.bits << 16 | static_cast<int64_t>(view.dimensions) << 32;
+    if (view.device_type != 1 && view.device_type != 2 && view.device_type != 10) return false;
+    int64_t head = kTensor | view.kind << 8 | view.bits << 16 | static_cast<int64_t>(view.device_type) << 24 |
+                   static_cast<int64_t>(view.dimensions) << 32;
     Py_ssize_t size = view.dimensions * sizeof(int64_t);
-    return words.put(head) && words.put(view.shape, size) && words.put(view.strides, size);
+    if (!words.put(head) || !words.put(view.shape, size) || !words.put(view.strides, size)) return false;
+    if (view.device_type == 1) return true;
+    bool aligned = reinterpret_cast<std::uintptr_t>(view.data + view.byte_offset) % 16 == 0;
+    return words.put(static_cast<int64_t>(view.device_id) << 1 | aligned);
   }
   if (value == Py_False) return words.put(kFalse);
   if (value == Py_True) return words.put(kTrue);

@@ -1,0 +1,77 @@
+"""How much of a GPU does a launch need? A stand-in for Triton's driver and torch's streams, for processes without
+TRITON_INTERPRET: kernels compile for sm_90, CPU tensors pass for a GPU's, and what would start is written down.
+
+Triton's own code is all there: what it hands the launcher, and when, is as on a GPU.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from pyfused import dispatch
+from pyfused.kernels import prepared
+from pyfused.kernels.triton import _launch, _row_norm, attention
+
+
+class Driver:
+    """A GPU of compute capability 9.0. `started`: (kernel's name, grid, stream, other arguments) of each start."""
+
+    def __init__(self):
+        self.stream, self.started, self.loaded = 7, [], 0
+        self.utils = self
+        self.launcher_cls = self._launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return self.stream
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, name, kernel, shared, device):
+        self.loaded += 1
+        return f"module {self.loaded}", self.loaded, 32, 0, 1024
+
+    def _launcher(self, source, metadata):
+        return Launcher(self, source.name)
+
+
+class Launcher:
+    """As triton.backends.nvidia.driver.CudaLauncher, which is called with these arguments."""
+
+    def __init__(self, driver, name):
+        self.driver, self.name = driver, name
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        if enter is not None:
+            enter(launch_metadata)
+        self.driver.started.append((self.name, (x, y, z), stream, arguments))
+        if leave is not None:
+            leave(launch_metadata)
+
+
+def install():
+    """From now on this process has that GPU. Call it before any operator runs."""
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    dispatch.interpreting = lambda: True  # Triton's kernels take CPU tensors
+    _launch.on_gpu = lambda device: True
+    for module in (_launch, prepared):
+        module.current_device, module.current_stream = lambda: 0, lambda index: driver.stream
+    attention._chip = lambda device: ("sm_90", 132)
+    _row_norm._programs = lambda device: 264
+    return driver
+
+
+def compiled_by(kernel):
+    """How many variants of a kernel this process has compiled."""
+    return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+
+def tensors(arguments):
+    return [a for a in arguments if isinstance(a, torch.Tensor)]

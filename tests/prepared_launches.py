@@ -1,0 +1,211 @@
+"""What do prepared Triton launches do on a GPU that is not there? Prints facts as JSON, for test_prepared_launches.py: kernels
+compile for real here, which a process whose kernels are interpreted cannot."""
+
+import gc
+import json
+import sys
+import timeit
+import weakref
+
+import fake_gpu
+import torch
+from triton import knobs
+
+import pyfused
+from pyfused import dispatch, warm
+from pyfused.kernels.triton import _launch, _row_norm
+
+BF16 = torch.bfloat16
+
+
+def new(*shape, dtype=BF16):
+    return torch.randn(shape).to(dtype)
+
+
+def counted(call):
+    """Python functions, C functions and bytecode instructions of one call."""
+    counts = {"call": 0, "c_call": 0, "opcode": 0}
+
+    def profile(frame, event, argument):
+        if event in counts:
+            counts[event] += 1
+
+    def trace(frame, event, argument):
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        counts["opcode"] += event == "opcode"
+        return trace
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return counts
+
+
+def calls():
+    x, weight, w = new(5, 64), new(64), new(64, 64)
+    query, key, long = new(1, 4, 1, 64), new(1, 4, 300, 64), new(1, 4, 1000, 64)
+    return {
+        "layer_norm": lambda: pyfused.layer_norm(x, weight, weight),
+        "layer_norm residual": lambda: pyfused.layer_norm(x, weight, weight, residual=x),
+        "rms_norm": lambda: pyfused.rms_norm(x, weight),
+        "attention": lambda: pyfused.attention(query, key, key),
+        "attention chunks": lambda: pyfused.attention(query, long, long),
+        "ffn": lambda: pyfused.ffn(x, w, weight, w, weight, activation="gelu"),
+        "gated_ffn": lambda: pyfused.gated_ffn(x, w, w, w, activation="gelu"),
+    }
+
+
+def same(found, expected):
+    return len(found) == len(expected) and all(
+        a is b or (type(a) is type(b) and a == b) for a, b in zip(found, expected)
+    )
+
+
+def starts(driver):
+    """Each start has the stream that is current then, and otherwise what Triton itself handed over at the first."""
+    x, residual, weight = new(5, 64), new(5, 64), new(64)
+    facts = []
+    for stream in range(4):
+        driver.stream = stream
+        pyfused.layer_norm(x, weight, None, residual=residual)
+        facts.append((_launch._hands_over, driver.started[-1]))
+    first = facts[0][1]
+    inputs = [0, 1, 2, 3, *range(8, len(first[3]))]  # 4 to 7 are results, made anew
+    return {
+        "through Triton until": [known for known, _ in facts],
+        "streams": [start[2] for _, start in facts],
+        "same": [
+            start[:2] == first[:2] and same([start[3][i] for i in inputs], [first[3][i] for i in inputs])
+            for _, start in facts
+        ],
+        "results differ": len({id(start[3][4]) for _, start in facts}),
+    }
+
+
+def watched(driver):
+    """Triton's hooks, which a profiler sets, are called; without them launches are prepared ones again."""
+    call, seen = calls()["layer_norm"], []
+    call()
+    knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+    call()
+    knobs.runtime.launch_enter_hook.calls.clear()
+    hooks = list(seen)
+    _row_norm.forward_kernel.pre_run_hooks.append(lambda *args, **options: seen.append("pre-run"))
+    call()
+    _row_norm.forward_kernel.pre_run_hooks.clear()
+    call()
+    return {"hook": hooks, "all": seen}
+
+
+def forgotten(driver):
+    """After forget() the tiles are asked for again."""
+    call = calls()["layer_norm"]
+    call(), call()
+    grids, tile = [driver.started[-1][1]], _row_norm.forward_tile
+    _row_norm.forward_tile = lambda n: (1, 64, 4)
+    call()
+    grids.append(driver.started[-1][1])
+    dispatch.forget()
+    call()
+    grids.append(driver.started[-1][1])
+    _row_norm.forward_tile = tile
+    return grids
+
+
+def held(driver):
+    """No launch keeps a tensor."""
+    left = {}
+    for name, make in {
+        "layer_norm": lambda: (new(5, 64), new(64)),
+        "attention": lambda: (new(1, 4, 1, 64), new(1, 4, 300, 64)),
+    }.items():
+        tensors = make()
+        for _ in range(3):
+            out = pyfused.layer_norm(*tensors) if name == "layer_norm" else pyfused.attention(*tensors, tensors[1])
+        references = [weakref.ref(t) for t in (*tensors, out)]
+        driver.started.clear()
+        del tensors, out
+        gc.collect()
+        left[name] = sum(reference() is not None for reference in references)
+    return left
+
+
+def variants(driver):
+    """Kernels compiled while a text grows: the names of those that recording() finds."""
+
+    def names(call):
+        with warm.recording() as launches:
+            call()
+        found = [launch.kernel.rpartition(":")[2] for launch in launches]
+        return {name: found.count(name) for name in set(found)}
+
+    def decode(length, heads=12, size=64):
+        pyfused.attention(new(1, heads, 1, size), *[new(1, heads, length, size)] * 2, is_causal=True)
+
+    def step(length, cache):
+        pyfused.attention(new(1, 12, 1, 64), cache[:, :, :length], cache[:, :, :length], is_causal=True)
+
+    def feed_forward(rows):
+        x, w, weight = new(rows, 64), new(64, 64), new(64)
+        pyfused.layer_norm(x, weight, weight, residual=x)
+        pyfused.ffn(x, w, weight, w, weight, activation="gelu")
+        pyfused.gated_ffn(x, w, w, w, activation="gelu")
+
+    cache = new(1, 12, 320, 64)
+    few = new(1, 2, 16, 64)
+    return {
+        "growing keys": names(lambda: [decode(n) for n in range(1, 301)]),
+        "growing cache": names(lambda: [step(n, cache) for n in range(1, 301)]),
+        "growing prefill": names(
+            lambda: [pyfused.attention(*[new(1, 12, n, 64)] * 3, is_causal=True) for n in range(17, 301)]
+        ),
+        "chunks": names(
+            lambda: [pyfused.attention(few[:, :, :1], *[new(1, 2, 256 * n, 64)] * 2) for n in range(2, 70)]
+        ),
+        "rows": names(lambda: [feed_forward(n) for n in range(2, 17)]),
+        "many rows": names(lambda: [feed_forward(n) for n in range(17, 120)]),
+    }
+
+
+def times(driver):
+    """Microseconds of a call that starts nothing: prepared, and through Triton. For people, not for tests."""
+    found = {}
+    for way in (True, False):
+        dispatch.forget()
+        _launch._hands_over = way
+        for name, call in calls().items():
+            call()
+            best = min(timeit.repeat(call, number=300, repeat=15)) / 300 * 1e6
+            found.setdefault(name, []).append(round(best, 1))
+            driver.started.clear()
+    _launch._hands_over = True
+    return found
+
+
+def main(wanted):
+    driver, facts = fake_gpu.install(), {}
+    with torch.no_grad(), pyfused.backend("triton"):
+        facts["variants"] = variants(driver)  # first: recording() leaves out what is compiled already
+        facts["starts"], facts["counts"] = starts(driver), {}
+        for name, call in calls().items():
+            for _ in range(3):
+                call()
+            driver.started.clear()
+            call()
+            facts["counts"][name] = {"starts": len(driver.started), **counted(call)}
+        for fact in (watched, forgotten, held):
+            facts[fact.__name__] = fact(driver)
+        if "times" in wanted:
+            facts["times"] = times(driver)
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

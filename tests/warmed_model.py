@@ -1,0 +1,65 @@
+"""Does a model find what was compiled ahead? On a GPU that is not there; prints facts as JSON, for test_warm.py."""
+
+import json
+import sys
+import threading
+import time
+
+import fake_gpu
+import torch
+from triton import knobs
+
+import pyfused
+from pyfused import warm
+from pyfused.models import Backbone
+
+
+def elsewhere(driver=None):
+    """A call as of another thread, which starts its kernel; with a driver, how many starts that was."""
+    before = len(driver.started) if driver else 0
+    with torch.no_grad(), pyfused.backend("triton"):
+        pyfused.rms_norm(torch.ones(3, 40), torch.ones(40))
+    return len(driver.started) - before if driver else None
+
+
+def main(preset, *lengths):
+    driver, lengths = fake_gpu.install(), list(map(int, lengths))
+    model = Backbone.from_preset(preset, dtype="bfloat16")
+    with pyfused.backend("triton"), warm.recording() as launches:
+        warm._run(model, lengths, True)
+        started = len(driver.started)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    others = len(driver.started) - started
+    started_after = elsewhere(driver)
+    told, again = [], []
+    done = warm.compile_in_parallel(launches, 2, told.append)
+    began = time.perf_counter()
+    cached = [row.cached for row in warm.compile_in_parallel(launches, 2, again.append)]
+    seconds = time.perf_counter() - began
+    found = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append([src.name, cache_hit])
+    with pyfused.backend("triton"):
+        warm._run(model, lengths, True)
+    broken = launches[0]._replace(specialisation=launches[0].specialisation.replace('"*bf16"', '"no type"'))
+    (failed,) = warm.compile_in_parallel([broken], 1)
+    facts = {
+        "launches": len(launches),
+        "started while recording": started,
+        "by another thread": others,
+        "after recording": started_after,
+        "errors": [row.error for row in done if row.error],
+        "told": len(told),
+        "told again": len(again),
+        "cached again": cached,
+        "seconds again": seconds,
+        "found": found,
+        "starts": len(driver.started),
+        "broken": [failed.cached, failed.error],
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
