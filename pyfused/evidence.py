@@ -19,18 +19,30 @@ import json
 import math
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from . import _extensions
 
 SHIPPED = Path(__file__).parent / "evidence"
+_T = TypeVar("_T")
+_remembered: list[Any] = []
+
+
+def remembered(function: Callable[..., _T]) -> functools._lru_cache_wrapper[_T]:
+    """functools.cache of what follows from the files; forget() clears it."""
+    cached = functools.cache(function)
+    _remembered.append(cached)
+    return cached
+
+
 _only_way: ContextVar[bool | None] = ContextVar("pyfused_one_way", default=None)  # True: the library's
 _LARGE = 1 << 18  # elements of a weight: 1 MB in float32, what a core's second cache holds
 
@@ -108,7 +120,12 @@ _SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
 }
 
 
-OPERATORS = ("linear", "layer_norm", "rms_norm", "fourier_mix")  # of which CPU evidence is kept; ffn's products are linear's
+OPERATORS = (
+    "linear",
+    "layer_norm",
+    "rms_norm",
+    "fourier_mix",
+)  # of which CPU evidence is kept; ffn's products are linear's
 
 
 def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str, int]:
@@ -123,12 +140,15 @@ def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str,
 # ---- which lines are in force -----------------------------------------------------------------------------------------
 
 
-@functools.cache
+@remembered
 def kind(device: str = "cpu") -> str:
     """What evidence is kept by: of a CPU the vendor, the instruction set of our kernels, and where torch uses another or
-    multiplies half precision itself, that; of a GPU its name."""
+    multiplies half precision itself, that; of a GPU its name; of "interpreter", Triton's on a CPU, "triton_interpreter"."""
+    if device == "interpreter":
+        return "triton_interpreter"
     if device != "cpu":
-        return f"{device}_{torch.cuda.get_device_name().lower().replace(' ', '_')}"
+        name = torch.cuda.get_device_name(device).lower()
+        return f"{device.partition(':')[0]}_{re.sub('[^a-z0-9]+', '_', name)}"
     used = _extensions.isa() or "none"
     torch_uses = torch.backends.cpu.get_cpu_capability().lower()
     parts = ["cpu", _vendor(), used]
@@ -177,12 +197,12 @@ def files(device: str = "cpu") -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-@functools.cache
+@remembered
 def lines(device: str = "cpu") -> tuple[Line, ...]:
     """The lines in force: of each function, dtype and class of shapes, those of the first file that has any."""
     taken: dict[tuple[str, str, str, str], tuple[Path, list[Line]]] = {}
     for path in files(device):
-        for line in _read(path, None if path.parent == SHIPPED else kind(device)):
+        for line in read(path, None if path.parent == SHIPPED else kind(device), "lines", line_from):
             first, kept = taken.setdefault(line[:4], (path, []))
             if first == path:
                 kept.append(line)
@@ -202,29 +222,38 @@ def one_way(library: bool) -> Iterator[None]:
 
 def forget() -> None:
     """Reads the files again when they are next asked for."""
-    for function in (kind, lines, _by_class):
+    for function in _remembered:
         function.cache_clear()
 
 
-def _read(path: Path, expected: str | None) -> Iterator[Line]:
-    """A file's lines; a damaged or foreign one is a warning that names it, and none."""
+def read(path: Path, expected: str | None, key: str, parse: Callable[[dict[str, Any], str], _T]) -> list[_T]:
+    """parse(row, file name) of each row that a file has under a key; of a damaged or foreign file, a warning that names it,
+    and none.
+
+    Args:
+        expected: the kind of device that the file must be about; None for any.
+    """
     try:
-        text = path.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        warnings.warn(f"evidence file {path} cannot be read and is left out: {error}", RuntimeWarning, stacklevel=2)
-        return
-    try:
-        content = json.loads(text)
-        if expected is not None and content["kind"] != expected:
-            raise ValueError(f"it is about {content['kind']!r}, this machine is {expected!r}")
-        found = [line_from(row, path.name) for row in content["lines"]]
+        return [parse(row, path.name) for row in _content(path, expected).get(key, ())]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
+        warnings.warn(f"evidence file {path}: its {key} are left out: {what}", RuntimeWarning, stacklevel=2)
+        return []
+
+
+@remembered
+def _content(path: Path, expected: str | None) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if expected is not None and content["kind"] != expected:
+            raise ValueError(f"it is about {content['kind']!r}, this machine is {expected!r}")
+        return dict(content)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
         warnings.warn(f"evidence file {path} is left out: {what}", RuntimeWarning, stacklevel=2)
-        return
-    yield from found
+    return {}
 
 
 def line_from(row: dict[str, Any], file: str) -> Line:
@@ -247,7 +276,7 @@ def line_from(row: dict[str, Any], file: str) -> Line:
 # ---- what follows -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@remembered
 def _by_class(device: str) -> dict[tuple[str, str, str, str], dict[int, Line]]:
     table: dict[tuple[str, str, str, str], dict[int, Line]] = {}
     for line in lines(device):

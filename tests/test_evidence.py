@@ -146,7 +146,7 @@ def test_a_damaged_or_foreign_file_is_named_and_left_out(cache, text, said):
 @pytest.mark.parametrize("speed", [{}, {"0": 1.0}, {"16": -1.0}, {"16": float("nan")}, {"16": "fast"}, {"many": 1.0}])
 def test_a_line_that_makes_no_sense_leaves_the_file_out(cache, speed):
     cache(row(**speed))
-    with pytest.warns(RuntimeWarning, match="is left out"):
+    with pytest.warns(RuntimeWarning, match="its lines are left out"):
         evidence.lines()
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from fake_cuda import Machine, Pointer
 from large_launches import Launches
 
+from pyfused import dispatch, tiles
 from pyfused.kernels.triton import (
     _row_norm,
     attention,
@@ -48,13 +49,16 @@ def record(monkeypatch):
         launches = Launches(run)
         for module in MODULES:
             monkeypatch.setattr(module, "launch", launches.launch)
-        monkeypatch.setattr(_row_norm, "_programs", lambda device: 264)
-        monkeypatch.setattr(attention, "_chip", lambda device: ("sm_90", 132))
+        monkeypatch.setattr(tiles, "files", lambda where, files=tiles.files: files("sm_90"))
+        monkeypatch.setattr(tiles, "multiprocessors", lambda where: 132)
+        dispatch.forget()
         call()
         assert launches.grids
         return launches
 
-    return recorded
+    yield recorded
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 def norm(module, rows, n, bias):
@@ -77,7 +81,9 @@ def attend(b, h, hkv, sq, sk, d, dtype=BF16, gradients=True, mask=False, bias=Fa
     table = (new(32, h, dtype=dtype), True, 128) if relative else (None, True, 128)
     out, lse = attention.forward(query, key, key, True, padding, attn_bias, 0.1, p, seed, True, *table)
     if gradients:
-        attention.backward(out, query, key, key, out, lse, True, padding, attn_bias, 0.1, p, seed, bias, *table, relative)
+        attention.backward(
+            out, query, key, key, out, lse, True, padding, attn_bias, 0.1, p, seed, bias, *table, relative
+        )
 
 
 def packed(rows, sequences, h, d):

@@ -1,11 +1,11 @@
 """attention in Triton: which tiles and how many warps, and the launches of the kernels in _attention_*.py."""
 
-import functools
 import math
 
 import torch
 import triton
 
+from pyfused import tiles
 from pyfused.kernels.buckets import distance_buckets
 
 from ._attention_configs import block_d, config
@@ -16,21 +16,7 @@ from ._launch import launch
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
-_CHUNK = 256  # keys a program should at least have before the keys of one query tile are split over several
-
-
-@functools.cache
-def _chip(device: torch.device) -> tuple[str, int]:
-    """Which configurations to use, and how many multiprocessors there are."""
-    if device.type == "cpu":
-        return "interpreter", 16
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "gfx942", properties.multi_processor_count
-    if properties.major == 9:
-        return "sm_90", properties.multi_processor_count
-    big = properties.shared_memory_per_block_optin >= 163 * 1024
-    return "sm_80" if big else "sm_86", properties.multi_processor_count
+_MOST_CHUNKS = 64  # that combine_kernel adds up
 
 
 def _like(tensor):
@@ -69,9 +55,10 @@ def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None)
     return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
-def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
+def _chunks(programs: int, key_length: int, c: tiles.Tile) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
-    chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, 64))
+    chunks = max(1, min(triton.cdiv(c.programs, programs), key_length // c.least_keys, _MOST_CHUNKS))
+    block_n = c.options["BLOCK_N"]
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
 
@@ -87,14 +74,13 @@ def forward(
     if b == 0:
         return out, lse
     group = h // hkv
-    chip, processors = _chip(query.device)
     packed = group * sq <= _PACK_ROWS and cu_seqlens is None
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     by_distance, _, span = _by_distance(bias_table, bidirectional, max_distance)
     extras = (attn_bias is not None) + (seed is not None)
-    c = config("decode" if packed else "forward", d, query.dtype, chip, extras, bias_table is not None)
-    programs = b * hkv if packed else h * _tiles(b, sq, c.block_m, cu_seqlens)
-    chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
+    c = config("decode" if packed else "forward", d, query.dtype, query.device, extras, bias_table is not None)
+    programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
+    chunks, chunk = _chunks(programs, sk, c) if packed else (1, sk)
     if chunks > 1:
         part = torch.empty((chunks, b, h, sq, d), dtype=torch.float32, device=query.device)
         part_lse = torch.empty((chunks, b, h, sq), dtype=torch.float32, device=query.device)
@@ -132,14 +118,11 @@ def forward(
         chunk,
         D=d,
         BLOCK_D=block_d(d),
-        BLOCK_M=c.block_m,
-        BLOCK_N=c.block_n,
         GROUP=group,
         IS_CAUSAL=is_causal,
         SCALE_FIRST=attn_bias is not None or bias_table is not None or not scale > 0,
         PACKED=packed,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
+        **c.options,
     )
     if chunks > 1:
         launch(
@@ -157,7 +140,7 @@ def forward(
             D=d,
             BLOCK_D=block_d(d),
             BLOCK_C=triton.next_power_of_2(chunks),
-            num_warps=4,
+            **tiles.find("attention_combine", query.device).options,
         )
     return out, lse
 
@@ -182,7 +165,6 @@ def backward(
         return grad_query, grad_key, grad_value, grad_bias, grad_table
     delta = torch.empty((b, h, sq), dtype=torch.float32, device=query.device)
     correction = torch.empty_like(delta) if query.dtype == torch.float32 else None
-    chip, _ = _chip(query.device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     keep_scale, threshold = _dropout(dropout_p, seed)
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
@@ -194,17 +176,17 @@ def backward(
 
     extras = (attn_bias is not None) + (seed is not None)
     relative = bias_table is not None
-    c = config("grad_query", d, query.dtype, chip, extras, relative)
-    tiles = _tiles(b, sq, c.block_m, cu_seqlens)
+    c = config("grad_query", d, query.dtype, query.device, extras, relative)
+    query_tiles = _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
     table_sums = None
     if wants_table and not constant:
         num_buckets = triton.next_power_of_2(bias_table.shape[0])
         # A sequence's last slot may have no tile, and then no program that writes.
         new = torch.empty if cu_seqlens is None else torch.zeros
-        table_sums = new((b, h, tiles // b, num_buckets), dtype=torch.float32, device=query.device)
+        table_sums = new((b, h, query_tiles // b, num_buckets), dtype=torch.float32, device=query.device)
     launch(
         grad_query_kernel,
-        (h * tiles,),
+        (h * query_tiles,),
         grad_out,
         query,
         key,
@@ -241,10 +223,10 @@ def backward(
             grad_bias.zero_()
         elif correction is not None:
             grad_bias *= correction[..., None]
-    c = config("grad_key_value", d, query.dtype, chip, extras, relative)
+    c = config("grad_key_value", d, query.dtype, query.device, extras, relative)
     launch(
         grad_key_value_kernel,
-        (hkv * _tiles(b, sk, c.block_n, cu_seqlens),),
+        (hkv * _tiles(b, sk, c.options["BLOCK_N"], cu_seqlens),),
         grad_out,
         query,
         key,

@@ -22,14 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused import evidence
+from pyfused import evidence, tiles
 from pyfused.kernels.layout import as_rows
 from pyfused.kernels.reference.ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import launch
 
 FEW_ROWS = 16  # the least height of a tensor-core tile
-PROGRAMS = 264  # two for each of an H100's 132 multiprocessors; a constant, so that splits depend on the shape alone
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -157,30 +156,17 @@ def _activation_backward_kernel(pre_ptr, grad_ptr, inner_ptr, size, ACTIVATION: 
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-_AMD = torch.version.hip is not None
-
-
-def linear_tile(dtype, amd=_AMD):
-    """Blocks, warps and stages of _linear_kernel; 64 KB of shared memory are all that an AMD chip has."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    stages = 2 if amd else 3
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
-
-
-def stream_tile(rows, dtype, amd=_AMD):
-    """Blocks, warps and stages of _stream_kernel: 16 KB of 16-bit weights a step in one row's, 32 KB in flight else."""
-    if rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2}
-    deep, stages = (64, 3) if dtype == torch.float32 else (128, 2 if amd else 4)
-    return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
+def stream_rows(rows):
+    """ROWS of a stream kernel."""
+    return 1 if rows == 1 else FEW_ROWS
 
 
 def share(n, k, tile):
-    """How many values of k a program of a stream kernel takes, so that there are about PROGRAMS of them."""
-    blocks = triton.cdiv(k, tile["BLOCK_K"])
-    split = min(max(PROGRAMS // triton.cdiv(n, tile["BLOCK_N"]), 1), blocks)
-    return triton.cdiv(blocks, split) * tile["BLOCK_K"]
+    """How many values of k a program of a stream kernel takes, so that there are about as many as fill the chip."""
+    deep = tile.options["BLOCK_K"]
+    blocks = triton.cdiv(k, deep)
+    split = min(max(tile.programs // triton.cdiv(n, tile.options["BLOCK_N"]), 1), blocks)
+    return triton.cdiv(blocks, split) * deep
 
 
 def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dtype=None):
@@ -200,25 +186,46 @@ def linear(x, x_stride, w, bias, activation, residual, residual_stride, save, dt
     flags = {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "SAVE": save}
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
     if rows > FEW_ROWS:
-        tile = linear_tile(x.dtype)
+        tile = tiles.find("ffn_linear", x.device, x.dtype).options
         grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
         launch(
-            _linear_kernel, grid,
-            x, w, *tensors, rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile
+            _linear_kernel,
+            grid,
+            x,
+            w,
+            *tensors,
+            rows,
+            n,
+            k,
+            *strides,
+            **flags,
+            PRECISION=precision,
+            EVEN_K=k % tile["BLOCK_K"] == 0,
+            **tile,
         )
         return y, pre
-    tile = stream_tile(rows, x.dtype)
+    tile = tiles.find("ffn_stream", x.device, x.dtype, rows)
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
     partial = torch.empty((parts, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else y
     launch(
-        _stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
-        x, w, *tensors, partial, rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile
-    )
+        _stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts),
+        x, w, *tensors, partial, rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision,
+        ROWS=stream_rows(rows), **tile.options,
+    )  # fmt: skip
     if parts > 1:
+        combine = tiles.find("ffn_combine", x.device).options
         launch(
-            _combine_kernel, (triton.cdiv(n, 256), rows),
-            partial, *tensors, parts, rows, n, residual_stride, **flags, BLOCK=256, num_warps=2
+            _combine_kernel,
+            (triton.cdiv(n, combine["BLOCK"]), rows),
+            partial,
+            *tensors,
+            parts,
+            rows,
+            n,
+            residual_stride,
+            **flags,
+            **combine,
         )
     return y, pre
 
@@ -244,8 +251,15 @@ def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
     inner = torch.empty_like(pre)
     size = pre.numel()
     if size:
+        tile = tiles.find("ffn_activation_backward", x.device).options
         launch(
-            _activation_backward_kernel, (triton.cdiv(size, 2048),),
-            pre, grad, inner, size, ACTIVATION=activation, BLOCK=2048, num_warps=4
+            _activation_backward_kernel,
+            (triton.cdiv(size, tile["BLOCK"]),),
+            pre,
+            grad,
+            inner,
+            size,
+            ACTIVATION=activation,
+            **tile,
         )
     return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)

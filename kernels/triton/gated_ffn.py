@@ -22,11 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
+from pyfused import tiles
 from pyfused.kernels.layout import as_rows
 from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import launch
-from pyfused.kernels.triton.ffn import FEW_ROWS, linear, share
+from pyfused.kernels.triton.ffn import FEW_ROWS, linear, share, stream_rows
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -178,22 +179,6 @@ def gradients_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-_AMD = torch.version.hip is not None
-
-
-def stream_tile(rows, dtype, amd=_AMD):
-    """Blocks, warps and stages of stream_kernel: as many bytes of weights a step as ffn's, of two matrices."""
-    if rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 2}
-    deep, stages = (32, 3) if dtype == torch.float32 else (64, 2 if amd else 4)
-    return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
-
-
-def row_block(n):
-    """BLOCK of gate_scaled_kernel."""
-    return min(max(1 << max(n - 1, 0).bit_length(), 16), 4096)
-
-
 def _wide_product(a, b):
     """a @ b, of float16 matrices in float32: from the tensor cores on a GPU."""
     if a.dtype != torch.float16:
@@ -213,20 +198,22 @@ def _stream(x, x_stride, w_gate, w_up, activation, factors, hidden):
     outputs = (gate, up, gate if hidden is None else hidden)
     flags = {"ACTIVATION": activation, "FACTORS": factors is not None, "HIDDEN": hidden is not None}
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
-    tile = stream_tile(rows, x.dtype)
+    tile = tiles.find("gated_ffn_stream", x.device, x.dtype, rows)
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
     partial = torch.empty((parts, 2, rows, n), dtype=torch.float32, device=x.device) if parts > 1 else outputs[2]
     launch(
-        stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts),
+        stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts),
         x, w_gate, w_up, *outputs, partial, rows, n, k, each, x_stride,
         w_gate.stride(0), w_gate.stride(1), w_up.stride(0), w_up.stride(1),
-        **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
+        **flags, SPLIT=parts > 1, PRECISION=precision, ROWS=stream_rows(rows), **tile.options,
     )  # fmt: skip
     if parts > 1:
+        combine = tiles.find("gated_ffn_combine", x.device).options
         launch(
-            combine_kernel, (triton.cdiv(n, 256), rows), partial, *outputs, parts, rows, n, **flags, BLOCK=256, num_warps=2
-        )
+            combine_kernel, (triton.cdiv(n, combine["BLOCK"]), rows),
+            partial, *outputs, parts, rows, n, **flags, **combine,
+        )  # fmt: skip
 
 
 def _scaled(gate, up, activation):
@@ -234,9 +221,8 @@ def _scaled(gate, up, activation):
     rows, f = gate.shape
     hidden, scale = torch.empty_like(gate), torch.ones(rows, dtype=torch.float32, device=gate.device)
     if gate.numel():
-        block = row_block(f)
-        options = {"ACTIVATION": activation, "BLOCK": block, "num_warps": 8 if block > 1024 else 4}
-        launch(gate_scaled_kernel, (rows,), gate, up, hidden, scale, f, **options)
+        tile = tiles.find("gated_ffn_gate_scaled", gate.device, size=f).options
+        launch(gate_scaled_kernel, (rows,), gate, up, hidden, scale, f, ACTIVATION=activation, **tile)
     return hidden, scale
 
 
@@ -245,10 +231,11 @@ def _unscaled(sums, scale, residual, residual_stride):
     rows, m = sums.shape
     y = torch.empty(sums.shape, dtype=torch.float16, device=sums.device)
     if y.numel():
+        tile = tiles.find("gated_ffn_unscale", sums.device).options
         launch(
-            unscale_kernel, (triton.cdiv(m, 512) * rows,),
+            unscale_kernel, (triton.cdiv(m, tile["BLOCK"]) * rows,),
             sums, scale, y if residual is None else residual, y, m, residual_stride,
-            HAS_RESIDUAL=residual is not None, BLOCK=512, num_warps=2,
+            HAS_RESIDUAL=residual is not None, **tile,
         )  # fmt: skip
     return y
 
@@ -270,9 +257,16 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         if not half:
             hidden = torch.empty_like(gate) if save else gate
             if gate.numel():
+                tile = tiles.find("gated_ffn_gate", x.device).options
                 launch(
-                    gate_kernel, (triton.cdiv(gate.numel(), 1024),),
-                    gate, up, hidden, gate.numel(), ACTIVATION=activation, BLOCK=1024, num_warps=4
+                    gate_kernel,
+                    (triton.cdiv(gate.numel(), tile["BLOCK"]),),
+                    gate,
+                    up,
+                    hidden,
+                    gate.numel(),
+                    ACTIVATION=activation,
+                    **tile,
                 )
     if half:
         hidden, scale = _scaled(gate, up, activation)
@@ -299,8 +293,18 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     size = gate.numel()
     if size:
+        tile = tiles.find("gated_ffn_gradients", x.device).options
         launch(
-            gradients_kernel, (triton.cdiv(size, 1024),),
-            gate, up, grad_hidden, hidden, grad_gate, grad_up, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
+            gradients_kernel,
+            (triton.cdiv(size, tile["BLOCK"]),),
+            gate,
+            up,
+            grad_hidden,
+            hidden,
+            grad_gate,
+            grad_up,
+            size,
+            ACTIVATION=activation,
+            **tile,
         )
     return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)

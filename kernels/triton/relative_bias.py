@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyfused import tiles
 from pyfused.kernels.buckets import distance_buckets
 
 from ._launch import launch
@@ -72,11 +73,12 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     buckets = distance_buckets(bidirectional, num_buckets, max_distance, table.device)
     bias = torch.empty((1, heads, query_length, key_length), dtype=table.dtype, device=table.device)
     if heads:
-        rows, columns = 16, 128
+        tile = tiles.find("relative_bias_forward", table.device).options
+        high, wide = triton.cdiv(query_length, tile["ROWS"]), triton.cdiv(key_length, tile["COLUMNS"])
         launch(
-            _forward_kernel, (heads * triton.cdiv(query_length, rows) * triton.cdiv(key_length, columns),),
+            _forward_kernel, (heads * high * wide,),
             table, buckets, bias, heads, query_length, key_length, query_offset, buckets.shape[0] // 2, *table.stride(),
-            ROWS=rows, COLUMNS=columns, num_warps=4,
+            **tile,
         )  # fmt: skip
     return (bias,)
 
@@ -85,13 +87,13 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     _, heads, sq, sk = grad_out.shape
     buckets = distance_buckets(bidirectional, num_buckets, max_distance, grad_out.device)
     grad_out = grad_out.contiguous()
-    rows, columns = 64, 64
-    tiles = triton.cdiv(sq, rows)
-    parts = torch.empty((tiles, num_buckets, heads), dtype=torch.float32, device=grad_out.device)
+    tile = tiles.find("relative_bias_backward", grad_out.device).options
+    high = triton.cdiv(sq, tile["ROWS"])
+    parts = torch.empty((high, num_buckets, heads), dtype=torch.float32, device=grad_out.device)
     if heads:
         launch(
-            _backward_kernel, (tiles * num_buckets * heads,),
+            _backward_kernel, (high * num_buckets * heads,),
             grad_out, buckets, parts, heads, num_buckets, sq, sk, query_offset, buckets.shape[0] // 2,
-            ROWS=rows, COLUMNS=columns, num_warps=4,
+            **tile,
         )  # fmt: skip
     return (parts.sum(0).to(grad_out.dtype),)

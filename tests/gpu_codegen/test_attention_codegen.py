@@ -25,7 +25,9 @@ def case(kernel, d, kind, target, given="causal"):
     relative (T5's bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
     c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
-    constants = {"D": d, "BLOCK_D": block_d(d), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": 1, "stride_bk": 1}
+    numbers = dict(c.options)
+    warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
+    constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
     scale_first = "bias" in given or "relative" in given
     constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": scale_first, "PACKED": kernel == "decode"}
     constants["BUCKETS"] = 32 if "table" in given else 1
@@ -55,7 +57,7 @@ def case(kernel, d, kind, target, given="causal"):
             types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"
     constants = {name: value for name, value in constants.items() if name in names}
     title = f"{kernel} {kind} D={d} {given}"
-    return Case(title, f"{module.__name__}:{function}", types, constants, c.num_warps, c.num_stages)
+    return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages)
 
 
 EVERYTHING = "causal mask bias dropout"
