@@ -109,13 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
 
-    tune = commands.add_parser(
-        "tune", help="measure this machine's CPU kernels beside plain PyTorch, and dispatch by that"
-    )
+    tune = commands.add_parser("tune", help="measure this machine's kernels beside plain PyTorch, and dispatch by that")
     tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="which to measure; all by default")
+    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; cpu by default")
     tune.add_argument("--quick", action="store_true", help="fewer sizes, less time for each")
     tune.add_argument(
-        "--threads", type=int, nargs="+", default=(), metavar="N", help="numbers of threads; by default one, and all"
+        "--threads", type=int, nargs="+", default=(), metavar="N", help="on a CPU: numbers of threads; one, and all"
+    )
+    tune.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="on a GPU: stop after so long and keep what is known by then"
     )
     tune.add_argument("--save", metavar="FILE.json", help="write there instead of the user's cache folder")
     tune.set_defaults(run=_tune)
@@ -245,18 +247,28 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from . import evidence
-    from .tune import tune
+    from . import evidence, tune, tune_gpu
 
+    on_gpu = arguments.device == "cuda"
     if any(count < 1 for count in arguments.threads):
         raise ValueError(f"--threads is {arguments.threads}; it takes numbers of at least 1")
-    path = Path(arguments.save) if arguments.save else evidence.own_file()
-    found = tune(
-        quick=arguments.quick,
-        operators=arguments.operators,
-        threads=arguments.threads,
-        say=lambda text: print(f"measuring: {text}", file=sys.stderr, flush=True),
-    )
+    for name, given in (("--threads", on_gpu and arguments.threads), ("--limit", not on_gpu and arguments.limit)):
+        if given:
+            raise ValueError(f"{name} does not go with --device {arguments.device}")
+
+    def say(text: str) -> None:
+        print(f"measuring: {text}", file=sys.stderr, flush=True)
+
+    options = {"quick": arguments.quick, "operators": arguments.operators, "say": say}
+    if on_gpu:
+        path = Path(arguments.save) if arguments.save else tune_gpu.own_file()
+        limit = float("inf") if arguments.limit is None else arguments.limit
+        found = tune_gpu.tune(**options, limit=limit, save=lambda found: evidence.write(path, found))
+        left = f"pyfused: {found['skipped']} tiles left out, which do not compile, do not fit or give a wrong output"
+        print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
+    else:
+        path = Path(arguments.save) if arguments.save else evidence.own_file()
+        found = tune.tune(**options, threads=arguments.threads)
     found = evidence.write(path, found)
     if arguments.json:
         print(json.dumps(found, indent=1))

@@ -261,7 +261,7 @@ def forward(x, weight, bias, eps, residual, save, centred):
     pointers = (x_rows, residual_rows, weight, bias, y, y if total is None else total)
     stats = (y if mean is None else mean, y if rstd is None else rstd)
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": has_bias, "SAVE": save, "CENTRED": centred}
-    if tile := tiles.find("row_norm_forward", x.device, size=n):
+    if tile := tiles.find("row_norm_forward", x.device, x.dtype, n):
         launch(
             forward_kernel, (triton.cdiv(rows, tile.options["ROWS"]),),
             *pointers, *stats, rows, n, x_stride, residual_stride, eps, **flags, BLOCK=block_of(n), **tile.options,
@@ -270,7 +270,7 @@ def forward(x, weight, bias, eps, residual, save, centred):
         launch(
             forward_long_kernel, (rows,),
             *pointers, *stats, n, x_stride, residual_stride, eps, **flags,
-            **tiles.find("row_norm_forward_long", x.device).options,
+            **tiles.find("row_norm_forward_long", x.device, x.dtype).options,
         )  # fmt: skip
     return y, total, mean, rstd
 
@@ -291,9 +291,9 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
     mean = rstd if mean is None else mean
     # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
-    tile = tiles.find("row_norm_backward", x.device, size=n)
+    tile = tiles.find("row_norm_backward", x.device, x.dtype, n)
     long = tile is None
-    tile = tile or tiles.find("row_norm_column_sums", x.device)
+    tile = tile or tiles.find("row_norm_column_sums", x.device, x.dtype)
     tile_rows = tile.options["ROWS"]
     steps = triton.cdiv(rows, tile_rows * tile.programs)
     parts = triton.cdiv(rows, tile_rows * steps)
@@ -302,7 +302,7 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
         launch(
             backward_long_kernel, (rows,),
             grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, n, x_stride,
-            HAS_TOTAL=has_total, CENTRED=centred, **tiles.find("row_norm_backward_long", x.device).options, **exact,
+            HAS_TOTAL=has_total, CENTRED=centred, **tiles.find("row_norm_backward_long", x.device, x.dtype).options, **exact,
         )  # fmt: skip
         launch(
             column_sums_kernel, (triton.cdiv(n, tile.options["BLOCK"]), parts),
@@ -315,7 +315,7 @@ def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
             grad_y, grad_total, x_rows, weight, mean, rstd, grad_x, partial, rows, n, x_stride, steps,
             HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred, BLOCK=block_of(n), **tile.options, **exact,
         )  # fmt: skip
-    of_reduce = tiles.find("row_norm_reduce", x.device, size=n).options
+    of_reduce = tiles.find("row_norm_reduce", x.device, x.dtype, n).options
     launch(
         reduce_kernel, (triton.cdiv(n, of_reduce["BLOCK"]),),
         partial, grad_weight, grad_bias if has_bias else grad_weight, parts, n,
