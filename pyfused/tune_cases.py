@@ -172,7 +172,7 @@ def fourier_mix(b: int, s: int, n: int) -> Callable[[New], Problem]:
     return lambda new: Problem({"x": new(b, s, n)}, lambda t: ops.MODULES["fourier_mix"].bind(**t), plain)
 
 
-def relative_bias(h: int, sq: int, sk: int) -> Callable[[New], Problem]:
+def relative_bias(h: int, sq: int, sk: int, buckets: int = 32) -> Callable[[New], Problem]:
     def bind(t: Tensors) -> tuple[Any, ...]:
         options = {"bidirectional": True, "max_distance": 128, "query_offset": sk - sq}
         return ops.MODULES["relative_bias"].bind(t["table"], sq, sk, **options)
@@ -181,7 +181,7 @@ def relative_bias(h: int, sq: int, sk: int) -> Callable[[New], Problem]:
         return (grads[0], bound[0].shape[0], *bound[3:])
 
     return lambda new: Problem(
-        {"table": new(32, h)}, bind, lambda t: (dense(t["table"], sq, sk),), backward, ("table",)
+        {"table": new(buckets, h)}, bind, lambda t: (dense(t["table"], sq, sk),), backward, ("table",)
     )
 
 
@@ -231,4 +231,6 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
     yield Case("linear", "forward", f"linear {many} rows", linear(many, width, inner))
     yield Case("fourier_mix", "forward", "fourier_mix", fourier_mix(2, 7, 12) if tiny else fourier_mix(64, 512, 768))
     for function in ("forward", "backward"):
-        yield Case("relative_bias", function, f"relative_bias {function}", relative_bias(h, s // 2, s // 2))
+        yield Case(
+            "relative_bias", function, f"relative_bias {function}", relative_bias(h, s // 2, s // 2, 4 if tiny else 32)
+        )
