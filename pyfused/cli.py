@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from ._version import __version__
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     evidence = commands.add_parser(
         "evidence", help="the measurements that decide which backend runs, and where each is from"
     )
+    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="about which; cpu by default")
     evidence.set_defaults(run=_evidence)
 
     for command in (generate, encode, verify):
@@ -245,8 +247,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from . import evidence, tune, tune_gpu
 
     on_gpu = arguments.device == "cuda"
@@ -283,17 +283,39 @@ def _tune(arguments: argparse.Namespace) -> int:
 def _evidence(arguments: argparse.Namespace) -> int:
     from . import evidence
 
-    found = evidence.lines()
+    device = "cpu"
+    paths = evidence.files()
+    tiles: list[dict[str, object]] = []
+    if arguments.device == "cuda":
+        device, paths, tiles = _tiles_in_force()
+    found, kind = evidence.lines(device), evidence.kind(device)
     if arguments.json:
-        files = [{"path": str(path), "exists": path.exists()} for path in evidence.files()]
+        files = [{"path": str(path), "exists": path.exists()} for path in paths]
         lines = [line._asdict() for line in found]
-        print(json.dumps({"kind": evidence.kind(), "files": files, "lines": lines}, indent=1))
+        print(json.dumps({"kind": kind, "files": files, "lines": lines, "tiles": tiles}, indent=1))
         return 0
-    print(f"this machine: {evidence.kind()}\nasked for a line, in this order:")
-    for path in evidence.files():
+    print(f"this machine: {kind}\nasked for a line, in this order:")
+    for path in paths:
         print(f"  {path}{'' if path.exists() else ' (not there)'}")
     print(evidence.render(found))
+    if tiles:
+        print(
+            f"tiles of Triton's kernels: {len(tiles)} rows, of which {sum('date' in row for row in tiles)} are measured"
+        )
     return 0
+
+
+def _tiles_in_force() -> tuple[str, list[Path], list[dict[str, object]]]:
+    """What evidence calls this machine's GPU, the files that are asked, and their rows of tiles, first asked first."""
+    import torch
+
+    from . import dispatch, tiles
+
+    if not (torch.cuda.is_available() or dispatch.interpreting()):
+        raise ValueError("--device cuda: no CUDA device (and TRITON_INTERPRET=1 is not set)")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    rows = [{**row.as_json(), "source": row.source} for row in tiles.rows(device)]
+    return "cuda" if device.type == "cuda" else "interpreter", [path for path, _ in tiles.files(device)], rows
 
 
 if __name__ == "__main__":

@@ -231,6 +231,12 @@ def files(where: torch.device | str) -> list[tuple[Path, str]]:
     return list(dict.fromkeys([*found, *((evidence.SHIPPED / f"{name}.json", name) for name in names)]))
 
 
+def rows(where: torch.device | str) -> list[Row]:
+    """Every row in force, those of the file that is asked first before the others."""
+    placed = [of for by_kernel in _rows(where).values() for of in by_kernel]
+    return [row for _, row in sorted(placed, key=lambda of: of[0])]
+
+
 @evidence.remembered
 def _rows(where: torch.device | str) -> dict[str, list[tuple[int, Row]]]:
     """By kernel, every row with the place of its file."""

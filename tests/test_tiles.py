@@ -1,7 +1,6 @@
 """Where does a Triton kernel's tile come from, and does a bad file do no harm?"""
 
 import json
-import timeit
 import warnings
 
 import pytest
@@ -153,6 +152,9 @@ def test_trying_is_over_at_the_end_of_the_block():
     assert attention(CPU) == before
 
 
-def test_a_question_costs_little():
-    """0.4 us on the machine where this was written."""
-    assert min(timeit.repeat(lambda: attention(CPU), number=1000, repeat=20)) < 5e-3
+def test_a_question_is_answered_once():
+    """A launch asks each time: 0.36 us where this was written, as reading a table in code cost."""
+    attention(CPU)
+    before = tiles.find.cache_info()
+    attention(CPU)
+    assert tiles.find.cache_info() == before._replace(hits=before.hits + 1)

@@ -179,5 +179,12 @@ def test_the_command(own, tmp_path, capsys):
         "row_norm_backward",
         "row_norm_reduce",
     }
+    own.write_text(target.read_text())
+    dispatch.forget()
+    assert main(["evidence", "--device", "cuda"]) == 0
+    said = capsys.readouterr().out
+    assert f"of which {len(written['tiles'])} are measured" in said
+    assert str(own) in said
+    assert "[triton_interpreter.json, " in said
     assert main(["tune", "--device", "cpu", "--limit", "3"]) == 2
     assert main(["tune", "--device", "cuda", "--threads", "3"]) == 2

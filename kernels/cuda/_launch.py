@@ -1,6 +1,7 @@
 """What does every CUDA launcher tell the kernels of its tensors? Addresses, the device and the stream.
 
-On CPU tensors, which only the tests' host shim takes, there is one device with no streams and four multiprocessors.
+On CPU tensors, which only the tests' host shim takes, there is one device with no streams, four multiprocessors, and as much
+shared memory as any chip has; a GPU is asked for its own.
 """
 
 import functools
@@ -28,5 +29,5 @@ def multiprocessors(device):
 
 @functools.cache
 def shared_memory(device):
-    """Bytes that one block may ask for: 99 KB on consumer chips, 163 on an A100, 227 on an H100."""
+    """Bytes that one block may ask for."""
     return 227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
