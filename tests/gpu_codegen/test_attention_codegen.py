@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from pyfused import tiles
 from pyfused.kernels.triton import _attention_forward, _attention_grad_key_value, _attention_grad_query
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
@@ -57,9 +58,11 @@ def case(kernel, d, kind, target, given="causal"):
             types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"
     constants = {name: value for name, value in constants.items() if name in names}
     title = f"{kernel} {kind} D={d} {given}"
+    LEAST[title, target] = tiles.least_shared(c.row) if d == c.row.up_to else 0
     return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages)
 
 
+LEAST: dict[tuple[str, str], int] = {}  # bytes of shared memory that pyfused.tiles says a case takes at least
 EVERYTHING = "causal mask bias dropout"
 
 
@@ -114,6 +117,7 @@ def test_packed_sequences_compile(target):
 def test_attention_compiles(target):
     for name, compiled in compile_cases(list(cases(target)), target).items():
         check_resources(compiled, name, target)
+        assert compiled.shared >= LEAST[name, target]
         if target == "gfx942":
             assert "v_mfma" in compiled.asm["amdgcn"], name
         elif " fp32 " not in name:

@@ -67,6 +67,8 @@ def test_triton_ffn(target):
     compiled = compile_cases(cases, target)
     for name, result in compiled.items():
         check_resources(result, name, target)
+    row = tiles.find("ffn_linear", target, torch.bfloat16).row
+    assert compiled["linear bf16"].shared >= tiles.least_shared(row) > 0
     if target == "gfx942":
         assert "v_mfma" in compiled["linear bf16"].asm["amdgcn"]
         return
