@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from ._version import __version__
@@ -132,13 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--workers", type=int, metavar="N", help="processes that compile; one a core by default")
     warm.set_defaults(run=_warm)
 
-    tune = commands.add_parser(
-        "tune", help="measure this machine's CPU kernels beside plain PyTorch, and dispatch by that"
-    )
+    tune = commands.add_parser("tune", help="measure this machine's kernels beside plain PyTorch, and dispatch by that")
     tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="which to measure; all by default")
+    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; cpu by default")
     tune.add_argument("--quick", action="store_true", help="fewer sizes, less time for each")
     tune.add_argument(
-        "--threads", type=int, nargs="+", default=(), metavar="N", help="numbers of threads; by default one, and all"
+        "--threads", type=int, nargs="+", default=(), metavar="N", help="on a CPU: numbers of threads; one, and all"
+    )
+    tune.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="on a GPU: stop after so long and keep what is known by then"
     )
     tune.add_argument("--save", metavar="FILE.json", help="write there instead of the user's cache folder")
     tune.set_defaults(run=_tune)
@@ -146,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evidence = commands.add_parser(
         "evidence", help="the measurements that decide which backend runs, and where each is from"
     )
+    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="about which; cpu by default")
     evidence.set_defaults(run=_evidence)
 
     for command in (generate, encode, verify, warm):
@@ -333,20 +337,28 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+    from . import evidence, tune, tune_gpu
 
-    from . import evidence
-    from .tune import tune
-
+    on_gpu = arguments.device == "cuda"
     if any(count < 1 for count in arguments.threads):
         raise ValueError(f"--threads is {arguments.threads}; it takes numbers of at least 1")
-    path = Path(arguments.save) if arguments.save else evidence.own_file()
-    found = tune(
-        quick=arguments.quick,
-        operators=arguments.operators,
-        threads=arguments.threads,
-        say=lambda text: print(f"measuring: {text}", file=sys.stderr, flush=True),
-    )
+    for name, given in (("--threads", on_gpu and arguments.threads), ("--limit", not on_gpu and arguments.limit)):
+        if given:
+            raise ValueError(f"{name} does not go with --device {arguments.device}")
+
+    def say(text: str) -> None:
+        print(f"measuring: {text}", file=sys.stderr, flush=True)
+
+    options = {"quick": arguments.quick, "operators": arguments.operators, "say": say}
+    if on_gpu:
+        path = Path(arguments.save) if arguments.save else tune_gpu.own_file()
+        limit = float("inf") if arguments.limit is None else arguments.limit
+        found = tune_gpu.tune(**options, limit=limit, save=lambda found: evidence.write(path, found))
+        left = f"pyfused: {found['skipped']} tiles left out, which do not compile, do not fit or give a wrong output"
+        print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
+    else:
+        path = Path(arguments.save) if arguments.save else evidence.own_file()
+        found = tune.tune(**options, threads=arguments.threads)
     found = evidence.write(path, found)
     if arguments.json:
         print(json.dumps(found, indent=1))
@@ -361,17 +373,39 @@ def _tune(arguments: argparse.Namespace) -> int:
 def _evidence(arguments: argparse.Namespace) -> int:
     from . import evidence
 
-    found = evidence.lines()
+    device = "cpu"
+    paths = evidence.files()
+    tiles: list[dict[str, object]] = []
+    if arguments.device == "cuda":
+        device, paths, tiles = _tiles_in_force()
+    found, kind = evidence.lines(device), evidence.kind(device)
     if arguments.json:
-        files = [{"path": str(path), "exists": path.exists()} for path in evidence.files()]
+        files = [{"path": str(path), "exists": path.exists()} for path in paths]
         lines = [line._asdict() for line in found]
-        print(json.dumps({"kind": evidence.kind(), "files": files, "lines": lines}, indent=1))
+        print(json.dumps({"kind": kind, "files": files, "lines": lines, "tiles": tiles}, indent=1))
         return 0
-    print(f"this machine: {evidence.kind()}\nasked for a line, in this order:")
-    for path in evidence.files():
+    print(f"this machine: {kind}\nasked for a line, in this order:")
+    for path in paths:
         print(f"  {path}{'' if path.exists() else ' (not there)'}")
     print(evidence.render(found))
+    if tiles:
+        print(
+            f"tiles of Triton's kernels: {len(tiles)} rows, of which {sum('date' in row for row in tiles)} are measured"
+        )
     return 0
+
+
+def _tiles_in_force() -> tuple[str, list[Path], list[dict[str, object]]]:
+    """What evidence calls this machine's GPU, the files that are asked, and their rows of tiles, first asked first."""
+    import torch
+
+    from . import dispatch, tiles
+
+    if not (torch.cuda.is_available() or dispatch.interpreting()):
+        raise ValueError("--device cuda: no CUDA device (and TRITON_INTERPRET=1 is not set)")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    rows = [{**row.as_json(), "source": row.source} for row in tiles.rows(device)]
+    return "cuda" if device.type == "cuda" else "interpreter", [path for path, _ in tiles.files(device)], rows
 
 
 if __name__ == "__main__":

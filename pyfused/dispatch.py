@@ -2,10 +2,11 @@
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
 a module per operator with `forward`, `backward` (or one of them: it is then no candidate for the other, and the next backend
-runs that, under strict=True too). A backend is passed over for one of three reasons:
+runs that, under strict=True too). On a GPU the fastest in the evidence of evidence.py is asked first; where nothing was
+measured it is Triton. A backend is passed over for one of three reasons:
     unsupported_<function>(*args) of its module: it cannot do this case;
     declined_<function>(*args) of its module: on any machine the next one does it better, being closer to float64, say;
-    evidence.py: on this kind of machine another one was measured to be faster, or nothing shows that this one is right.
+    evidence.py: it is a hand-written CUDA kernel, and on this kind of machine nothing shows that it is right.
 A forced backend ignores all but the first, and gives way to that visibly in explain(). Launchers of CPU kernels have the
 library's way beside their own, for calls where that was measured to be faster: left_to_library_<function>(*args) says why.
 
@@ -32,10 +33,10 @@ from . import _extensions, evidence
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Preferences by device, best first; `reference` ends every list and can do everything.
+# Preferences by device where nothing was measured, best first; `reference` ends every list and can do everything.
 PREFERENCES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    # A CUDA kernel that no GPU has run yields to the Triton one until a result file shows it right and faster.
+    # A CUDA kernel that no GPU has run yields to the Triton one until evidence shows it right and faster.
     "cuda": ("triton", "cuda", "reference"),
 }
 
@@ -154,11 +155,18 @@ class _Candidate(NamedTuple):
     against: tuple[Callable[..., str | None], ...]
 
 
+class _Candidates(NamedTuple):
+    """Every backend, best first where nothing was measured; `ranked`: whether evidence may say otherwise of a call."""
+
+    rows: tuple[_Candidate, ...]
+    ranked: bool
+
+
 @functools.cache
 def _candidates(
     operator: str, function: str, device: str, dtype: torch.dtype, forced: tuple[str, bool] | None
-) -> tuple[_Candidate, ...]:
-    """Every backend, best first, with all that depends on no argument."""
+) -> _Candidates:
+    """Every backend, with all that depends on no argument; first the forced one."""
     listed = PREFERENCES.get(device, ("reference",))
     order = (*((forced[0],) if forced else ()), *listed, *BACKENDS)
     strictly = forced[0] if forced and forced[1] and not _lacks(forced[0], operator, function) else None
@@ -177,7 +185,7 @@ def _candidates(
             if not is_forced:
                 against += (
                     getattr(module, f"declined_{function}", None),
-                    evidence.against(name, operator, function, device),
+                    evidence.unproven(name, operator, function, device),
                 )
                 if name not in listed:
                     reason = f"not used for {device} tensors unless forced"
@@ -185,7 +193,16 @@ def _candidates(
                     reason = f"{strictly!r} is asked for strictly"
         call = None if module is None else getattr(module, function, None)
         rows.append(_Candidate(name, call, reason, tuple(filter(None, against))))
-    return tuple(rows)
+    return _Candidates(tuple(rows), forced is None and evidence.ranks(operator, function, device))
+
+
+def _by_evidence(
+    rows: tuple[_Candidate, ...], operator: str, function: str, device: str, args: tuple[Any, ...]
+) -> list[_Candidate]:
+    """The candidates by what was measured of such a call, the fastest first; where nothing was, as they are."""
+    shapes, size = evidence.shapes_of(operator, function, args)
+    rank = evidence.rank(device, operator, function, args[0].dtype, shapes, size)
+    return sorted(rows, key=lambda candidate: rank.get(candidate.backend, 0.0), reverse=True)
 
 
 _NOTHING = "a tensor has no element: plain PyTorch does what little there is"
@@ -205,7 +222,8 @@ def _judged(operator: str, function: str, args: tuple[Any, ...]) -> Iterator[tup
     tensor = args[0]
     empty = _is_empty(args)
     device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device takes 0.9 us
-    for candidate in _candidates(operator, function, device, tensor.dtype, _forced.get() or _forced_by_environment()):
+    rows, ranked = _candidates(operator, function, device, tensor.dtype, _forced.get() or _forced_by_environment())
+    for candidate in _by_evidence(rows, operator, function, device, args) if ranked and not empty else rows:
         reason = candidate.reason
         if empty:
             reason = "" if candidate.backend == "reference" else reason or _NOTHING
@@ -231,6 +249,37 @@ def choose(operator: str, function: str, args: tuple[Any, ...]) -> Callable[...,
     raise BackendError(f"{operator}: backend {name!r} was asked for strictly and cannot run this: {reason}")
 
 
+def prepared(prepare: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
+    """prepare(*args), a launch or None; where evidence gives other answers for other numbers of threads, a launch for each of
+    them, and each call takes the nearest to what torch uses then."""
+    with evidence.threads_noticed() as numbers:
+        launch = prepare(*args)
+    if launch is None or not numbers:
+        return launch
+    by_threads = {}
+    for number in numbers:
+        with evidence.with_threads(number):
+            by_threads[number] = prepare(*args)
+    if None in by_threads.values():
+        return None
+
+    def nearest() -> Callable[..., tuple[Any, ...]]:
+        return by_threads[evidence.nearest_threads(by_threads)]
+
+    return _switch(len(args))(by_threads.get, torch.get_num_threads, nearest)
+
+
+@functools.cache
+def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
+    """Makes a function of `count` arguments, and results behind them, that calls the launch of the number of threads. Written
+    out: *args costs 0.3 us a call, names 0.1."""
+    names = ", ".join(f"a{i}" for i in range(count))
+    call = "(launch_of(threads()) or nearest())"
+    code = f"lambda {names}, *results: {call}({names}, *results) if results else {call}({names})"
+    made: Callable[..., Callable[..., tuple[Any, ...]]] = eval(f"lambda launch_of, threads, nearest: {code}")
+    return made
+
+
 class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
     """What is prepared for calls of an operator's function, by what backend() asks for and the call's
     signature; dropped by forget()."""
@@ -250,7 +299,7 @@ class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
 
 def forget() -> None:
     """Drops all that is remembered of the kernels: after something that it depends on has changed."""
-    evidence.forget()
+    evidence.forget()  # and the tiles of tiles.py
     _candidates.cache_clear()
     _lacks.cache_clear()
     for launches in Launches.all:
@@ -288,12 +337,13 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
     for candidate, reason in _judged(operator, function, args):
         name, runs = candidate.backend, not reason and not found
         if not reason:
+            more = evidence.found(name, operator, function, args) if runs or name not in ("cpu", "reference") else ""
             reason = "fits, and comes later"
             if runs:
                 reason = "forced" if forced and forced[0] == name else "first that fits"
                 by_library = getattr(kernel(name, operator), f"left_to_library_{function}", lambda *args: None)(*args)
-                more = f"by the library: {by_library}" if by_library else evidence.found(name, operator, function, args)
-                reason = f"{reason}; {more}" if more else reason
+                more = f"by the library: {by_library}" if by_library else more
+            reason = f"{reason}; {more}" if more else reason
         found = found or runs
         rows.append(Verdict(name, runs, reason))
     return tuple(rows)

@@ -8,9 +8,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from pyfused import dispatch
+from pyfused import dispatch, tiles
 from pyfused.kernels import prepared
-from pyfused.kernels.triton import _launch, _row_norm, attention
+from pyfused.kernels.triton import _launch
 
 
 class Driver:
@@ -63,8 +63,9 @@ def install():
     _launch.on_gpu = lambda device: True
     for module in (_launch, prepared):
         module.current_device, module.current_stream = lambda: 0, lambda index: driver.stream
-    attention._chip = lambda device: ("sm_90", 132)
-    _row_norm._programs = lambda device: 264
+    files = tiles.files
+    tiles.files, tiles.multiprocessors = lambda where: files("sm_90"), lambda where: 132
+    dispatch.forget()
     return driver
 
 

@@ -116,6 +116,144 @@ def test_threads(cache):
         torch.set_num_threads(1)
 
 
+def test_a_launch_follows_the_number_of_threads(cache, monkeypatch):
+    """One that was prepared under another number must not stay; where the lines agree it is one for all."""
+    calls = []
+    library = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
+    cache(row(threads=1, **{"16": 0.5, "1": 2.0}), row(threads=2, **{"16": 2.0, "1": 3.0}))
+
+    def by_library(x, threads):
+        torch.set_num_threads(threads)
+        calls.clear()
+        pyfused.linear(x, W)
+        return bool(calls)
+
+    try:
+        with torch.no_grad():
+            found = [by_library(X, threads) for threads in (1, 1, 2, 2, 1, 3, 1)]
+            assert found == [True, True, False, False, True, False, True]
+            assert [by_library(X[:1], threads) for threads in (1, 1, 2, 1)] == [False] * 4
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """CPU tensors are judged as a GPU's are; returns a function that puts lines of this GPU in force."""
+    monkeypatch.setitem(dispatch.PREFERENCES, "cpu", dispatch.PREFERENCES["cuda"])
+
+    def use(speeds, operator="layer_norm", shapes="plain"):
+        about = {"operator": operator, "function": "forward", "dtype": "float32", "shapes": shapes, "date": "2026-01-02"}
+        speed = {name: {"1024": value} for name, value in (speeds or {}).items()}
+        found = (evidence.line_from({**about, "speed": speed}, "gpu.json"),) if speeds else ()
+        monkeypatch.setattr(evidence, "lines", lambda device="cpu": found)
+        dispatch.forget()
+
+    return use
+
+
+gpu_order = pytest.mark.parametrize(
+    "speeds, order",
+    [
+        (None, ["triton", "cuda", "reference"]),
+        ({"triton": 1.3}, ["triton", "reference", "cuda"]),
+        ({"triton": 1.3, "cuda": 1.5}, ["cuda", "triton", "reference"]),
+        ({"triton": 0.8, "cuda": 0.9}, ["reference", "cuda", "triton"]),
+        ({"triton": 0.8, "cuda": 1.1}, ["cuda", "reference", "triton"]),
+        ({"cuda": 0.7}, ["triton", "reference", "cuda"]),
+        ({"cuda": 1.2}, ["cuda", "triton", "reference"]),
+        ({"triton": 0.0, "cuda": 1.2}, ["cuda", "reference", "triton"]),
+        ({"triton": 0.0}, ["reference", "triton", "cuda"]),
+        ({"triton": 0.9, "reference": 0.5}, ["triton", "reference", "cuda"]),
+    ],
+)
+
+
+@gpu_order
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_the_order_of_a_gpu_is_what_was_measured(on_a_gpu, name, speeds, order):
+    on_a_gpu(speeds, operator=name)
+    x, weight = torch.randn(4, 256), torch.randn(256)
+    explained = pyfused.explain(name, x, weight)
+    assert explained.backend == order[0]
+    assert [verdict.backend for verdict in explained.verdicts if verdict.backend != "cpu"] == order
+    if speeds:
+        assert "gpu.json, 2026-01-02: float32, plain, size 1024" in str(explained)
+    if "cuda" not in (speeds or {}):
+        assert "unproven on this device" in str(explained)
+    chosen = dispatch.choose(name, "forward", pyfused.ops.MODULES[name].bind(x, weight))
+    assert chosen is dispatch.kernel(order[0], name).forward
+
+
+def test_the_fastest_that_has_the_case_runs(on_a_gpu, monkeypatch):
+    on_a_gpu({"triton": 1.2, "cuda": 1.5})
+    monkeypatch.setattr(dispatch.kernel("cuda", "layer_norm"), "unsupported_forward", lambda *args: "no", raising=False)
+    dispatch.forget()
+    said = pyfused.explain("layer_norm", X, W[0])
+    assert said.backend == "triton"
+    assert [v.backend for v in said.verdicts][:3] == ["cuda", "triton", "reference"]
+
+
+def test_evidence_of_another_class_proves_nothing(on_a_gpu):
+    on_a_gpu({"cuda": 3.0, "triton": 0.5}, shapes="residual")
+    assert pyfused.explain("layer_norm", X, W[0]).backend == "triton"
+    assert pyfused.explain("layer_norm", X, W[0], residual=X).backend == "cuda"
+    assert pyfused.explain("layer_norm", X.half(), W[0].half(), residual=X.half()).backend == "triton"
+
+
+def test_a_forced_backend_comes_first_whatever_was_measured(on_a_gpu):
+    on_a_gpu({"triton": 0.5, "cuda": 3.0})
+    with pyfused.backend("triton"):
+        assert pyfused.explain("layer_norm", X, W[0]).backend == "triton"
+    assert pyfused.explain("layer_norm", X, W[0]).backend == "cuda"
+
+
+def attend(sq, d=64, hkv=4, **options):
+    query, key = torch.randn(2, 4, sq, d), torch.randn(2, hkv, 32, d)
+    return evidence.shapes_of("attention", "forward", pyfused.ops.MODULES["attention"].bind(query, key, key, **options))
+
+
+def test_classes_of_attention():
+    assert attend(1) == ("few queries, D 64", 2 * 4 * 32)
+    assert attend(16)[0] == "few queries, D 64"
+    assert attend(16, hkv=2)[0] == attend(17)[0] == "many queries, D 64"
+    assert [attend(32, d)[0] for d in (8, 80, 129)] == [f"many queries, D {d}" for d in (64, 128, 256)]
+    table = pyfused.RelativeBias(torch.randn(32, 4), True, 128)
+    assert attend(32, relative_bias=table)[0] == "many queries, D 64, relative bias"
+    assert attend(32, attn_bias=torch.randn(32, 32))[0] == "many queries, D 64, dense bias"
+
+
+@pytest.mark.parametrize("name", ["attention", "ffn", "gated_ffn", "layer_norm", "rms_norm", "relative_bias"])
+def test_backwards_have_classes_too(monkeypatch, name):
+    """By the arguments that autograd calls them with."""
+    import operator_calls
+
+    asked = []
+    judged = dispatch._judged
+    monkeypatch.setattr(dispatch, "_judged", lambda *call: asked.append(call) or judged(*call))
+    call = next(call for call in operator_calls.CALLS if call.startswith(name))
+    if name in ("layer_norm", "rms_norm"):
+        operator_calls.prepared(call, "cpu", torch.float32)()
+    else:
+        tensors = {
+            "attention": [torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3)],
+            "ffn": [torch.randn(8, 8, requires_grad=True) for _ in range(2)] + [None, torch.randn(8, 8), None],
+            "gated_ffn": [torch.randn(8, 8, requires_grad=True) for _ in range(4)],
+            "relative_bias": [torch.randn(8, 2, requires_grad=True), 4, 4],
+        }[name]
+        options = {"ffn": {"activation": "relu"}, "gated_ffn": {"activation": "relu"}, "relative_bias": {"bidirectional": True}}
+        with pyfused.backend("triton"):
+            getattr(pyfused, name)(*tensors, **options.get(name, {})).sum().backward()
+    functions = {(operator, function) for operator, function, _ in asked if operator == name}
+    assert (name, "backward") in functions
+    for operator, function, args in asked:
+        if operator == name:
+            shapes, size = evidence.shapes_of(operator, function, args)
+            assert shapes
+            assert size > 0
+
+
 def test_own_file_before_shipped_ones_line_by_line(cache):
     """What the own file says nothing about comes from the next file."""
     before = {line[:5]: line for line in evidence.lines()}
@@ -146,7 +284,7 @@ def test_a_damaged_or_foreign_file_is_named_and_left_out(cache, text, said):
 @pytest.mark.parametrize("speed", [{}, {"0": 1.0}, {"16": -1.0}, {"16": float("nan")}, {"16": "fast"}, {"many": 1.0}])
 def test_a_line_that_makes_no_sense_leaves_the_file_out(cache, speed):
     cache(row(**speed))
-    with pytest.warns(RuntimeWarning, match="is left out"):
+    with pytest.warns(RuntimeWarning, match="its lines are left out"):
         evidence.lines()
 
 
@@ -154,7 +292,9 @@ def test_shipped_files_are_whole():
     found = list(evidence.SHIPPED.glob("*.json"))
     assert {"cpu_amd_avx2.json", "cpu_amd_baseline_torch_avx2.json", "cpu_bfloat16.json"} <= {path.name for path in found}
     for path in found:
-        assert [evidence.line_from(line, path.name) for line in json.loads(path.read_text())["lines"]]
+        content = json.loads(path.read_text())
+        assert content["kind"]
+        assert [evidence.line_from(line, path.name) for line in content["lines"]] or content["tiles"]
 
 
 class Clock:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from large_launches import Launches
 
+from pyfused import dispatch, tiles
 from pyfused.kernels.triton import (
     _row_norm,
     attention,
@@ -47,13 +48,16 @@ def record(monkeypatch):
         launches = Launches(run)
         for module in MODULES:
             monkeypatch.setattr(module, "starter", launches.starter)
-        monkeypatch.setattr(_row_norm, "_programs", lambda device: 264)
-        monkeypatch.setattr(attention, "_chip", lambda device: ("sm_90", 132))
+        monkeypatch.setattr(tiles, "files", lambda where, files=tiles.files: files("sm_90"))
+        monkeypatch.setattr(tiles, "multiprocessors", lambda where: 132)
+        dispatch.forget()
         call()
         assert launches.grids
         return launches
 
-    return recorded
+    yield recorded
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 def norm(module, rows, n, bias):

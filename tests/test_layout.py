@@ -1,6 +1,7 @@
 """Is every operator findable in every folder, and does data flow one way?"""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,107 @@ def test_imports_go_one_way():
                         continue
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert wrong == []
+
+
+# What says how large a tile is and how it runs: pyfused/tiles.py finds it in evidence.
+TILE = re.compile(
+    r"(\w+_)?(num_warps|num_stages|(BLOCK|TILE|ROWS|COLUMNS|INNER|PARTS|GROUP|PROGRAM|WARP|STAGE|CHUNK)S?(_\w+)?)",
+    re.IGNORECASE,
+)
+CHIP = re.compile(r"sm_\d+|gfx\d+|[AHBV]\d00|MI\d+|RTX", re.IGNORECASE)
+# Constants that are what a kernel can do, whatever the machine.
+CAPABILITIES = {
+    "kernels/triton/_attention_tiles.py": {"MASKED_STAGES"},  # what its loops can hide; see the file
+    "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # a tile of decode, what combine_kernel adds up
+    "kernels/triton/ffn.py": {"FEW_ROWS"},
+    "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
+    "kernels/cuda/linear.py": {"FEW_ROWS"},  # kFewRows of few_rows.cuh
+    "kernels/cuda/attention.py": {
+        "_ROWS",
+        "_TILE",
+        "_TILES",
+        "_CHUNK",
+        "_MAX_CHUNKS",
+    },  # compiled into csrc/cuda/attention*.cu
+}
+
+
+def machine_numbers(tree):
+    """(line, name) of each tile's size or count that launcher code writes as a number, and of each chip that it names. Inside a
+    @triton.jit function a number is part of the kernel's program."""
+
+    def is_jit(node):
+        return isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(d) for d in node.decorator_list)
+
+    def is_number(node):
+        if isinstance(node, ast.IfExp):
+            return is_number(node.body) or is_number(node.orelse)
+        if isinstance(node, ast.BinOp):
+            return is_number(node.left) and is_number(node.right)
+        if isinstance(node, ast.Call):
+            return getattr(node.func, "id", "") in ("min", "max") and any(map(is_number, node.args))
+        return isinstance(node, ast.Constant) and type(node.value) is int and node.value > 1
+
+    def assigned(target, value):
+        """(name, value) one by one."""
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            return [pair for each in zip(target.elts, value.elts) for pair in assigned(*each)]
+        return [(target.id, value)] if isinstance(target, ast.Name) else []
+
+    nodes, waiting, prose = [], [tree], set()
+    while waiting:
+        node = waiting.pop()
+        if is_jit(node):
+            continue
+        nodes.append(node)
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose.add(id(node.value))
+    for node in nodes:
+        given = []
+        if isinstance(node, ast.keyword) and node.arg:
+            given = [(node.arg, node.value)]
+        elif isinstance(node, ast.Dict):
+            given = [(k.value, v) for k, v in zip(node.keys, node.values) if isinstance(getattr(k, "value", 0), str)]
+        elif isinstance(node, ast.Assign):
+            given = [pair for target in node.targets for pair in assigned(target, node.value)]
+        elif isinstance(node, ast.NamedExpr):
+            given = [(node.target.id, node.value)]
+        for name, value in given:
+            if TILE.fullmatch(name) and is_number(value):
+                yield node.lineno if hasattr(node, "lineno") else value.lineno, name
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in prose
+            and CHIP.search(node.value)
+        ):
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: "/".join(path.parts[-2:]))
+def test_kernels_have_no_number_of_a_machine(path):
+    """Tiles, warps, stages and crossovers are evidence: measured, and other numbers on another chip."""
+    found = {name for _, name in machine_numbers(ast.parse(path.read_text()))}
+    assert found - CAPABILITIES.get(str(path.relative_to(ROOT)), set()) == set()
+
+
+def test_a_number_of_a_machine_is_found():
+    source = """
+FORWARD_BLOCK = 16384
+@triton.jit
+def kernel(x, BLOCK: tl.constexpr):
+    for i in tl.range(0, 8, num_stages=1):
+        pass
+def launcher(x):
+    "About an H100."
+    launch(kernel, BLOCK=4096, num_warps=8 if x else 4, num_stages=stages, ROWS=tile.rows)
+    options = {"num_warps": 4, "ROWS": rows}
+    rows, columns = 16, x.shape[1]
+    return "sm_90"
+"""
+    found = [name for _, name in sorted(machine_numbers(ast.parse(source)))]
+    assert found == ["FORWARD_BLOCK", "BLOCK", "num_warps", "num_warps", "rows", "sm_90"]
 
 
 def test_extensions_know_nothing_of_torch():

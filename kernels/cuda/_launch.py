@@ -30,7 +30,7 @@ def multiprocessors(device):
 
 @functools.cache
 def shared_memory(device):
-    """Bytes that one block may ask for: 99 KB on consumer chips, 163 on an A100, 227 on an H100."""
+    """Bytes that one block may ask for."""
     return (
         227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     )

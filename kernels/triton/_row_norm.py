@@ -6,29 +6,26 @@ Moves: x (and residual) read once, y (and total) written once. Does 8 N float op
 Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and
 45 us. Backward, 4096 x 1024: three tensors, 8.4 us, plus a launch and 1 us for the partial sums.
 
-Tiling: a program holds ROWS whole rows in registers, about 4096 elements, so that at small N several rows are in flight
-and a warp owns a row (its sums are shuffles, no barrier). Beyond N = 16384 a program walks one row in blocks, and the
-second and third pass over it come from the L2. The variance is the two-pass one, corrected by the mean of the
+Tiling: a program holds ROWS whole rows in registers, so that at small N several rows are in flight and a warp owns a row
+(its sums are shuffles, no barrier). Beyond the longest row that has a tile (pyfused.tiles) a program walks one row in
+blocks, and the second and third pass over it come from the L2. The variance is the two-pass one, corrected by the mean of the
 deviations: a mean far from zero costs no digits.
 
 Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only where
 CENTRED. Weight gradients in two stages without atomics, so bitwise repeatable: a fixed set of programs sums a fixed share
-of the rows each, a second kernel adds those sums in order. Beyond N = 8192 the sums need a second read of x and grad_y, by
+of the rows each, a second kernel adds those sums in order. In blocks the sums need a second read of x and grad_y, by
 columns.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from pyfused import tiles
 from pyfused.kernels.layout import rows_of
 from pyfused.kernels.prepared import dense, maker
 
 from ._launch import starter
-
-FORWARD_TILE, BACKWARD_TILE = 16384, 8192  # the longest rows that one program keeps in registers
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -239,28 +236,9 @@ def reduce_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def _power_of_two(n):
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def forward_tile(n):
-    """(ROWS, BLOCK, num_warps) for rows of n <= FORWARD_TILE: 32 elements a thread, from 4 warps up."""
-    block = max(_power_of_two(n), 16)
-    rows = max(4096 // block, 1)
-    return min(rows, 32), block, min(max(rows * block // 1024, 4), 16)
-
-
-def backward_tile(n):
-    """(ROWS, BLOCK, num_warps) for rows of n <= BACKWARD_TILE: 16 elements a thread, twice that in sums."""
-    block = max(_power_of_two(n), 16)
-    rows = max(4096 // block, 1)
-    return min(rows, 32), block, min(max(rows * block // 512, 4), 16)
-
-
-@functools.cache
-def _programs(device):
-    """How many programs share the rows of a backward: two a multiprocessor; a few in the interpreter."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def block_of(n):
+    """BLOCK of the kernels that keep rows of n whole."""
+    return max(triton.next_power_of_2(n), 16)
 
 
 def prepare_forward(x, weight, bias, eps, residual, save, centred):
@@ -272,16 +250,16 @@ def prepare_forward(x, weight, bias, eps, residual, save, centred):
     (rows, n, x_stride), residual_stride, device = of_x, of_residual[2], x.device
     new, new_statistic = maker(x.shape, x.dtype, None, device), maker(x.shape[:-1], torch.float32, None, device)
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None, "SAVE": save, "CENTRED": centred}
-    if n <= FORWARD_TILE:
-        tile_rows, block, warps = forward_tile(n)
+    if tile := tiles.find("row_norm_forward", device, x.dtype, n):
         start = starter(
-            forward_kernel, (triton.cdiv(rows, tile_rows),), device,
-            rows, n, x_stride, residual_stride, eps, **flags, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+            forward_kernel, (triton.cdiv(rows, tile.options["ROWS"]),), device,
+            rows, n, x_stride, residual_stride, eps, **flags, BLOCK=block_of(n), **tile.options,
         )  # fmt: skip
     else:
         start = starter(
-            forward_long_kernel, (rows,), device, n, x_stride, residual_stride, eps, **flags, BLOCK=4096, num_warps=8
-        )
+            forward_long_kernel, (rows,), device, n, x_stride, residual_stride, eps, **flags,
+            **tiles.find("row_norm_forward_long", device, x.dtype).options,
+        )  # fmt: skip
 
     def run(x, weight, bias, residual, y, total):
         y = new() if y is None else y
@@ -303,30 +281,30 @@ def prepare_backward(grad_y, grad_total, x, weight, has_bias, centred):
     rows, n, x_stride = of_x
     # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
-    long = n > BACKWARD_TILE
-    tile_rows, block, warps = (16, 256, 4) if long else backward_tile(n)
-    steps = triton.cdiv(rows, tile_rows * _programs(device))
+    tile = tiles.find("row_norm_backward", device, x.dtype, n)
+    long = tile is None
+    tile = tile or tiles.find("row_norm_column_sums", device, x.dtype)
+    tile_rows = tile.options["ROWS"]
+    steps = triton.cdiv(rows, tile_rows * tile.programs)
     parts = triton.cdiv(rows, tile_rows * steps)
     has_total = grad_total is not None
     if long:
         walk_rows = starter(
             backward_long_kernel, (rows,), device, n, x_stride,
-            HAS_TOTAL=has_total, CENTRED=centred, BLOCK=4096, num_warps=8, **exact,
+            HAS_TOTAL=has_total, CENTRED=centred, **tiles.find("row_norm_backward_long", device, x.dtype).options, **exact,
         )  # fmt: skip
         add_columns = starter(
-            column_sums_kernel, (triton.cdiv(n, block), parts), device, rows, n, x_stride, steps,
-            HAS_BIAS=has_bias, CENTRED=centred, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+            column_sums_kernel, (triton.cdiv(n, tile.options["BLOCK"]), parts), device, rows, n, x_stride, steps,
+            HAS_BIAS=has_bias, CENTRED=centred, **tile.options,
         )  # fmt: skip
     else:
         whole_rows = starter(
             backward_kernel, (parts,), device, rows, n, x_stride, steps,
-            HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred,
-            ROWS=tile_rows, BLOCK=block, num_warps=warps, **exact,
+            HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred, BLOCK=block_of(n), **tile.options, **exact,
         )  # fmt: skip
-    width = 128 if long else 32  # narrow blocks, so that short rows too keep many multiprocessors busy
+    of_reduce = tiles.find("row_norm_reduce", device, x.dtype, n).options
     reduce = starter(
-        reduce_kernel, (triton.cdiv(n, width),), device, parts, n,
-        HAS_BIAS=has_bias, PARTS=4096 // width, BLOCK=width, num_warps=4,
+        reduce_kernel, (triton.cdiv(n, of_reduce["BLOCK"]),), device, parts, n, HAS_BIAS=has_bias, **of_reduce,
     )  # fmt: skip
     new_grad, new_of_weight = maker(x.shape, x.dtype, None, device), maker(weight.shape, weight.dtype, None, device)
     new_partial = maker((parts, 2, n), torch.float32, None, device)

@@ -1,11 +1,11 @@
 """attention in Triton: which tiles and how many warps, and the launches of the kernels in _attention_*.py."""
 
-import functools
 import math
 
 import torch
 import triton
 
+from pyfused import tiles
 from pyfused.kernels.buckets import distance_buckets
 from pyfused.kernels.prepared import launched, maker
 
@@ -17,22 +17,7 @@ from ._launch import starter
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
-_CHUNK = 256  # keys a program should at least have before the keys of one query tile are split over several
-_MAX_CHUNKS = 64
-
-
-@functools.cache
-def _chip(device: torch.device) -> tuple[str, int]:
-    """Which configurations to use, and how many multiprocessors there are."""
-    if device.type == "cpu":
-        return "interpreter", 16
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "gfx942", properties.multi_processor_count
-    if properties.major == 9:
-        return "sm_90", properties.multi_processor_count
-    big = properties.shared_memory_per_block_optin >= 163 * 1024
-    return "sm_80" if big else "sm_86", properties.multi_processor_count
+_MOST_CHUNKS = 64  # that combine_kernel adds up
 
 
 def _like(tensor):
@@ -77,9 +62,10 @@ def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None)
     return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
-def _chunks(programs: int, key_length: int, block_n: int, processors: int) -> tuple[int, int]:
+def _chunks(programs: int, key_length: int, c: tiles.Tile) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
-    chunks = max(1, min(triton.cdiv(2 * processors, programs), key_length // _CHUNK, _MAX_CHUNKS))
+    chunks = max(1, min(triton.cdiv(c.programs, programs), key_length // c.least_keys, _MOST_CHUNKS))
+    block_n = c.options["BLOCK_N"]
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
 
@@ -98,14 +84,13 @@ def forward(
     (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
     shape, strides = _like(query)
     group = h // hkv
-    chip, processors = _chip(device)
     packed = group * sq <= _PACK_ROWS and cu_seqlens is None
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     span = _span(bias_table, bidirectional, max_distance)
     extras = (attn_bias is not None) + (seed is not None)
-    c = config("decode" if packed else "forward", d, dtype, chip, extras, bias_table is not None)
-    programs = b * hkv if packed else h * _tiles(b, sq, c.block_m, cu_seqlens)
-    chunks, chunk = _chunks(programs, sk, c.block_n, processors) if packed else (1, sk)
+    c = config("decode" if packed else "forward", d, dtype, device, extras, bias_table is not None)
+    programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
+    chunks, chunk = _chunks(programs, sk, c) if packed else (1, sk)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
         forward_kernel,
@@ -127,14 +112,11 @@ def forward(
         chunk,
         D=d,
         BLOCK_D=block_d(d),
-        BLOCK_M=c.block_m,
-        BLOCK_N=c.block_n,
         GROUP=group,
         IS_CAUSAL=is_causal,
         SCALE_FIRST=attn_bias is not None or bias_table is not None or not scale > 0,
         PACKED=packed,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
+        **c.options,
     )
     new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
     if chunks > 1:
@@ -150,7 +132,7 @@ def forward(
             D=d,
             BLOCK_D=block_d(d),
             BLOCK_C=block_c(chunks),
-            num_warps=4,
+            **tiles.find("attention_combine", device).options,
         )
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
@@ -179,7 +161,6 @@ def backward(
     bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
-    chip, _ = _chip(device)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
     constant = sk == 1
@@ -188,14 +169,14 @@ def backward(
     inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
     extras, relative = (attn_bias is not None) + (seed is not None), bias_table is not None
-    c = config("grad_query", d, dtype, chip, extras, relative)
-    tiles = _tiles(b, sq, c.block_m, cu_seqlens)
+    c = config("grad_query", d, dtype, device, extras, relative)
+    slots = _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
     # out comes from forward, but the registered operator may be called with any.
     out_like, (key_shape, key_strides) = _like(query), _like(key)
     num_buckets = triton.next_power_of_2(bias_table.shape[0]) if wants_table and not constant else None
     by_query = starter(
         grad_query_kernel,
-        (h * tiles,),
+        (h * slots,),
         device,
         *scalars,
         *inputs,
@@ -209,10 +190,10 @@ def backward(
         **shared,
         **c.options,
     )
-    c = config("grad_key_value", d, dtype, chip, extras, relative)
+    c = config("grad_key_value", d, dtype, device, extras, relative)
     by_key = starter(
         grad_key_value_kernel,
-        (hkv * _tiles(b, sk, c.block_n, cu_seqlens),),
+        (hkv * _tiles(b, sk, c.options["BLOCK_N"], cu_seqlens),),
         device,
         *scalars,
         *inputs,
@@ -248,7 +229,7 @@ def backward(
             grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=device)
         if num_buckets:
             buckets = distance_buckets(bidirectional, bias_table.shape[0], max_distance, device)
-            table_sums = new_sums((b, h, tiles // b, num_buckets), dtype=torch.float32, device=device)
+            table_sums = new_sums((b, h, slots // b, num_buckets), dtype=torch.float32, device=device)
         extra = padding_mask, attn_bias, by_distance
         gradients = grad_query, delta, correction, grad_bias, table_sums
         by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused import evidence
+from pyfused import evidence, tiles
 from pyfused.kernels.layout import rows_of
 from pyfused.kernels.prepared import dense, launched, maker
 from pyfused.kernels.reference.ffn import linear_gradients
@@ -32,7 +32,6 @@ from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
 
 FEW_ROWS = 16  # the least height of a tensor-core tile
-PROGRAMS = 264  # two for each of an H100's 132 multiprocessors; a constant, so that splits depend on the shape alone
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -160,30 +159,17 @@ def _activation_backward_kernel(pre_ptr, grad_ptr, inner_ptr, size, ACTIVATION: 
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-_AMD = torch.version.hip is not None
-
-
-def linear_tile(dtype, amd=_AMD):
-    """Blocks, warps and stages of _linear_kernel; 64 KB of shared memory are all that an AMD chip has."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    stages = 2 if amd else 3
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
-
-
-def stream_tile(rows, dtype, amd=_AMD):
-    """Blocks, warps and stages of _stream_kernel: 16 KB of 16-bit weights a step in one row's, 32 KB in flight else."""
-    if rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4, "num_stages": 2}
-    deep, stages = (64, 3) if dtype == torch.float32 else (128, 2 if amd else 4)
-    return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
+def stream_rows(rows):
+    """ROWS of a stream kernel."""
+    return 1 if rows == 1 else FEW_ROWS
 
 
 def share(n, k, tile):
-    """How many values of k a program of a stream kernel takes, so that there are about PROGRAMS of them."""
-    blocks = triton.cdiv(k, tile["BLOCK_K"])
-    split = min(max(PROGRAMS // triton.cdiv(n, tile["BLOCK_N"]), 1), blocks)
-    return triton.cdiv(blocks, split) * tile["BLOCK_K"]
+    """How many values of k a program of a stream kernel takes, so that there are about as many as fill the chip."""
+    deep = tile.options["BLOCK_K"]
+    blocks = triton.cdiv(k, deep)
+    split = min(max(tile.programs // triton.cdiv(n, tile.options["BLOCK_N"]), 1), blocks)
+    return triton.cdiv(blocks, split) * deep
 
 
 def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, save, dtype=None):
@@ -200,23 +186,25 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
     new_y = maker((*outer, n), dtype or w.dtype, None, device)
     parts = 0
     if rows > FEW_ROWS:
-        tile = linear_tile(w.dtype)
+        tile = tiles.find("ffn_linear", device, w.dtype).options
         multiply = starter(
             _linear_kernel, (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),), device,
             rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile,
         )  # fmt: skip
     else:
-        tile = stream_tile(rows, w.dtype)
+        tile = tiles.find("ffn_stream", device, w.dtype, rows)
         each = share(n, k, tile)
         parts = triton.cdiv(k, each)
         stream = starter(
-            _stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts), device,
-            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
+            _stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
+            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision,
+            ROWS=stream_rows(rows), **tile.options,
         )  # fmt: skip
     if parts > 1:
+        block = tiles.find("ffn_combine", device).options
         combine = starter(
-            _combine_kernel, (triton.cdiv(n, 256), rows), device,
-            parts, rows, n, strides[3], **flags, BLOCK=256, num_warps=2,
+            _combine_kernel, (triton.cdiv(n, block["BLOCK"]), rows), device,
+            parts, rows, n, strides[3], **flags, **block,
         )  # fmt: skip
         new_partial = maker((parts, rows, n), torch.float32, None, device)
 
@@ -264,15 +252,9 @@ def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
         return None
     shape, size, device = pre.shape, pre.numel(), pre.device
     new_inner = maker(shape, pre.dtype, None, device)
-    start = starter(
-        _activation_backward_kernel,
-        (triton.cdiv(size, 2048),),
-        device,
-        size,
-        ACTIVATION=activation,
-        BLOCK=2048,
-        num_warps=4,
-    )
+    tile = tiles.find("ffn_activation_backward", device).options
+    grid = (triton.cdiv(size, tile["BLOCK"]),)
+    start = starter(_activation_backward_kernel, grid, device, size, ACTIVATION=activation, **tile)
 
     def launch(grad_y, x, w_in, w_out, pre, *_):
         grad, inner = (grad_y.reshape(-1, grad_y.shape[-1]) @ w_out).view(shape), new_inner()

@@ -8,15 +8,14 @@ y[s, k] = y[-s, -k] = sum over a of cas(2 pi s a / S) w[a, k].
 Work: (S N^2 + S^2 N) / 2 multiply-adds a sample, 0.5 GFLOP at 512 x 768 against 9 MFLOP of an FFT; no length is awkward.
 An entry of a matrix is looked up by (i j) mod the length in a table of one period, which stays in L1, so that no matrix is
 kept for each length that a server meets. The products are float32 throughout: the tolerance rule allows 3e-7 of the largest
-value, which float32 sums meet only when compensated, and no accumulator of a tensor core is known to. Tiles of 32 x 64 keep
-the operands of an inner step in registers.
+value, which float32 sums meet only when compensated, and no accumulator of a tensor core is known to.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from pyfused import evidence
+from pyfused import evidence, tiles
 from pyfused.kernels.prepared import launched, maker
 from pyfused.kernels.tables import kept_on_device
 
@@ -110,15 +109,15 @@ def _cas(n):
     return (angles.cos() + angles.sin()).float()
 
 
-def tile():
-    """ROWS, COLUMNS, INNER and warps of both kernels."""
-    return {"ROWS": 32, "COLUMNS": 64, "INNER": 32, "num_warps": 4}
+def _tiles(device):
+    """Of the two kernels."""
+    return tuple(tiles.find(f"fourier_mix_{kernel}", device).options for kernel in ("features", "sequence"))
 
 
 def unsupported_forward(x):
     if x.shape[1] * x.shape[2] >= 2**31:
         return "a sample of 2**31 elements or more, beyond 32-bit offsets"
-    if max(x.shape[1:]) > (longest := GRID_LIMITS[1] * tile()["COLUMNS"]):
+    if max(x.shape[1:]) > (longest := GRID_LIMITS[1] * min(tile["COLUMNS"] for tile in _tiles(x.device))):
         return f"a transform longer than {longest}, beyond the tiles that a grid takes"
     return None
 
@@ -133,20 +132,21 @@ def declined_forward(x):
 def forward(x):
     if x.stride(2) != 1:
         return None
-    (b, s, n), sizes, device = x.shape, tile(), x.device
+    (b, s, n), device = x.shape, x.device
+    of_features, of_sequence = _tiles(device)
     kept = n // 2 + 1
     items = b * (s // 2 + 1)
     along_features = starter(
-        _features_kernel, (triton.cdiv(items, sizes["ROWS"]), triton.cdiv(n, sizes["COLUMNS"])), device,
-        items, s, n, x.stride(0), x.stride(1), **sizes,
+        _features_kernel, (triton.cdiv(items, of_features["ROWS"]), triton.cdiv(n, of_features["COLUMNS"])), device,
+        items, s, n, x.stride(0), x.stride(1), **of_features,
     )  # fmt: skip
     along_sequence = starter(
         _sequence_kernel,
-        (b * triton.cdiv(s, sizes["ROWS"]), triton.cdiv(kept, sizes["COLUMNS"])),
+        (b * triton.cdiv(s, of_sequence["ROWS"]), triton.cdiv(kept, of_sequence["COLUMNS"])),
         device,
         s,
         n,
-        **sizes,
+        **of_sequence,
     )
     new_y, new_w = maker(x.shape, x.dtype, None, device), maker((b, s, kept), torch.float32, None, device)
 

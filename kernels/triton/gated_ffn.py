@@ -24,12 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
+from pyfused import tiles
 from pyfused.kernels.layout import rows_of
 from pyfused.kernels.prepared import dense, launched, maker
 from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
-from pyfused.kernels.triton.ffn import FEW_ROWS, prepare_product, share
+from pyfused.kernels.triton.ffn import FEW_ROWS, prepare_product, share, stream_rows
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -181,22 +182,6 @@ def gradients_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-_AMD = torch.version.hip is not None
-
-
-def stream_tile(rows, dtype, amd=_AMD):
-    """Blocks, warps and stages of stream_kernel: as many bytes of weights a step as ffn's, of two matrices."""
-    if rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 2}
-    deep, stages = (32, 3) if dtype == torch.float32 else (64, 2 if amd else 4)
-    return {"ROWS": FEW_ROWS, "BLOCK_N": 32, "BLOCK_K": deep, "num_warps": 4, "num_stages": stages}
-
-
-def row_block(n):
-    """BLOCK of gate_scaled_kernel."""
-    return min(max(1 << max(n - 1, 0).bit_length(), 16), 4096)
-
-
 def _wide_product(a, b):
     """a @ b, of float16 matrices in float32: from the tensor cores on a GPU."""
     if a.dtype != torch.float16:
@@ -210,17 +195,18 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
     (n, k), rows, dtype, device = w_gate.shape, math.prod(outer), w_gate.dtype, w_gate.device
     flags = {"ACTIVATION": activation, "FACTORS": factors, "HIDDEN": hidden}
     precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
-    tile = stream_tile(rows, dtype)
+    tile = tiles.find("gated_ffn_stream", device, dtype, rows)
     each = share(n, k, tile)
     parts = triton.cdiv(k, each)
     stream = starter(
-        stream_kernel, (triton.cdiv(n, tile["BLOCK_N"]), parts), device,
+        stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
         rows, n, k, each, x_stride, *w_gate.stride(), *w_up.stride(),
-        **flags, SPLIT=parts > 1, PRECISION=precision, **tile,
+        **flags, SPLIT=parts > 1, PRECISION=precision, ROWS=stream_rows(rows), **tile.options,
     )  # fmt: skip
     if parts > 1:
+        block = tiles.find("gated_ffn_combine", device).options
         combine = starter(
-            combine_kernel, (triton.cdiv(n, 256), rows), device, parts, rows, n, **flags, BLOCK=256, num_warps=2
+            combine_kernel, (triton.cdiv(n, block["BLOCK"]), rows), device, parts, rows, n, **flags, **block
         )
         new_partial = maker((parts, 2, rows, n), torch.float32, None, device)
     new = maker((*outer, n), dtype, None, device)
@@ -242,10 +228,8 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
 def _prepare_scaled(outer, f, activation, device):
     """A function of float16 factors gate and up (*outer, F) that returns (hidden, scale): hidden * scale[:, None] =
     activation(gate) * up."""
-    block, rows = row_block(f), math.prod(outer)
-    start = starter(
-        gate_scaled_kernel, (rows,), device, f, ACTIVATION=activation, BLOCK=block, num_warps=8 if block > 1024 else 4
-    )
+    rows, tile = math.prod(outer), tiles.find("gated_ffn_gate_scaled", device, size=f).options
+    start = starter(gate_scaled_kernel, (rows,), device, f, ACTIVATION=activation, **tile)
     new_hidden, new_scale = maker((*outer, f), torch.float16, None, device), maker((rows,), torch.float32, None, device)
 
     def run(gate, up):
@@ -258,9 +242,10 @@ def _prepare_scaled(outer, f, activation, device):
 
 def _prepare_unscaled(outer, m, residual_stride, device):
     """A function of (sums, scale, residual, y) that returns sums (*outer, m) * scale + residual in float16."""
+    tile = tiles.find("gated_ffn_unscale", device).options
     start = starter(
-        unscale_kernel, (triton.cdiv(m, 512) * math.prod(outer),), device,
-        m, residual_stride or 0, HAS_RESIDUAL=residual_stride is not None, BLOCK=512, num_warps=2,
+        unscale_kernel, (triton.cdiv(m, tile["BLOCK"]) * math.prod(outer),), device,
+        m, residual_stride or 0, HAS_RESIDUAL=residual_stride is not None, **tile,
     )  # fmt: skip
     new = maker((*outer, m), torch.float16, None, device)
 
@@ -288,10 +273,9 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         wide, stride = (torch.float32, None) if half else (None, residual_stride)
         last = prepare_product(outer, f, w_out, False, "none", stride, False, wide)
     elif not half:
-        size = rows * f
-        activated = starter(
-            gate_kernel, (triton.cdiv(size, 1024),), device, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
-        )
+        size, tile = rows * f, tiles.find("gated_ffn_gate", device).options
+        grid = (triton.cdiv(size, tile["BLOCK"]),)
+        activated = starter(gate_kernel, grid, device, size, ACTIVATION=activation, **tile)
         new_hidden = maker((*outer, f), x.dtype, None, device)
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
@@ -321,9 +305,9 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
     if not dense(gate, up):
         return None
     size, dtype, device = gate.numel(), gate.dtype, gate.device
-    start = starter(
-        gradients_kernel, (triton.cdiv(size, 1024),), device, size, ACTIVATION=activation, BLOCK=1024, num_warps=4
-    )
+    tile = tiles.find("gated_ffn_gradients", device).options
+    grid = (triton.cdiv(size, tile["BLOCK"]),)
+    start = starter(gradients_kernel, grid, device, size, ACTIVATION=activation, **tile)
     new_hidden = maker(gate.shape, torch.float32 if dtype == torch.float16 else dtype, None, device)
     new_grad = maker(gate.shape, dtype, None, device)
 

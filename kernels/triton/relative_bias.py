@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyfused import tiles
 from pyfused.kernels.buckets import distance_buckets
 from pyfused.kernels.prepared import launched, maker
 
@@ -72,10 +73,11 @@ def _backward_kernel(
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
     (num_buckets, heads), device = table.shape, table.device
     span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
-    rows, columns = 16, 128
+    tile = tiles.find("relative_bias_forward", device).options
+    high, wide = triton.cdiv(query_length, tile["ROWS"]), triton.cdiv(key_length, tile["COLUMNS"])
     start = starter(
-        _forward_kernel, (heads * triton.cdiv(query_length, rows) * triton.cdiv(key_length, columns),), device,
-        heads, query_length, key_length, query_offset, span, *table.stride(), ROWS=rows, COLUMNS=columns, num_warps=4,
+        _forward_kernel, (heads * high * wide,), device,
+        heads, query_length, key_length, query_offset, span, *table.stride(), **tile,
     )  # fmt: skip
     new = maker((1, heads, query_length, key_length), table.dtype, None, device)
 
@@ -93,13 +95,13 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
         return None
     (_, heads, sq, sk), device, dtype = grad_out.shape, grad_out.device, grad_out.dtype
     span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
-    rows, columns = 64, 64
-    tiles = triton.cdiv(sq, rows)
+    tile = tiles.find("relative_bias_backward", device).options
+    high = triton.cdiv(sq, tile["ROWS"])
     start = starter(
-        _backward_kernel, (tiles * num_buckets * heads,), device,
-        heads, num_buckets, sq, sk, query_offset, span, ROWS=rows, COLUMNS=columns, num_warps=4,
+        _backward_kernel, (high * num_buckets * heads,), device,
+        heads, num_buckets, sq, sk, query_offset, span, **tile,
     )  # fmt: skip
-    new_parts = maker((tiles, num_buckets, heads), torch.float32, None, device)
+    new_parts = maker((high, num_buckets, heads), torch.float32, None, device)
 
     def launch(grad_out, *_):
         parts = new_parts()

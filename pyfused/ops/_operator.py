@@ -225,7 +225,7 @@ class Operator:
         """A launch for such arguments, and for results given behind them; kept for calls of this key. None where the chosen
         function prepares none, or the call has no signature."""
         prepare = getattr(chosen, "prepare", None)
-        launch = prepare(*args) if prepare is not None and key[1] is not None else None
+        launch = dispatch.prepared(prepare, args) if prepare is not None and key[1] is not None else None
         if launch is not None:
             self._launches.keep(key, launch)
         return launch

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from pyfused import tiles
 from pyfused.kernels.triton import _attention_forward, _attention_grad_key_value, _attention_grad_query
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
@@ -25,7 +26,9 @@ def case(kernel, d, kind, target, given="causal"):
     relative (T5's bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
     c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
-    constants = {"D": d, "BLOCK_D": block_d(d), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": 1, "stride_bk": 1}
+    numbers = dict(c.options)
+    warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
+    constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
     scale_first = "bias" in given or "relative" in given
     constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": scale_first, "PACKED": kernel == "decode"}
     constants["BUCKETS"] = 32 if "table" in given else 1
@@ -55,9 +58,11 @@ def case(kernel, d, kind, target, given="causal"):
             types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"
     constants = {name: value for name, value in constants.items() if name in names}
     title = f"{kernel} {kind} D={d} {given}"
-    return Case(title, f"{module.__name__}:{function}", types, constants, c.num_warps, c.num_stages)
+    LEAST[title, target] = tiles.least_shared(c.row) if d == c.row.up_to else 0
+    return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages)
 
 
+LEAST: dict[tuple[str, str], int] = {}  # bytes of shared memory that pyfused.tiles says a case takes at least
 EVERYTHING = "causal mask bias dropout"
 
 
@@ -112,6 +117,7 @@ def test_packed_sequences_compile(target):
 def test_attention_compiles(target):
     for name, compiled in compile_cases(list(cases(target)), target).items():
         check_resources(compiled, name, target)
+        assert compiled.shared >= LEAST[name, target]
         if target == "gfx942":
             assert "v_mfma" in compiled.asm["amdgcn"], name
         elif " fp32 " not in name:

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from pyfused.kernels.triton.ffn import linear_tile, stream_tile
+from pyfused import tiles
+from pyfused.kernels.triton.ffn import stream_rows
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton.ffn"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True}
+
+
+def options(kernel, target, kind="bf16", size=0):
+    """What the launcher passes on, warps and stages among it."""
+    return dict(tiles.find(kernel, target, DTYPES[kind], size).options)
 
 
 def product(name, kernel, kind, tile, scalars, pointers="", **constants):
@@ -23,24 +29,28 @@ def product(name, kernel, kind, tile, scalars, pointers="", **constants):
 
 
 def linear(kind, activation, target):
-    tile = linear_tile(DTYPES[kind], amd=target.startswith("gfx"))
+    tile = options("ffn_linear", target, kind)
     return product(f"linear {kind}", "_linear_kernel", kind, tile, (), ACTIVATION=activation, EVEN_K=True)
 
 
 def stream(kind, rows, split, activation, target):
-    tile = stream_tile(rows, DTYPES[kind], amd=target.startswith("gfx"))
+    tile = options("ffn_stream", target, kind, rows) | {"ROWS": stream_rows(rows)}
     name = f"stream {kind} {rows}"
     constants = {"SPLIT": split, "ACTIVATION": activation}
     return product(name, "_stream_kernel", kind, tile, ("share",), "partial", **constants)
 
 
-def others():
+def others(target):
+    tile = options("ffn_combine", target)
+    warps = tile.pop("num_warps")
     types = {"partial_ptr": "*fp32:16"} | {f"{p}_ptr": "*bf16:16" for p in ("bias", "residual", "y", "pre")}
     types |= {"parts": "i32", "rows": "i32", "n": "i32:16", "residual_stride": "i32:16"}
-    constants = {"ACTIVATION": "none", "HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": False, "BLOCK": 256}
-    yield Case("combine", f"{MODULE}:_combine_kernel", types, constants, 2)
+    constants = {"ACTIVATION": "none", "HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": False, **tile}
+    yield Case("combine", f"{MODULE}:_combine_kernel", types, constants, warps)
     types = {f"{p}_ptr": "*bf16:16" for p in ("pre", "grad", "inner")} | {"size": "i32:16"}
-    yield Case("slope", f"{MODULE}:_activation_backward_kernel", types, {"ACTIVATION": "gelu", "BLOCK": 2048})
+    tile = options("ffn_activation_backward", target)
+    warps = tile.pop("num_warps")
+    yield Case("slope", f"{MODULE}:_activation_backward_kernel", types, {"ACTIVATION": "gelu", **tile}, warps)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,11 +62,13 @@ def test_triton_ffn(target):
         stream("fp32", 1, True, "none", target),
         stream("fp16", 16, True, "none", target),
         stream("fp32", 16, False, "silu", target),
-        *others(),
+        *others(target),
     ]
     compiled = compile_cases(cases, target)
     for name, result in compiled.items():
         check_resources(result, name, target)
+    row = tiles.find("ffn_linear", target, torch.bfloat16).row
+    assert compiled["linear bf16"].shared >= tiles.least_shared(row) > 0
     if target == "gfx942":
         assert "v_mfma" in compiled["linear bf16"].asm["amdgcn"]
         return

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pyfused.kernels.triton.gated_ffn import row_block, stream_tile
+from pyfused import tiles
+from pyfused.kernels.triton.ffn import stream_rows
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton.gated_ffn"
@@ -15,13 +16,20 @@ def tensors(kind, names, wide=""):
     return {f"{p}_ptr": f"*{kind}:16" for p in names.split()} | {f"{p}_ptr": "*fp32:16" for p in wide.split()}
 
 
+def options(kernel, target, kind="bf16", size=0):
+    """What the launcher passes on, without the warps, and those."""
+    tile = dict(tiles.find(kernel, target, DTYPES[kind], size).options)
+    return tile, tile.pop("num_warps")
+
+
 def stream(kind, rows, split, activation, target):
     """Weights as nn.Linear has them, so their strides along k are 1; float16 keeps gate and up, the others hidden."""
-    tile = stream_tile(rows, DTYPES[kind], amd=target.startswith("gfx"))
+    tile, warps = options("gated_ffn_stream", target, kind, rows)
+    stages = tile.pop("num_stages")
     types = tensors(kind, "x w_gate w_up gate up hidden", "partial") | {"rows": "i32"}
     types |= dict.fromkeys(("n", "k", "share", "x_stride", "w_gate_stride_n", "w_up_stride_n"), "i32:16")
-    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants = {"w_gate_stride_k": 1, "w_up_stride_k": 1, "ACTIVATION": activation, "SPLIT": split, **tile}
+    constants["ROWS"] = stream_rows(rows)
     constants |= {
         "FACTORS": kind == "fp16",
         "HIDDEN": kind != "fp16",
@@ -30,21 +38,28 @@ def stream(kind, rows, split, activation, target):
     return Case(f"stream {kind} {rows}", f"{MODULE}:stream_kernel", types, constants, warps, stages)
 
 
-def others():
+def others(target):
+    tile, warps = options("gated_ffn_combine", target)
     types = tensors("bf16", "gate up hidden", "partial") | {"parts": "i32", "rows": "i32", "n": "i32:16"}
-    constants = {"ACTIVATION": "gelu_tanh", "FACTORS": True, "HIDDEN": True, "BLOCK": 256}
-    yield Case("combine", f"{MODULE}:combine_kernel", types, constants, 2)
-    types, constants = {"size": "i32:16"}, {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}
-    yield Case("gate", f"{MODULE}:gate_kernel", tensors("bf16", "gate up hidden") | types, constants)
+    constants = {"ACTIVATION": "gelu_tanh", "FACTORS": True, "HIDDEN": True, **tile}
+    yield Case("combine", f"{MODULE}:combine_kernel", types, constants, warps)
+    tile, warps = options("gated_ffn_gate", target)
+    types, constants = {"size": "i32:16"}, {"ACTIVATION": "gelu_tanh", **tile}
+    yield Case("gate", f"{MODULE}:gate_kernel", tensors("bf16", "gate up hidden") | types, constants, warps)
+    tile, warps = options("gated_ffn_gradients", target)
+    constants = {"ACTIVATION": "gelu_tanh", **tile}
     names = "gate up grad_hidden hidden grad_gate grad_up"
-    yield Case("gradients bf16", f"{MODULE}:gradients_kernel", tensors("bf16", names) | types, constants)
+    yield Case("gradients bf16", f"{MODULE}:gradients_kernel", tensors("bf16", names) | types, constants, warps)
     narrow = tensors("fp16", "gate up grad_gate grad_up", "grad_hidden hidden")
-    yield Case("gradients fp16", f"{MODULE}:gradients_kernel", narrow | types, {**constants, "ACTIVATION": "gelu"})
+    yield Case(
+        "gradients fp16", f"{MODULE}:gradients_kernel", narrow | types, {**constants, "ACTIVATION": "gelu"}, warps
+    )
     types = tensors("fp16", "gate up hidden", "scale") | {"n": "i32:16"}
-    constants = {"ACTIVATION": "gelu_tanh", "BLOCK": row_block(10240)}
-    yield Case("scaled", f"{MODULE}:gate_scaled_kernel", types, constants, 8)
+    tile, warps = options("gated_ffn_gate_scaled", target, size=10240)
+    yield Case("scaled", f"{MODULE}:gate_scaled_kernel", types, {"ACTIVATION": "gelu_tanh", **tile}, warps)
+    tile, warps = options("gated_ffn_unscale", target)
     types = tensors("fp16", "residual y", "sums scale") | {"n": "i32:16", "residual_stride": "i32:16"}
-    yield Case("unscale", f"{MODULE}:unscale_kernel", types, {"HAS_RESIDUAL": True, "BLOCK": 512}, 2)
+    yield Case("unscale", f"{MODULE}:unscale_kernel", types, {"HAS_RESIDUAL": True, **tile}, warps)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -55,7 +70,7 @@ def test_triton_gated_ffn(target):
         stream("fp16", 16, False, "silu", target),
         stream("bf16", 16, True, "gelu", target),
         stream("fp32", 16, False, "tanh", target),
-        *others(),
+        *others(target),
     ]
     compiled = compile_cases(cases, target)
     for name, result in compiled.items():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pyfused.kernels.triton._row_norm import backward_tile, forward_tile
+from pyfused import tiles
+from pyfused.kernels.triton._row_norm import block_of
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton._row_norm"
@@ -15,49 +16,58 @@ def signature(pointers, kind, scalars):
     return types | {s: "i32" if s in ("rows", "parts", "steps") else "i32:16" for s in scalars.split()}
 
 
-def forward(kind, n):
-    rows, block, warps = forward_tile(n)
+def options(kernel, target, n=0):
+    """What the launcher passes on, without the warps, and those."""
+    tile = dict(tiles.find(f"row_norm_{kernel}", target, size=n).options)
+    return tile, tile.pop("num_warps")
+
+
+def forward(kind, n, target):
+    tile, warps = options("forward", target, n)
     types = signature("x residual weight bias y total mean* rstd*", kind, "rows n x_stride residual_stride")
-    constants = {**FLAGS, "ROWS": rows, "BLOCK": block}
+    constants = {**FLAGS, **tile, "BLOCK": block_of(n)}
     return Case(f"forward {kind} {n}", f"{MODULE}:forward_kernel", types | {"eps": "fp32"}, constants, warps)
 
 
-def backward(kind, n):
-    rows, block, warps = backward_tile(n)
+def backward(kind, n, target):
+    tile, warps = options("backward", target, n)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x partial*", kind, "rows n x_stride steps")
-    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, "ROWS": rows, "BLOCK": block}
-    options = {"enable_fp_fusion": False}
-    return Case(f"backward {kind} {n}", f"{MODULE}:backward_kernel", types, constants, warps, options=options)
+    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, **tile, "BLOCK": block_of(n)}
+    exact = {"enable_fp_fusion": False}
+    return Case(f"backward {kind} {n}", f"{MODULE}:backward_kernel", types, constants, warps, options=exact)
 
 
-def long_rows():
+def long_rows(target):
+    tile, warps = options("forward_long", target)
     types = signature("x residual weight bias y total mean* rstd*", "fp32", "n x_stride residual_stride")
-    yield Case("forward long", f"{MODULE}:forward_long_kernel", types | {"eps": "fp32"}, {**FLAGS, "BLOCK": 4096}, 8)
+    yield Case("forward long", f"{MODULE}:forward_long_kernel", types | {"eps": "fp32"}, {**FLAGS, **tile}, warps)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x", "fp32", "n x_stride")
-    yield Case(
-        "backward long", f"{MODULE}:backward_long_kernel", types, {"HAS_TOTAL": True, "CENTRED": True, "BLOCK": 4096}, 8
-    )
+    tile, warps = options("backward_long", target)
+    flags = {"HAS_TOTAL": True, "CENTRED": True}
+    yield Case("backward long", f"{MODULE}:backward_long_kernel", types, {**flags, **tile}, warps)
     types = signature("grad_y x mean* rstd* partial*", "fp32", "rows n x_stride steps")
-    yield Case(
-        "columns", f"{MODULE}:column_sums_kernel", types, {"HAS_BIAS": True, "CENTRED": True, "ROWS": 16, "BLOCK": 256}
-    )
+    tile, warps = options("column_sums", target)
+    flags = {"HAS_BIAS": True, "CENTRED": True}
+    yield Case("columns", f"{MODULE}:column_sums_kernel", types, {**flags, **tile}, warps)
 
 
-def reduce(kind):
+def reduce(kind, target):
     types = signature("partial* grad_weight grad_bias", kind, "parts n")
-    return Case("reduce", f"{MODULE}:reduce_kernel", types, {"HAS_BIAS": True, "PARTS": 128, "BLOCK": 32})
+    tile, warps = options("reduce", target, 768)
+    return Case("reduce", f"{MODULE}:reduce_kernel", types, {"HAS_BIAS": True, **tile}, warps)
 
 
-CASES = [
-    forward("bf16", 768), forward("bf16", 16384),
-    backward("bf16", 768), backward("fp32", 1024), backward("fp16", 8192),
-    *long_rows(), reduce("bf16"),
-]  # fmt: skip
+def cases(target):
+    return [
+        forward("bf16", 768, target), forward("bf16", 16384, target),
+        backward("bf16", 768, target), backward("fp32", 1024, target), backward("fp16", 8192, target),
+        *long_rows(target), reduce("bf16", target),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_layer_norm(target):
-    for name, compiled in compile_cases(CASES, target).items():
+    for name, compiled in compile_cases(cases(target), target).items():
         check_resources(compiled, name, target)
         if target != "gfx942" and name != "reduce":  # LDG.E.128 or LDG.E.EF.128 and the like
             loads = [line for line in compiled.asm["sass"].splitlines() if "LDG" in line and ".128" in line]
