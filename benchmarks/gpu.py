@@ -58,14 +58,14 @@ def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
     """csrc/cuda first: nothing has to be compiled for it."""
     lists = {"cuda": [o for o in operators if o in CUDA_OPERATORS], "triton": list(operators)}
     return [
-        own("correct", group, backend, seconds=90, patience=45, resumes=True)
+        own("correct", group, backend, seconds=90, patience=60, resumes=True)
         for backend, names in lists.items()
         for group in each(names, dry)
     ]
 
 
 def generation(dry: bool) -> list[Item]:
-    options = {"seconds": 50, "alone": True, "patience": 30, "resumes": True}
+    options = {"seconds": 50, "alone": True, "patience": 40, "resumes": True}
     return [own("generate", model, **options) for model in each(("gpt2", "t5"), dry)]
 
 
