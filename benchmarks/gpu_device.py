@@ -70,7 +70,7 @@ def seconds_of(call: Callable[[], Any], times: int) -> float:
     return statistics.median(samples)
 
 
-def medians(calls: dict[str, Callable[[], Any]], rounds: int = 2 if DRY else 15) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], Any]], rounds: int = 1 if DRY else 15) -> dict[str, float]:
     """Seconds on the device of each call, in turn, with a cold cache."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     flush = None if DRY else torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)

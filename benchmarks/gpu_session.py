@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -71,7 +72,7 @@ class Session:
         self._file: TextIO = open(results / "results.jsonl", "a")  # noqa: SIM115 - open as long as the session
         self._log: TextIO = open(results / "log.txt", "a")  # noqa: SIM115
         self._lock = threading.RLock()
-        self._running: dict[threading.Thread, Item] = {}
+        self._running: list[threading.Thread] = []
         self._processes: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
@@ -86,7 +87,7 @@ class Session:
                     self.add({"item": item.name, "status": "skipped", "seconds": 0.0, "said": why})
                     continue
                 thread = threading.Thread(target=self._execute, args=(item,), daemon=True)
-                self._running[thread] = item
+                self._running.append(thread)
                 thread.start()
                 if item.alone:
                     self._wait(0)
@@ -105,13 +106,12 @@ class Session:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
 
-    def _wait(self, most: int) -> None:
-        """Until at most so many items run."""
-        while len(self._running) > most:
-            for thread in list(self._running):
-                thread.join(0.02)
-                if not thread.is_alive():
-                    del self._running[thread]
+    def _wait(self, most: int, seconds: float = math.inf) -> None:
+        """Until at most so many items run. (A signal that comes inside Thread.join makes Python take the thread for ended.)"""
+        until = time.monotonic() + seconds
+        while len(self._running) > most and time.monotonic() < until:
+            time.sleep(0.02)
+            self._running = [thread for thread in self._running if thread.is_alive()]
 
     def _stop(self) -> None:
         """Ends what still runs, and prints the table."""
@@ -119,8 +119,7 @@ class Session:
             self._stopped = True
             for process in self._processes:
                 _end(process)
-        for thread in self._running:
-            thread.join(2)
+        self._wait(0, seconds=3)
         text = table(self.rows)
         self._table.write_text(text + "\n")
         print(text, flush=True)
