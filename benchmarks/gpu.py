@@ -88,8 +88,8 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         own("flex", "compile", seconds=75),
         *correctness(OPERATORS, dry),
         *generation(dry),
-        *(own("tune", names, seconds=s, alone=True) for names, s in zip(tuned, (60, 30, 30))),
-        own("peers", seconds=50, alone=True),
+        *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
+        own("peers", seconds=50, least=20, alone=True),
         own("host", seconds=20, alone=True),
         *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),
     ]
@@ -102,8 +102,8 @@ def second(dry: bool, changed: Sequence[str]) -> list[Item]:
     return [
         own("environment", seconds=30, least=5, alone=True),
         *correctness(changed, dry),
-        own("bench", seconds=110, alone=True),
-        own("profile", seconds=60, alone=True),
+        own("bench", seconds=110, least=30, alone=True),
+        own("profile", seconds=60, least=30, alone=True),
         *sanitizer("memcheck", dry),
         Item("streams", (*pytest, str(STREAMS)), 60, 20),
         *sanitizer("racecheck", dry),

@@ -154,7 +154,7 @@ def _from_command(command: Callable[[float, str], list[str]]) -> Iterator[Row]:
     seconds = max(left() - 6, 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "saved.json"
-        arguments = [sys.executable, "-m", "pyfused", *command(seconds - 5, str(file))]
+        arguments = [sys.executable, "-m", "pyfused", *command(max(seconds - 5, 1), str(file))]
         try:
             done = subprocess.run(arguments, cwd=ROOT, timeout=seconds)
             failed = f"exit status {done.returncode}" if done.returncode else ""
