@@ -1,7 +1,6 @@
-"""What do the items of gpu.py share? The device, how much time is left, clocks, and what an error means.
+"""What do the items of gpu.py share? The device, clocks, and what an error means.
 
 PYFUSED_GPU_DRY=1: on CPU tensors, Triton in its interpreter and csrc/cuda on the host shim, at tiny sizes.
-PYFUSED_GPU_SECONDS: how long this process may take.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 
 from pyfused import _extensions
 
-BEGAN = time.monotonic()
 DRY = os.environ.get("PYFUSED_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 Row = dict[str, Any]
@@ -28,11 +26,6 @@ if DRY:
     repair_interpreter()
     _extensions.emulate_cuda(shim.load)
     torch.set_num_threads(1)
-
-
-def left() -> float:
-    """Seconds that this process still has."""
-    return float(os.environ.get("PYFUSED_GPU_SECONDS", "1e9")) - (time.monotonic() - BEGAN)
 
 
 def synchronize() -> None:

@@ -1,44 +1,26 @@
-"""What does each item of gpu.py do? A function an item that yields rows; run() prints them as JSON lines."""
+"""What does each item of gpu.py do? A function an item that yields rows, which gpu_commands.show() prints."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.metadata
-import json
 import platform
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import gpu
 import gpu_correct
 import torch
-from gpu_device import DEVICE, DRY, Row, left, synchronize, wrong
-from gpu_models import generate, transformers
+from gpu_device import DEVICE, DRY, Row, synchronize, wrong
+from gpu_models import compile, generate, transformers
 from gpu_peers import attention_shapes, flex, heads, peers
 from gpu_session import ROOT
 
 import pyfused
 from pyfused import _extensions, dispatch, evidence
 from pyfused.testing import running
-
-
-def run(arguments: Sequence[str], start: int = 0) -> int:
-    """Runs an item, such as ["generate", "gpt2"], and prints its rows. 1 where it raised."""
-    name, *rest = arguments
-    for row in ITEMS[name](start, *rest):
-        # In one piece and on a line of its own, whatever a library prints meanwhile.
-        sys.stdout.write(f"\n{json.dumps(row)}\n")
-        sys.stdout.flush()
-    return 0
-
 
 # ---- what is here -------------------------------------------------------------------------------------------------------
 
@@ -126,74 +108,7 @@ def _of_the_host(call: Callable[[], Any]) -> float:
     return best
 
 
-# ---- other commands -------------------------------------------------------------------------------------------------------
-
-
-def tune(start: int, operators: str) -> Iterator[Row]:
-    """`pyfused tune` on some operators: a row for each line of evidence."""
-    for content in _from_command(partial(gpu.tune_command, operators.split(","))):
-        for line in content.get("lines", ()):
-            yield {"operator": line.get("operator"), "dtype": line.get("dtype"), "line": line}
-        for refused in content.get("refused", ()):
-            yield {"refused": refused, "ok": False}
-
-
-BENCHMARKS = ("attention", "layer_norm", "rms_norm", "gated_ffn", "ffn", "linear", "fourier_mix", "gpt2", "t5")
-
-
-def bench(start: int) -> Iterator[Row]:
-    """`pyfused bench`: a row for each of its cases."""
-    for content in _from_command(partial(gpu.bench_command, BENCHMARKS)):
-        for name, rows in content.get("benchmarks", {}).items():
-            for row in rows:
-                yield {"benchmark": name, "case": row.get("case"), "row": row}
-
-
-def _from_command(command: Callable[[float, str], list[str]]) -> Iterator[Row]:
-    """What a command of pyfused saved in a file; what there is of it, too, where it fails or runs out of time."""
-    seconds = max(left() - 6, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "saved.json"
-        arguments = [sys.executable, "-m", "pyfused", *command(max(seconds - 5, 1), str(file))]
-        try:
-            done = subprocess.run(arguments, cwd=ROOT, timeout=seconds)
-            failed = f"exit status {done.returncode}" if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            failed = f"not done in {seconds:.0f} s"
-        if file.exists():
-            yield json.loads(file.read_text())
-        if failed:
-            raise RuntimeError(f"{' '.join(arguments[1:])}: {failed}")
-
-
-KEPT = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "DRAM Throughput", "L2 Cache Throughput")
-KEPT += ("Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy", "Grid Size", "Block Size")
-
-
-def profile(start: int) -> Iterator[Row]:
-    """What Nsight Compute says of five calls, a row for each kernel. The card's clocks are left as they are."""
-    tool = shutil.which("ncu")
-    if tool is None:
-        raise RuntimeError("ncu is not on the PATH")
-    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "LaunchStats")]
-    options = ["--csv", "--page=details", "--clock-control=none", "--profile-from-start=off", "--launch-count=40"]
-    command = [tool, *sections, *options, sys.executable, gpu.__file__, "--item", "kernels"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left() - 5, 5))
-    yield from profiled(done.stdout)
-    if done.returncode:
-        raise RuntimeError(f"ncu: exit status {done.returncode}\n{done.stdout[-800:]}{done.stderr[-800:]}")
-
-
-def profiled(text: str) -> list[Row]:
-    """The rows of ncu's CSV: {"kernel", "metrics": {name: "value unit"}}."""
-    lines = text.splitlines()
-    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    rows: dict[str, Row] = {}
-    for found in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
-        row = rows.setdefault(found["ID"], {"kernel": found["Kernel Name"][:120], "metrics": {}})
-        if found["Metric Name"] in KEPT:
-            row["metrics"][found["Metric Name"]] = f"{found['Metric Value']} {found['Metric Unit']}".strip()
-    return list(rows.values())
+# ---- what Nsight Compute looks at ----------------------------------------------------------------------------------------
 
 
 def kernels(start: int) -> Iterator[Row]:
@@ -222,6 +137,5 @@ def kernels(start: int) -> Iterator[Row]:
 
 
 ITEMS: dict[str, Callable[..., Iterator[Row]]] = {
-    f.__name__: f
-    for f in (environment, correct, generate, transformers, flex, peers, host, tune, bench, profile, kernels)
+    f.__name__: f for f in (environment, compile, correct, generate, transformers, flex, peers, host, kernels)
 }

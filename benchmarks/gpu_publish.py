@@ -1,5 +1,6 @@
-"""What follows from a run on a GPU? Its results become pyfused/evidence/<kind>.json, by which dispatch decides, and
-benchmarks/results/<device>.json, from which the README's table is made.
+"""What follows from a run on a GPU? pyfused/evidence/<kind>.json, by which dispatch decides;
+benchmarks/results/<kind>.json, as `pyfused bench` wrote it, from which the README's table is made; and what the other items
+found, in benchmarks/results/gpu/<kind>.json.
 
 A backend that was wrong in one case of an operator, or not judged to the end, gets no line of evidence of that operator.
 """
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
-_KEY = ("operator", "function", "dtype", "shapes", "threads")
+_LINE = ("operator", "function", "dtype", "shapes", "threads")
+_TILE = ("kernel", "dtype", "case", "up_to")
 
 
 def read(folders: Sequence[Path]) -> list[Row]:
@@ -52,47 +54,47 @@ def right(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 
 def evidence(rows: Sequence[Row], old: Row) -> Row:
-    """The evidence file: new lines of backends that are right, and the old ones that were not measured again."""
-    about, judged = _about(rows), right(rows)
-    lines = {tuple(line.get(k) for k in _KEY): line for line in old.get("lines", ())}
+    """The evidence file: new lines of backends that are right, new tiles, and the old ones that were not measured again."""
+    judged = right(rows)
+    lines = {_key(line, _LINE): line for line in old.get("lines", ())}
+    tiles = {_key(tile, _TILE): tile for tile in old.get("tiles", ())}
     for row in rows:
-        if "line" not in row:
-            continue
-        line = row["line"]
-        known = judged.get(line["operator"], {})
-        speed = {backend: sizes for backend, sizes in line.get("speed", {}).items() if backend in known}
-        key = tuple(line.get(k) for k in _KEY)
-        if speed:
-            lines[key] = {**line, "speed": speed}
-        else:
-            lines.pop(key, None)
-    checked = {**old.get("checked", {}), **judged}
-    return {"kind": about["kind"], "checked": checked, "lines": [lines[key] for key in sorted(lines, key=str)]}
+        if "tile" in row:
+            tiles[_key(row["tile"], _TILE)] = row["tile"]
+        elif "line" in row:
+            line = row["line"]
+            known = {"reference", *judged.get(line["operator"], ())}
+            speed = {backend: sizes for backend, sizes in line["speed"].items() if backend in known}
+            if set(speed) - {"reference"}:
+                lines[_key(line, _LINE)] = {**line, "speed": speed}
+            else:
+                lines.pop(_key(line, _LINE), None)
+    made = {"kind": _about(rows)["kind"], "checked": {**old.get("checked", {}), **judged}}
+    return {**made, "lines": _sorted(lines), **({"tiles": _sorted(tiles)} if tiles else {})}
 
 
-def results(rows: Sequence[Row], old: Row) -> Row:
-    """The result file: `benchmarks` as `pyfused bench` gave them, and under `gpu` the figures of every other item."""
+def _key(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in names)
+
+
+def _sorted(rows: dict[tuple[Any, ...], Row]) -> list[Row]:
+    return [rows[key] for key in sorted(rows, key=str)]
+
+
+def figures(rows: Sequence[Row], old: Row) -> Row:
+    """What every item but the benchmarks and the tuning found, by item; of one that ran several times, the last."""
     about = _about(rows)
     ceilings = next((row["ceilings"] for row in reversed(rows) if "ceilings" in row), old.get("ceilings", {}))
-    benchmarks, figures = dict(old.get("benchmarks", {})), dict(old.get("gpu", {}))
+    items = dict(old.get("items", {}))
     for name in dict.fromkeys(row["item"] for row in rows if "status" not in row):
-        # Of an item that ran several times, the last.
         ends = [i for i, row in enumerate(rows) if row["item"] == name and "status" in row]
-        start = ends[-2] if len(ends) > 1 else -1
-        mine = [row for row in rows[start + 1 :] if row["item"] == name and "status" not in row]
-        for row in mine:
-            if "benchmark" in row:
-                benchmarks[row["benchmark"]] = [r["row"] for r in mine if r.get("benchmark") == row["benchmark"]]
-        kept = [
-            {k: v for k, v in row.items() if k not in ("item", "at")}
-            for row in mine
-            if not {"line", "row"} & row.keys()
+        start = ends[-2] + 1 if len(ends) > 1 else 0
+        mine = [
+            row for row in rows[start:] if row["item"] == name and not {"status", "line", "tile", "bench"} & row.keys()
         ]
-        if kept and name != "environment":
-            figures[name] = kept
-    label = about["device"].lower().replace(" ", "_")
-    about_run = {"device": label, "versions": about["versions"], "commit": about.get("commit"), "ceilings": ceilings}
-    return {**about_run, "benchmarks": benchmarks, "gpu": figures}
+        if mine and name != "environment":
+            items[name] = [{k: v for k, v in row.items() if k not in ("item", "at")} for row in mine]
+    return {**{k: about.get(k) for k in ("device", "kind", "commit", "versions")}, "ceilings": ceilings, "items": items}
 
 
 def _about(rows: Sequence[Row]) -> Row:
@@ -100,26 +102,30 @@ def _about(rows: Sequence[Row]) -> Row:
 
 
 def publish(folders: Sequence[Path], root: Path = ROOT) -> list[Path]:
-    """Writes both files under `root` and returns their paths."""
+    """Writes what follows from the results under `root` and returns the paths."""
     rows = read(folders)
-    about = _about(rows)
-    written = []
-    for path, made in (
-        (root / "pyfused" / "evidence" / f"{about['kind']}.json", evidence),
-        (root / "benchmarks" / "results" / f"{about['device'].lower().replace(' ', '_')}.json", results),
-    ):
+    kind = _about(rows)["kind"]
+    results = root / "benchmarks" / "results"
+    made: dict[Path, Callable[[Sequence[Row], Row], Row]] = {
+        root / "pyfused" / "evidence" / f"{kind}.json": evidence,
+        results / "gpu" / f"{kind}.json": figures,
+    }
+    benchmarks = [row["bench"] for row in rows if "bench" in row]
+    if benchmarks:
+        made[results / f"{kind}.json"] = lambda rows, old: benchmarks[-1]
+    for path, function in made.items():
         old = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(made(rows, old), indent=1) + "\n")
-        written.append(path)
-    return written
+        path.write_text(json.dumps(function(rows, old), indent=1) + "\n")
+    return list(made)
 
 
 def main(folders: Sequence[Path]) -> int:
     """Publishes, then renders the README where there is a renderer."""
     for path in publish(folders):
         print("wrote", path.relative_to(ROOT))
-    if (ROOT / "benchmarks" / "publish.py").exists():
-        return subprocess.run([sys.executable, "-m", "benchmarks.publish"], cwd=ROOT).returncode
-    print("there is no benchmarks/publish.py: the README's table is as it was")
+    renderer = ROOT / "benchmarks" / "publish.py"
+    if renderer.exists():
+        return subprocess.run([sys.executable, str(renderer)], cwd=ROOT).returncode
+    print(f"there is no {renderer.relative_to(ROOT)}: the README's table is as it was")
     return 0

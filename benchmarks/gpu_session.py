@@ -236,7 +236,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 # ---- the table ---------------------------------------------------------------------------------------------------------
 
-_LONG = ("item", "at", "line", "row", "error", "said")  # too long for a table
+_LONG = ("item", "at", "line", "tile", "bench", "error", "said")  # too long for a table
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
