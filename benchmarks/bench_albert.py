@@ -21,9 +21,7 @@ def models(device, dtype):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
-    theirs = (
-        AlbertModel(AlbertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).to(dtype).float()
-    )
+    theirs = AlbertModel(AlbertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).to(dtype).float()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mine = pyfused.AlbertBackbone.from_preset(directory, device=device, dtype=dtype)

@@ -16,14 +16,7 @@ X, W = torch.randn(16, 8), torch.randn(8, 8)
 
 def row(operator="linear", dtype="float32", shapes="small", threads=1, **speed):
     about = {"function": "forward", "date": "2026-01-02", "torch": "2.13.0"}
-    return {
-        "operator": operator,
-        "dtype": dtype,
-        "shapes": shapes,
-        "threads": threads,
-        **about,
-        "speed": {"cpu": speed},
-    }
+    return {"operator": operator, "dtype": dtype, "shapes": shapes, "threads": threads, **about, "speed": {"cpu": speed}}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +38,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def runs(operator, *args, **options):
-    """ "library" or "kernel"."""
+    """"library" or "kernel"."""
     said = next(v.reason for v in pyfused.explain(operator, *args, **options).verdicts if v.runs)
     return "library" if "by the library" in said else "kernel"
 
@@ -64,9 +57,7 @@ def test_explain_names_the_line(cache):
     assert f"1.50 times the speed of plain PyTorch ({path.name}, 2026-01-02" in str(pyfused.explain("linear", X, W))
 
 
-@pytest.mark.parametrize(
-    "name, tensors", [("linear", (X, W)), ("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))]
-)
+@pytest.mark.parametrize("name, tensors", [("linear", (X, W)), ("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
 def test_what_explain_says_is_what_runs(cache, monkeypatch, name, tensors):
     """linear's evidence is about the products inside other operators too."""
     calls = []
@@ -161,9 +152,7 @@ def test_a_line_that_makes_no_sense_leaves_the_file_out(cache, speed):
 
 def test_shipped_files_are_whole():
     found = list(evidence.SHIPPED.glob("*.json"))
-    assert {"cpu_amd_avx2.json", "cpu_amd_baseline_torch_avx2.json", "cpu_bfloat16.json"} <= {
-        path.name for path in found
-    }
+    assert {"cpu_amd_avx2.json", "cpu_amd_baseline_torch_avx2.json", "cpu_bfloat16.json"} <= {path.name for path in found}
     for path in found:
         assert [evidence.line_from(line, path.name) for line in json.loads(path.read_text())["lines"]]
 
@@ -185,10 +174,7 @@ def test_tune_writes_what_dispatch_reads(cache, tmp_path):
     assert {line["dtype"] for line in found["lines"]} == {"float32", "float16", "bfloat16"}
     cache(row("rms_norm", shapes="plain", **{"1": 0.5}))
     evidence.write(evidence.own_file(), found)
-    assert {line.operator for line in evidence.lines() if line.source.startswith(evidence.kind())} >= {
-        "linear",
-        "rms_norm",
-    }
+    assert {line.operator for line in evidence.lines() if line.source.startswith(evidence.kind())} >= {"linear", "rms_norm"}
     assert f"{evidence.own_file().name}, {found['lines'][0]['date']}" in str(pyfused.explain("linear", X, W))
 
 

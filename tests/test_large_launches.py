@@ -77,9 +77,7 @@ def attend(b, h, hkv, sq, sk, d, dtype=BF16, gradients=True, mask=False, bias=Fa
     table = (new(32, h, dtype=dtype), True, 128) if relative else (None, True, 128)
     out, lse = attention.forward(query, key, key, True, padding, attn_bias, 0.1, p, seed, True, *table)
     if gradients:
-        attention.backward(
-            out, query, key, key, out, lse, True, padding, attn_bias, 0.1, p, seed, bias, *table, relative
-        )
+        attention.backward(out, query, key, key, out, lse, True, padding, attn_bias, 0.1, p, seed, bias, *table, relative)
 
 
 def packed(rows, sequences, h, d):

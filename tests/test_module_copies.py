@@ -157,9 +157,7 @@ def test_copies_that_share_until_something_is_replaced(kind, how):
         copies = {module: COPIES[how](module) for module in model.modules()}
         for module, copied in copies.items():
             copied._modules = {name: copies.get(child) for name, child in module._modules.items()}
-            copied._parameters = {
-                n: None if p is None else nn.Parameter(p * 1.25) for n, p in module._parameters.items()
-            }
+            copied._parameters = {n: None if p is None else nn.Parameter(p * 1.25) for n, p in module._parameters.items()}
         return copies[model]
 
     plain, fused = plain_model(kind), fused_model(kind)
@@ -227,9 +225,7 @@ def test_functional_tools(kind):
         expected = call(changed)
         within = nn.ModuleDict({"model": fused})
         within.forward = lambda: call(fused)
-        found = torch.func.functional_call(
-            within, {f"model.{name}": t for name, t in state.items()}, (), tie_weights=False
-        )
+        found = torch.func.functional_call(within, {f"model.{name}": t for name, t in state.items()}, (), tie_weights=False)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         average = torch.optim.swa_utils.AveragedModel(fused)
         average.update_parameters(changed)

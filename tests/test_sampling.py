@@ -57,9 +57,7 @@ def test_temperatures_too_small_for_float32_are_greedy(dtype, temperature):
             assert torch.equal(Sampler(temperature, **cut)(logits, uniform), logits.argmax(-1)), (cut, u)
 
 
-@pytest.mark.parametrize(
-    "temperature", [1e30, 1e38, 3.5e38, 1e300, 10**30, 10**400], ids=lambda t: f"1e{len(str(int(t))) - 1}"
-)
+@pytest.mark.parametrize("temperature", [1e30, 1e38, 3.5e38, 1e300, 10**30, 10**400], ids=lambda t: f"1e{len(str(int(t))) - 1}")
 def test_temperatures_beyond_float32_are_uniform(temperature):
     logits = torch.randn(8, generator=torch.Generator().manual_seed(3))
     logits[2] = -torch.inf
@@ -112,9 +110,7 @@ def made(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "seed": 1}, {"num_beams": 3}, {"steps": "fixed"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 1}, {"num_beams": 3}, {"steps": "fixed"}], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_generation_raises_where_logits_are_not_finite(kind, options, bad, monkeypatch):
     """In the third step, of the second prompt alone."""

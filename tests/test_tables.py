@@ -43,9 +43,7 @@ def test_a_capture_has_no_part_in_it(machine):
     device = torch.device("cuda", 1)
     table = kept_on_device(torch.arange)
     machine.capturing = True
-    with pytest.raises(
-        RuntimeError, match=r"captured, and a table of arange\(5,\) is not on cuda:1 yet; run .* once before"
-    ):
+    with pytest.raises(RuntimeError, match=r"captured, and a table of arange\(5,\) is not on cuda:1 yet; run .* once before"):
         table(5, device=device)
     assert not machine.log
     machine.capturing = False
@@ -82,9 +80,7 @@ def test_no_other_cache_holds_tensors_of_a_device():
     for folder in pyfused.kernels.__path__:
         for path in Path(folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef) and any(
-                    "functools" in ast.unparse(d) for d in node.decorator_list
-                ):
+                if isinstance(node, ast.FunctionDef) and any("functools" in ast.unparse(d) for d in node.decorator_list):
                     copies = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in ("to", "cuda")]
                     copies = [n for n in copies if ast.unparse(n) != "torch.cuda"]
                     assert "device" not in {a.arg for a in node.args.args} or not copies, f"{path.name}: {node.name}"

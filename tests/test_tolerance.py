@@ -21,9 +21,7 @@ def test_right_kernels_pass(dtype, name):
                 assert_close(actual, plain[what], truth[what], f"{backend}, seed {seed}: {what}")
 
 
-@pytest.mark.parametrize(
-    "name, dtype", [(name, dtype) for name, fault in FAULTS.items() for dtype in fault.dtypes], ids=str
-)
+@pytest.mark.parametrize("name, dtype", [(name, dtype) for name, fault in FAULTS.items() for dtype in fault.dtypes], ids=str)
 def test_planted_faults_are_found(name, dtype):
     for seed in range(2):
         assert not faulty(FAULTS[name], dtype, seed).ok
@@ -157,13 +155,7 @@ def test_draws_together_excuse_one_by_chance_and_no_fault():
 
         def once():
             truth, factor = torch.randn(300, dtype=torch.float64), next(factors)
-            return {
-                "it": (
-                    (truth + noise(300, scale=factor * 1e-3)).float(),
-                    (truth + noise(300, scale=1e-3)).float(),
-                    truth,
-                )
-            }
+            return {"it": ((truth + noise(300, scale=factor * 1e-3)).float(), (truth + noise(300, scale=1e-3)).float(), truth)}
 
         return once
 

@@ -159,9 +159,7 @@ def draw(inputs, dtype, seed):
 
 def results(case, function, gradients, dtype, wide, seed):
     """Outputs of one call, and the gradients of all inputs through another, by name, computed in `wide`."""
-    leaves = {
-        name: t.to(wide).requires_grad_(not case.forward_only) for name, t in draw(case.inputs, dtype, seed).items()
-    }
+    leaves = {name: t.to(wide).requires_grad_(not case.forward_only) for name, t in draw(case.inputs, dtype, seed).items()}
     out = as_tuple(function(leaves))
     found = {f"output {i}": o.detach() for i, o in enumerate(out)}
     if case.forward_only:
@@ -181,9 +179,7 @@ def as_tuple(out):
 def plain_and_truth(case, dtype, seed):
     """({what: plain PyTorch's}, {what: the truth}), each of DRAWS draws in one tensor."""
     gradients = case.gradients or case.plain
-    return [
-        together(lambda s, w=w: results(case, case.plain, gradients, dtype, w, s), seed) for w in (dtype, torch.float64)
-    ]
+    return [together(lambda s, w=w: results(case, case.plain, gradients, dtype, w, s), seed) for w in (dtype, torch.float64)]
 
 
 def fused(case, dtype, seed, backend):

@@ -149,9 +149,7 @@ FAULTS = {
     ),
     "values with bfloat16 sums": Fault(QKV, attention(), values_in_bfloat16_sums, DTYPES[:2]),
     "layer_norm's statistics in half precision": Fault(
-        NORM | {"bias": normal(768)},
-        lambda x, weight, bias: F.layer_norm(x, (768,), weight, bias),
-        layer_norm_half_statistics,
+        NORM | {"bias": normal(768)}, lambda x, weight, bias: F.layer_norm(x, (768,), weight, bias), layer_norm_half_statistics
     ),
     "rms_norm's statistic in half precision": Fault(
         NORM, lambda x, weight: F.rms_norm(x, (768,), weight, 1e-5), rms_norm_half_statistics

@@ -67,9 +67,7 @@ def test_weights_under_the_wrong_name(preset, golden):
     directory = preset("hf_gpt2")
     (directory / "expected.safetensors").unlink()
     (directory / "model.safetensors").rename(directory / "gpt2.safetensors")
-    with pytest.raises(
-        ValueError, match=r"gpt2.safetensors: safetensors under another name.*rename the file to model.safe"
-    ):
+    with pytest.raises(ValueError, match=r"gpt2.safetensors: safetensors under another name.*rename the file to model.safe"):
         open_checkpoint(directory)
 
 
@@ -84,10 +82,7 @@ def test_a_download_that_was_cut_off(preset, cut):
 @pytest.mark.parametrize(
     "file, said",
     [
-        (
-            "pytorch_model.bin",
-            r"a pickled file can run any code.*torch.load\(\"pytorch_model.bin\", weights_only=True\)",
-        ),
+        ("pytorch_model.bin", r"a pickled file can run any code.*torch.load\(\"pytorch_model.bin\", weights_only=True\)"),
         ("pytorch_model-00001-of-00002.bin", "a pickled file can run any code"),
         ("model.pt", "a pickled file can run any code"),
         ("model-q4_0.gguf", "a GGUF file of llama.cpp; get the checkpoint in safetensors"),

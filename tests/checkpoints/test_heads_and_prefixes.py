@@ -79,9 +79,7 @@ def test_every_class_of_transformers(tmp_path, family, kind):
     theirs = make(family, kind)
     theirs.save_pretrained(tmp_path)
     heads = [name for name in load_file(tmp_path / "model.safetensors") if not name.startswith(BACKBONE)]
-    assert bool(heads) == (
-        kind == "DoubleHeadsModel" or (kind.startswith("For") and kind != "ForConditionalGeneration")
-    )
+    assert bool(heads) == (kind == "DoubleHeadsModel" or (kind.startswith("For") and kind != "ForConditionalGeneration"))
     model = check(tmp_path, theirs, heads)
     encoder = family in ("T5", "MT5") and kind in ("EncoderModel", "ForTokenClassification")
     assert (getattr(model, "decoder", model) is None) == encoder
@@ -155,9 +153,7 @@ def test_a_stack_saved_by_itself(tmp_path):
 )
 def test_an_unknown_prefix_is_named(tmp_path, family, kind):
     renamed(tmp_path, family, kind, lambda name: f"policy_net.{name}")
-    with pytest.raises(
-        ValueError, match=r"model.safetensors: \d+ tensors of the model begin with 'policy_net\.[a-z.]*'"
-    ):
+    with pytest.raises(ValueError, match=r"model.safetensors: \d+ tensors of the model begin with 'policy_net\.[a-z.]*'"):
         open_checkpoint(tmp_path)
 
 
@@ -215,12 +211,7 @@ def test_buffers_of_older_versions(tmp_path):
     "family, kind, gone, left",
     [
         ("T5", "ForConditionalGeneration", "shared.weight", ["decoder.embed_tokens.weight"]),
-        (
-            "T5",
-            "ForConditionalGeneration",
-            "shared.weight",
-            ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"],
-        ),
+        ("T5", "ForConditionalGeneration", "shared.weight", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]),
         ("T5", "EncoderModel", "shared.weight", ["encoder.embed_tokens.weight"]),
         ("T5", "ForConditionalGeneration", "shared.weight", ["lm_head.weight"]),
         ("GPT2", "LMHeadModel", "transformer.wte.weight", ["lm_head.weight"]),

@@ -73,9 +73,7 @@ def test_bundled_names_come_first(monkeypatch, tmp_path, golden, preset):
 def test_nothing_matches(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("no_such_preset", str(tmp_path / "file"), ""):
-        with pytest.raises(
-            ValueError, match=r"nothing matches: .*pyfused.Backbone.presets lists all .* the directory "
-        ):
+        with pytest.raises(ValueError, match=r"nothing matches: .*pyfused.Backbone.presets lists all .* the directory "):
             resolve_preset(name)
     with pytest.raises(ValueError, match="a Hugging Face repository is written hf://openai-community/gpt2"):
         resolve_preset("openai-community/gpt2")

@@ -202,18 +202,15 @@ def test_small_versions_compute_what_transformers_computes(folder, model):
         elif encoder:
             pair = ours.encode(encoder_token_ids=IDS, encoder_padding_mask=None), theirs(IDS).last_hidden_state
         elif model in ("t5", "mt5"):
-            out = ours(
-                encoder_token_ids=IDS, encoder_padding_mask=None, decoder_token_ids=IDS, decoder_padding_mask=None
-            )
+            out = ours(encoder_token_ids=IDS, encoder_padding_mask=None, decoder_token_ids=IDS, decoder_padding_mask=None)
             pair = ours.logits(out["decoder_sequence_output"]), theirs(input_ids=IDS, decoder_input_ids=IDS).logits
         else:
             segments = IDS % 2
             inputs = {"token_ids": IDS, "segment_ids": segments}
             out = ours(inputs | ({"padding_mask": None} if model == "albert" else {}))
             expected = theirs(IDS, token_type_ids=segments)
-            pair = (
-                torch.cat([out["sequence_output"].flatten(), out["pooled_output"].flatten()]),
-                torch.cat([expected.last_hidden_state.flatten(), expected.pooler_output.flatten()]),
+            pair = torch.cat([out["sequence_output"].flatten(), out["pooled_output"].flatten()]), torch.cat(
+                [expected.last_hidden_state.flatten(), expected.pooler_output.flatten()]
             )
         # transformers takes T5's mean squares in float32 whatever the dtype; a wrong option is off by far more than that
         assert (pair[0] - pair[1]).abs().max() < 1e-5 * pair[1].abs().max(), name
@@ -271,9 +268,7 @@ def test_the_names_of_published_tensors_are_those_of_the_model(folder, name):
     assert (checkpoint.config.get("num_decoder_layers") == 0) == (configuration in ENCODERS)
     sizes_of = [torch.Size(shape).numel() for shape in checkpoint.shapes.values()]
     assert sum(sizes_of) == sum(
-        torch.Size(shape).numel()
-        for key, shape in shapes.items()
-        if key not in heads and not key.endswith(".attn.bias")
+        torch.Size(shape).numel() for key, shape in shapes.items() if key not in heads and not key.endswith(".attn.bias")
     )
 
 

@@ -14,15 +14,7 @@ from pyfused.checkpoints import open_checkpoint, save_hf
 from pyfused.models.backbone import Backbone
 from pyfused.verify import verify
 
-SIZES = {
-    "vocab_size": 61,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "d_model": 24,
-    "d_kv": 5,
-    "num_heads": 4,
-    "d_ff": 40,
-}
+SIZES = {"vocab_size": 61, "num_layers": 2, "num_decoder_layers": 3, "d_model": 24, "d_kv": 5, "num_heads": 4, "d_ff": 40}
 SIZES |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 IDS = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones(2, 9, dtype=torch.int64)

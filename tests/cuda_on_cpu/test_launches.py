@@ -29,9 +29,7 @@ def launches(call):
 
 
 def layout(b, h, hkv, sq, sk, d, chunk=0, span=0):
-    strides = [
-        s for heads, length in ((h, sq), (hkv, sk), (hkv, sk), (h, sq)) for s in (heads * length * d, d, heads * d)
-    ]
+    strides = [s for heads, length in ((h, sq), (hkv, sk), (hkv, sk), (h, sq)) for s in (heads * length * d, d, heads * d)]
     return array("q", [b, h, hkv, sq, sk, d, *strides, h * sq * sk, sq * sk, sk, 1, chunk, h, 1, span, 0])
 
 

@@ -175,12 +175,7 @@ def test_masks_that_no_one_reads():
     turned = mask.transpose(2, 3).contiguous().transpose(2, 3)
     for other in (turned, mask[:, :, :0], mask.to(torch.int32), mask.to("meta"), torch.nn.Parameter(mask)):
         assert _masks.structure(other, False) is None
-    for other in (
-        mask[:, :, 1:, 1:],
-        mask[1:, :, :, :3],
-        mask[:1].expand(3, 1, 3, 4),
-        mask[:, :, :1].expand(2, 1, 3, 4),
-    ):
+    for other in (mask[:, :, 1:, 1:], mask[1:, :, :, :3], mask[:1].expand(3, 1, 3, 4), mask[:, :, :1].expand(2, 1, 3, 4)):
         assert _masks.structure(other, False) == brute_force(other, False)
     made = make_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
     assert _masks.structure(made, False) == (3, 1)

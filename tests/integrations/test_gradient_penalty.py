@@ -23,13 +23,7 @@ def gpt2():
 
 
 def albert():
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 24,
-        "embedding_size": 24,
-        "num_attention_heads": 4,
-        "intermediate_size": 40,
-    }
+    sizes = {"vocab_size": 61, "hidden_size": 24, "embedding_size": 24, "num_attention_heads": 4, "intermediate_size": 40}
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=2, **EAGER)
     return transformers.AlbertModel(config, add_pooling_layer=False), {"attention_mask": padded(3, 13, 61)[1]}
 

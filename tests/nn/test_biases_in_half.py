@@ -37,13 +37,7 @@ def test_a_layer(dtype):
 def test_a_backbone(dtype):
     torch.manual_seed(0)
     model = pyfused.GPT2Backbone(
-        vocabulary_size=40,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=8,
-        dtype=dtype,
+        vocabulary_size=40, num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32, max_sequence_length=8, dtype=dtype
     ).eval()
     inputs = {"token_ids": torch.randint(40, (1, 6)), "padding_mask": None}
     least = torch.full((1, 1, 6, 6), torch.finfo(dtype).min, dtype=dtype)

@@ -64,9 +64,7 @@ def pytest_collection_modifyitems(config, items):
         backend = parameters.get("each_backend", "")
         slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
         foreign = item.get_closest_marker("cpu_kernels") is not None and not backend.startswith("cpu")
-        (
-            dropped if slow or foreign or lacks(item, backend) or left_to_plain_pytorch(item, parameters) else kept
-        ).append(item)
+        (dropped if slow or foreign or lacks(item, backend) or left_to_plain_pytorch(item, parameters) else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

@@ -143,10 +143,7 @@ def test_backward(each_backend, dtype, device, case):
         cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
         seed = drawn_seed(options, device)
         return gradients(
-            lambda t: pyfused.attention(**t, **options),
-            functools.partial(plain, options=options, seed=seed),
-            inputs,
-            cotangent,
+            lambda t: pyfused.attention(**t, **options), functools.partial(plain, options=options, seed=seed), inputs, cotangent
         )
 
     check(once)

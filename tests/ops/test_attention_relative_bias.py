@@ -147,9 +147,7 @@ def test_decoding_gives_the_rows_of_the_whole(each_backend, device, table):
         inputs, options = make_biased(Case((2, 4, 2, 60, 60, 16), is_causal=True), table, torch.float32, device)
         whole, found = fused(inputs, options, table), {}
         for sk in (1, 2, 37, 60):
-            step = {
-                k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"
-            }
+            step = {k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"}
             one = fused({**step, "table": inputs["table"]}, options, table)
             wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
             found[f"{sk} keys"] = one, whole[:, :, sk - 1 : sk], plain(wide, options, table)

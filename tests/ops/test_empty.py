@@ -107,9 +107,7 @@ for lengths in ([], [0], [0, 0, 0]):
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     attention(1, 4, 2, 0, 0, 8, f" packed {len(lengths)}", cu_seqlens=ends, is_causal=True)
     attention(1, 4, 4, 0, 0, 8, f" packed {len(lengths)} table", [(8, 4)], cu_seqlens=ends, relative_bias=relative)
-attention(
-    1, 4, 4, 0, 0, 8, " packed dropout", cu_seqlens=torch.tensor([0, 0], device=DEVICE), dropout_p=0.3, max_seqlen=0
-)
+attention(1, 4, 4, 0, 0, 8, " packed dropout", cu_seqlens=torch.tensor([0, 0], device=DEVICE), dropout_p=0.3, max_seqlen=0)
 
 for h, sq, sk in ((2, 0, 5), (2, 5, 0), (0, 3, 5), (2, 0, 0)):
     CASES[f"relative_bias {h} {sq} {sk}"] = (
