@@ -1,12 +1,14 @@
-# The commands one needs. Each makes its own environment (.venv) on a fresh machine; on a machine with a GPU and no
-# network use `make gpu`, which takes the Python that is there.
+# The commands one needs. Each makes its own environment (.venv) on a fresh machine; `make gpu` takes the Python that is
+# there and installs nothing.
 #
 # make run     env, verify, generate and encode on the bundled presets, with tokens per second beside transformers'
 # make test    every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify` as older and newer processors run them
 # make lint    ruff and mypy
 # make bench   every benchmark on the CPU, into benchmarks/results and the README
-# make gpu     build, GPU tests, sanitizer and benchmarks on a machine with a GPU (PART=tests|sanitize|bench for one of them)
+# make gpu-build  the extensions for a machine with a GPU: Python 3.12, Hopper; nothing has to be built or installed there
+# make gpu     what a GPU must show, in BUDGET seconds, into RESULTS (CALL=second after the first; benchmarks/gpu.py)
+# make gpu-publish  what a run left in RESULTS becomes evidence, result file and README
 # make clean   removes what the others made
 
 PYTHON ?= python3
@@ -14,12 +16,15 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc kernels -type f -not -name '*.pyc') pyproject.toml setup.py CMakeLists.txt
-PART ?= all
+GPU_PYTHON ?= python3.12
+CALL ?= first
+BUDGET ?= 390
+RESULTS ?= build/gpu-results
 
 # What the tests read. An install has code for every chip (CMakeLists.txt), which takes three times as long to build.
 run test test-machines lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
-.PHONY: run test test-machines lint bench gpu clean
+.PHONY: run test test-machines lint bench gpu gpu-build gpu-publish clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -48,11 +53,24 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/publish.py --run
 
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m benchmarks.gpu --part $(PART)
+	$(PYTHON) benchmarks/gpu.py --call $(CALL) --budget $(BUDGET) --results $(RESULTS)
+
+gpu-publish:
+	$(PYTHON) benchmarks/gpu.py --publish $(RESULTS)
+
+# Objects lie apart from those of an install, which have code for other chips too.
+gpu-build: .venv-gpu/stamp
+	PYFUSED_REQUIRE_EXTENSIONS=1 PYFUSED_BUILD_ARCHITECTURES=90a-real .venv-gpu/bin/python setup.py --quiet build_ext \
+	  --build-temp build/gpu-objects --build-lib build/gpu
+	ls -l build/gpu/pyfused
+
+.venv-gpu/stamp:
+	$(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet setuptools pybind11 cmake ninja
+	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pyfused/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info pyfused/*.so .pytest_cache .mypy_cache .ruff_cache
 
 # torch first, by itself: asked for through a range, pip would take a build with gigabytes of CUDA packages.
 $(VENV)/base.stamp:

@@ -1,66 +1,172 @@
-"""Everything a GPU must show, in parts: `python -m benchmarks.gpu --part tests|sanitize|bench|all`.
+"""What must a GPU show in a few minutes? Items in order of value, each in a process of its own that ends at its limit.
 
-tests: `pytest -m gpu`, every operator on every backend, models, generation, streams and CUDA graphs. sanitize:
-compute-sanitizer's memcheck and racecheck on small calls of every CUDA kernel. bench: every operator beside its peers, into
-benchmarks/results/<device>.json. A summary comes last; exit status 1 if a part failed.
+    python benchmarks/gpu.py --call first|second [--budget SECONDS] [--results FOLDER] [--only ITEM ...] [--dry]
+    python benchmarks/gpu.py --publish FOLDER ...     # results -> evidence -> README
+
+An item prints JSON lines; each is appended to FOLDER/results.jsonl as soon as it is known, and behind them a line about the
+item itself: its status, its seconds, its last words. FOLDER/log.txt has all else that was printed, FOLDER/table.txt the
+table that comes last. Items that measure time run alone, the others side by side. What no time is left for is skipped, and
+says so. --dry runs everything on a machine without a GPU, at tiny sizes: Triton in its interpreter, csrc/cuda on the host
+shim. This file needs the standard library alone; the items are in gpu_items.py and gpu_commands.py.
 """
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
-import os
 import shutil
-import subprocess
+import signal
 import sys
+import sysconfig
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+import gpu_commands
+from gpu_session import ROOT, Item, Session
 
-ROOT = Path(__file__).resolve().parents[1]
-CUDA_CALLS = [sys.executable, str(ROOT / "tests" / "gpu" / "cuda_calls.py")]
-# torch hands out pieces of one large allocation: what runs over into the next piece is no error to the sanitizer.
-SANITIZER_ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30"]
-
-
-def tests() -> list[list[str]]:
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # Triton compiles a kernel per variant
-    return [[*PYTEST, *workers, "-m", "gpu", "tests"]]
+PYTHON = sys.executable
+BUILT = ROOT / "build" / "gpu"  # `make gpu-build` leaves the extensions there
+OPERATORS = ("attention", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
+CUDA_OPERATORS = tuple(name for name in OPERATORS if name != "relative_bias")  # csrc/cuda leaves that one to Triton
+CUDA_CALLS = ROOT / "tests" / "gpu" / "cuda_calls.py"
+STREAMS = ROOT / "tests" / "gpu" / "test_streams_and_graphs.py"
 
 
-def sanitize() -> list[list[str]]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        raise RuntimeError("compute-sanitizer is not on the PATH")
-    # A script: pytest's own allocations would be looked at too, and one failing call would hide behind its report.
-    return [[tool, "--tool", kind, "--error-exitcode", "9", *CUDA_CALLS] for kind in ("memcheck", "racecheck")]
+def own(name: str, *arguments: str, seconds: float, **options: Any) -> Item:
+    """An item of gpu_items.py or gpu_commands.py."""
+    command = (PYTHON, str(Path(__file__).resolve()), "--item", name, *arguments)
+    return Item(" ".join((name, *arguments)), command, seconds, **options)
 
 
-def bench() -> list[list[str]]:
-    names = ["layer_norm", "rms_norm", "attention", "ffn", "gated_ffn", "linear", "fourier_mix"]
-    return [[sys.executable, "-m", "benchmarks", "--device", "cuda", "--save", "--only", *names]]
+def each(names: Sequence[str], dry: bool) -> list[str]:
+    """What gets a process of its own each; a dry run, in which nothing can take the process along, has one for all."""
+    return [",".join(names)] if dry and names else list(names)
 
 
-def main() -> int:
-    parts = {"tests": tests, "sanitize": sanitize, "bench": bench}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=[*parts, "all"], default="all")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("make gpu: no CUDA device here", file=sys.stderr)
-        return 2
-    summary, failed = [], False
-    for name in parts if arguments.part == "all" else [arguments.part]:
-        for command in parts[name]():
-            began = time.perf_counter()
-            added = {"PYTHONPATH": str(ROOT), **(SANITIZER_ENVIRONMENT if name == "sanitize" else {})}
-            code = subprocess.run(command, cwd=ROOT, env=os.environ | added).returncode
-            failed = failed or code != 0
-            summary.append(
-                f"{name:<9} {'ok' if code == 0 else f'FAILED ({code})':<12} {time.perf_counter() - began:6.0f} s"
-            )
-    print("\n" + torch.cuda.get_device_name() + "\n" + "\n".join(summary))
-    return 1 if failed else 0
+def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
+    """csrc/cuda first: nothing has to be compiled for it."""
+    lists = {"cuda": [o for o in operators if o in CUDA_OPERATORS], "triton": list(operators)}
+    return [
+        own("correct", group, backend, seconds=90, patience=60, resumes=True)
+        for backend, names in lists.items()
+        for group in each(names, dry)
+    ]
+
+
+def generation(dry: bool) -> list[Item]:
+    options = {"seconds": 50, "alone": True, "patience": 40, "resumes": True}
+    return [own("generate", model, **options) for model in each(("gpt2", "t5"), dry)]
+
+
+def sanitizer(tool: str, dry: bool) -> list[Item]:
+    """One process an operator. torch's own allocator hands out pieces of one large allocation, inside which nothing is out of
+    bounds to the sanitizer."""
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    command = (found, "--tool", tool, "--error-exitcode", "9", PYTHON, str(CUDA_CALLS))
+    names = ("rms_norm 37",) if dry else CUDA_OPERATORS
+    return [Item(f"{tool} {name}", (*command, name), 90, 20, environment=environment) for name in names]
+
+
+def first(dry: bool, changed: Sequence[str]) -> list[Item]:
+    """Is it right, and how fast is what there is? For about 390 seconds."""
+    tuned = each(("attention", "layer_norm,rms_norm", "linear,ffn,gated_ffn"), dry)
+    return [
+        own("environment", seconds=30, least=5, alone=True),
+        own("compile", seconds=75),
+        own("flex", "compile", seconds=75),
+        *correctness(OPERATORS, dry),
+        *generation(dry),
+        *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
+        own("peers", seconds=50, least=20, alone=True),
+        own("host", seconds=20, alone=True),
+        *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),
+    ]
+
+
+def second(dry: bool, changed: Sequence[str]) -> list[Item]:
+    """Is what changed right, what does the table say, and is every access in bounds? For about 280 seconds."""
+    workers = [] if dry else ["-n", "8"]
+    pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers)
+    return [
+        own("environment", seconds=30, least=5, alone=True),
+        *correctness(changed, dry),
+        own("bench", seconds=110, least=30, alone=True),
+        own("profile", seconds=60, least=30, alone=True),
+        *sanitizer("memcheck", dry),
+        Item("streams", (*pytest, str(STREAMS)), 60, 20),
+        *sanitizer("racecheck", dry),
+        *generation(dry),
+        Item("tests", (*pytest, "-m", "gpu", "--maxfail=30", str(ROOT / "tests")), 1800, 300),
+    ]
+
+
+CALLS: dict[str, Callable[[bool, Sequence[str]], list[Item]]] = {"first": first, "second": second}
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------
+
+
+def place_extensions(built: Path = BUILT, package: Path = ROOT / "pyfused") -> list[str]:
+    """Copies what `make gpu-build` made for this Python into the package, where that is newer. An extension of another
+    Python has another name."""
+    copied = []
+    for source in sorted(built.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}")):
+        target = package / source.name
+        if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+            shutil.copy2(source, target)
+            copied.append(source.name)
+    return copied
+
+
+def _stop_at(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=(__doc__ or "").split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--call", choices=list(CALLS), help="which items")
+    what.add_argument("--publish", nargs="+", type=Path, metavar="FOLDER", help="results -> evidence -> README")
+    what.add_argument("--item", nargs="+", metavar="NAME", help="runs one item in this process")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="by default 390 and 280")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-results", metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", metavar="ITEM", help="items whose names begin so")
+    parser.add_argument(
+        "--changed", nargs="+", default=[], choices=OPERATORS, help="operators to judge in the second call"
+    )
+    parser.add_argument("--dry", action="store_true", help="without a GPU, at tiny sizes")
+    parser.add_argument("--from", type=int, default=0, dest="start", metavar="N", help="of --item: begins at case N")
+    arguments = parser.parse_args(argv)
+    if arguments.item:
+        name, *rest = arguments.item
+        items = gpu_commands.ITEMS
+        if name not in items:
+            sys.path[1:1] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "cuda_on_cpu")]
+            import gpu_items
+
+            items = gpu_items.ITEMS
+        return gpu_commands.show(items[name](arguments.start, *rest))
+    if arguments.publish:
+        import gpu_publish
+
+        return gpu_publish.main(arguments.publish)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_at)
+    if copied := place_extensions():
+        print("took", ", ".join(copied), "from", BUILT)
+    items = CALLS[arguments.call](arguments.dry, arguments.changed)
+    if arguments.only:
+        items = [item for item in items if any(f"{item.name} ".startswith(f"{name} ") for name in arguments.only)]
+    budget = arguments.budget or {"first": 390.0, "second": 280.0}[arguments.call]
+    clock = _patient if arguments.dry else time.monotonic
+    return Session(arguments.results, budget, clock, dry=arguments.dry).run(items)
+
+
+def _patient() -> float:
+    """A clock for a dry run: what takes seconds there is the machine's other work."""
+    return time.monotonic() / 5
 
 
 if __name__ == "__main__":

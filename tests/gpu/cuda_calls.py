@@ -1,5 +1,5 @@
 """Which calls does compute-sanitizer look at? Every small one of operator_calls.py that CUDA kernels take, in three dtypes,
-with each result read back. Without a GPU they run on the host shim.
+with each result read back. Without a GPU they run on the host shim. Arguments: what the calls' names begin with.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/cuda_calls.py ["rms_norm 37" ...]
 """
@@ -25,7 +25,7 @@ def main() -> int:
 
         _extensions.emulate_cuda(shim.load)
     ran, left = 0, set()
-    for name in sys.argv[1:] or operator_calls.CALLS:
+    for name in filter(lambda name: name.startswith(tuple(sys.argv[1:] or [""])), operator_calls.CALLS):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             call = operator_calls.prepared(name, device, dtype)
             try:

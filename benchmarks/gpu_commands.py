@@ -1,0 +1,114 @@
+"""Which items of gpu.py are other commands? `pyfused tune` and `bench`, and Nsight Compute. Nothing here imports torch: a
+process that only waits for another begins at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpu_session import ROOT
+
+BEGAN = time.monotonic()
+Row = dict[str, Any]
+
+
+def show(rows: Iterable[Row]) -> int:
+    """Prints rows as gpu_session reads them: each in one piece, on a line of its own, whatever a library prints meanwhile."""
+    for row in rows:
+        sys.stdout.write(f"\n{json.dumps(row)}\n")
+        sys.stdout.flush()
+    return 0
+
+
+def left() -> float:
+    """Seconds that this process still has: PYFUSED_GPU_SECONDS at its begin."""
+    return float(os.environ.get("PYFUSED_GPU_SECONDS", "1e9")) - (time.monotonic() - BEGAN)
+
+
+def tune_command(operators: Sequence[str], seconds: float, file: str) -> list[str]:
+    return ["tune", "--device", "cuda", "--limit", str(int(seconds)), "--save", file, *operators]
+
+
+def bench_command(names: Sequence[str], seconds: float, file: str) -> list[str]:
+    return ["bench", "--device", "cuda", *names, "--json", file, "--limit", str(int(seconds)), "--seconds", "0.5"]
+
+
+def tune(start: int, operators: str) -> Iterator[Row]:
+    """`pyfused tune` on some operators: a row for each line of evidence, and for each kernel's tiles."""
+    for content in _from_command(partial(tune_command, operators.split(","))):
+        for line in content.get("lines", ()):
+            yield {"operator": line.get("operator"), "dtype": line.get("dtype"), "line": line}
+        for tile in content.get("tiles", ()):
+            yield {"kernel": tile.get("kernel"), "dtype": tile.get("dtype"), "tile": tile}
+        for refused in content.get("refused", ()):
+            yield {"refused": refused, "ok": False}
+
+
+BENCHMARKS = ("attention", "layer_norm", "rms_norm", "gated_ffn", "ffn", "linear", "fourier_mix", "gpt2", "t5")
+
+
+def bench(start: int) -> Iterator[Row]:
+    """`pyfused bench`: its whole file in one row."""
+    for content in _from_command(partial(bench_command, BENCHMARKS)):
+        yield {"cases": len(content.get("rows", ())), "bench": content}
+
+
+def _from_command(command: Callable[[float, str], list[str]]) -> Iterator[Row]:
+    """What a command of pyfused saved in a file; what there is of it, too, where it fails or runs out of time."""
+    seconds = max(left() - 6, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "saved.json"
+        arguments = [sys.executable, "-m", "pyfused", *command(max(seconds - 5, 1), str(file))]
+        try:
+            done = subprocess.run(arguments, cwd=ROOT, timeout=seconds)
+            failed = f"exit status {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            failed = f"not done in {seconds:.0f} s"
+        if file.exists():
+            yield json.loads(file.read_text())
+        if failed:
+            raise RuntimeError(f"{' '.join(arguments[1:])}: {failed}")
+
+
+KEPT = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "DRAM Throughput", "L2 Cache Throughput")
+KEPT += ("Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy", "Grid Size", "Block Size")
+
+
+def profile(start: int) -> Iterator[Row]:
+    """What Nsight Compute says of five calls, a row for each kernel. The card's clocks are left as they are."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        raise RuntimeError("ncu is not on the PATH")
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "LaunchStats")]
+    options = ["--csv", "--page=details", "--clock-control=none", "--profile-from-start=off", "--launch-count=40"]
+    command = [tool, *sections, *options, sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--item", "kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left() - 5, 5))
+    yield from profiled(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"ncu: exit status {done.returncode}\n{done.stdout[-800:]}{done.stderr[-800:]}")
+
+
+def profiled(text: str) -> list[Row]:
+    """The rows of ncu's CSV: {"kernel", "metrics": {name: "value unit"}}."""
+    lines = text.splitlines()
+    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    rows: dict[str, Row] = {}
+    for found in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
+        row = rows.setdefault(found["ID"], {"kernel": found["Kernel Name"][:120], "metrics": {}})
+        if found["Metric Name"] in KEPT:
+            row["metrics"][found["Metric Name"]] = f"{found['Metric Value']} {found['Metric Unit']}".strip()
+    return list(rows.values())
+
+
+ITEMS: dict[str, Callable[..., Iterator[Row]]] = {"tune": tune, "bench": bench, "profile": profile}

@@ -1,0 +1,277 @@
+"""Which calls are judged on a GPU, and how? Every operator, forward and gradients, beside plain PyTorch and float64.
+
+Shapes are those of a model, odd ones, and ones with more rows than a grid has in its second dimension (65,535).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import draws
+import torch
+import torch.nn.functional as F
+from plain_attention import plain as plain_attention
+
+import pyfused
+from pyfused.dispatch import BackendError
+from pyfused.kernels.reference import relative_bias as buckets
+from pyfused.testing import judge, running
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MANY = 70_000
+DRAWS = 6  # of few numbers one draw may break the rule by chance: see pyfused/testing/tolerance.py
+
+Tensors = dict[str, torch.Tensor]
+Call = Callable[[Tensors], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator.
+
+    Args:
+        name: such as "17x1000 residual".
+        shapes: of the inputs, by name. Matrices that start with "w" are scaled as a layer's weights are.
+        own: the call. plain: the same in plain PyTorch; a second way, if there is one, sets the scale of gradients.
+        gradients: whether those of all inputs are judged too.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    own: Call
+    plain: tuple[Call, ...]
+    gradients: bool = True
+
+
+def norm(operator: str, rows: int, n: int, residual: bool) -> Case:
+    shapes = {"x": (rows, n), "weight": (n,), **({"bias": (n,)} if operator == "layer_norm" else {})}
+    shapes |= {"residual": (rows, n)} if residual else {}
+
+    def own(t: Tensors) -> Any:
+        return getattr(pyfused, operator)(**t)
+
+    def plain(t: Tensors) -> Any:
+        total = t["x"] + t["residual"] if residual else t["x"]
+        if operator == "rms_norm":
+            y = F.rms_norm(total, (n,), t["weight"], 1e-6)
+        else:
+            y = F.layer_norm(total, (n,), t["weight"], t["bias"])
+        return (y, total) if residual else y
+
+    return Case(f"{rows}x{n}{' residual' * residual}", shapes, own, (plain,))
+
+
+def linear(rows: int, n: int, m: int) -> Case:
+    shapes = {"x": (rows, n), "weight": (m, n), "bias": (m,), "residual": (rows, m)}
+
+    def plain(t: Tensors) -> Any:
+        return F.linear(t["x"], t["weight"], t["bias"]) + t["residual"]
+
+    return Case(f"{rows}x{n}x{m}", shapes, lambda t: pyfused.linear(**t), (plain,))
+
+
+def ffn(rows: int, n: int, f: int) -> Case:
+    shapes = {"x": (rows, n), "w_in": (f, n), "b_in": (f,), "w_out": (n, f), "b_out": (n,), "residual": (rows, n)}
+
+    def plain(t: Tensors) -> Any:
+        hidden = F.gelu(F.linear(t["x"], t["w_in"], t["b_in"]))
+        return F.linear(hidden, t["w_out"], t["b_out"]) + t["residual"]
+
+    return Case(f"{rows}x{n}x{f}", shapes, lambda t: pyfused.ffn(**t, activation="gelu"), (plain,))
+
+
+def gated_ffn(rows: int, n: int, f: int) -> Case:
+    shapes = {"x": (rows, n), "w_gate": (f, n), "w_up": (f, n), "w_out": (n, f), "residual": (rows, n)}
+
+    def plain(t: Tensors) -> Any:
+        gate = F.gelu(F.linear(t["x"], t["w_gate"]), approximate="tanh")
+        return F.linear(gate * F.linear(t["x"], t["w_up"]), t["w_out"]) + t["residual"]
+
+    return Case(f"{rows}x{n}x{f}", shapes, lambda t: pyfused.gated_ffn(**t, activation="gelu_tanh"), (plain,))
+
+
+def fourier_mix(*shape: int) -> Case:
+    def plain(t: Tensors) -> Any:
+        x = t["x"]
+        return torch.fft.fft2(x if x.dtype == torch.float64 else x.float()).real.to(x.dtype)
+
+    return Case("x".join(map(str, shape)), {"x": shape}, lambda t: pyfused.fourier_mix(t["x"]), (plain,))
+
+
+def gathered(table: torch.Tensor, sq: int, sk: int, bidirectional: bool) -> torch.Tensor:
+    """The bias as a tensor. Its gradient is a sum over all pairs: in float32 at least, else it would be no yardstick."""
+    wide = table if table.dtype == torch.float64 else table.float()
+    return buckets.forward(wide, sq, sk, bidirectional, 128, sk - sq)[0].to(table.dtype)
+
+
+def relative_bias(heads: int, sq: int, sk: int, bidirectional: bool) -> Case:
+    def own(t: Tensors) -> Any:
+        return pyfused.relative_bias(t["table"], sq, sk, bidirectional=bidirectional, query_offset=sk - sq)
+
+    def plain(t: Tensors) -> Any:
+        return gathered(t["table"], sq, sk, bidirectional)
+
+    name = f"{heads}x{sq}x{sk}{'' if bidirectional else ' causal'}"
+    return Case(name, {"table": (32, heads)}, own, (plain,))
+
+
+def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, *options: str, gradients: bool = True) -> Case:
+    """options: "causal", "padding", "bias" (dense), "table" (T5's)."""
+    shapes = {"query": (b, h, sq, d), "key": (b, hkv, sk, d), "value": (b, hkv, sk, d)}
+    shapes |= {"attn_bias": (1, h, sq, sk)} if "bias" in options else {}
+    shapes |= {"table": (32, h)} if "table" in options else {}
+
+    def shared(t: Tensors) -> dict[str, Any]:
+        given: dict[str, Any] = {"is_causal": "causal" in options, "scale": None}
+        if "padding" in options:  # rows of all lengths from half on
+            lengths = torch.linspace((sk + 1) // 2, sk, b, device=t["query"].device).long()
+            given["padding_mask"] = torch.arange(sk, device=lengths.device) < lengths[:, None]
+        return given
+
+    def own(t: Tensors) -> Any:
+        rest = {name: tensor for name, tensor in t.items() if name != "table"}
+        table = {"relative_bias": pyfused.RelativeBias(t["table"], True)} if "table" in t else {}
+        return pyfused.attention(**rest, **shared(t), **table)
+
+    def plain(t: Tensors, logarithm: bool) -> Any:
+        inputs = dict(t)
+        if "table" in t:
+            inputs["attn_bias"] = gathered(inputs.pop("table"), sq, sk, True)
+        return plain_attention(inputs, shared(t), logarithm=logarithm)
+
+    name = " ".join([f"{b}x{h}/{hkv}x{sq}/{sk}x{d}", *options])
+    ways = (lambda t: plain(t, False), lambda t: plain(t, True))  # see plain_attention
+    return Case(name, shapes, own, ways, gradients)
+
+
+def packed(h: int, d: int, *lengths: int) -> Case:
+    """Sequences one behind the other, without padding."""
+    shape = (1, h, sum(lengths), d)
+
+    def own(t: Tensors) -> Any:
+        ends = torch.tensor([0, *lengths], device=t["query"].device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return pyfused.attention(**t, is_causal=True, cu_seqlens=ends, max_seqlen=max(lengths))
+
+    def plain(t: Tensors, logarithm: bool) -> Any:
+        parts = zip(*(t[name].split(lengths, 2) for name in ("query", "key", "value")))
+        options = {"is_causal": True, "scale": None}
+        every = [dict(zip(("query", "key", "value"), part)) for part in parts]
+        return torch.cat([plain_attention(one, options, logarithm=logarithm) for one in every], 2)
+
+    name = f"packed {h}x{'+'.join(map(str, lengths))}x{d}"
+    ways = (lambda t: plain(t, False), lambda t: plain(t, True))
+    return Case(name, dict.fromkeys(("query", "key", "value"), shape), own, ways)
+
+
+NORMS = ((2048, 768), (MANY, 24), (129, 1000), (7, 4097), (3, 16400), (200, 5))
+WIDE = ((1, 768, 2048), (3, 1000, 137), (16, 768, 3072), (17, 131, 96), (2048, 768, 3072), (MANY, 24, 40))
+
+
+def cases(operator: str, tiny: bool) -> list[Case]:
+    """What is judged of an operator. tiny: what Triton's interpreter gets through."""
+    if operator in ("layer_norm", "rms_norm"):
+        shapes = ((40, 37),) if tiny else NORMS
+        return [norm(operator, *shape, residual) for shape in shapes for residual in (True, False)[: 2 - tiny]]
+    if operator in ("linear", "ffn", "gated_ffn"):
+        make = {"linear": linear, "ffn": ffn, "gated_ffn": gated_ffn}[operator]
+        return [make(*shape) for shape in (((20, 33, 24),) if tiny else WIDE)]
+    if operator == "fourier_mix":
+        shapes = ((2, 6, 20),) if tiny else ((2, 512, 768), (1, 1024, 1024), (1, 137, 64), (3, 31, 20), (MANY, 2, 3))
+        return [fourier_mix(*shape) for shape in shapes]
+    if operator == "relative_bias":
+        shapes = ((1, 5, 6),) if tiny else ((2, 1025, 2048), (12, 129, 137), (4, 1, 1025))
+        return [relative_bias(*shape, both) for shape in shapes for both in (True, False)[: 2 - tiny]]
+    if operator == "attention":
+        return [attention(1, 2, 1, 17, 20, 16, "causal", "table")] if tiny else list(_attention())
+    raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(pyfused.ops.NAMES)}")
+
+
+def _attention() -> Iterator[Case]:
+    for options in ((), ("causal",), ("table",), ("padding",)):
+        yield attention(1, 2, 2, 2048, 2048, 64, *options)
+    yield attention(1, 2, 2, 1025, 1025, 128, "causal")
+    yield attention(2, 4, 2, 137, 129, 64, "causal", "padding")
+    yield attention(1, 2, 2, 129, 129, 80, "bias")
+    yield attention(2, 2, 2, 127, 137, 40, "table", "padding")
+    yield packed(2, 64, 70, 1, 129, 40)
+    # a token against a cache, which nobody differentiates, and grids of many programs
+    yield attention(2, 8, 2, 1, 1025, 64, gradients=False)
+    yield attention(1, 12, 12, 1, 300, 64, "table", "padding", gradients=False)
+    yield attention(MANY, 1, 1, 3, 5, 16, gradients=False)
+    yield attention(1, 1, 1, MANY, 40, 64, gradients=False)
+
+
+def every(operators: str, tiny: bool) -> list[tuple[str, torch.dtype, Case]]:
+    """(operator, dtype, case) of operators named with commas, in a fixed order."""
+    found = ((name, case) for name in operators.split(",") for case in cases(name, tiny))
+    return [(name, dtype, case) for (name, case), dtype in product(found, DTYPES)]
+
+
+def judged(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """{"ok", "ratio" (the largest error over what is allowed), "worst" (of which result), "seconds"}; {"ok": None, "left"}
+    where the backend leaves the case to another."""
+    began, drawn = time.perf_counter(), {}
+    for draw in range(DRAWS):
+        torch.manual_seed(1234 + draw)
+        try:
+            found = _once(case, backend, dtype, device)
+        except BackendError as error:
+            return {"ok": None, "ratio": None, "left": str(error), "seconds": 0.0}
+        for what, tensors in found.items():
+            drawn.setdefault(what, []).append(tensors)
+        ratios = {what: judge(*draws.together(several)).ratio for what, several in drawn.items()}
+        worst = max(ratios, key=lambda what: ratios[what])
+        ok = ratios[worst] <= 1
+        if ok:
+            break
+    ratio = ratios[worst] if math.isfinite(ratios[worst]) else 1e9
+    return {"ok": ok, "ratio": ratio, "worst": worst, "draws": draw + 1, "seconds": time.perf_counter() - began}
+
+
+def _once(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, tuple[Any, Any, Any]]:
+    """{result: (actual, plain, truth)} of new random numbers."""
+    inputs = {name: random(name, shape, dtype, device) for name, shape in case.shapes.items()}
+    cotangents: list[torch.Tensor] = []
+
+    def results(call: Call, wide: torch.dtype) -> Tensors:
+        leaves = {name: t.to(wide).requires_grad_(case.gradients) for name, t in inputs.items()}
+        outputs = call(leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+        if case.gradients:
+            cotangents.extend(torch.randn_like(out) for out in outputs[len(cotangents) :])
+            grads = torch.autograd.grad(outputs, list(leaves.values()), [c.to(wide) for c in cotangents])
+            named |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}
+        return named
+
+    with running(backend), _poisoned():
+        actual = results(case.own, dtype)
+    truth, plain = results(case.plain[0], torch.float64), results(case.plain[0], dtype)
+    if len(case.plain) > 1 and case.gradients:
+        plain |= {what: t for what, t in results(case.plain[1], dtype).items() if what.startswith("gradient")}
+    assert all(t.dtype == dtype for t in actual.values())
+    return {what: (actual[what], plain[what], truth[what]) for what in actual}
+
+
+def random(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    scale = shape[-1] ** -0.5 if name.startswith("w") and len(shape) == 2 else 1.0
+    t = (torch.randn(shape, device=device) * scale).to(dtype)
+    if name in ("query", "key", "value"):  # as a projection gives them: (B, S, H, D) in memory
+        t = t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t
+
+
+class _poisoned:
+    """Inside, torch.empty gives NaN: what a kernel forgot to write is found."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def __exit__(self, *error: object) -> None:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,84 @@
+"""What do the items of gpu.py share? The device, clocks, and what an error means.
+
+PYFUSED_GPU_DRY=1: on CPU tensors, Triton in its interpreter and csrc/cuda on the host shim, at tiny sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pyfused import _extensions
+
+DRY = os.environ.get("PYFUSED_GPU_DRY") == "1"
+DEVICE = "cpu" if DRY else "cuda"
+Row = dict[str, Any]
+if DRY:
+    import shim
+
+    from pyfused.testing.triton_interpreter import repair_interpreter
+
+    repair_interpreter()
+    _extensions.emulate_cuda(shim.load)
+    torch.set_num_threads(1)
+
+
+def synchronize() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def wrong(error: Exception) -> Row:
+    """The end of a row for a case that raised; raises itself where no later case could run."""
+    if _is_sticky(error):
+        raise error
+    return {"ok": False, "error": f"{type(error).__name__}: {error}"[:1500]}
+
+
+def _is_sticky(error: Exception) -> bool:
+    """Whether every later call of CUDA in this process fails too."""
+    if DRY or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def seconds_of(call: Callable[[], Any], times: int) -> float:
+    samples = []
+    for _ in range(times):
+        synchronize()
+        began = time.perf_counter()
+        call()
+        synchronize()
+        samples.append(time.perf_counter() - began)
+    return statistics.median(samples)
+
+
+def medians(calls: dict[str, Callable[[], Any]], rounds: int = 1 if DRY else 15) -> dict[str, float]:
+    """Seconds on the device of each call, in turn, with a cold cache."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    flush = None if DRY else torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+    for round in range(rounds + 1):
+        for name, call in calls.items():
+            if DRY:
+                seconds = seconds_of(call, 1)
+            else:
+                flush.zero_()  # type: ignore[union-attr]
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                seconds = begin.elapsed_time(end) / 1e3
+            if round:
+                samples[name].append(seconds)
+    return {name: statistics.median(values) for name, values in samples.items()}

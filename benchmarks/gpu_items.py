@@ -1,0 +1,141 @@
+"""What does each item of gpu.py do? A function an item that yields rows, which gpu_commands.show() prints."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gpu_correct
+import torch
+from gpu_device import DEVICE, DRY, Row, synchronize, wrong
+from gpu_models import compile, generate, transformers
+from gpu_peers import attention_shapes, flex, heads, peers
+from gpu_session import ROOT
+
+import pyfused
+from pyfused import _extensions, dispatch, evidence
+from pyfused.testing import running
+
+# ---- what is here -------------------------------------------------------------------------------------------------------
+
+
+def environment(start: int) -> Iterator[Row]:
+    """Versions and tools, whether the extensions load, and the ceilings of this card."""
+    packages = ("torch", "triton", "transformers", "numpy", "pytest")
+    versions = {"pyfused": pyfused.__version__, "python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    device = "dry run" if DRY else torch.cuda.get_device_name()
+    kind = "cuda_dry_run" if DRY else evidence.kind("cuda")
+    tools = {tool: shutil.which(tool) for tool in ("nvcc", "ncu", "compute-sanitizer")}
+    yield {"device": device, "kind": kind, "versions": versions, "tools": tools, "commit": _commit()}
+    for name in ("_cpu", "_cuda"):
+        reason = _extensions.missing(name)
+        yield {"extension": name, "ok": not reason, "error": reason}
+    for name in ("triton", "cuda"):
+        reason = dispatch.missing(name)
+        yield {"backend": name, "ok": not reason, "error": reason}
+    from pyfused.bench import ceilings
+
+    yield {"ceilings": {"copy_gb_per_s": 1.0} if DRY else ceilings(DEVICE)}
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+# ---- is it right --------------------------------------------------------------------------------------------------------
+
+
+def correct(start: int, operators: str, backend: str) -> Iterator[Row]:
+    """Every case of operators, named with commas, on one backend. A row says which case begins, so that the parent knows which
+    one ended this process; an error of CUDA does, as nothing works behind it."""
+    for number, (operator, dtype, case) in enumerate(gpu_correct.every(operators, tiny=DRY)):
+        if number < start:
+            continue
+        about = {"operator": operator, "backend": backend, "dtype": evidence.name_of(dtype), "case": case.name}
+        yield {"begun": number, **about}
+        try:
+            found = gpu_correct.judged(case, backend, dtype, DEVICE)
+            synchronize()
+        except Exception as error:
+            found = {"ratio": None, "seconds": 0.0, **wrong(error)}
+        yield {**about, **found}
+
+
+# ---- what a call costs the host -------------------------------------------------------------------------------------------
+
+
+def host(start: int) -> Iterator[Row]:
+    """Microseconds of the host for a call of each operator on tensors so small that the GPU keeps up."""
+    small = {
+        "layer_norm": gpu_correct.norm("layer_norm", 1, 8, True),
+        "rms_norm": gpu_correct.norm("rms_norm", 1, 8, True),
+        "linear": gpu_correct.linear(1, 64, 64),
+        "ffn": gpu_correct.ffn(1, 64, 64),
+        "gated_ffn": gpu_correct.gated_ffn(1, 64, 64),
+        "fourier_mix": gpu_correct.fourier_mix(1, 2, 8),
+        "relative_bias": gpu_correct.relative_bias(2, 1, 8, True),
+        "attention": gpu_correct.attention(1, 2, 2, 1, 8, 16),
+    }
+    for operator, case in small.items():
+        tensors = {k: gpu_correct.random(k, shape, torch.bfloat16, DEVICE) for k, shape in case.shapes.items()}
+        for backend in (None, "triton", "cuda", "reference"):
+            try:
+                with running(backend) if backend else contextlib.nullcontext(), torch.no_grad():
+                    seconds = _of_the_host(lambda case=case, tensors=tensors: case.own(tensors))
+            except dispatch.BackendError:
+                continue
+            yield {"operator": operator, "backend": backend or "default", "us": seconds * 1e6}
+
+
+def _of_the_host(call: Callable[[], Any]) -> float:
+    calls, best = 2 if DRY else 200, float("inf")
+    for _ in range(2 if DRY else 6):
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - began) / calls)
+    return best
+
+
+# ---- what Nsight Compute looks at ----------------------------------------------------------------------------------------
+
+
+def kernels(start: int) -> Iterator[Row]:
+    """The five calls that `profile` looks at."""
+    b, h, s, d = attention_shapes()[0]
+    q, k, v = (t.requires_grad_() for t in heads(b, h, s, d))
+    table = torch.randn(32, h, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(16 if DRY else 16384, 32 if DRY else 1024, device=DEVICE, dtype=torch.bfloat16)
+    w_wide = torch.randn(48 if DRY else 50257, 32 if DRY else 768, device=DEVICE, dtype=torch.bfloat16)
+    row, weight = torch.randn(1, w_wide.shape[1], device=DEVICE, dtype=torch.bfloat16), x[0].clone()
+    out = pyfused.attention(q, k, v)
+    calls = {
+        "attention": lambda: pyfused.attention(q.detach(), k.detach(), v.detach()),
+        "attention with T5's bias": lambda: pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True)),
+        "attention backward": lambda: torch.autograd.grad(out, (q, k, v), out.detach(), retain_graph=True),
+        "layer_norm": lambda: pyfused.layer_norm(x, weight, weight, residual=x),
+        "linear, one row": lambda: pyfused.linear(row, w_wide),
+    }
+    for name, call in calls.items():
+        call()
+        synchronize()
+        with contextlib.nullcontext() if DRY else torch.cuda.profiler.profile():
+            call()
+            synchronize()
+        yield {"called": name}
+
+
+ITEMS: dict[str, Callable[..., Iterator[Row]]] = {
+    f.__name__: f for f in (environment, compile, correct, generate, transformers, flex, peers, host, kernels)
+}

@@ -1,0 +1,160 @@
+"""How fast are a model's tokens, and are they the right ones? GPT-2 124M and T5 1.1 base, beside transformers.
+
+Weights are random and made on the device: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from gpu_device import DEVICE, DRY, Row, seconds_of, wrong
+
+import pyfused
+from pyfused.testing import judge, running
+
+GPT2 = {"vocabulary_size": 50257, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
+T5 = {"vocabulary_size": 32128, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 2048}
+T5 |= {"key_value_dim": 64, "activation": "gelu_new", "tie_embedding_weights": False}
+TINY = {"vocabulary_size": 60, "num_layers": 1, "num_heads": 2, "hidden_dim": 32, "intermediate_dim": 48}
+# (prompts, tokens of each, new tokens)
+SHAPES = ((2, 3, 3),) if DRY else ((1, 32, 128), (1, 128, 128), (4, 100, 64))
+
+
+def backbone(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """GPT-2 124M or T5 1.1 base with random weights, made on the device."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        if name == "gpt2":
+            model: Any = pyfused.GPT2Backbone(
+                **(TINY if DRY else GPT2), max_sequence_length=64 if DRY else 1024, dtype=dtype
+            )
+        else:
+            model = pyfused.T5Backbone(**{**T5, **TINY, "key_value_dim": 16} if DRY else T5, dtype=dtype)
+    return model.eval()
+
+
+def compile(start: int) -> Iterator[Row]:
+    """Compiles the Triton kernels of both models in 12 processes; the items behind find them on the disk."""
+    from pyfused.warm import warm
+
+    for name in ("gpt2", "t5"):
+        found = warm(backbone(name), lengths=sorted({shape[1] for shape in SHAPES}), workers=12)
+        yield {"model": name, "ok": not found["failed"], **found}
+
+
+def texts(shape: tuple[int, int, int], vocabulary: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(3, vocabulary, shape[:2], generator=draw).tolist()
+
+
+def generate(start: int, names: str) -> Iterator[Row]:
+    """Twice per shape with other allocations between; the tokens of the two, and of the reference, must agree; microseconds
+    a token by default and with a backend forced."""
+    models: dict[str, Any] = {}
+    cases = product(names.split(","), (None, "cuda", "triton"), SHAPES)
+    for number, (name, backend, shape) in enumerate(cases):
+        if number < start:
+            continue
+        about = {"model": name, "backend": backend or "default", "shape": "x".join(map(str, shape))}
+        yield {"begun": number, **about}
+        try:
+            models = models if name in models else {name: backbone(name)}
+            yield {**about, **_generated(models[name], backend, shape)}
+        except Exception as error:
+            yield {**about, **wrong(error)}
+
+
+def _generated(model: Any, backend: str | None, shape: tuple[int, int, int]) -> Row:
+    prompts, count = texts(shape, model.get_config()["vocabulary_size"]), shape[2]
+    generator = pyfused.Generator(model)
+    with running(backend, strict=False) if backend else contextlib.nullcontext():
+        tokens = generator.generate(prompts, count)
+        # A graph that reads memory which is no longer its own gives other tokens once something else lies there.
+        kept = [torch.full((n << 10,), float("nan"), device=DEVICE) for n in ((1,) if DRY else (1, 64, 4096, 65536))]
+        again = generator.generate(prompts, count)
+        del kept
+        whole = seconds_of(lambda: generator.generate(prompts, count), 1 if DRY else 5)
+        beginning = seconds_of(lambda: generator.generate(prompts, 1), 1 if DRY else 5)
+    with running("reference", strict=False):
+        expected = pyfused.Generator(model).generate(prompts, count)
+    agree = [_agree(model, *row) for row in zip(prompts, tokens, expected)]
+    return {
+        "ok": tokens == again and all(agree),
+        "same_again": tokens == again,
+        "as_reference": sum(agree),
+        "equal_tokens": sum(a == b for row in zip(tokens, expected) for a, b in zip(*row)),
+        "us_per_token": (whole - beginning) / (count - 1) * 1e6,
+        "ms_first_token": beginning * 1e3,
+    }
+
+
+@torch.inference_mode()
+def _agree(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> bool:
+    """Whether two greedy texts are equal, or part at two tokens that are nearer than the tolerance rule's errors."""
+    at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), None)
+    if at is None:
+        return len(found) == len(expected)
+
+    def logits(model: Any) -> torch.Tensor:
+        with running("reference", strict=False):
+            if isinstance(model, pyfused.GPT2Backbone):
+                ids = torch.tensor([prompt + found[:at]], device=DEVICE)
+                return model.logits(model(token_ids=ids, padding_mask=torch.ones_like(ids))[:, -1])[0]
+            ids = torch.tensor([prompt], device=DEVICE)
+            target = torch.tensor([[0, *found[:at]]], device=DEVICE)
+            masks = {"encoder_padding_mask": torch.ones_like(ids), "decoder_padding_mask": torch.ones_like(target)}
+            hidden = model(encoder_token_ids=ids, decoder_token_ids=target, **masks)
+            return model.logits(hidden["decoder_sequence_output"][:, -1])[0]
+
+    truth, shown = logits(copy.deepcopy(model).double()), logits(model)
+    best, other = truth[[found[at], expected[at]]]
+    return abs(best - other).item() <= 2 * judge(shown, shown, truth).worst_bound
+
+
+def _theirs(name: str) -> Any:
+    """Hugging Face's model of the same size."""
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 60, "n_embd": 32, "n_layer": 1, "n_head": 2} if DRY else {}
+    smaller = {"vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    base = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
+    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    with torch.device(DEVICE):
+        if name == "gpt2":
+            model: Any = GPT2LMHeadModel(GPT2Config(**small))
+        else:
+            model = T5ForConditionalGeneration(T5Config(**(smaller if DRY else base), **gated))
+    return model.to(torch.bfloat16).eval()
+
+
+def transformers(start: int, names: str) -> Iterator[Row]:
+    """Hugging Face's models: eager, and with a static cache, which it compiles on a GPU."""
+    from torch._dynamo.utils import counters
+
+    ways: dict[str, Row] = {"eager": {}, "static cache, compiled": {"cache_implementation": "static"}}
+    shape = SHAPES[0]
+    for name, (how, options) in product(names.split(","), ways.items()):
+        about = {"model": name, "how": how, "shape": "x".join(map(str, shape))}
+        try:
+            model = _theirs(name)
+            ids = torch.tensor(texts(shape, model.config.vocab_size), device=DEVICE)
+
+            def call(count: int, model: Any = model, ids: torch.Tensor = ids, options: Row = options) -> Any:
+                fixed = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+                with torch.no_grad():
+                    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **fixed)
+
+            for _ in range(1 if DRY else 3):  # it is compiled at the first, and recorded as a graph at the second
+                call(shape[2])
+            whole, beginning = (seconds_of(partial(call, n), 1 if DRY else 3) for n in (shape[2], 2))
+            figure = (whole - beginning) / (shape[2] - 2) * 1e6
+            yield {**about, "us_per_token": figure, "graphs": counters["stats"]["unique_graphs"]}
+        except Exception as error:
+            yield {**about, **wrong(error)}
