@@ -42,9 +42,9 @@ def environment(start: int) -> Iterator[Row]:
     for name in ("triton", "cuda"):
         reason = dispatch.missing(name)
         yield {"backend": name, "ok": not reason, "error": reason}
-    from pyfused.bench import ceilings
+    from pyfused.bench.measure import ceilings
 
-    yield {"ceilings": {"copy_gb_per_s": 1.0} if DRY else ceilings(DEVICE)}
+    yield {"ceilings": {"copy_gb_per_s": 1.0} if DRY else ceilings(DEVICE, DTYPES)}
 
 
 def _commit() -> str | None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ._version import __version__
 
@@ -337,7 +337,7 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from . import evidence, tune, tune_gpu
+    from . import evidence, tune, tune_gpu, warm
 
     on_gpu = arguments.device == "cuda"
     if any(count < 1 for count in arguments.threads):
@@ -349,11 +349,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"measuring: {text}", file=sys.stderr, flush=True)
 
-    options = {"quick": arguments.quick, "operators": arguments.operators, "say": say}
+    options: dict[str, Any] = {"quick": arguments.quick, "operators": arguments.operators, "say": say}
     if on_gpu:
         path = Path(arguments.save) if arguments.save else tune_gpu.own_file()
         limit = float("inf") if arguments.limit is None else arguments.limit
-        found = tune_gpu.tune(**options, limit=limit, save=lambda found: evidence.write(path, found))
+        options |= {"limit": limit, "save": lambda found: evidence.write(path, found)}
+        found = tune_gpu.tune(**options, compile_ahead=warm.compile_tiles)
         left = f"pyfused: {found['skipped']} tiles left out, which do not compile, do not fit or give a wrong output"
         print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
     else:

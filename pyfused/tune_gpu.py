@@ -56,7 +56,7 @@ def tune(
     dtypes: Sequence[torch.dtype] = (),
     say: Callable[[str], None] = lambda text: None,
     save: Callable[[dict[str, Any]], Any] = lambda found: None,
-    compile_ahead: Callable[[Run, str, Sequence[dict[str, int]]], None] = lambda run, kernel, candidates: None,
+    compile_ahead: Callable[[Run, str, Sequence[dict[str, int]]], Any] = lambda run, kernel, candidates: None,
     clock: Callable[[Callable[[], Any]], float] | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:

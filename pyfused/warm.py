@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import dispatch
+from . import dispatch, tiles
 from ._decoding import decoding_of
 from .encoding import encode
 from .kernels.prepared import recorder
@@ -105,6 +105,22 @@ def recording() -> Iterator[list[Launch]]:
         knobs.runtime.jit_cache_hook = before
         recorder.reset(token)
         found += launches
+
+
+def compile_tiles(run: Callable[[], Any], kernel: str, candidates: Sequence[dict[str, int]]) -> list[Compiled]:
+    """Compiles what a call starts with each of some tiles, in parallel; for `pyfused tune`, which tries one after another.
+
+    Args:
+        run: the call.
+        kernel: whose tiles they are, a name in tiles.KERNELS.
+        candidates: the tiles. One that no launcher takes is left out.
+    """
+    with recording() as launches:
+        for tile in candidates:
+            with tiles.trying(kernel, tile), contextlib.suppress(Exception):
+                run()
+                dispatch.forget()
+    return compile_in_parallel(launches)
 
 
 def compile_in_parallel(

@@ -35,6 +35,7 @@ def test_a_model_loads_what_was_compiled_ahead(tmp_path):
     assert all(facts["cached again"])
     assert facts["told again"] == 0
     assert facts["seconds again"] < 1.0
+    assert facts["tiles"] == [2, 0, []]  # both compiled, neither started
     cached, error = facts["broken"]
     assert error
     assert not cached

@@ -10,7 +10,7 @@ import torch
 from triton import knobs
 
 import pyfused
-from pyfused import warm
+from pyfused import dispatch, warm
 from pyfused.models import Backbone
 
 
@@ -44,7 +44,12 @@ def main(preset, *lengths):
         warm._run(model, lengths, True)
     broken = launches[0]._replace(specialisation=launches[0].specialisation.replace('"*bf16"', '"no type"'))
     (failed,) = warm.compile_in_parallel([broken], 1)
+    narrow, x = [{"ROWS": rows, "num_warps": 4} for rows in (1, 2)], torch.ones(4, 40, dtype=torch.bfloat16)
+    norm = dispatch.kernel("triton", "rms_norm")
+    before = len(driver.started)
+    tried = warm.compile_tiles(lambda: norm.forward(x, x[0], 1e-6, None, False), "row_norm_forward", narrow)
     facts = {
+        "tiles": [len(tried), len(driver.started) - before, [row.error for row in tried if row.error]],
         "launches": len(launches),
         "started while recording": started,
         "by another thread": others,
