@@ -11,6 +11,7 @@ import torch
 import pyfused
 from pyfused.bench import Case
 from pyfused.bench.peers import compiled
+from pyfused.bench.peers_models import exported
 
 from .models import NO_DROPOUT, model_calls, pair, train_calls
 
@@ -59,9 +60,17 @@ def forward(setup, lengths, skip, dtype):
     mine, theirs, ids, mask = models(setup, lengths, dtype)
     mine.skip_padding = skip
     states, their_states = calls_of(ids, mask)
-    return model_calls(
-        mine, theirs, states, their_states, peers=compiled(partial(their_states, theirs)) if skip else {}
-    )
+
+    def output(model, ids, mask):
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def after(states):
+        return states[mask]
+
+    peers = {}
+    if skip:
+        peers = {**compiled(partial(their_states, theirs)), **exported(theirs, output, (ids, mask.long()), after)}
+    return model_calls(mine, theirs, states, their_states, peers=peers)
 
 
 def train(setup, lengths, dtype):

@@ -8,6 +8,7 @@ import torch
 import pyfused
 from pyfused.bench import Calls, Case
 from pyfused.bench.peers import compiled
+from pyfused.bench.peers_models import exported
 
 from .bench_albert import BASE
 from .bench_albert import SMALL as SMALL_ALBERT
@@ -66,14 +67,14 @@ def encoder(setup, make, shape, dtype):
     after = fused(before)
     ids = torch.randint(100, shape, device=setup.device)
 
-    def states(model):
+    def states(model, ids=ids):
         return model(ids).last_hidden_state
 
     return Calls(
         partial(states, after),
         partial(states, before),
         exact=lambda: states(copy.deepcopy(before).double()),
-        peers=compiled(partial(states, before)) if make is bert else {},
+        peers={**compiled(partial(states, before)), **exported(before, states, (ids,))} if make is bert else {},
     )
 
 

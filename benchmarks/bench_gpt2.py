@@ -11,6 +11,7 @@ import torch
 import pyfused
 from pyfused.bench import Case
 from pyfused.bench.peers import compiled
+from pyfused.bench.peers_models import INT8, gpt2_prompt, gpt2_token
 from pyfused.models._gpt2_decoding import GPT2Decoding, prefill
 
 from .models import model_calls, pair, train_calls
@@ -52,8 +53,8 @@ def first(setup, length, dtype):
     def their_prompt(model):
         return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
 
-    peers = compiled(partial(their_prompt, theirs))
-    return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers)
+    peers = {**compiled(partial(their_prompt, theirs)), **gpt2_prompt(theirs, ids)}
+    return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers, loose=(INT8,))
 
 
 def token(setup, cached, dtype):
@@ -71,7 +72,8 @@ def token(setup, cached, dtype):
         past.crop(-1)
         return logits
 
-    return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step)
+    peers = gpt2_token(theirs, ids)
+    return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step, peers=peers, loose=(INT8,))
 
 
 def train(setup, length, dtype):

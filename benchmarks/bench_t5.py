@@ -11,6 +11,7 @@ import torch
 import pyfused
 from pyfused.bench import Case
 from pyfused.bench.peers import compiled
+from pyfused.bench.peers_models import INT8, t5_encoder, t5_token
 from pyfused.models._t5_decoding import T5Decoding
 
 from .models import model_calls, pair, train_calls
@@ -55,7 +56,8 @@ def encoder(setup, length, dtype):
     def their_states(model):
         return model.get_encoder()(ids).last_hidden_state
 
-    return model_calls(mine, theirs, states, their_states, peers=compiled(partial(their_states, theirs)))
+    peers = {**compiled(partial(their_states, theirs)), **t5_encoder(theirs, ids)}
+    return model_calls(mine, theirs, states, their_states, peers=peers, loose=(INT8,))
 
 
 def token(setup, length, cached, dtype):
@@ -87,7 +89,8 @@ def token(setup, length, cached, dtype):
         past.self_attention_cache.crop(-1)
         return out.logits[:, -1]
 
-    return model_calls(mine, theirs, last_logits, their_token, run=step)
+    peers = t5_token(theirs, ids, cached)
+    return model_calls(mine, theirs, last_logits, their_token, run=step, peers=peers, loose=(INT8,))
 
 
 def train(setup, length, dtype):

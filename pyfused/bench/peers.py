@@ -1,7 +1,7 @@
 """Whom is pyfused measured beside? Each peer by name, with the packages that it needs.
 
 A peer of a Case is a function that makes its call; what it raises is said in the row. This file has those that work for any
-function or any module.
+function or any module, peers_models.py the engines that run whole models.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "ctranslate2-int8": ("ctranslate2",),
 }
 _ON_GPU = ("triton", "cuda", "flash", "cudnn", "efficient", "liger")
+_ON_CPU = ("openvino", "onnxruntime", "ctranslate2", "ctranslate2-int8")
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -46,6 +47,8 @@ def missing(name: str, device: str) -> str:
     """Why a peer cannot run here, or ""."""
     if name in _ON_GPU and device != "cuda":
         return "runs on a GPU"
+    if name in _ON_CPU and device == "cuda":
+        return "runs on the CPU here"
     lacking = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(lacking)} (pip install 'pyfused[bench]')" if lacking else ""
 
