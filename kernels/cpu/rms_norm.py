@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from pyfused import evidence
 from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import as_rows, rows_of
+from pyfused.kernels.layout import rows_of
 from pyfused.kernels.prepared import dense, launched, maker
 
 from ._launch import library_norm
@@ -41,24 +41,26 @@ def forward(x, weight, eps, residual, save):
     return launch
 
 
+@launched
 def backward(grad_y, grad_total, x, weight, rstd):
-    n = x.shape[-1]
-    rows, stride = (x, n) if x.is_contiguous() else as_rows(x)
-    grad_y, weight = grad_y.contiguous(), weight.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_weight = torch.empty_like(weight)
-    cpu().rms_norm_backward(
-        grad_y.data_ptr(),
-        0 if grad_total is None else grad_total.data_ptr(),
-        rows.data_ptr(),
-        weight.data_ptr(),
-        rstd.data_ptr(),
-        grad_x.data_ptr(),
-        grad_weight.data_ptr(),
-        x.numel() // n,
-        n,
-        stride,
-        DTYPE_CODES[x.dtype],
-    )
-    return grad_x, grad_weight
+    of_x = rows_of(x)
+    if of_x is None or not dense(grad_y, grad_total, weight, rstd):
+        return None
+    kernel, numbers = cpu().rms_norm_backward, (*of_x, DTYPE_CODES[x.dtype])
+    new, new_weight = maker(x.shape, x.dtype), maker(weight.shape, weight.dtype)
+
+    def launch(grad_y, grad_total, x, weight, rstd):
+        grad_x, grad_weight = new(), new_weight()
+        kernel(
+            grad_y.data_ptr(),
+            0 if grad_total is None else grad_total.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            rstd.data_ptr(),
+            grad_x.data_ptr(),
+            grad_weight.data_ptr(),
+            *numbers,
+        )
+        return grad_x, grad_weight
+
+    return launch
