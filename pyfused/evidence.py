@@ -169,8 +169,10 @@ _SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("gated_ffn", "backward"): _gated_ffn_backward,
     ("layer_norm", "forward"): _layer_norm,
     ("layer_norm", "backward"): _norm_backward,
+    ("layer_norm", "training"): _layer_norm,  # forward and backward, as a CPU's evidence has them
     ("rms_norm", "forward"): _rms_norm,
     ("rms_norm", "backward"): _norm_backward,
+    ("rms_norm", "training"): _rms_norm,
     ("fourier_mix", "forward"): _fourier_mix,
     ("attention", "forward"): _attention,
     ("attention", "backward"): _attention_backward,
@@ -408,10 +410,10 @@ def _is_slower(backend: str, speeds: dict[str, float]) -> bool:
     return backend in speeds and max(speeds.values()) > speeds[backend]
 
 
-def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
+def slower_call(backend: str, operator: str, args: tuple[Any, ...], function: str = "forward") -> str | None:
     """slower() of a forward's arguments on the CPU, whose kernels' launchers have the library's way beside their own."""
-    shapes, size = shapes_of(operator, "forward", args)
-    return slower(backend, operator, "forward", "cpu", args[0].dtype, shapes, size)
+    shapes, size = shapes_of(operator, function, args)
+    return slower(backend, operator, function, "cpu", args[0].dtype, shapes, size)
 
 
 def ranks(operator: str, function: str, device: str) -> bool:

@@ -174,8 +174,16 @@ class Operator:
         if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
         if self.autograd is not None and _wants_gradient(args):
-            return self.autograd.apply(*args)
+            return self._by_library(args) or self.autograd.apply(*args)
         return self.direct(*args)
+
+    def _by_library(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The outputs by the library's own differentiable function, on a CPU where that was measured to be faster than forward
+        and backward of the kernel; else None."""
+        if not args[0].is_cpu or dispatch.forced() not in (None, "cpu") or args[0].dtype not in dispatch.KERNEL_DTYPES:
+            return None
+        training = None if dispatch.missing("cpu") else getattr(dispatch.kernel("cpu", self.kernel), "training", None)
+        return training and training(*args)
 
     def again(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The outputs for arguments as the public function got them, in this operator's order, if a call of their signature
