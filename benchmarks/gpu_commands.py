@@ -41,7 +41,8 @@ def tune_command(operators: Sequence[str], seconds: float, file: str) -> list[st
 
 
 def bench_command(names: Sequence[str], seconds: float, file: str) -> list[str]:
-    return ["bench", "--device", "cuda", *names, "--json", file, "--limit", str(int(seconds)), "--seconds", "0.5"]
+    limits = ["--limit", str(int(seconds)), "--seconds", "0.5"]
+    return ["bench", *names, "--device", "cuda", "--dtype", "bfloat16", "--json", file, *limits]
 
 
 def tune(start: int, operators: str) -> Iterator[Row]:
