@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
     bench.add_argument("--peers", default="", metavar="A,B", help="eager,compile,openvino,...; all by default")
     bench.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each row (default 2)")
-    bench.add_argument("--check", action="store_true", help="exit status 1 where pyfused is slower than plain PyTorch")
+    bench.add_argument("--check", action="store_true", help="exit status 1 below 0.97 of plain PyTorch's speed")
     bench.add_argument("--limit", type=float, metavar="S", help="begin no row after so many seconds")
     bench.add_argument(
         "--json", nargs="?", const="-", metavar="FILE.json", help="write the rows there; without a file, print them"
@@ -279,10 +279,16 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; it takes at least 1")
-    if arguments.json not in (None, "-") and not arguments.json.endswith(".json"):
-        raise ValueError(f"--json is {arguments.json!r}; it takes a name that ends in .json")
+    for option, number in ("--seconds", arguments.seconds), ("--limit", arguments.limit):
+        if number is not None and not 0 <= number < float("inf"):
+            raise ValueError(f"{option} is {number}; it takes seconds")
+    if arguments.json not in (None, "-"):
+        if not arguments.json.endswith(".json"):
+            raise ValueError(f"--json is {arguments.json!r}; it takes a name that ends in .json")
+        _check_writable(arguments.json, "--json")
     if arguments.plot:
         drawable(arguments.plot)
+        _check_writable(arguments.plot, "--plot")
     by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     for name in arguments.dtype:
         if name not in by_name:
@@ -304,13 +310,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     shown.close(found, arguments.check)
     if quiet:
         print(json.dumps(found, indent=1))
-    if arguments.plot:
+    if arguments.plot and found["rows"]:
         plot(found, arguments.plot)
         print(f"drew {arguments.plot}", file=sys.stderr)
     if found["interrupted"]:
         return 130
     failed = any("error" in row for row in found["rows"])
-    return 1 if failed or (arguments.check and any(row.get("slow") for row in found["rows"])) else 0
+    unsure = arguments.check and any(row.get("slow") or report.unknown(row) for row in found["rows"])
+    return 1 if failed or unsure else 0
+
+
+def _check_writable(name: str, option: str) -> None:
+    """Says before the measurements what would lose them."""
+    from pathlib import Path
+
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} is {name!r}, which cannot be written")
 
 
 def _warm(arguments: argparse.Namespace) -> int:
@@ -345,6 +361,9 @@ def _tune(arguments: argparse.Namespace) -> int:
     for name, given in (("--threads", on_gpu and arguments.threads), ("--limit", not on_gpu and arguments.limit)):
         if given:
             raise ValueError(f"{name} does not go with --device {arguments.device}")
+
+    if arguments.save:
+        _check_writable(arguments.save, "--save")
 
     def say(text: str) -> None:
         print(f"measuring: {text}", file=sys.stderr, flush=True)

@@ -347,8 +347,7 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
             reason = "fits, and comes later"
             if runs:
                 reason = "forced" if asked == name else "first that fits"
-                trains = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-                way = f"left_to_library_{'training' if trains and name == 'cpu' else function}"
+                way = f"left_to_library_{'training' if name == 'cpu' and evidence.trains(args) else function}"
                 by_library = getattr(kernel(name, operator), way, lambda *args: None)(*args)
                 more = f"by the library: {by_library}" if by_library else more
             reason = f"{reason}; {more}" if more else reason

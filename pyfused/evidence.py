@@ -47,6 +47,7 @@ def remembered(function: Callable[..., _T]) -> functools._lru_cache_wrapper[_T]:
 _only_way: ContextVar[bool | None] = ContextVar("pyfused_one_way", default=None)  # True: the library's
 _threads: ContextVar[int | None] = ContextVar("pyfused_threads", default=None)  # in place of torch's
 _noticed: ContextVar[set[int] | None] = ContextVar("pyfused_noticed", default=None)
+_MOST = 1 << 62  # of a size, and of threads
 _LARGE = 1 << 18  # elements of a weight: 1 MB in float32, what a core's second cache holds
 
 
@@ -332,7 +333,7 @@ def _content(path: Path, expected: str | None) -> dict[str, Any]:
         return dict(content)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         warnings.warn(f"evidence file {path} is left out: {what}", RuntimeWarning, stacklevel=2)
     return {}
@@ -348,11 +349,18 @@ def line_from(row: dict[str, Any], file: str) -> Line:
         str(name): {int(size): float(value) for size, value in by_size.items()}
         for name, by_size in row["speed"].items()
     }
-    for by_size in speed.values():
-        if not by_size or not all(s > 0 and 0 <= v < math.inf for s, v in by_size.items()):
-            raise ValueError(f"speed of {row['operator']}: sizes are positive numbers, speeds 0 or more")
     operator, function, dtype, shapes = (str(row[key]) for key in Line._fields[:4])
-    return Line(operator, function, dtype, shapes, int(row.get("threads", 0)), speed, f"{file}, {row['date']}")
+    if (operator, function) not in _SHAPES:
+        raise ValueError(f"nothing is measured of {operator}'s {function}")
+    if not speed or not speed.keys() <= {"cpu", "triton", "cuda", "reference"}:
+        raise ValueError(f"speed of {operator}: of backends {sorted(speed)}")
+    for by_size in speed.values():
+        if not by_size or not all(0 < s < _MOST and 0 <= v < math.inf for s, v in by_size.items()):
+            raise ValueError(f"speed of {operator}: sizes are positive numbers, speeds 0 or more")
+    threads = int(row.get("threads", 0))
+    if not 0 <= threads < _MOST or ("cpu" in speed) != (threads > 0) or ("cpu" in speed and len(speed) > 1):
+        raise ValueError(f"speed of {operator}: of {sorted(speed)} with {threads} threads; a CPU's is alone, with 1 or more")
+    return Line(operator, function, dtype, shapes, threads, speed, f"{file}, {row['date']}")
 
 
 # ---- what follows -----------------------------------------------------------------------------------------------------
@@ -450,6 +458,8 @@ def unproven(backend: str, operator: str, function: str, device: str) -> Callabl
 
 def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> str:
     """What was measured of this backend for such a call, as explain() prints it; "" if nothing was."""
+    if backend == "cpu" and (operator, "training") in _SHAPES and trains(args):
+        function = "training"
     if (operator, function) not in _SHAPES:
         return ""
     shapes, size = shapes_of(operator, function, args)
@@ -464,6 +474,11 @@ def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> 
         return ""
     said = f"{speed:.2f} times the speed of plain PyTorch" if speed else "its output was wrong"
     return f"{said} ({line.describe(size)})"
+
+
+def trains(args: tuple[Any, ...]) -> bool:
+    """Whether a call of these arguments wants gradients."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 # ---- what people see of it --------------------------------------------------------------------------------------------
@@ -503,7 +518,7 @@ def render(found: Iterable[Line]) -> str:
     for line in found:
         for backend, by_size in line.speed.items():
             speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
-            threads = f"{line.threads} thread{'s' * (line.threads > 1)}" if line.threads else line.function
-            what = f"{line.operator:<12} {line.dtype:<9} {line.shapes:<18} {threads:<10} {backend:<5}"
+            threads = f"{line.threads} thread{'s' * (line.threads > 1)}" if line.threads else ""
+            what = f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<5}"
             rows.append(f"{what} {speeds}  [{line.source}]")
     return "\n".join(rows)

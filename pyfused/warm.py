@@ -275,8 +275,8 @@ def _run(model: Backbone, lengths: Sequence[int], fixed: bool) -> None:
         decoding = decoding_of(model)
     except (TypeError, ValueError):
         decoding = None  # an encoder
-    longest = model.get_config().get("max_sequence_length") or max(lengths)
-    new = min(NEW_TOKENS, longest // 2)
+    longest = model.get_config().get("max_sequence_length") or max(lengths) + NEW_TOKENS
+    new = max(2, min(NEW_TOKENS, longest // 2))  # the second is the first that a step computes
     for length in sorted({min(n, longest - new if decoding else longest) for n in lengths}):
         for texts in ([length], [length, -(-length // 2)]):
             arrays = [np.zeros(n, dtype=np.int64) for n in texts]

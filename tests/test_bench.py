@@ -36,7 +36,7 @@ def row_of(one, peers=None):
 
 def test_a_right_answer_is_timed():
     row = row_of(case())
-    assert row["rounds"] == 5
+    assert row["rounds"] == 6
     assert row["seconds"].keys() == {"pyfused", "eager"}
     low, high = row["interval"]
     assert 0 < low <= row["ratio"]["eager"] <= high
@@ -64,6 +64,11 @@ def test_a_wrong_answer_is_a_row_that_says_so(fault):
 def test_the_scale_is_of_pyfuseds_own_dtype():
     assert "seconds" in row_of(case(dtype=torch.bfloat16))
     assert "wrong" in row_of(case(lambda y: y * 1.02, torch.bfloat16))["error"]
+
+
+@pytest.mark.parametrize("change", [lambda y: (), lambda y: y.double()], ids=["nothing", "float64"])
+def test_what_is_missing_or_of_another_dtype_is_refused(change):
+    assert "wrong" in row_of(case(change))["error"]
 
 
 def test_every_item_of_a_tuple_is_judged():
@@ -132,7 +137,7 @@ def test_an_interval_holds_the_median_as_often_as_it_says():
         low, high = _interval(torch.randn(61, generator=generator).exp().tolist())
         held += low <= 1.0 <= high
     assert 0.92 < held / 400 < 0.99
-    assert _interval([2.0, 1.0, 3.0, 5.0, 4.0]) == [1.0, 5.0]
+    assert _interval([2.0, 1.0, 3.0, 5.0, 4.0, 6.0]) == [1.0, 6.0]
 
 
 def test_the_share_of_the_roofline():
@@ -160,6 +165,8 @@ def test_costs_of_attention():
         seen = sum(j <= i + 10 - 14 for i in range(14) for j in range(10))
         assert cost_of(lambda: pyfused.attention(more, k, k, is_causal=True)).flops == 4 * 4 * 8 * 2 * seen
         assert cost_of(lambda: pyfused.attention(q, k, k)).bytes == 4 * (2 * q.numel() + 2 * k.numel())
+        broadcast = cost_of(lambda: pyfused.attention(q, k, k, attn_bias=torch.zeros(1, 1, 1, 10))).bytes
+        assert broadcast == 4 * (2 * q.numel() + 2 * k.numel() + 10)
         ends = torch.tensor([0, 3, 3, 10])
         packed = torch.randn(1, 4, 10, 8)
         assert cost_of(lambda: pyfused.attention(packed, packed, packed, cu_seqlens=ends)).flops == 4 * 4 * 8 * (9 + 49)
@@ -229,12 +236,13 @@ def test_a_limit_begins_no_more_rows(two, monkeypatch):
     times = iter([0.0, 0.0, 0.5, 1.5])
     monkeypatch.setattr(engine.time, "monotonic", lambda: next(times))
     found = run(limit=1.0)
-    assert found["interrupted"]
+    assert found["left"] == 1
     assert len(found["rows"]) == 2
+    assert "1 left when the time was up" in report.summary(found)
 
 
 def test_noise_is_said(two, monkeypatch):
-    readings = iter([1.0, 1.0, 1.5, 1.5, 0.6, 0.6, 2.0, 2.0, 1.0, 1.0] * 9)
+    readings = iter([1.0, 1.0, 1.5, 1.5, 0.6, 0.6, 2.0, 2.0, 1.0, 1.0] * 12)
     monkeypatch.setattr("pyfused.bench.measure._time_cpu", lambda call, repeats: next(readings))
     monkeypatch.setattr("pyfused.bench.measure._repeats", lambda call: 1)
     monkeypatch.setattr(
@@ -270,6 +278,18 @@ def test_a_slow_row_is_measured_again_before_it_counts(two, monkeypatch, slower,
     assert ("slow" in report.line(row, {"read_gb_per_s": 1, "copy_gb_per_s": 1, "float32_gflop_per_s": 1})) == row[
         "slow"
     ]
+
+
+def test_what_cannot_be_compared_does_not_pass_the_check(two, capsys):
+    def plain(x, w):
+        raise NotImplementedError
+
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    calls = Calls(F.linear, plain, (x, w), exact=lambda: F.linear(x.double(), w.double()), scale=F.linear)
+    two["good"][:], two["mixed"][:] = [Case("product", torch.float32, lambda: calls)], []
+    assert main(["bench", "--seconds", "0", "--peers", "eager"]) == 0
+    assert main(["bench", "--seconds", "0", "--peers", "eager", "--check"]) == 1
+    assert "1 could not be compared" in capsys.readouterr().out
 
 
 def test_names_and_peers_are_checked():
@@ -331,6 +351,10 @@ def test_from_a_shell(capsys, tmp_path):
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--json", "gpt2"], "--json is 'gpt2'; it takes a name that ends in .json"),
         (["--plot", "run.xyz"], "--plot is 'run.xyz'"),
+        (["--plot", "/nowhere/run.png"], "--plot is '/nowhere/run.png', which cannot be written"),
+        (["--json", "/nowhere/run.json"], "--json is '/nowhere/run.json', which cannot be written"),
+        (["--seconds", "nan"], "--seconds is nan; it takes seconds"),
+        (["--limit", "-5"], "--limit is -5.0; it takes seconds"),
         (["--peers", "tensorflow"], "--peers has 'tensorflow'"),
         (["--device", "cuda"], "no CUDA device here"),
     ],

@@ -67,6 +67,10 @@ def test_lengths_beyond_the_models_are_its_longest():
     assert report["compiled"] == 0
 
 
+def test_a_text_of_one_token_is_enough():
+    assert warm.warm(Backbone.from_preset("t5_tiny_en"), lengths=[1])["compiled"] == 0
+
+
 @pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--workers", "0"]])
 def test_numbers_below_one_are_refused(capsys, arguments):
     assert main(["warm", PRESET, *arguments]) == 2

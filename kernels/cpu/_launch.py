@@ -9,7 +9,7 @@ def library_norm(norm):
 
     def launch(parameters, x, residual, y, total):
         if residual is not None:
-            x = total = torch.add(x, residual, out=total)
+            x = total = torch.add(x, residual, out=total).contiguous()
         normalised = norm(x, *parameters).contiguous()
         return normalised if y is None else y.copy_(normalised), total
 

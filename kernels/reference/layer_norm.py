@@ -5,7 +5,7 @@ import torch
 
 def forward(x, weight, bias, eps, residual, save):
     """(y, total, mean, rstd) of total = x + residual; statistics in float32, or float64 for float64 input."""
-    total = None if residual is None else x + residual
+    total = None if residual is None else (x + residual).contiguous()
     t = x if residual is None else total
     wide = t.double() if t.dtype == torch.float64 else t.float()
     mean = wide.mean(-1)
@@ -13,7 +13,7 @@ def forward(x, weight, bias, eps, residual, save):
     y = (wide - mean[..., None]) * rstd[..., None] * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype), total, mean if save else None, rstd if save else None
+    return y.to(x.dtype).contiguous(), total, mean if save else None, rstd if save else None
 
 
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):

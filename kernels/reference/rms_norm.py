@@ -5,12 +5,12 @@ import torch
 
 def forward(x, weight, eps, residual, save):
     """(y, total, rstd) of total = x + residual; the mean of the squares in float32, or float64 for float64 input."""
-    total = None if residual is None else x + residual
+    total = None if residual is None else (x + residual).contiguous()
     t = x if residual is None else total
     wide = t.double() if t.dtype == torch.float64 else t.float()
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = wide * rstd[..., None] * weight
-    return y.to(x.dtype), total, rstd if save else None
+    return y.to(x.dtype).contiguous(), total, rstd if save else None
 
 
 def backward(grad_y, grad_total, x, weight, rstd):

@@ -31,7 +31,7 @@ def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> d
         case: what to run.
         device: "cpu" or "cuda".
         peers: those asked for, each with the reason why it cannot run here, "" if it can.
-        seconds: how long, and at least five rounds; three where five take eight times as long.
+        seconds: how long, and at least six rounds: of fewer no interval has 95% confidence.
 
     Returns:
         {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why}} and, by provider, "seconds" (the
@@ -108,7 +108,11 @@ def _items(out: Any) -> tuple[torch.Tensor, ...]:
 
 def _wrong(out: Any, plain: list[tuple[torch.Tensor, ...]], exact: tuple[torch.Tensor, ...]) -> str:
     """What breaks the tolerance rule beside one or several plain results, or ""."""
+    if len(_items(out)) < len(exact):
+        return f"{len(_items(out))} of {len(exact)} tensors"
     for found, *scales, truth in zip(_items(out), *plain, exact):
+        if found.dtype != scales[0].dtype:
+            return f"it is {name_of(found.dtype)}, plain PyTorch's {name_of(scales[0].dtype)}"
         verdict = judge(_sample(found), map(_sample, scales), _sample(truth))
         if not verdict.ok:
             return f"{verdict.ratio:.2g} times what the tolerance rule allows (an RMS error of {verdict.rms_error:.2g})"
@@ -122,6 +126,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 def _far_off(out: Any, exact: tuple[torch.Tensor, ...]) -> str:
     """Of plain PyTorch, and of peers in lower precision: the RMS error may be a tenth of the result's RMS."""
+    if len(_items(out)) < len(exact):
+        return f"{len(_items(out))} of {len(exact)} tensors"
     for found, truth in zip(_items(out), exact):
         truth = truth.cpu()
         off = (found.cpu().double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
@@ -135,9 +141,7 @@ def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, 
     repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
     samples: dict[str, list[float]] = {name: [] for name in providers}
     order, began = list(providers), time.perf_counter()
-    while (done := len(samples["pyfused"])) < 5 or time.perf_counter() - began < seconds:
-        if done >= 3 and time.perf_counter() - began > 8 * seconds + 2:
-            break
+    while len(samples["pyfused"]) < 6 or time.perf_counter() - began < seconds:
         for name in order:
             samples[name].append(clock(providers[name], repeats[name]))
         order.reverse()  # who comes first finds caches as the other left them

@@ -44,7 +44,7 @@ def drawable(path: str | Path) -> None:
         ValueError: matplotlib is not installed, or knows no such format.
     """
     kinds = _pyplot().figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:] not in kinds:
+    if Path(path).suffix[1:].lower() not in kinds:
         raise ValueError(f"--plot is {str(path)!r}; it takes a name that ends in one of {', '.join(sorted(kinds))}")
     _pyplot().close("all")
 

@@ -54,15 +54,15 @@ def bench(
         setup: device and dtypes.
         threads: CPU threads, for the length of the run; 0 leaves torch's number.
         peers: those to measure beside plain PyTorch; by default all. One that is not installed is named in the result.
-        seconds: how long a row is measured, at most; at least five rounds.
+        seconds: how long a row is measured, at most; at least six rounds.
         check: a row below LEAST is measured twice more, three times as long, before it is said to be.
         limit: no row begins after so many seconds.
         each: called as each(found, "attention 1x12x512x64 float32", rows left) with what is known, before every row.
 
     Returns:
-        {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "rows": [...]}. The
-        rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C, or the limit,
-        ends the run and keeps what is done.
+        {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "left",
+        "rows": [...]}. The rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C
+        ends the run and keeps what is done; "left": how many rows the limit left.
 
     Raises:
         ValueError: a name that is no benchmark or no peer, or a device that is not here.
@@ -87,16 +87,17 @@ def bench(
         "ceilings": {},
         "missing": missing,
         "interrupted": False,
+        "left": 0,
         "rows": rows,
     }
     asked = {name: missing.get(name, "") for name in peers or known.PEERS}
     try:
         found["ceilings"] = ceilings(setup.device, setup.dtypes, setup.small)
-        listed = [(name, case) for name in wanted or names() for case in cases(name, setup)]
+        listed = [(name, case) for name in dict.fromkeys(wanted or names()) for case in cases(name, setup)]
         began = time.monotonic()
         for place, (name, case) in enumerate(listed):
             if limit is not None and time.monotonic() - began > limit:
-                found["interrupted"] = True
+                found["left"] = len(listed) - place
                 break
             each(found, f"{name} {case.name} {evidence.name_of(case.dtype)}", len(listed) - place)
             row = {"benchmark": name, **measure(case, setup.device, asked, seconds)}
