@@ -1,5 +1,7 @@
 """Is layer_norm right on every backend? Values, gradients, strides, errors, registration."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,24 @@ def test_bad_input_names_the_argument(change, error, message):
     arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), **change}
     with pytest.raises(error, match=message):
         pyfused.layer_norm(**arguments)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trains", [False, True])
+def test_results_are_contiguous_whatever_the_strides(name, dtype, trains):
+    """As the registered operator says, on the reference, by the kernels and by the library: compiled programs rely on it."""
+    x = torch.randn(33, 16, dtype=dtype).t().requires_grad_(trains)
+    residual, weight = torch.randn(16, 33, dtype=dtype), torch.randn(33, dtype=dtype)
+
+    def norm(x, residual):
+        y, total = getattr(pyfused, name)(x, weight, residual=residual)
+        return y, total, y.sin() + total
+
+    for backend in (None, "reference"):
+        with pyfused.backend(backend) if backend else contextlib.nullcontext():
+            y, total, _ = norm(x, residual)
+        assert y.is_contiguous()
+        assert total.is_contiguous()
+    for found, expected in zip(torch.compile(norm)(x, residual), norm(x, residual)):
+        torch.testing.assert_close(found, expected)
