@@ -87,12 +87,6 @@ def _forced_by_environment() -> tuple[str, bool] | None:
     return name, False
 
 
-def forced() -> str | None:
-    """The backend that is asked for, by backend() or the environment."""
-    found = _forced.get() or _forced_by_environment()
-    return found[0] if found else None
-
-
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -337,7 +331,7 @@ class Explanation:
 
 def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdict, ...]:
     """Every backend's verdict on one call, in the order in which they are asked."""
-    asked = forced()
+    asked = _forced.get() or _forced_by_environment()
     rows: list[Verdict] = []
     found = False
     for candidate, reason in _judged(operator, function, args):
@@ -346,9 +340,8 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
             more = evidence.found(name, operator, function, args) if runs or name not in ("cpu", "reference") else ""
             reason = "fits, and comes later"
             if runs:
-                reason = "forced" if asked == name else "first that fits"
-                way = f"left_to_library_{'training' if name == 'cpu' and evidence.trains(args) else function}"
-                by_library = getattr(kernel(name, operator), way, lambda *args: None)(*args)
+                reason = "forced" if asked and asked[0] == name else "first that fits"
+                by_library = getattr(kernel(name, operator), f"left_to_library_{function}", lambda *args: None)(*args)
                 more = f"by the library: {by_library}" if by_library else more
             reason = f"{reason}; {more}" if more else reason
         found = found or runs

@@ -170,10 +170,8 @@ _SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("gated_ffn", "backward"): _gated_ffn_backward,
     ("layer_norm", "forward"): _layer_norm,
     ("layer_norm", "backward"): _norm_backward,
-    ("layer_norm", "training"): _layer_norm,  # forward and backward, as a CPU's evidence has them
     ("rms_norm", "forward"): _rms_norm,
     ("rms_norm", "backward"): _norm_backward,
-    ("rms_norm", "training"): _rms_norm,
     ("fourier_mix", "forward"): _fourier_mix,
     ("attention", "forward"): _attention,
     ("attention", "backward"): _attention_backward,
@@ -358,7 +356,7 @@ def line_from(row: dict[str, Any], file: str) -> Line:
         if not by_size or not all(0 < s < _MOST and 0 <= v < math.inf for s, v in by_size.items()):
             raise ValueError(f"speed of {operator}: sizes are positive numbers, speeds 0 or more")
     threads = int(row.get("threads", 0))
-    if not 0 <= threads < _MOST or ("cpu" in speed) != (threads > 0) or ("cpu" in speed and len(speed) > 1):
+    if not 0 <= threads < _MOST or ("cpu" in speed and (not threads or len(speed) > 1)):
         raise ValueError(f"speed of {operator}: of {sorted(speed)} with {threads} threads; a CPU's is alone, with 1 or more")
     return Line(operator, function, dtype, shapes, threads, speed, f"{file}, {row['date']}")
 
@@ -418,10 +416,10 @@ def _is_slower(backend: str, speeds: dict[str, float]) -> bool:
     return backend in speeds and max(speeds.values()) > speeds[backend]
 
 
-def slower_call(backend: str, operator: str, args: tuple[Any, ...], function: str = "forward") -> str | None:
+def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
     """slower() of a forward's arguments on the CPU, whose kernels' launchers have the library's way beside their own."""
-    shapes, size = shapes_of(operator, function, args)
-    return slower(backend, operator, function, "cpu", args[0].dtype, shapes, size)
+    shapes, size = shapes_of(operator, "forward", args)
+    return slower(backend, operator, "forward", "cpu", args[0].dtype, shapes, size)
 
 
 def ranks(operator: str, function: str, device: str) -> bool:
@@ -458,8 +456,6 @@ def unproven(backend: str, operator: str, function: str, device: str) -> Callabl
 
 def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> str:
     """What was measured of this backend for such a call, as explain() prints it; "" if nothing was."""
-    if backend == "cpu" and (operator, "training") in _SHAPES and trains(args):
-        function = "training"
     if (operator, function) not in _SHAPES:
         return ""
     shapes, size = shapes_of(operator, function, args)
@@ -474,11 +470,6 @@ def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> 
         return ""
     said = f"{speed:.2f} times the speed of plain PyTorch" if speed else "its output was wrong"
     return f"{said} ({line.describe(size)})"
-
-
-def trains(args: tuple[Any, ...]) -> bool:
-    """Whether a call of these arguments wants gradients."""
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 # ---- what people see of it --------------------------------------------------------------------------------------------

@@ -35,44 +35,24 @@ _SPECTRA = (
 
 
 class Point(NamedTuple):
-    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. `trains`: gradients
-    are computed too."""
+    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch."""
 
     operator: str
     plain: Callable[..., torch.Tensor]
     tensors: tuple[torch.Tensor, ...]
     residual: torch.Tensor | None = None
-    trains: bool = False
 
     def to(self, dtype: torch.dtype) -> Point:
-        tensors = tuple(t.to(dtype).requires_grad_(self.trains) for t in self.tensors)
-        residual = None if self.residual is None else self.residual.to(dtype).requires_grad_(self.trains)
-        return self._replace(tensors=tensors, residual=residual)
+        tensors = tuple(t.to(dtype) for t in self.tensors)
+        return Point(self.operator, self.plain, tensors, None if self.residual is None else self.residual.to(dtype))
 
     def options(self) -> dict[str, Any]:
         return {} if self.residual is None else {"residual": self.residual}
 
-    @property
-    def function(self) -> str:
-        """As evidence has it."""
-        return "training" if self.trains else "forward"
-
-    def run(self, function: Callable[..., Any], **options: Any) -> tuple[torch.Tensor, ...]:
-        """The result, or the gradients of the tensors."""
-        with torch.set_grad_enabled(self.trains):
-            out = function(*self.tensors, **options)
-            out = out[0] if isinstance(out, tuple) else out
-            if not self.trains:
-                return (out,)
-            return torch.autograd.grad(out, (*self.tensors, *options.values()), self.tensors[0].detach())
-
-    def in_plain_torch(self) -> tuple[torch.Tensor, ...]:
+    def in_plain_torch(self) -> torch.Tensor:
         """The whole result, as one writes it without pyfused."""
-
-        def plain(x: torch.Tensor, *rest: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-            return self.plain(x if residual is None else x + residual, *rest)
-
-        return self.run(plain, **self.options())
+        x, *rest = self.tensors
+        return self.plain(x if self.residual is None else x + self.residual, *rest)
 
 
 def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
@@ -92,9 +72,8 @@ def points(quick: bool = False) -> Iterator[Point]:
     for rows in (1, 128) if quick else (1, 16, 128, 1024):
         x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
         for added in (None, residual):
-            for trains in (False, True):
-                yield Point("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, weight, bias), added, trains)
-                yield Point("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), added, trains)
+            yield Point("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), (x, weight, bias), added)
+            yield Point("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), added)
     for shape in _SPECTRA[::3] if quick else _SPECTRA:
         yield Point("fourier_mix", _fourier_mix, (torch.randn(shape),))
 
@@ -131,7 +110,7 @@ def tune(
     measured: dict[tuple[Any, ...], dict[int, float]] = {}
     refused = []
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             for count in dict.fromkeys(threads or (1, before)):
                 torch.set_num_threads(count)
                 dispatch.forget()
@@ -142,12 +121,12 @@ def tune(
                             continue
                         point = exact.to(dtype)
                         bound = ops.MODULES[point.operator].bind(*point.tensors, **point.options())
-                        shapes, size = evidence.shapes_of(point.operator, point.function, bound)
+                        shapes, size = evidence.shapes_of(point.operator, "forward", bound)
                         speed = _speed(point, 0.02 if quick else 0.1, clock)
                         if speed is None:
                             refused.append(f"{point.operator}, {evidence.name_of(dtype)}, {shapes}, size {size}")
                             continue
-                        key = point.operator, point.function, evidence.name_of(dtype), shapes, count
+                        key = point.operator, "forward", evidence.name_of(dtype), shapes, count
                         measured.setdefault(key, {})[size] = round(speed, 3)
     finally:
         torch.set_num_threads(before)
@@ -163,17 +142,16 @@ def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | 
     pyfused runs them: what a call of an operator costs is part of either."""
     function, options = getattr(ops, point.operator), point.options()
 
-    def run(library: bool, repeats: int) -> tuple[tuple[torch.Tensor, ...], float]:
+    def run(library: bool, repeats: int) -> tuple[torch.Tensor, float]:
         # Launches are remembered by what backend() asks for, so that each way keeps its own.
         with dispatch.backend("cpu", strict=not library), evidence.one_way(library):
             began = clock()
             for _ in range(repeats):
-                out = point.run(function, **options)
+                out = function(*point.tensors, **options)
             took = clock() - began
-        return out, took
+        return out[0] if isinstance(out, tuple) else out, took
 
-    results = run(False, 1)[0], point.in_plain_torch(), point.to(torch.float64).in_plain_torch()
-    if not all(judge(found, plain, truth).ok for found, plain, truth in zip(*results)):
+    if not judge(run(False, 1)[0], point.in_plain_torch(), point.to(torch.float64).in_plain_torch()).ok:
         return None
     once = min(run(False, 1)[1] for _ in range(3))
     repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # a call is shorter than the clock is exact

@@ -15,17 +15,6 @@ def left_to_library_forward(x, weight, eps, residual, save):
     return None if save else evidence.slower_call("cpu", "rms_norm", (x, weight, eps, residual, save))
 
 
-def left_to_library_training(x, weight, eps, residual, save):
-    return evidence.slower_call("cpu", "rms_norm", (x, weight, eps, residual, save), "training")
-
-
-def training(x, weight, eps, residual, save):
-    """By torch's own norm, which autograd follows."""
-    total = x if residual is None else (x + residual).contiguous()
-    y = F.rms_norm(total, weight.shape, weight, eps).contiguous()
-    return y, None if residual is None else total, None
-
-
 @launched
 def forward(x, weight, eps, residual, save):
     if left_to_library_forward(x, weight, eps, residual, save):

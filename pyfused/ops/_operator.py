@@ -28,7 +28,6 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_num_threads = torch.get_num_threads
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
 # Where one of these says something true, a launch is not enough.
 _WATCHERS = modes, profiler_is_on, jit_is_tracing, _is_grad_enabled, _in_transform
@@ -92,8 +91,6 @@ class Operator:
         self.kernel = name.removesuffix("_backward")
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()
-        self._trainings: Any = dispatch.Launches()  # the library's differentiable way, or None
-        self._has_training: bool | None = None
         self._again = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS)
         self._reference: Any = dispatch.kernel("reference", self.kernel)  # now: torch.compile traces no import
         LIBRARY.define(f"{name}{schema}")
@@ -174,67 +171,30 @@ class Operator:
             return self._in_plain_torch(args)
         if self.autograd is None and _wants_gradient(args):
             return self.plainly(*args)  # a gradient that is to be differentiated: create_graph=True
-        if _is_compiling() or modes() or not _PLAIN.issuperset(map(type, args)):
+        if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
             return self._overloaded(args)
-        trains = self.autograd is not None and _wants_gradient(args)
-        if trains and (training := self._by_library(args)):
-            return training(*args)
-        if profiler_is_on():
-            return self._overloaded(args)
-        return self.autograd.apply(*args) if trains else self.direct(*args)  # type: ignore[union-attr]
-
-    def _by_library(self, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
-        """The library's own differentiable way, on a CPU where that was measured to be faster than forward and backward of the
-        kernel; else None. Remembered by the signature."""
-        if not args[0].is_cpu or not self._trains_by_library():
-            return None
-        key = _forced(), _num_threads(), _signature(*args)
-        if key in self._trainings and key[2] is not None:
-            return self._trainings[key]
-        training = None
-        if dispatch.forced() in (None, "cpu") and args[0].dtype in dispatch.KERNEL_DTYPES:
-            module: Any = dispatch.kernel("cpu", self.kernel)
-            training = module.training if module.left_to_library_training(*args) else None
-        self._trainings.keep(key, training)
-        return training
-
-    def _trains_by_library(self) -> bool:
-        """Whether the CPU's launcher has the library's differentiable way beside its own."""
-        if self._has_training is None:
-            module = None if dispatch.missing("cpu") else dispatch.kernel("cpu", self.kernel)
-            self._has_training = hasattr(module, "training")
-        return self._has_training
+        if self.autograd is not None and _wants_gradient(args):
+            return self.autograd.apply(*args)
+        return self.direct(*args)
 
     def again(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The outputs for arguments as the public function got them, in this operator's order, if a call of their signature
-        was found good before and no gradient is wanted, or the library computes that; else None, and the arguments are to be
-        checked."""
-        if _is_compiling():
-            return None
-        if not (self._trainings and _is_grad_enabled()):
-            return self._again(*args)
-        training = self._trainings.get((_forced(), _num_threads(), _signature(*args)))
-        if training is None or not _wants_gradient(args) or _transformed() or jit_is_tracing() or modes():
-            return None
-        return training(*args)
+        was found good before and no gradient is wanted; else None, and the arguments are to be checked."""
+        return None if _is_compiling() else self._again(*args)
 
     def first(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
         """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
         the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
-        if _is_compiling() or _transformed():
-            return outputs
-        way: tuple[Any, ...]
-        if _is_grad_enabled():
-            kept, way = self._trainings, (_forced(), _num_threads())
-        elif any(watcher() for watcher in _WATCHERS):
-            return outputs
-        else:
-            kept, way = self._launches, (_forced(),)
-        launch = kept.get((*way, _signature(*bound))) if kept else None
-        signature = _signature(*given) if launch is not None else None
-        if signature is not None and list(map(_address, given)) == list(map(_address, bound)):
-            kept.keep((*way, signature), launch)
+        if not (_is_grad_enabled() or _is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS)):
+            signature = _signature(*given)
+            launch = self._launches.get((_forced(), _signature(*bound)))
+            if (
+                signature is not None
+                and launch is not None
+                and list(map(_address, given)) == list(map(_address, bound))
+            ):
+                self._launches.keep((_forced(), signature), launch)
         return outputs
 
     def direct(self, *args: Any) -> tuple[Any, ...]:
