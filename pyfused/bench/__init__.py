@@ -6,11 +6,11 @@ there (setup.py); in a source tree that is merely on the path this package looks
 
 from pathlib import Path
 
-from .case import Calls, Case, Setup, Values, training
+from .case import Calls, Case, Cost, Setup, Values, training
 from .cost import cost_of
 
 _root = Path(__file__).resolve().parents[2]
 if (_root / "benchmarks" / "bench_attention.py").is_file() and (_root / "csrc").is_dir():
     __path__.append(str(_root))
 
-__all__ = ["Calls", "Case", "Setup", "Values", "cost_of", "training"]
+__all__ = ["Calls", "Case", "Cost", "Setup", "Values", "cost_of", "training"]

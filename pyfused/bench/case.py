@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..evidence import multiplies_itself
+from ..ops._cost import Cost
 
 Function = Callable[..., Any]
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class Calls:
         loose: of these peers the numbers are of lower precision (int8): RMS errors up to a tenth of the result's RMS.
         baseline: what `plain` is called.
         trains: the calls differentiate: gradient mode is on.
+        cost: what pyfused's call moves and computes at least, where that is not what its operators declare: a bound step of
+            generation calls no operator.
     """
 
     pyfused: Function
@@ -70,6 +73,7 @@ class Calls:
     loose: tuple[str, ...] = ()
     baseline: str = "eager"
     trains: bool = False
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)

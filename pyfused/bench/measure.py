@@ -60,7 +60,7 @@ def _said(error: BaseException) -> str:
 
 def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
     providers, left_out = judged(calls, peers)
-    cost = cost_of(providers["pyfused"])
+    cost = calls.cost or cost_of(providers["pyfused"])
     timed = _timed(providers, calls.baseline, device, seconds)
     return {"baseline": calls.baseline, **timed, "bytes": cost.bytes, "flops": cost.flops, "left_out": left_out}
 
