@@ -135,7 +135,8 @@ def block(runs: list[dict]) -> str:
             f"### Measured: {found['kind']}, {threads}, {found['date']}",
             "",
             f"torch {found['versions']['torch']}; this machine reads {limits['read_gb_per_s']:.0f} GB/s and multiplies "
-            f"{limits['float32_gflop_per_s']:.0f} GFLOP/s in float32. Medians of interleaved runs, outputs checked; ~ noise, - not measured. "
+            f"{limits['float32_gflop_per_s']:.0f} GFLOP/s in float32. Medians of interleaved runs, outputs checked; ~ noise, "
+            f"- not measured. "
             f"Every row: [benchmarks/results](benchmarks/results/README.md).",
             "",
             verdict(found),
