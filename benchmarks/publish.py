@@ -118,11 +118,12 @@ def verdict(found: dict) -> str:
     """Which rows are below plain PyTorch."""
     checked = [r for r in found["rows"] if r.get("interval")]
     slow = [r for r in checked if r["slow"]]
-    text = f"Of {len(checked)} rows beside plain PyTorch in the same dtype "
+    cut = f" ({found['left']} more were cut off)" if found["left"] else ""
+    text = f"Of {len(checked)} rows{cut} beside plain PyTorch in the same dtype "
     if not slow:
         return text + "none is slower (below 0.97 with 95% confidence)."
     named = ", ".join(f"{r['benchmark']} {r['case']} {r['dtype']} ({ratio(r)})" for r in slow)
-    return text + f"{len(slow)} are slower (below 0.97 with 95% confidence): {named}."
+    return text + f"these are slower (below 0.97 with 95% confidence): {named}."
 
 
 def block(runs: list[dict]) -> str:

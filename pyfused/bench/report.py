@@ -130,7 +130,7 @@ def summary(found: dict[str, Any], checked: bool = False) -> str:
     """How many rows, and what to know of them."""
     rows = found["rows"]
     failed, noisy = [r for r in rows if "error" in r], [r for r in rows if r.get("noisy")]
-    left = f", {found['left']} left when the time was up" if found["left"] else ""
+    left = f", {found['left']} not measured" if found["left"] else ""
     lines = [f"{len(rows)} rows{', interrupted' if found['interrupted'] else ''}{left}"]
     if failed:
         lines.append(f"{len(failed)} failed: {_named(failed)}")

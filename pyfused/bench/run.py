@@ -62,7 +62,7 @@ def bench(
     Returns:
         {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "left",
         "rows": [...]}. The rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C
-        ends the run and keeps what is done; "left": how many rows the limit left.
+        ends the run and keeps what is done; "left": how many rows that, or the limit, left.
 
     Raises:
         ValueError: a name that is no benchmark or no peer, or a device that is not here.
@@ -96,8 +96,8 @@ def bench(
         listed = [(name, case) for name in dict.fromkeys(wanted or names()) for case in cases(name, setup)]
         began = time.monotonic()
         for place, (name, case) in enumerate(listed):
+            found["left"] = len(listed) - place  # in the file too, should this process be killed
             if limit is not None and time.monotonic() - began > limit:
-                found["left"] = len(listed) - place
                 break
             each(found, f"{name} {case.name} {evidence.name_of(case.dtype)}", len(listed) - place)
             row = {"benchmark": name, **measure(case, setup.device, asked, seconds)}
@@ -105,6 +105,7 @@ def bench(
                 row = _surely(row, partial(measure, case, setup.device, {}), seconds)
             _judge(row)
             rows.append(row)
+            found["left"] -= 1
     except KeyboardInterrupt:
         found["interrupted"] = True
     finally:
