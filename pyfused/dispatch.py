@@ -280,7 +280,7 @@ def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
     return made
 
 
-class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
+class Launches(dict[Any, Callable[..., Any]]):
     """What is prepared for calls of an operator's function, by what backend() asks for and the call's
     signature; dropped by forget()."""
 
@@ -291,7 +291,7 @@ class Launches(dict[Any, Callable[..., tuple[Any, ...]]]):
         super().__init__()
         self.all.append(self)
 
-    def keep(self, key: Any, launch: Callable[..., tuple[Any, ...]]) -> None:
+    def keep(self, key: Any, launch: Callable[..., Any]) -> None:
         if len(self) >= self.MOST:
             self.clear()
         self[key] = launch

@@ -29,8 +29,8 @@ _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
-# Where one of these says something true, a launch is not enough.
-_WATCHERS = modes, profiler_is_on, jit_is_tracing, _is_grad_enabled, _in_transform
+# Where one of these says something true, somebody watches the operators: a launch is not enough.
+_WATCHERS = modes, profiler_is_on, jit_is_tracing, _in_transform
 _forced = dispatch._forced.get
 _inside_composite: ContextVar[bool] = ContextVar("pyfused_inside_composite", default=False)
 _signature = _extensions.signature()
@@ -46,6 +46,10 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
             if isinstance(a, torch.Tensor) and a.requires_grad:
                 return True
     return False
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _address(value: Any) -> int | None:
@@ -65,7 +69,8 @@ class Operator:
         residual: the argument, by its position, beside which the second output is a result too: x + residual.
         cost: the least that a call must move and compute, of the schema's arguments.
 
-    A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Of
+    A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Where
+    autograd records a call, it returns the results alone, as no more is asked for. Of
     a differentiable operator two forms without gradients are registered too, for traces:
         <name>_inference returns the results alone: what an exported program holds.
         <name>_into writes them into tensors given behind the arguments: what torch.compile gets on a CPU, which plans the
@@ -92,6 +97,8 @@ class Operator:
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()
         self._again = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS)
+        self._recorded = dispatch.Launches()  # as _launches, with what autograd records of the call
+        self._record_again = _extensions.prepared(self._recorded, dispatch._forced, _WATCHERS)
         self._reference: Any = dispatch.kernel("reference", self.kernel)  # now: torch.compile traces no import
         LIBRARY.define(f"{name}{schema}")
         LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
@@ -100,13 +107,21 @@ class Operator:
         if backward is not None and setup_context is not None:
             backward = without_autocast(backward)
             shortened: Any = _Shortened(self)
-            torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_context, lib=shortened)
             setup = setup_context
+
+            def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                outputs = output if isinstance(output, tuple) else (output,)
+                setup(ctx, inputs, outputs)
+                ctx.set_materialize_grads(len(outputs) == 1)  # else the operator sees which gradients there are
+                ctx.mark_non_differentiable(*outputs[self._results_of(inputs) :])
+
+            torch.library.register_autograd(f"pyfused::{name}", backward, setup_context=setup_registered, lib=shortened)
 
             def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
                 outputs = self.direct(*args)
                 setup(ctx, args, outputs)
-                return outputs
+                ctx.set_materialize_grads(len(outputs) == 1)
+                return outputs[: self._results_of(args)]  # what is kept for backward is no output: 4 us less
 
             # With a setup_context of its own torch would look at the signature of forward at every call, in 40 us.
             members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -158,8 +173,13 @@ class Operator:
         overload = getattr(torch.ops.pyfused, name).default
         if hasattr(overload, "_op"):  # what a call from Python runs, as those of compiled programs are; no public name
             # Through torch's dispatcher and back is 9 us, which a prepared launch need not go.
-            overload._op = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS, overload._op, count)
+            watchers = *_WATCHERS, _is_grad_enabled
+            overload._op = _extensions.prepared(self._launches, dispatch._forced, watchers, overload._op, count)
         return overload
+
+    def _results_of(self, args: tuple[Any, ...]) -> int:
+        """How many of the outputs are results; the others are kept for a gradient."""
+        return 1 if self._residual is None or args[self._residual] is None else 2
 
     def _results(self, args: tuple[Any, ...], count: int) -> tuple[torch.Tensor, ...]:
         """New tensors for the first `count` outputs, with nothing in them."""
@@ -167,6 +187,10 @@ class Operator:
         return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs[:count])
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        if self.autograd is None and not _is_grad_enabled():  # in a backward pass
+            outputs = self.again(args)
+            if outputs is not None:
+                return outputs
         if _transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
         if self.autograd is None and _wants_gradient(args):
@@ -178,24 +202,45 @@ class Operator:
         return self.direct(*args)
 
     def again(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The outputs for arguments as the public function got them, in this operator's order, if a call of their signature
-        was found good before and no gradient is wanted; else None, and the arguments are to be checked."""
-        return None if _is_compiling() else self._again(*args)
+        """The results for arguments as the public function got them, in this operator's order, if a call of their signature
+        was found good before; else None, and the arguments are to be checked."""
+        if _is_compiling():
+            return None
+        return self._record_again(*args) if _is_grad_enabled() else self._again(*args)
 
     def first(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
         """Runs the arguments `bound`, which the checks made of those of again(), and remembers them for it where they have
         the same memory: a launch reads addresses, and where the checks took a view it is prepared for that view."""
         outputs = self(*bound)
-        if not (_is_grad_enabled() or _is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS)):
-            signature = _signature(*given)
+        if _is_compiling() or _transformed() or any(watcher() for watcher in _WATCHERS):
+            return outputs
+        signature = _signature(*given)
+        if signature is None or list(map(_address, given)) != list(map(_address, bound)):
+            return outputs
+        if not _is_grad_enabled():
             launch = self._launches.get((_forced(), _signature(*bound)))
-            if (
-                signature is not None
-                and launch is not None
-                and list(map(_address, given)) == list(map(_address, bound))
-            ):
+            if launch is not None:
                 self._launches.keep((_forced(), signature), launch)
+        elif _wants_gradient(bound) and all(b is g or not _is_tensor(b) for g, b in zip(given, bound, strict=True)):
+            self._recorded.keep((_forced(), signature), self._recording(given, bound))  # autograd would miss the view
         return outputs
+
+    def _recording(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> Callable[..., tuple[Any, ...] | None]:
+        """The call with what autograd records of it, for arguments that differ from `given` in their memory alone; it returns
+        None where none of them wants a gradient."""
+        # torch.autograd.Function.apply in Python looks for things that cannot be here, in 5 us.
+        apply = super(torch.autograd.Function, self.autograd).apply  # type: ignore[misc, arg-type]
+        others = [(i, b) for i, (g, b) in enumerate(zip(given, bound, strict=True)) if b is not g]
+
+        def record(*args: Any) -> tuple[Any, ...] | None:
+            if not _wants_gradient(args):
+                return None
+            found = list(args)
+            for i, value in others:
+                found[i] = value
+            return apply(*found)
+
+        return record
 
     def direct(self, *args: Any) -> tuple[Any, ...]:
         """Runs the chosen kernel, with no autograd and no dispatcher."""
@@ -255,7 +300,7 @@ class Operator:
         wanted."""
         overload = self.overload
         if self.autograd is not None and not _wants_gradient(args):
-            summed = self._residual is not None and args[self._residual] is not None
+            summed = self._results_of(args) == 2
             if not _is_dynamo_compiling() and _inside_composite.get() and _kernels_take(args):
                 outputs = self._results(args, 2 if summed else 1)
                 (self._into_sum if summed else self._into)(*args, *outputs)

@@ -198,7 +198,7 @@ def bind(
             )
         check_like(attn_bias, "attn_bias", query, "query")
         try:
-            attn_bias = attn_bias.expand(b, h, sq, sk)
+            attn_bias = attn_bias if attn_bias.shape == (b, h, sq, sk) else attn_bias.expand(b, h, sq, sk)
         except RuntimeError:
             shape = tuple(attn_bias.shape)
             raise ValueError(f"attn_bias has shape {shape}; it takes one that broadcasts to {(b, h, sq, sk)}") from None
@@ -299,12 +299,10 @@ def _setup_context(ctx, inputs, output):
     ctx.options = (is_causal, scale, dropout_p)
     optional = (padding_mask, attn_bias, seed, table, cu_seqlens)
     ctx.has = tuple(t is not None for t in optional)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in (lse,) if t is not None))
     ctx.save_for_backward(query, key, value, out, lse, *(t for t in optional if t is not None))
 
 
-def _backward(ctx, grad_out, _grad_lse):
+def _backward(ctx, grad_out, *_unused):
     if grad_out is None:
         return (None,) * 15
     query, key, value, out, lse, *rest = ctx.saved_tensors

@@ -100,12 +100,10 @@ def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _setup_context(ctx, inputs, output):
     x, w_in, b_in, w_out, b_out, activation, residual, _ = inputs
     ctx.activation, ctx.has = activation, (b_in is not None, b_out is not None, residual is not None)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.save_for_backward(x, w_in, b_in, w_out, output[1])
 
 
-def _backward(ctx, grad_y, _grad_pre):
+def _backward(ctx, grad_y, *_unused):
     if grad_y is None:
         return (None,) * 8
     has_b_in, has_b_out, has_residual = ctx.has

@@ -93,12 +93,10 @@ def _fake(x, w_gate, w_up, w_out, activation, residual, save):
 def _setup_context(ctx, inputs, output):
     x, w_gate, w_up, w_out, activation, residual, _ = inputs
     ctx.activation, ctx.has_residual = activation, residual is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.save_for_backward(x, w_gate, w_up, w_out, *output[1:])
 
 
-def _backward(ctx, grad_y, _grad_gate, _grad_up):
+def _backward(ctx, grad_y, *_unused):
     if grad_y is None:
         return (None,) * 7
     x, w_gate, w_up, w_out, gate, up = ctx.saved_tensors

@@ -51,8 +51,7 @@ def layer_norm(
     outputs = _LAYER_NORM.again(given)
     if outputs is None:
         outputs = _LAYER_NORM.first(given, bind(x, weight, bias, eps=eps, residual=residual))
-    y, total, _, _ = outputs
-    return y if residual is None else (y, total)
+    return outputs[0] if residual is None else (outputs[0], outputs[1])
 
 
 def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
@@ -92,12 +91,10 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.eps, residual, _ = inputs
     _, total, mean, rstd = output
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
-def _backward(ctx, grad_y, grad_total, _grad_mean, _grad_rstd):
+def _backward(ctx, grad_y, grad_total=None, *_unused):
     total, weight, mean, rstd = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         *_, mean, rstd = _LAYER_NORM.plainly(total, weight, None, ctx.eps, None, True)

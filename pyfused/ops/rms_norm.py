@@ -54,8 +54,7 @@ def rms_norm(
     outputs = _RMS_NORM.again(given)
     if outputs is None:
         outputs = _RMS_NORM.first(given, bind(x, weight, eps=eps, residual=residual))
-    y, total, _ = outputs
-    return y if residual is None else (y, total)
+    return outputs[0] if residual is None else (outputs[0], outputs[1])
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -90,12 +89,10 @@ def _setup_context(ctx, inputs, output):
     x, weight, ctx.eps, residual, _ = inputs
     _, total, rstd = output
     ctx.has_residual = residual is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in (rstd,) if t is not None))
     ctx.save_for_backward(x if residual is None else total, weight, rstd)
 
 
-def _backward(ctx, grad_y, grad_total, _grad_rstd):
+def _backward(ctx, grad_y, grad_total=None, *_unused):
     total, weight, rstd = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         *_, rstd = _RMS_NORM.plainly(total, weight, ctx.eps, None, True)

@@ -205,6 +205,53 @@ def test_gradients_after_a_call_without():
         assert pyfused.rms_norm(x, weight).is_inference()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_as_when_every_call_is_checked(name, dtype, checks):
+    """A call that autograd records skips the checks too, from its second time on."""
+    call, inputs = CALLS[name], [torch.randn(2, 3, 4, 8).to(dtype) for _ in range(3)]
+
+    def gradients(x):
+        x = x.clone().requires_grad_()
+        outputs = parts(call(x))
+        return *outputs, *torch.autograd.grad([o.float().sin().sum() for o in outputs], x)
+
+    expected = []
+    for x in inputs:
+        dispatch.forget()
+        expected.append(gradients(x))
+    assert len(checks) == 3
+    dispatch.forget()
+    actual = [gradients(x) for x in inputs]
+    assert all(map(torch.equal, a, e) for a, e in zip(actual, expected, strict=True))
+    if not any(word in name for word in (*CONVERTED, "mask of", "bias of")):
+        assert len(checks) == 4
+
+
+def test_which_inputs_want_a_gradient_may_change():
+    def call(*wanting):
+        inputs = [torch.randn(4, 8) for _ in range(3)]
+        for i in wanting:
+            inputs[i].requires_grad_()
+        residual = torch.randn(4, 8)
+        y, total = pyfused.rms_norm(inputs[0], inputs[1][0], residual=residual)
+        assert y.requires_grad == bool({0, 1} & {*wanting})
+        assert torch.equal(total, inputs[0] + residual)
+        return y.grad_fn and [name is not None for name, _ in y.grad_fn.next_functions]
+
+    assert call(0, 1) == call(0, 1)
+    for wanting in ((0,), (), (1,), (0, 1), ()):
+        call(*wanting)
+    seen = []
+
+    def pack(tensor):
+        seen.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(0, 1)
+    assert len(seen) == 3
+
+
 def test_another_default_device_changes_nothing():
     x, weight = torch.ones(2, 8), torch.ones(3, 8)
     with torch.no_grad():
