@@ -12,7 +12,7 @@ import pyfused
 from pyfused.bench import Case
 from pyfused.bench.peers import compiled
 from pyfused.bench.peers_models import INT8, gpt2_prompt, gpt2_token
-from pyfused.models._gpt2_decoding import GPT2Decoding, prefill
+from pyfused.generation.gpt2 import GPT2Decoding, prefill
 
 from .models import cost_of_a_token, model_calls, pair, train_calls
 

@@ -12,7 +12,7 @@ import pyfused
 from pyfused.bench import Case
 from pyfused.bench.peers import compiled
 from pyfused.bench.peers_models import INT8, t5_encoder, t5_token
-from pyfused.models._t5_decoding import T5Decoding
+from pyfused.generation.t5 import T5Decoding
 
 from .models import cost_of_a_token, model_calls, pair, train_calls
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyfused import _extensions
+from pyfused import extensions
 
 DRY = os.environ.get("PYFUSED_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
@@ -24,7 +24,7 @@ if DRY:
     from pyfused.testing.triton_interpreter import repair_interpreter
 
     repair_interpreter()
-    _extensions.emulate_cuda(shim.load)
+    extensions.emulate_cuda(shim.load)
     torch.set_num_threads(1)
 
 

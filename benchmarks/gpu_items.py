@@ -19,7 +19,7 @@ from gpu_peers import attention_shapes, flex, heads, peers
 from gpu_session import ROOT
 
 import pyfused
-from pyfused import _extensions, dispatch, evidence
+from pyfused import dispatch, evidence, extensions
 from pyfused.testing import running
 
 # ---- what is here -------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def environment(start: int) -> Iterator[Row]:
     tools = {tool: shutil.which(tool) for tool in ("nvcc", "ncu", "compute-sanitizer")}
     yield {"device": device, "kind": kind, "versions": versions, "tools": tools, "commit": _commit()}
     for name in ("_cpu", "_cuda"):
-        reason = _extensions.missing(name)
+        reason = extensions.missing(name)
         yield {"extension": name, "ok": not reason, "error": reason}
     for name in ("triton", "cuda"):
         reason = dispatch.missing(name)

@@ -19,7 +19,7 @@ from pyfused.testing import judge, running
 
 def _score_mod(table: torch.Tensor) -> Callable[..., torch.Tensor]:
     """T5's bias for FlexAttention, from the table by bucket."""
-    from pyfused.kernels.buckets import distance_buckets
+    from pyfused.kernels.shared.buckets import distance_buckets
 
     buckets = distance_buckets(True, table.shape[0], 128, table.device)
     span = buckets.shape[0] // 2

@@ -10,7 +10,7 @@ from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_nor
 if TYPE_CHECKING:
     from .encoding import encode
     from .fuse import FuseReport, fuse_, unfuse_
-    from .generation import Generator
+    from .generation.generator import Generator
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __all__ = [

@@ -353,7 +353,8 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from . import evidence, tune, tune_gpu, warm
+    from . import evidence, tune, warm
+    from .tune import gpu as tune_gpu
 
     on_gpu = arguments.device == "cuda"
     if any(count < 1 for count in arguments.threads):

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from . import _extensions, evidence
+from . import evidence, extensions
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -96,13 +96,13 @@ def interpreting() -> bool:
 def missing(name: str) -> str:
     """Why no operator can run on this backend on this machine; empty when some can."""
     if name == "cpu":
-        return _extensions.missing("_cpu")
+        return extensions.missing("_cpu")
     if name == "cuda":
-        if _extensions.emulating_cuda():
+        if extensions.emulating_cuda():
             return ""
-        reason = _extensions.missing("_cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
+        reason = extensions.missing("_cuda") or ("" if torch.cuda.is_available() else "no CUDA device")
         cards = () if reason else range(torch.cuda.device_count())
-        lacking = (_extensions.cuda_lacks(torch.cuda.get_device_capability(card)) for card in cards)
+        lacking = (extensions.cuda_lacks(torch.cuda.get_device_capability(card)) for card in cards)
         return reason or next(filter(None, lacking), "")
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -117,7 +117,7 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     reason = missing(name)
     if reason or name == "reference":
         return reason
-    emulated = {"cpu": True, "cuda": _extensions.emulating_cuda(), "triton": interpreting()}[name]
+    emulated = {"cpu": True, "cuda": extensions.emulating_cuda(), "triton": interpreting()}[name]
     takes = "cpu" if emulated else "cuda"
     if device != takes:
         return f"runs on {takes} tensors, not on {device}"

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import _inputs
-from .models._evaluation import evaluating, skipping_padding
+from .models import inputs as model_inputs
 from .models.backbone import Backbone
+from .models.evaluation import evaluating, skipping_padding
 
 
 def encode(
@@ -56,7 +56,7 @@ def encode(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it takes at least 1")
     config = model.get_config()
-    arrays = _inputs.texts(texts, "texts", config["vocabulary_size"])
+    arrays = model_inputs.texts(texts, "texts", config["vocabulary_size"])
     places = config.get("max_sequence_length")
     for row, array in enumerate(arrays):
         if places is not None and len(array) > places:
@@ -65,7 +65,7 @@ def encode(
     found: list[Tensor] = [torch.empty(0)] * len(arrays)
     with evaluating(model), skipping_padding(), torch.no_grad():
         for rows in _batches(arrays, batch_size, mixed=model.texts[0][1] is not None):
-            ids, lengths = _inputs.padded([arrays[row] for row in rows])
+            ids, lengths = model_inputs.padded([arrays[row] for row in rows])
             real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
             mask = None if bool(real.all()) else real.to(device)
             states = model.text_states(torch.from_numpy(ids).to(device), mask)

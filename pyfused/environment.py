@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _extensions, dispatch
+from . import dispatch, extensions
 
 _PACKAGES = {
     "torch": "",
@@ -58,8 +58,8 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": {
-            "supported": _extensions.cpu_supported(),
-            "in_use": _extensions.isa(),
+            "supported": extensions.cpu_supported(),
+            "in_use": extensions.isa(),
             "threads": torch.get_num_threads(),
         },
         "gpus": gpus,

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from . import _extensions
+from . import extensions
 
 SHIPPED = Path(__file__).parent / "evidence"
 _T = TypeVar("_T")
@@ -209,7 +209,7 @@ def kind(device: str = "cpu") -> str:
     if device != "cpu":
         name = torch.cuda.get_device_name(device).lower()
         return f"{device.partition(':')[0]}_{re.sub('[^a-z0-9]+', '_', name)}"
-    used = _extensions.isa() or "none"
+    used = extensions.isa() or "none"
     torch_uses = torch.backends.cpu.get_cpu_capability().lower()
     parts = ["cpu", _vendor(), used]
     if torch_uses != {"baseline": "default"}.get(used, used):
@@ -252,7 +252,7 @@ def files(device: str = "cpu") -> list[Path]:
     found = [own_file(device), SHIPPED / f"{kind(device)}.json"]
     if device == "cpu":
         likes = [f"cpu_{name_of(d)}" for d in (torch.bfloat16, torch.float16) if multiplies_itself(d)]
-        like = "cpu_amd_baseline_torch_avx2" if _extensions.isa() == "baseline" else "cpu_amd_avx2"
+        like = "cpu_amd_baseline_torch_avx2" if extensions.isa() == "baseline" else "cpu_amd_avx2"
         found += [SHIPPED / f"{name}.json" for name in (*likes, like)]
     return list(dict.fromkeys(found))
 

@@ -1,6 +1,6 @@
 """How does an existing model run on fused kernels, unchanged otherwise? fuse_ gives its modules another forward.
 
-The forward is an attribute of the instance (_own_forward.py): class, parameters, buffers, hooks and state dict stay, and
+The forward is an attribute of the instance (own_forward.py): class, parameters, buffers, hooks and state dict stay, and
 taking the attribute away (unfuse_) restores the module. Deep copies, pickles and nn.DataParallel's replicas have such a forward
 of their own; any other copy of a fused module's attributes, as copy.copy makes, computes as its class does. The forward is a
 function that can be imported by its name. It computes what the class's own forward does and hands over to it (`original`) what
@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ._own_forward import F, Forward, give, is_own, own_forward, take_back
+from .own_forward import F, Forward, give, is_own, own_forward, take_back
 
 Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
 

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from . import dispatch, tiles
-from ._decoding import decoding_of
 from .encoding import encode
-from .kernels.prepared import recorder
-from .models._evaluation import evaluating
+from .generation.steps import decoding_of
+from .kernels.shared.prepared import recorder
 from .models.backbone import Backbone
+from .models.evaluation import evaluating
 
 LENGTHS = (8, 100, 1000)  # few rows, many, and enough keys for a decoding step to split them
 NEW_TOKENS = 64

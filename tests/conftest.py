@@ -18,18 +18,18 @@ for name in ("PYFUSED_BACKEND", "PYFUSED_CHECK"):
 os.environ["PYFUSED_EVIDENCE"] = os.devnull
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What torch.compile keeps on disk is found by a version's names (pyfused.ops._operator.composite), not by a commit's.
+# What torch.compile keeps on disk is found by a version's names (pyfused.ops.registration.composite), not by a commit's.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest  # noqa: E402
 import shim  # noqa: E402
 
-from pyfused import _extensions, evidence  # noqa: E402
+from pyfused import evidence, extensions  # noqa: E402
 from pyfused.testing.triton_interpreter import repair_interpreter  # noqa: E402
 
 if not HAS_GPU:
     repair_interpreter()
-    _extensions.emulate_cuda(shim.load)
+    extensions.emulate_cuda(shim.load)
 THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
 if faster := os.environ.get("PYFUSED_TEST_PRODUCTS"):  # where nothing is forced
     evidence._only_way.set(faster == "library")

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from pyfused import dispatch, tiles
-from pyfused.kernels import prepared
+from pyfused.kernels.shared import prepared
 from pyfused.kernels.triton import _launch
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pyfused import _extensions
+from pyfused import extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = "gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"
@@ -40,13 +40,13 @@ sys.exit(not all(report["passed"] for report in reports))
 
 def libraries():
     """The names in LIBRARIES that this processor can play, and that differ on it."""
-    return [*LIBRARIES] if "avx512" in _extensions.cpu_supported() else ["default", "avx2"]
+    return [*LIBRARIES] if "avx512" in extensions.cpu_supported() else ["default", "avx2"]
 
 
 def machines():
     """(library, threads, instruction set of pyfused) to run: the two first in all combinations; the third, which every
     operator's test varies by itself, each once more."""
-    isas = _extensions.cpu_supported() or [""]
+    isas = extensions.cpu_supported() or [""]
     found = [(*pair, isas[-1]) for pair in itertools.product(libraries(), THREADS)]
     return found + [(libraries()[-1], 1, isa) for isa in isas[:-1]]
 

@@ -11,7 +11,7 @@ from t5_cases import hf_t5
 from t5_cases import like_hf as like_t5
 
 from pyfused import Generator
-from pyfused.models._t5_decoding import T5Decoding
+from pyfused.generation.t5 import T5Decoding
 from pyfused.nn import KVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from pyfused import _decoding
-from pyfused._decoding import GraphSteps
+from pyfused.generation import steps
+from pyfused.generation.sampling import Sampler
+from pyfused.generation.steps import GraphSteps
 from pyfused.models.gpt2 import GPT2Backbone
 from pyfused.models.t5 import T5Backbone
-from pyfused.sampling import Sampler
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
 SHAPES = {"gpt2": (3, 30), "t5": (3, 7, 30)}
@@ -104,7 +104,7 @@ def test_weights_written_in_place_are_read(model, kind):
         return decoding.fixed_step(torch.tensor([5, 60, 0]))
 
     def new():
-        return _decoding.decoding_of(model)(model, SHAPES[kind], fixed=True)
+        return steps.decoding_of(model)(model, SHAPES[kind], fixed=True)
 
     kept = new()
     before = logits(kept)

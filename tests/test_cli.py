@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from pyfused import verify as verifying
-from pyfused._extensions import cpu_supported
 from pyfused.cli import main
+from pyfused.extensions import cpu_supported
 
 PRESET = "gpt2_tiny_en"
 

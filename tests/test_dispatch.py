@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import _extensions, dispatch
+from pyfused import dispatch, extensions
 
 X, W = torch.ones(2, 8), torch.ones(8)
 
@@ -48,7 +48,7 @@ def test_unknown_names_are_refused():
         pass
     with pytest.raises(ValueError, match="operator='conv' is unknown"):
         pyfused.explain("conv", X)
-    with pytest.raises(ValueError, match="isa 'mmx'"), _extensions.use_isa("mmx"):
+    with pytest.raises(ValueError, match="isa 'mmx'"), extensions.use_isa("mmx"):
         pass
 
 
@@ -80,8 +80,8 @@ def test_backend_nests_and_restores():
 )
 def test_environment_variables(name, value, said):
     code = (
-        "import torch, pyfused; from pyfused import _extensions; x = torch.ones(2, 8); w = torch.ones(8);"
-        "pyfused.layer_norm(x, w); print(pyfused.explain('layer_norm', x, w).backend, _extensions.isa())"
+        "import torch, pyfused; from pyfused import extensions; x = torch.ones(2, 8); w = torch.ones(8);"
+        "pyfused.layer_norm(x, w); print(pyfused.explain('layer_norm', x, w).backend, extensions.isa())"
     )
     environment = os.environ | {name: value}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -92,8 +92,8 @@ def test_the_best_instruction_set_is_used(monkeypatch):
     """The weakest comes first, as the extension lists them."""
     monkeypatch.delenv("PYFUSED_ISA", raising=False)
     for supported in ([], ["baseline"], ["baseline", "avx2"], ["baseline", "avx2", "avx512"]):
-        monkeypatch.setattr(_extensions, "cpu_supported", lambda found=supported: found)
-        assert _extensions._default_isa.__wrapped__() == (supported[-1] if supported else None)
+        monkeypatch.setattr(extensions, "cpu_supported", lambda found=supported: found)
+        assert extensions._default_isa.__wrapped__() == (supported[-1] if supported else None)
 
 
 def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
@@ -158,8 +158,8 @@ def test_tensor_subclasses_go_through_the_registered_operator():
 def test_cuda_is_held_to_the_cards_that_are_there(monkeypatch, capability, built, runs):
     """A card without code for it is a reason that explain() gives, not a launch that fails."""
     extension = type("Extension", (), {"architectures": built})
-    monkeypatch.setattr(_extensions, "_emulated", None)
-    monkeypatch.setattr(_extensions, "_load", lambda name: (extension, ""))
+    monkeypatch.setattr(extensions, "_emulated", None)
+    monkeypatch.setattr(extensions, "_load", lambda name: (extension, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)

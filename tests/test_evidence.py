@@ -9,7 +9,7 @@ import torch
 
 import pyfused
 from pyfused import dispatch, evidence
-from pyfused.tune import tune
+from pyfused.tune.run import tune
 
 X, W = torch.randn(16, 8), torch.randn(8, 8)
 

@@ -9,8 +9,8 @@ from float16_cases import STREAM, flan_like, fnet_with_large_sums, inputs_of, of
 import pyfused
 from pyfused import Backbone, Generator, backend, testing
 from pyfused.checkpoints import save_hf
-from pyfused.models._t5_decoding import T5Decoding
-from pyfused.models._t5_step import bindable
+from pyfused.generation.t5 import T5Decoding
+from pyfused.generation.t5_bound import bindable
 
 # Four times the most that rounding the result itself can take: what goes wrong here is a large part of everything. How exact
 # the kernels are is judged beside the reference operators.

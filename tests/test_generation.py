@@ -9,11 +9,11 @@ from gpt2_cases import hf_gpt2, like_hf
 
 import pyfused
 from pyfused import Generator
-from pyfused._decoding import GraphSteps
 from pyfused.bench.beside_transformers import same
-from pyfused.models._gpt2_decoding import GPT2Decoding
-from pyfused.models._gpt2_step import bindable
-from pyfused.sampling import Sampler, uniforms
+from pyfused.generation.gpt2 import GPT2Decoding
+from pyfused.generation.gpt2_bound import bindable
+from pyfused.generation.sampling import Sampler, uniforms
+from pyfused.generation.steps import GraphSteps
 from pyfused.testing import running
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,9 +7,9 @@ import torch
 from t5_cases import hf_t5, like_hf
 
 from pyfused import Generator, T5Backbone
-from pyfused._decoding import GraphSteps
-from pyfused.models._t5_decoding import T5Decoding
-from pyfused.models._t5_step import bindable
+from pyfused.generation.steps import GraphSteps
+from pyfused.generation.t5 import T5Decoding
+from pyfused.generation.t5_bound import bindable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 45

@@ -4,7 +4,7 @@ short form of `make test-machines`."""
 import machines
 import pytest
 
-from pyfused import _extensions
+from pyfused import extensions
 
 # What a product of the library, a sum in another order or another formula of torch would show in.
 TESTS = (
@@ -19,14 +19,14 @@ TESTS = (
 
 @pytest.mark.parametrize("library", ["default", "avx2"])
 def test_older_processors(library):
-    isas = _extensions.cpu_supported()
+    isas = extensions.cpu_supported()
     machine = library, 2, "avx2" if library in isas else isas[0] if isas else ""
     for done in machines.verified(machine), machines.tested(machine, [f"tests/ops/{test}" for test in TESTS]):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_every_kind_of_machine_is_among_them(monkeypatch):
-    monkeypatch.setattr(_extensions, "cpu_supported", lambda: ["baseline", "avx2", "avx512"])
+    monkeypatch.setattr(extensions, "cpu_supported", lambda: ["baseline", "avx2", "avx512"])
     found = machines.machines()
     assert {threads for _, threads, _ in found} == {1, 2}
     assert {isa for _, _, isa in found} == {"baseline", "avx2", "avx512"}

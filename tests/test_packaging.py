@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyfused import _extensions
+from pyfused import extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def quick(tmp_path_factory):
     compiler = tmp_path_factory.mktemp("compiler") / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or shutil.which("c++")} "$@" -O0\n')
     compiler.chmod(0o755)
-    isas = [isa for isa in _extensions.cpu_supported() if isa != "avx512"]
+    isas = [isa for isa in extensions.cpu_supported() if isa != "avx512"]
     return {"PYFUSED_BUILD_CUDA": "0", "PYFUSED_BUILD_ISAS": " ".join(isas), "CXX": str(compiler)}
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from fake_cuda import Machine
 
-from pyfused import _extensions
-from pyfused.kernels import prepared
+from pyfused import extensions
+from pyfused.kernels.shared import prepared
 from pyfused.kernels.triton import _launch
 
 TESTS = Path(__file__).parent
@@ -238,7 +238,7 @@ class Tensor:
         self.view = View(address, device_type, device_id, 1, 2, 32, 1, *at, 0)
 
 
-@pytest.mark.skipif(bool(_extensions.missing("_cpu")), reason="needs the extension")
+@pytest.mark.skipif(bool(extensions.missing("_cpu")), reason="needs the extension")
 def test_a_signature_tells_devices_and_alignment_apart():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     code = SIGNATURES.format(tests=str(TESTS))
@@ -257,8 +257,8 @@ class OnGPU:
 
 
 def test_without_the_extension_calls_on_a_gpu_have_signatures(monkeypatch):
-    monkeypatch.setattr(_extensions, "_TENSORS", frozenset({OnGPU, torch.Tensor}))
-    sign = _extensions.gpu_signature
+    monkeypatch.setattr(extensions, "_TENSORS", frozenset({OnGPU, torch.Tensor}))
+    sign = extensions.gpu_signature
     assert sign(OnGPU(), 1, None) == sign(OnGPU(address=128), 1, None)
     others = [OnGPU(1), OnGPU(address=68), OnGPU(shape=(6,)), OnGPU(stride=(2,))]
     found = [
@@ -276,10 +276,10 @@ def test_without_the_extension_calls_on_a_gpu_have_signatures(monkeypatch):
 def test_without_the_extension_prepared_launches_are_found(monkeypatch, count, expected):
     from pyfused import dispatch
 
-    monkeypatch.setattr(_extensions, "_TENSORS", frozenset({OnGPU}))
+    monkeypatch.setattr(extensions, "_TENSORS", frozenset({OnGPU}))
     watched = []
-    launches = {(None, _extensions.gpu_signature(OnGPU(), 5)): lambda *args: (1, 2, 3)}
-    run = _extensions.gpu_prepared(
+    launches = {(None, extensions.gpu_signature(OnGPU(), 5)): lambda *args: (1, 2, 3)}
+    run = extensions.gpu_prepared(
         launches, dispatch._forced, (lambda: bool(watched),), lambda *args, **names: "checked", count
     )
     assert run(OnGPU(), 5) == expected

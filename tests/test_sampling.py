@@ -8,9 +8,9 @@ from t5_cases import hf_t5
 from t5_cases import like_hf as like_hf_t5
 
 from pyfused import Generator
-from pyfused._decoding import GraphSteps
-from pyfused.beam_search import BeamSearch
-from pyfused.sampling import NO_TOKEN, Sampler
+from pyfused.generation.beam_search import BeamSearch
+from pyfused.generation.sampling import NO_TOKEN, Sampler
+from pyfused.generation.steps import GraphSteps
 
 DRAWS = 20_000
 

@@ -9,8 +9,8 @@ import torch
 from fake_cuda import Machine
 
 import pyfused.kernels
-from pyfused.kernels.buckets import _by_distance, distance_buckets
-from pyfused.kernels.tables import kept_on_device
+from pyfused.kernels.shared.buckets import _by_distance, distance_buckets
+from pyfused.kernels.shared.tables import kept_on_device
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import dispatch, evidence, tiles, tune_gpu
-from pyfused.tune_cases import cases, norm
+from pyfused import dispatch, evidence, tiles
+from pyfused.tune import gpu as tune_gpu
+from pyfused.tune.cases import cases, norm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run, where there is no GPU")
 

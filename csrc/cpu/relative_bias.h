@@ -20,7 +20,7 @@ inline float* floats(int64_t n) {
 struct ByDistance {
   float* rows = nullptr;  // (heads, length)
   int64_t first = 0, last = 0, lanes = 0, length = 0, heads = 0, span = 0, sign = 0;
-  const int32_t* buckets = nullptr;  // of -span .. span, as pyfused/kernels/buckets.py makes them
+  const int32_t* buckets = nullptr;  // of -span .. span, as kernels/shared/buckets.py makes them
 
   ByDistance() = default;
   ByDistance(addr buckets, int64_t span, int64_t heads, int64_t least, int64_t most, int64_t sign, int64_t lanes)

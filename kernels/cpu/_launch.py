@@ -1,4 +1,4 @@
-"""What do the launchers of CPU kernels share? A norm of torch's own in their place. See pyfused/kernels/prepared.py too."""
+"""What do the launchers of CPU kernels share? A norm of torch's own in their place. See kernels/shared/prepared.py too."""
 
 import torch
 

@@ -4,9 +4,9 @@ from array import array
 
 import torch
 
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.buckets import distance_buckets
-from pyfused.kernels.prepared import CPU, launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.prepared import CPU, launched, maker
 
 
 def _layout(query, key, value, attn_bias, table, buckets, cu_seqlens, max_seqlen, *more):

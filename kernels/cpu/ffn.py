@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ..reference.ffn import linear_gradients
 from ..reference.linear import product

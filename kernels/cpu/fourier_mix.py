@@ -3,9 +3,9 @@
 import torch
 
 from pyfused import evidence
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.fourier import plan
-from pyfused.kernels.prepared import CPU, launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.fourier import plan
+from pyfused.kernels.shared.prepared import CPU, launched, maker
 
 from ..reference import fourier_mix as library
 

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import launched, maker
 
 from ..reference.gated_ffn import linear_gradients, widened
 from ..reference.linear import product

@@ -1,9 +1,9 @@
 """linear on the CPU: launches csrc/cpu/linear.cpp, or the library's product where that was measured to be faster."""
 
 from pyfused import evidence
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ..reference.linear import product
 

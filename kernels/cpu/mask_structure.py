@@ -3,7 +3,7 @@ so nothing that was seen is ever kept, and a mask may change in ways that no ver
 
 import torch
 
-from pyfused._extensions import cpu, missing
+from pyfused.extensions import cpu, missing
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

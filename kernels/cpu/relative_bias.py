@@ -2,9 +2,9 @@
 
 import torch
 
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.buckets import distance_buckets
-from pyfused.kernels.prepared import launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.prepared import launched, maker
 
 
 @launched

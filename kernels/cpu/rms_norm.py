@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from pyfused import evidence
-from pyfused._extensions import DTYPE_CODES, cpu
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ._launch import library_norm
 

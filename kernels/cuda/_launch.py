@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from pyfused.kernels.prepared import current_stream
+from pyfused.kernels.shared.prepared import current_stream
 
 
 def pointers(*tensors):

@@ -5,9 +5,9 @@ from array import array
 
 import torch
 
-from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.buckets import distance_buckets
-from pyfused.kernels.prepared import launched, maker
+from pyfused.extensions import DTYPE_CODES, cuda
+from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.prepared import launched, maker
 
 from ._launch import multiprocessors, pointers, shared_memory, where
 

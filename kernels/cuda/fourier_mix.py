@@ -4,10 +4,10 @@ import functools
 
 import torch
 
-from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.fourier import plan
-from pyfused.kernels.prepared import launched, maker
-from pyfused.kernels.tables import kept_on_device
+from pyfused.extensions import DTYPE_CODES, cuda
+from pyfused.kernels.shared.fourier import plan
+from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.tables import kept_on_device
 
 from ._launch import pointers, shared_memory, where
 

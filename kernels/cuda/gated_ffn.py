@@ -7,9 +7,9 @@ a power-of-two scale for each row, so that cuBLAS multiplies in float16. The bac
 import torch
 import torch.nn.functional as F
 
-from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
+from pyfused.extensions import DTYPE_CODES, cuda
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ..reference.gated_ffn import linear_gradients
 from ._launch import pointers, where

@@ -2,9 +2,9 @@
 
 import torch.nn.functional as F
 
-from pyfused._extensions import DTYPE_CODES, cuda
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
+from pyfused.extensions import DTYPE_CODES, cuda
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ._launch import pointers, where
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pyfused.kernels.buckets import buckets_of
+from pyfused.kernels.shared.buckets import buckets_of
 
 
 def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, query_offset, device):

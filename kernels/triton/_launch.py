@@ -9,7 +9,7 @@ what torch's allocator makes lies at multiples of 256.
 import torch
 from triton import knobs
 
-from pyfused.kernels.prepared import current_device, current_stream, recorder
+from pyfused.kernels.shared.prepared import current_device, current_stream, recorder
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 

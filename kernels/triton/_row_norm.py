@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from pyfused import tiles
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, maker
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, maker
 
 from ._launch import starter
 

@@ -6,8 +6,8 @@ import torch
 import triton
 
 from pyfused import tiles
-from pyfused.kernels.buckets import distance_buckets
-from pyfused.kernels.prepared import launched, maker
+from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.prepared import launched, maker
 
 from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel

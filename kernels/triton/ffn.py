@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 
 from pyfused import evidence, tiles
-from pyfused.kernels.layout import rows_of
-from pyfused.kernels.prepared import dense, launched, maker
 from pyfused.kernels.reference.ffn import linear_gradients
+from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.prepared import dense, launched, maker
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from pyfused import evidence, tiles
-from pyfused.kernels.prepared import launched, maker
-from pyfused.kernels.tables import kept_on_device
+from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.tables import kept_on_device
 
 from ._launch import GRID_LIMITS, starter
 

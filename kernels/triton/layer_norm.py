@@ -1,6 +1,6 @@
 """layer_norm in Triton: y = (total - mean) * rstd * weight + bias, with the centred kernels of _row_norm.py."""
 
-from pyfused.kernels.prepared import launched
+from pyfused.kernels.shared.prepared import launched
 
 from . import _row_norm
 

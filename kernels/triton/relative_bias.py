@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from pyfused import tiles
-from pyfused.kernels.buckets import distance_buckets
-from pyfused.kernels.prepared import launched, maker
+from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.prepared import launched, maker
 
 from ._launch import starter
 

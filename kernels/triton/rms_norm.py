@@ -1,6 +1,6 @@
 """rms_norm in Triton: y = total * rstd * weight, with the kernels of _row_norm.py, not centred."""
 
-from pyfused.kernels.prepared import launched
+from pyfused.kernels.shared.prepared import launched
 
 from . import _row_norm
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..evidence import multiplies_itself
-from ..ops._cost import Cost
+from ..ops.cost import Cost
 
 Function = Callable[..., Any]
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""What does a call have to move and compute at least? The sum of what its operators declare (pyfused/ops/_cost.py)."""
+"""What does a call have to move and compute at least? The sum of what its operators declare (pyfused/ops/cost.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..ops._cost import COSTS, Cost, size
+from ..ops.cost import COSTS, Cost, size
 
 
 class _Counter(TorchDispatchMode):

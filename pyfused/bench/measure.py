@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .._timing import time_cuda
 from ..evidence import name_of
 from ..testing.tolerance import judge
+from ..timing import time_cuda
 from .case import Calls, Case, Function, Values, wide
 from .cost import cost_of
 

@@ -104,7 +104,7 @@ def flex(variant: str, shape: tuple[int, ...], bias: Any, device: str) -> dict[s
     def make() -> Function:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        from ..kernels.buckets import distance_buckets
+        from ..kernels.shared.buckets import distance_buckets
 
         torch._dynamo.reset()
         length, mask, score_mod = shape[2], None, None

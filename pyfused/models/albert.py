@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
-from . import _encoder_call, _inputs
-from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
-from ._encoder_call import Call
-from ._evaluation import skips_padding
+from . import encoder_call
+from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .encoder_call import Call
+from .evaluation import skips_padding
+from .options import check_heads, check_known, check_rates, check_rest, check_sizes
 
-INPUTS = ("token_ids", "segment_ids", "padding_mask", *_encoder_call.INPUTS[2:], "return_attentions")
+INPUTS = ("token_ids", "segment_ids", "padding_mask", *encoder_call.INPUTS[2:], "return_attentions")
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -166,7 +167,7 @@ class AlbertBackbone(Backbone):
                 a pooler, which takes the first token.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
-        call = self._read(_inputs.gather(inputs, keywords, INPUTS))
+        call = self._read(model_inputs.gather(inputs, keywords, INPUTS))
         if self.skip_padding or skips_padding():
             call.visible = call.visible.skip_padding(call.attentions is None)
         x = self.embed(call)
@@ -190,7 +191,7 @@ class AlbertBackbone(Backbone):
 
     def embed(self, call: Call) -> Tensor:
         """The normalised sum of the three embeddings, projected: what the layers take."""
-        x = _encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        x = encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
         x = self.embedding_norm(call.visible.packed(x))
         rate = self._config["dropout"]
         return self.projection(F.dropout(x, rate) if self.training and rate else x)
@@ -203,14 +204,14 @@ class AlbertBackbone(Backbone):
             yield from groups[int(i / (depth / len(groups)))]
 
     def _read(self, given: dict[str, Any]) -> Call:
-        call = _encoder_call.read(given, self._config, self._config["embedding_dim"], self.token_embedding.weight)
+        call = encoder_call.read(given, self._config, self._config["embedding_dim"], self.token_embedding.weight)
         if "padding_mask" not in given:
             raise ValueError("padding_mask is missing; it takes (B, S), or None where nothing is padding")
         if self.pooler is not None and not call.size[1]:
             name = "token_ids" if call.inputs_embeds is None else "inputs_embeds"
             raise ValueError(f"{name} has length 0; with a pooler it takes at least 1")
         if (mask := given["padding_mask"]) is not None:
-            mask = _inputs.mask(mask, "padding_mask", "(B, S)", call.size, self.device)
+            mask = model_inputs.mask(mask, "padding_mask", "(B, S)", call.size, self.device)
             call.visible = Visibility(padding_mask=mask)
         if given.get("return_attentions"):
             call.attentions = []

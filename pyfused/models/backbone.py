@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyfused.checkpoints import open_checkpoint, presets_of
 
-from ._mixed import compute_in
+from .mixed_precision import compute_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
 from ..nn.wide import widened
-from . import _inputs
-from ._config import check_known, check_rates, check_rest, check_sizes
-from ._encoder_call import INPUTS, Call, embed, read
+from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .encoder_call import INPUTS, Call, embed, read
+from .options import check_known, check_rates, check_rest, check_sizes
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -141,7 +141,7 @@ class FNetBackbone(Backbone):
             ValueError: a missing or unknown input, a padding mask, a wrong shape, a sequence longer than P.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
-        given = _inputs.gather(inputs, keywords, (*INPUTS, "padding_mask"))
+        given = model_inputs.gather(inputs, keywords, (*INPUTS, "padding_mask"))
         if given.get("padding_mask") is not None:
             raise ValueError(
                 "padding_mask is given; FNet mixes every position into every other, padding too, and has no mask: it takes "

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
-from . import _inputs
-from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
-from ._evaluation import skips_padding
-from ._gpt2_call import INPUTS, Call, read
+from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .evaluation import skips_padding
+from .gpt2_call import INPUTS, Call, read
+from .options import check_heads, check_known, check_rates, check_rest, check_sizes
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -207,7 +207,7 @@ class GPT2Backbone(Backbone):
             ValueError: a missing or unknown input, a wrong shape, a sequence longer than P or than the cache.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
-        given = _inputs.gather(inputs, keywords, INPUTS)
+        given = model_inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
             call = read(given, self._config, self.final_norm.weight)
             if self.skip_padding or skips_padding():

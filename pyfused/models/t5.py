@@ -26,11 +26,11 @@ from ..checkpoints.options import HF_ACTIVATIONS, activation_name
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..nn.wide import is_wide, widened
 from ..ops.attention import MAX_HEAD_SIZE
-from . import _inputs
-from ._config import check_heads, check_known, check_rates, check_rest, check_sizes
-from ._evaluation import skips_padding
-from ._t5_call import ENCODER_INPUTS, FLAGS, INPUTS, Call, StackCall, collect, read, read_encoder
+from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .evaluation import skips_padding
+from .options import check_heads, check_known, check_rates, check_rest, check_sizes
+from .t5_call import ENCODER_INPUTS, FLAGS, INPUTS, Call, StackCall, collect, read, read_encoder
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -247,7 +247,7 @@ class T5Backbone(Backbone):
             where there is none.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
-        given = _inputs.gather(inputs, keywords, INPUTS)
+        given = model_inputs.gather(inputs, keywords, INPUTS)
         if self.decoder is None:
             return self._encoder_alone(given)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
@@ -263,7 +263,7 @@ class T5Backbone(Backbone):
     def encode(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> Tensor:
         """The encoder alone: encoder_token_ids (or encoder_inputs_embeds) and encoder_padding_mask, as forward takes them
         and raising as it does -> (B, Se, D)."""
-        given = _inputs.gather(inputs, keywords, ENCODER_INPUTS)
+        given = model_inputs.gather(inputs, keywords, ENCODER_INPUTS)
         return self._encoded(read_encoder(given, self._config, self.token_embedding.weight))
 
     def _encoder_alone(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._notices import once
 from ..fuse import fused_forward
 from ..kernels.reference import attention as reference
+from ..notices import once
 from ..ops import attention, linear
 from ..ops.attention import MAX_HEAD_SIZE
 from .attention import Visibility, bias_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tracing import tracing
+from ..tracing import tracing
 
 
 class Packing:

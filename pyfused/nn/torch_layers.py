@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._tracing import tracing
 from ..fuse import fused_forward, is_bare, is_fused
 from ..ops import ffn, layer_norm, linear
+from ..tracing import tracing
 from .attention import Visibility
 from .layers import LayerNorm, Linear
 from .multihead import MultiheadAttention, _sizes, attend, attends, takes, visible_keys

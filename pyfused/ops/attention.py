@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .._tracing import tracing
-from ._autocast import autocast_is_on, autocasts, in_lower_precision, to
-from ._checks import check_floating, check_like, check_shape, may_look, name_of
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from ..tracing import tracing
+from .autocast import autocast_is_on, autocasts, in_lower_precision, to
+from .checks import check_floating, check_like, check_shape, may_look, name_of
+from .cost import Cost, size
+from .registration import Operator, composite, is_recorded
 from .relative_bias import RelativeBias, check_buckets
 
 MAX_HEAD_SIZE = 256

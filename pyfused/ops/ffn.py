@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ._autocast import autocast_is_on, autocasts, in_lower_precision
-from ._checks import check_floating, check_like, check_shape
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from .autocast import autocast_is_on, autocasts, in_lower_precision
+from .checks import check_floating, check_like, check_shape
+from .cost import Cost, size
+from .registration import Operator, composite, is_recorded
 
 # GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
 ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")

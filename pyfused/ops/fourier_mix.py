@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ._checks import check_floating
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from .checks import check_floating
+from .cost import Cost, size
+from .registration import Operator, composite, is_recorded
 
 
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ._autocast import autocast_is_on, autocasts, in_lower_precision
-from ._checks import check_floating, check_like, check_shape
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from .autocast import autocast_is_on, autocasts, in_lower_precision
+from .checks import check_floating, check_like, check_shape
+from .cost import Cost, size
 from .ffn import canonical_activation
+from .registration import Operator, composite, is_recorded
 
 
 def gated_ffn(

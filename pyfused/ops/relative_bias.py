@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.buckets import exact_buckets
-from ._checks import check_floating
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from ..kernels.shared.buckets import exact_buckets
+from .checks import check_floating
+from .cost import Cost, size
+from .registration import Operator, composite, is_recorded
 
 
 class RelativeBias(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ._autocast import autocast_is_on, autocasts, normalized
-from ._checks import check_floating, check_like, check_shape
-from ._cost import Cost, size
-from ._operator import Operator, composite, is_recorded
+from .autocast import autocast_is_on, autocasts, normalized
+from .checks import check_floating, check_like, check_shape
+from .cost import Cost, size
+from .registration import Operator, composite, is_recorded
 
 
 def rms_norm(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from .. import _extensions, dispatch
+from .. import dispatch, extensions
 
 
 def available(device: str = "cpu") -> list[str]:
     """Names for running(): "reference", "cpu:<isa>" for each instruction set of this processor, "triton", "cuda"."""
     names = ["reference"]
     if device == "cpu":
-        names += [f"cpu:{isa}" for isa in _extensions.cpu_supported()]
+        names += [f"cpu:{isa}" for isa in extensions.cpu_supported()]
     if not dispatch.missing("triton") and (device != "cpu" or dispatch.interpreting()):
         names.append("triton")
-    if not dispatch.missing("cuda") and (device != "cpu" or _extensions.emulating_cuda()):
+    if not dispatch.missing("cuda") and (device != "cpu" or extensions.emulating_cuda()):
         names.append("cuda")
     return names
 
@@ -26,6 +26,6 @@ def running(name: str, *, strict: bool = True) -> Iterator[None]:
     backend, _, isa = name.partition(":")
     with ExitStack() as stack:
         if isa:
-            stack.enter_context(_extensions.use_isa(isa))
+            stack.enter_context(extensions.use_isa(isa))
         stack.enter_context(dispatch.backend(backend, strict=strict))
         yield

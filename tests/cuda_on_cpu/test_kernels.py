@@ -10,10 +10,10 @@ import shim
 import torch
 
 import pyfused
-from pyfused import _extensions, dispatch
+from pyfused import dispatch, extensions
 from pyfused.testing import running
 
-if not _extensions.emulating_cuda():
+if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SANITIZED = os.environ.get("PYFUSED_SANITIZE") == "1"

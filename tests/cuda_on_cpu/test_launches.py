@@ -8,12 +8,12 @@ import shim
 import torch
 
 import pyfused
-from pyfused import _extensions
+from pyfused import extensions
 from pyfused.kernels.cuda import attention, fourier_mix
-from pyfused.kernels.fourier import plan
+from pyfused.kernels.shared.fourier import plan
 from pyfused.testing import running
 
-if not _extensions.emulating_cuda():
+if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
 
 P = 1 << 40  # an address that nothing lies at, aligned for the widest accesses

@@ -14,7 +14,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "cuda_on_cpu")]
 
 import operator_calls  # noqa: E402
 
-from pyfused import _extensions, dispatch  # noqa: E402
+from pyfused import dispatch, extensions  # noqa: E402
 from pyfused.testing import running  # noqa: E402
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     if device == "cpu":
         import shim
 
-        _extensions.emulate_cuda(shim.load)
+        extensions.emulate_cuda(shim.load)
     ran, left = 0, set()
     for name in filter(lambda name: name.startswith(tuple(sys.argv[1:] or [""])), operator_calls.CALLS):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyfused._extensions import _load, cuda_lacks, missing
+from pyfused.extensions import _load, cuda_lacks, missing
 from pyfused.testing.cuda_compile import ARCHITECTURES
 from pyfused.testing.triton_compile import cuobjdump
 

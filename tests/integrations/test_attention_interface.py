@@ -17,9 +17,9 @@ from hf_cases import (
 from torch.nn import functional as F
 
 import pyfused
-from pyfused import _notices
-from pyfused.integrations import _attend, _masks, _supported
-from pyfused.integrations.transformers import attend, make_mask
+from pyfused import notices as fused_notices
+from pyfused.integrations.transformers import attend, make_mask, masks, support
+from pyfused.integrations.transformers import attention as attention_interface
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def calls(monkeypatch):
         made.append(kwargs)
         return pyfused.attention(*args, **kwargs)
 
-    monkeypatch.setattr(_attend, "attention", recorded)
+    monkeypatch.setattr(attention_interface, "attention", recorded)
     return made
 
 
 @pytest.fixture
 def notices(monkeypatch):
     """As in a process that has said nothing yet."""
-    monkeypatch.setattr(_notices, "_said", set())
+    monkeypatch.setattr(fused_notices, "_said", set())
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -77,7 +77,7 @@ def test_four_dimensional_masks(name, kind):
 def test_masks_of_integers_are_refused():
     query = torch.randn(2, 4, 5, 8)
     with pytest.raises(TypeError, match=r"attention_mask is torch.int64"):
-        _masks.read_mask(torch.ones(2, 1, 5, 5, dtype=torch.int64), query, query)
+        masks.read_mask(torch.ones(2, 1, 5, 5, dtype=torch.int64), query, query)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -146,7 +146,7 @@ def test_attentions(name, notices):
     model = build(name)
     inputs = {"input_ids": tokens(2, 6), "attention_mask": padding(2, 6, "left")}
     plain = with_implementation(model, "eager")(**inputs, output_attentions=True)
-    with pytest.warns(_notices.FallbackWarning, match="output_attentions"):
+    with pytest.warns(fused_notices.FallbackWarning, match="output_attentions"):
         actual = with_implementation(model, "pyfused")(**inputs, output_attentions=True)
     names = [n for n in plain if "attentions" in n and plain[n]]
     assert names
@@ -189,7 +189,7 @@ def test_head_mask(per_layer):
     )
     ids = tokens(2, 6)
     actual = with_implementation(model, "pyfused")(ids, head_mask=keep)[0]
-    with pytest.warns(_notices.FallbackWarning) if not _notices._said else torch.no_grad():
+    with pytest.warns(fused_notices.FallbackWarning) if not fused_notices._said else torch.no_grad():
         weights = model(ids, head_mask=keep, output_attentions=True)
     assert not weights.attentions[0][:, 0 if per_layer and keep[0, 0] == 0 else 1].any()
     with torch.no_grad():  # masking a head is scaling its rows of the projection behind it
@@ -206,7 +206,7 @@ def test_head_sizes_the_kernels_do_not_have(keys_too, notices):
     query, key = (torch.randn(2, h, 5, 264 if keys_too else 16) for h in (4, 2))
     value = torch.randn(2, 2, 5, 264 if keys_too else 8)
     visible = (torch.rand(2, 1, 5, 5) > 0.5) | torch.eye(5, dtype=torch.bool)
-    with pytest.warns(_notices.FallbackWarning, match="head sizes"):
+    with pytest.warns(fused_notices.FallbackWarning, match="head sizes"):
         out, _ = attend(layer(num_key_value_groups=2), query, key, value, visible)
     wide_key, wide_value = (t.repeat_interleave(2, 1) for t in (key, value))
     expected = F.scaled_dot_product_attention(query, wide_key, wide_value, visible)
@@ -220,7 +220,7 @@ def test_upcast_attention(side, notices):
     mask = padding(2, 6, side)
     inputs = {"input_ids": tokens(2, 6), "attention_mask": mask}
     expected = with_implementation(model, "eager")(**inputs)[0]
-    with pytest.warns(_notices.FallbackWarning, match="reorder_and_upcast_attn"):
+    with pytest.warns(fused_notices.FallbackWarning, match="reorder_and_upcast_attn"):
         actual = with_implementation(model, "pyfused")(**inputs)[0]
     assert torch.equal(actual[mask.bool()], expected[mask.bool()])
 
@@ -300,15 +300,15 @@ def test_models_without_the_interface_are_refused(name):
 
 
 def test_models_with_the_interface_in_some_layers_only_are_refused():
-    assert "GitSelfAttention" in _supported.reason_against(hf.GitModel)
-    assert "InformerProbSparseAttention" in _supported.reason_against(hf.InformerModel)
-    assert not _supported.reason_against(hf.SwitchTransformersModel)
+    assert "GitSelfAttention" in support.reason_against(hf.GitModel)
+    assert "InformerProbSparseAttention" in support.reason_against(hf.InformerModel)
+    assert not support.reason_against(hf.SwitchTransformersModel)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_compiles_whole(name, monkeypatch):
-    monkeypatch.setattr(_supported, "_reasons", {})  # looked up inside the trace
-    monkeypatch.setattr(_supported, "_vouched", {})
+    monkeypatch.setattr(support, "_reasons", {})  # looked up inside the trace
+    monkeypatch.setattr(support, "_vouched", {})
     torch._dynamo.reset()
     model = with_implementation(build(name), "pyfused")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
@@ -359,7 +359,7 @@ def test_masks_are_recognised(causal, queries, keys, room, side):
     floats = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     dead = not mask.any(-1).all()
     for given in (mask, floats):
-        seen = _masks.read_mask(given, query, key)
+        seen = masks.read_mask(given, query, key)
         if given is floats and dead:
             assert seen.attn_bias is floats
             continue
@@ -381,15 +381,15 @@ def test_other_masks_are_dense():
     holed[4, 2] = False
     per_head = causal.expand(2, 4, 6, 6)
     for mask in (windowed, holed, upper):
-        assert _masks.read_mask(mask.expand(2, 1, 6, 6), query, query).attn_bias is not None
-    assert _masks.read_mask(per_head, query, query).attn_bias is not None
+        assert masks.read_mask(mask.expand(2, 1, 6, 6), query, query).attn_bias is not None
+    assert masks.read_mask(per_head, query, query).attn_bias is not None
     learned = torch.zeros(2, 1, 6, 6, requires_grad=True)
-    assert _masks.read_mask(learned, query, query).attn_bias is learned
+    assert masks.read_mask(learned, query, query).attn_bias is learned
     with torch.inference_mode():
         mask = causal.expand(2, 1, 6, 6).clone()
-        assert _masks.read_mask(mask, query, query).is_causal
+        assert masks.read_mask(mask, query, query).is_causal
     with pytest.raises(ValueError, match="attention_mask has shape \\(2, 6\\)"):
-        _masks.read_mask(torch.ones(2, 6, dtype=torch.bool), query, query)
+        masks.read_mask(torch.ones(2, 6, dtype=torch.bool), query, query)
 
 
 def test_an_old_transformers_is_refused(monkeypatch):

@@ -9,8 +9,7 @@ import torch
 from hf_cases import build, tokens, with_implementation
 
 import pyfused
-from pyfused.integrations import _masks
-from pyfused.integrations.transformers import attend, make_mask
+from pyfused.integrations.transformers import attend, make_mask, masks
 
 CAUSAL = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
 HIDDEN = torch.tensor([[0, 0], [1, 1]])  # (row, key) that is hidden afterwards
@@ -158,7 +157,7 @@ def test_a_look_sees_the_whole_mask(dtype):
                 hidden = -torch.inf if draw(0, 2) else torch.finfo(dtype).min
                 mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, hidden)
             for all_see in (False, True):
-                found = _masks.structure(mask, all_see)
+                found = masks.structure(mask, all_see)
                 assert found == brute_force(mask, all_see), (mask, all_see)
                 counts[found is None] = counts.get(found is None, 0) + 1
     assert min(counts.values()) > 100
@@ -167,15 +166,15 @@ def test_a_look_sees_the_whole_mask(dtype):
 def test_masks_that_no_one_reads():
     """Values that are neither, other strides, sizes of 0, other dtypes: they stay dense."""
     mask = torch.zeros(2, 1, 3, 4).masked_fill(~torch.ones(3, 4, dtype=torch.bool).tril(1), -torch.inf)
-    assert _masks.structure(mask, False) == (4, 0)
+    assert masks.structure(mask, False) == (4, 0)
     for odd in (-1.0, -0.0, torch.nan, torch.finfo(torch.float32).min):
         other = mask.clone()
         other[1, 0, 0, 2 if odd else 0] = odd
-        assert _masks.structure(other, False) is None, odd
+        assert masks.structure(other, False) is None, odd
     turned = mask.transpose(2, 3).contiguous().transpose(2, 3)
     for other in (turned, mask[:, :, :0], mask.to(torch.int32), mask.to("meta"), torch.nn.Parameter(mask)):
-        assert _masks.structure(other, False) is None
+        assert masks.structure(other, False) is None
     for other in (mask[:, :, 1:, 1:], mask[1:, :, :, :3], mask[:1].expand(3, 1, 3, 4), mask[:, :, :1].expand(2, 1, 3, 4)):
-        assert _masks.structure(other, False) == brute_force(other, False)
+        assert masks.structure(other, False) == brute_force(other, False)
     made = make_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
-    assert _masks.structure(made, False) == (3, 1)
+    assert masks.structure(made, False) == (3, 1)

@@ -9,7 +9,7 @@ import pyfused
 from pyfused.fuse import is_fused
 
 transformers = pytest.importorskip("transformers")
-from pyfused.integrations import _albert  # noqa: E402
+from pyfused.integrations.transformers import albert as albert_integration  # noqa: E402
 
 SIZES = {
     "vocab_size": 61, "embedding_size": 12, "hidden_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2,
@@ -37,7 +37,7 @@ def test_report():
     assert {entry.kind for entry in trio.report.replaced} >= {"AlbertAttention", "AlbertLayer", "LayerNorm"}
     assert trio.report.left == ()
     for model, name in ((trio.fused, "pyfused"), (trio.plain, "sdpa")):
-        layers = [m for m in model.modules() if isinstance(m, _albert.modeling_albert.AlbertAttention)]
+        layers = [m for m in model.modules() if isinstance(m, albert_integration.modeling_albert.AlbertAttention)]
         assert {layer.config._attn_implementation for layer in layers} == {name}
 
 
@@ -76,7 +76,7 @@ def test_attentions():
 
 def test_what_runs(monkeypatch):
     """Four layers of two inner layers."""
-    trio, counts = Trio(albert()), counted(monkeypatch, _albert, "ffn", "linear")
+    trio, counts = Trio(albert()), counted(monkeypatch, albert_integration, "ffn", "linear")
     trio.fused(**inputs())
     assert counts == {"ffn": 8, "linear": 8}
 

@@ -9,13 +9,13 @@ from fused_pairs import Trio, counted, gradients, vary
 from torch import nn
 
 import pyfused
-from pyfused import _notices
-from pyfused._notices import FallbackWarning
+from pyfused import notices
 from pyfused.fuse import is_fused
+from pyfused.notices import FallbackWarning
 from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
-from pyfused.integrations import _fnet  # noqa: E402
+from pyfused.integrations.transformers import fnet as fnet_integration  # noqa: E402
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40, "max_position_embeddings": 32,
@@ -55,7 +55,7 @@ def test_heads(head):
 
 def test_what_runs(monkeypatch):
     """Three layers: one mixing, one norm with a residual, and one feed-forward each; again in the backward if checkpointed."""
-    trio, counts = Trio(fnet()), counted(monkeypatch, _fnet, "fourier_mix", "ffn", "layer_norm", "linear")
+    trio, counts = Trio(fnet()), counted(monkeypatch, fnet_integration, "fourier_mix", "ffn", "layer_norm", "linear")
     trio.fused(ids())
     assert counts == {"fourier_mix": 3, "ffn": 3, "layer_norm": 3, "linear": 0}
     gradients(trio.fused, lambda model: model(ids()).last_hidden_state.sum(), reentrant=False)
@@ -104,7 +104,7 @@ def test_chunked_feed_forward(chunk):
 
 
 def test_tpu_option_stays_and_says_so():
-    _notices._said.clear()
+    notices._said.clear()
     with pytest.warns(FallbackWarning, match="use_tpu_fourier_optimizations"):
         trio = Trio(fnet(use_tpu_fourier_optimizations=True, tpu_short_seq_length=13))
     assert not is_fused(trio.fused.encoder.layer[0].fourier.self)

@@ -12,9 +12,9 @@ from hf_cases import GPT2, in_double, livened, padding, tokens
 from torch import nn
 
 import pyfused
-from pyfused import _notices
+from pyfused import notices
 from pyfused.fuse import is_fused
-from pyfused.integrations import _gpt2
+from pyfused.integrations.transformers import gpt2 as gpt2_integration
 from pyfused.testing.tolerance import assert_close
 
 HEADS = {
@@ -69,7 +69,7 @@ def test_what_is_replaced():
 def test_activations(activation, monkeypatch):
     plain, fused = pair(activation_function=activation)
     calls = []
-    monkeypatch.setattr(_gpt2, "ffn", lambda *a, **k: calls.append(k) or pyfused.ffn(*a, **k))
+    monkeypatch.setattr(gpt2_integration, "ffn", lambda *a, **k: calls.append(k) or pyfused.ffn(*a, **k))
     check(plain, fused, {"input_ids": tokens(2, 6)})
     assert len(calls) == 2
     assert all(k["residual"] is not None for k in calls)
@@ -136,12 +136,12 @@ PARTS = ("self_attention_cache", "cross_attention_cache")
 
 
 def test_hidden_states_and_attentions(monkeypatch):
-    monkeypatch.setattr(_notices, "_said", set())
+    monkeypatch.setattr(notices, "_said", set())
     plain, fused = pair(add_cross_attention=True)
     plain.set_attn_implementation("eager")
     inputs = {"input_ids": tokens(2, 6), "encoder_hidden_states": torch.randn(2, 5, 32)}
     inputs |= {"output_hidden_states": True, "output_attentions": True}
-    with pytest.warns(_notices.FallbackWarning, match="output_attentions"):
+    with pytest.warns(notices.FallbackWarning, match="output_attentions"):
         actual = fused(**inputs)
     expected = plain(**inputs)
     for name, count in (("hidden_states", 3), ("attentions", 2), ("cross_attentions", 2)):

@@ -12,7 +12,8 @@ from pyfused.fuse import is_fused
 from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
-from pyfused.integrations import _attend, _t5  # noqa: E402
+from pyfused.integrations.transformers import attention as attention_interface  # noqa: E402
+from pyfused.integrations.transformers import t5 as t5_integration  # noqa: E402
 
 SIZES = {
     "vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
@@ -45,7 +46,7 @@ def test_report():
     assert {entry.kind for entry in trio.report.replaced} >= {*LAYERS, "T5LayerCrossAttention"}
     assert trio.report.left == ()
     for model, name in ((trio.fused, "pyfused"), (trio.plain, "sdpa")):
-        layers = [m for m in model.modules() if isinstance(m, _t5.modeling_t5.T5Attention)]
+        layers = [m for m in model.modules() if isinstance(m, t5_integration.modeling_t5.T5Attention)]
         assert {layer.config._attn_implementation for layer in layers} == {name}
 
 
@@ -115,10 +116,10 @@ def test_what_runs(monkeypatch):
     """No tensor of the bias, in either stack; everything in the kernels."""
     trio = Trio(t5())
     names = "ffn", "gated_ffn", "linear", "rms_norm", "relative_bias"
-    counts, attended = counted(monkeypatch, _t5, *names), []
-    attention = _attend.attention
+    counts, attended = counted(monkeypatch, t5_integration, *names), []
+    attention = attention_interface.attention
     monkeypatch.setattr(
-        _attend, "attention", lambda *args, **kwargs: attended.append(kwargs) or attention(*args, **kwargs)
+        attention_interface, "attention", lambda *args, **kwargs: attended.append(kwargs) or attention(*args, **kwargs)
     )
     trio.fused(**inputs())
     assert counts == {"ffn": 0, "gated_ffn": 5, "linear": 7, "rms_norm": 14, "relative_bias": 0}
@@ -190,7 +191,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-class Block(_t5.modeling_t5.T5Block):
+class Block(t5_integration.modeling_t5.T5Block):
     """Stands for the classes that FSDP gives to blocks."""
 
 
@@ -229,9 +230,11 @@ def test_a_stack_that_is_fused_in_part_has_the_tensor(left, monkeypatch):
             model.encoder.block[1].__class__ = Block
     else:
         trio = Trio(t5(), filter_fn=lambda name, module: not name.endswith(left))
-    attention, biases = _attend.attention, []
+    attention, biases = attention_interface.attention, []
     monkeypatch.setattr(
-        _attend, "attention", lambda *args, **kwargs: biases.append(kwargs["attn_bias"]) or attention(*args, **kwargs)
+        attention_interface,
+        "attention",
+        lambda *args, **kwargs: biases.append(kwargs["attn_bias"]) or attention(*args, **kwargs),
     )
     trio.check(**inputs())
     assert any(bias is not None for bias in biases) == (left != "layer.0")

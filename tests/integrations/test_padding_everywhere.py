@@ -74,7 +74,7 @@ def in_double(model):
 
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore::pyfused._notices.FallbackWarning")
+@pytest.mark.filterwarnings("ignore::pyfused.notices.FallbackWarning")
 def test_real_tokens(case, side):
     name, options, arguments = CASES[case]
     mask = torch.tensor(MASKS[side])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyfused.nn
-from pyfused import _notices
+from pyfused import notices
 from pyfused.testing import assert_close
 
 E, H, B, SQ, SK = 24, 4, 3, 7, 5
@@ -119,10 +119,10 @@ def test_multihead_attention_by_the_causal_hint(padding):
 
 
 def test_weights_are_torchs_and_that_is_said_once(monkeypatch):
-    monkeypatch.setattr(_notices, "_said", set())
+    monkeypatch.setattr(notices, "_said", set())
     mine, theirs, _ = twin("MultiheadAttention", E, H, batch_first=True)
     x = torch.randn(B, SQ, E)
-    with pytest.warns(_notices.FallbackWarning, match="need_weights=False"):
+    with pytest.warns(notices.FallbackWarning, match="need_weights=False"):
         actual = mine(x, x, x, average_attn_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyfused import _extensions
+from pyfused import extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = "import shim; kernels = shim.load()"
@@ -17,7 +17,7 @@ CPU = "from pyfused import _cpu; kernels = _cpu."
 # Sizes are 4, but for a head size of 8; strides too. Every address is one of a buffer of zeros, larger than anything asks for.
 SCRIPT = """
 import sys, torch
-from pyfused.kernels.fourier import plan
+from pyfused.kernels.shared.fourier import plan
 {load}
 buffers = [torch.zeros(1 << 18) for _ in range(24)]
 ends = torch.tensor([0, 2, 4, 4, 4], dtype=torch.int32)
@@ -86,11 +86,11 @@ def survives(load, header, sizes):
     assert {line.split()[0] for line in lines[:-1]} == {name for name, _ in functions}
 
 
-@pytest.mark.parametrize("isa", _extensions.cpu_supported())
+@pytest.mark.parametrize("isa", extensions.cpu_supported())
 def test_cpu(isa):
     survives(CPU + isa, "csrc/cpu/kernels.h", sizes=7)
 
 
-@pytest.mark.skipif(not _extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
+@pytest.mark.skipif(not extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
 def test_cuda():
     survives(SHIM, "csrc/cuda/kernels.h", sizes=6)

@@ -8,7 +8,7 @@ import torch
 from opchecks import check_registered
 
 import pyfused
-from pyfused.kernels.buckets import distance_buckets
+from pyfused.kernels.shared.buckets import distance_buckets
 from pyfused.testing import assert_close
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import _extensions, dispatch, evidence
-from pyfused.ops._operator import Operator
+from pyfused import dispatch, evidence, extensions
+from pyfused.ops.registration import Operator
 
-pytestmark = pytest.mark.skipif(bool(_extensions.missing("_cpu")), reason="needs the CPU extension")
+pytestmark = pytest.mark.skipif(bool(extensions.missing("_cpu")), reason="needs the CPU extension")
 
 
 def mask(x):
@@ -101,7 +101,7 @@ def test_the_backend_that_is_forced_runs(forced, monkeypatch):
     for name in ("reference", "cpu"):
         module = dispatch.kernel(name, "layer_norm")
         monkeypatch.setattr(module, "forward", noting(module.forward, name, ran))
-    isa = _extensions.isa()
+    isa = extensions.isa()
     with torch.no_grad():
         pyfused.layer_norm(x, w)  # remembered, and not to be used for another backend
         pyfused.layer_norm(x, w)
@@ -121,13 +121,13 @@ def noting(forward, name, ran):
     """The same kernel, which notes where it runs and with which instruction set it was prepared."""
 
     def noted(*args):
-        ran.append((name, _extensions.isa()))
+        ran.append((name, extensions.isa()))
         return forward(*args)
 
     if hasattr(forward, "prepare"):
 
         def prepare(*args):
-            launch, isa = forward.prepare(*args), _extensions.isa()
+            launch, isa = forward.prepare(*args), extensions.isa()
             return lambda *args: ran.append((name, isa)) or launch(*args)
 
         noted.prepare = prepare
@@ -270,7 +270,7 @@ def test_the_number_of_launches_is_bounded():
 
 
 def test_signatures():
-    signature = _extensions.signature()
+    signature = extensions.signature()
     x = torch.ones(2, 3)
     assert signature(x, None, 1, 2.0, "a", True) == signature(torch.zeros(2, 3), None, 1, 2.0, "a", True)
     different = [

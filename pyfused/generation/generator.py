@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ._decoding import EagerSteps, GraphSteps, Steps, decoding_of
+from ..models import inputs as model_inputs
+from ..models.backbone import Backbone
+from ..models.evaluation import evaluating
 from .beam_search import BeamSearch
-from .models import _inputs
-from .models._evaluation import evaluating
-from .models.backbone import Backbone
 from .sampling import NO_TOKEN, Sampler, no_token, uniforms
+from .steps import EagerSteps, GraphSteps, Steps, decoding_of
 
 _KEEPING = threading.Lock()
 
@@ -40,7 +40,7 @@ class Generator:
         self.model = model
         self._graphs: dict[object, GraphSteps] = {}
         if warm:
-            from .warm import warm as make_ready
+            from ..warm import warm as make_ready
 
             make_ready(model)
 
@@ -73,7 +73,7 @@ class Generator:
             stop_token_ids: a row ends behind one of these, which is returned too, as transformers does.
             on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
             num_beams: more than 1 searches for the likeliest text instead of the likeliest token, with transformers'
-                scores and rules; length_penalty, early_stopping, num_return_sequences: see `pyfused.beam_search`.
+                scores and rules; length_penalty, early_stopping, num_return_sequences: see `pyfused.generation.beam_search`.
                 Returned are num_return_sequences texts for each prompt, best first, prompt after prompt. Takes neither
                 a temperature nor on_token.
 
@@ -84,7 +84,7 @@ class Generator:
             FloatingPointError: logits that hold NaN or inf, as of a float16 model that overflows. (-inf is a token that is
                 never chosen, unless all are.)
         """
-        arrays = _inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
+        arrays = model_inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
         if max_new_tokens < 1:

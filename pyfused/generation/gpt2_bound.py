@@ -11,13 +11,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.gpt2 import GPT2Backbone, GPT2Block
 from ..nn import Embedding, KVCache, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
 from ..ops.layer_norm import _LAYER_NORM
 from ..ops.linear import _LINEAR
-from ._binding import matrix, plain
-from .gpt2 import GPT2Backbone, GPT2Block
+from .bound import matrix, plain
 
 _PLAIN = {
     GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, Mlp, ReversibleEmbedding,

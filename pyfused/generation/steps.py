@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .models._gpt2_decoding import GPT2Decoding
-from .models._t5_decoding import T5Decoding
-from .models.backbone import Backbone
-from .models.gpt2 import GPT2Backbone
-from .models.t5 import T5Backbone
+from .. import dispatch
+from ..models.backbone import Backbone
+from ..models.gpt2 import GPT2Backbone
+from ..models.t5 import T5Backbone
+from .gpt2 import GPT2Decoding
 from .sampling import Sampler
+from .t5 import T5Decoding
 
 DECODINGS: dict[type[Backbone], type[Decoding]] = {GPT2Backbone: GPT2Decoding, T5Backbone: T5Decoding}
 

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .._tracing import tracing
+from ..tracing import tracing
 
 # A call's checks cost as much as a small kernel, so that each looks first at what nearly always holds: reading a tensor's
 # device takes 0.15 us and comparing two 0.3, is_cpu 0.06; a tensor's shape 0.3.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import CAUSAL, KVCache, Visibility
-from . import _inputs
+from . import inputs as model_inputs
 
 INPUTS = (
     "token_ids", "padding_mask", "token_type_ids", "position_ids", "inputs_embeds", "attention_mask", "packed",
@@ -43,7 +43,7 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
     """Checks the inputs of one call. config: the model's; like: a parameter, for its dtype and device."""
     vocabulary, places, width = config["vocabulary_size"], config["max_sequence_length"], config["hidden_dim"]
     heads = config["num_heads"]
-    cache = _inputs.cache(given.get("cache"), config["num_layers"], heads, width // heads, like)
+    cache = model_inputs.cache(given.get("cache"), config["num_layers"], heads, width // heads, like)
     call = Call(visible=CAUSAL, cache=cache)
     embeds, tokens = given.get("inputs_embeds"), given.get("token_ids")
     if (embeds is None) == (tokens is None):
@@ -52,14 +52,14 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
     if "padding_mask" not in given:
         raise ValueError("padding_mask is missing; it takes (B, S), or None where nothing is padding")
     if embeds is not None:
-        call.inputs_embeds = _inputs.states(embeds, "inputs_embeds", "(B, S, D)", (None, None, width), like)
+        call.inputs_embeds = model_inputs.states(embeds, "inputs_embeds", "(B, S, D)", (None, None, width), like)
         b, s = call.inputs_embeds.shape[:2]
     else:
-        call.token_ids = _inputs.ids(tokens, "token_ids", "(B, S)", (None, None), vocabulary, like.device)
+        call.token_ids = model_inputs.ids(tokens, "token_ids", "(B, S)", (None, None), vocabulary, like.device)
         b, s = call.token_ids.shape
     if (types := given.get("token_type_ids")) is not None:
-        call.token_type_ids = _inputs.ids(types, "token_type_ids", "(B, S)", (b, s), vocabulary, like.device)
-    past = _inputs.cached(call.cache, b, s)
+        call.token_type_ids = model_inputs.ids(types, "token_type_ids", "(B, S)", (b, s), vocabulary, like.device)
+    past = model_inputs.cached(call.cache, b, s)
     call.position_ids = _positions(given, b, s, past, places, like.device)
     call.visible = _visible(given, call, (b, config["num_heads"], s, past + s), like)
     _encoder(given, call, config, b, like)
@@ -74,7 +74,7 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
 def _positions(given, b: int, s: int, past: int, places: int, device: torch.device) -> Tensor:
     positions = given.get("position_ids")
     if positions is not None:
-        return _inputs.positions(positions, (b, s), places, device)
+        return model_inputs.positions(positions, (b, s), places, device)
     if past + s > places:
         behind = f" behind {past} cached tokens" if past else ""
         raise ValueError(f"token_ids has length {s}{behind}; it takes at most max_sequence_length = {places} in all")
@@ -85,11 +85,11 @@ def _visible(given, call: Call, size: tuple[int, int, int, int], like: Tensor) -
     """size: (B, H, S, Sk)."""
     padding, custom, packed = given["padding_mask"], given.get("attention_mask"), given.get("packed", False)
     if padding is not None:
-        padding = _inputs.mask(padding, "padding_mask", "(B, Sk)", (size[0], size[3]), like.device)
+        padding = model_inputs.mask(padding, "padding_mask", "(B, Sk)", (size[0], size[3]), like.device)
     if not packed:
         if custom is None:
             return Visibility(is_causal=True, padding_mask=padding)
-        return Visibility(padding_mask=padding, attn_bias=_inputs.score_bias(custom, "attention_mask", size, like))
+        return Visibility(padding_mask=padding, attn_bias=model_inputs.score_bias(custom, "attention_mask", size, like))
     positions = call.position_ids
     if given.get("position_ids") is None or positions is None:
         raise ValueError("packed=True needs position_ids; a text starts wherever they do not continue")
@@ -98,7 +98,7 @@ def _visible(given, call: Call, size: tuple[int, int, int, int], like: Tensor) -
     text = torch.zeros_like(positions)
     text[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).cumsum(1)
     same = (text[:, :, None] == text[:, None, :])[:, None]  # (B, 1, S, S)
-    return Visibility(True, padding, _inputs.score_bias(same, "packed", size, like))
+    return Visibility(True, padding, model_inputs.score_bias(same, "packed", size, like))
 
 
 def _encoder(given, call: Call, config: dict[str, Any], b: int, like: Tensor) -> None:
@@ -113,9 +113,9 @@ def _encoder(given, call: Call, config: dict[str, Any], b: int, like: Tensor) ->
         raise ValueError("encoder_padding_mask is given without encoder_hidden_states")
     if memory is not None:
         width = config["hidden_dim"]
-        call.memory = _inputs.states(memory, "encoder_hidden_states", "(B, Se, D)", (b, None, width), like)
+        call.memory = model_inputs.states(memory, "encoder_hidden_states", "(B, Se, D)", (b, None, width), like)
         if mask is not None:
-            mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", (b, call.memory.shape[1]), like.device)
+            mask = model_inputs.mask(mask, "encoder_padding_mask", "(B, Se)", (b, call.memory.shape[1]), like.device)
         if call.cache is not None:
             call.cache.encoder_mask = mask
     elif held is not None and call.cache is not None:

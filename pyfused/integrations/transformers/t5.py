@@ -16,13 +16,13 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5 import modeling_t5
 
-from ..fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
-from ..kernels.buckets import exact_buckets
-from ..ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
-from ._activations import activation_reason, kernel_activation
-from ._children import drops, is_plain_linear, overridden
-from ._enter import NAME
-from .torch_nn import takes
+from ...fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
+from ...kernels.shared.buckets import exact_buckets
+from ...ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
+from ..torch_nn import takes
+from .activations import activation_reason, kernel_activation
+from .config import NAME
+from .plain_modules import drops, is_plain_linear, overridden
 
 
 @fused_forward

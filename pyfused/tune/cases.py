@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import dispatch, ops
+from .. import dispatch, ops
 
 Tensors = dict[str, torch.Tensor]
 New = Callable[..., torch.Tensor]

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 from torch import nn
 
-from .._tracing import tracing
+from ..tracing import tracing
 
 _lock = threading.Lock()
 _held: dict[nn.Module, int] = {}  # modules that were in training mode, and how many calls keep them out of it

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import dispatch, evidence, ops
-from .testing import judge
+from .. import dispatch, evidence, ops
+from ..testing import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # of a small and of a large weight

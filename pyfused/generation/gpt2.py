@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models import inputs as model_inputs
+from ..models.gpt2 import Call, GPT2Backbone
 from ..nn import CAUSAL, KVCache, Visibility
-from . import _inputs
-from ._gpt2_step import BoundStep, bindable
-from .gpt2 import Call, GPT2Backbone
+from .gpt2_bound import BoundStep, bindable
 
 
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
@@ -18,7 +18,7 @@ def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> T
     Prompts of several lengths are packed. In the cache they are padded on the right: what stands there is overwritten, or
     masked, in the steps that follow.
     """
-    ids, lengths = _inputs.padded(prompts)
+    ids, lengths = model_inputs.padded(prompts)
     device = model.device
     positions = torch.arange(ids.shape[1], device=device)
     visible = CAUSAL
@@ -30,7 +30,7 @@ def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> T
 
 
 class GPT2Decoding:
-    """A batch of texts being continued, as `pyfused._decoding.Decoding` says."""
+    """A batch of texts being continued, as `pyfused.generation.steps.Decoding` says."""
 
     def __init__(self, model: GPT2Backbone, shape: tuple[int, ...], fixed: bool = False):
         self.model = model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_like, check_shape
+from .checks import check_like, check_shape
 
 # Whether autocast is on for any device, in 0.1 us: all that an operator pays outside of it.
 autocast_is_on = torch._C._is_any_autocast_enabled

@@ -1,6 +1,6 @@
 """How does T5's decoder feed one token per row at the cost of its kernels alone? With everything looked up and checked once.
 
-As for GPT-2 (_gpt2_step.py): the parameters are bound once per generation, and the arguments fit by construction.
+As for GPT-2 (gpt2_bound.py): the parameters are bound once per generation, and the arguments fit by construction.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.t5 import T5Backbone, T5Layer, T5Stack
 from ..nn import (
     CrossAttention,
     GatedMlp,
@@ -27,8 +28,7 @@ from ..ops.ffn import _FFN
 from ..ops.gated_ffn import _GATED_FFN
 from ..ops.linear import _LINEAR
 from ..ops.rms_norm import _RMS_NORM
-from ._binding import plain
-from .t5 import T5Backbone, T5Layer, T5Stack
+from .bound import plain
 
 _KNOWN = {
     T5Backbone, T5Stack, T5Layer, nn.ModuleList, RMSNorm, Linear, RelativeSelfAttention, CrossAttention, Mlp,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from .. import _notices
-from ..kernels.cpu.mask_structure import all_zero
-from ..ops import RelativeBias, attention
-from ..ops import relative_bias as materialise
-from ..ops.attention import MAX_HEAD_SIZE
-from ._masks import Visible, additive, may_look, read_mask
+from ... import notices
+from ...kernels.cpu.mask_structure import all_zero
+from ...ops import RelativeBias, attention
+from ...ops import relative_bias as materialise
+from ...ops.attention import MAX_HEAD_SIZE
+from .masks import Visible, additive, may_look, read_mask
 
 # What changes the result and is not computed here; a model passes these only where it has such a thing.
 REFUSED = {
@@ -118,7 +118,7 @@ def _without_mask(module, query, key, is_causal, window):
 def _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs):
     plain = (query, key, visible, packed, relative_bias)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
-        _notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
+        notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
         bias, dead = _dense_bias(*plain)
         output, weights = module._upcast_and_reordered_attn(query, key, value, bias)
         if dead is not None:
@@ -129,10 +129,10 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
     wanted = _attentions_wanted(kwargs)
     if wanted or dropout >= 1.0:
         if wanted:
-            _notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
+            notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
         return _with_weights(query, key, value, _dense_bias(*plain), dropout, scaling, head_mask)
     if query.shape[3] > MAX_HEAD_SIZE or value.shape[3] != query.shape[3]:
-        _notices.once(
+        notices.once(
             f"head sizes {query.shape[3]} and {value.shape[3]}: attention runs on transformers' sdpa; the kernels take "
             f"one size for keys and values, up to {MAX_HEAD_SIZE}"
         )

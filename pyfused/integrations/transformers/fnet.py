@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.models.fnet import modeling_fnet
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from .. import _notices
-from ..fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
-from ..ops import ffn, fourier_mix, layer_norm, linear
-from ._activations import activation_reason, kernel_activation
-from ._children import drops, is_fused_norm, is_plain_linear, overridden
-from .torch_nn import takes
+from ... import notices
+from ...fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
+from ...ops import ffn, fourier_mix, layer_norm, linear
+from ..torch_nn import takes
+from .activations import activation_reason, kernel_activation
+from .plain_modules import drops, is_fused_norm, is_plain_linear, overridden
 
 _OTHER_TRANSFORM = "FNet's transform is another than torch.fft.fftn (use_tpu_fourier_optimizations): it stays as it is"
 
@@ -24,7 +24,7 @@ _OTHER_TRANSFORM = "FNet's transform is another than torch.fft.fftn (use_tpu_fou
 def fourier_transform(module: Any, hidden_states: Tensor) -> Any:
     """pyfused.fourier_mix"""
     if not _is_fft(module.fourier_transform):
-        _notices.once(_OTHER_TRANSFORM)
+        notices.once(_OTHER_TRANSFORM)
         return original(module, hidden_states)
     if not takes(hidden_states):
         return original(module, hidden_states)
@@ -88,7 +88,7 @@ def _is_fft(transform: Any) -> bool:
 def _mixing(module: nn.Module) -> Forward | str:
     if _is_fft(module.fourier_transform):
         return fourier_transform
-    _notices.once(_OTHER_TRANSFORM)
+    notices.once(_OTHER_TRANSFORM)
     return _OTHER_TRANSFORM
 
 

@@ -1,6 +1,6 @@
 """How fast is each backend on this GPU, and with which tiles is Triton fastest? Measures what dispatch decides by.
 
-Of each call in tune_cases.py the outputs are judged by the tolerance rule. Then tiles around Triton's present ones are tried,
+Of each call in cases.py the outputs are judged by the tolerance rule. Then tiles around Triton's present ones are tried,
 where no earlier call tuned that row. Then Triton, the CUDA kernels, backend `reference` and plain PyTorch are timed in turn. A
 tile that does not compile, does not fit or gives a wrong output is left out and counted. Where there is no GPU and
 TRITON_INTERPRET=1, all of it runs on CPU tensors with tiny sizes, to see that it runs.
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from . import _timing, dispatch, evidence, ops, tiles
-from .testing import judge
-from .tune_cases import Case, Problem, cases, saving
+from .. import dispatch, evidence, ops, tiles, timing
+from ..testing import judge
+from .cases import Case, Problem, cases, saving
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "cuda", "reference")
@@ -111,7 +111,7 @@ class _Search:
     def __init__(self, on_gpu, quick, deadline, clock, now, compile_ahead):
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.quick, self.deadline, self.now, self.compile_ahead = quick, deadline, now, compile_ahead
-        self.clock = clock or (_timing.time_cuda if on_gpu else _timing.time_cpu)
+        self.clock = clock or (timing.time_cuda if on_gpu else timing.time_cpu)
         self.rounds = 1 if not on_gpu else 5 if quick else 11
         self.lines: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
         self.rows: dict[tuple[Any, ...], tiles.Row] = {}

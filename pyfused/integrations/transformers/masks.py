@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .._tracing import tracing
-from ..kernels.cpu.mask_structure import structure
-from ..nn.attention import bias_in
-from ._supported import check_interface, may_leave_out_masks
+from ...kernels.cpu.mask_structure import structure
+from ...nn.attention import bias_in
+from ...tracing import tracing
+from .support import check_interface, may_leave_out_masks
 
 
 class Visible(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import EVERYTHING, Visibility
-from . import _inputs
+from . import inputs as model_inputs
 
 INPUTS = ("token_ids", "segment_ids", "position_ids", "inputs_embeds", "return_hidden_states")
 
@@ -49,17 +49,17 @@ def read(given: dict[str, Any], config: dict[str, Any], width: int, like: Tensor
     if "segment_ids" not in given:
         raise ValueError("segment_ids is missing; it takes (B, S) integers, or None where all are 0")
     if embeds is not None:
-        call.inputs_embeds = _inputs.states(embeds, "inputs_embeds", "(B, S, E)", (None, None, width), like)
+        call.inputs_embeds = model_inputs.states(embeds, "inputs_embeds", "(B, S, E)", (None, None, width), like)
     else:
         limit = config["vocabulary_size"]
-        call.token_ids = _inputs.ids(tokens, "token_ids", "(B, S)", (None, None), limit, like.device)
+        call.token_ids = model_inputs.ids(tokens, "token_ids", "(B, S)", (None, None), limit, like.device)
     b, s = call.size
     if (segments := given["segment_ids"]) is not None:
         limit = config["num_segments"]
-        call.segment_ids = _inputs.ids(segments, "segment_ids", "(B, S)", (b, s), limit, like.device)
+        call.segment_ids = model_inputs.ids(segments, "segment_ids", "(B, S)", (b, s), limit, like.device)
     places, positions = config["max_sequence_length"], given.get("position_ids")
     if positions is not None:
-        call.position_ids = _inputs.positions(positions, (b, s), places, like.device)
+        call.position_ids = model_inputs.positions(positions, (b, s), places, like.device)
     elif s > places:
         raise ValueError(f"token_ids has length {s}; it takes at most max_sequence_length = {places}")
     else:

@@ -16,12 +16,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import _extensions, dispatch
-from .._notices import once
-from .._tracing import jit_is_tracing, modes, profiler_is_on
+from .. import dispatch, extensions
 from .._version import __version__
-from ._autocast import without_autocast
-from ._cost import COSTS, Cost
+from ..notices import once
+from ..tracing import jit_is_tracing, modes, profiler_is_on
+from .autocast import without_autocast
+from .cost import COSTS, Cost
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
@@ -33,7 +33,7 @@ _in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their
 _WATCHERS = modes, profiler_is_on, jit_is_tracing, _in_transform
 _forced = dispatch._forced.get
 _inside_composite: ContextVar[bool] = ContextVar("pyfused_inside_composite", default=False)
-_signature = _extensions.signature()
+_signature = extensions.signature()
 
 
 def _transformed() -> bool:
@@ -96,9 +96,9 @@ class Operator:
         self.kernel = name.removesuffix("_backward")
         self.function = "backward" if name.endswith("_backward") else "forward"
         self._launches = dispatch.Launches()
-        self._again = _extensions.prepared(self._launches, dispatch._forced, _WATCHERS)
+        self._again = extensions.prepared(self._launches, dispatch._forced, _WATCHERS)
         self._recorded = dispatch.Launches()  # as _launches, with what autograd records of the call
-        self._record_again = _extensions.prepared(self._recorded, dispatch._forced, _WATCHERS)
+        self._record_again = extensions.prepared(self._recorded, dispatch._forced, _WATCHERS)
         self._reference: Any = dispatch.kernel("reference", self.kernel)  # now: torch.compile traces no import
         LIBRARY.define(f"{name}{schema}")
         LIBRARY.impl(name, self._registered, "CompositeExplicitAutograd")
@@ -165,7 +165,7 @@ class Operator:
     def _without_gradient(
         self, suffix: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], count: int
     ) -> Any:
-        """Registers <name>_<suffix>; count: as _extensions.prepared takes it."""
+        """Registers <name>_<suffix>; count: as extensions.prepared takes it."""
         name = f"{self.name}_{suffix}"
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -174,7 +174,7 @@ class Operator:
         if hasattr(overload, "_op"):  # what a call from Python runs, as those of compiled programs are; no public name
             # Through torch's dispatcher and back is 9 us, which a prepared launch need not go.
             watchers = *_WATCHERS, _is_grad_enabled
-            overload._op = _extensions.prepared(self._launches, dispatch._forced, watchers, overload._op, count)
+            overload._op = extensions.prepared(self._launches, dispatch._forced, watchers, overload._op, count)
         return overload
 
     def _results_of(self, args: tuple[Any, ...]) -> int:

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models import inputs as model_inputs
+from ..models.t5 import T5Backbone
+from ..models.t5_call import StackCall
 from ..nn import Visibility
 from ..ops import relative_bias
-from . import _inputs
-from ._t5_call import StackCall
-from ._t5_step import BoundStep, bindable
-from .t5 import T5Backbone
+from .t5_bound import BoundStep, bindable
 
 
 class T5Decoding:
-    """A batch of answers being written, as `pyfused._decoding.Decoding` says."""
+    """A batch of answers being written, as `pyfused.generation.steps.Decoding` says."""
 
     def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False):
         self.model, self._fixed = model, fixed
@@ -65,7 +65,7 @@ class T5Decoding:
     def _encode(self, prompts: list[np.ndarray]) -> None:
         """Fills the cache with the keys and values that cross-attention reads, each head's in one stretch of memory."""
         cache, device = self._cache, self._places.device
-        ids, lengths = _inputs.padded(prompts, self._source_capacity if self._fixed else None)
+        ids, lengths = model_inputs.padded(prompts, self._source_capacity if self._fixed else None)
         mask = None
         if self._fixed or lengths.min() < ids.shape[1]:
             mask = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)

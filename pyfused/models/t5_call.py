@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import CAUSAL, EVERYTHING, KVCache, Visibility
-from . import _inputs
+from . import inputs as model_inputs
 
 ENCODER_INPUTS = ("encoder_token_ids", "encoder_padding_mask", "encoder_inputs_embeds")
 FLAGS = ("return_hidden_states", "return_attentions")
@@ -52,16 +52,16 @@ def read(given: dict[str, Any], config: dict[str, Any], like: Tensor) -> Call:
     """Checks the inputs of one call. config: the model's; like: a parameter, for its dtype and device."""
     heads = config["num_heads"]
     size = config["key_value_dim"] or config["hidden_dim"] // heads
-    cache = _inputs.cache(given.get("cache"), config["num_decoder_layers"], heads, size, like)
+    cache = model_inputs.cache(given.get("cache"), config["num_decoder_layers"], heads, size, like)
     decoder = _tokens(given, "decoder", config, like)
     tokens = decoder.token_ids if decoder.embeds is None else decoder.embeds
     assert tokens is not None  # one of the two is there
     b, s = tokens.shape[:2]
-    past = _inputs.cached(cache, b, s)
+    past = model_inputs.cached(cache, b, s)
     decoder.cache, decoder.visible = cache, CAUSAL
     if given["decoder_padding_mask"] is not None:
         shape, keys = "(B, Sk)" if past else "(B, Sd)", (b, past + s)
-        mask = _inputs.mask(given["decoder_padding_mask"], "decoder_padding_mask", shape, keys, like.device)
+        mask = model_inputs.mask(given["decoder_padding_mask"], "decoder_padding_mask", shape, keys, like.device)
         decoder.visible = Visibility(is_causal=True, padding_mask=mask)
     call = Call(None, decoder)
     _source(given, call, b, config, like)
@@ -76,7 +76,7 @@ def read_encoder(given: dict[str, Any], config: dict[str, Any], like: Tensor) ->
     assert tokens is not None
     mask = given["encoder_padding_mask"]
     if mask is not None:
-        mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", tuple(tokens.shape[:2]), like.device)
+        mask = model_inputs.mask(mask, "encoder_padding_mask", "(B, Se)", tuple(tokens.shape[:2]), like.device)
     call.visible = Visibility(padding_mask=mask)
     return call
 
@@ -91,10 +91,10 @@ def _tokens(given: dict[str, Any], side: str, config: dict[str, Any], like: Tens
         raise ValueError(f"{side}_padding_mask is missing; it takes (B, {length}), or None where nothing is padding")
     if given.get(ids) is None:
         size = (None, None, config["hidden_dim"])
-        states = _inputs.states(given[embeds], embeds, f"(B, {length}, D)", size, like)
+        states = model_inputs.states(given[embeds], embeds, f"(B, {length}, D)", size, like)
         return StackCall(embeds=states, visible=EVERYTHING)
     vocabulary = config["vocabulary_size"]
-    tokens = _inputs.ids(given[ids], ids, f"(B, {length})", (None, None), vocabulary, like.device)
+    tokens = model_inputs.ids(given[ids], ids, f"(B, {length})", (None, None), vocabulary, like.device)
     return StackCall(tokens, visible=EVERYTHING)
 
 
@@ -123,11 +123,11 @@ def _source(given: dict[str, Any], call: Call, b: int, config: dict[str, Any], l
         if "encoder_padding_mask" not in given:
             raise ValueError("encoder_padding_mask is missing; it takes (B, Se), or None where nothing is padding")
         size = (b, None, config["hidden_dim"])
-        call.memory = _inputs.states(states, "encoder_sequence_output", "(B, Se, D)", size, like)
+        call.memory = model_inputs.states(states, "encoder_sequence_output", "(B, Se, D)", size, like)
         mask = given["encoder_padding_mask"]
         if mask is not None:
             shape = tuple(call.memory.shape[:2])
-            mask = _inputs.mask(mask, "encoder_padding_mask", "(B, Se)", shape, like.device)
+            mask = model_inputs.mask(mask, "encoder_padding_mask", "(B, Se)", shape, like.device)
         call.decoder.memory_mask = mask
     if cache is not None:
         cache.encoder_mask = call.decoder.memory_mask

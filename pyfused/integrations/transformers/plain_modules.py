@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..fuse import is_bare, is_fused
-from .torch_nn import takes
+from ...fuse import is_bare, is_fused
+from ..torch_nn import takes
 
 
 def is_plain_linear(x: Tensor, *modules: nn.Module) -> bool:

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..fuse import Entry
-from ._attend import REFUSED, attend
-from ._masks import make_mask
-from ._supported import reason_against
+from ...fuse import Entry
+from .attention import REFUSED, attend
+from .masks import make_mask
+from .support import reason_against
 
 NAME = "pyfused"
 AttentionInterface.register(NAME, attend)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._tracing import tracing
 from ..nn import KVCache
 from ..nn.attention import bias_in
-from ..ops._checks import may_look
+from ..ops.checks import may_look
+from ..tracing import tracing
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ._decoding import Decoding
 from .sampling import no_token
+from .steps import Decoding
 
 # Added to the score of what may not be chosen, as transformers does: a comparison then never meets infinity.
 _NEVER = np.float32(-1.0e9)
