@@ -41,7 +41,7 @@ def backbone(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 def compile(start: int) -> Iterator[Row]:
     """Compiles the Triton kernels of both models in 12 processes; the items behind find them on the disk."""
-    from pyfused.warm import warm
+    from pyfused.generation.warm import warm
 
     for name in ("gpt2", "t5"):
         found = warm(backbone(name), lengths=sorted({shape[1] for shape in SHAPES}), workers=12)

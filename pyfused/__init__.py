@@ -4,8 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .dispatch import BackendError, backend, explain
+from .dispatch import BackendError, backend
+from .families import FAMILIES, load
 from .ops import RelativeBias, attention, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
+from .ops.explain import explain
 
 if TYPE_CHECKING:
     from .encoding import encode
@@ -40,13 +42,15 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: who wants an operator does not wait for the models.
-_LAZY = dict.fromkeys(("AlbertBackbone", "Backbone", "FNetBackbone", "GPT2Backbone", "T5Backbone"), "models")
-_LAZY |= {"Generator": "generation", "encode": "encoding"} | dict.fromkeys(("FuseReport", "fuse_", "unfuse_"), "fuse")
+_LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation:Generator"}
+_LAZY |= {"encode": "pyfused.encoding:encode"}
+_LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}
+_LAZY |= {family.class_name: family.backbone for family in FAMILIES.values()}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        return load(_LAZY[name])
     if name == "nn":
         return importlib.import_module(".nn", __name__)
     raise AttributeError(f"module 'pyfused' has no attribute {name!r}")

@@ -330,8 +330,8 @@ def _check_writable(name: str, option: str) -> None:
 
 
 def _warm(arguments: argparse.Namespace) -> int:
+    from .generation.warm import LENGTHS, warm
     from .models import Backbone
-    from .warm import LENGTHS, warm
 
     for option, values in (("--lengths", arguments.lengths), ("--workers", [arguments.workers])):
         if any(value is not None and value < 1 for value in values or ()):
@@ -353,7 +353,7 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from . import evidence, tune, warm
+    from . import compile_ahead, evidence, tune
     from .tune import gpu as tune_gpu
 
     on_gpu = arguments.device == "cuda"
@@ -374,7 +374,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         path = Path(arguments.save) if arguments.save else tune_gpu.own_file()
         limit = float("inf") if arguments.limit is None else arguments.limit
         options |= {"limit": limit, "save": lambda found: evidence.write(path, found)}
-        found = tune_gpu.tune(**options, compile_ahead=warm.compile_tiles)
+        found = tune_gpu.tune(**options, compile_ahead=compile_ahead.compile_tiles)
         left = f"pyfused: {found['skipped']} tiles left out, which do not compile, do not fit or give a wrong output"
         print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
     else:

@@ -1,4 +1,4 @@
-"""Which backend runs an operator? One order of preference, the reasons that overrule it, and explain().
+"""Which backend runs an operator? One order of preference, and the reasons that overrule it.
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
 a module per operator with `forward`, `backward` (or one of them: it is then no candidate for the other, and the next backend
@@ -23,7 +23,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -216,13 +215,18 @@ def _is_empty(args: tuple[Any, ...]) -> bool:
     return False
 
 
-def _judged(operator: str, function: str, args: tuple[Any, ...]) -> Iterator[tuple[_Candidate, str]]:
+def forced() -> tuple[str, bool] | None:
+    """The backend that backend() or the environment asks for, and whether strictly."""
+    return _forced.get() or _forced_by_environment()
+
+
+def judged(operator: str, function: str, args: tuple[Any, ...]) -> Iterator[tuple[_Candidate, str]]:
     """Every backend with the reason why it does not run this call, "" if it can; in the order in which they are asked. The
     first argument decides device and dtype."""
     tensor = args[0]
     empty = _is_empty(args)
     device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device takes 0.9 us
-    rows, ranked = _candidates(operator, function, device, tensor.dtype, _forced.get() or _forced_by_environment())
+    rows, ranked = _candidates(operator, function, device, tensor.dtype, forced())
     for candidate in _by_evidence(rows, operator, function, device, args) if ranked and not empty else rows:
         reason = candidate.reason
         if empty:
@@ -242,10 +246,10 @@ def choose(operator: str, function: str, args: tuple[Any, ...]) -> Callable[...,
     Raises:
         BackendError: a backend was forced with strict=True and cannot.
     """
-    for candidate, reason in _judged(operator, function, args):
+    for candidate, reason in judged(operator, function, args):
         if not reason:
             return candidate.call  # type: ignore[return-value]
-    name, reason = next((candidate.backend, reason) for candidate, reason in _judged(operator, function, args))
+    name, reason = next((candidate.backend, reason) for candidate, reason in judged(operator, function, args))
     raise BackendError(f"{operator}: backend {name!r} was asked for strictly and cannot run this: {reason}")
 
 
@@ -280,6 +284,18 @@ def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
     return made
 
 
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the CPU kernels of another instruction set inside the block; for tests and benchmarks, not thread-safe."""
+    before = extensions.set_isa(name)
+    forget()  # launches that are prepared for another
+    try:
+        yield
+    finally:
+        extensions.set_isa(before)
+        forget()
+
+
 class Launches(dict[Any, Callable[..., Any]]):
     """What is prepared for calls of an operator's function, by what backend() asks for and the call's
     signature; dropped by forget()."""
@@ -304,65 +320,3 @@ def forget() -> None:
     _lacks.cache_clear()
     for launches in Launches.all:
         launches.clear()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One backend's row in an explanation: does it run, and if not, why not."""
-
-    backend: str
-    runs: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What explain() returns: `backend` would run; str() is a table with every backend's reason."""
-
-    operator: str
-    backend: str
-    verdicts: tuple[Verdict, ...]
-
-    def __str__(self) -> str:
-        rows = [f"{self.operator}: {self.backend}"]
-        rows += [f"  {'->' if v.runs else '  '} {v.backend:<10} {v.reason}" for v in self.verdicts]
-        return "\n".join(rows)
-
-
-def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdict, ...]:
-    """Every backend's verdict on one call, in the order in which they are asked."""
-    asked = _forced.get() or _forced_by_environment()
-    rows: list[Verdict] = []
-    found = False
-    for candidate, reason in _judged(operator, function, args):
-        name, runs = candidate.backend, not reason and not found
-        if not reason:
-            more = evidence.found(name, operator, function, args) if runs or name not in ("cpu", "reference") else ""
-            reason = "fits, and comes later"
-            if runs:
-                reason = "forced" if asked and asked[0] == name else "first that fits"
-                by_library = getattr(kernel(name, operator), f"left_to_library_{function}", lambda *args: None)(*args)
-                more = f"by the library: {by_library}" if by_library else more
-            reason = f"{reason}; {more}" if more else reason
-        found = found or runs
-        rows.append(Verdict(name, runs, reason))
-    return tuple(rows)
-
-
-def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend would run an operator for these arguments, and why the others would not. Runs no kernel.
-
-    Args:
-        operator: its name, such as "attention".
-        args, kwargs: what one would pass to the operator itself.
-
-    Example:
-        print(pyfused.explain("layer_norm", x, weight, bias))
-    """
-    from . import ops
-
-    module = ops.MODULES.get(operator)
-    if module is None:
-        raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(ops.MODULES)}")
-    rows = verdicts(operator, "forward", module.bind(*args, **kwargs))
-    return Explanation(operator, next(v.backend for v in rows if v.runs), rows)

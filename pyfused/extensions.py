@@ -7,8 +7,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -60,21 +59,13 @@ def isa() -> str | None:
     return _active_isa or _default_isa()
 
 
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Runs the CPU kernels of another instruction set inside the block; for tests and benchmarks, not thread-safe."""
+def set_isa(name: str | None) -> str | None:
+    """Chooses an instruction set, None for the best, and returns the choice before. dispatch.use_isa is for callers."""
     global _active_isa
-    if name not in cpu_supported():
+    if name is not None and name not in cpu_supported():
         raise ValueError(f"isa {name!r}: this build and processor support {cpu_supported()}")
-    from . import dispatch
-
     before, _active_isa = _active_isa, name
-    dispatch.forget()  # launches that are prepared for another
-    try:
-        yield
-    finally:
-        _active_isa = before
-        dispatch.forget()
+    return before
 
 
 def _reads_tensors() -> bool:

@@ -18,24 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-from .own_forward import F, Forward, give, is_own, own_forward, take_back
-
-Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
+from .own_forward import Adapter, Entry, Forward, give, has_another_forward, is_fused, take_back
 
 # The library a model's classes come from -> the file of pyfused/integrations that knows them. Such a file has ADAPTERS, by the
 # full name of a class, and may have enter(model, wanted) and leave(model) for what concerns a model as a whole.
 INTEGRATIONS = {"torch": "torch_nn", "transformers": "transformers"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a report: a module's name in the model, its class, and what happened to it."""
-
-    name: str
-    kind: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -126,44 +114,6 @@ def unfuse_(model: nn.Module) -> nn.Module:
     return model
 
 
-def fused_forward(function: F) -> F:
-    """Marks a function as one that fuse_ gives to instances. Its docstring's first line is what the report says."""
-    return own_forward(function)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether fuse_ gave this module its forward."""
-    return is_own(module.forward)  # not of its __dict__: torch.compile knows of that what it lists
-
-
-def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the module's class: what a fused forward does with a call that the kernels do not have."""
-    return type(module).forward(module, *args, **kwargs)
-
-
-def is_bare(*modules: nn.Module | None) -> bool:
-    """Whether calling these modules does no more than their classes' (or our) forward, so that another function may read
-    their parameters instead of calling them: no hooks, and no forward put on the instance by someone else."""
-    if torch_module._has_any_global_hook():
-        return False
-    for m in modules:
-        if m is not None and (
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or _has_another_forward(m)
-        ):
-            return False
-    return True
-
-
-def _has_another_forward(module: nn.Module) -> bool:
-    """Whether someone else put a forward on this instance."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and not is_own(forward)
-
-
 def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
@@ -193,7 +143,7 @@ def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str |
 def _reason_against(name: str, module: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> str:
     if not wanted(name, module):
         return "filter_fn says no"
-    if _has_another_forward(module):
+    if has_another_forward(module):
         return "this instance has a forward of its own already"
     return ""
 

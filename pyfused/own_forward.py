@@ -12,18 +12,30 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 Forward = Callable[..., Any]  # (module, *args, **kwargs), at the top level of a file
+Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
 F = TypeVar("F", bound=Forward)
 
 _REPLICATE = "_replicate_for_data_parallel"
 
 
-def own_forward(function: F) -> F:
-    """Marks a function as one that instances may be given."""
+@dataclass(frozen=True)
+class Entry:
+    """One line of a report: a module's name in the model, its class, and what happened to it."""
+
+    name: str
+    kind: str
+    note: str
+
+
+def fused_forward(function: F) -> F:
+    """Marks a function as one that instances may be given. Its docstring's first line is what the report says."""
     function.__dict__["pyfused_forward"] = True
     return function
 
@@ -31,6 +43,39 @@ def own_forward(function: F) -> F:
 def is_own(attribute: Any) -> bool:
     """Whether `attribute`, of a module's __dict__, was put there by `give`."""
     return isinstance(attribute, functools.partial) and getattr(attribute.func, "pyfused_forward", False)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether fuse_ gave this module its forward."""
+    return is_own(module.forward)  # not of its __dict__: torch.compile knows of that what it lists
+
+
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's class: what a fused forward does with a call that the kernels do not have."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def is_bare(*modules: nn.Module | None) -> bool:
+    """Whether calling these modules does no more than their classes' (or our) forward, so that another function may read
+    their parameters instead of calling them: no hooks, and no forward put on the instance by someone else."""
+    if torch_module._has_any_global_hook():
+        return False
+    for m in modules:
+        if m is not None and (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or has_another_forward(m)
+        ):
+            return False
+    return True
+
+
+def has_another_forward(module: nn.Module) -> bool:
+    """Whether someone else put a forward on this instance."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not is_own(forward)
 
 
 def give(module: nn.Module, function: Forward) -> None:
@@ -104,7 +149,7 @@ def _restored(module: Any, functions: dict[str, Forward]) -> _Attributes:
     return _attach(module, _Attributes(), functions)
 
 
-@own_forward
+@fused_forward
 def _replicate(module: Any) -> nn.Module:
     """As the class does it; the replica has the same forward, bound to itself."""
     replica: nn.Module = getattr(type(module), _REPLICATE)(module)

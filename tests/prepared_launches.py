@@ -12,7 +12,7 @@ import torch
 from triton import knobs
 
 import pyfused
-from pyfused import dispatch, tiles, warm
+from pyfused import compile_ahead, dispatch, tiles
 from pyfused.kernels.triton import _launch, _row_norm
 
 BF16 = torch.bfloat16
@@ -142,7 +142,7 @@ def variants(driver):
     """Kernels compiled while a text grows: the names of those that recording() finds."""
 
     def names(call):
-        with warm.recording() as launches:
+        with compile_ahead.recording() as launches:
             call()
         found = [launch.kernel.rpartition(":")[2] for launch in launches]
         return {name: found.count(name) for name in set(found)}

@@ -9,6 +9,7 @@ import torch
 
 import pyfused
 from pyfused import dispatch, extensions
+from pyfused.ops.explain import verdicts
 
 X, W = torch.ones(2, 8), torch.ones(8)
 
@@ -48,7 +49,7 @@ def test_unknown_names_are_refused():
         pass
     with pytest.raises(ValueError, match="operator='conv' is unknown"):
         pyfused.explain("conv", X)
-    with pytest.raises(ValueError, match="isa 'mmx'"), extensions.use_isa("mmx"):
+    with pytest.raises(ValueError, match="isa 'mmx'"), dispatch.use_isa("mmx"):
         pass
 
 
@@ -104,7 +105,7 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
         x = X.clone().requires_grad_()
         with pyfused.backend("cpu", strict=True):
             assert pyfused.explain("layer_norm", X, W).backend == "cpu"
-            rows = dispatch.verdicts("layer_norm", "backward", (X, None, X, W, None, None, False))
+            rows = verdicts("layer_norm", "backward", (X, None, X, W, None, None, False))
             assert next((v.backend, v.reason) for v in rows) == ("cpu", "has no backward of this operator")
             assert next(v.backend for v in rows if v.runs) == "reference"
             pyfused.layer_norm(x, W).sum().backward()

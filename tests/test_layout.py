@@ -4,10 +4,24 @@ import ast
 import re
 from pathlib import Path
 
+import layout
 import pytest
 
 import pyfused
 
+# The files that import something by its name, and what.
+LATE = {
+    "pyfused/families.py",  # a family's classes and files
+    "pyfused/__init__.py",  # pyfused.nn
+    "pyfused/fuse.py",  # the integration of a library that is in use
+    "pyfused/dispatch.py",  # a backend's kernels
+    "pyfused/ops/__init__.py",  # the operators' own files
+    "pyfused/extensions.py",  # the compiled ones
+    "pyfused/compile_ahead.py",  # a Triton kernel that was noted down
+    "pyfused/checkpoints/presets.py",  # clients of the hubs
+    "pyfused/bench/run.py",  # benchmarks/
+    "pyfused/testing/triton_compile.py",  # the kernels whose code is looked at
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 # Places an operator does without, each for a reason.
@@ -15,9 +29,6 @@ EXCEPTIONS = {
     "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
 }
-
-# A layer may import itself and what stands to its right.
-LAYERS = ["models", "nn", "ops", "dispatch", "kernels"]
 
 
 @pytest.mark.parametrize("name", pyfused.ops.NAMES)
@@ -40,36 +51,38 @@ def test_exceptions_are_still_exceptions():
     assert [p for p in EXCEPTIONS if (ROOT / p).exists()] == []
 
 
-def imports_of(path: Path) -> set[str]:
-    """Absolute names of the pyfused modules that a file imports anywhere in it."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    if package[0] == "kernels":
-        package = ("pyfused", *package)
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level]) if node.level else ""
-            module = ".".join(p for p in (base, node.module) if p)
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return {n for n in names if n.startswith("pyfused.")}
+def test_every_file_has_a_layer():
+    modules = layout.files().keys() - {"pyfused"}
+    assert [m for m in modules if layout.layer_of(m) is None] == []
+    names = [name for names in layout.LAYERS.values() for name in names]
+    assert [n for n in names if not any(m.split(".")[1] == n for m in modules)] == []
+    assert len(names) == len(set(names))
 
 
 def test_imports_go_one_way():
-    wrong = []
-    for i, layer in enumerate(LAYERS):
-        files = [ROOT / "pyfused" / f"{layer}.py", *(ROOT / "pyfused" / layer).rglob("*.py")]
-        files += (ROOT / "kernels").rglob("*.py") if layer == "kernels" else []
-        above = {f"pyfused.{name}" for name in LAYERS[:i]}
-        for path in filter(Path.exists, files):
-            for name in imports_of(path):
-                if any(name == a or name.startswith(a + ".") for a in above):
-                    # explain() looks the operators up by name when it is called: no import at load time.
-                    if layer == "dispatch" and name == "pyfused.ops":
-                        continue
-                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    order = list(layout.LAYERS)
+    wrong = [
+        f"{module} imports {other}"
+        for module, imported in layout.imports().items()
+        for other in imported
+        if module != "pyfused"
+        and other != "pyfused"
+        and order.index(layout.layer_of(module)) < order.index(layout.layer_of(other))
+    ]
     assert wrong == []
+    assert layout.circles() == []
+
+
+def test_nothing_is_imported_by_name_behind_the_layers():
+    """importlib and pkgutil load what is optional, or stands in the table of families, or is a kernel."""
+    uses = {p for m, p in layout.files().items() if re.search(r"import_module\(|resolve_name\(", p.read_text())}
+    assert {p.relative_to(ROOT).as_posix() for p in uses} == LATE
+
+
+def test_the_drawing():
+    lines = layout.drawing().splitlines()
+    assert lines[0].startswith("tools: ")
+    assert "operators: " in "\n".join(lines)
 
 
 # What says how large a tile is and how it runs: pyfused/tiles.py finds it in evidence.

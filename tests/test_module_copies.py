@@ -12,7 +12,7 @@ from torch.nn.parallel import replicate
 from torch.nn.utils import parametrize
 
 import pyfused
-from pyfused.fuse import is_fused
+from pyfused.own_forward import is_fused
 
 transformers = pytest.importorskip("transformers")
 

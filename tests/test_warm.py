@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import warm
 from pyfused.cli import main
+from pyfused.generation import warm
 from pyfused.models import Backbone
 
 PRESET = "gpt2_tiny_en"

@@ -10,7 +10,8 @@ import torch
 from triton import knobs
 
 import pyfused
-from pyfused import dispatch, warm
+from pyfused import compile_ahead, dispatch
+from pyfused.generation import warm
 from pyfused.models import Backbone
 
 
@@ -25,7 +26,7 @@ def elsewhere(driver=None):
 def main(preset, *lengths):
     driver, lengths = fake_gpu.install(), list(map(int, lengths))
     model = Backbone.from_preset(preset, dtype="bfloat16")
-    with pyfused.backend("triton"), warm.recording() as launches:
+    with pyfused.backend("triton"), compile_ahead.recording() as launches:
         warm._run(model, lengths, True)
         started = len(driver.started)
         thread = threading.Thread(target=elsewhere)
@@ -34,20 +35,20 @@ def main(preset, *lengths):
     others = len(driver.started) - started
     started_after = elsewhere(driver)
     told, again = [], []
-    done = warm.compile_in_parallel(launches, 2, told.append)
+    done = compile_ahead.compile_in_parallel(launches, 2, told.append)
     began = time.perf_counter()
-    cached = [row.cached for row in warm.compile_in_parallel(launches, 2, again.append)]
+    cached = [row.cached for row in compile_ahead.compile_in_parallel(launches, 2, again.append)]
     seconds = time.perf_counter() - began
     found = []
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append([src.name, cache_hit])
     with pyfused.backend("triton"):
         warm._run(model, lengths, True)
     broken = launches[0]._replace(specialisation=launches[0].specialisation.replace('"*bf16"', '"no type"'))
-    (failed,) = warm.compile_in_parallel([broken], 1)
+    (failed,) = compile_ahead.compile_in_parallel([broken], 1)
     narrow, x = [{"ROWS": rows, "num_warps": 4} for rows in (1, 2)], torch.ones(4, 40, dtype=torch.bfloat16)
     norm = dispatch.kernel("triton", "rms_norm")
     before = len(driver.started)
-    tried = warm.compile_tiles(lambda: norm.forward(x, x[0], 1e-6, None, False), "row_norm_forward", narrow)
+    tried = compile_ahead.compile_tiles(lambda: norm.forward(x, x[0], 1e-6, None, False), "row_norm_forward", narrow)
     facts = {
         "tiles": [len(tried), len(driver.started) - before, [row.error for row in tried if row.error]],
         "launches": len(launches),

@@ -24,7 +24,7 @@ current_stream = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 
-# What notes a thread's Triton starts down instead, while pyfused.warm finds out what a model needs. No launch is kept then.
+# Notes a thread's Triton starts down and runs nothing, for pyfused/compile_ahead.py. No launch is kept meanwhile.
 recorder: ContextVar[Callable[..., None] | None] = ContextVar("pyfused_recorder", default=None)
 
 

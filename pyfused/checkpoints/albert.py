@@ -16,7 +16,6 @@ from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activat
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
-KERAS_CLASS = "AlbertBackbone"
 HF_SAVED_PREFIX = ""
 
 HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)",)  # 0, 1, ... and zeros, of older versions

@@ -10,21 +10,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyfused.checkpoints import albert, fnet, gpt2, hf, keras, t5
+from pyfused.checkpoints import hf, keras
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.foreign import error_answer, no_configuration
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
-
-MODELS: dict[str, ModuleType] = {"gpt2": gpt2, "albert": albert, "t5": t5, "fnet": fnet}
+from pyfused.families import FAMILIES, load, of_hf_type
 
 _CONFIG = "config.json"
 
@@ -33,8 +31,8 @@ _CONFIG = "config.json"
 class Checkpoint:
     """A preset that has been looked at: which model, its constructor arguments, and where its weights lie.
 
-    model: "gpt2", "albert", "t5" or "fnet". config: the backbone's constructor arguments but dtype. directory:
-    where its files are.
+    model: the family's name, such as "gpt2". config: the backbone's constructor arguments but dtype. directory: where its
+    files are.
     """
 
     model: str
@@ -151,13 +149,12 @@ def open_checkpoint(preset: str | os.PathLike[str], *, weights: bool = True) -> 
 
 def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
     stated = hf.model_type(raw)
-    model = hf.ALIASES.get(stated, stated) if isinstance(stated, str) else None
-    if model not in MODELS:
-        why = f": {hf.OTHERS[stated]}" if model in hf.OTHERS else ""
-        raise ValueError(
-            f"{file}: model_type is {stated!r}; pyfused reads {', '.join((*MODELS, *hf.ALIASES))}{why}"
-        )
-    maps = MODELS[model]
+    family = of_hf_type(stated)
+    if family is None:
+        why = next((f": {f.refused[stated]}" for f in FAMILIES.values() if stated in list(f.refused)), "")
+        known = ", ".join(name for f in FAMILIES.values() for name in f.hf_types)
+        raise ValueError(f"{file}: model_type is {stated!r}; pyfused reads {known}{why}")
+    model, maps = family.name, load(family.checkpoint)
     config = maps.config_from_hf(raw, file)
     hf.note_class(raw, file)
     dtypes = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
@@ -178,25 +175,25 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
 
 def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool) -> Checkpoint:
     name = keras.class_name(raw, file)
-    model = next((model for model, maps in MODELS.items() if name == maps.KERAS_CLASS), None)
-    if model is None:
-        classes = ", ".join(maps.KERAS_CLASS for maps in MODELS.values())
-        raise ValueError(f"{file}: the class is {name!r}; pyfused reads {classes}")
+    by_class = {f"{family.keras_name}Backbone": family for family in FAMILIES.values()}
+    if name not in by_class:
+        raise ValueError(f"{file}: the class is {name!r}; pyfused reads {', '.join(by_class)}")
+    model, maps = by_class[name].name, load(by_class[name].checkpoint)
     options = raw.get("config")
     if not isinstance(options, dict):
         raise ValueError(f"{file}: config is {options!r:.100}; it takes the backbone's constructor arguments")
-    config = MODELS[model].config_from_keras(options, file)
+    config = maps.config_from_keras(options, file)
     dtype = ("keras", options.get("dtype"))
     if not weights:
         return Checkpoint(model, config, directory, dtype, None, {})
-    entries, files, maps = keras.read_entries(directory), keras.weight_files(directory), MODELS[model]
+    entries, files = keras.read_entries(directory), keras.weight_files(directory)
     _check_depth(maps, config, len(entries), file, files)
     plan = maps.keras_plan(config)
     check_plan(plan, entries, files, file)
     return Checkpoint(model, config, directory, dtype, plan, entries)
 
 
-def _check_depth(maps: ModuleType, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:
+def _check_depth(maps: Any, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:
     """Raises ValueError for more layers than tensors, before a plan for a billion layers is made."""
     layers = sum(config[name] or 0 for name in maps.DEPTHS)
     if layers > held:

@@ -14,7 +14,6 @@ from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activat
 from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
-KERAS_CLASS = "FNetBackbone"
 HF_SAVED_PREFIX = ""
 
 # Positions 0, 1, ..., segments 0 and the Fourier matrices of models that were made for a TPU

@@ -16,7 +16,6 @@ from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, finish_
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
-KERAS_CLASS = "GPT2Backbone"
 HF_SAVED_PREFIX = "transformer."  # of models with a head
 
 # Buffers of older versions that carry no weights: attn.bias is a causal mask (attn.c_attn.bias is a real bias)

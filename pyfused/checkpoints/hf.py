@@ -18,6 +18,7 @@ import torch
 from pyfused.checkpoints.files import note, read_json, reject_duplicates, shard_path
 from pyfused.checkpoints.foreign import looks_like, other_weights
 from pyfused.checkpoints.storage import Entry
+from pyfused.families import FAMILIES
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,19 +29,8 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 
-# For configurations without model_type: beginnings of class names, then options that only this model has
-_CLASSES = {"GPT2": "gpt2", "Albert": "albert", "T5": "t5", "MT5": "mt5", "UMT5": "umt5", "FNet": "fnet"}
-_MARKS = {
-    "gpt2": {"n_embd", "n_head", "n_layer"}, "t5": {"d_model", "d_kv", "d_ff"}, "fnet": {"tpu_short_seq_length"},
-    "albert": {"embedding_size", "num_hidden_groups"},
-}  # fmt: skip
 _TASKS = "PreTraining|MaskedLM|CausalLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|" \
     "NextSentencePrediction|ConditionalGeneration"  # fmt: skip
-_KNOWN_CLASS = re.compile(rf"(TF|Flax)?({'|'.join(_CLASSES)})((Encoder|LMHead|DoubleHeads|WithLMHead)?Model|For({_TASKS}))")
-
-# Models that share another one's classes here, and those that look like one and are not
-ALIASES = {"mt5": "t5"}
-OTHERS = {"umt5": "UMT5 has a table of position biases in every layer, where T5's first layer has one for all"}
 
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
@@ -51,9 +41,14 @@ def model_type(config: dict[str, Any]) -> Any:
     if (stated := config.get("model_type")) is not None:
         return stated
     first = class_name(config).removeprefix("TF").removeprefix("Flax")
-    found = (model for prefix, model in _CLASSES.items() if first.startswith(prefix))
-    by_options = (model for model, marks in _MARKS.items() if marks <= config.keys())
+    found = (model for prefix, model in _classes().items() if first.startswith(prefix))
+    by_options = (family.name for family in FAMILIES.values() if family.hf_options <= config.keys())
     return next(found, None) or next(by_options, None)
+
+
+def _classes() -> dict[str, str]:
+    """How transformers' class names begin -> the model_type that such a class means."""
+    return {prefix: model for family in FAMILIES.values() for prefix, model in family.hf_classes.items()}
 
 
 def class_name(config: dict[str, Any]) -> str:
@@ -65,7 +60,8 @@ def class_name(config: dict[str, Any]) -> str:
 def note_class(config: dict[str, Any], file: Path) -> None:
     """Warns where a configuration names a class that is none of transformers'."""
     name = class_name(config)
-    if name and not _KNOWN_CLASS.fullmatch(name):
+    known = rf"(TF|Flax)?({'|'.join(_classes())})((Encoder|LMHead|DoubleHeads|WithLMHead)?Model|For({_TASKS}))"
+    if name and not re.fullmatch(known, name):
         note(
             f"{file}: architectures is {name!r}, a class that transformers does not have; loaded is the backbone of "
             f"{model_type(config)!r}, without what that class adds or changes"

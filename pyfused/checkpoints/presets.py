@@ -15,54 +15,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyfused.checkpoints.files import read_json
+from pyfused.families import FAMILIES, of_hf_type
 
 Want = Literal["weights", "config", "tokenizer"]
 
 
-# KerasHub 0.32's presets: name, version, what it is, parameters as its metadata has them, and the Hugging Face repository
-# with the same weights
-_GPT2: tuple[tuple[str, int, str, int, str | None], ...] = (
-    ("gpt2_base_en", 3, "12 layers, English", 124_439_808, "openai-community/gpt2"),
-    ("gpt2_base_en_cnn_dailymail", 3, "12 layers, English, fine-tuned to summarise news", 124_439_808, None),
-    ("gpt2_medium_en", 3, "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
-    ("gpt2_large_en", 3, "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
-    ("gpt2_extra_large_en", 3, "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
-)
-# T5 1.1's configurations at Keras say "gelu", the erf formula; those at Hugging Face mean the tanh one: outputs differ by
-# less than 1%, and each is loaded as it says.
-_T5: tuple[tuple[str, int, str, int, str | None], ...] = (
-    ("t5_small_multi", 3, "6 layers", 60_506_624, "google-t5/t5-small"),
-    ("t5_base_multi", 3, "12 layers", 222_903_552, "google-t5/t5-base"),
-    ("t5_large_multi", 3, "24 layers", 737_668_096, "google-t5/t5-large"),
-    ("t5_1.1_small", 2, "T5 1.1, 8 layers", 60_511_616, "google/t5-v1_1-small"),
-    ("t5_1.1_base", 2, "T5 1.1, 12 layers", 247_577_856, "google/t5-v1_1-base"),
-    ("t5_1.1_large", 2, "T5 1.1, 24 layers", 750_251_008, "google/t5-v1_1-large"),
-    ("t5_1.1_xl", 2, "T5 1.1, 24 layers, wider", 2_849_757_184, "google/t5-v1_1-xl"),
-    ("t5_1.1_xxl", 2, "T5 1.1, 24 layers, widest", 11_135_332_352, "google/t5-v1_1-xxl"),
-    ("flan_small_multi", 3, "Flan-T5, 8 layers", 76_961_152, "google/flan-t5-small"),
-    ("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
-    ("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
-)
-_ALBERT: tuple[tuple[str, int, str, int, str | None], ...] = (
-    ("albert_base_en_uncased", 5, "12 layers, English without case", 11_683_584, "albert/albert-base-v2"),
-    ("albert_large_en_uncased", 3, "24 layers, English without case", 17_683_968, "albert/albert-large-v2"),
-    ("albert_extra_large_en_uncased", 3, "24 layers, wider", 58_724_864, "albert/albert-xlarge-v2"),
-    ("albert_extra_extra_large_en_uncased", 3, "12 layers, widest", 222_595_584, "albert/albert-xxlarge-v2"),
-)
-_FNET: tuple[tuple[str, int, str, int, str | None], ...] = (
-    ("f_net_base_en", 3, "12 layers, English", 82_861_056, "google/fnet-base"),
-    ("f_net_large_en", 3, "24 layers, English", 236_945_408, "google/fnet-large"),
-)
-_ROWS = {"gpt2": _GPT2, "albert": _ALBERT, "t5": _T5, "fnet": _FNET}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    name: {
-        "metadata": {"description": description, "params": params, "path": model},
-        "kaggle_handle": f"kaggle://keras/{'f_net' if model == 'fnet' else model}/keras/{name}/{version}",
-        "hf_repo": hf_repo,
+def published() -> dict[str, dict[str, Any]]:
+    """Name to KerasHub's metadata, the handle on Kaggle, and the Hugging Face repository with the same weights or None."""
+    return {
+        preset.name: {
+            "metadata": {"description": preset.description, "params": preset.parameters, "path": family.name},
+            "kaggle_handle": f"kaggle://keras/{family.kaggle_name}/keras/{preset.name}/{preset.version}",
+            "hf_repo": preset.hf_repo,
+        }
+        for family in FAMILIES.values()
+        for preset in family.presets
     }
-    for model, rows in _ROWS.items()
-    for name, version, description, params, hf_repo in rows
-}
+
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model",
                     "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
@@ -95,9 +64,10 @@ def presets_of(models: set[str]) -> dict[str, dict[str, Any]]:
     """Name to ``{"metadata": {"description", "path", ...}, ...}``, KerasHub's form, of all presets of these models."""
     result = {}
     for name, directory in bundled_presets().items():
-        if (model := read_json(directory / "config.json").get("model_type")) in models:
-            result[name] = {"metadata": {"description": "comes with pyfused", "path": model}}
-    return result | {name: entry for name, entry in PUBLISHED.items() if entry["metadata"]["path"] in models}
+        family = of_hf_type(read_json(directory / "config.json").get("model_type"))
+        if family is not None and family.name in models:
+            result[name] = {"metadata": {"description": "comes with pyfused", "path": family.name}}
+    return result | {name: entry for name, entry in published().items() if entry["metadata"]["path"] in models}
 
 
 def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Path:
@@ -123,9 +93,9 @@ def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Pa
     path = Path(preset)
     if path.is_dir() and str(preset):
         return path
-    if str(preset) in PUBLISHED:
+    if str(preset) in published():
         return _from_published(str(preset), want)
-    names = [*bundled_presets(), *PUBLISHED]
+    names = [*bundled_presets(), *published()]
     close = get_close_matches(str(preset).lower(), names, n=3, cutoff=0.5)
     nearest = f"nearest: {', '.join(close)}; " if close else ""
     hint = (
@@ -138,7 +108,7 @@ def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Pa
 
 
 def _from_published(name: str, want: Want) -> Path:
-    entry = PUBLISHED[name]
+    entry = published()[name]
     try:
         return _from_kaggle(entry["kaggle_handle"], want)
     except ImportError as error:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pyfused.checkpoints.checkpoint import MODELS
 from pyfused.checkpoints.hf import INDEX, WHOLE
 from pyfused.checkpoints.plan import Target
 from pyfused.checkpoints.storage import FLOATS
+from pyfused.families import family_of, load
 
 
 def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -29,9 +29,7 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     sharded checkpoint in the directory are refused rather than left to be confused with the new one. Raises
     TypeError for a module that is no backbone of a model pyfused reads, ValueError for what the format cannot say.
     """
-    from pyfused.models.backbone import model_name
-
-    maps = MODELS[model_name(type(model))]
+    maps = load(family_of(type(model)).checkpoint)
     backbone: Any = model
     config = backbone.get_config()
     state = model.state_dict()

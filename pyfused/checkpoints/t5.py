@@ -18,7 +18,6 @@ from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activat
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
-KERAS_CLASS = "T5Backbone"
 HF_SAVED_PREFIX = ""
 
 # A table that a layer of the first checkpoints had and nothing reads

@@ -18,9 +18,9 @@ from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.foreign import error_answer, looks_like
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
+from pyfused.families import FAMILIES, of_hf_type
 
 END_OF_TEXT = "<|endoftext|>"
-_KERAS_CLASSES = ("GPT2Tokenizer", "T5Tokenizer", "AlbertTokenizer", "FNetTokenizer")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -308,7 +308,9 @@ def _hf_class(directory: Path) -> str | None:
 def _rewriting(directory: Path) -> dict[str, bool]:
     """What is done to an encoder's text first: FNet keeps case and accents unless it is told otherwise, ALBERT neither."""
     options, path = _options(directory), directory / "tokenizer_config.json"
-    keeps = _hf_class(directory) == "FNetTokenizer" or _model_type(directory) == "fnet"
+    by_type = of_hf_type(_model_type(directory))
+    by_class = [f for f in FAMILIES.values() if _hf_class(directory) == f"{f.keras_name}Tokenizer"]
+    keeps = any(family is not None and family.keeps_case for family in (by_type, *by_class))
     found = {"lower": options.get("do_lower_case", not keeps), "keep": options.get("keep_accents", keeps)}
     for name, value in (("do_lower_case", found["lower"]), ("keep_accents", found["keep"])):
         if not isinstance(value, bool):
@@ -344,9 +346,10 @@ def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None
 
 def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     name, config = raw.get("class_name"), raw.get("config")
-    if name not in _KERAS_CLASSES or not isinstance(config, dict):
+    known = [f"{family.keras_name}Tokenizer" for family in FAMILIES.values()]
+    if name not in known or not isinstance(config, dict):
         raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads {', '.join(_KERAS_CLASSES)}, or a tokenizer.json of Hugging "
+            f"{path}: the class is {name!r}; pyfused reads {', '.join(known)}, or a tokenizer.json of Hugging "
             f"Face{error_answer(raw)}"
         )
     if config.get("add_bos"):

@@ -15,6 +15,7 @@ from ..models.evaluation import evaluating
 from .beam_search import BeamSearch
 from .sampling import NO_TOKEN, Sampler, no_token, uniforms
 from .steps import EagerSteps, GraphSteps, Steps, decoding_of
+from .warm import warm as make_ready
 
 _KEEPING = threading.Lock()
 
@@ -40,8 +41,6 @@ class Generator:
         self.model = model
         self._graphs: dict[object, GraphSteps] = {}
         if warm:
-            from ..warm import warm as make_ready
-
             make_ready(model)
 
     def generate(

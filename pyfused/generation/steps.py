@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..families import FAMILIES, families_of, load
 from ..models.backbone import Backbone
-from ..models.gpt2 import GPT2Backbone
-from ..models.t5 import T5Backbone
-from .gpt2 import GPT2Decoding
 from .sampling import Sampler
-from .t5 import T5Decoding
-
-DECODINGS: dict[type[Backbone], type[Decoding]] = {GPT2Backbone: GPT2Decoding, T5Backbone: T5Decoding}
-
 
 _CAPTURING = threading.Lock()  # all captures share one stream
 
@@ -65,12 +59,12 @@ class Decoding(Protocol):
 
 def decoding_of(model: Backbone) -> type[Decoding]:
     """Raises TypeError for a model that generates nothing, ValueError for a T5 that is the encoder alone."""
-    if isinstance(model, T5Backbone):
-        model.check_decoder("generation")
-    for cls, decoding in DECODINGS.items():
-        if isinstance(model, cls):
-            return decoding
-    raise TypeError(f"model is a {type(model).__name__}; it takes a {' or a '.join(c.__name__ for c in DECODINGS)}")
+    for family in families_of(type(model)):
+        if family.decoding is not None:
+            model.check_decoder("generation")
+            return load(family.decoding)  # type: ignore[no-any-return]
+    classes = [family.class_name for family in FAMILIES.values() if family.decoding is not None]
+    raise TypeError(f"model is a {type(model).__name__}; it takes a {' or a '.join(classes)}")
 
 
 class Steps(Protocol):

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..fuse import Adapter, Forward, fused_forward, original
 from ..nn.multihead import multihead_forward, takes
 from ..nn.torch_layers import decoder_layer_forward, encoder_forward, encoder_layer_forward, reason_against
 from ..ops import layer_norm, rms_norm
 from ..ops.attention import MAX_HEAD_SIZE
 from ..ops.rms_norm import default_eps
+from ..own_forward import Adapter, Forward, fused_forward, original
 
 
 @fused_forward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,20 +11,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pyfused.checkpoints import open_checkpoint, presets_of
-
+from ..checkpoints import open_checkpoint, presets_of
+from ..families import FAMILIES, families_of, load
 from .mixed_precision import compute_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-# Model name, as a checkpoint gives it, to the class, which is imported when it is needed: models import this file.
-REGISTRY: dict[str, str] = {
-    "gpt2": "pyfused.models.gpt2:GPT2Backbone",
-    "albert": "pyfused.models.albert:AlbertBackbone",
-    "t5": "pyfused.models.t5:T5Backbone",
-    "fnet": "pyfused.models.fnet:FNetBackbone",
-}
 
 _DTYPES = {
     "float32": torch.float32,
@@ -66,17 +57,8 @@ def _resolve_policy(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype]
 def model_names(cls: type) -> set[str]:
     """The models, as checkpoints name them, that ``cls`` can hold: all of them for Backbone itself."""
     if cls is Backbone:
-        return set(REGISTRY)
-    paths = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
-    return {name for name, path in REGISTRY.items() if path in paths}
-
-
-def model_name(cls: type) -> str:
-    """The one model that a backbone's class is. Raises TypeError for a class that is not one."""
-    names = model_names(cls)
-    if len(names) != 1:
-        raise TypeError(f"model is a {cls.__name__}; it takes a backbone of one of {', '.join(REGISTRY)}")
-    return names.pop()
+        return set(FAMILIES)
+    return {family.name for family in families_of(cls)}
 
 
 class _Presets:
@@ -125,6 +107,9 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
+
+    def check_decoder(self, what: str) -> None:
+        """Raises ValueError where this is the encoder alone. `what` needs the decoder."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> the logits of the next token, (..., V). TypeError for an encoder."""
@@ -183,7 +168,7 @@ class Backbone(nn.Module, ABC):
         known = [*checkpoint.config, "name", "trainable"]
         if unknown := sorted(set(overrides) - set(known)):
             raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(known)}")
-        kind = _class_of(checkpoint.model) if cls is Backbone else cls
+        kind: Any = load(FAMILIES[checkpoint.model].backbone) if cls is Backbone else cls
         if skip_padding and kind.texts[0][1] is None:
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
@@ -240,7 +225,3 @@ def _finished(model: Any, variable: torch.dtype, compute: torch.dtype, skip_padd
     model.skip_padding = skip_padding
     return model.eval()
 
-
-def _class_of(model: str) -> Any:
-    module, _, name = REGISTRY[model].partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fuse import fused_forward
 from ..kernels.reference import attention as reference
 from ..notices import once
 from ..ops import attention, linear
 from ..ops.attention import MAX_HEAD_SIZE
+from ..own_forward import fused_forward
 from .attention import Visibility, bias_in
 
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})

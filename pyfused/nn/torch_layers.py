@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fuse import fused_forward, is_bare, is_fused
 from ..ops import ffn, layer_norm, linear
+from ..own_forward import fused_forward, is_bare, is_fused
 from ..tracing import tracing
 from .attention import Visibility
 from .layers import LayerNorm, Linear

@@ -26,6 +26,6 @@ def running(name: str, *, strict: bool = True) -> Iterator[None]:
     backend, _, isa = name.partition(":")
     with ExitStack() as stack:
         if isa:
-            stack.enter_context(extensions.use_isa(isa))
+            stack.enter_context(dispatch.use_isa(isa))
         stack.enter_context(dispatch.backend(backend, strict=strict))
         yield

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gpt2_standin
 import pytest
 import torch
 
-from pyfused.models import backbone
+from pyfused.families import FAMILIES
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -21,7 +22,7 @@ def golden():
 @pytest.fixture
 def standin(monkeypatch):
     """A module with GPT2Backbone's parameters, registered in its place."""
-    monkeypatch.setitem(backbone.REGISTRY, "gpt2", "gpt2_standin:Standin")
+    monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], backbone="gpt2_standin:Standin"))
     return gpt2_standin.Standin
 
 

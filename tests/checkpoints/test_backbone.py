@@ -1,11 +1,14 @@
 """Does from_preset build the right class in the right dtype, and do the errors name what was wrong?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpt2_standin import Standin
 
 from pyfused.checkpoints import open_checkpoint
-from pyfused.models.backbone import Backbone, model_name, model_names, resolve_dtype
+from pyfused.families import FAMILIES, family_of
+from pyfused.models.backbone import Backbone, model_names, resolve_dtype
 
 
 def test_resolve_dtype():
@@ -73,19 +76,19 @@ def test_a_subclass_refuses_another_model(golden, monkeypatch, standin):
         pass
 
     assert type(Mine.from_preset(golden / "ckpt" / "hf_gpt2")) is Mine
-    from pyfused.models import backbone
-
-    monkeypatch.setattr(backbone, "REGISTRY", {"t5": f"{Other.__module__}:{Other.__qualname__}"})
+    place = f"{Other.__module__}:{Other.__qualname__}"
+    monkeypatch.setitem(FAMILIES, "t5", replace(FAMILIES["t5"], backbone=place))
+    monkeypatch.delitem(FAMILIES, "gpt2")
     with pytest.raises(ValueError, match=r"is a gpt2 checkpoint; Other takes t5"):
         Other.from_preset(golden / "ckpt" / "hf_gpt2")
 
 
-def test_the_registry(standin):
+def test_the_families_of_a_class(standin):
     assert model_names(Backbone) == {"gpt2", "albert", "t5", "fnet"}
     assert model_names(standin) == {"gpt2"}
-    assert model_name(standin) == "gpt2"
+    assert family_of(standin).name == "gpt2"
     with pytest.raises(TypeError, match="model is a Linear; it takes a backbone of one of gpt2"):
-        model_name(torch.nn.Linear)
+        family_of(torch.nn.Linear)
     assert set(standin.presets) >= {"gpt2_base_en", "gpt2_extra_large_en"}
     assert standin.presets["gpt2_base_en"]["metadata"]["params"] == 124_439_808
     with pytest.raises(TypeError, match="config is of type list"):

@@ -20,10 +20,11 @@ import sys
 sys.path[:0] = sys.argv[2].split(":")
 import torch
 import gpt2_standin
-from pyfused.models import backbone
+from dataclasses import replace
 from pyfused.checkpoints import open_checkpoint
+from pyfused.families import FAMILIES
 
-backbone.REGISTRY["gpt2"] = "gpt2_standin:Standin"
+FAMILIES["gpt2"] = replace(FAMILIES["gpt2"], backbone="gpt2_standin:Standin")
 torch.set_num_threads(1)
 
 def memory(field):

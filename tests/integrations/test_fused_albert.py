@@ -6,7 +6,7 @@ from fused_pairs import Trio, counted, padded
 from torch import nn
 
 import pyfused
-from pyfused.fuse import is_fused
+from pyfused.own_forward import is_fused
 
 transformers = pytest.importorskip("transformers")
 from pyfused.integrations.transformers import albert as albert_integration  # noqa: E402

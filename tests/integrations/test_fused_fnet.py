@@ -10,8 +10,8 @@ from torch import nn
 
 import pyfused
 from pyfused import notices
-from pyfused.fuse import is_fused
 from pyfused.notices import FallbackWarning
+from pyfused.own_forward import is_fused
 from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")

@@ -13,8 +13,8 @@ from torch import nn
 
 import pyfused
 from pyfused import notices
-from pyfused.fuse import is_fused
 from pyfused.integrations.transformers import gpt2 as gpt2_integration
+from pyfused.own_forward import is_fused
 from pyfused.testing.tolerance import assert_close
 
 HEADS = {

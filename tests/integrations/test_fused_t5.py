@@ -8,7 +8,7 @@ from fused_pairs import Trio, counted, gradients, padded, rows
 from torch import nn
 
 import pyfused
-from pyfused.fuse import is_fused
+from pyfused.own_forward import is_fused
 from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")

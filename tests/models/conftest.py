@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import extensions
+from pyfused import dispatch
 from pyfused.testing import available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ def each_backend(request):
     name, _, isa = request.param.partition(":")
     with ExitStack() as stack:
         if isa:
-            stack.enter_context(extensions.use_isa(isa))
+            stack.enter_context(dispatch.use_isa(isa))
         stack.enter_context(pyfused.backend(name))
         yield request.param
 

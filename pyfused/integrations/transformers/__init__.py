@@ -11,12 +11,14 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"pyfused works with transformers {OLDEST} and later; this is {transformers.__version__}", name="transformers"
     )
 
-from ...fuse import Adapter  # noqa: E402
-from . import albert, fnet, gpt2, t5  # noqa: E402
+from ...families import FAMILIES, load  # noqa: E402
+from ...own_forward import Adapter  # noqa: E402
 from .attention import attend  # noqa: E402
 from .config import NAME, enter, leave  # noqa: E402
 from .masks import make_mask  # noqa: E402
 
 __all__ = ["ADAPTERS", "NAME", "attend", "enter", "leave", "make_mask"]
 
-ADAPTERS: dict[str, Adapter] = {**gpt2.ADAPTERS, **albert.ADAPTERS, **fnet.ADAPTERS, **t5.ADAPTERS}
+ADAPTERS: dict[str, Adapter] = {}
+for _family in FAMILIES.values():
+    ADAPTERS |= load(_family.adapters) if _family.adapters else {}

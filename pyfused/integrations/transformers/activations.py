@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import activations as of_transformers
 
-from ...fuse import is_bare
+from ...own_forward import is_bare
 
 # The tanh approximation of GELU is in transformers four times, with constants that agree to 4e-12, below float32's rounding.
 _BY_NAME = {

@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.albert import modeling_albert
 from transformers.pytorch_utils import apply_chunking_to_forward
 
-from ...fuse import Adapter, Forward, fused_forward, original
 from ...ops import ffn, linear
+from ...own_forward import Adapter, Forward, fused_forward, original
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, is_plain_linear, overridden
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from ...fuse import Entry
+from ...own_forward import Entry
 from .attention import REFUSED, attend
 from .masks import make_mask
 from .support import reason_against

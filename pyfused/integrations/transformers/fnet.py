@@ -11,8 +11,8 @@ from transformers.models.fnet import modeling_fnet
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from ... import notices
-from ...fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ...ops import ffn, fourier_mix, layer_norm, linear
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, is_fused_norm, is_plain_linear, overridden

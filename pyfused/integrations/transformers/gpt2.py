@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from ...fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ...ops import ffn, layer_norm
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, go_together, is_fused_norm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...fuse import is_bare, is_fused
+from ...own_forward import is_bare, is_fused
 from ..torch_nn import takes
 
 

@@ -16,9 +16,9 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5 import modeling_t5
 
-from ...fuse import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ...kernels.shared.buckets import exact_buckets
 from ...ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .config import NAME

@@ -1,5 +1,4 @@
-"""What can be done before the first call? The Triton kernels that a model starts are compiled, in parallel, into Triton's cache
-on disk, from which the calls then load. On a CPU there is nothing to compile: libraries and prepared launches are made ready.
+"""How are Triton kernels compiled before they are needed? In parallel, into Triton's cache on disk, from which calls load them.
 
 A kernel takes 1 to 10 s to compile on one core, and a model's first generation needs a dozen, one after another.
 """
@@ -19,18 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 from . import dispatch, tiles
-from .encoding import encode
-from .generation.steps import decoding_of
 from .kernels.shared.prepared import recorder
-from .models.backbone import Backbone
-from .models.evaluation import evaluating
-
-LENGTHS = (8, 100, 1000)  # few rows, many, and enough keys for a decoding step to split them
-NEW_TOKENS = 64
 
 
 class Launch(NamedTuple):
@@ -175,7 +164,7 @@ def _worker() -> subprocess.Popen[str]:
     multiprocessing either, which runs the caller's script again."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", "from pyfused.warm import _serve; _serve()"]
+    command = [sys.executable, "-c", "from pyfused.compile_ahead import _serve; _serve()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -225,66 +214,3 @@ def _is_on_disk(launch: Launch) -> bool:
     key = get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
     folder = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     return bool(folder.get_group(f"{source.name[:150]}.json"))
-
-
-def warm(
-    model: Backbone,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    workers: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Makes ready what a model's calls need: generation where it generates, else encode().
-
-    Args:
-        model: a backbone, on the device and in the dtype that it will be used in.
-        lengths: tokens of the texts to expect; those beyond the model's longest become that. Kernels are compiled for kinds of
-            sizes, not for each: a few rows or many, texts of one length or several.
-        workers: processes that compile; os.cpu_count() by default.
-        say: told of the progress.
-
-    Returns:
-        `device`, `seconds`, `compiled` and `cached` (how many kernels), `failed` (name and error of each).
-    """
-    began, device = time.perf_counter(), model.device.type
-    done: list[Compiled] = []
-    if device == "cuda":
-        with recording() as launches:
-            _run(model, lengths, True)
-        done = compile_in_parallel(launches, workers, say)
-    else:
-        say(f"nothing to compile on {device}")
-    _run(model, lengths, device == "cuda")
-    if device == "cuda":
-        torch.cuda.synchronize(model.device)
-    failed = [{"kernel": row.launch.kernel, "error": row.error} for row in done if row.error]
-    cached = sum(row.cached for row in done)
-    return {
-        "device": str(model.device),
-        "seconds": time.perf_counter() - began,
-        "compiled": len(done) - len(failed) - cached,
-        "cached": cached,
-        "failed": failed,
-    }
-
-
-def _run(model: Backbone, lengths: Sequence[int], fixed: bool) -> None:
-    """Calls of the kinds that are to be expected: one text, and two of different lengths. `fixed`: a generation's step is that
-    of a CUDA graph. Only the texts decide what runs, so results may be arbitrary."""
-    try:
-        decoding = decoding_of(model)
-    except (TypeError, ValueError):
-        decoding = None  # an encoder
-    longest = model.get_config().get("max_sequence_length") or max(lengths) + NEW_TOKENS
-    new = max(2, min(NEW_TOKENS, longest // 2))  # the second is the first that a step computes
-    for length in sorted({min(n, longest - new if decoding else longest) for n in lengths}):
-        for texts in ([length], [length, -(-length // 2)]):
-            arrays = [np.zeros(n, dtype=np.int64) for n in texts]
-            if decoding is None:
-                encode(model, [array.tolist() for array in arrays])
-                continue
-            with evaluating(model), torch.inference_mode():
-                made = decoding(model, decoding.shape(arrays, new), fixed)  # type: ignore[call-arg]
-                made.start(arrays)
-                tokens = torch.zeros(len(arrays), dtype=torch.int64, device=model.device)
-                made.fixed_step(tokens) if fixed else made.step(tokens)

@@ -1,0 +1,178 @@
+"""Which models are there? One row a family: everything that other files must know of it by name.
+
+To add a model, write its files and add a row. Modules and classes are named as "module:name" and imported when they are first
+needed, so that this file stands below all others.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Preset(NamedTuple):
+    """A preset that KerasHub 0.32 publishes. parameters: as its metadata counts them. hf_repo: the Hugging Face repository with
+    the same weights, if there is one."""
+
+    name: str
+    version: int
+    description: str
+    parameters: int
+    hf_repo: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and what it is called elsewhere.
+
+    name: what checkpoints call the model.
+    backbone: the class in pyfused.
+    checkpoint: the module that knows its configurations and tensor names in both formats (see pyfused/checkpoints/gpt2.py).
+    decoding: how it continues texts, a generation.steps.Decoding; None for an encoder.
+    adapters: what fuse_ does to transformers' model, by the full names of its classes; None where there is none.
+    keras_name: KerasHub's classes begin with it: <keras_name>Backbone, <keras_name>Tokenizer.
+    kaggle_name: the model's name on Kaggle.
+    presets: what is published for it.
+    hf_types: the `model_type`s that have this model's classes and tensors.
+    hf_classes: how the names of transformers' classes begin, by the model_type that such a class means.
+    hf_options: options that, together, only this model's configuration has. They tell old configurations apart.
+    refused: model_types that look like this family and are not, with the difference.
+    keeps_case: whether its tokeniser keeps case and accents where nothing says otherwise.
+    """
+
+    name: str
+    backbone: str
+    checkpoint: str
+    decoding: str | None
+    adapters: str | None
+    keras_name: str
+    kaggle_name: str
+    presets: tuple[Preset, ...]
+    hf_types: tuple[str, ...]
+    hf_classes: dict[str, str]
+    hf_options: frozenset[str]
+    refused: dict[str, str] = field(default_factory=dict)
+    keeps_case: bool = False
+
+    @property
+    def class_name(self) -> str:
+        """The backbone's, without its module."""
+        return self.backbone.partition(":")[2]
+
+
+_ROWS = (
+    Family(
+        name="gpt2",
+        backbone="pyfused.models.gpt2:GPT2Backbone",
+        checkpoint="pyfused.checkpoints.gpt2",
+        decoding="pyfused.generation.gpt2:GPT2Decoding",
+        adapters="pyfused.integrations.transformers.gpt2:ADAPTERS",
+        keras_name="GPT2",
+        kaggle_name="gpt2",
+        presets=(
+            Preset("gpt2_base_en", 3, "12 layers, English", 124_439_808, "openai-community/gpt2"),
+            Preset(
+                "gpt2_base_en_cnn_dailymail", 3, "12 layers, English, fine-tuned to summarise news", 124_439_808, None
+            ),
+            Preset("gpt2_medium_en", 3, "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
+            Preset("gpt2_large_en", 3, "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
+            Preset("gpt2_extra_large_en", 3, "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
+        ),
+        hf_types=("gpt2",),
+        hf_classes={"GPT2": "gpt2"},
+        hf_options=frozenset({"n_embd", "n_head", "n_layer"}),
+    ),
+    Family(
+        name="albert",
+        backbone="pyfused.models.albert:AlbertBackbone",
+        checkpoint="pyfused.checkpoints.albert",
+        decoding=None,
+        adapters="pyfused.integrations.transformers.albert:ADAPTERS",
+        keras_name="Albert",
+        kaggle_name="albert",
+        presets=(
+            Preset("albert_base_en_uncased", 5, "12 layers, English without case", 11_683_584, "albert/albert-base-v2"),
+            Preset(
+                "albert_large_en_uncased", 3, "24 layers, English without case", 17_683_968, "albert/albert-large-v2"
+            ),
+            Preset("albert_extra_large_en_uncased", 3, "24 layers, wider", 58_724_864, "albert/albert-xlarge-v2"),
+            Preset(
+                "albert_extra_extra_large_en_uncased", 3, "12 layers, widest", 222_595_584, "albert/albert-xxlarge-v2"
+            ),
+        ),
+        hf_types=("albert",),
+        hf_classes={"Albert": "albert"},
+        hf_options=frozenset({"embedding_size", "num_hidden_groups"}),
+    ),
+    Family(
+        name="t5",
+        backbone="pyfused.models.t5:T5Backbone",
+        checkpoint="pyfused.checkpoints.t5",
+        decoding="pyfused.generation.t5:T5Decoding",
+        adapters="pyfused.integrations.transformers.t5:ADAPTERS",
+        keras_name="T5",
+        kaggle_name="t5",
+        # T5 1.1's configurations at Keras say "gelu", the erf formula; those at Hugging Face mean the tanh one: outputs differ
+        # by less than 1%, and each is loaded as it says.
+        presets=(
+            Preset("t5_small_multi", 3, "6 layers", 60_506_624, "google-t5/t5-small"),
+            Preset("t5_base_multi", 3, "12 layers", 222_903_552, "google-t5/t5-base"),
+            Preset("t5_large_multi", 3, "24 layers", 737_668_096, "google-t5/t5-large"),
+            Preset("t5_1.1_small", 2, "T5 1.1, 8 layers", 60_511_616, "google/t5-v1_1-small"),
+            Preset("t5_1.1_base", 2, "T5 1.1, 12 layers", 247_577_856, "google/t5-v1_1-base"),
+            Preset("t5_1.1_large", 2, "T5 1.1, 24 layers", 750_251_008, "google/t5-v1_1-large"),
+            Preset("t5_1.1_xl", 2, "T5 1.1, 24 layers, wider", 2_849_757_184, "google/t5-v1_1-xl"),
+            Preset("t5_1.1_xxl", 2, "T5 1.1, 24 layers, widest", 11_135_332_352, "google/t5-v1_1-xxl"),
+            Preset("flan_small_multi", 3, "Flan-T5, 8 layers", 76_961_152, "google/flan-t5-small"),
+            Preset("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
+            Preset("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
+        ),
+        hf_types=("t5", "mt5"),
+        hf_classes={"T5": "t5", "MT5": "mt5", "UMT5": "umt5"},
+        hf_options=frozenset({"d_model", "d_kv", "d_ff"}),
+        refused={"umt5": "UMT5 has a table of position biases in every layer, where T5's first layer has one for all"},
+    ),
+    Family(
+        name="fnet",
+        backbone="pyfused.models.fnet:FNetBackbone",
+        checkpoint="pyfused.checkpoints.fnet",
+        decoding=None,
+        adapters="pyfused.integrations.transformers.fnet:ADAPTERS",
+        keras_name="FNet",
+        kaggle_name="f_net",
+        presets=(
+            Preset("f_net_base_en", 3, "12 layers, English", 82_861_056, "google/fnet-base"),
+            Preset("f_net_large_en", 3, "24 layers, English", 236_945_408, "google/fnet-large"),
+        ),
+        hf_types=("fnet",),
+        hf_classes={"FNet": "fnet"},
+        hf_options=frozenset({"tpu_short_seq_length"}),
+        keeps_case=True,
+    ),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+
+def load(place: str) -> Any:
+    """What stands at "module:name", or the module."""
+    return pkgutil.resolve_name(place)
+
+
+def families_of(cls: type) -> list[Family]:
+    """The families whose backbone this class is, or inherits from."""
+    places = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
+    return [family for family in FAMILIES.values() if family.backbone in places]
+
+
+def family_of(cls: type) -> Family:
+    """The one family of a backbone's class. TypeError for a class that is no backbone."""
+    found = families_of(cls)
+    if len(found) != 1:
+        raise TypeError(f"model is a {cls.__name__}; it takes a backbone of one of {', '.join(FAMILIES)}")
+    return found[0]
+
+
+def of_hf_type(model_type: object) -> Family | None:
+    """The family that a Hugging Face configuration's model_type means."""
+    return next((family for family in FAMILIES.values() if model_type in family.hf_types), None)
