@@ -1,0 +1,73 @@
+"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | bench | tune | evidence`, --json on each.
+
+An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
+terminal's encoding does not have is written as "?".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from .._version import __version__
+from . import measurements, presets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status. Without a command: prints the help, 0."""
+    with _encodable(sys.stdout):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command is None:
+            parser.print_help()
+            status = 0
+        else:
+            status = arguments.run(arguments)
+        print(end="", flush=True)  # while an error can still be told
+        return status
+    except KeyboardInterrupt:
+        print("pyfused: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        return 141
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"pyfused: {message}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def _encodable(stream: TextIO) -> Iterator[None]:
+    """Inside, the stream takes any text: "?" stands for what its encoding lacks. stderr does that by itself."""
+    before = getattr(stream, "errors", None)
+    # surrogateescape, which the C locale has, refuses every character but lone surrogates too
+    if before not in ("strict", "surrogateescape") or not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, which is told already
+            stream.reconfigure(errors=before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyfused", description="Fused transformer kernels, from the command line.")
+    parser.add_argument("--version", action="version", version=f"pyfused {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    measurements.add(commands)
+    presets.add(commands)
+    return parser

@@ -1,0 +1,183 @@
+"""What runs a preset from a terminal: `pyfused generate | encode | verify | warm`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Adds these commands to the parser."""
+    generate = commands.add_parser("generate", help="continue a text, or answer it, streaming to the terminal")
+    generate.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
+    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--seed", type=int, metavar="N")
+    generate.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, printed at the end"
+    )
+    generate.set_defaults(run=_generate)
+
+    encode = commands.add_parser("encode", help="hidden states of texts, printed or saved")
+    encode.add_argument("preset", metavar="PRESET", help="a bundled name such as albert_tiny_en, or a directory")
+    encode.add_argument(
+        "--text", required=True, type=_text, action="append", metavar="TEXT", help="may be given several times"
+    )
+    encode.add_argument("--pool", choices=("cls", "mean"), help="one vector a text instead of one a token")
+    encode.add_argument(
+        "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with zeros behind shorter texts"
+    )
+    encode.set_defaults(run=_encode)
+
+    verify = commands.add_parser(
+        "verify", help="compare every backend with the float64 reference on a preset's weights"
+    )
+    verify.add_argument("preset", metavar="PRESET")
+    verify.set_defaults(run=_verify)
+
+    warm = commands.add_parser("warm", help="compile what a preset needs before it is needed, in parallel")
+    warm.add_argument("preset", metavar="PRESET")
+    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the texts to expect")
+    warm.add_argument("--workers", type=int, metavar="N", help="processes that compile; one a core by default")
+    warm.set_defaults(run=_warm)
+
+    for command in (generate, encode, verify, warm):
+        command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
+        command.add_argument(
+            "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _text(argument: str) -> str:
+    """An argument as text. Bytes that the locale's encoding could not read come as lone surrogates; they are UTF-8, or
+    nothing that a tokeniser knows."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device; it takes cpu or cuda[:N]") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not supported; it takes cpu or cuda[:N]")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name!r}: no CUDA device here")
+    return str(device)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .. import Generator
+    from ..checkpoints import load_tokenizer
+    from ..models import Backbone
+
+    model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype).eval()
+    tokenizer = load_tokenizer(arguments.preset)
+    prompt = tokenizer.encode(arguments.prompt)
+    stream, generator = tokenizer.stream(), Generator(model)
+    began, first = time.perf_counter(), 0.0
+
+    def on_token(_row: int, token: int) -> None:
+        nonlocal first
+        first = first or time.perf_counter()
+        if not arguments.json and token != tokenizer.end_token_id:
+            print(stream.push(token), end="", flush=True)
+
+    if not arguments.json and len(model.texts) == 1:  # else the tokens are an answer, no continuation
+        print(arguments.prompt, end="", flush=True)
+    stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
+    (tokens,) = generator.generate(
+        [prompt],
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_token_ids=stop,
+        on_token=on_token if arguments.num_beams == 1 else None,
+        num_beams=arguments.num_beams,
+    )
+    if arguments.num_beams > 1:
+        for token in tokens:
+            on_token(0, token)
+    ended = time.perf_counter()
+    rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 and arguments.num_beams == 1 else None
+    if arguments.json:
+        text = tokenizer.decode([t for t in tokens if t != tokenizer.end_token_id])
+        result = {"preset": arguments.preset, "prompt": arguments.prompt, "text": text, "tokens": tokens}
+        result |= {"seconds_to_first_token": first - began, "tokens_per_second": rate}
+        print(json.dumps(result, indent=2))
+    else:
+        print(stream.finish(), flush=True)
+        speed = f", then {rate:.0f} tokens/s" if rate else ""
+        print(f"[{len(tokens)} tokens; first after {1000 * (first - began):.0f} ms{speed}]", file=sys.stderr)
+    return 0
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .. import encode
+    from ..checkpoints import load_tokenizer
+    from ..models import Backbone
+
+    if arguments.output and not arguments.output.endswith(".npy"):
+        raise ValueError(f"--output is {arguments.output!r}; it takes a name that ends in .npy")
+    model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
+    tokenizer = load_tokenizer(arguments.preset)
+    states = encode(model, [tokenizer.encode(text) for text in arguments.text], pool=arguments.pool)
+    found = [text.float().cpu().numpy() for text in states]
+    if arguments.output:
+        longest = max(len(text) for text in found)
+        padded = [text if arguments.pool else np.pad(text, ((0, longest - len(text)), (0, 0))) for text in found]
+        np.save(arguments.output, np.stack(padded))
+    if arguments.json:
+        rows = [{"text": text, "states": values.tolist()} for text, values in zip(arguments.text, found)]
+        print(json.dumps({"preset": arguments.preset, "pool": arguments.pool, "texts": rows}))
+    elif arguments.output:
+        print(f"{arguments.output}: {' x '.join(map(str, np.stack(padded).shape))}")
+    else:
+        for text, values in zip(arguments.text, found):
+            print(f"{text}  {' x '.join(map(str, values.shape))}")
+            print(np.array2string(values, precision=4, suppress_small=True, max_line_width=120))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ..verify import render, verify
+
+    report = verify(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    return 0 if report["passed"] else 1
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    from ..generation.warm import LENGTHS, warm
+    from ..models import Backbone
+
+    for option, values in (("--lengths", arguments.lengths), ("--workers", [arguments.workers])):
+        if any(value is not None and value < 1 for value in values or ()):
+            raise ValueError(f"{option} is {values}; it takes numbers of at least 1")
+    report = warm(
+        Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype),
+        lengths=arguments.lengths or LENGTHS,
+        workers=arguments.workers,
+        say=lambda text: print(f"warming: {text}", file=sys.stderr, flush=True),
+    )
+    if arguments.json:
+        print(json.dumps({"preset": arguments.preset, **report}, indent=2))
+    else:
+        counts = f"{report['compiled']} kernels compiled, {report['cached']} there already"
+        print(f"{arguments.preset} on {report['device']}: {counts}; {report['seconds']:.1f} s")
+    for row in report["failed"]:
+        print(f"pyfused: {row['kernel']} does not compile: {row['error']}", file=sys.stderr)
+    return 1 if report["failed"] else 0
