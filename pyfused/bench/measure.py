@@ -21,6 +21,7 @@ from ..timing import time_cuda
 from .case import Calls, Case, Function, Values, wide
 from .cost import cost_of
 
+SLOW = 5.0  # seconds: of rounds that take longer three are enough
 NOISY = 0.25  # a spread (the middle half of the times over their median) from here on is said to be noise
 
 
@@ -31,7 +32,8 @@ def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> d
         case: what to run.
         device: "cpu" or "cuda".
         peers: those asked for, each with the reason why it cannot run here, "" if it can.
-        seconds: how long, and at least six rounds: of fewer no interval has 95% confidence.
+        seconds: how long, and at least six rounds: of fewer no interval has 95% confidence. Three where a round takes longer
+            than SLOW, whose interval is all of them (75%).
 
     Returns:
         {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why}} and, by provider, "seconds" (the
@@ -140,11 +142,12 @@ def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, 
     clock = _clock(device)
     repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    order, began = list(providers), time.perf_counter()
-    while len(samples["pyfused"]) < 6 or time.perf_counter() - began < seconds:
+    order, least, began = list(providers), 6, time.perf_counter()
+    while len(samples["pyfused"]) < least or time.perf_counter() - began < seconds:
         for name in order:
             samples[name].append(clock(providers[name], repeats[name]))
         order.reverse()  # who comes first finds caches as the other left them
+        least = 3 if time.perf_counter() - began > SLOW * len(samples["pyfused"]) else 6
     own = samples["pyfused"]
     ratios = {name: [t / o for t, o in zip(times, own)] for name, times in samples.items() if name != "pyfused"}
     medians = {name: statistics.median(times) for name, times in samples.items()}

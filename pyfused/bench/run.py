@@ -54,7 +54,7 @@ def bench(
         setup: device and dtypes.
         threads: CPU threads, for the length of the run; 0 leaves torch's number.
         peers: those to measure beside plain PyTorch; by default all. One that is not installed is named in the result.
-        seconds: how long a row is measured, at most; at least six rounds.
+        seconds: how long a row is measured, at most; at least six rounds, three of slow calls.
         check: a row below LEAST is measured twice more, three times as long, before it is said to be.
         limit: no row begins after so many seconds.
         each: called as each(found, "attention 1x12x512x64 float32", rows left) with what is known, before every row.
