@@ -15,7 +15,7 @@ from ..tracing import tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision, to
 from .checks import check_floating, check_like, check_shape, may_look, name_of
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 from .relative_bias import RelativeBias, check_buckets
 
 MAX_HEAD_SIZE = 256
@@ -96,23 +96,6 @@ def attention(
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-    if is_recorded() and (relative_bias is None or isinstance(relative_bias, RelativeBias)):
-        table, bidirectional, max_distance = (None, True, 128) if relative_bias is None else relative_bias
-        return _COMPOSITE(
-            query,
-            key,
-            value,
-            is_causal=bool(is_causal),
-            padding_mask=padding_mask,
-            bias_table=table,
-            bidirectional=bidirectional,
-            max_distance=max_distance,
-            attn_bias=attn_bias,
-            scale=None if scale is None else float(scale),
-            dropout_p=float(dropout_p),
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )[0]
     given = None
     relative = (None, True, 128) if relative_bias is None else relative_bias
     if cu_seqlens is None and (relative_bias is None or relative.__class__ is RelativeBias):
@@ -120,7 +103,7 @@ def attention(
             *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
             *(*relative, None, max_seqlen),
         )
-        outputs = _ATTENTION.again(given)
+        outputs = _ATTENTION.call_prepared(given)
         if outputs is not None:
             return outputs[0]
     bound = bind(
@@ -136,7 +119,7 @@ def attention(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
     )
-    return (_ATTENTION(*bound) if given is None else _ATTENTION.first(given, bound))[0]
+    return (_ATTENTION(*bound) if given is None else _ATTENTION.call_checked(given, bound))[0]
 
 
 def bind(
@@ -384,19 +367,4 @@ _ATTENTION_BACKWARD = Operator(
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_table)",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-
-
-def _with_table(*tensors, bias_table=None, bidirectional=True, max_distance=128, **options):
-    """attention with the relative bias as a schema has it."""
-    relative_bias = None if bias_table is None else RelativeBias(bias_table, bidirectional, max_distance)
-    return attention(*tensors, relative_bias=relative_bias, **options)
-
-
-_COMPOSITE = composite(
-    "attention",
-    "(Tensor query, Tensor key, Tensor value, *, bool is_causal=False, Tensor? padding_mask=None, Tensor? bias_table=None,"
-    " bool bidirectional=True, int max_distance=128, Tensor? attn_bias=None, float? scale=None, float dropout_p=0.0,"
-    " Tensor? cu_seqlens=None, SymInt? max_seqlen=None)",
-    _with_table,
 )

@@ -9,7 +9,7 @@ import torch
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 # GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
 ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")
@@ -53,12 +53,10 @@ def ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(ffn, x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
-    if is_recorded():
-        return _COMPOSITE(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)[0]
     given = x, w_in, b_in, w_out, b_out, activation, residual, False
-    outputs = _FFN.again(given)
+    outputs = _FFN.call_prepared(given)
     if outputs is None:
-        outputs = _FFN.first(given, bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))
+        outputs = _FFN.call_checked(given, bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))
     return outputs[0]
 
 
@@ -150,9 +148,4 @@ _FFN_BACKWARD = Operator(
     " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-_COMPOSITE = composite(
-    "ffn",
-    "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, *, str activation, Tensor? residual=None)",
-    ffn,
 )

@@ -13,7 +13,7 @@ import torch
 
 from .checks import check_floating
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:
@@ -33,11 +33,9 @@ def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: x does not fit; the message says what it got and what it takes.
     """
-    if is_recorded():
-        return _COMPOSITE(x)[0]
-    outputs = _FOURIER_MIX.again((x,))
+    outputs = _FOURIER_MIX.call_prepared((x,))
     if outputs is None:
-        outputs = _FOURIER_MIX.first((x,), bind(x))
+        outputs = _FOURIER_MIX.call_checked((x,), bind(x))
     return outputs[0]
 
 
@@ -74,9 +72,4 @@ _FOURIER_MIX = Operator(
     setup_context=_setup_context,
     backward=_backward,
     cost=_cost,
-)
-_COMPOSITE = composite(
-    "fourier_mix",
-    "(Tensor x)",
-    fourier_mix,
 )

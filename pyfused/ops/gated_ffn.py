@@ -13,7 +13,7 @@ from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
 from .ffn import canonical_activation
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 def gated_ffn(
@@ -49,12 +49,10 @@ def gated_ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(gated_ffn, x, w_gate, w_up, w_out, activation=activation, residual=residual)
-    if is_recorded():
-        return _COMPOSITE(x, w_gate, w_up, w_out, activation=activation, residual=residual)[0]
     given = x, w_gate, w_up, w_out, activation, residual, False
-    outputs = _GATED_FFN.again(given)
+    outputs = _GATED_FFN.call_prepared(given)
     if outputs is None:
-        outputs = _GATED_FFN.first(given, bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))
+        outputs = _GATED_FFN.call_checked(given, bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))
     return outputs[0]
 
 
@@ -136,9 +134,4 @@ _GATED_FFN_BACKWARD = Operator(
     " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-_COMPOSITE = composite(
-    "gated_ffn",
-    "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, *, str activation, Tensor? residual=None)",
-    gated_ffn,
 )

@@ -12,7 +12,7 @@ import torch
 from .autocast import autocast_is_on, autocasts, normalized
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 def layer_norm(
@@ -44,13 +44,10 @@ def layer_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(layer_norm, x, weight, bias, eps=eps, residual=residual)
-    if is_recorded():
-        outputs = _COMPOSITE(x, weight, bias, eps=float(eps), residual=residual)
-        return outputs[0] if residual is None else (outputs[0], outputs[1])
     given = x, weight, bias, eps, residual, False
-    outputs = _LAYER_NORM.again(given)
+    outputs = _LAYER_NORM.call_prepared(given)
     if outputs is None:
-        outputs = _LAYER_NORM.first(given, bind(x, weight, bias, eps=eps, residual=residual))
+        outputs = _LAYER_NORM.call_checked(given, bind(x, weight, bias, eps=eps, residual=residual))
     return outputs[0] if residual is None else (outputs[0], outputs[1])
 
 
@@ -139,9 +136,4 @@ _LAYER_NORM_BACKWARD = Operator(
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-_COMPOSITE = composite(
-    "layer_norm",
-    "(Tensor x, Tensor weight, Tensor? bias=None, *, float eps=1e-5, Tensor? residual=None)",
-    layer_norm,
 )

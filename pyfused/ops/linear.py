@@ -10,7 +10,7 @@ import torch
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 def linear(
@@ -37,12 +37,10 @@ def linear(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(linear, x, weight, bias, residual=residual)
-    if is_recorded():
-        return _COMPOSITE(x, weight, bias, residual=residual)[0]
     given = x, weight, bias, residual
-    outputs = _LINEAR.again(given)
+    outputs = _LINEAR.call_prepared(given)
     if outputs is None:
-        outputs = _LINEAR.first(given, bind(x, weight, bias, residual=residual))
+        outputs = _LINEAR.call_checked(given, bind(x, weight, bias, residual=residual))
     return outputs[0]
 
 
@@ -99,9 +97,4 @@ _LINEAR = Operator(
     setup_context=_setup_context,
     backward=_backward,
     cost=_cost,
-)
-_COMPOSITE = composite(
-    "linear",
-    "(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? residual=None)",
-    linear,
 )

@@ -12,7 +12,7 @@ import torch
 from ..kernels.shared.buckets import exact_buckets
 from .checks import check_floating
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 class RelativeBias(NamedTuple):
@@ -55,11 +55,8 @@ def relative_bias(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if is_recorded():
-        lengths = {"query_offset": query_offset, "bidirectional": bidirectional, "max_distance": max_distance}
-        return _COMPOSITE(table, query_length, key_length, **lengths)[0]
     given = table, query_length, key_length, bidirectional, max_distance, query_offset
-    outputs = _RELATIVE_BIAS.again(given)
+    outputs = _RELATIVE_BIAS.call_prepared(given)
     if outputs is None:
         bound = bind(
             table,
@@ -69,7 +66,7 @@ def relative_bias(
             max_distance=max_distance,
             query_offset=query_offset,
         )
-        outputs = _RELATIVE_BIAS.first(given, bound)
+        outputs = _RELATIVE_BIAS.call_checked(given, bound)
     return outputs[0]
 
 
@@ -152,11 +149,4 @@ _RELATIVE_BIAS_BACKWARD = Operator(
     "(Tensor grad_out, SymInt num_buckets, bool bidirectional, int max_distance, SymInt query_offset) -> Tensor grad_table",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-
-_COMPOSITE = composite(
-    "relative_bias",
-    "(Tensor table, SymInt query_length, SymInt key_length, *, bool bidirectional, int max_distance=128,"
-    " SymInt query_offset=0)",
-    relative_bias,
 )

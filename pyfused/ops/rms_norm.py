@@ -12,7 +12,7 @@ import torch
 from .autocast import autocast_is_on, autocasts, normalized
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .registration import Operator, composite, is_recorded
+from .registration import Operator
 
 
 def rms_norm(
@@ -47,13 +47,10 @@ def rms_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(rms_norm, x, weight, eps=eps, residual=residual)
-    if is_recorded():
-        outputs = _COMPOSITE(x, weight, eps=float(eps), residual=residual)
-        return outputs[0] if residual is None else (outputs[0], outputs[1])
     given = x, weight, eps, residual, False
-    outputs = _RMS_NORM.again(given)
+    outputs = _RMS_NORM.call_prepared(given)
     if outputs is None:
-        outputs = _RMS_NORM.first(given, bind(x, weight, eps=eps, residual=residual))
+        outputs = _RMS_NORM.call_checked(given, bind(x, weight, eps=eps, residual=residual))
     return outputs[0] if residual is None else (outputs[0], outputs[1])
 
 
@@ -132,9 +129,4 @@ _RMS_NORM_BACKWARD = Operator(
     "(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_backward_fake,
     cost=_backward_cost,
-)
-_COMPOSITE = composite(
-    "rms_norm",
-    "(Tensor x, Tensor weight, *, float eps=1e-6, Tensor? residual=None)",
-    rms_norm,
 )

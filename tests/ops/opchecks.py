@@ -24,19 +24,3 @@ def check_registered(name, arguments, *, save=None, summed=False):
     assert len(found) == (2 if summed else 1)
     for f, e in zip(found, expected, strict=False):
         assert torch.equal(f, e)
-    check_into(name, plain, found)
-
-
-def check_into(name, arguments, expected):
-    """pyfused::<name>_into writes the same: twice, the second time by a prepared launch; and into strided memory too."""
-    into = getattr(torch.ops.pyfused, f"{name}_into" + ("_sum" if len(expected) == 2 else ""))
-    outputs = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=e.device) for e in expected]
-    torch.library.opcheck(into, (*arguments, *outputs), test_utils=("test_schema", "test_faketensor"))
-    with torch.no_grad():
-        strided = [torch.empty((*e.shape, 2), dtype=e.dtype, device=e.device)[..., 0] for e in expected]
-        for given in (outputs, outputs, strided, strided):
-            for output in given:
-                output.fill_(torch.nan)
-            assert into(*arguments, *given) is None
-            for output, e in zip(given, expected, strict=True):
-                assert torch.equal(output, e)
