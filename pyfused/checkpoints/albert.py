@@ -1,8 +1,8 @@
 """How do ALBERT's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
-(in, out), the attention's with the heads as a dimension of their own; pyfused has query, key and value as one matrix, rows
-in that order. A layer is stored once, however often it is applied.
+Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does. Keras
+stores it as (in, out), and attention's weights with the heads as one more dimension. pyfused has one matrix for query, key and
+value, with the rows in that order. A layer is stored once, however often it is applied.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
 
-HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)",)  # 0, 1, ... and zeros, of older versions
-HF_HEAD = None  # a backbone's own projection to the vocabulary: it has none
+HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)",)  # of older versions: 0, 1, ... and zeros
+HF_HEAD = None  # the backbone has no output matrix of its own
 HF_EMBEDDING, HF_COPIES, HF_BARE = "embeddings.word_embeddings.weight", ("predictions.decoder.weight",), ""
 DEFAULTS: dict[str, Any] = {
     "num_groups": 1, "num_inner_repetitions": 1, "max_sequence_length": 512, "num_segments": 2, "pooler": True,
 }  # fmt: skip
-DEPTHS = ("num_groups", "num_inner_repetitions")  # num_layers says how often these are applied
+DEPTHS = ("num_groups", "num_inner_repetitions")  # of stored layers; num_layers counts the applied ones
 
-# Of the original TensorFlow configurations, which the published ones repeat
+# Options of the original TensorFlow configurations, repeated in the published ones
 _OFF = {"gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "down_scale_factor": 1}
 _REFUSED = REFUSED | {
-    name: Refused(f"pyfused reads ALBERT with {off}, as every published one has", off) for name, off in _OFF.items()
+    name: Refused(f"pyfused supports only {off}, the value in every published ALBERT", off) for name, off in _OFF.items()
 }
 _SILENT = SILENT | {"classifier_dropout_prob", "tie_word_embeddings"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """AlbertBackbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    """AlbertBackbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs."""
     options = Options(raw, file)
     options.refuse(_REFUSED)
     dropout = options.number("hidden_dropout_prob", 0.0, high=1.0)
@@ -55,16 +55,16 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     }
     if config["hidden_dim"] % config["num_heads"]:
         width, heads = config["hidden_dim"], config["num_heads"]
-        raise ValueError(f"{file}: hidden_size is {width}, which num_attention_heads, {heads}, does not divide")
+        raise ValueError(f"{file}: hidden_size is {width}, not a multiple of num_attention_heads, {heads}")
     activation = options.raw("hidden_act", "gelu_new")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise ValueError(f"{file}: hidden_act is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
     config |= {
         "activation": HF_ACTIVATIONS[activation],
         "layer_norm_epsilon": options.number("layer_norm_eps", 1e-12),
-        # None follows `dropout`, so that from_preset(..., dropout=0.0) turns both off in the usual case
+        # None means `dropout`: from_preset(..., dropout=0.0) then turns both off
         "attention_dropout": None if attention == dropout else attention,
-        # transformers' ALBERT does not drop the feed-forward output; the option is config_to_hf's
+        # transformers' ALBERT has no dropout after the feed-forward network; only config_to_hf writes this option
         "feed_forward_dropout": options.number("feed_forward_dropout_prob", 0.0, high=1.0),
         "pooler": True,
     }
@@ -73,12 +73,12 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What only the files say: whether there is a pooler. Models for masked tokens are saved without."""
+    """Sets ``pooler`` from the weight files; the configuration does not say. Masked language models are saved without one."""
     return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers' configuration for AlbertBackbone's arguments. Raises ValueError for what it cannot say."""
+    """transformers' configuration for AlbertBackbone's arguments. Raises ValueError for one that it has no option for."""
     config = DEFAULTS | config
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
@@ -109,12 +109,12 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "type_vocab_size": config["num_segments"],
         "hidden_act": activation,
         "layer_norm_eps": config.get("layer_norm_epsilon", 1e-12),
-        # transformers' defaults, which may lie outside a smaller vocabulary
+        # transformers' defaults, if the vocabulary is large enough
         "pad_token_id": 0,
         "bos_token_id": 2 if config["vocabulary_size"] > 2 else None,
         "eos_token_id": 3 if config["vocabulary_size"] > 3 else None,
     }
-    if rates["feed_forward"]:  # transformers keeps an option that it does not know, and has no dropout there
+    if rates["feed_forward"]:  # transformers has no dropout there, but keeps the option
         described["feed_forward_dropout_prob"] = rates["feed_forward"]
     return described
 
@@ -131,7 +131,7 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     config["num_segments"] = options.integer("num_segments", 2)
     if config["num_layers"] % config["num_groups"]:
         layers, groups = config["num_layers"], config["num_groups"]
-        raise ValueError(f"{file}: num_layers is {layers}, which num_groups, {groups}, does not divide")
+        raise ValueError(f"{file}: num_layers is {layers}, not a multiple of num_groups, {groups}")
     if config["num_heads"] > config["hidden_dim"]:
         raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
     fixed = {
@@ -145,14 +145,14 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _layers(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """pyfused's name of each layer, its group and its place there."""
+    """(pyfused's name, group, place in the group) of every stored layer."""
     for group in range(config["num_groups"]):
         for inner in range(config["num_inner_repetitions"]):
             yield f"layers.{group}.{inner}", group, inner
 
 
 def _embeddings(config: dict[str, Any], names: dict[str, str], ending: str) -> Plan:
-    """The three tables."""
+    """The plan of the three embedding tables."""
     rows = {"token": "vocabulary_size", "position": "max_sequence_length", "segment": "num_segments"}
     return {
         f"{kind}_embedding.weight": whole((config[rows[kind]], config["embedding_dim"]), name + ending)
@@ -161,7 +161,7 @@ def _embeddings(config: dict[str, Any], names: dict[str, str], ending: str) -> P
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from Hugging Face names, without the ``albert.`` prefix of models with a head."""
+    """pyfused's names from Hugging Face's, without the ``albert.`` prefix of models with a head."""
     width, inner, narrow = config["hidden_dim"], config["intermediate_dim"], config["embedding_dim"]
     tables = {"token": "word", "position": "position", "segment": "token_type"}
     plan = _embeddings(config, {ours: f"embeddings.{theirs}_embeddings" for ours, theirs in tables.items()}, ".weight")
@@ -192,10 +192,10 @@ def hf_plan(config: dict[str, Any]) -> Plan:
 
 
 def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from h5 paths; layers of all groups are counted on."""
+    """pyfused's names from h5 paths. Keras numbers the layers through all groups."""
     width, inner, narrow = config["hidden_dim"], config["intermediate_dim"], config["embedding_dim"]
     heads = config["num_heads"]
-    size = width // heads  # which need not fill the width
+    size = width // heads  # heads * size may be less than width
     tables = {"token": "reversible_embedding", "position": "position_embedding", "segment": "embedding"}
     plan = _embeddings(config, {ours: f"layers/{theirs}" for ours, theirs in tables.items()}, "/vars/0")
 

@@ -1,7 +1,7 @@
 """What is in a preset's directory, under pyfused's names, and how does a module get it?
 
-`open_checkpoint` looks at the configuration and at the headers of the weight files, and refuses what does not fit
-before a byte of weights is read; `Checkpoint` then streams the tensors or copies them into a module.
+`open_checkpoint` reads the configuration and the headers of the weight files, and raises an error if they do not fit. It
+reads no weights. `Checkpoint` then streams the tensors or copies them into a module.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from pyfused.checkpoints import hf, keras
+from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
-from pyfused.checkpoints.foreign import error_answer, no_configuration
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import resolve_preset
@@ -29,10 +29,11 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A preset that has been looked at: which model, its constructor arguments, and where its weights lie.
+    """An opened preset: its model, the constructor arguments and the place of its weights.
 
-    model: the family's name, such as "gpt2". config: the backbone's constructor arguments but dtype. directory: where its
-    files are.
+    model: the family's name, such as "gpt2".
+    config: the backbone's constructor arguments, without dtype.
+    directory: the folder of its files.
     """
 
     model: str
@@ -44,7 +45,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the checkpoint says: its configuration, else its tensors; ValueError if not one."""
+        """The configuration's dtype, or else the tensors' dtype. Raises ValueError if they have several."""
         file = self.directory / _CONFIG
         kind, stated = self._stated_dtype
         if kind == "keras" and stated is not None:
@@ -62,7 +63,7 @@ class Checkpoint:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that is computed in: `dtype`, but with a mixed policy of Keras."""
+        """The dtype of the computation. It differs from `dtype` only under a mixed Keras policy."""
         kind, stated = self._stated_dtype
         if kind == "keras" and stated is not None:
             return keras.policy_dtypes(stated, self.directory / _CONFIG)[1]
@@ -74,7 +75,7 @@ class Checkpoint:
         return {name: target.shape for name, target in self._weights().items()}
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (pyfused name, tensor in the CPU's memory) one at a time, in ``dtype`` or the checkpoint's own."""
+        """Yields one (pyfused name, CPU tensor) at a time, in ``dtype`` or the checkpoint's own."""
         plan, dtype = self._weights(), dtype or self.dtype
         files = open_files(list(self._entries.values()))
         for name, target in plan.items():
@@ -101,8 +102,8 @@ class Checkpoint:
     def load_into(self, module: nn.Module) -> None:
         """Copies every tensor into the module's parameters, keeping their dtypes and devices.
 
-        Peak memory is the module plus a few MB. Raises ValueError before anything is written when names, shapes or
-        files do not fit, or a parameter has no memory yet (meta device).
+        Peak memory is the module plus a few MB. Raises ValueError if names, shapes or files do not fit, or if a parameter
+        has no memory yet (meta device). The module is then unchanged.
         """
         self.check_module(module)
         state = module.state_dict()
@@ -129,9 +130,9 @@ class Checkpoint:
 def open_checkpoint(preset: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
     """Finds a preset (see `resolve_preset`), reads its configuration and checks the headers of its weight files.
 
-    weights=False looks at the configuration alone, downloads nothing else and needs no weight file.
-    Raises ValueError naming file and option, or file and tensor, for whatever is missing, damaged, unknown or does not
-    fit; ImportError when a source or a format needs a package that is not installed.
+    weights=False downloads and reads only the configuration; there need be no weight file.
+    Raises ValueError if something is missing, damaged, unknown or does not fit; the message names the file and the option
+    or tensor. Raises ImportError if a source or a format needs a package that is not installed.
     """
     directory = resolve_preset(preset, "weights" if weights else "config")
     file = directory / _CONFIG
@@ -194,7 +195,7 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
 
 
 def _check_depth(maps: Any, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:
-    """Raises ValueError for more layers than tensors, before a plan for a billion layers is made."""
+    """Raises ValueError if there are more layers than tensors. A plan for a billion layers would fill the memory."""
     layers = sum(config[name] or 0 for name in maps.DEPTHS)
     if layers > held:
         raise ValueError(f"{where}: calls for {layers} layers, but {files[0]} and its shards hold {held} tensors")

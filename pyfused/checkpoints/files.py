@@ -1,7 +1,7 @@
-"""How are a checkpoint's small files read when nobody vouches for them?
+"""How are the small files of an untrusted checkpoint read?
 
-JSON with a size limit and no duplicate keys, option by option with its type checked, and shard names that cannot
-leave the directory. Every complaint is a ValueError that starts with the file's path; what is left unread is a warning.
+JSON has a size limit and no duplicate keys, every option's type is checked, and shard names cannot leave the directory.
+Every error is a ValueError that starts with the file's path. Unknown options cause a warning.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyfused.checkpoints.foreign import looks_like
+from pyfused.checkpoints.diagnose import looks_like
 
 _LARGEST_JSON = 64 << 20  # the index of the largest sharded models is about 1 MB; a vocabulary about 10
 _ABSENT = object()
 
 
 def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``object_pairs_hook`` for json: two values under one key mean that two readers could disagree on the file."""
+    """``object_pairs_hook`` for json. Refuses a repeated key: two readers could take different values."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -30,7 +30,7 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ValueError naming the file when it is no such thing."""
+    """The JSON object in ``path``. Raises ValueError naming the file if there is none."""
     try:
         size = path.stat().st_size
         if size > _LARGEST_JSON:
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shard_path(index: Path, name: object, suffix: str) -> Path:
-    """The shard ``name`` of an index file: a plain file name beside the index, never a path to somewhere else."""
+    """The path of the shard ``name``. It must be the plain name of a file beside the index, not a path."""
     if isinstance(name, str) and any(character in name for character in "/\\:\0"):
         raise ValueError(f"{index}: names the shard {name!r}, which is a path; shards lie beside their index")
     if not isinstance(name, str) or not name.endswith(suffix) or name.startswith("."):
@@ -56,7 +56,7 @@ def shard_path(index: Path, name: object, suffix: str) -> Path:
 
 
 class Options:
-    """Takes options out of a configuration one by one; what is left at the end must be known to be harmless."""
+    """Takes options out of a configuration one by one. `finish` warns about the unknown ones that are left."""
 
     def __init__(self, raw: dict[str, Any], file: Path) -> None:
         self._left = dict(raw)
@@ -66,7 +66,7 @@ class Options:
         return ValueError(f"{self.file}: {name} is {value!r:.200}; it takes {takes}")
 
     def raw(self, name: str, default: Any = _ABSENT, aliases: Iterable[str] = ()) -> Any:
-        """The value under ``name`` or one of its aliases; two that disagree are refused."""
+        """The value under ``name`` or one of its aliases. Raises ValueError if two of them disagree."""
         found = {key: self._left.pop(key) for key in (name, *aliases) if key in self._left}
         if not found:
             if default is _ABSENT:
@@ -101,31 +101,30 @@ class Options:
         return value
 
     def refuse(self, table: Mapping[str, Refused]) -> None:
-        """Refuses options that change what is computed, unless they are off."""
+        """Raises ValueError for an option in the table that is on: it changes the outputs."""
         for name, refused in table.items():
             value = self._left.pop(name, None)
             if value and value != refused.off:
                 raise ValueError(f"{self.file}: {name} is {value!r:.200}; {refused.why}")
 
     def finish(self, silent: Iterable[str] = (), prefixes: tuple[str, ...] = ()) -> None:
-        """Names in one warning every option left over, but those that are known to have no effect on the outputs."""
+        """Warns once about the options left over. ``silent`` and ``prefixes`` have no effect on the outputs."""
         known = set(silent)
         unknown = sorted(name for name in self._left if name not in known and not name.startswith(prefixes or ("\0",)))
         if unknown:
             values = ", ".join(f"{name}={self._left[name]!r:.60}" for name in unknown)
-            note(f"{self.file}: options that pyfused does not know, and leaves unread: {values}")
+            note(f"{self.file}: pyfused does not know these options and leaves them unread: {values}")
 
 
 class Refused(NamedTuple):
-    """An option that changes the outputs: why it is refused, and the value that leaves it off, beside null, false, 0 and
-    whatever is empty."""
+    """Why an option is refused, and which value turns it off (beside null, false, 0 and anything empty)."""
 
     why: str
     off: Any = None
 
 
 def note(message: str) -> None:
-    """Warns about a checkpoint, once a load; the line that is shown is the one that called pyfused."""
+    """Warns about a checkpoint. The warning shows the line that called pyfused."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyfused."):
         level, frame = level + 1, frame.f_back

@@ -1,7 +1,7 @@
 """How do FNet's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
-(in, out).
+Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does, Keras
+as (in, out).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
 
-# Positions 0, 1, ..., segments 0 and the Fourier matrices of models that were made for a TPU
+# Positions 0, 1, ..., segments 0, and the Fourier matrices of models made for a TPU
 HF_BUFFERS = (r"embeddings\.(position_ids|token_type_ids)", r"encoder\..*\.dft_mat_(hidden|seq)")
-HF_HEAD = None  # logits are a matter of heads
+HF_HEAD = None  # the backbone has no output matrix of its own
 HF_EMBEDDING, HF_COPIES, HF_BARE = "embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",), ""
 DEFAULTS: dict[str, Any] = {"max_sequence_length": 512, "num_segments": 4, "pooler": True}
 DEPTHS = ("num_layers",)
 
-# With use_tpu_fourier_optimizations the same transform is computed by matrix products, for one length of text alone
+# use_tpu_fourier_optimizations computes the same transform with matrix products, for texts of tpu_short_seq_length
 _SILENT = SILENT | {"tie_word_embeddings", "tpu_short_seq_length"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """FNetBackbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    """FNetBackbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs."""
     options = Options(raw, file)
     options.refuse(REFUSED)
     activation = options.raw("hidden_act", "gelu_new")
@@ -52,19 +52,19 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Decides from the files whether there is a pooler."""
+    """Sets ``pooler`` from the weight files; the configuration does not say."""
     return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers' configuration for FNetBackbone's arguments. Raises ValueError for what it cannot say."""
+    """transformers' configuration for FNetBackbone's arguments. Raises ValueError for one that it has no option for."""
     config = DEFAULTS | config
     activation = activation_name(config.get("activation", "gelu_new"))
     if activation is None:
         raise ValueError(
             f"activation is {config['activation']!r}; transformers' FNet takes {', '.join(HF_ACTIVATIONS)}"
         )
-    # transformers' own token ids, which lie outside a smaller vocabulary
+    # transformers' defaults, if the vocabulary is large enough
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     return {
         "architectures": ["FNetModel"],
@@ -100,7 +100,7 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from Hugging Face names."""
+    """pyfused's names from Hugging Face's."""
     width, inner = config["hidden_dim"], config["intermediate_dim"]
     plan: Plan = {}
 
@@ -132,7 +132,7 @@ def hf_plan(config: dict[str, Any]) -> Plan:
 
 
 def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from h5 paths."""
+    """pyfused's names from h5 paths."""
     width, inner = config["hidden_dim"], config["intermediate_dim"]
     plan: Plan = {}
 

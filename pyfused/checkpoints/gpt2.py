@@ -1,8 +1,8 @@
 """How do GPT-2's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Both directions for Hugging Face, reading only for Keras. Hugging Face keeps GPT-2's linear weights as (in, out),
-Keras as (in, heads, head size); pyfused has nn.Linear's (out, in), with query, key and value as one matrix, rows in
-that order.
+Hugging Face's format is read and written, Keras's is only read. Hugging Face stores GPT-2's linear weights as (in, out), Keras
+as (in, heads, head size). pyfused has nn.Linear's (out, in), and one matrix for query, key and value, with the rows in that
+order.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, finish_
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
-HF_SAVED_PREFIX = "transformer."  # of models with a head
+HF_SAVED_PREFIX = "transformer."  # in front of the names that pyfused saves, as in models with a head
 
-# Buffers of older versions that carry no weights: attn.bias is a causal mask (attn.c_attn.bias is a real bias)
+# Buffers of older versions, not weights: attn.bias is a causal mask (attn.c_attn.bias is a real bias)
 HF_BUFFERS = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?position_ids")
+# The output matrix, the token embedding, tied copies of it, and a prefix that names may lack
 HF_HEAD, HF_EMBEDDING, HF_COPIES, HF_BARE = "lm_head.weight", "wte.weight", (), ""
 DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
-DEPTHS = ("num_layers",)
+DEPTHS = ("num_layers",)  # the arguments that count stored layers
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """GPT2Backbone's constructor arguments. An option that would change the outputs is carried or refused by name."""
+    """GPT2Backbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs."""
     options = Options(raw, file)
     options.refuse(REFUSED)
     hidden_dim = options.integer("n_embd", 768, ["hidden_size"])
@@ -42,7 +43,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "max_sequence_length": options.integer("n_positions", 1024, ["max_position_embeddings"]),
     }
     if hidden_dim % config["num_heads"]:
-        raise ValueError(f"{file}: n_embd is {hidden_dim}, which n_head, {config['num_heads']}, does not divide")
+        raise ValueError(f"{file}: n_embd is {hidden_dim}, not a multiple of n_head, {config['num_heads']}")
     activation = options.raw("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise ValueError(f"{file}: activation_function is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
@@ -51,7 +52,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     config |= {
         "activation": HF_ACTIVATIONS[activation],
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-5),
-        # None follows `dropout`, so that from_preset(..., dropout=0.0) turns all three off in the usual case
+        # None means `dropout`: from_preset(..., dropout=0.0) then turns all three off
         "embedding_dropout": None if embedding == dropout else embedding,
         "attention_dropout": None if attention == dropout else attention,
         "residual_dropout": None,
@@ -66,7 +67,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers' configuration for GPT2Backbone's arguments. Raises ValueError for what it cannot say."""
+    """transformers' configuration for GPT2Backbone's arguments. Raises ValueError for one that it has no option for."""
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim is {hidden_dim}; transformers' GPT-2 takes multiples of num_heads, {num_heads}")
@@ -78,7 +79,7 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     dropout = config.get("dropout", 0.1)
     rates = {name: config.get(f"{name}_dropout") for name in ("embedding", "attention", "residual")}
     rates = {name: dropout if rate is None else rate for name, rate in rates.items()}
-    # transformers' default, which lies outside a smaller vocabulary.
+    # transformers' default, if the vocabulary is large enough
     end = 50256 if config["vocabulary_size"] > 50256 else None
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -132,12 +133,12 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What only the files say: whether the output matrix is the token embedding."""
+    """Sets ``tie_embedding_weights`` from the weight files; see `settle_head`."""
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from Hugging Face names, without the ``transformer.`` prefix of models with a head."""
+    """pyfused's names from Hugging Face's, without the ``transformer.`` prefix of models with a head."""
     width, inner = config["hidden_dim"], config["intermediate_dim"]
     heads = width // config["num_heads"] * config["num_heads"]
     plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), "wte.weight")}
@@ -171,7 +172,7 @@ def hf_plan(config: dict[str, Any]) -> Plan:
 
 
 def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from h5 paths; query, key and value are three datasets there."""
+    """pyfused's names from h5 paths. Keras stores query, key and value as three datasets."""
     width, inner, heads = config["hidden_dim"], config["intermediate_dim"], config["num_heads"]
     size = width // heads
     plan: Plan = {

@@ -1,7 +1,7 @@
 """What does a directory in Hugging Face format hold: its configuration and the place of every tensor?
 
-Weights are read from safetensors alone: ``model.safetensors``, or shards listed by ``model.safetensors.index.json``.
-The header is parsed here, with every offset checked, so that no byte outside the file's data can be asked for.
+Weights are read only from safetensors: ``model.safetensors``, or shards listed by ``model.safetensors.index.json``.
+The header is parsed here and every offset checked, so no read can leave the file's data.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from pyfused.checkpoints.diagnose import looks_like, other_weights
 from pyfused.checkpoints.files import note, read_json, reject_duplicates, shard_path
-from pyfused.checkpoints.foreign import looks_like, other_weights
 from pyfused.checkpoints.storage import Entry
 from pyfused.families import FAMILIES
 
@@ -36,18 +36,18 @@ _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
 def model_type(config: dict[str, Any]) -> Any:
-    """The model's name, from ``model_type``; in older configurations, which have none, from ``architectures`` or from the
-    options. None for a configuration that is not Hugging Face's."""
+    """The configuration's ``model_type``. Older configurations have none: there it follows from ``architectures`` or from the
+    options. None if the configuration is not Hugging Face's."""
     if (stated := config.get("model_type")) is not None:
         return stated
     first = class_name(config).removeprefix("TF").removeprefix("Flax")
-    found = (model for prefix, model in _classes().items() if first.startswith(prefix))
+    by_class = (model for prefix, model in _classes().items() if first.startswith(prefix))
     by_options = (family.name for family in FAMILIES.values() if family.hf_options <= config.keys())
-    return next(found, None) or next(by_options, None)
+    return next(by_class, None) or next(by_options, None)
 
 
 def _classes() -> dict[str, str]:
-    """How transformers' class names begin -> the model_type that such a class means."""
+    """The beginning of transformers' class names -> the model_type of these classes."""
     return {prefix: model for family in FAMILIES.values() for prefix, model in family.hf_classes.items()}
 
 
@@ -58,18 +58,18 @@ def class_name(config: dict[str, Any]) -> str:
 
 
 def note_class(config: dict[str, Any], file: Path) -> None:
-    """Warns where a configuration names a class that is none of transformers'."""
+    """Warns if a configuration names a class that transformers does not have."""
     name = class_name(config)
     known = rf"(TF|Flax)?({'|'.join(_classes())})((Encoder|LMHead|DoubleHeads|WithLMHead)?Model|For({_TASKS}))"
     if name and not re.fullmatch(known, name):
         note(
-            f"{file}: architectures is {name!r}, a class that transformers does not have; loaded is the backbone of "
-            f"{model_type(config)!r}, without what that class adds or changes"
+            f"{file}: architectures is {name!r}, a class that transformers does not have; pyfused loads the backbone of "
+            f"{model_type(config)!r}, without anything that class adds or changes"
         )
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold weights, the whole one before shards. Raises ValueError when there are none to be read."""
+    """The weight files: the one whole file, or else the shards. Raises ValueError if there are none."""
     whole, index = _names(directory)
     if whole is not None:
         return [whole]
@@ -79,8 +79,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _names(directory: Path) -> tuple[Path | None, Path | None]:
-    """The whole file and the index of shards, of which one may be there. Where there is no plain one, those of a variant
-    (model.fp16.safetensors), as pipelines of diffusers have them; the plain and whole one goes first."""
+    """(whole file, index of shards); at least one is None. A whole file wins over an index. Without files of the
+    plain names, a variant such as model.fp16.safetensors is taken, as in diffusers pipelines."""
     for whole, index in ((WHOLE, INDEX), ("model.*.safetensors", "model.safetensors.index.*.json")):
         shard = re.compile(r".*-\d+-of-\d+\.safetensors")
         wholes = [path for path in sorted(directory.glob(whole)) if path.is_file() and not shard.fullmatch(path.name)]
@@ -94,7 +94,7 @@ def _names(directory: Path) -> tuple[Path | None, Path | None]:
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor of the directory's weight files by its name there; shards must hold what their index says."""
+    """Every tensor of the weight files by its name there. Raises ValueError if shards and index differ."""
     files = weight_files(directory)
     index = _names(directory)[1]
     if index is None:
@@ -113,7 +113,7 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file. Raises ValueError naming the file, and the tensor if it is one's fault."""
+    """The tensors of one safetensors file. Raises ValueError naming the file and, if one is at fault, the tensor."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -126,14 +126,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}{looks_like(path)}") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: cannot be read as safetensors: the header is no JSON object")
+        raise ValueError(f"{path}: cannot be read as safetensors: the header is not a JSON object")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != end:
             raise ValueError(
-                f"{entry} begins at byte {entry.offset}, the one before it ends at {end}: bytes overlap or lie bare"
+                f"{entry} begins at byte {entry.offset}, the one before it ends at {end}: they overlap or leave a gap"
             )
         end = entry.offset + entry.nbytes
     if end != size:
@@ -144,7 +144,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
     where = f"{path}: tensor {name!r}"
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{where}: the header must give dtype, shape and data_offsets, and gives {fields!r:.200}")
+        raise ValueError(f"{where}: the header must give dtype, shape and data_offsets, but gives {fields!r:.200}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{where}: dtype {dtype!r:.50} is not one of {', '.join(DTYPES)}")
@@ -161,7 +161,7 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         raise ValueError(
-            f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, not those of data_offsets {offsets!r}"
+            f"{where}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, but data_offsets is {offsets!r}"
         )
     if data + end > size:
         raise ValueError(
@@ -173,7 +173,7 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must map every tensor to its shard, and is {weight_map!r:.100}")
+        raise ValueError(f"{index}: weight_map must map every tensor to its shard, but is {weight_map!r:.100}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise ValueError(f"{index}: tensor {name!r}: the shard is {shard!r:.100}, not a file name")

@@ -1,8 +1,8 @@
 """What does a directory in Keras format hold: its configuration and the place of every variable?
 
-Variables are read from ``model.weights.h5``, or from shards listed by ``model.weights.json``. h5py parses the structure
-only; the values, always one contiguous block, are then mapped like those of any other file. Whatever an h5 file can do
-beyond that (links, external or virtual data, compression) is refused: Keras writes none of it.
+Variables are read from ``model.weights.h5``, or from shards listed by ``model.weights.json``. h5py only parses the structure.
+Each variable's values are one contiguous block, mapped like any other weight file. Links, external or virtual data and
+compression are refused: Keras does not use them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from pyfused.checkpoints.diagnose import looks_like, other_weights
 from pyfused.checkpoints.files import note, read_json, shard_path
-from pyfused.checkpoints.foreign import looks_like, other_weights
 from pyfused.checkpoints.storage import Entry, check_inside
 
 WHOLE, INDEX = "model.weights.h5", "model.weights.json"
@@ -25,13 +25,13 @@ _POLICIES = {name: (getattr(torch, name),) * 2 for name in ("float32", "bfloat16
     f"mixed_{name}": (torch.float32, getattr(torch, name)) for name in ("float16", "bfloat16")
 }
 
-# State that Keras keeps beside the weights and that no forward pass reads
+# State that Keras stores beside the weights; no forward pass reads it
 _IGNORED = re.compile(r"optimizer/.*|(.*/)?seed_generator/vars/\d+")
 
 _OBJECT_KEYS = {"module", "class_name", "config", "registered_name", "build_config", "compile_config", "name", "assets",
                 "weights", "shared_object_id"}  # fmt: skip
 
-_MOST_DEEP = 16  # groups within groups; a backbone has 5
+_MAX_DEPTH = 16  # of nested groups; a backbone has 5
 
 
 def is_keras(config: dict[str, Any]) -> bool:
@@ -40,7 +40,7 @@ def is_keras(config: dict[str, Any]) -> bool:
 
 
 def class_name(config: dict[str, Any], file: Path) -> str:
-    """The backbone's class, of KerasHub or of KerasNLP, its name until 2024."""
+    """The name of the backbone's class, from KerasHub or KerasNLP (its name until 2024)."""
     registered = config.get("registered_name")
     name = config.get("class_name")
     if registered not in (f"keras_hub>{name}", f"keras_nlp>{name}"):
@@ -48,12 +48,13 @@ def class_name(config: dict[str, Any], file: Path) -> str:
             f"{file}: the class is {name!r}, registered as {registered!r}; expected a backbone of keras_hub>"
         )
     if unknown := sorted(set(config) - _OBJECT_KEYS):
-        note(f"{file}: keys beside the object's config that pyfused does not know, and leaves unread: {', '.join(unknown)}")
+        keys = ", ".join(unknown)
+        note(f"{file}: pyfused does not know these keys beside the object's config and leaves them unread: {keys}")
     return str(name)
 
 
 def policy_dtypes(policy: object, file: Path) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes in which a Keras dtype policy stores variables and computes. Raises ValueError for a quantised one."""
+    """The dtypes of a Keras policy: of the variables, and of the computation. Raises ValueError for a quantised policy."""
     name: Any = policy
     kind: Any = "DTypePolicy"
     if isinstance(policy, dict):
@@ -69,7 +70,7 @@ def policy_dtypes(policy: object, file: Path) -> tuple[torch.dtype, torch.dtype]
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold weights, the whole one before shards. Raises ValueError when there are none."""
+    """The weight files: the one whole file, or else the shards. Raises ValueError if there are none."""
     if (directory / WHOLE).is_file():
         return [directory / WHOLE]
     if (directory / INDEX).is_file():
@@ -80,7 +81,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
-    """Every variable by its present-day path ``layers/.../vars/<i>``, whatever era named it in the file."""
+    """Every variable by its path in today's Keras, ``layers/.../vars/<i>``. Older files may use other paths."""
     files = weight_files(directory)
     weight_map = None if files[0].name == WHOLE else _weight_map(directory / INDEX)
     entries: dict[str, Entry] = {}
@@ -105,8 +106,8 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def _present_name(name: str) -> str:
-    """Undoes tf.keras 2.13's name for ``layers`` and the names from before attention's projections were public. (FNet's
-    feed-forward network has an _output_dense of its own.)"""
+    """A variable's path in today's Keras. tf.keras 2.13 named ``layers`` differently, and attention's projections used to
+    begin with an underscore. (FNet's feed-forward network still has an _output_dense.)"""
     if name.startswith("_layer_checkpoint_dependencies/"):
         name = name.replace("_layer_checkpoint_dependencies", "layers", 1)
     return re.sub(r"attention_layer/_(query|key|value|output)_dense/", r"attention_layer/\1_dense/", name)
@@ -116,7 +117,7 @@ def _weight_map(index: Path) -> dict[str, list[str]]:
     """Group path to shard names: Keras writes one name, or a list when a layer's variables span shards."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must map every group to its shards, and is {weight_map!r:.100}")
+        raise ValueError(f"{index}: weight_map must map every group to its shards, but is {weight_map!r:.100}")
     result = {}
     for group, shards in weight_map.items():
         result[group] = [shards] if isinstance(shards, str) else shards
@@ -126,7 +127,7 @@ def _weight_map(index: Path) -> dict[str, list[str]]:
 
 
 def _read_file(path: Path) -> Iterator[Entry]:
-    """The variables of one h5 file, in the file's order. All that h5py raises becomes a ValueError naming the file."""
+    """The variables of one h5 file, in the file's order. Every error of h5py becomes a ValueError naming the file."""
     try:
         import h5py
     except ImportError as error:
@@ -142,12 +143,12 @@ def _read_file(path: Path) -> Iterator[Entry]:
 
 
 class _Refused(Exception):
-    """A finding whose message is complete, told apart from what h5py raises on its own."""
+    """An error of this file's own, with a complete message. h5py's errors get the file's name added."""
 
 
 def _walk(h5py: Any, group: Any, prefix: str, path: Path, size: int, seen: set[int], depth: int) -> Iterator[Entry]:
-    if depth > _MOST_DEEP:
-        raise _Refused(f"{path}: group {prefix!r} lies more than {_MOST_DEEP} groups deep")
+    if depth > _MAX_DEPTH:
+        raise _Refused(f"{path}: group {prefix!r} lies more than {_MAX_DEPTH} groups deep")
     for key in group:
         name = f"{prefix}{key}"
         link = group.get(key, getlink=True)
@@ -171,17 +172,17 @@ def _entry(h5py: Any, dataset: Any, name: str, path: Path, size: int) -> Entry:
     layout = dataset.id.get_create_plist()
     if dataset.shape is None or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
         raise _Refused(
-            f"{where} is not one plain block of this file (chunked, compressed, virtual or external); save it anew"
+            f"{where} is not one plain block of this file (chunked, compressed, virtual or external); save it again"
         )
     dtype = _DTYPES.get(dataset.dtype.str)
     if dataset.dtype.str == "|V2":
         tag = dataset.attrs.get("dtype")
         dtype = torch.bfloat16 if tag in ("bfloat16", b"bfloat16") else None
     elif dataset.dtype.kind in "iub" and dataset.dtype.byteorder != ">":
-        # Counters and seeds are no weights: whoever wants such a tensor as a weight is told its dtype then
+        # Counters and seeds. If the model needs this variable as a weight, check_plan refuses its dtype
         dtype = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dataset.dtype.itemsize]
     if dtype is None:
-        raise _Refused(f"{where} has dtype {dataset.dtype.str}; read are {', '.join(_DTYPES)} and |V2 marked bfloat16")
+        raise _Refused(f"{where} has dtype {dataset.dtype.str}; pyfused reads {', '.join(_DTYPES)}, and |V2 marked bfloat16")
     offset = dataset.id.get_offset()
     entry = Entry(name, path, -1 if offset is None else offset, dtype, tuple(dataset.shape))
     if entry.nbytes and (offset is None or dataset.id.get_storage_size() != entry.nbytes):

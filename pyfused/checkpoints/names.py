@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face file is which of the backbone's, and what are the others?
+"""Which tensors of a Hugging Face file belong to the backbone, and what are the others?
 
-A file may be of a model with a head, of one that was wrapped (DataParallel, torch.compile, FSDP), or of one inside another:
-its names then begin with a prefix. What lies outside the backbone is named in a warning and left; what lies inside it and
-has no place there is refused, as is a prefix that nobody here knows.
+Names begin with a prefix if the model had a head, was wrapped (DataParallel, torch.compile, FSDP) or was part of another
+model. Tensors outside the backbone are left unread, with one warning. A tensor inside the backbone that the model does not
+have is an error, and so is an unknown prefix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyfused.checkpoints.files import note
 from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.storage import Entry, same_values
 
-# Wrappers put their name in front of whatever they wrap, which may be a part in the middle
+# A wrapper's name stands before that of the wrapped module, which may be in the middle of a tensor's name
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = {
     "transformer", "model", "encoder", "gpt2", "albert", "t5", "fnet", "base_model", "backbone", "pretrained_model",
@@ -38,8 +38,12 @@ _ADAPTER = re.compile(r".*\.(lora_\w+|base_layer|modules_to_save)\..*")
 
 @dataclass(frozen=True)
 class Found:
-    """What a file holds: the tensors of the backbone by their names there, the prefixes, unknown here, of more such tensors,
-    and the names of all others."""
+    """A file's tensors, sorted.
+
+    entries: the backbone's, by their names without prefix.
+    unknown: how many more tensors of the backbone stand under each unknown prefix.
+    others: the names of all other tensors.
+    """
 
     entries: dict[str, Entry]
     unknown: Counter[str]
@@ -47,7 +51,7 @@ class Found:
 
 
 def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType) -> Found:
-    """Finds the backbone that ``plan`` describes, with every tensor that it may have, in a file's tensors.
+    """Finds the backbone's tensors among a file's. ``plan`` holds every tensor that the backbone may have.
 
     Raises ValueError for quantised weights, adapters, and one tensor under two names.
     """
@@ -60,7 +64,7 @@ def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType) -> Found:
     others = []
     for stored, entry in entries.items():
         _check_kind(stored, entry)
-        for prefix, name in _cuts(stored):
+        for prefix, name in _splits(stored):
             bare = maps.HF_BARE + name
             short = name if name in known else bare if maps.HF_BARE and bare in known else None
             if short is not None and set(prefix) <= _PREFIXES:
@@ -73,7 +77,7 @@ def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType) -> Found:
             if short is not None:
                 unknown.append((".".join(prefix) + ".", short))
         else:
-            inside = _inside(stored, roots)
+            inside = _name_inside(stored, roots)
             if inside is None:
                 others.append(stored)
             else:
@@ -83,34 +87,34 @@ def find(entries: dict[str, Entry], plan: Plan, maps: ModuleType) -> Found:
 
 
 def check_prefix(found: Found, missing: list[str], files: list[Path]) -> None:
-    """Raises ValueError where tensors are missing and there are such ones under a prefix that is unknown here."""
+    """Raises ValueError if tensors are missing and the file has tensors of those names under an unknown prefix."""
     if missing and found.unknown:
         prefix, count = found.unknown.most_common(1)[0]
         raise ValueError(
-            f"{', '.join(map(str, files))}: {count} tensors of the model begin with {prefix!r}; pyfused takes the prefixes "
-            f"{', '.join(sorted(_PREFIXES | _WRAPPERS))}: take {prefix!r} off the names"
+            f"{', '.join(map(str, files))}: {count} tensors of the model begin with {prefix!r}; pyfused knows the prefixes "
+            f"{', '.join(sorted(_PREFIXES | _WRAPPERS))}: remove {prefix!r} from the names"
         )
 
 
 def note_others(found: Found, directory: Path) -> None:
-    """Names in one warning the tensors that are left unread."""
+    """Warns once about the tensors that are left unread."""
     if found.others:
         more = f" and {len(found.others) - _SHOWN} more" if len(found.others) > _SHOWN else ""
         names = ", ".join(found.others[:_SHOWN])
-        note(f"{directory}: tensors that are no part of the backbone, such as a head's, are left unread: {names}{more}")
+        note(f"{directory}: tensors outside the backbone, such as a head's, are left unread: {names}{more}")
 
 
-def _cuts(stored: str) -> Iterator[tuple[list[str], str]]:
-    """Every division of a name into a prefix and a name, the shortest prefix first."""
+def _splits(stored: str) -> Iterator[tuple[list[str], str]]:
+    """Every split of a stored name into (prefix, name), the shortest prefix first."""
     parts = [part for part in stored.split(".") if part not in _WRAPPERS]
     parts[-1:] = [_ENDINGS.get(part, part) for part in parts[-1:]]
     for i in range(len(parts)):
         yield parts[:i], ".".join(parts[i:])
 
 
-def _inside(stored: str, roots: set[str]) -> str | None:
-    """The name within the backbone of a tensor that has no place there; None for one outside."""
-    for prefix, name in _cuts(stored):
+def _name_inside(stored: str, roots: set[str]) -> str | None:
+    """The name without prefix if the tensor is inside the backbone, known or not; None if it is outside."""
+    for prefix, name in _splits(stored):
         if not set(prefix) <= _PREFIXES:
             return None
         if name.split(".")[0] in roots:
@@ -121,7 +125,7 @@ def _inside(stored: str, roots: set[str]) -> str | None:
 def _check_kind(stored: str, entry: Entry) -> None:
     if _QUANTISED.fullmatch(stored):
         raise ValueError(
-            f"{entry} belongs to quantised weights, and pyfused reads floating-point weights: load the checkpoint that they "
+            f"{entry} belongs to quantised weights, but pyfused reads floating-point weights: load the checkpoint that they "
             f"were quantised from"
         )
     if _ADAPTER.fullmatch(stored):
@@ -131,7 +135,7 @@ def _check_kind(stored: str, entry: Entry) -> None:
 
 
 def _without_copies(found: dict[str, Entry], maps: ModuleType) -> dict[str, Entry]:
-    """Drops the tied copies of the embedding; one stands for it in a file that was saved without duplicates."""
+    """Drops tied copies of the token embedding. If the file holds only copies, the first becomes the embedding."""
     copies = {name: found[name] for name in maps.HF_COPIES if name in found}
     found = {name: entry for name, entry in found.items() if name not in copies}
     if maps.HF_EMBEDDING not in found and copies:
@@ -148,10 +152,10 @@ def settle_head(
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
     """Decides from the files whether the output matrix is the token embedding, and drops a redundant head.
 
-    Files of a model without a head have none whatever the configuration says. Where the configuration ties, a head alone
-    is the embedding too. Where it ties but the file holds two different matrices, the file is right, as it is for
-    transformers; that is worth a warning, unless the configuration says (T5's does) that the logits are not scaled, which
-    only models with a head of their own want.
+    A file without a head means tied, whatever the configuration says. If the configuration says tied:
+    - a head without an embedding is both;
+    - if the two matrices differ, both are used, as in transformers. This causes a warning, unless the configuration says that
+      logits are not scaled, as T5's may: only models with a head of their own want that.
     """
     head, embedding = entries.get(head_name), entries.get(embedding_name)
     untied = head is not None and not config["tie_embedding_weights"]

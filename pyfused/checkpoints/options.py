@@ -1,7 +1,6 @@
-"""Which options of a configuration mean the same for every model: those without effect, and those that are refused?
+"""Which options of a configuration have no effect or are refused, whatever the model, and what are activations called?
 
-What is in neither table, nor read by a model, is named in a warning. And by which names do Hugging Face and Keras call an
-activation?
+An option that is in neither table and that no model reads causes a warning.
 """
 
 from __future__ import annotations
@@ -10,23 +9,23 @@ from typing import Any
 
 from pyfused.checkpoints.files import Options, Refused
 
-# Several Hugging Face names for the tanh formula, two for the erf one
+# Hugging Face's name -> pyfused's. GELU's tanh formula has four names, the erf formula two
 HF_ACTIVATIONS = {
     "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
     "gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
 
-# Keras writes a function of KerasHub's, or of KerasNLP's, as it was called, by its registered name
+# Keras writes functions of KerasHub (formerly KerasNLP) by their registered names
 _KERAS_FUNCTIONS = {f"{package}>gelu_approximate": "gelu_new" for package in ("keras_hub", "keras_nlp")}
 
-# What some version of transformers writes into any configuration, and what has no effect on the outputs
+# Options that some version of transformers writes into any configuration and that do not affect the outputs
 SILENT = {
     # about the file
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype",
     "torch_dtype", "transformers.js_config", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "tokenizer_class", "prefix", "finetuning_task",
     "task_specific_params",
-    # how it is initialised, trained, or returns
+    # initialisation, training and return values
     "initializer_range", "use_cache", "gradient_checkpointing", "output_attentions", "output_hidden_states",
     "output_past", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "is_decoder",
     "is_encoder_decoder", "tf_legacy_loss", "keys_to_ignore_at_inference", "chunk_size_feed_forward",
@@ -43,37 +42,37 @@ SILENT = {
 }  # fmt: skip
 
 _QUANTISED = (
-    "the weights are quantised, and pyfused reads floating-point weights: load the checkpoint that they were quantised from"
+    "the weights are quantised, but pyfused reads floating-point weights: load the checkpoint that they were quantised from"
 )
 REFUSED = {
     "quantization_config": Refused(_QUANTISED),
     "compression_config": Refused(_QUANTISED),
-    "pruned_heads": Refused("attention heads were taken out, so that layers have fewer of them"),
-    "auto_map": Refused("the checkpoint belongs to code of its own, which pyfused does not run"),
-    "cross_attention_hidden_size": Refused("the encoder's states would have another width"),
-    "tie_encoder_decoder": Refused("the decoder's weights would be those of the encoder"),
+    "pruned_heads": Refused("pyfused does not support layers with different numbers of heads"),
+    "auto_map": Refused("the checkpoint needs its own code, which pyfused does not run"),
+    "cross_attention_hidden_size": Refused("pyfused supports only encoder states of the decoder's width"),
+    "tie_encoder_decoder": Refused("pyfused does not share weights between encoder and decoder"),
     "use_bfloat16": Refused("pass dtype='bfloat16' and drop the option"),
-    "position_embedding_type": Refused("positions would enter in another way than pyfused computes", "absolute"),
+    "position_embedding_type": Refused("pyfused supports only absolute positions", "absolute"),
 }
 
 
 def finish_keras(options: Options, fixed: dict[str, Any]) -> dict[str, Any]:
-    """``fixed``: what KerasHub's class computes and has no argument for. An option of such a name, from a later version or
-    another library, must say the same. The rest is named in a warning, as `Options.finish` does."""
+    """Checks the options that are left, and returns ``fixed``: settings that KerasHub's class has no argument for. A
+    configuration from a later version may state one of them, with the same value. Other options cause a warning."""
     for name, value in fixed.items():
         stated = options.raw(name, value)
         if (activation_name(stated) if name == "activation" else stated) != value:
-            raise ValueError(f"{options.file}: {name}={stated!r:.200}, but KerasHub's class computes {value!r}")
+            raise ValueError(f"{options.file}: {name}={stated!r:.200}, but KerasHub's class always has {value!r}")
     options.refuse({"quantization_config": REFUSED["quantization_config"]})
     options.finish({"name", "trainable", "dtype"})
     return fixed
 
 
 def activation_name(value: Any) -> str | None:
-    """pyfused's name for an activation as Hugging Face or Keras writes it; None for one that pyfused does not have.
+    """pyfused's name for an activation in Hugging Face's or Keras's form. None if pyfused does not have it.
 
-    A string is one of Hugging Face's names, which are also Keras's where Keras has them ("gelu" is the erf formula in
-    both), or a registered function of KerasHub's, bare or inside the object that Keras serialises a function to.
+    ``value`` is a name that both use ("gelu" is the erf formula in both), or the registered name of a KerasHub function,
+    bare or inside Keras's serialised function object.
     """
     if isinstance(value, dict) and value.get("class_name") == "function":
         value = value.get("config")

@@ -34,24 +34,24 @@ Plan = dict[str, Target]
 
 
 def whole(shape: tuple[int, ...], name: str) -> Target:
-    """A tensor stored as it is."""
+    """A tensor that is stored unchanged."""
     return Target(shape, (Piece(name, shape),))
 
 
 def transposed(shape: tuple[int, int], name: str, stored: tuple[int, ...] | None = None) -> Target:
-    """A matrix (out, in) stored as (in, out), or as ``stored`` where one side is split."""
+    """A matrix (out, in) stored as (in, out), or in the shape ``stored`` if one side is split into dimensions."""
     return Target(shape, (Piece(name, stored or shape[::-1], True),))
 
 
 def missing_from(plan: Plan, entries: Mapping[str, Entry]) -> list[str]:
-    """The stored names that the plan wants and the files do not have."""
+    """The stored names that the plan needs and the files lack."""
     return [piece.name for target in plan.values() for piece in target.pieces if piece.name not in entries]
 
 
 def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], where: Path) -> None:
-    """Names, shapes and dtypes of the plan against the headers: raises ValueError before a byte of weights is read.
+    """Raises ValueError if the headers lack a name, shape or dtype of the plan, or hold more. Reads no weights.
 
-    ``files`` are the weight files, for the message about a missing tensor; ``where`` the configuration that wants it.
+    files, where: the weight files and the configuration, for the messages.
     """
     wanted = {piece.name: piece for target in plan.values() for piece in target.pieces}
     if missing := missing_from(plan, entries):
@@ -62,7 +62,7 @@ def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], 
     for name, piece in wanted.items():
         entry = entries[name]
         if entry.dtype not in FLOATS:
-            kind = "quantised, or no weight" if entry.dtype.itemsize == 1 else "no weight"
+            kind = "quantised, or not a weight" if entry.dtype.itemsize == 1 else "not a weight"
             raise ValueError(f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}")
         if entry.shape != piece.shape:
             raise ValueError(f"{entry} has shape {entry.shape}, but {where} calls for {piece.shape}")
@@ -77,9 +77,9 @@ def _more(names: list[str]) -> str:
 
 
 def _reason(name: str) -> str:
-    """What a tensor that has no place says about the model."""
+    """The end of an error message: what the unexpected tensor says about the model."""
     if re.search(r"block\.[1-9]\d*\..*relative_attention_bias", name):
-        return ": UMT5 has a table of position biases in every layer, and pyfused reads T5, whose first layer has one for all"
+        return ": UMT5 has a table of position biases in every layer; pyfused supports T5, where all layers share one table"
     return ""
 
 

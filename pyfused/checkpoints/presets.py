@@ -1,8 +1,8 @@
 """In which directory are a preset's files?
 
-A preset is, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's published
-names; ``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the
-network, through huggingface_hub or kagglehub, which are imported here alone.
+A preset is one of these, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's
+published names; ``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the
+network, through huggingface_hub or kagglehub. No other file imports these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Want = Literal["weights", "config", "tokenizer"]
 
 
 def published() -> dict[str, dict[str, Any]]:
-    """Name to KerasHub's metadata, the handle on Kaggle, and the Hugging Face repository with the same weights or None."""
+    """Name -> KerasHub's metadata, the handle on Kaggle, and the Hugging Face repository with the same weights or None."""
     return {
         preset.name: {
             "metadata": {"description": preset.description, "params": preset.parameters, "path": family.name},
@@ -45,23 +45,23 @@ _FILES: dict[Want, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Needed only sometimes: a Kaggle preset is fetched file by file and has one set or the other
+# A preset has only some of these: a failed download of one is no error
 _OPTIONAL = frozenset(_TOKENIZER_FILES) - {"tokenizer.json"}
 
 
 def bundled_directory() -> Path:
-    """The directory in the package with one directory for every preset that it ships."""
+    """The package's directory with one folder for each preset that pyfused ships."""
     return Path(__file__).resolve().parent.parent / "presets"
 
 
 def bundled_presets() -> dict[str, Path]:
-    """The presets in the package by name."""
+    """Name -> folder of the presets that pyfused ships."""
     root = bundled_directory()
     return {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))} if root.is_dir() else {}
 
 
 def presets_of(models: set[str]) -> dict[str, dict[str, Any]]:
-    """Name to ``{"metadata": {"description", "path", ...}, ...}``, KerasHub's form, of all presets of these models."""
+    """All presets of these models in KerasHub's form: name -> ``{"metadata": {"description", "path", ...}, ...}``."""
     result = {}
     for name, directory in bundled_presets().items():
         family = of_hf_type(read_json(directory / "config.json").get("model_type"))
@@ -71,11 +71,11 @@ def presets_of(models: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Path:
-    """The directory of a preset's files, downloaded (or found in the hub's cache) where it is not on this machine.
+    """The directory of a preset's files. Downloads them if they are not on this machine.
 
     want: "weights" (everything), "config" or "tokenizer"; less is downloaded for the latter two.
-    Raises TypeError for anything but a name or a path, ValueError when nothing matches or a download fails, and
-    ImportError when the package that a source needs is missing; all say what was tried.
+    Raises TypeError for anything but a name or a path, ValueError if nothing matches or a download fails, and ImportError if
+    the package that a source needs is missing.
     """
     if isinstance(preset, str):
         if preset.startswith("hf://"):
@@ -102,7 +102,7 @@ def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Pa
         f"; a Hugging Face repository is written hf://{preset}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(preset)) else ""
     )
     raise ValueError(
-        f"preset is {str(preset)!r}, which nothing matches: no preset has this name ({nearest}pyfused.Backbone.presets "
+        f"preset is {str(preset)!r}, but no preset has this name ({nearest}pyfused.Backbone.presets "
         f"lists all {len(names)}), and the directory {path} {'is a file' if path.is_file() else 'does not exist'}{hint}"
     )
 

@@ -1,4 +1,4 @@
-"""How is a model written so that transformers, and pyfused, load it again?
+"""How is a model saved so that transformers and pyfused can load it?
 
 ``config.json`` and ``model.safetensors`` in Hugging Face's naming.
 """
@@ -23,11 +23,11 @@ from pyfused.families import family_of, load
 
 
 def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes a pyfused backbone as a Hugging Face checkpoint into ``directory``, made if need be.
+    """Writes a pyfused backbone as a Hugging Face checkpoint into ``directory``, which is created if needed.
 
-    The dtype is that of the parameters, one for all. Each file appears complete or not at all; files of an older,
-    sharded checkpoint in the directory are refused rather than left to be confused with the new one. Raises
-    TypeError for a module that is no backbone of a model pyfused reads, ValueError for what the format cannot say.
+    The parameters must have one dtype; it becomes the file's. Each file appears complete or not at all. Raises TypeError if
+    the module is not a backbone of pyfused. Raises ValueError for a setting that transformers does not have, and if the
+    directory holds a sharded checkpoint: readers could confuse it with the new one.
     """
     maps = load(family_of(type(model)).checkpoint)
     backbone: Any = model
@@ -59,7 +59,7 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _pieces(tensor: torch.Tensor, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored tensors that one of pyfused's is stacked from, by their names in the file."""
+    """Splits one pyfused tensor into the file's: (stored name, tensor)."""
     row = 0
     for piece in target.pieces:
         rows = math.prod(piece.shape) // math.prod(target.shape[1:])

@@ -1,10 +1,10 @@
 """How does text become token ids of T5, ALBERT and FNet, and back? A SentencePiece unigram model (Kudo 2018,
 arXiv:1804.10959), or bytes.
 
-A model file is read here, piece by piece, and run by the `tokenizers` library as transformers does: control pieces that are
-written out in a text, such as </s>, become their id; SentencePiece itself, and KerasHub with it, splits those into letters.
-A model with the pieces [CLS] and [SEP] is an encoder's, ALBERT's or FNet's: [CLS] begins a text, [SEP] ends it.
-ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes, moved by three.
+This file reads the model file, and the `tokenizers` library runs it, as in transformers. A control piece that is written out
+in a text, such as </s>, becomes its id. (SentencePiece itself, and with it KerasHub, splits it into letters.) A model with the
+pieces [CLS] and [SEP] belongs to ALBERT or FNet: [CLS] begins a text, [SEP] ends it.
+ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes plus three.
 Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyfused.checkpoints.foreign import looks_like
+from pyfused.checkpoints.diagnose import looks_like
 
 SPACE = "▁"
 START, SEPARATOR = "[CLS]", "[SEP]"
@@ -35,13 +35,12 @@ def read_model(
     tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False,
     split_first: bool = False,
 ) -> Any:  # fmt: skip
-    """A `tokenizers.Tokenizer` that does what the model file says, and begins and ends each text as the model wants it.
+    """A `tokenizers.Tokenizer` made from the model file. It adds the tokens that begin and end a text.
 
-    extra_ids: how many sentinels <extra_id_0>, ... follow T5's pieces, the last one first, as transformers adds them.
-    lower, strip, quotes: what transformers does to an encoder's text before the model sees it: lower case, no accents,
-    plain quotation marks.
-    split_first: at user-defined pieces, before anything else, as transformers does.
-    Raises ValueError naming the file for what is damaged or no unigram model as T5's.
+    extra_ids: the number of sentinels <extra_id_0>, ... after T5's pieces, the last one first, as in transformers.
+    lower, strip, quotes: transformers' changes to an encoder's text: lower case, no accents, plain quotation marks.
+    split_first: split a text at user-defined pieces before anything else, as transformers does.
+    Raises ValueError naming the file if it is damaged or not a unigram model like T5's.
     """
     try:
         size = path.stat().st_size
@@ -51,20 +50,20 @@ def read_model(
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path}: cannot be read as a SentencePiece model: {error}{looks_like(path)}") from error
     if trainer.get(3, _UNIGRAM) != _UNIGRAM:
-        raise ValueError(f"{path}: model_type is {trainer[3]}; pyfused reads unigram models (1), as T5's")
+        raise ValueError(f"{path}: model_type is {trainer[3]}; pyfused reads unigram models (1), like T5's")
     for number, name in ((3, "add_dummy_prefix"), (4, "remove_extra_whitespaces"), (5, "escape_whitespaces")):
         if not normalizer.get(number, 1):
-            raise ValueError(f"{path}: {name} is off; pyfused reads models with it on, as T5's")
+            raise ValueError(f"{path}: {name} is off; pyfused reads models with it on, like T5's")
     if trainer.get(24, 0):
-        raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, as T5's")
+        raise ValueError(f"{path}: treat_whitespace_as_suffix is on; pyfused reads models with it off, like T5's")
     unknown = next((index for index, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None)
-    # to SentencePiece, user-defined pieces are the best of the pieces: that is what their score of 0 says
+    # SentencePiece does not split at user-defined pieces first; their score of 0 makes them its first choice
     kinds = (_UNKNOWN, _CONTROL, _USER_DEFINED) if split_first else (_UNKNOWN, _CONTROL)
     special = [piece.text for piece in pieces if piece.kind in kinds]
     encoder = START in special and SEPARATOR in special
     end, extra_ids = (SEPARATOR, 0) if encoder else ("</s>", extra_ids)
     if unknown is None or end not in special:
-        raise ValueError(f"{path}: the pieces lack an unknown one or {end!r}")
+        raise ValueError(f"{path}: the model has no unknown piece or no {end!r}")
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
     vocabulary = [(piece.text, piece.score) for piece in pieces] + [(name, 0.0) for name in sentinels]
     if len({text for text, _ in vocabulary}) != len(vocabulary):
@@ -72,11 +71,11 @@ def read_model(
     fallback = any(piece.kind == _BYTE for piece in pieces)
     try:
         backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unknown, fallback))
-        rewritten = _rewritten(tokenizers.normalizers, lower, strip, quotes) if encoder else []
+        normalizers = _encoder_normalizers(tokenizers.normalizers, lower, strip, quotes) if encoder else []
         if charsmap := normalizer.get(2):
-            rewritten.append(tokenizers.normalizers.Precompiled(charsmap))
-        if rewritten:
-            backend.normalizer = tokenizers.normalizers.Sequence(rewritten)
+            normalizers.append(tokenizers.normalizers.Precompiled(charsmap))
+        if normalizers:
+            backend.normalizer = tokenizers.normalizers.Sequence(normalizers)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: {error}") from error
     steps = tokenizers.pre_tokenizers
@@ -94,18 +93,18 @@ def read_model(
 
 
 def end_of(backend: Any) -> str:
-    """The token that ends a text: an encoder's separator, or T5's end."""
+    """The token that ends a text: [SEP] for ALBERT and FNet, </s> for T5."""
     return "</s>" if any(backend.token_to_id(token) is None for token in (START, SEPARATOR)) else SEPARATOR
 
 
-def _rewritten(steps: Any, lower: bool, strip: bool, quotes: bool) -> list[Any]:
-    found = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
-    found += [steps.NFKD(), steps.StripAccents()] if strip else []
-    return [*found, steps.Lowercase()] if lower else found
+def _encoder_normalizers(steps: Any, lower: bool, strip: bool, quotes: bool) -> list[Any]:
+    chosen = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
+    chosen += [steps.NFKD(), steps.StripAccents()] if strip else []
+    return [*chosen, steps.Lowercase()] if lower else chosen
 
 
 def piece_bytes(token: str) -> bytes:
-    """The bytes that a piece stands for: the space sign is a space, <0xE2> a byte, everything else itself."""
+    """The bytes that a piece stands for: ▁ is a space, <0xE2> is a byte, everything else is itself."""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace(SPACE, " ").encode("utf-8")
@@ -128,7 +127,7 @@ def _parse(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of one protocol buffer message: int, or bytes."""
+    """(field number, value) of one protocol buffer message; a value is int or bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -162,8 +161,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class ByteBackend:
-    """ByT5's ids behind the few methods of `tokenizers.Tokenizer` that pyfused calls: 0 to 2 are <pad>, </s> and <unk>, then
-    the 256 bytes, then the sentinels in order. Spaces around <pad>, </s> and <unk> go with them, as in transformers."""
+    """ByT5's tokenizer, with the few methods of `tokenizers.Tokenizer` that pyfused calls.
+
+    Ids 0 to 2 are <pad>, </s> and <unk>; then come the 256 bytes, then the sentinels in order. Spaces around <pad>, </s> and
+    <unk> are dropped, as in transformers.
+    """
 
     class Encoding(NamedTuple):
         ids: list[int]
@@ -179,10 +181,10 @@ class ByteBackend:
         self._split = re.compile(rf"(\s*(?:{stripped})\s*|{named})")
 
     def no_padding(self) -> None:
-        """There is none."""
+        """Does nothing: this tokenizer never pads."""
 
     def no_truncation(self) -> None:
-        """There is none."""
+        """Does nothing: this tokenizer never truncates."""
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
         single = {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}

@@ -1,8 +1,8 @@
-"""How do bytes of a weight file become a module's tensors with one copy of the weights in memory?
+"""How does a weight file become a module's tensors without a second copy of the weights in memory?
 
-Readers of both formats only look at headers and give, for every tensor, the place of its bytes (`Entry`). The bytes are
-then mapped, copied in slices straight into the parameter (transposed and cast on the way), and each slice's pages are
-given back before the next: pages of a mapped file count as resident memory once they have been touched.
+The readers of both formats only parse headers. They give one `Entry` for each tensor: the place of its bytes. The file is then
+mapped and copied slice by slice into the parameter, transposed and cast on the way. Touched pages of a mapped file count as
+resident memory, so each slice's pages are released before the next slice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SLICE_BYTES = 4 << 20  # what is resident twice at any time; larger slices load no faster
+_SLICE_BYTES = 4 << 20  # in memory twice at any time; larger slices load no faster
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
 
 
 class MappedFile:
-    """A weight file mapped read-only. Slices share its memory, so none may outlive the next call of `forget`."""
+    """A weight file mapped read-only. Slices share its memory; do not use one after `forget` has released it."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -52,7 +52,7 @@ class MappedFile:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be mapped: {error}") from error
         with warnings.catch_warnings():
-            # torch warns that the buffer is read-only: true, wanted, and nothing here writes to it
+            # torch warns that the buffer is read-only; nothing here writes to it
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.size = len(self._map)
@@ -61,11 +61,11 @@ class MappedFile:
         """Elements ``start`` to ``stop`` of the tensor, flat."""
         item = entry.dtype.itemsize
         raw = self._bytes[entry.offset + start * item : entry.offset + stop * item]
-        # safetensors promises no alignment and torch insists on it
+        # safetensors does not promise alignment, and torch requires it
         return (raw if raw.storage_offset() % item == 0 else raw.clone()).view(entry.dtype)
 
     def forget(self, entry: Entry, start: int, stop: int) -> None:
-        """Gives the pages of these elements back to the system; a later slice would fault them in again."""
+        """Releases the memory pages of these elements. A later slice reads them from the file again."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         item = entry.dtype.itemsize
@@ -83,7 +83,7 @@ def check_inside(entry: Entry, file_size: int) -> None:
 
 
 def open_files(entries: list[Entry]) -> dict[Path, MappedFile]:
-    """Maps every file that the entries lie in, and checks once more that they do: files can shrink meanwhile."""
+    """Maps the entries' files. Checks again that the entries lie inside: a file may have shrunk since its header was read."""
     files = {path: MappedFile(path) for path in dict.fromkeys(entry.file for entry in entries)}
     for entry in entries:
         check_inside(entry, files[entry.file].size)
@@ -93,8 +93,8 @@ def open_files(entries: list[Entry]) -> dict[Path, MappedFile]:
 def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, transposed: bool = False) -> None:
     """Copies one stored tensor into ``target``, casting to its dtype and moving to its device.
 
-    target: contiguous, the same number of elements; with ``transposed`` (out, in), the file holding (in, out) with
-    either side possibly split over several dimensions.
+    target: contiguous, with the same number of elements.
+    transposed: the target is (out, in) and the file holds (in, out), where one side may be split into dimensions.
     """
     if not transposed:
         flat = target.view(-1)
@@ -114,7 +114,7 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, trans
 
 
 def same_values(first: Entry, second: Entry) -> bool:
-    """Whether two stored tensors are equal element by element (a NaN equals nothing), at little memory."""
+    """Whether two stored tensors are equal element by element (a NaN equals nothing). Compares slice by slice."""
     if first.shape != second.shape:
         return False
     files = open_files([first, second])

@@ -1,8 +1,8 @@
 """How do T5's and mT5's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Both directions for Hugging Face, reading only for Keras. Hugging Face keeps linear weights as nn.Linear does, Keras as
-(in, out); pyfused stacks the matrices that are applied to the same vector: query, key and value, and key and value of
-the encoder's states.
+Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does, Keras
+as (in, out). pyfused stacks the matrices that are applied to the same vector: query, key and value, or the key and value of
+cross-attention.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
 
-# A table that a layer of the first checkpoints had and nothing reads
+# The first checkpoints have this table; nothing reads it
 HF_BUFFERS = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",)
 HF_HEAD, HF_EMBEDDING = "lm_head.weight", "shared.weight"
 HF_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-HF_BARE = "encoder."  # of the names of a T5Stack, which may have been saved by itself
+HF_BARE = "encoder."  # the names lack it if a T5Stack was saved by itself
 DEFAULTS: dict[str, Any] = {
     "key_value_dim": None, "use_gated_activation": True, "tie_embedding_weights": True, "num_decoder_layers": None,
     "num_buckets": 32,
 }  # fmt: skip
 DEPTHS = ("num_layers", "num_decoder_layers")
 
-# Where mT5's class has other defaults than T5's, and what it does whatever the configuration says
+# mT5's defaults that differ from T5's, and a setting that its class has whatever the configuration says
 _MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
 _MT5_ALWAYS = {"scale_decoder_outputs": False}
 _ENCODERS = re.compile(r"M?T5(EncoderModel|ForTokenClassification)")
-_REFUSED = REFUSED | {"scalable_attention": Refused("it is UMT5's, which has a table of position biases in every layer")}
+_REFUSED = REFUSED | {"scalable_attention": Refused("only UMT5 has it, and pyfused does not read UMT5")}
 _SILENT = SILENT | {"initializer_factor", "classifier_dropout", "n_positions"}
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """T5Backbone's constructor arguments. An option that would change the outputs is carried or refused by name.
+    """T5Backbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs.
 
-    num_decoder_layers is 0 where the configuration is that of an encoder alone.
+    num_decoder_layers is 0 for an encoder without a decoder.
     """
     if hf.model_type(raw) == "mt5":
         raw = _MT5 | raw | _MT5_ALWAYS
@@ -52,7 +52,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     decoder_layers = options.raw("num_decoder_layers", None)
     if decoder_layers is not None:
         decoder_layers = Options({"num_decoder_layers": decoder_layers}, file).integer("num_decoder_layers")
-    # The class decides where one is named: a T5EncoderModel changes is_encoder_decoder of a configuration that it shares
+    # A named class decides: T5EncoderModel changes is_encoder_decoder even in a configuration shared with another model
     both, name = options.boolean("is_encoder_decoder", True), hf.class_name(raw)
     if _ENCODERS.fullmatch(name) or not (name or both):
         decoder_layers = 0
@@ -73,7 +73,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "num_decoder_layers": num_layers if decoder_layers is None else decoder_layers,
         "num_buckets": options.integer("relative_attention_num_buckets", 32),
         "max_distance": options.integer("relative_attention_max_distance", 128),
-        # transformers 4 asks tie_word_embeddings; 5 always ties and keeps the answer here
+        # transformers 4 reads tie_word_embeddings for this; 5 always ties and has this option
         "scale_logits": options.boolean("scale_decoder_outputs", tied),
         "decoder_start_token_id": _start_token(options, file),
     }
@@ -82,7 +82,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _hf_feed_forward(options: Options, file: Path) -> tuple[str, bool]:
-    """The activation and whether it gates: "gated-gelu" means the tanh formula, "gelu" alone the erf one."""
+    """The activation, and whether there is a gate. "gated-gelu" means the tanh formula, "gelu" the erf formula."""
     projection = options.raw("feed_forward_proj", "relu")
     parts = projection.split("-") if isinstance(projection, str) else []
     if len(parts) not in (1, 2) or (len(parts) == 2 and parts[0] != "gated"):
@@ -99,21 +99,21 @@ def _hf_feed_forward(options: Options, file: Path) -> tuple[str, bool]:
 
 
 def _start_token(options: Options, file: Path) -> int:
-    """What the decoder is given first: its own option, else the padding token, which it is in every published T5."""
-    found = options.raw("decoder_start_token_id", None)
-    found = options.raw("pad_token_id", None) if found is None else found
-    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
-        raise ValueError(f"{file}: decoder_start_token_id is {found!r}; it takes a token id")
-    return found or 0
+    """The decoder's first token: its own option, or else the padding token, as in every published T5."""
+    token = options.raw("decoder_start_token_id", None)
+    token = options.raw("pad_token_id", None) if token is None else token
+    if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
+        raise ValueError(f"{file}: decoder_start_token_id is {token!r}; it takes a token id")
+    return token or 0
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """transformers' configuration for T5Backbone's arguments. Raises ValueError for what it cannot say."""
+    """transformers' configuration for T5Backbone's arguments. Raises ValueError for one that it has no option for."""
     config = {"decoder_start_token_id": 0, "max_distance": 128, "scale_logits": None} | DEFAULTS | config
     activation, gated = activation_name(config.get("activation", "relu")), config["use_gated_activation"]
     if activation is None:
         raise ValueError(f"activation is {config['activation']!r}; transformers' T5 takes {', '.join(HF_ACTIVATIONS)}")
-    # "gated-gelu" is the tanh formula there, so that a gate with the erf one goes by its other name
+    # transformers reads "gated-gelu" as the tanh formula, so a gate with the erf formula is "gated-gelu_python"
     spelled = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation) if gated else activation
     scaled = config["tie_embedding_weights"] if config["scale_logits"] is None else config["scale_logits"]
     heads = config["num_heads"]
@@ -180,7 +180,7 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What only the files say: whether there is a decoder, and whether the output matrix is the token embedding."""
+    """Sets ``num_decoder_layers`` and ``tie_embedding_weights`` from the weight files; see `settle_head`."""
     if not any(name.startswith("decoder.") for name in entries):
         config = config | {"num_decoder_layers": 0, "tie_embedding_weights": True}
         entries = {name: entry for name, entry in entries.items() if name != HF_HEAD}
@@ -188,13 +188,13 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
-    """D, F, H * d and H."""
+    """Hidden width, feed-forward width, heads * head size, and heads."""
     width, heads = config["hidden_dim"], config["num_heads"]
     return width, config["intermediate_dim"], heads * (config["key_value_dim"] or width // heads), heads
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from Hugging Face names."""
+    """pyfused's names from Hugging Face's."""
     width, inner, heads_width, heads = _sizes(config)
     plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), HF_EMBEDDING)}
     if not config["tie_embedding_weights"]:
@@ -233,7 +233,7 @@ def hf_plan(config: dict[str, Any]) -> Plan:
 
 
 def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused names from h5 paths; layers of both stacks are counted on."""
+    """pyfused's names from h5 paths. Keras numbers the layers through both stacks."""
     width, inner, heads_width, heads = _sizes(config)
     embedding = "layers/reversible_embedding/vars"
     plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), f"{embedding}/0")}
@@ -277,7 +277,7 @@ def keras_plan(config: dict[str, Any]) -> Plan:
 
 
 def _stacks(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Names and depths; the encoder alone where the decoder has no layers."""
+    """(name, number of layers) of each stack. A decoder without layers is left out."""
     depth, decoder_depth = config["num_layers"], config["num_decoder_layers"]
     if decoder_depth == 0:
         return (("encoder", depth),)

@@ -1,9 +1,9 @@
 """How does text become token ids and back, and how is a stream of ids printed as it comes?
 
-Run by the `tokenizers` library, from any of the sets of files that presets come with: byte-level BPE for GPT-2, and for
-T5, ALBERT and FNet a SentencePiece model, or bytes (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as
-transformers does and KerasHub with TensorFlow. KerasHub without TensorFlow splits by another model's pattern: its ids then
-differ in runs of newlines and long digit strings, and are not those GPT-2 was trained on.
+The `tokenizers` library does the work, from any of the sets of files that presets have: byte-level BPE for GPT-2; a
+SentencePiece model or bytes for T5, ALBERT and FNet (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as in
+transformers and in KerasHub with TensorFlow. KerasHub without TensorFlow uses another model's pattern: its ids differ in runs
+of newlines and long digit strings, and GPT-2 was not trained on them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyfused.checkpoints.diagnose import error_answer, looks_like
 from pyfused.checkpoints.files import read_json
-from pyfused.checkpoints.foreign import error_answer, looks_like
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
 from pyfused.families import FAMILIES, of_hf_type
@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of byte-level BPE stands for: itself where it prints, else 256 onwards in order."""
+    """Byte-level BPE's character -> its byte. Printable bytes stand for themselves, the others are chr(256), ..."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
@@ -36,8 +36,8 @@ _BYTES = _byte_of_character()
 class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; ``backend`` is the `tokenizers.Tokenizer` that does the work.
 
-    kind: what tokens are written in: "byte-level" characters, or "pieces" of SentencePiece, of which the first one's space
-    is no part of the text, or single "bytes".
+    kind: how the vocabulary writes tokens: "byte-level" characters, SentencePiece's "pieces", or single "bytes". The space of
+    a text's first piece is not part of the text.
     """
 
     def __init__(self, backend: Any, end_token: str | None = END_OF_TEXT, kind: str = "byte-level") -> None:
@@ -60,7 +60,7 @@ class Tokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, with added ones."""
         return self._vocabulary_size
 
     @property
@@ -69,12 +69,12 @@ class Tokenizer:
         return self._end_token_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; a special token written out in it, such as <|endoftext|>, becomes its one id. T5's
-        tokenisers end a text with their end token, as its encoder expects; ALBERT's and FNet's have [CLS] before it
-        and [SEP] behind it.
+        """The ids of ``text``. A special token that is written out in it, such as <|endoftext|>, becomes its one id. T5's
+        tokenisers add their end token, as its encoder expects. ALBERT's and FNet's add [CLS] before the text and [SEP]
+        after it.
 
-        Raises TypeError for anything but str, ValueError for text that is not Unicode (lone surrogates) or holds a
-        byte that a reduced vocabulary lacks.
+        Raises TypeError for anything but str. Raises ValueError for text that is not Unicode (lone surrogates) or that needs
+        a byte missing from a reduced vocabulary.
         """
         self._check(text)
         ids: list[int] = self.backend.encode(text).ids
@@ -83,29 +83,29 @@ class Tokenizer:
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """The ids of [CLS] first [SEP] second [SEP], and their segment ids: 0 up to the first [SEP], then 1.
 
-        Raises as `encode` does, and ValueError for a tokeniser that is not ALBERT's or FNet's.
+        Raises the errors of `encode`, and ValueError if the tokeniser is not ALBERT's or FNet's.
         """
         if not self._pairs:
             raise ValueError("this tokeniser makes no pairs; those of ALBERT and FNet do")
         self._check(first)
         self._check(second)
-        found = self.backend.encode(first, second)
-        return found.ids, found.type_ids
+        encoding = self.backend.encode(first, second)
+        return encoding.ids, encoding.type_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included; bytes that are no UTF-8 become U+FFFD.
+        """The text of ``ids``, special tokens included. Bytes that are not UTF-8 become U+FFFD.
 
         Raises IndexError for an id that is not in the vocabulary.
         """
-        found = [self.token_bytes(index, first=not i) for i, index in enumerate(ids)]
-        return b"".join(found).decode("utf-8", errors="replace")
+        parts = [self.token_bytes(index, first=not i) for i, index in enumerate(ids)]
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def token_bytes(self, index: int, first: bool = False) -> bytes:
-        """The bytes that one token stands for, which may be a part of a character; ``first`` of a text or not.
+        """The bytes of one token; they may be part of a character. ``first``: whether the token begins a text. Raises
         IndexError for an unknown id."""
         try:
-            found = self._tokens[int(index)]
-            return found.removeprefix(b" ") if first and self._drops_space else found
+            content = self._tokens[int(index)]
+            return content.removeprefix(b" ") if first and self._drops_space else content
         except KeyError:
             raise IndexError(f"token id {index} is not in the vocabulary of {self.vocabulary_size} tokens") from None
 
@@ -134,9 +134,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, holding back the bytes of a character until it is complete.
+    """Turns ids into text as they come. Holds back the bytes of a character until it is complete.
 
-    All that `push` and, at the end, `finish` return is together exactly `Tokenizer.decode` of the ids.
+    The texts returned by `push` and, at the end, `finish` add up to exactly `Tokenizer.decode` of the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -144,13 +144,13 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, index: int) -> str:
-        """The text that became certain with this id; often empty within an emoji."""
-        found = self._tokenizer.token_bytes(index, self._first)
+        """The text completed by this id; often empty within an emoji."""
+        content = self._tokenizer.token_bytes(index, self._first)
         self._first = False
-        return self._decoder.decode(found)
+        return self._decoder.decode(content)
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the ids ended inside a character. The decoder can then be used anew."""
+        """The rest: U+FFFD if the ids ended inside a character, else "". The decoder can then be used again."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         self._first = True
@@ -163,13 +163,13 @@ def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
     They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or spiece.model; Keras's assets/tokenizer/
     vocabulary.json with merges.txt, or vocabulary.spm. ByT5 needs none: its configuration names its tokeniser's class.
 
-    Raises ValueError naming the file for one that is missing, damaged, or asks for something else than byte-level BPE, a
-    unigram SentencePiece model or bytes; ImportError without the `tokenizers` package.
+    Raises ValueError naming the file if it is missing, damaged, or neither byte-level BPE nor a unigram SentencePiece model
+    nor bytes. Raises ImportError without the `tokenizers` package.
     """
     directory = resolve_preset(preset, "tokenizer")
     if _hf_class(directory) == "ByT5Tokenizer":
         options = _options(directory)
-        extra = options.get("extra_ids") or 125  # 0 in files of a tokeniser that has them in its list of special tokens
+        extra = options.get("extra_ids") or 125  # 0 means that the file lists them among the special tokens
         return Tokenizer(ByteBackend(_count(extra, directory)), "</s>", "bytes")
     try:
         import tokenizers
@@ -221,7 +221,7 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Token
     pieces = kind == "Unigram" and steps in (["Metaspace"], ["ByteFallback", "Metaspace"])
     if not pieces and (kind != "BPE" or steps != ["ByteLevel"]):
         raise ValueError(
-            f"{path}: not byte-level BPE and no unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
+            f"{path}: neither byte-level BPE nor a unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
         )
     if pieces:
         always = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
@@ -285,7 +285,7 @@ def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         pair = line.split(" ")
         if len(pair) != 2 or any(token not in vocabulary for token in (*pair, "".join(pair))):
             raise ValueError(
-                f"{path}: line {number}, {line!r:.100}, is no pair of tokens that merge into a third{looks_like(path)}"
+                f"{path}: line {number}, {line!r:.100}, is not a pair of tokens that merge into a third{looks_like(path)}"
             )
         merges.append((pair[0], pair[1]))
     return merges
@@ -297,25 +297,25 @@ def _options(directory: Path) -> dict[str, Any]:
 
 
 def _hf_class(directory: Path) -> str | None:
-    """The tokeniser's class by either of Hugging Face's configurations."""
+    """The tokeniser's class, as named by either of Hugging Face's configurations."""
     path = directory / "config.json"
-    found = _options(directory).get("tokenizer_class") or (read_json(path) if path.is_file() else {}).get(
+    name = _options(directory).get("tokenizer_class") or (read_json(path) if path.is_file() else {}).get(
         "tokenizer_class"
     )
-    return found.removesuffix("Fast") if isinstance(found, str) else None
+    return name.removesuffix("Fast") if isinstance(name, str) else None
 
 
 def _rewriting(directory: Path) -> dict[str, bool]:
-    """What is done to an encoder's text first: FNet keeps case and accents unless it is told otherwise, ALBERT neither."""
+    """How `read_model` changes an encoder's text. Unless a file says otherwise, FNet keeps case and accents, ALBERT neither."""
     options, path = _options(directory), directory / "tokenizer_config.json"
     by_type = of_hf_type(_model_type(directory))
     by_class = [f for f in FAMILIES.values() if _hf_class(directory) == f"{f.keras_name}Tokenizer"]
     keeps = any(family is not None and family.keeps_case for family in (by_type, *by_class))
-    found = {"lower": options.get("do_lower_case", not keeps), "keep": options.get("keep_accents", keeps)}
-    for name, value in (("do_lower_case", found["lower"]), ("keep_accents", found["keep"])):
+    lower, keep_accents = options.get("do_lower_case", not keeps), options.get("keep_accents", keeps)
+    for name, value in (("do_lower_case", lower), ("keep_accents", keep_accents)):
         if not isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}; it takes true or false")
-    return {"lower": found["lower"], "strip": not found["keep"], "quotes": True, "split_first": True}
+    return {"lower": lower, "strip": not keep_accents, "quotes": True, "split_first": True}
 
 
 def _model_type(directory: Path) -> Any:
@@ -330,12 +330,12 @@ def _count(value: Any, directory: Path) -> int:
 
 
 def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None, bool]:
-    """End token and prefix space from tokenizer_config.json; the model's own where there is none."""
+    """(end token, whether a space is added before a text) from tokenizer_config.json, or else the model's defaults."""
     path = directory / "tokenizer_config.json"
     raw = _options(directory)
     if default == END_OF_TEXT and (raw.get("add_bos_token") or raw.get("add_eos_token")):
         raise ValueError(
-            f"{path}: add_bos_token or add_eos_token is on; pyfused adds no tokens, put them into the text"
+            f"{path}: add_bos_token or add_eos_token is on; pyfused adds no tokens: put them into the text"
         )
     end = raw.get("eos_token", default)
     end = end.get("content") if isinstance(end, dict) else end
@@ -362,7 +362,7 @@ def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _token_bytes(token: str) -> bytes:
-    """A token's characters as bytes; an added token with characters outside the alphabet is taken literally."""
+    """The bytes of a byte-level token. An added token with characters outside the alphabet is itself, in UTF-8."""
     try:
         return bytes(_BYTES[character] for character in token)
     except KeyError:

@@ -19,7 +19,7 @@ KINDS = {
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an HTML or XML page.*download it again"),
     "zeros": (bytes(5000), "a file of zeros.*download it again"),
     "empty": (b"", "an empty file.*download it again"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file of llama.cpp: get the checkpoint in safetensors"),
+    "gguf": (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file of llama.cpp: get the safetensors checkpoint"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file"),
     "pickle": (b"\x80\x02}q\x00.", r"a Python pickle.*torch.load\(.*weights_only=True"),
     "archive": (b"PK\x03\x04" + bytes(40), r"a zip archive.*torch.load\(.*weights_only=True"),
@@ -62,7 +62,7 @@ def test_weights_under_the_wrong_name(preset, golden):
     directory = preset("keras_gpt2")
     content = (golden / "ckpt" / "hf_gpt2" / "model.safetensors").read_bytes()
     (directory / "model.weights.h5").write_bytes(content)
-    with pytest.raises(ValueError, match="it looks like a safetensors file: give it back its name"):
+    with pytest.raises(ValueError, match="it looks like a safetensors file: rename it"):
         open_checkpoint(directory)
     directory = preset("hf_gpt2")
     (directory / "expected.safetensors").unlink()
@@ -85,7 +85,7 @@ def test_a_download_that_was_cut_off(preset, cut):
         ("pytorch_model.bin", r"a pickled file can run any code.*torch.load\(\"pytorch_model.bin\", weights_only=True\)"),
         ("pytorch_model-00001-of-00002.bin", "a pickled file can run any code"),
         ("model.pt", "a pickled file can run any code"),
-        ("model-q4_0.gguf", "a GGUF file of llama.cpp; get the checkpoint in safetensors"),
+        ("model-q4_0.gguf", "a GGUF file of llama.cpp; get the safetensors checkpoint"),
         ("flax_model.msgpack", r"Flax's format; load it with transformers 4 .*from_flax=True.*save_pretrained"),
         ("tf_model.h5", r"TensorFlow's format; load it with transformers 4 .*from_tf=True.*save_pretrained"),
         ("adapter_model.safetensors", r"an adapter \(LoRA\).*merge_and_unload"),
@@ -117,7 +117,7 @@ def test_a_folder_with_something_else_alone(tmp_path, preset):
     with pytest.raises(ValueError, match=r"no config.json; there is one in text_encoder_2"):
         open_checkpoint(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a pipeline of diffusers: its text encoders are the folders text_encoder_2"):
+    with pytest.raises(ValueError, match=r"a diffusers pipeline: its text encoders are in the folders text_encoder_2"):
         open_checkpoint(tmp_path)
 
 

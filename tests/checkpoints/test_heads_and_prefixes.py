@@ -308,5 +308,5 @@ def test_a_class_of_its_own_is_said_and_another_models_refused(tmp_path):
     with pytest.warns(UserWarning, match="architectures is 'RewardGPT2', a class that transformers does not have"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "own.Model"}}))
-    with pytest.raises(ValueError, match=r"auto_map is .*belongs to code of its own"):
+    with pytest.raises(ValueError, match=r"auto_map is .*needs its own code"):
         open_checkpoint(tmp_path)

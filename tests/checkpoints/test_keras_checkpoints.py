@@ -112,11 +112,11 @@ def test_what_nothing_reads_is_named_in_one_warning(preset, edit):
     directory = preset("keras_gpt2")
     config = json.loads((directory / "config.json").read_text())["config"]
     edit(directory / "config.json", config=config | {"rotary": True, "layer_norm_epsilon": 1e-5, "note": "mine"})
-    with pytest.warns(UserWarning, match=r"config.json: .* leaves unread: note='mine', rotary=True$") as caught:
+    with pytest.warns(UserWarning, match=r"config.json: .* leaves them unread: note='mine', rotary=True$") as caught:
         open_checkpoint(directory)
     assert len(caught) == 1
     edit(directory / "config.json", config=config, surprise=1)
-    with pytest.warns(UserWarning, match="beside the object's config .* leaves unread: surprise"):
+    with pytest.warns(UserWarning, match="beside the object's config .* unread: surprise"):
         open_checkpoint(directory)
 
 

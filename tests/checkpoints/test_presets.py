@@ -66,14 +66,14 @@ def test_bundled_names_come_first(monkeypatch, tmp_path, golden, preset):
     assert resolve_preset("hf_gpt2") == directory
     assert presets_of({"gpt2"})["hf_gpt2"]["metadata"]["path"] == "gpt2"
     assert "hf_gpt2" not in presets_of({"t5"})
-    with pytest.raises(ValueError, match=r"'../hf_gpt2', which nothing matches"):
+    with pytest.raises(ValueError, match=r"'../hf_gpt2', but no preset has this name"):
         resolve_preset("../hf_gpt2")
 
 
 def test_nothing_matches(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("no_such_preset", str(tmp_path / "file"), ""):
-        with pytest.raises(ValueError, match=r"nothing matches: .*pyfused.Backbone.presets lists all .* the directory "):
+        with pytest.raises(ValueError, match=r"no preset has this name .*pyfused.Backbone.presets lists all .* the directory "):
             resolve_preset(name)
     with pytest.raises(ValueError, match="a Hugging Face repository is written hf://openai-community/gpt2"):
         resolve_preset("openai-community/gpt2")

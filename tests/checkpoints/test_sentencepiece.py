@@ -157,7 +157,7 @@ def test_bad_files_fail_by_name(files, tmp_path, edit):
         with pytest.raises(ValueError, match=rf"spiece.model: .*{said}|{said}"):
             load_tokenizer(tmp_path)
     path.write_bytes(b"\x0a\x05\x0a\x03<s>")
-    with pytest.raises(ValueError, match="the pieces lack an unknown one"):
+    with pytest.raises(ValueError, match="the model has no unknown piece"):
         load_tokenizer(tmp_path)
     path.write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": "many"}')
@@ -173,7 +173,7 @@ def test_other_unigram_models_are_refused(files, tmp_path, theirs):
     raw = json.loads(path.read_text())
     for decoder in (None, {"type": "ByteLevel"}, {"type": "WordPiece"}):
         path.write_text(json.dumps(raw | {"decoder": decoder}))
-        with pytest.raises(ValueError, match=r"tokenizer.json: not byte-level BPE and no unigram model"):
+        with pytest.raises(ValueError, match=r"tokenizer.json: neither byte-level BPE nor a unigram model"):
             load_tokenizer(tmp_path)
     never = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
     path.write_text(json.dumps(raw | {"decoder": never}))
