@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyfused.bench import Setup, Values
-from pyfused.bench.measure import judged
+from pyfused.bench.measure import right_providers
 from pyfused.bench.run import cases, names
 from pyfused.evidence import name_of
 
@@ -33,7 +33,7 @@ def test_speed(benchmark, row, provider):
         pytest.skip("measures no time of a call") if benchmark.enabled else benchmark(lambda: None)
         return
     with torch.set_grad_enabled(calls.trains):
-        providers, left_out = judged(calls, {})
+        providers, left_out = right_providers(calls, {})
         assert not left_out
         benchmark.group = f"{name} {case.name} {name_of(case.dtype)}"
         call = providers["pyfused" if provider == "pyfused" else calls.baseline]

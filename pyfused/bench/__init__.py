@@ -1,7 +1,7 @@
-"""How fast is it, beside plain PyTorch and other peers, in one run on one machine? `pyfused bench`.
+"""How fast is pyfused, beside plain PyTorch and other peers, in one run on one machine? `pyfused bench`.
 
-The cases are in the top-level folder benchmarks/, seen as pyfused.bench.benchmarks. A wheel and an editable install map it
-there (setup.py); in a source tree that is merely on the path this package looks for the folder, as pyfused.kernels does.
+The cases are in the top-level folder benchmarks/, imported as pyfused.bench.benchmarks. setup.py maps it there for wheels and
+editable installs. If a source tree is only on the path, this file adds the folder, as pyfused.kernels does.
 """
 
 from pathlib import Path

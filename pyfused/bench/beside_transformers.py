@@ -1,7 +1,7 @@
 """How many tokens a second, beside transformers, on the same weights? `python -m pyfused.bench.beside_transformers PRESET`.
 
-Greedy generation of the same prompt by both, one CPU thread by default, in turn and several times. The tokens must be equal, or
-part where rounding alone decides between two.
+Both continue the same prompt greedily, in turn and several times, on one CPU thread by default. The tokens must be equal. They
+may differ only from a token on where two logits are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..testing.tolerance import judge
 
 
 def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str, float]:
-    """Median tokens per second of "pyfused", "transformers" (eager, its own KV cache) and "transformers, fused" (the same
-    model after fuse_); prints them and their ratios to transformers."""
+    """Median tokens per second of "pyfused", "transformers" (eager, its own KV cache) and "transformers, fused" (after fuse_).
+    Prints them and their ratios to transformers. Raises RuntimeError if the tokens differ."""
     import transformers
 
     import pyfused
@@ -83,24 +83,24 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
 
 
 def same(found: list[int], expected: list[int], plain: Callable, exact: Callable) -> bool:
-    """Whether two greedy texts are equal, or part at two tokens whose logits are nearer than the tolerance rule's errors.
+    """Whether two greedy texts are equal, or first differ at tokens whose logits are closer than the tolerance rule's errors.
 
     Args:
         found, expected: the tokens.
-        plain, exact: from the tokens written to the next one's logits (V,): transformers in its dtype, and in float64.
+        plain, exact: tokens so far -> logits of the next one (V,), by transformers in its dtype and in float64.
     """
     if found == expected:
         return True
     at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), None)
     if at is None:
         return False
-    truth, shown = exact(found[:at]), plain(found[:at])
+    truth, rounded = exact(found[:at]), plain(found[:at])
     best, other = truth[[found[at], expected[at]]]
-    return abs(best - other).item() <= 2 * judge(shown, shown, truth).worst_bound
+    return abs(best - other).item() <= 2 * judge(rounded, rounded, truth).worst_bound
 
 
 def main() -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("preset")
     parser.add_argument("--prompt", default="In the beginning")

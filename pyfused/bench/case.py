@@ -1,7 +1,7 @@
-"""What is one row of a benchmark? A call of pyfused beside the same in plain PyTorch, and beside its peers.
+"""What is one row of a benchmark? A call of pyfused beside the same call in plain PyTorch and in its peers.
 
-benchmarks/bench_<name>.py has `cases(setup)`, which yields Cases. A Case is cheap: its tensors and models are made when it is
-measured, by `make`.
+benchmarks/bench_<name>.py has `cases(setup)`, which yields Cases. A Case is cheap: `make` creates its tensors and models only
+when it is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Setup:
-    """Where, and in which dtypes. `small`: sizes of a few numbers, which show that a case runs and is right."""
+    """Device and dtypes. `small`: tiny sizes, only to show that a case runs and is right."""
 
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -30,7 +30,7 @@ class Setup:
 
     @property
     def model_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes for whole models: float16 only where the device multiplies it itself, else a call takes many seconds."""
+        """The dtypes for whole models. A CPU without float16 arithmetic leaves float16 out: a call would take many seconds."""
         slow = self.device == "cpu" and not self.small and not multiplies_itself(torch.float16)
         return tuple(dtype for dtype in self.dtypes if not (slow and dtype == torch.float16))
 
@@ -45,23 +45,22 @@ class Setup:
 
 @dataclass
 class Calls:
-    """What a Case runs.
+    """The calls that a Case runs.
 
     Args:
         pyfused: takes *inputs and returns a tensor, or a tuple of them.
-        plain: the same in plain PyTorch, in the same dtype: what pyfused must never be slower than, and what sets the scale
-            of errors.
-        inputs: what both get.
-        exact: the result in float64; by default `plain` on the inputs in float64. Of a tuple, as many items are judged as this
-            one returns.
-        scale: plain PyTorch that sets the scale of errors where `plain` cannot; `plain` by default.
-        peers: name -> a function that makes the peer's call, which takes *inputs. It may raise what it likes: the row names
-            the peer and the reason.
-        loose: of these peers the numbers are of lower precision (int8): RMS errors up to a tenth of the result's RMS.
-        baseline: what `plain` is called.
-        trains: the calls differentiate: gradient mode is on.
-        cost: what pyfused's call moves and computes at least, where that is not what its operators declare: a bound step of
-            generation calls no operator.
+        plain: the same in plain PyTorch, in the same dtype. pyfused must never be slower, and its errors are judged by plain's.
+        inputs: the arguments of both.
+        exact: the result in float64; by default `plain` on the inputs in float64. If it returns fewer items than `pyfused`,
+            only these are judged.
+        scale: plain PyTorch for the scale of errors if `plain` cannot give it; `plain` by default.
+        peers: name -> a function that makes the peer's call, which takes *inputs. If it raises, the row names the peer and
+            the error.
+        loose: peers of lower precision (int8). Their RMS error may be a tenth of the result's RMS.
+        baseline: the name of `plain` in the row.
+        trains: whether the calls differentiate, so that they need gradient mode.
+        cost: the least bytes and FLOPs of pyfused's call, if it calls no operators that declare them (a bound step of
+            generation).
     """
 
     pyfused: Function
@@ -78,7 +77,7 @@ class Calls:
 
 @dataclass(frozen=True)
 class Values:
-    """Numbers of "pyfused" and its peers that are measured otherwise, less is better: a unit, such as "MiB"."""
+    """Numbers that are not times, of "pyfused" and its peers; less is better. unit: such as "MiB"."""
 
     unit: str
     values: dict[str, float]
@@ -86,7 +85,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: its name, such as "512x768 residual", its dtype, and what makes its calls."""
+    """One row: its name, such as "512x768 residual", its dtype, and a function that makes its calls."""
 
     name: str
     dtype: torch.dtype
@@ -94,8 +93,8 @@ class Case:
 
 
 def training(function: Function) -> Function:
-    """From a function of tensors to one that also takes the gradient of its result, and returns those of the tensors that
-    require one."""
+    """A function that takes the arguments of ``function`` and the gradient of its result. It returns the gradients of the
+    tensors that require one."""
 
     def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
         *given, grad = inputs
@@ -106,7 +105,7 @@ def training(function: Function) -> Function:
 
 
 def wide(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs in float64; what is no floating-point tensor stays."""
+    """The inputs with every floating-point tensor in float64."""
 
     def widen(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():

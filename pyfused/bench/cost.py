@@ -1,4 +1,4 @@
-"""What does a call have to move and compute at least? The sum of what its operators declare (pyfused/ops/cost.py)."""
+"""How many bytes and FLOPs does a call need at least? The sum over its operators (pyfused/ops/cost.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops.cost import COSTS, Cost, size
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the operators of pyfused, and torch's own products, with what they read and write."""
+    """Adds up the bytes and FLOPs of pyfused's operators and of torch's matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Counter(TorchDispatchMode):
 
 
 def cost_of(call: Callable[[], Any]) -> Cost:
-    """What the operators inside one call move and compute. Runs the call."""
+    """The bytes and FLOPs of the operators in one call. Runs the call."""
     with _Counter() as counter:
         call()
     return Cost(counter.bytes, counter.flops)

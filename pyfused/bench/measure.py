@@ -1,7 +1,7 @@
-"""How is a case timed? Providers in turn, many rounds, outputs judged first, medians and paired ratios reported.
+"""How is a case timed? Outputs are checked first; then all providers run in turn, for many rounds.
 
-An absolute time means little on a shared machine: what counts is the ratio to a peer in the same rounds, and the share of the
-machine's own ceilings, measured in the same run.
+An absolute time means little on a shared machine. Two numbers count: the ratio to a peer in the same rounds, and the share of
+the machine's own limits, measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from ..timing import time_cuda
 from .case import Calls, Case, Function, Values, wide
 from .cost import cost_of
 
-SLOW = 5.0  # seconds: of rounds that take longer three are enough
-NOISY = 0.25  # a spread (the middle half of the times over their median) from here on is said to be noise
+SLOW = 5.0  # seconds; if a round takes longer, three rounds are enough
+NOISY = 0.25  # a row is noisy if the middle half of its times spans more than this share of their median
 
 
 def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Times every provider of a case, interleaved, once its output has passed the tolerance rule.
+    """Checks the outputs of a case's providers by the tolerance rule, then times them in turn.
 
     Args:
         case: what to run.
         device: "cpu" or "cuda".
-        peers: those asked for, each with the reason why it cannot run here, "" if it can.
-        seconds: how long, and at least six rounds: of fewer no interval has 95% confidence. Three where a round takes longer
-            than SLOW, whose interval is all of them (75%).
+        peers: requested peers -> why each cannot run here, "" if it can.
+        seconds: how long to measure. There are at least six rounds: fewer give no interval of 95% confidence. If a round takes
+            longer than SLOW, three are enough, and the interval spans them all (75%).
 
     Returns:
-        {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why}} and, by provider, "seconds" (the
-        median), "undisturbed" (what a tenth of the rounds stay below), "spread" (the middle half of the times / the median)
-        and "ratio" (its time / pyfused's, the median over the rounds); "interval": [low, high] of the baseline's ratio, with
-        95% confidence. Of Values "unit", "values" and "ratio". Where pyfused fails or its output is wrong, "error".
+        {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why},
+        "interval": [low, high] of the baseline's ratio, with 95% confidence}
+        and by provider: "seconds" (the median), "undisturbed" (the first decile of the times), "spread" (the middle half of the
+        times / the median) and "ratio" (the provider's time / pyfused's, the median over the rounds).
+        For Values: "unit", "values" and "ratio". If pyfused fails or its output is wrong: "error".
     """
     row: dict[str, Any] = {"case": case.name, "dtype": name_of(case.dtype)}
     try:
@@ -50,29 +51,28 @@ def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> d
             ratio = {name: value / own for name, value in calls.values.items() if name != "pyfused"}
             return row | {"unit": calls.unit, "values": calls.values, "ratio": ratio}
         with torch.set_grad_enabled(calls.trains):
-            return row | _measured(calls, device, peers, seconds)
+            return row | _check_and_time(calls, device, peers, seconds)
     except Exception as error:
-        return row | {"error": _said(error)}
+        return row | {"error": _error_text(error)}
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _measured(calls: Calls, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
-    providers, left_out = judged(calls, peers)
+def _check_and_time(calls: Calls, device: str, peers: dict[str, str], seconds: float) -> dict[str, Any]:
+    providers, left_out = right_providers(calls, peers)
     cost = calls.cost or cost_of(providers["pyfused"])
-    timed = _timed(providers, calls.baseline, device, seconds)
-    return {"baseline": calls.baseline, **timed, "bytes": cost.bytes, "flops": cost.flops, "left_out": left_out}
+    times = _time_rounds(providers, calls.baseline, device, seconds)
+    return {"baseline": calls.baseline, **times, "bytes": cost.bytes, "flops": cost.flops, "left_out": left_out}
 
 
-def judged(calls: Calls, peers: dict[str, str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The calls of "pyfused", of plain PyTorch and of the peers asked for, where the outputs were right; and why others are
-    left out.
+def right_providers(calls: Calls, peers: dict[str, str]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The calls with a right output, of "pyfused", plain PyTorch and the requested peers; and why others are left out.
 
     Raises:
-        AssertionError: pyfused's own output breaks the tolerance rule. ValueError: the exact one is not finite.
+        AssertionError: pyfused's own output breaks the tolerance rule. ValueError: the exact result is not finite.
     """
     left_out = {name: peers[name] for name in calls.peers if peers.get(name)}
     makers = {name: make for name, make in calls.peers.items() if name in peers and name not in left_out}
@@ -97,10 +97,10 @@ def judged(calls: Calls, peers: dict[str, str]) -> tuple[dict[str, Callable[[], 
             if wrong:
                 raise AssertionError(f"its output is wrong: {wrong}")
             if name == calls.baseline:
-                yardsticks.append(_items(out))  # plain PyTorch too, in other steps
+                yardsticks.append(_items(out))  # plain PyTorch's errors count too: it may compute in other steps
             providers[name] = functools.partial(function, *calls.inputs)
         except Exception as error:
-            left_out[name] = _said(error)
+            left_out[name] = _error_text(error)
     return providers, left_out
 
 
@@ -109,7 +109,7 @@ def _items(out: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _wrong(out: Any, plain: list[tuple[torch.Tensor, ...]], exact: tuple[torch.Tensor, ...]) -> str:
-    """What breaks the tolerance rule beside one or several plain results, or ""."""
+    """How the output breaks the tolerance rule beside one or several plain results; "" if it does not."""
     if len(_items(out)) < len(exact):
         return f"{len(_items(out))} of {len(exact)} tensors"
     for found, *scales, truth in zip(_items(out), *plain, exact):
@@ -122,12 +122,13 @@ def _wrong(out: Any, plain: list[tuple[torch.Tensor, ...]], exact: tuple[torch.T
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """At most some million of the elements, evenly spread: the rule runs on the host."""
+    """At most about two million elements, evenly spread: the tolerance rule runs on the CPU."""
     return tensor if tensor.numel() < 1 << 21 else tensor.flatten()[:: (tensor.numel() >> 20) | 1]
 
 
 def _far_off(out: Any, exact: tuple[torch.Tensor, ...]) -> str:
-    """Of plain PyTorch, and of peers in lower precision: the RMS error may be a tenth of the result's RMS."""
+    """How the output of plain PyTorch, or of a peer in lower precision, is wrong; "" if not. The RMS error may be a tenth of
+    the result's RMS."""
     if len(_items(out)) < len(exact):
         return f"{len(_items(out))} of {len(exact)} tensors"
     for found, truth in zip(_items(out), exact):
@@ -138,7 +139,7 @@ def _far_off(out: Any, exact: tuple[torch.Tensor, ...]) -> str:
     return ""
 
 
-def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, seconds: float) -> dict[str, Any]:
+def _time_rounds(providers: dict[str, Callable[[], Any]], baseline: str, device: str, seconds: float) -> dict[str, Any]:
     clock = _clock(device)
     repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
     samples: dict[str, list[float]] = {name: [] for name in providers}
@@ -146,7 +147,7 @@ def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, 
     while len(samples["pyfused"]) < least or time.perf_counter() - began < seconds:
         for name in order:
             samples[name].append(clock(providers[name], repeats[name]))
-        order.reverse()  # who comes first finds caches as the other left them
+        order.reverse()  # a provider finds the caches as the one before it left them
         least = 3 if time.perf_counter() - began > SLOW * len(samples["pyfused"]) else 6
     own = samples["pyfused"]
     ratios = {name: [t / o for t, o in zip(times, own)] for name, times in samples.items() if name != "pyfused"}
@@ -166,15 +167,15 @@ def _timed(providers: dict[str, Callable[[], Any]], baseline: str, device: str, 
 
 
 def _interval(values: list[float]) -> list[float]:
-    """Between which two of the values their median lies with 95% confidence, whatever their distribution: by the normal
-    approximation of how many of n lie below it."""
+    """The 95% confidence interval of the median, for any distribution. The number of values below the median is binomial; this
+    uses its normal approximation."""
     ordered, n = sorted(values), len(values)
     half = 0.98 * math.sqrt(n)
     return [ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]]
 
 
 def _repeats(call: Callable[[], Any]) -> int:
-    """How often a call is repeated for one reading: 0.2 ms, where the clock and a cold start weigh nothing."""
+    """How often to repeat a call for one reading: for 0.2 ms, so that the clock and a cold start do not matter."""
     once = _time_cpu(call, 1)
     if once < 1e-3:
         once = min(_time_cpu(call, 1) for _ in range(3))
@@ -194,28 +195,28 @@ def _time_cpu(call: Callable[[], Any], repeats: int) -> float:
 
 
 def ceilings(device: str, dtypes: tuple[torch.dtype, ...], small: bool = False) -> dict[str, float]:
-    """What this machine can do at most, with the threads in use: copy and read bandwidth (GB/s), and the matrix rate of
-    torch's own product by dtype (GFLOP/s)."""
+    """This machine's limits with the threads in use: copy and read bandwidth (GB/s), and the rate of torch's matrix product in
+    each dtype (GFLOP/s)."""
     clock = _clock(device)
     size = 1 << (20 if small else 30 if device == "cuda" else 27)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    found = {
+    limits = {
         "copy_gb_per_s": 2 * size / min(clock(lambda: target.copy_(source), 1) for _ in range(7)) / 1e9,
         "read_gb_per_s": size / min(clock(lambda: source.sum(), 1) for _ in range(7)) / 1e9,
     }
     for dtype in dict.fromkeys((torch.float32, *dtypes)):
-        # A product without instructions of its own, as half precision has on many CPUs, would take minutes.
+        # Many CPUs have no instructions for half precision: a large product would take minutes.
         n = 64 if small else 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 256
         a = torch.randn(n, n, device=device).to(dtype)
         seconds = min(clock(functools.partial(torch.matmul, a, a), 1) for _ in range(7))
-        found[f"{name_of(dtype)}_gflop_per_s"] = 2 * n**3 / seconds / 1e9
-    return found
+        limits[f"{name_of(dtype)}_gflop_per_s"] = 2 * n**3 / seconds / 1e9
+    return limits
 
 
 def share(row: dict[str, Any], limits: dict[str, float]) -> float | None:
-    """The part of the roofline that pyfused reaches: the least time that the bytes and the FLOPs take at this machine's
-    ceilings, over the time taken. More than 1 where the data stays in caches. Half precision may be computed in float32."""
+    """The share of the roofline that pyfused reaches: the least time for the row's bytes and FLOPs at this machine's limits,
+    over the time taken. It can exceed 1 if the data stays in caches. Half precision may be computed in float32."""
     if not (row["bytes"] or row["flops"]):
         return None
     rate = max(limits.get(f"{row['dtype']}_gflop_per_s", 0.0), limits["float32_gflop_per_s"])

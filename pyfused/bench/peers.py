@@ -1,7 +1,7 @@
-"""Whom is pyfused measured beside? Each peer by name, with the packages that it needs.
+"""Which peers is pyfused measured beside, and which packages does each need?
 
-A peer of a Case is a function that makes its call; what it raises is said in the row. This file has those that work for any
-function or any module, peers_models.py the engines that run whole models.
+A peer of a Case is a function that makes the peer's call. If it raises, the row shows the error. This file has the peers for
+single functions and modules, peers_models.py the engines that run whole models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import dispatch
 from .case import Function
 
-# Name -> what has to be installed. "eager" and "sdpa", plain PyTorch, are in every row.
+# Peer -> packages that it needs. "eager" or "sdpa", plain PyTorch, is in every row.
 PEERS: dict[str, tuple[str, ...]] = {
     "eager": (),
     "sdpa": (),
@@ -54,7 +54,7 @@ def missing(name: str, device: str) -> str:
 
 
 def compiled(function: Function) -> dict[str, Callable[[], Function]]:
-    """torch.compile of a function, or of a module, for the sizes at hand."""
+    """torch.compile of a function or module, for fixed sizes."""
 
     def make() -> Function:
         torch._dynamo.reset()
@@ -64,7 +64,7 @@ def compiled(function: Function) -> dict[str, Callable[[], Function]]:
 
 
 def backends(function: Function) -> dict[str, Callable[[], Function]]:
-    """pyfused's own GPU backends, each forced: the call raises where one lacks the case."""
+    """pyfused's own GPU backends, each forced. The call raises if the backend lacks the case."""
 
     def forced(name: str) -> Function:
         def run(*inputs: Any) -> Any:
@@ -77,7 +77,7 @@ def backends(function: Function) -> dict[str, Callable[[], Function]]:
 
 
 def sdpa(**options: Any) -> Function:
-    """scaled_dot_product_attention with these options, as PyTorch chooses among its kernels."""
+    """scaled_dot_product_attention with these options. PyTorch chooses the kernel."""
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, *more, **options)
@@ -86,7 +86,7 @@ def sdpa(**options: Any) -> Function:
 
 
 def sdpa_by_name(function: Function) -> dict[str, Callable[[], Function]]:
-    """The same by each of PyTorch's kernels; the call raises where one lacks the case."""
+    """scaled_dot_product_attention by each of PyTorch's kernels. The call raises if the kernel lacks the case."""
 
     def by_name(backend: SDPBackend) -> Function:
         def run(*inputs: Any) -> Any:
@@ -99,7 +99,7 @@ def sdpa_by_name(function: Function) -> dict[str, Callable[[], Function]]:
 
 
 def flex(variant: str, shape: tuple[int, ...], bias: Any, device: str) -> dict[str, Callable[[], Function]]:
-    """FlexAttention, compiled: plain, causal by a mask of blocks, or with T5's bias looked up by distance."""
+    """FlexAttention, compiled: plain, causal with a block mask, or with T5's bias looked up by distance."""
 
     def make() -> Function:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -1,6 +1,7 @@
 """How do other inference engines run the models? OpenVINO, ONNX Runtime and CTranslate2: the same weights, torch's threads.
 
-As in peers.py each function returns name -> what makes the peer's call. Such a call takes no inputs: they are bound.
+As in peers.py, each function returns peer -> a function that makes the peer's call. The inputs are already bound: the call
+takes none.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PRECISIONS = {
 
 
 class _Model(torch.nn.Module):
-    """A model in float32, and how its result is got of the inputs, as exporters want it."""
+    """A float32 copy of a model whose forward is `call`, the form that exporters need."""
 
     def __init__(self, model: torch.nn.Module, call: Function) -> None:
         super().__init__()
@@ -44,17 +45,17 @@ def exported(
     """OpenVINO and ONNX Runtime.
 
     Args:
-        model: its dtype is what OpenVINO computes in, if the processor can; ONNX Runtime is a peer in float32 alone.
-        call: from the model and the inputs to a tensor.
-        inputs: what the model is exported for: the engines get constant shapes.
-        after: what is still done with the tensor, in PyTorch.
+        model: OpenVINO computes in its dtype, if the processor can. ONNX Runtime runs only float32 models.
+        call: call(model, *inputs) returns a tensor.
+        inputs: the model is exported for exactly these shapes.
+        after: the rest of the computation, in PyTorch.
     """
 
     def export() -> Any:
         return torch.export.export(_Model(model, call), inputs)
 
     def openvino() -> Function:
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # its stand-in then sends nothing
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # so that it sends nothing
         import openvino
 
         hint, capability = _PRECISIONS[model.dtype]
@@ -82,14 +83,14 @@ def exported(
 
 
 def gpt2_prompt(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: the logits after a prompt (1, S), and the cache filled."""
+    """CTranslate2: reads a prompt (1, S), fills the cache and returns the next token's logits."""
 
     def make(kind: str) -> Function:
         generator = _gpt2(model, kind)
 
         def run() -> torch.Tensor:
-            found = generator.generate_batch(_words(ids), max_length=1, **_GPT2)
-            return _tensor(found[0].logits[0][0])[None]
+            results = generator.generate_batch(_words(ids), max_length=1, **_GPT2)
+            return _tensor(results[0].logits[0][0])[None]
 
         return run
 
@@ -97,8 +98,8 @@ def gpt2_prompt(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Functio
 
 
 def gpt2_token(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: the logits of one more token. The first call's are those after ids (1, S); then come 31 greedy tokens, and
-    the same again."""
+    """CTranslate2: each call returns the logits of one more token. The first comes after ids (1, S). After 32 greedy tokens it
+    starts again."""
 
     def make(kind: str) -> Function:
         generate = partial(_gpt2(model, kind).generate_batch, _words(ids), max_length=32, **_GPT2)
@@ -123,8 +124,8 @@ def t5_encoder(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function
 
 
 def t5_token(model: Any, ids: torch.Tensor, cached: int) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: the logits of one more token on a source (1, S). The first call's have `cached` tokens before it, all 0.
-    Then it goes on to twice as many, and starts again from none: over the calls the cache has that size in the mean."""
+    """CTranslate2: each call returns the logits of one more token for a source (1, S). At the first call the cache holds
+    `cached` tokens, all 0. It grows to twice as many and then starts again from none, so `cached` is its mean size."""
 
     def make(kind: str) -> Function:
         import ctranslate2
@@ -146,39 +147,39 @@ def t5_token(model: Any, ids: torch.Tensor, cached: int) -> dict[str, Callable[[
     return _kinds(model, make)
 
 
-# No token ends a text early (with a least length CTranslate2 would mask that token's logit), and all logits are returned.
+# Return all logits, and never end a text early. (A minimum length would do that too, but it masks the end token's logit.)
 _ALL_LOGITS = {"end_token": [1 << 30], "return_logits_vocab": True}
-_GPT2 = {"include_prompt_in_result": False, **_ALL_LOGITS}  # the prompt is read at once
+_GPT2 = {"include_prompt_in_result": False, **_ALL_LOGITS}  # reads the whole prompt in one step
 
 
 def _kinds(model: Any, make: Callable[[str], Function]) -> dict[str, Callable[[], Function]]:
-    """In the model's dtype, and a float32 model in int8 too. CTranslate2 raises where the processor lacks the dtype."""
+    """The peer in the model's dtype; for a float32 model also in int8. CTranslate2 raises if the processor lacks the dtype."""
     name = str(model.dtype).removeprefix("torch.")
     kinds = {"ctranslate2": name, INT8: "int8"} if name == "float32" else {"ctranslate2": name}
     return {peer: partial(make, kind) for peer, kind in kinds.items()}
 
 
 def _tokens(generate: Callable[..., Any]) -> Iterator[torch.Tensor]:
-    """The logits of each token, computed when asked for: CTranslate2's thread waits in its callback until the next one is."""
-    asked: SimpleQueue[bool] = SimpleQueue()
-    given: SimpleQueue[Any] = SimpleQueue()
+    """Yields the logits of one token after another. CTranslate2's thread waits in its callback until the next is needed."""
+    stops: SimpleQueue[bool] = SimpleQueue()
+    results: SimpleQueue[Any] = SimpleQueue()
 
     def callback(result: Any) -> bool:
-        given.put(result)
-        return asked.get()  # whether to stop
+        results.put(result)
+        return stops.get()
 
     while True:
         generate(asynchronous=True, callback=callback)
         last = False
         while not last:
-            result = given.get(timeout=600)
+            result = results.get(timeout=600)
             last = result.is_last
             stop = True
             try:
                 yield _tensor(result.logits)
                 stop = False
             finally:
-                asked.put(stop)
+                stops.put(stop)
 
 
 def _gpt2(model: Any, kind: str) -> Any:
@@ -195,15 +196,13 @@ def _t5(model: Any) -> Any:
 
     with torch.no_grad():
         spec = T5Loader()(model, _Tokenizer(model))
-    if (
-        not model.config.scale_decoder_outputs
-    ):  # the loader looks at tie_word_embeddings, which transformers 5 always sets
+    if not model.config.scale_decoder_outputs:  # the loader reads tie_word_embeddings, which transformers 5 always sets
         spec.decoder.scale_outputs = OPTIONAL
     return spec
 
 
 class _Tokenizer(SimpleNamespace):
-    """What the converters ask a tokenizer for: the word of a token is its number."""
+    """The part of a tokenizer that the converters use. A token's word is its number."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(bos_token="0", eos_token="0", unk_token="0", pad_token="0", size=model.config.vocab_size)
@@ -220,7 +219,7 @@ def _words(ids: torch.Tensor) -> list[list[str]]:
 
 
 def _loaded(cls: Any, spec: Any, kind: str) -> Any:
-    """The engine of a specification, which goes through a file."""
+    """The engine for a specification; CTranslate2 loads it only from files."""
     spec.validate()
     spec.optimize()
     with tempfile.TemporaryDirectory() as directory:
@@ -229,7 +228,7 @@ def _loaded(cls: Any, spec: Any, kind: str) -> Any:
 
 
 def _tensor(view: Any) -> torch.Tensor:
-    """CTranslate2's array, in float32, which NumPy knows."""
+    """CTranslate2's array as a float32 tensor; NumPy does not know bfloat16."""
     import ctranslate2
 
     return torch.from_numpy(np.array(view.to(ctranslate2.DataType.float32)))

@@ -1,4 +1,4 @@
-"""What does a run look like? Bars of every peer's time over pyfused's, and the roofline of this machine."""
+"""What does a run look like? A picture with bars (every peer's time over pyfused's) and this machine's roofline."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ OWN, PLAIN = "#1f6fb4", "#c05a28"
 COLOURS = (PLAIN, "#5b9e5b", "#8a6bb1", "#b8933a", "#4fa3a5", "#b0567f", "#777777")
 
 
-def plot(found: dict[str, Any], path: str | Path, title: str = "") -> None:
-    """Writes the picture, in the format that the path's ending names.
+def plot(result: dict[str, Any], path: str | Path, title: str = "") -> None:
+    """Writes the picture. The path's ending gives the format.
 
     Args:
-        found: what bench() returns.
+        result: what bench() returns.
         path: a file for the picture, such as "bench.png".
 
     Raises:
         ValueError: matplotlib is not installed, there is no row to draw, or the format is unknown.
     """
     pyplot = _pyplot()
-    rows = [row for row in found["rows"] if row.get("ratio")]
+    rows = [row for row in result["rows"] if row.get("ratio")]
     if not rows:
         raise ValueError("--plot: there is no row to draw")
     peers = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
@@ -30,18 +30,18 @@ def plot(found: dict[str, Any], path: str | Path, title: str = "") -> None:
         1, 2, figsize=(17, min(height, 300)), gridspec_kw={"width_ratios": [3, 2]}, layout="constrained"
     )
     _bars(left, rows, colour)
-    _roofline(right, rows, found["ceilings"])
-    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-    figure.suptitle(title or f"pyfused {found['versions']['pyfused']} on {found['kind']}, {threads}, {found['date']}")
+    _roofline(right, rows, result["ceilings"])
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    figure.suptitle(title or f"pyfused {result['versions']['pyfused']} on {result['kind']}, {threads}, {result['date']}")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
 def drawable(path: str | Path) -> None:
-    """Says at once what would stop plot() after the measurements.
+    """Checks before the measurements that plot() will be able to write this file.
 
     Raises:
-        ValueError: matplotlib is not installed, or knows no such format.
+        ValueError: matplotlib is not installed or does not know the format.
     """
     kinds = _pyplot().figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in kinds:
@@ -61,7 +61,7 @@ def _pyplot() -> Any:
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]], colour: dict[str, str]) -> None:
-    """A group of bars for each row: how many times as fast as the peer pyfused is."""
+    """A group of bars for each row: how many times as fast as each peer pyfused is."""
     place, ticks, labels = 0.0, [], []
     longest = 6.0
     for row in rows:
@@ -77,14 +77,14 @@ def _bars(axes: Any, rows: list[dict[str, Any]], colour: dict[str, str]) -> None
     axes.set_ylim(place, -1)
     axes.set_xlim(0, longest + 0.6)
     axes.axvline(1, color=OWN, linewidth=1.5)
-    axes.set_xlabel("time of the peer / time of pyfused (right of the line pyfused is faster)")
+    axes.set_xlabel("time of the peer / time of pyfused (right of the line: pyfused is faster)")
     for name, shade in colour.items():
         axes.barh([-9], [0], color=shade, label=name)
     axes.legend(loc="upper right", fontsize=8)
 
 
 def _roofline(axes: Any, rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
-    """GFLOP/s over FLOPs per byte, pyfused and plain PyTorch, below the ceilings measured in the same run."""
+    """GFLOP/s over FLOPs per byte, of pyfused and plain PyTorch, below the limits measured in the same run."""
     drawn = [row for row in rows if row.get("flops") and row.get("bytes")]
     for row in drawn:
         at = row["flops"] / row["bytes"]

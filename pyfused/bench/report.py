@@ -1,4 +1,4 @@
-"""How are rows shown? As a table: times, shares of the machine's ceilings, and how many times as fast as each peer."""
+"""How are rows shown? As a table: times, shares of the machine's limits, and how many times as fast as each peer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, TextIO
 from .measure import share
 
 
-def head(found: dict[str, Any]) -> str:
-    """What was measured on what: machine, threads, versions, ceilings, and peers that are not here."""
-    limits = found["ceilings"]
+def head(result: dict[str, Any]) -> str:
+    """The lines above the table: machine, threads, versions, limits and missing peers."""
+    limits = result["ceilings"]
     rates = ", ".join(
         f"{k.removesuffix('_gflop_per_s')} {v:.0f}" for k, v in limits.items() if k.endswith("gflop_per_s")
     )
     lines = [
-        f"{found['kind']}, {found['threads']} thread{'s' * (found['threads'] > 1)}, {found['date']}; "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"{result['kind']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, {result['date']}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         f"ceilings: copy {limits['copy_gb_per_s']:.1f} GB/s, read {limits['read_gb_per_s']:.1f} GB/s; "
         f"products in GFLOP/s: {rates}",
     ]
-    lines += [f"without {name}: {why}" for name, why in found["missing"].items()]
+    lines += [f"without {name}: {why}" for name, why in result["missing"].items()]
     return "\n".join(lines)
 
 
@@ -33,8 +33,8 @@ COLUMNS = (
 
 
 def line(row: dict[str, Any], limits: dict[str, float]) -> str:
-    """One row. "spread" is the middle half of the times over their median; "ceiling" the share of the roofline, and more than
-    100% where data stays in caches; "~" marks noise, "slow" what is below plain PyTorch."""
+    """One row. "spread" is the middle half of the times over their median. "ceiling" is the share of the roofline; it can
+    exceed 100% if data stays in caches. "~" marks noise, "slow" a row below plain PyTorch."""
     first = f"{row['case'][:46]:<46} {row['dtype']:<9}"
     if "error" in row:
         return f"{first} FAILED  {row['error']}"
@@ -61,25 +61,25 @@ def _rate(amount: float, seconds: float) -> str:
     return f"{amount / seconds / 1e9:.1f}" if amount else ""
 
 
-def table(found: dict[str, Any]) -> str:
-    """Every row, benchmark by benchmark."""
+def table(result: dict[str, Any]) -> str:
+    """All rows, grouped by benchmark."""
     lines = []
-    for before, row in zip([None, *found["rows"]], found["rows"]):
-        lines += [*_heading(before, row), line(row, found["ceilings"])]
+    for before, row in zip([None, *result["rows"]], result["rows"]):
+        lines += [*_heading(before, row), line(row, result["ceilings"])]
     return "\n".join(lines)
 
 
 def _heading(before: dict[str, Any] | None, row: dict[str, Any]) -> list[str]:
-    """What stands above the first row of a benchmark."""
+    """The lines above the first row of a benchmark."""
     return [] if before and before["benchmark"] == row["benchmark"] else ["", row["benchmark"], COLUMNS]
 
 
 class Live:
-    """Shows a run while it goes on: each row as it comes, on a terminal with a line below that says how far it is; and keeps
-    all of it in a file, so that a run that is killed loses nothing.
+    """Shows a run while it goes on: prints each row as it comes and, on a terminal, a progress line below. Writes the rows to a
+    file as well, so that a killed run loses nothing.
 
     Args:
-        stream: where the table goes.
+        stream: where to print.
         path: a JSON file, or None.
     """
 
@@ -88,50 +88,50 @@ class Live:
         self._shown, self._headed = 0, False
         self._began = time.monotonic()
 
-    def __call__(self, found: dict[str, Any], now: str, left: int) -> None:
-        """What bench() calls before each row."""
-        self._rows(found)
+    def __call__(self, result: dict[str, Any], now: str, left: int) -> None:
+        """bench() calls this before each row."""
+        self._rows(result)
         if now and self._stream.isatty():
-            done = len(found["rows"])
+            done = len(result["rows"])
             passed = time.monotonic() - self._began
             rest = f", {passed / done * left / 60:.0f} min left" if done else ""
             bar = "#" * (24 * done // (done + left))
             print(f"[{bar:<24}] {done}/{done + left}{rest}  {now[:60]}", end="", flush=True, file=self._stream)
 
-    def close(self, found: dict[str, Any], checked: bool) -> None:
-        """The last row, and the summary."""
-        self._rows(found)
-        print(f"\n{summary(found, checked)}", file=self._stream)
+    def close(self, result: dict[str, Any], checked: bool) -> None:
+        """Prints the last row and the summary."""
+        self._rows(result)
+        print(f"\n{summary(result, checked)}", file=self._stream)
 
-    def _rows(self, found: dict[str, Any]) -> None:
+    def _rows(self, result: dict[str, Any]) -> None:
         if self._stream.isatty():
             print("\r\033[K", end="", file=self._stream)
-        if not self._headed and found["ceilings"]:  # else interrupted before anything was known
+        if not self._headed and result["ceilings"]:  # empty if interrupted at the very start
             self._headed = True
-            print(head(found), file=self._stream)
-        rows = found["rows"]
+            print(head(result), file=self._stream)
+        rows = result["rows"]
         for place in range(self._shown, len(rows)):
-            lines = [*_heading(rows[place - 1] if place else None, rows[place]), line(rows[place], found["ceilings"])]
+            lines = [*_heading(rows[place - 1] if place else None, rows[place]), line(rows[place], result["ceilings"])]
             print("\n".join(lines), file=self._stream, flush=True)
         self._shown = len(rows)
         if self._path:
-            write(found, self._path)
+            write(result, self._path)
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    """The run as a JSON file, whole at any moment."""
+def write(result: dict[str, Any], path: Path) -> None:
+    """Writes the run as a JSON file. Readers never see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(path)
 
 
-def summary(found: dict[str, Any], checked: bool = False) -> str:
-    """How many rows, and what to know of them."""
-    rows = found["rows"]
+def summary(result: dict[str, Any], checked: bool = False) -> str:
+    """The number of rows, and which failed, are noisy or, with --check, slow."""
+    rows = result["rows"]
     failed, noisy = [r for r in rows if "error" in r], [r for r in rows if r.get("noisy")]
-    left = f", {found['left']} not measured" if found["left"] else ""
-    lines = [f"{len(rows)} rows{', interrupted' if found['interrupted'] else ''}{left}"]
+    left = f", {result['left']} not measured" if result["left"] else ""
+    lines = [f"{len(rows)} rows{', interrupted' if result['interrupted'] else ''}{left}"]
     if failed:
         lines.append(f"{len(failed)} failed: {_named(failed)}")
     if noisy:
@@ -143,13 +143,13 @@ def summary(found: dict[str, Any], checked: bool = False) -> str:
         unchecked = [r for r in rows if unknown(r)]
         if unchecked:
             lines.append(f"{len(unchecked)} could not be compared with plain PyTorch: {_named(unchecked)}")
-        none = "no row that was compared is below 0.97 of plain PyTorch's speed, with 95% confidence"
+        none = "no compared row is below 0.97 of plain PyTorch's speed, with 95% confidence"
         lines.append(f"slower than plain PyTorch: {_named(slow)}" if slow else none)
     return "\n".join(lines)
 
 
 def unknown(row: dict[str, Any]) -> bool:
-    """Whether plain PyTorch failed, so that --check has nothing to go by."""
+    """Whether plain PyTorch failed, so that --check cannot compare the row."""
     return "error" not in row and "values" not in row and not row.get("interval")
 
 

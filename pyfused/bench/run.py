@@ -1,4 +1,4 @@
-"""Which benchmarks run, and what is made of their rows? The engine of `pyfused bench`."""
+"""Which benchmarks run, in which order, and which rows are slow or noisy? The engine of `pyfused bench`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .case import Case, Setup
 from .measure import NOISY, ceilings, measure
 
 EVERYTHING = Setup()
-LEAST = 0.97  # of plain PyTorch's speed: the promise, less the noise of a shared machine
+LEAST = 0.97  # of plain PyTorch's speed: pyfused promises 1; the rest is the noise of a shared machine
 
 
 def names() -> list[str]:
     """Every benchmark, benchmarks/bench_<name>.py; the operators first."""
     folder = importlib.import_module(".benchmarks", __package__).__path__
-    found = {m.name.removeprefix("bench_") for m in pkgutil.iter_modules(folder) if m.name.startswith("bench_")}
-    return [*ops.MODULES, *sorted(found - ops.MODULES.keys())]
+    files = {m.name.removeprefix("bench_") for m in pkgutil.iter_modules(folder) if m.name.startswith("bench_")}
+    return [*ops.MODULES, *sorted(files - ops.MODULES.keys())]
 
 
 def cases(name: str, setup: Setup) -> list[Case]:
@@ -45,27 +45,27 @@ def bench(
     seconds: float = 2.0,
     check: bool = False,
     limit: float | None = None,
-    each: Callable[[dict[str, Any], str, int], None] = lambda found, now, left: None,
+    each: Callable[[dict[str, Any], str, int], None] = lambda result, now, left: None,
 ) -> dict[str, Any]:
-    """Measures pyfused beside its peers, in turn, in this process.
+    """Measures pyfused beside its peers, one row after another, in this process.
 
     Args:
         wanted: benchmarks; by default all.
         setup: device and dtypes.
-        threads: CPU threads, for the length of the run; 0 leaves torch's number.
-        peers: those to measure beside plain PyTorch; by default all. One that is not installed is named in the result.
-        seconds: how long a row is measured, at most; at least six rounds, three of slow calls.
-        check: a row below LEAST is measured twice more, three times as long, before it is said to be.
-        limit: no row begins after so many seconds.
-        each: called as each(found, "attention 1x12x512x64 float32", rows left) with what is known, before every row.
+        threads: CPU threads during the run; 0 keeps torch's number.
+        peers: peers to measure beside plain PyTorch; by default all. The result names those that are not installed.
+        seconds: how long to measure a row. There are at least six rounds, or three if calls are slow.
+        check: measure a row below LEAST twice more, three times as long, before it counts as slow.
+        limit: begin no row after so many seconds.
+        each: called before every row as each(result so far, "attention 1x12x512x64 float32", rows left).
 
     Returns:
         {"kind", "device", "threads", "date", "versions", "ceilings", "missing": {peer: why}, "interrupted", "left",
-        "rows": [...]}. The rows are measure()'s, with "benchmark", "noisy", and "slow" where pyfused is below LEAST. Ctrl-C
-        ends the run and keeps what is done; "left": how many rows that, or the limit, left.
+        "rows": [...]}. The rows are measure()'s, with "benchmark", "noisy", and "slow" if pyfused is below LEAST. Ctrl-C ends
+        the run and keeps the finished rows. "left" is the number of rows not measured because of that or of the limit.
 
     Raises:
-        ValueError: a name that is no benchmark or no peer, or a device that is not here.
+        ValueError: an unknown benchmark or peer, or a device that is not here.
     """
     for what, given, takes in (("NAMES", wanted, names()), ("--peers", peers, list(known.PEERS))):
         for name in given:
@@ -78,7 +78,7 @@ def bench(
         torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     missing = {name: why for name in peers or known.PEERS if (why := known.missing(name, setup.device))}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "kind": evidence.kind(setup.device),
         "device": setup.device,
         "threads": torch.get_num_threads(),
@@ -90,36 +90,36 @@ def bench(
         "left": 0,
         "rows": rows,
     }
-    asked = {name: missing.get(name, "") for name in peers or known.PEERS}
+    reasons = {name: missing.get(name, "") for name in peers or known.PEERS}
     try:
-        found["ceilings"] = ceilings(setup.device, setup.dtypes, setup.small)
+        result["ceilings"] = ceilings(setup.device, setup.dtypes, setup.small)
         listed = [(name, case) for name in dict.fromkeys(wanted or names()) for case in cases(name, setup)]
         began = time.monotonic()
         for place, (name, case) in enumerate(listed):
-            found["left"] = len(listed) - place  # in the file too, should this process be killed
+            result["left"] = len(listed) - place  # before each(), which writes the file: this process may be killed
             if limit is not None and time.monotonic() - began > limit:
                 break
-            each(found, f"{name} {case.name} {evidence.name_of(case.dtype)}", len(listed) - place)
-            row = {"benchmark": name, **measure(case, setup.device, asked, seconds)}
+            each(result, f"{name} {case.name} {evidence.name_of(case.dtype)}", len(listed) - place)
+            row = {"benchmark": name, **measure(case, setup.device, reasons, seconds)}
             if check and is_slow(row):
-                row = _surely(row, partial(measure, case, setup.device, {}), seconds)
-            _judge(row)
+                row = _measure_longer(row, partial(measure, case, setup.device, {}), seconds)
+            _mark_slow_and_noisy(row)
             rows.append(row)
-            found["left"] -= 1
+            result["left"] -= 1
     except KeyboardInterrupt:
-        found["interrupted"] = True
+        result["interrupted"] = True
     finally:
         torch.set_num_threads(before)
-    return found
+    return result
 
 
 def is_slow(row: dict[str, Any]) -> bool:
-    """Whether pyfused is below LEAST of plain PyTorch's speed, and not by chance: all of the ratio's interval is."""
+    """Whether pyfused is below LEAST of plain PyTorch's speed, and not by chance: the ratio's whole interval is below."""
     return bool(row.get("interval")) and row["interval"][1] < LEAST
 
 
-def _surely(row: dict[str, Any], again: Callable[[float], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The row, with the baseline's numbers of the best of two longer measurements where it was slow."""
+def _measure_longer(row: dict[str, Any], again: Callable[[float], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Measures a slow row up to twice more, three times as long. Returns it with the best numbers for pyfused and baseline."""
     for _ in range(2):
         other = again(3 * seconds)
         if not other.get("interval"):
@@ -135,17 +135,17 @@ def _surely(row: dict[str, Any], again: Callable[[float], dict[str, Any]], secon
     return row
 
 
-def _judge(row: dict[str, Any]) -> None:
+def _mark_slow_and_noisy(row: dict[str, Any]) -> None:
     row["slow"] = is_slow(row)
     row["noisy"] = any(row.get("spread", {}).get(name, 0) > NOISY for name in ("pyfused", row.get("baseline")))
 
 
 def versions() -> dict[str, str]:
-    """Of pyfused, Python, torch, and every peer that is installed."""
-    found = {"pyfused": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    """The versions of pyfused, Python, torch, and every installed peer."""
+    installed = {"pyfused": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in dict.fromkeys(p for needed in known.PEERS.values() for p in needed):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
