@@ -32,7 +32,9 @@ def plot(result: dict[str, Any], path: str | Path, title: str = "") -> None:
     _bars(left, rows, colour)
     _roofline(right, rows, result["ceilings"])
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    figure.suptitle(title or f"pyfused {result['versions']['pyfused']} on {result['kind']}, {threads}, {result['date']}")
+    figure.suptitle(
+        title or f"pyfused {result['versions']['pyfused']} on {result['kind']}, {threads}, {result['date']}"
+    )
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 

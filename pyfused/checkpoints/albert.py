@@ -29,7 +29,8 @@ DEPTHS = ("num_groups", "num_inner_repetitions")  # of stored layers; num_layers
 # Options of the original TensorFlow configurations, repeated in the published ones
 _OFF = {"gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "down_scale_factor": 1}
 _REFUSED = REFUSED | {
-    name: Refused(f"pyfused supports only {off}, the value in every published ALBERT", off) for name, off in _OFF.items()
+    name: Refused(f"pyfused supports only {off}, the value in every published ALBERT", off)
+    for name, off in _OFF.items()
 }
 _SILENT = SILENT | {"classifier_dropout_prob", "tie_word_embeddings"}
 

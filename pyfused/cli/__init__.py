@@ -1,7 +1,7 @@
 """What can one do from a terminal? `pyfused env | generate | encode | verify | warm | bench | tune | evidence`, --json on each.
 
-An error is one line on stderr and exit status 2, never a traceback; `verify` exits with 1 where a backend fails. What the
-terminal's encoding does not have is written as "?".
+An error is one line on stderr and exit status 2, never a traceback. `verify` exits with 1 if a backend fails. A character that
+the terminal's encoding lacks is written as "?".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import measurements, presets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status. Without a command: prints the help, 0."""
+    """Runs one command and returns the exit status. Without a command: prints the help and returns 0."""
     with _encodable(sys.stdout):
         return _main(argv)
 
@@ -33,14 +33,14 @@ def _main(argv: Sequence[str] | None) -> int:
             status = 0
         else:
             status = arguments.run(arguments)
-        print(end="", flush=True)  # while an error can still be told
+        print(end="", flush=True)  # here, so that an error of writing is caught below
         return status
     except KeyboardInterrupt:
         print("pyfused: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
+    except BrokenPipeError:  # the reader of the output is gone
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return 141
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
@@ -50,9 +50,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _encodable(stream: TextIO) -> Iterator[None]:
-    """Inside, the stream takes any text: "?" stands for what its encoding lacks. stderr does that by itself."""
+    """Inside the block the stream writes "?" for a character that its encoding lacks. (stderr escapes it anyway.)"""
     before = getattr(stream, "errors", None)
-    # surrogateescape, which the C locale has, refuses every character but lone surrogates too
+    # The C locale has surrogateescape, which still refuses every unknown character but lone surrogates
     if before not in ("strict", "surrogateescape") or not isinstance(stream, io.TextIOWrapper):
         yield
         return
@@ -60,7 +60,7 @@ def _encodable(stream: TextIO) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, ValueError):  # a broken pipe, which is told already
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe, handled above
             stream.reconfigure(errors=before)
 
 

@@ -1,4 +1,4 @@
-"""What measures from a terminal, and says what was measured: `pyfused env | bench | tune | evidence`."""
+"""Which commands measure this machine and show the results? `pyfused env | bench | tune | evidence`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
 
     bench = commands.add_parser("bench", help="measure operators and models beside plain PyTorch and other peers")
     bench.add_argument("names", nargs="*", metavar="NAME", help="such as attention or gpt2; all by default")
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is a GPU, else cpu")
     bench.add_argument(
         "--dtype", nargs="+", default=(), metavar="DTYPE", help="float32, bfloat16, float16; all by default"
     )
@@ -32,23 +32,28 @@ def add(commands: Any) -> None:
     bench.add_argument("--plot", metavar="FILE.png", help="draw bars for each peer, and a roofline")
     bench.set_defaults(run=_bench)
 
-    tune = commands.add_parser("tune", help="measure this machine's kernels beside plain PyTorch, and dispatch by that")
-    tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="which to measure; all by default")
-    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; cpu by default")
+    tune = commands.add_parser("tune", help="measure this machine's kernels for dispatch, beside plain PyTorch")
+    tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="operators to measure; all by default")
+    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which kernels; cpu by default")
     tune.add_argument("--quick", action="store_true", help="fewer sizes, less time for each")
     tune.add_argument(
-        "--threads", type=int, nargs="+", default=(), metavar="N", help="on a CPU: numbers of threads; one, and all"
+        "--threads",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="on a CPU: numbers of threads; default: 1 and all",
     )
     tune.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="on a GPU: stop after so long and keep what is known by then"
+        "--limit", type=float, metavar="SECONDS", help="on a GPU: stop after so long and keep the results so far"
     )
     tune.add_argument("--save", metavar="FILE.json", help="write there instead of the user's cache folder")
     tune.set_defaults(run=_tune)
 
     evidence = commands.add_parser(
-        "evidence", help="the measurements that decide which backend runs, and where each is from"
+        "evidence", help="the measurements that decide which backend runs, and the file of each"
     )
-    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="about which; cpu by default")
+    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for which device; cpu by default")
     evidence.set_defaults(run=_evidence)
 
     for command in (env, tune, evidence):
@@ -115,7 +120,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _check_writable(name: str, option: str) -> None:
-    """Says before the measurements what would lose them."""
+    """Raises ValueError before the measurements if their file cannot be written."""
     path = Path(name)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{option} is {name!r}, which cannot be written")
@@ -144,7 +149,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         limit = float("inf") if arguments.limit is None else arguments.limit
         options |= {"limit": limit, "save": lambda found: evidence.write(path, found)}
         found = tune_gpu.tune(**options, compile_ahead=compile_ahead.compile_tiles)
-        left = f"pyfused: {found['skipped']} tiles left out, which do not compile, do not fit or give a wrong output"
+        left = f"pyfused: {found['skipped']} tiles left out: they do not compile, do not fit or give a wrong output"
         print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
     else:
         path = Path(arguments.save) if arguments.save else evidence.own_file()
@@ -174,7 +179,7 @@ def _evidence(arguments: argparse.Namespace) -> int:
         lines = [line._asdict() for line in found]
         print(json.dumps({"kind": kind, "files": files, "lines": lines, "tiles": tiles}, indent=1))
         return 0
-    print(f"this machine: {kind}\nasked for a line, in this order:")
+    print(f"this machine: {kind}\nlines come from the first of these files that has them:")
     for path in paths:
         print(f"  {path}{'' if path.exists() else ' (not there)'}")
     print(evidence.render(found))
@@ -186,7 +191,7 @@ def _evidence(arguments: argparse.Namespace) -> int:
 
 
 def _tiles_in_force() -> tuple[str, list[Path], list[dict[str, object]]]:
-    """What evidence calls this machine's GPU, the files that are asked, and their rows of tiles, first asked first."""
+    """Evidence's name for this machine's GPU, the files of tiles, and their rows. Earlier files and rows win."""
     import torch
 
     from .. import dispatch, tiles

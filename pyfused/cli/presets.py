@@ -1,4 +1,4 @@
-"""What runs a preset from a terminal: `pyfused generate | encode | verify | warm`."""
+"""Which commands run a preset? `pyfused generate | encode | verify | warm`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     )
     encode.add_argument("--pool", choices=("cls", "mean"), help="one vector a text instead of one a token")
     encode.add_argument(
-        "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with zeros behind shorter texts"
+        "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with shorter texts padded by zeros"
     )
     encode.set_defaults(run=_encode)
 
@@ -41,14 +41,14 @@ def add(commands: Any) -> None:
     verify.add_argument("preset", metavar="PRESET")
     verify.set_defaults(run=_verify)
 
-    warm = commands.add_parser("warm", help="compile what a preset needs before it is needed, in parallel")
+    warm = commands.add_parser("warm", help="compile a preset's kernels ahead of use, in parallel")
     warm.add_argument("preset", metavar="PRESET")
-    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the texts to expect")
-    warm.add_argument("--workers", type=int, metavar="N", help="processes that compile; one a core by default")
+    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="lengths of the expected texts, in tokens")
+    warm.add_argument("--workers", type=int, metavar="N", help="compiling processes; by default one per core")
     warm.set_defaults(run=_warm)
 
     for command in (generate, encode, verify, warm):
-        command.add_argument("--device", metavar="DEVICE", help="cpu (default where there is no GPU) or cuda[:N]")
+        command.add_argument("--device", metavar="DEVICE", help="cpu (default without a GPU) or cuda[:N]")
         command.add_argument(
             "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
         )
@@ -56,8 +56,8 @@ def add(commands: Any) -> None:
 
 
 def _text(argument: str) -> str:
-    """An argument as text. Bytes that the locale's encoding could not read come as lone surrogates; they are UTF-8, or
-    nothing that a tokeniser knows."""
+    """An argument as text. Python passes bytes that the locale cannot decode as lone surrogates. Here they are read as UTF-8,
+    or replaced."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -67,7 +67,7 @@ def _device(name: str | None) -> str:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device; it takes cpu or cuda[:N]") from None
+        raise ValueError(f"--device {name!r} is not a device; it takes cpu or cuda[:N]") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name!r} is not supported; it takes cpu or cuda[:N]")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -92,7 +92,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if not arguments.json and token != tokenizer.end_token_id:
             print(stream.push(token), end="", flush=True)
 
-    if not arguments.json and len(model.texts) == 1:  # else the tokens are an answer, no continuation
+    if not arguments.json and len(model.texts) == 1:  # a decoder alone continues its prompt; T5 answers it
         print(arguments.prompt, end="", flush=True)
     stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
     (tokens,) = generator.generate(
@@ -135,18 +135,18 @@ def _encode(arguments: argparse.Namespace) -> int:
     model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype)
     tokenizer = load_tokenizer(arguments.preset)
     states = encode(model, [tokenizer.encode(text) for text in arguments.text], pool=arguments.pool)
-    found = [text.float().cpu().numpy() for text in states]
+    arrays = [text.float().cpu().numpy() for text in states]
     if arguments.output:
-        longest = max(len(text) for text in found)
-        padded = [text if arguments.pool else np.pad(text, ((0, longest - len(text)), (0, 0))) for text in found]
+        longest = max(len(text) for text in arrays)
+        padded = [text if arguments.pool else np.pad(text, ((0, longest - len(text)), (0, 0))) for text in arrays]
         np.save(arguments.output, np.stack(padded))
     if arguments.json:
-        rows = [{"text": text, "states": values.tolist()} for text, values in zip(arguments.text, found)]
+        rows = [{"text": text, "states": values.tolist()} for text, values in zip(arguments.text, arrays)]
         print(json.dumps({"preset": arguments.preset, "pool": arguments.pool, "texts": rows}))
     elif arguments.output:
         print(f"{arguments.output}: {' x '.join(map(str, np.stack(padded).shape))}")
     else:
-        for text, values in zip(arguments.text, found):
+        for text, values in zip(arguments.text, arrays):
             print(f"{text}  {' x '.join(map(str, values.shape))}")
             print(np.array2string(values, precision=4, suppress_small=True, max_line_width=120))
     return 0

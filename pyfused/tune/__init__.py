@@ -1,4 +1,4 @@
-"""`pyfused tune`: which kernels win on this machine, measured and kept as evidence."""
+"""Which kernels are fastest on this machine? `pyfused tune` measures it and saves the result as evidence."""
 
 from .run import tune
 

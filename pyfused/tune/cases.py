@@ -1,4 +1,4 @@
-"""What does `pyfused tune --device cuda` measure? Calls of the operators, most valuable first, and plain PyTorch's."""
+"""Which calls does `pyfused tune --device cuda` measure? The operators', most valuable first, and the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Problem(NamedTuple):
     """One call of an operator.
 
     Attributes:
-        bind: the kernels' arguments, of `tensors` or others of their names.
-        plain: the results as one writes them in PyTorch.
-        backward: the kernels' arguments of the backward, of those of the forward, its outputs, and the results' gradients.
+        tensors: its tensors by name.
+        bind: tensors -> the arguments of the forward kernels.
+        plain: tensors -> the results in plain PyTorch.
+        backward: (forward arguments, forward outputs, gradients of the results) -> the arguments of the backward kernels.
         wants: the tensors whose gradients the backward returns, in its order.
     """
 
@@ -32,7 +33,7 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A problem still to be made; new(*shape) gives random numbers."""
+    """A problem that `make(new)` creates when it is measured; new(*shape) gives random numbers."""
 
     operator: str
     function: str
@@ -41,15 +42,15 @@ class Case(NamedTuple):
 
 
 def saving(args: tuple[Any, ...], position: int) -> tuple[Any, ...]:
-    """The arguments of a forward that keeps what its backward needs."""
+    """The arguments of a forward, with `save` (at this position) on: it keeps the tensors that its backward needs."""
     return (*args[:position], True, *args[position + 1 :])
 
 
 def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, relative: bool) -> Callable[[New], Problem]:
-    """With T5's bias or without; plain PyTorch is SDPA, with the whole bias as a tensor."""
+    """Attention (B, H, S, D), with T5's relative bias or without. Plain PyTorch is SDPA with the bias as a dense tensor."""
 
     def make(new: New) -> Problem:
-        # As a projection gives them: (B, S, H, D) in memory.
+        # (B, S, H, D) in memory, as a projection writes them
         shapes = {"query": (b, sq, h, d), "key": (b, sk, hkv, d), "value": (b, sk, hkv, d)}
         tensors = {name: new(*shape).transpose(1, 2) for name, shape in shapes.items()}
         if relative:
@@ -74,12 +75,13 @@ def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, relative: bool
 
 
 def dense(table: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:
-    """T5's bias as a tensor, for queries at the end of the keys."""
+    """T5's bias as a dense tensor, for queries at the end of the keys."""
     reference: Any = dispatch.kernel("reference", "relative_bias")
     return reference.forward(table, query_length, key_length, True, 128, key_length - query_length)[0]
 
 
 def norm(operator: str, rows: int, n: int, residual: bool) -> Callable[[New], Problem]:
+    """layer_norm or rms_norm of (rows, n), with a residual added first or without."""
     centred = operator == "layer_norm"
 
     def make(new: New) -> Problem:
@@ -110,6 +112,8 @@ def norm(operator: str, rows: int, n: int, residual: bool) -> Callable[[New], Pr
 
 
 def linear(rows: int, n: int, m: int) -> Callable[[New], Problem]:
+    """A linear layer with bias, (rows, n) to (rows, m)."""
+
     def make(new: New) -> Problem:
         tensors = {"x": new(rows, n), "weight": new(m, n) / n**0.5, "bias": new(m)}
 
@@ -122,6 +126,8 @@ def linear(rows: int, n: int, m: int) -> Callable[[New], Problem]:
 
 
 def ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
+    """GPT-2's feed-forward network of (rows, n): inner width f, tanh GELU, biases."""
+
     def make(new: New) -> Problem:
         tensors = {"x": new(rows, n), "w_in": new(f, n) / n**0.5, "b_in": new(f)}
         tensors |= {"w_out": new(n, f) / f**0.5, "b_out": new(n)}
@@ -142,6 +148,8 @@ def ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
 
 
 def gated_ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
+    """T5 1.1's gated feed-forward network of (rows, n): inner width f, tanh GELU on the gate, no biases."""
+
     def make(new: New) -> Problem:
         tensors = {"x": new(rows, n), "w_gate": new(f, n) / n**0.5, "w_up": new(f, n) / n**0.5}
         tensors |= {"w_out": new(n, f) / f**0.5}
@@ -162,7 +170,7 @@ def gated_ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
 
 
 def fourier_mix(b: int, s: int, n: int) -> Callable[[New], Problem]:
-    """torch.fft takes half precision at powers of two alone."""
+    """FNet's Fourier mixing of (B, S, N). torch.fft takes half precision only for powers of two, so plain PyTorch widens."""
 
     def plain(t: Tensors) -> tuple[torch.Tensor, ...]:
         x = t["x"]
@@ -173,6 +181,8 @@ def fourier_mix(b: int, s: int, n: int) -> Callable[[New], Problem]:
 
 
 def relative_bias(h: int, sq: int, sk: int, buckets: int = 32) -> Callable[[New], Problem]:
+    """T5's bias (1, H, Sq, Sk) from its table (buckets, H), for queries at the end of the keys."""
+
     def bind(t: Tensors) -> tuple[Any, ...]:
         options = {"bidirectional": True, "max_distance": 128, "query_offset": sk - sq}
         return ops.MODULES["relative_bias"].bind(t["table"], sq, sk, **options)
@@ -186,11 +196,11 @@ def relative_bias(h: int, sq: int, sk: int, buckets: int = 32) -> Callable[[New]
 
 
 def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
-    """What is measured, most valuable first.
+    """The calls to measure, most valuable first.
 
     Args:
-        quick: one size of each class of shapes.
-        tiny: sizes for a dry run on Triton's interpreter.
+        quick: one size for each class of shapes.
+        tiny: sizes for a dry run in Triton's interpreter.
     """
     s, few, rows, width, inner = (8, 16, 4, 16, 32) if tiny else (2048, 1024, 16384, 1024, 4096)
     b, h, many = (1, 2, 20) if tiny else (4, 16, 4096)

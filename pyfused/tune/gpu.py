@@ -1,9 +1,9 @@
-"""How fast is each backend on this GPU, and with which tiles is Triton fastest? Measures what dispatch decides by.
+"""How fast is each backend on this GPU, and with which tiles is Triton fastest? The evidence by which dispatch chooses.
 
-Of each call in cases.py the outputs are judged by the tolerance rule. Then tiles around Triton's present ones are tried,
-where no earlier call tuned that row. Then Triton, the CUDA kernels, backend `reference` and plain PyTorch are timed in turn. A
-tile that does not compile, does not fit or gives a wrong output is left out and counted. Where there is no GPU and
-TRITON_INTERPRET=1, all of it runs on CPU tensors with tiny sizes, to see that it runs.
+For each call in cases.py, the tolerance rule first checks the outputs. Then the search tries tiles around Triton's present
+ones, unless an earlier call has tuned that row. Then Triton, the CUDA kernels, backend `reference` and plain PyTorch are timed
+in turn. A tile that does not compile, does not fit or gives a wrong output is skipped and counted. Without a GPU, and with
+TRITON_INTERPRET=1, everything runs on CPU tensors with tiny sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -25,26 +25,21 @@ from .cases import Case, Problem, cases, saving
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "cuda", "reference")
-_SAVE = {
-    "attention": 9,
-    "layer_norm": 5,
-    "rms_norm": 4,
-    "ffn": 7,
-    "gated_ffn": 6,
-}  # where `save` is among the arguments
-_WORTH = 0.98  # a tile replaces another if it takes this share of its time
-_JUDGED = 1 << 18  # elements of an output: the rule runs on the host
+# The position of `save` among a forward's arguments
+_SAVE = {"attention": 9, "layer_norm": 5, "rms_norm": 4, "ffn": 7, "gated_ffn": 6}
+_WORTH = 0.98  # a tile replaces another if it takes less than this share of its time
+_JUDGED = 1 << 18  # elements of an output to check: the tolerance rule runs on the CPU
 
 Run = Callable[[], tuple[Any, ...]]
 
 
 def own_file() -> Path:
-    """Where `pyfused tune` writes what tune() found on this machine."""
+    """The file that `pyfused tune` writes on this machine."""
     return evidence.own_file("cuda" if torch.cuda.is_available() else "interpreter")
 
 
 class _Stop(Exception):
-    """The time is up, or the device is lost."""
+    """The time is up, or the device does not answer."""
 
 
 def tune(
@@ -55,31 +50,33 @@ def tune(
     work: Iterable[Case] | None = None,
     dtypes: Sequence[torch.dtype] = (),
     say: Callable[[str], None] = lambda text: None,
-    save: Callable[[dict[str, Any]], Any] = lambda found: None,
+    save: Callable[[dict[str, Any]], Any] = lambda result: None,
     compile_ahead: Callable[[Run, str, Sequence[dict[str, int]]], Any] = lambda run, kernel, candidates: None,
     clock: Callable[[Callable[[], Any]], float] | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
-    """Measures this machine's GPU kernels beside plain PyTorch, and searches Triton's tiles.
+    """Measures this machine's GPU kernels beside plain PyTorch, and searches for Triton's fastest tiles.
 
     Args:
-        quick: fewer sizes, bfloat16 alone, and each tile's nearest neighbours alone.
-        limit: seconds after which no more is begun; what is known by then is returned.
-        operators: which to measure; by default all.
-        work, dtypes: what to measure in place of cases(), and of bfloat16, float16 and float32 in this order.
-        say: gets a line before each call that is measured.
-        save: gets what is known so far after each.
-        compile_ahead: gets a call, a Triton kernel in it and the tiles that will be tried there, before they are, and may
+        quick: fewer sizes, only bfloat16, and only each tile's nearest neighbours.
+        limit: begin nothing more after so many seconds, and return the results so far.
+        operators: the operators to measure; by default all.
+        work: the calls to measure in place of cases().
+        dtypes: by default bfloat16, float16 and float32, in this order.
+        say: gets a line before each measured call.
+        save: gets the results so far after each call.
+        compile_ahead: called as compile_ahead(call, name of a Triton kernel in it, tiles) before these tiles are tried. It may
             compile them in parallel.
-        clock: seconds that a call takes; by default events on a GPU.
-        now: seconds, for the limit.
+        clock: clock(call) returns the call's seconds; by default measured with a GPU's events.
+        now: returns seconds, for the limit.
 
     Returns:
-        What evidence.write() takes; `refused`: the calls whose outputs broke the tolerance rule; `skipped`: how many tiles were
-        left out; `stopped`: whether something was not measured, and why.
+        The evidence in the form that evidence.write() takes, and
+        `refused`: the calls whose outputs broke the tolerance rule; `skipped`: the number of tiles left out;
+        `stopped`: why the rest was not measured, or "".
 
     Raises:
-        ValueError: there is no GPU, or an unknown operator.
+        ValueError: there is no GPU, or an operator is unknown.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not dispatch.interpreting():
@@ -96,17 +93,17 @@ def tune(
                     continue
                 say(f"{evidence.name_of(dtype)}, {case.name}")
                 search.measure(case, dtype)
-                save(search.found())
+                save(search.result())
     except _Stop as reason:
         search.stopped = str(reason)
     finally:
         dispatch.forget()
-    save(search.found())
-    return search.found()
+    save(search.result())
+    return search.result()
 
 
 class _Search:
-    """What is known so far, and how more of it is found."""
+    """The results so far, and the methods that add to them."""
 
     def __init__(self, on_gpu, quick, deadline, clock, now, compile_ahead):
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -120,11 +117,11 @@ class _Search:
         self.stopped = ""
         self.about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
 
-    def found(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         names = "operator", "function", "dtype", "shapes"
         lines = [{**dict(zip(names, key)), **self.about, "speed": speed} for key, speed in sorted(self.lines.items())]
-        found = {"lines": lines, "tiles": [row.as_json() for row in self.rows.values()], "refused": self.refused}
-        return {"kind": own_file().stem, **found, "skipped": self.skipped, "stopped": self.stopped}
+        measured = {"lines": lines, "tiles": [row.as_json() for row in self.rows.values()], "refused": self.refused}
+        return {"kind": own_file().stem, **measured, "skipped": self.skipped, "stopped": self.stopped}
 
     def measure(self, case: Case, dtype: torch.dtype) -> None:
         self._check_time()
@@ -145,10 +142,10 @@ class _Search:
         problem = case.make(new)
         args, runs, plain, exact = _calls(case, problem, new)
         expected = [_sample(t) for t in plain()], [_sample(t) for t in exact()]
-        del exact  # and what it keeps for a backward
+        del exact  # frees the tensors that its backward keeps
 
         def right(run: Run) -> bool:
-            """Whether its outputs pass, on memory that was filled with NaN."""
+            """Whether the outputs of a call pass. New memory is NaN, so that an element that no kernel writes fails."""
             with _poisoned():
                 outputs = [t for t in run() if t is not None][: len(expected[0])]
             return all(judge(_sample(o), p, e).ok for o, p, e in zip(outputs, *expected, strict=True))
@@ -159,15 +156,15 @@ class _Search:
         with contextlib.ExitStack() as tuned, torch.no_grad():
             for name, run in list(runs.items()):
                 dispatch.forget()
-                with tiles.recorded() as asked:
+                with tiles.recorded() as lookups:
                     passed = self._attempt(run, right)
                 if not passed:
                     self.refused.append(f"{evidence.name_of(dtype)}, {case.name}: {name}")
                     speed[name] = 0.0
                     del runs[name]
                 elif name == "triton":
-                    for question in {q.kernel: q for q in asked}.values():
-                        tuned.enter_context(tiles.trying(question.kernel, self._best(question, run, right)))
+                    for lookup in {each.kernel: each for each in lookups}.values():
+                        tuned.enter_context(tiles.trying(lookup.kernel, self._fastest_tile(lookup, run, right)))
             samples: dict[str, list[float]] = {name: [] for name in (*runs, "plain")}
             for _ in range(self.rounds):
                 for name, run in (*runs.items(), ("plain", plain)):
@@ -178,11 +175,11 @@ class _Search:
         for name, value in speed.items():
             line.setdefault(name, {})[size] = value
 
-    def _best(self, question: tiles.Asked, run: Run, right: Callable[[Run], bool]) -> dict[str, int]:
-        """The fastest tile of a kernel within a call that runs with the others' as they are; kept with its row's class."""
-        row = question.tile.row
-        dtype = "any" if question.dtype is None else evidence.name_of(question.dtype)
-        place = row.kernel, dtype, question.cases[0], row.up_to
+    def _fastest_tile(self, lookup: tiles.Asked, run: Run, right: Callable[[Run], bool]) -> dict[str, int]:
+        """The fastest tile of one kernel in a call; the call's other kernels keep theirs. Adds it to self.rows."""
+        row = lookup.tile.row
+        dtype = "any" if lookup.dtype is None else evidence.name_of(lookup.dtype)
+        place = row.kernel, dtype, lookup.cases[0], row.up_to
         if place in self.rows:
             return self.rows[place].tile
         best, tried, least = dict(row.tile), [dict(row.tile)], self._seconds(run)
@@ -203,7 +200,7 @@ class _Search:
                 if best is before:
                     break
         except _Stop:
-            complete = best != row.tile  # what was found so far is better than what was there
+            complete = best != row.tile  # keep a better tile, even if the search did not end
             raise
         finally:
             if complete:
@@ -214,7 +211,7 @@ class _Search:
         return statistics.median(self.clock(run) for _ in range(min(self.rounds, 5)))
 
     def _attempt(self, run: Run, right: Callable[[Run], bool]) -> bool:
-        """right(run); False where it raises too: the compiler's errors and the driver's have no common class."""
+        """right(run), or False if it raises. It catches any Exception: errors of compiler and driver share no other class."""
         try:
             return right(run)
         except _Stop:
@@ -234,8 +231,8 @@ class _Search:
 
 
 def candidates(row: tiles.Row, device: torch.device) -> list[dict[str, int]]:
-    """Tiles around a row's: each number once larger and once smaller, and a side of the tile together with the warps."""
-    tile, found = row.tile, []
+    """Tiles around a row's: each number doubled or halved (stages: one more or less), and a side together with the warps."""
+    tile, result = row.tile, []
     sides = [name for name in tile if name.startswith(("BLOCK", "ROWS", "COLUMNS"))]
     changes: list[dict[str, Callable[[int], int]]] = []
     for change in (lambda value: value * 2), (lambda value: value // 2):
@@ -247,23 +244,23 @@ def candidates(row: tiles.Row, device: torch.device) -> list[dict[str, int]]:
         if not set(changed) <= set(tile):
             continue
         new = {**tile, **{name: change(tile[name]) for name, change in changed.items()}}
-        # A matrix instruction takes 16 at least; a row that does without has less already.
+        # A matrix instruction needs at least 16. A row without one has less already.
         small = any(name in _OF_A_PRODUCT and new[name] < min(16, tile[name]) for name in new)
         try:
             tiles.check(row.kernel, new)
         except ValueError:
             continue
         fits = tiles.least_shared(row._replace(tile=new)) <= tiles.shared_memory(device)
-        if fits and not small and new not in found:
-            found.append(new)
-    return found
+        if fits and not small and new not in result:
+            result.append(new)
+    return result
 
 
-_OF_A_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "INNER")
+_OF_A_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "INNER")  # sides of a tile that a matrix instruction reads
 
 
 def _calls(case: Case, problem: Problem, new: Any) -> tuple[tuple[Any, ...], dict[str, Run], Run, Run]:
-    """The kernels' arguments, each backend's call that has the case, plain PyTorch's, and that in float64."""
+    """The kernels' arguments; the call of each backend that has the case; plain PyTorch's call; and that in float64."""
     given = problem.tensors
     args = problem.bind(given)
     exact = {name: t.double() for name, t in given.items()}
@@ -291,7 +288,7 @@ def _calls(case: Case, problem: Problem, new: Any) -> tuple[tuple[Any, ...], dic
 
 
 def _gradients(problem: Problem, tensors: dict[str, torch.Tensor], grads: Sequence[torch.Tensor]) -> Run:
-    """The backward of plain PyTorch alone, through a graph that is made once."""
+    """A call that runs only plain PyTorch's backward. The graph is made once, here."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     with torch.enable_grad():
         outputs = problem.plain(leaves)
@@ -300,14 +297,14 @@ def _gradients(problem: Problem, tensors: dict[str, torch.Tensor], grads: Sequen
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """At most _JUDGED elements, from everywhere: with an odd step every column of a tile is among them."""
+    """At most _JUDGED elements, evenly spread. The step is odd, so that every column of a tile is among them."""
     step = -(-tensor.numel() // _JUDGED) | 1
     return tensor.detach().reshape(-1)[::step].clone()
 
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Inside the block new memory is NaN, so that an output a kernel forgot to write is wrong."""
+    """Inside the block new memory is NaN: an output that a kernel forgets to write is then wrong."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = settings.fill_uninitialized_memory

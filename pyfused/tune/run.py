@@ -1,7 +1,7 @@
-"""How fast is each backend on this machine? Measures what dispatch decides by, as evidence.py keeps it.
+"""How fast are the CPU kernels on this machine? The evidence by which dispatch chooses them (evidence.py).
 
-A point is one call of an operator, run on the CPU kernel and in plain PyTorch in turn, on the same inputs, with the outputs
-checked by the tolerance rule first. What is kept is the ratio of their times.
+A point is one call of an operator. The CPU kernel and plain PyTorch run it in turn on the same inputs, after the tolerance rule
+has checked the outputs. The evidence is the ratio of their times.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .. import dispatch, evidence, ops
 from ..testing import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDTHS = (128, 768)  # of a small and of a large weight
+_WIDTHS = (128, 768)  # a small and a large weight
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
-# (B, S, N): from few and long signals, where most lanes of a vector are empty, to many
+# (B, S, N): from few, long signals, which leave most lanes of a vector empty, to many
 _SPECTRA = (
     (1, 1, 4096),
     (1, 4, 4096),
@@ -50,7 +50,7 @@ class Point(NamedTuple):
         return {} if self.residual is None else {"residual": self.residual}
 
     def in_plain_torch(self) -> torch.Tensor:
-        """The whole result, as one writes it without pyfused."""
+        """The result without pyfused."""
         x, *rest = self.tensors
         return self.plain(x if self.residual is None else x + self.residual, *rest)
 
@@ -62,7 +62,7 @@ def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def points(quick: bool = False) -> Iterator[Point]:
-    """What is measured, in float32."""
+    """The calls to measure, in float32."""
     for width in _WIDTHS:
         weight = torch.randn(width, width) / width**0.5
         for rows in _ROWS[::3] if quick else _ROWS:
@@ -90,22 +90,23 @@ def tune(
 
     Args:
         quick: fewer sizes, and less time for each.
-        operators: which to measure; by default all that evidence is kept of.
-        threads: numbers of threads; by default one, and as many as torch uses.
+        operators: the operators to measure; by default all that evidence is kept for.
+        threads: numbers of threads; by default one, and torch's number.
         say: gets a line before each group of measurements.
-        clock: seconds, as time.perf_counter gives them.
+        clock: returns seconds, like time.perf_counter.
 
     Returns:
-        What evidence.py reads, and `refused`: the calls whose outputs broke the tolerance rule, of which nothing is kept.
+        The evidence in the form that evidence.py reads, and `refused`: the calls whose outputs broke the tolerance rule. They
+        give no evidence.
 
     Raises:
-        ValueError: there are no CPU kernels here, or of an operator no evidence is kept.
+        ValueError: there are no CPU kernels here, or no evidence is kept for an operator.
     """
     if dispatch.missing("cpu"):
         raise ValueError(f"there is nothing to measure: {dispatch.missing('cpu')}")
     for name in operators:
         if name not in evidence.OPERATORS:
-            raise ValueError(f"operators names {name!r}; evidence is kept of {', '.join(evidence.OPERATORS)}")
+            raise ValueError(f"operators names {name!r}; evidence is kept for {', '.join(evidence.OPERATORS)}")
     before = torch.get_num_threads()
     measured: dict[tuple[Any, ...], dict[int, float]] = {}
     refused = []
@@ -138,12 +139,12 @@ def tune(
 
 
 def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | None:
-    """How many times as fast as the library's way the CPU kernel is; None where its output is wrong. Both ways run as
-    pyfused runs them: what a call of an operator costs is part of either."""
+    """How many times as fast as PyTorch's library the CPU kernel is; None if its output is wrong. Both run through pyfused's
+    operator, so both times include its overhead."""
     function, options = getattr(ops, point.operator), point.options()
 
     def run(library: bool, repeats: int) -> tuple[torch.Tensor, float]:
-        # Launches are remembered by what backend() asks for, so that each way keeps its own.
+        # Launches are remembered per backend() setting: the two ways do not share one.
         with dispatch.backend("cpu", strict=not library), evidence.one_way(library):
             began = clock()
             for _ in range(repeats):
@@ -154,12 +155,12 @@ def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | 
     if not judge(run(False, 1)[0], point.in_plain_torch(), point.to(torch.float64).in_plain_torch()).ok:
         return None
     once = min(run(False, 1)[1] for _ in range(3))
-    repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # a call is shorter than the clock is exact
+    repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # the clock is too coarse for one short call
     kernel: list[float] = []
     library: list[float] = []
     began = clock()
     while len(kernel) < 5 or (clock() - began < seconds and len(kernel) < 200):
         kernel.append(run(False, repeats)[1])
         library.append(run(True, repeats)[1])
-    # Other work on the machine only ever adds time: the quicker quarter says more than the median.
+    # Other work on the machine only adds time, so the first quartile says more than the median.
     return statistics.quantiles(library, n=4)[0] / statistics.quantiles(kernel, n=4)[0]
