@@ -1,15 +1,15 @@
-# The commands one needs. Each makes its own environment (.venv) on a fresh machine; `make gpu` takes the Python that is
-# there and installs nothing.
+# The commands one needs. Each creates the environment .venv if it is missing. `make gpu` uses the installed Python and
+# installs nothing.
 #
-# make run     env, verify, generate and encode on the bundled presets, with tokens per second beside transformers'
-# make test    every test that needs no GPU
-# make test-machines  the operators' tests and `pyfused verify` as older and newer processors run them
-# make lint    ruff and mypy
-# make bench   every benchmark on the CPU, into benchmarks/results and the README
-# make gpu-build  the extensions for a machine with a GPU: Python 3.12, Hopper; nothing has to be built or installed there
-# make gpu     what a GPU must show, in BUDGET seconds, into RESULTS (CALL=second after the first; benchmarks/gpu.py)
-# make gpu-publish  what a run left in RESULTS becomes evidence, result file and README
-# make clean   removes what the others made
+# make run            env, verify, generate and encode on the bundled presets, with tokens per second beside transformers
+# make test           every test that needs no GPU
+# make test-machines  the operators' tests and `pyfused verify`, as on older and newer processors
+# make lint           ruff and mypy
+# make bench          every benchmark on the CPU; updates benchmarks/results and the README
+# make gpu-build      builds the extensions for a machine with a Hopper GPU and Python 3.12, where nothing can be installed
+# make gpu            the GPU's checks and measurements, within BUDGET seconds, into RESULTS; then again with CALL=second
+# make gpu-publish    turns the results in RESULTS into evidence, result file and README
+# make clean          removes everything that the other commands made
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,7 +21,7 @@ CALL ?= first
 BUDGET ?= 390
 RESULTS ?= build/gpu-results
 
-# What the tests read. An install has code for every chip (CMakeLists.txt), which takes three times as long to build.
+# The tests read code for these two chips. A build for every chip (CMakeLists.txt) takes three times as long.
 run test test-machines lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
 .PHONY: run test test-machines lint bench gpu gpu-build gpu-publish clean
@@ -58,7 +58,7 @@ gpu:
 gpu-publish:
 	$(PYTHON) benchmarks/gpu.py --publish $(RESULTS)
 
-# Objects lie apart from those of an install, which have code for other chips too.
+# The object files have their own folder: those of an install have code for other chips too.
 gpu-build: .venv-gpu/stamp
 	PYFUSED_REQUIRE_EXTENSIONS=1 PYFUSED_BUILD_ARCHITECTURES=90a-real .venv-gpu/bin/python setup.py --quiet build_ext \
 	  --build-temp build/gpu-objects --build-lib build/gpu
@@ -72,7 +72,7 @@ gpu-build: .venv-gpu/stamp
 clean:
 	rm -rf $(VENV) .venv-gpu build dist *.egg-info pyfused/*.so .pytest_cache .mypy_cache .ruff_cache
 
-# torch first, by itself: asked for through a range, pip would take a build with gigabytes of CUDA packages.
+# torch first and pinned: from a range of versions pip picks a build with gigabytes of CUDA packages.
 $(VENV)/base.stamp:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -87,7 +87,7 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 	$(BIN)/pip install --quiet "transformers==5.23.0"
 	touch $@
 
-# keras-hub without its dependencies: they would bring TensorFlow.
+# keras-hub without its dependencies, which include TensorFlow.
 $(VENV)/test.stamp: $(VENV)/lib.stamp
 	$(BIN)/pip install --quiet --group test
 	$(BIN)/pip install --quiet --no-deps "keras-hub==0.32.0"

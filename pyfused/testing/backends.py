@@ -9,7 +9,8 @@ from .. import dispatch, extensions
 
 
 def available(device: str = "cpu") -> list[str]:
-    """Names for running(): "reference", "cpu:<isa>" for each instruction set of this processor, "triton", "cuda"."""
+    """The names that running() takes here: "reference", "cpu:<isa>" for each instruction set of this processor, "triton" and
+    "cuda"."""
     names = ["reference"]
     if device == "cpu":
         names += [f"cpu:{isa}" for isa in extensions.cpu_supported()]
@@ -22,7 +23,7 @@ def available(device: str = "cpu") -> list[str]:
 
 @contextmanager
 def running(name: str, *, strict: bool = True) -> Iterator[None]:
-    """Forces one of available(); strictly, a case that it lacks raises BackendError instead of falling through."""
+    """Forces one of available(). strict: raise BackendError for a case that the backend lacks, instead of using the next."""
     backend, _, isa = name.partition(":")
     with ExitStack() as stack:
         if isa:

@@ -1,8 +1,8 @@
 """What does a source of csrc/cuda compile to, on a machine with no GPU? Registers, spills and machine code of every kernel.
 
-The object that the build of pyfused._cuda left is read where it is newer than everything that went into it. Else nvcc
-makes a cubin per source and architecture, kept under build/cubin by a hash of everything that goes into it. So CI compiles
-each source once, and a second run none. cuobjdump, which the Triton wheel brings, reads both.
+If the build of pyfused._cuda left an object file that is newer than its sources, it is read. Otherwise nvcc makes a cubin per
+source and architecture, cached under build/cubin by a hash of all inputs. So CI compiles each source once, and a second run
+compiles nothing. cuobjdump, from the Triton wheel, reads both.
 
     for kernel in compile_source("layer_norm", "sm_90a"):
         check_kernel(kernel)
@@ -35,12 +35,12 @@ class Kernel:
     """One __global__ function of a source, for one architecture.
 
     Attributes:
-        name: as C++ writes it, without namespaces and parameters: "forward_kernel<__half, 8, 4, true>".
+        name: its C++ name without namespaces and parameters: "forward_kernel<__half, 8, 4, true>".
         architecture: "sm_80" or "sm_90a".
         registers: 32-bit registers per thread.
-        spills: bytes of stack and local memory per thread: what did not fit into registers, or could not be indexed there.
+        spills: bytes of stack and local memory per thread, for values that do not fit into registers or are indexed.
         shared: bytes of static shared memory per block.
-        sass: its machine code, as text.
+        sass: its machine code as text.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Kernel:
         return tuple(a.strip() for a in inner.removesuffix(">").split(",")) if inner else ()
 
     def count(self, instruction: str) -> int:
-        """How many instructions begin with this, such as "LDG.E.128" or "HMMA"."""
+        """The number of instructions that begin with this, such as "LDG.E.128" or "HMMA"."""
         return len(re.findall(rf"\*/\s+(?:@!?U?P\d+ )?{re.escape(instruction)}", self.sass))
 
 
 def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
-    """Compiles csrc/cuda/<name>.cu and returns its kernels; the same process compiles and reads it once.
+    """Compiles csrc/cuda/<name>.cu and returns its kernels. A process does this once for each source.
 
     Args:
         name: an operator, such as "layer_norm".
@@ -75,7 +75,7 @@ def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
 
     Raises:
         ValueError: an unknown architecture, or no such source.
-        RuntimeError: nvcc refuses; the message has its last words.
+        RuntimeError: nvcc fails; the message has the end of its output.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r} is unknown; it takes {', '.join(ARCHITECTURES)}")
@@ -86,7 +86,7 @@ def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
 
 
 def check_kernel(kernel: Kernel) -> None:
-    """Raises AssertionError where a kernel spills, or declares more shared memory than a block has without asking."""
+    """Raises AssertionError if a kernel spills, or declares more than a block's default of 48 KB of shared memory."""
     what = f"{kernel.name} on {kernel.architecture}"
     assert kernel.spills == 0, f"{what}: {kernel.spills} bytes a thread spilled ({kernel.registers} registers)"
     assert kernel.shared <= 48 * 1024, f"{what}: {kernel.shared} bytes of static shared memory; 48 KB are the limit"
@@ -98,12 +98,12 @@ def shared_limit(architecture: str) -> int:
 
 
 def _read(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
-    """The text of a source and of all it includes from this repository."""
+    """Path -> content of a source and of all headers that it includes from this repository."""
     if path not in seen:
         seen[path] = path.read_bytes()
         for included in re.findall(rb'^\s*#include "([^"]+)"', seen[path], re.MULTILINE):
             for folder in (path.parent, *_INCLUDES):
-                if (folder / included.decode()).is_file():  # else a header of the host shim
+                if (folder / included.decode()).is_file():  # otherwise a header of tests/cuda_on_cpu
                     _read(folder / included.decode(), seen)
                     break
     return seen
@@ -118,7 +118,7 @@ def _compiler() -> tuple[str, str]:
 
 
 def _built(source: Path) -> Path | None:
-    """The object that CMake made of this source for pyfused._cuda, with code for every architecture, if it is up to date."""
+    """The object file of this source from the build of pyfused._cuda, with code for every architecture. None if outdated."""
     changed = max(path.stat().st_mtime for path in _read(source, {}))
     objects = sorted(
         (_ROOT / "build").glob(f"temp*/**/csrc/cuda/{source.name}.o"), key=lambda path: path.stat().st_mtime
@@ -140,8 +140,10 @@ def _cubin(source: Path, architecture: str) -> Path:
         fresh = cubin.with_suffix(f".{os.getpid()}")
         done = subprocess.run([nvcc, *command, str(source), "-o", str(fresh)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"nvcc for {architecture} refuses {source.name}:\n{(done.stdout + done.stderr)[-4000:]}")
-        fresh.rename(cubin)  # two processes may have compiled it: either result will do
+            raise RuntimeError(
+                f"nvcc for {architecture} cannot compile {source.name}:\n{(done.stdout + done.stderr)[-4000:]}"
+            )
+        fresh.rename(cubin)  # if two processes compiled it, either result will do
     return cubin
 
 
@@ -164,7 +166,7 @@ def _kernels(cubin: Path, architecture: str) -> tuple[Kernel, ...]:
 
 
 def _short(name: str) -> str:
-    """The function's own name and its template arguments, of "void a::(anonymous namespace)::f<T, (int)4>(g, h)"."""
+    """ "void a::(anonymous namespace)::f<T, (int)4>(g, h)" -> "f<T, 4>"."""
     name = re.sub(r"\((?:anonymous namespace|int|bool|unsigned int)\)(?:::)?", "", name)
     depth, end = 0, len(name)
     for at, character in enumerate(name):

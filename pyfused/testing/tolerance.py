@@ -5,10 +5,11 @@ Plain PyTorch in the same dtype, on the same inputs, sets the scale. Two figures
 - the root mean square (RMS) of the errors: at most 1.5 times that of plain PyTorch, plus half a rounding step;
 - every single error: at most 4 times the largest of plain PyTorch, plus one rounding step of that element.
 
-Of few elements both may be more, by chance; see _chance. A rounding step is the distance between neighbouring numbers of the
-dtype at the true value. The constants are calibrated: `tests/calibrate_tolerance.py` prints what right kernels reach on each
-instruction set, and what planted faults do; tests/data/tolerance_calibration.json keeps it. Errors that share a cause (the
-log-sum-exp of a row, the only row of a product) are fewer than their elements: judge several draws together there.
+With few elements both may be larger by chance, and the bounds grow; see _chance. A rounding step is the distance between
+neighbouring numbers of the dtype at the true value. The constants are calibrated: `tests/calibrate_tolerance.py` prints how
+far right kernels and planted faults are off on each instruction set; tests/data/tolerance_calibration.json holds the numbers.
+If errors share a cause (the log-sum-exp of a row, the only row of a product), there are fewer independent errors than elements:
+judge several draws together.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 
 @dataclass(frozen=True)
 class Judgement:
-    """One comparison. `error` is what pyfused has, `plain` what plain PyTorch has, `bound` what is allowed.
+    """One comparison: pyfused's `error`, plain PyTorch's error (`plain`), and the allowed error (`bound`).
 
-    The worst element is the one whose error is the largest part of its own bound.
+    The worst element is the one with the largest ratio of error to bound.
     """
 
     rms_error: float
@@ -55,13 +56,13 @@ class Judgement:
 def judge(actual: torch.Tensor, plain: torch.Tensor | Iterable[torch.Tensor], truth: torch.Tensor) -> Judgement:
     """Judges `actual` by the rule.
 
-    A NaN or an infinity must stand where the truth has the same one. Where the truth is finite but beyond the dtype's range,
-    the infinity of its sign is right. Elements at which plain PyTorch alone is not finite are left out of its errors.
+    A NaN or infinity of the truth must be in the result too, and no other. If the truth is finite but beyond the dtype's range,
+    the infinity of its sign is right. Elements where only plain PyTorch is not finite do not count as its errors.
 
     Args:
         actual: pyfused's result.
-        plain: plain PyTorch's result for the same inputs in the same dtype; of several ways to compute it, the one that is
-            furthest off sets the scale.
+        plain: plain PyTorch's result for the same inputs in the same dtype, or several results from different ways to compute
+            it. The one with the largest error sets the scale.
         truth: the result in float64.
 
     Raises:
@@ -79,11 +80,9 @@ def judge(actual: torch.Tensor, plain: torch.Tensor | Iterable[torch.Tensor], tr
     truth = truth.detach().cpu()
     step = _rounding_step(truth, actual.dtype)
     error = _errors(actual, truth)
-    # The yardstick: of several plain results the one with the largest RMS error.
     yardstick = max((_finite(_errors(p, truth)) for p in plains), key=_rms)
     rms_plain, worst_plain = _rms(yardstick), yardstick.max().item()
-    # What chance adds is never a part of nothing: a few elements of plain PyTorch may be exact by luck, and their rounding
-    # alone is worth step / sqrt(12).
+    # A few elements of plain PyTorch may be exact by luck. Chance then scales the RMS of rounding alone, step / sqrt(12).
     more, rounding = _chance(yardstick) - 1, step / math.sqrt(12)
     bounds = 4 * (worst_plain + more * rounding.clamp(min=worst_plain)) + step
     worst = (error / bounds).argmax()
@@ -103,23 +102,22 @@ def assert_close(
     truth: torch.Tensor,
     what: str = "result",
 ) -> None:
-    """Raises AssertionError, with the numbers, where the rule does not hold; see judge."""
-    found = judge(actual, plain, truth)
-    if not found.ok:
+    """Raises AssertionError with the numbers if the rule does not hold; see judge."""
+    verdict = judge(actual, plain, truth)
+    if not verdict.ok:
         raise AssertionError(
-            f"{what}: RMS error {found.rms_error:.3e}, {found.rms_bound:.3e} allowed (plain PyTorch's {found.rms_plain:.3e}); "
-            f"worst element off by {found.worst_error:.3e}, {found.worst_bound:.3e} allowed (plain PyTorch's largest error "
-            f"{found.worst_plain:.3e})"
+            f"{what}: RMS error {verdict.rms_error:.3e}, {verdict.rms_bound:.3e} allowed (plain PyTorch's "
+            f"{verdict.rms_plain:.3e}); worst element off by {verdict.worst_error:.3e}, {verdict.worst_bound:.3e} allowed "
+            f"(plain PyTorch's largest error {verdict.worst_plain:.3e})"
         )
 
 
 def _chance(errors: torch.Tensor) -> float:
-    """How many times larger than this the RMS of other errors of the same kind may be by chance alone.
+    """By which factor may the RMS of other errors of this kind be larger by chance alone?
 
-    The ratio of two mean squares of n normal numbers each has the F distribution, and half its logarithm (Fisher's z) is
-    nearly normal with variance 1 / (n - 2/3). Five standard deviations are 3.6 at n = 16, 1.37 at 256, 1.05 at 10,000. Where a
-    few errors are much larger than the rest, only they count: n is 3 (sum e^2)^2 / sum e^4, which is the number of errors
-    where they are normal.
+    The ratio of two mean squares of n normal numbers has the F distribution. Half its logarithm (Fisher's z) is nearly normal
+    with variance 1 / (n - 2/3). Five standard deviations give 3.6 at n = 16, 1.37 at 256 and 1.05 at 10,000. If a few errors
+    are much larger than the rest, only they count: n is 3 (sum e^2)^2 / sum e^4, which for normal errors is their number.
     """
     squares = errors.square()
     fourth = squares.square().sum().item()
@@ -128,7 +126,7 @@ def _chance(errors: torch.Tensor) -> float:
 
 
 def _errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """|found - truth|: 0 where both are the same NaN or infinity, infinite where only one is."""
+    """|found - truth|: 0 where both are the same NaN or infinity, infinite where only one is NaN or infinite."""
     wide = found.detach().cpu().double()
     beyond = wide.isinf() & (truth.abs() > torch.finfo(found.dtype).max) & (wide.sign() == truth.sign())
     same = beyond | (wide.isnan() & truth.isnan())
@@ -136,12 +134,12 @@ def _errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(errors: torch.Tensor) -> torch.Tensor:
-    """0 where plain PyTorch alone is not finite: no yardstick there."""
+    """Infinite errors as 0: an element where only plain PyTorch is not finite sets no scale."""
     return errors.masked_fill(errors.isinf(), 0.0)
 
 
 def _rounding_step(truth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance between neighbouring numbers of the dtype at each true value; that of the subnormals is the least."""
+    """The distance between neighbouring numbers of the dtype at each true value, at least that of subnormal numbers."""
     info = torch.finfo(dtype)
     size = truth.abs().nan_to_num(nan=0.0, posinf=0.0).clamp(info.tiny, info.max)
     return torch.ldexp(torch.full_like(size, info.eps), torch.frexp(size).exponent - 1)

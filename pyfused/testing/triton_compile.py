@@ -1,8 +1,8 @@
 """What does a Triton kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
 
-`triton.compile` needs no driver: the Triton wheel brings ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. It does
-need kernels decorated while TRITON_INTERPRET was not set, and the numeric tests set it; so compile_cases() compiles in
-a process of its own, one for a whole list: starting it takes 2 s, a kernel 1 to 5 s, or none if Triton's cache has it.
+`triton.compile` needs no driver: the Triton wheel has ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. But a kernel must be
+decorated while TRITON_INTERPRET is not set, and the numeric tests set it. So compile_cases() starts one process for a whole
+list. Starting takes 2 s, a kernel 1 to 5 s, or no time if Triton's cache has it.
 
     CASES = [Case("forward", "package.module:kernel", {"x_ptr": "*bf16:16", "n": "i32"}, {"BLOCK": 1024})]
     for name, compiled in compile_cases(CASES, "sm_90").items():
@@ -35,7 +35,7 @@ class Compiled:
 
     Attributes:
         registers: 32-bit vector registers per thread.
-        spills: bytes of local memory per thread: what did not fit into registers. 0 is what a kernel wants.
+        spills: bytes of local memory per thread, for values that do not fit into registers. A good kernel has 0.
         shared: bytes of shared memory per block.
         asm: text by name: "ptx" and "sass" for NVIDIA, "amdgcn" for AMD, "ttgir" for both.
     """
@@ -48,14 +48,14 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel to compile, as compile_cases() takes it.
+    """A kernel for compile_cases() to compile.
 
     Attributes:
-        name: what a failure is reported under.
+        name: the name in error messages.
         kernel: "module:function" of a @triton.jit function.
         signature: types of the run-time arguments, as compile_kernel() takes them.
-        constexprs: values of the others; a Triton dtype is written as "tl.bfloat16".
-        options: what else the launcher passes to the compiler, such as enable_fp_fusion.
+        constexprs: values of the other arguments; a Triton dtype is written as "tl.bfloat16".
+        options: further options that the launcher passes to the compiler, such as enable_fp_fusion.
     """
 
     name: str
@@ -76,16 +76,16 @@ def compile_kernel(
     num_stages: int = 3,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compiles a @triton.jit function for one target; needs a process in which TRITON_INTERPRET was never set.
+    """Compiles a @triton.jit function for one target, in a process in which TRITON_INTERPRET was never set.
 
     Args:
-        signature: type by argument name: "i32", "fp32", "*bf16"; with ":16" appended ("*bf16:16", "i32:16") the value
-            is a multiple of 16, as the launcher finds for aligned pointers and strides, and as vector loads need.
-        constexprs: value by argument name. Every argument is in exactly one of the two.
+        signature: argument name -> type: "i32", "fp32", "*bf16". With ":16" appended ("*bf16:16", "i32:16") the value is a
+            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
+        constexprs: argument name -> value. Every argument is in exactly one of the two.
         target: "sm_80", "sm_90" or "gfx942".
 
     Raises:
-        ValueError: an unknown target, an argument in neither or both; what the compiler raises passes through.
+        ValueError: an unknown target, or an argument in neither or both. The compiler's own errors pass through.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -95,7 +95,7 @@ def compile_kernel(
         raise ValueError(f"target={target!r} is unknown; it takes {', '.join(TARGETS)}")
     names = getattr(jit_function, "arg_names", None)
     if not isinstance(jit_function, triton.JITFunction) or names is None:
-        raise ValueError("jit_function is no triton.JITFunction: was it decorated while TRITON_INTERPRET was set?")
+        raise ValueError("jit_function is not a triton.JITFunction: was it decorated while TRITON_INTERPRET was set?")
     given = sorted([*signature, *constexprs])
     if given != sorted(names):
         raise ValueError(f"{jit_function.__name__} takes {sorted(names)}; signature and constexprs give {given}")
@@ -114,7 +114,7 @@ def compile_kernel(
     texts: tuple[str, ...] = ("amdgcn", "ttgir")
     if "cubin" in kernel.asm:
         registers, spills = _nvidia_usage(kernel.asm["cubin"])
-        texts = ("ptx", "sass", "ttgir")  # "sass" is made by the disassembler when it is asked for
+        texts = ("ptx", "sass", "ttgir")  # reading "sass" runs the disassembler
     else:
         text = kernel.asm["amdgcn"]
         registers, spills = (
@@ -125,10 +125,10 @@ def compile_kernel(
 
 
 def compile_cases(cases: Sequence[Case], target: str) -> dict[str, Compiled]:
-    """Compiles every case for one target in a fresh process, and returns the results by case name.
+    """Compiles every case for one target in a new process. Returns case name -> result.
 
     Raises:
-        RuntimeError: a case does not compile; the message has its name and the compiler's last words.
+        RuntimeError: a case does not compile; the message has its name and the end of the compiler's output.
     """
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
@@ -136,17 +136,17 @@ def compile_cases(cases: Sequence[Case], target: str) -> dict[str, Compiled]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "cases.json", Path(folder) / "compiled.json"
-        asked.write_text(json.dumps([asdict(case) for case in cases]))
-        command = [sys.executable, "-m", __name__, target, str(asked), str(answered)]
+        listed, results = Path(folder) / "cases.json", Path(folder) / "compiled.json"
+        listed.write_text(json.dumps([asdict(case) for case in cases]))
+        command = [sys.executable, "-m", __name__, target, str(listed), str(results)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
-        return {name: Compiled(**values) for name, values in json.loads(answered.read_text()).items()}
+        return {name: Compiled(**values) for name, values in json.loads(results.read_text()).items()}
 
 
 def check_resources(compiled: Compiled, name: str, target: str) -> None:
-    """Raises AssertionError where a kernel spills, or asks for more shared memory than the chip has."""
+    """Raises AssertionError if a kernel spills, or needs more shared memory than the chip has."""
     what = f"{name} on {target}"
     assert compiled.spills == 0, f"{what}: {compiled.spills} bytes a thread spilled ({compiled.registers} registers)"
     limit = SHARED_LIMIT[target]
@@ -179,15 +179,15 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def _main(target: str, asked: str, answered: str) -> None:
+def _main(target: str, cases_file: str, results_file: str) -> None:
     results = {}
-    for case in json.loads(Path(asked).read_text()):
+    for case in json.loads(Path(cases_file).read_text()):
         module, _, function = case["kernel"].partition(":")
         jit_function = getattr(importlib.import_module(module), function)
         keys = ("signature", "constexprs", "num_warps", "num_stages", "options")
-        print(f"{case['name']}:", flush=True)  # stays last in the output if the compiler crashes
+        print(f"{case['name']}:", flush=True)  # the last line of the output if the compiler crashes
         results[case["name"]] = asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
-    Path(answered).write_text(json.dumps(results))
+    Path(results_file).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

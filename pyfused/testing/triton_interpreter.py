@@ -1,13 +1,12 @@
-"""Where is Triton's interpreter wrong, so that a kernel right on a GPU fails in it? The repairs, for tests only.
+"""Where does Triton's interpreter compute differently from a GPU, and how do the tests repair it?
 
-Found in Triton 3.6 to 3.9: the interpreter keeps bfloat16 as its 16 bits in unsigned integers, and
-- tl.dot multiplies those integers as if they were the values;
-- float32 becomes bfloat16 by cutting bits off, where the hardware rounds to nearest even; subnormals come out wrong.
-And where it is right but unlike the hardware: a float32 tl.dot goes through BLAS, whose order of summation depends on
-shapes and layouts, so that a b^T and (b a^T)^T differ in their last bits. On a GPU each element is one chain of
-multiply-adds over the inner dimension and they agree; attention's backward needs that, as it computes scores in two
-kernels.
-A kernel must not work around any of this: on a GPU it is right and fast.
+Two errors, in Triton 3.6 to 3.9. The interpreter stores bfloat16 as 16 bits in unsigned integers, and
+- tl.dot multiplies these integers as if they were the values;
+- conversion from float32 cuts bits off, but the hardware rounds to nearest even. Subnormals come out wrong.
+One difference: a float32 tl.dot uses BLAS. Its order of summation depends on shapes and layouts, so a b^T and (b a^T)^T differ
+in their last bits. On a GPU each element is one chain of multiply-adds over the inner dimension, and they agree. Attention's
+backward needs that: two of its kernels compute the same scores.
+The kernels contain no workaround for any of this: they are right and fast on a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import numpy as np
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """The values of bfloat16 bit patterns (uint16), exactly."""
+    """The exact float32 values of bfloat16 bit patterns (uint16)."""
     return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of float32 values rounded to nearest, ties to even; NaN stays NaN."""
+    """The bfloat16 bit patterns (uint16) of float32 values, rounded to nearest, ties to even. NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
@@ -39,7 +38,7 @@ def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarr
 
 @functools.cache
 def repair_interpreter() -> None:
-    """Makes bfloat16 right in Triton's interpreter, for this process. Does nothing where Triton is not installed."""
+    """Repairs Triton's interpreter in this process. Does nothing if Triton is not installed."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -59,7 +58,7 @@ def repair_interpreter() -> None:
         kind = handle.dtype.scalar
         if kind == tl.bfloat16:
             return interpreter.TensorHandle(bfloat16_to_float32(handle.data), tl.float32)
-        if kind == tl.float16:  # the same values, and several times faster: numpy's float16 product has no BLAS
+        if kind == tl.float16:  # several times as fast with the same values: NumPy has no BLAS for float16
             return interpreter.TensorHandle(handle.data.astype(np.float32), tl.float32)
         return handle
 
