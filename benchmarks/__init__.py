@@ -1,1 +1,1 @@
-"""The cases of `pyfused bench`: one file an operator, a model or a question. Seen as pyfused.bench.benchmarks."""
+"""What does `pyfused bench` measure? One file for each operator, model or question, imported as pyfused.bench.benchmarks."""

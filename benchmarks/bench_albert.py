@@ -1,7 +1,6 @@
 """ALBERT base with random weights beside transformers: 8 texts of up to 128 tokens, half of it padding, and a training step.
 
-Floor: the products of the layers, over the real tokens alone where padding is left out (skip_padding), over all of them where
-it is not.
+Lower bound: the layers' matrix products, over the real tokens with skip_padding, otherwise over all tokens.
 """
 
 from functools import partial
@@ -45,7 +44,7 @@ def models(setup, lengths, dtype):
 
 
 def calls_of(ids, mask):
-    """Of pyfused's and of transformers' model: the states of the real tokens."""
+    """The calls of pyfused's and of transformers' model. They return the states of the real tokens."""
 
     def states(model):
         return model(token_ids=ids, segment_ids=None, padding_mask=mask)["sequence_output"][mask]

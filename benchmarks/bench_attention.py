@@ -1,7 +1,7 @@
 """attention beside scaled_dot_product_attention: plain, causal, padded, packed, biased, one query on a cache, and training.
 
-T5's bias is computed in pyfused's kernel, and given to PyTorch as the dense tensor that it needs, made beforehand; training
-makes it anew, as a step has to.
+pyfused computes T5's bias inside its kernel. PyTorch needs a dense tensor: inference gets it ready-made, training computes it
+in every step.
 """
 
 from functools import partial
@@ -41,7 +41,7 @@ def cases(setup):
 
 
 def heads_of(setup, shape, dtype, count=3):
-    """(B, H, S, D) as projections give them, stored as (B, S, H, D)."""
+    """(B, H, S, D) tensors stored as (B, S, H, D), as projections write them."""
     b, h, s, d = shape
     return [setup.randn(b, s, h, d, dtype=dtype).transpose(1, 2) for _ in range(count)]
 
@@ -74,7 +74,7 @@ def forward(setup, shape, variant, dtype):
 
 
 def packed(setup, h, d, lengths, dtype):
-    """Sequences without their padding, beside the padded batch with a mask; half of the padded batch is padding."""
+    """Packed sequences beside the padded batch with a mask; half of the padded batch is padding."""
     b, s = len(lengths), max(lengths)
     real = torch.arange(s, device=setup.device) < torch.tensor(lengths, device=setup.device)[:, None]
     ends = torch.tensor([0, *lengths], device=setup.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -91,7 +91,7 @@ def packed(setup, h, d, lengths, dtype):
 
 
 def one_query(setup, shape, dtype):
-    """One query on the first rows of a longer cache, as in generation."""
+    """One query against the first rows of a longer cache, as in generation."""
     b, h, s, d = shape
     query = setup.randn(b, 1, h, d, dtype=dtype).transpose(1, 2)
     key, value = (setup.randn(b, h, s + 64, d, dtype=dtype)[:, :, :s] for _ in range(2))

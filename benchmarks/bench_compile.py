@@ -1,9 +1,9 @@
 """torch.compile (inductor, dynamic shapes) beside eager mode: the bundled tiny models, two layers of each base model, and fused
 transformers models of four narrow layers.
 
-Compiling takes the Python between the operators away and fuses what is none of them (embeddings, the pooler); the operators
-run the same kernels. Before each call torch.compile looks at its guards, some 500 here, in 0.25 ms. Two layers tell what
-twelve would, and compile in a sixth of the time.
+Compiling removes the Python code between the operators and fuses the rest (embeddings, the pooler). The operators run the same
+kernels. Before each call torch.compile checks its guards: about 500 here, in 0.25 ms. Two layers show the same as twelve and
+compile in a sixth of the time.
 """
 
 import copy
@@ -16,12 +16,12 @@ from pyfused.bench import Calls, Case
 from pyfused.testing import running
 
 BATCH, LENGTH = 2, 128
-SIZES = (BATCH, LENGTH), (BATCH + 1, LENGTH - 28)  # measured, and compiled for
+SIZES = (BATCH, LENGTH), (BATCH + 1, LENGTH - 28)  # to measure, and to compile first
 BASE = {"num_layers": 2, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
 
 
 def cases(setup):
-    if setup.small:  # compiling takes half a minute whatever the sizes; tests/test_compile.py does it
+    if setup.small:  # compiling takes half a minute for any size; tests/test_compile.py covers it
         return
     for name, make in models():
         yield Case(f"{name}, {BATCH}x{LENGTH}", torch.float32, partial(backbone, setup, make))
@@ -31,7 +31,7 @@ def cases(setup):
 
 
 def models():
-    """Name -> a model of it."""
+    """Yields (name, a function that makes the model)."""
     for family in ("gpt2", "albert", "t5", "fnet"):
         yield f"{family} tiny", lambda family=family: pyfused.Backbone.from_preset(f"{family}_tiny_en")
     yield "gpt2 base, 2 layers", lambda: pyfused.GPT2Backbone(50257, **BASE)
@@ -44,7 +44,7 @@ def models():
 
 
 def transformers_models():
-    """Name -> a function that makes a transformers model, and what its call takes beside the ids."""
+    """Yields (name, a function that makes a transformers model, arguments of its call beside the ids)."""
 
     def hf():
         import transformers
@@ -63,27 +63,27 @@ def transformers_models():
 
 
 def inputs(model, batch, length, device):
-    """A batch whose rows are real to the last but one token."""
+    """A batch in which the last token of each row is padding."""
     ids = torch.randint(5, model.get_config()["vocabulary_size"], (batch, length), device=device)
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
-    found = {}
+    arguments = {}
     for tokens, padding in model.texts:
-        found[tokens] = ids
+        arguments[tokens] = ids
         if padding is not None:
-            found[padding] = mask
+            arguments[padding] = mask
     if not isinstance(model, pyfused.GPT2Backbone | pyfused.T5Backbone):
-        found["segment_ids"] = torch.zeros_like(ids)
-    return found
+        arguments["segment_ids"] = torch.zeros_like(ids)
+    return arguments
 
 
-def last(found):
-    """The hidden states behind the last layer."""
-    if isinstance(found, torch.Tensor):
-        return found
-    if hasattr(found, "last_hidden_state"):
-        return found.last_hidden_state
-    return found["decoder_sequence_output" if "decoder_sequence_output" in found else "sequence_output"]
+def last(output):
+    """The hidden states after the last layer."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if hasattr(output, "last_hidden_state"):
+        return output.last_hidden_state
+    return output["decoder_sequence_output" if "decoder_sequence_output" in output else "sequence_output"]
 
 
 def backbone(setup, make):
@@ -101,7 +101,7 @@ def fused(setup, make, options):
 
 
 def pair(model, given, warm):
-    """The model compiled, called first with `warm`, another size, beside the model itself."""
+    """The compiled model beside the model itself. The first call, which compiles, has another size (`warm`)."""
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad():
         compiled(**warm)

@@ -1,4 +1,4 @@
-"""ffn beside torch's linear, gelu, linear: bound by the weights' bytes for few rows, by the matrix rate for many."""
+"""ffn beside torch's linear, gelu, linear. Few rows are bound by reading the weights, many rows by the matrix rate."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from pyfused.bench.peers import backends, compiled
 
 CPU = tuple((rows, 768, 3072) for rows in (1, 4, 16, 128, 512))
 GPU = (*CPU, (1, 2048, 8192), (8192, 768, 3072), (4096, 2048, 8192))
-COMPILED = 1, 128, 8192  # rows beside torch.compile, which takes seconds to compile
+COMPILED = 1, 128, 8192  # numbers of rows that also run under torch.compile, which takes seconds to compile
 
 
 def cases(setup):

@@ -1,7 +1,7 @@
 """FNet base with random weights beside transformers: two texts of 512 tokens, and a training step.
 
-Floor: the products of the feed-forward networks; the mixing is 4% of transformers' eager time. Of half precision transformers'
-FNet has none on a CPU (torch.fft); plain PyTorch is pyfused's own model in plain PyTorch there.
+Lower bound: the matrix products of the feed-forward networks. The mixing is 4% of transformers' eager time. transformers' FNet
+has no half precision on a CPU (torch.fft has none): there the baseline is pyfused's own model in plain PyTorch.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ def models(setup, shape, dtype):
 
 
 def calls_of(mine, theirs, ids, dtype):
-    """Of pyfused's and of a plain model: the plain model and both calls."""
+    """The plain model, and the calls of pyfused's and of the plain model."""
 
     def states(model):
         return model(token_ids=ids, segment_ids=None)["sequence_output"]

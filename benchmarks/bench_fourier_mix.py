@@ -1,5 +1,5 @@
-"""fourier_mix beside torch.fft: the sizes of FNet, short and long sequences, and lengths with awkward factors. torch.fft has no
-half precision on a CPU, nor at these sizes on a GPU: plain PyTorch computes in float32 and rounds."""
+"""fourier_mix beside torch.fft: the sizes of FNet, short and long sequences, and lengths with large prime factors. torch.fft
+has no half precision on a CPU, nor for these sizes on a GPU, so plain PyTorch computes in float32 and rounds."""
 
 from functools import partial
 
@@ -24,6 +24,6 @@ def plain(x):
 
 
 def forward(setup, shape, dtype):
-    # Small numbers: the sum of all of them is a result, and float16 ends at 65504.
+    # Small numbers: one result is the sum of all of them, and float16 ends at 65504.
     x = (setup.randn(*shape) / 8).to(dtype)
     return Calls(pyfused.fourier_mix, plain, (x,), peers=backends(pyfused.fourier_mix))

@@ -1,5 +1,5 @@
-"""gated_ffn beside torch's three linears, gelu and product, at the sizes of T5 1.1: bound by the weights' bytes for few rows,
-by the matrix rate for many."""
+"""gated_ffn beside torch's three linears, gelu and product, at the sizes of T5 1.1. Few rows are bound by reading the weights,
+many rows by the matrix rate."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
 """GPT-2 124M with random weights beside transformers: a prompt of 128, one generated token with 160 cached, a training step.
 
-Both compute the last position's logits for the prompt, as generation needs them. Floor of a token: 124M weights read once. On a
-GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
+For the prompt both compute only the last position's logits, as in generation. Lower bound of a token: reading 124M weights
+once. On a GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ def models(setup, dtype, length):
 
 
 def last_logits(ids, model):
-    """(B, V) of the last position, without a cache."""
+    """The logits (B, V) of the last position, computed without a cache."""
     return model.logits(model(token_ids=ids, padding_mask=None)[:, -1])
 
 

@@ -1,8 +1,8 @@
-"""What does a call cost the host? Every operator on an input so small that its kernel takes next to nothing, without
-gradients, beside PyTorch's own function; where that is several functions, beside their sum.
+"""How much CPU time does a call take outside its kernel? Every operator on an input so small that the kernel takes almost no
+time, without gradients, beside PyTorch's own function or functions.
 
-At most 8 us a call is the promise; on a processor that others share, the undisturbed time of many rounds tells. On a
-GPU the host's time is hidden behind the device's: benchmarks/gpu.py measures it.
+pyfused promises at most 8 us a call. On a shared processor, look at the undisturbed time. On a GPU the CPU's time is hidden
+behind the device's; benchmarks/gpu.py measures it.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Import time of pyfused over torch's, in fresh processes: at most 60 ms is the target."""
+"""How long does `import pyfused` take after `import torch`? In new processes; the target is at most 60 ms."""
 
 import statistics
 import subprocess
@@ -21,11 +21,11 @@ def cases(setup):
 
 
 def seconds(rounds):
-    """Medians: pyfused once torch is there, and torch alone."""
-    found = []
+    """Medians of importing pyfused after torch, and torch alone."""
+    times = []
     for _ in range(rounds):
         out = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout
-        found.append([1e3 * float(word) for word in out.split()])
+        times.append([1e3 * float(word) for word in out.split()])
     return Values(
-        "ms", {"pyfused": statistics.median(f[1] for f in found), "torch": statistics.median(f[0] for f in found)}
+        "ms", {"pyfused": statistics.median(t[1] for t in times), "torch": statistics.median(t[0] for t in times)}
     )

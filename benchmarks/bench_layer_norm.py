@@ -1,4 +1,4 @@
-"""layer_norm (+residual) beside torch: bound by memory, so the floor is bytes over the copy bandwidth."""
+"""layer_norm (+residual) beside torch. It is bound by memory: the lower bound is bytes / copy bandwidth."""
 
 from functools import partial
 

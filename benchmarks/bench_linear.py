@@ -1,4 +1,4 @@
-"""linear beside torch's: bound by the weights' bytes for few rows, by the matrix rate for many."""
+"""linear beside torch's. Few rows are bound by reading the weights, many rows by the matrix rate."""
 
 from functools import partial
 

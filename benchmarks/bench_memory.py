@@ -1,7 +1,7 @@
 """Peak memory of one training step of T5 1.1 base, source 512 and target 512 tokens, beside transformers in eager mode.
 
-Each step runs in a process of its own: the most memory that it holds (ru_maxrss) less what it held before the step, when the
-weights were there. Gradients, activations and the kernels' buffers are in it, an optimiser is not.
+Each step runs in its own process. The number is the process's peak memory (ru_maxrss) minus its memory before the step, when
+the weights are loaded. It includes gradients, activations and the kernels' buffers, but no optimiser.
 """
 
 import subprocess
@@ -56,7 +56,7 @@ def model_of(provider):
 
 
 def step(provider, batch):
-    """Runs one step; the peak above what was held before, in MiB."""
+    """Runs one step and returns the peak memory above that before the step, in MiB."""
     import resource
 
     torch.set_num_threads(1)
@@ -64,26 +64,26 @@ def step(provider, batch):
     model, call = model_of(provider)
     source, target = (torch.randint(VOCABULARY, (batch, length)) for length in (SOURCE, TARGET))
     with torch.no_grad():
-        call(source[:, :8], target[:, :8])  # what is loaded and allocated once
-    before = held()
+        call(source[:, :8], target[:, :8])  # loads and allocates whatever the process needs once
+    before = resident()
     call(source, target).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
-def held():
-    """Resident memory now, in MiB."""
+def resident():
+    """The process's resident memory now, in MiB."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 
 def peaks(batch):
-    """Of every provider, in MiB."""
-    found = {}
+    """The peak of every provider, in MiB."""
+    values = {}
     for provider in PROVIDERS:
         command = [sys.executable, "-m", __name__, provider, str(batch)]
-        found[provider] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return Values("MiB", found)
+        values[provider] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return Values("MiB", values)
 
 
 if __name__ == "__main__":

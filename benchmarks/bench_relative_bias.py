@@ -1,6 +1,6 @@
-"""relative_bias beside what T5 does in PyTorch: buckets of all pairs, then an embedding of them.
+"""relative_bias beside T5's own code in PyTorch: the buckets of all pairs, then an embedding lookup.
 
-Moves the (1, H, Sq, Sk) result once; PyTorch moves several integer tensors of Sq x Sk before it.
+pyfused moves the (1, H, Sq, Sk) result once. PyTorch first moves several integer tensors of Sq x Sk.
 """
 
 import math
@@ -25,7 +25,7 @@ def cases(setup):
 
 
 def in_pytorch(table, sq, sk):
-    """The bidirectional bias of 32 buckets and 128, step by step."""
+    """The bidirectional bias with 32 buckets and a maximum distance of 128, step by step."""
     relative = torch.arange(sk, device=table.device)[None] - torch.arange(sq, device=table.device)[:, None]
     distance = relative.abs()
     far = 8 + (torch.log(distance.float() / 8) / math.log(16) * 8).long()

@@ -1,4 +1,4 @@
-"""rms_norm (+residual) beside torch's: bound by memory, so the floor is bytes over the copy bandwidth."""
+"""rms_norm (+residual) beside torch's. It is bound by memory: the lower bound is bytes / copy bandwidth."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
 """T5 1.1 base with random weights beside transformers: an encoder's pass over 512 tokens, one generated token, a training step.
 
-The token attends to 32 tokens before it and to the source. Floor of a token: the weights of the decoder and of the logits, and
-the keys and values of the source, each read once. On a GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
+The token attends to 32 earlier tokens and to the source. Lower bound of a token: reading the weights of decoder and logits and
+the source's keys and values once. On a GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
 """
 
 from functools import partial
@@ -67,10 +67,10 @@ def token(setup, length, cached, dtype):
     last = torch.zeros(1, dtype=torch.int64, device=setup.device)
 
     def last_logits(model):
-        """(1, V), without a cache."""
+        """The logits (1, V) of the last position, computed without a cache."""
         written, masks = last.expand(1, cached + 1), {"encoder_padding_mask": None, "decoder_padding_mask": None}
-        found = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
-        return model.logits(found["decoder_sequence_output"][:, -1])
+        states = model(encoder_token_ids=ids, decoder_token_ids=written, **masks)
+        return model.logits(states["decoder_sequence_output"][:, -1])
 
     decoding = T5Decoding(mine, (1, cached + 64, length))
     decoding.start([ids[0].cpu().numpy()])
@@ -90,7 +90,7 @@ def token(setup, length, cached, dtype):
         return out.logits[:, -1]
 
     peers = t5_token(theirs, ids, cached)
-    # The keys and values of the source are projected once, before the first token.
+    # The source's keys and values are projected once, before the first token.
     read = [p for name, p in mine.decoder.named_parameters() if ".key_value" not in name]
     options = {"peers": peers, "loose": (INT8,), "cost": cost_of_a_token([*read, *mine.token_embedding.parameters()])}
     return model_calls(mine, theirs, last_logits, their_token, run=step, **options)

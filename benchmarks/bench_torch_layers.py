@@ -1,6 +1,6 @@
-"""torch.nn's layers, fused and as they are, in inference, where torch has a fast path of its own, one C++ call per layer.
+"""torch.nn's layers in inference, before and after fuse_. torch has its own fast path there: one C++ call per layer.
 
-Half padding is the second half of every row: a mask in a layer, left out in nn.TransformerEncoder.
+"half padding": the second half of every row is padding. A layer masks it; nn.TransformerEncoder leaves it out.
 """
 
 import copy
@@ -29,9 +29,7 @@ def cases(setup):
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     sizes = (32, 2, 40) if setup.small else (768, 12, 3072)
     for dtype in setup.model_dtypes:
-        if (
-            not setup.small
-        ):  # so small that what counts is the host's work: torch makes one call where pyfused makes six
+        if not setup.small:  # tiny layers, where the CPU's work per call counts: torch makes one call, pyfused six
             for width, length in ((64, 8), (256, 16)):
                 make = partial(MODELS["encoder layer"], width, 4, 4 * width)
                 name = f"encoder layer of width {width} 1x{length}"
@@ -52,19 +50,19 @@ def layer(setup, name, make, shape, padded, dtype):
     if padded:
         length = shape[1]
         mask = (torch.arange(length, device=setup.device) >= length // 2).expand(shape[0], -1).clone()
-    real = slice(0, shape[1] // 2) if padded else slice(None)  # what padding's own rows hold, the layers differ in
+    real = slice(0, shape[1] // 2) if padded else slice(None)  # layers differ in the rows of padding
 
     def run(model, x):
         count, options = arguments(name, mask)
-        found = model(*[x] * count, **options)
-        return (found[0] if isinstance(found, tuple) else found)[:, real]
+        out = model(*[x] * count, **options)
+        return (out[0] if isinstance(out, tuple) else out)[:, real]
 
     double = copy.deepcopy(before).double()
     return Calls(partial(run, after), partial(run, before), (x,), exact=lambda: run(double, x.double()))
 
 
 def arguments(name, mask):
-    """How many tensors the module is called with, and the options."""
+    """The number of tensors that the module is called with, and the options."""
     if name == "MultiheadAttention":
         return 3, {"key_padding_mask": mask, "need_weights": False}
     if name == "decoder layer":

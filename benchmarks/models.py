@@ -1,4 +1,4 @@
-"""The models' cases have this in common: the same random weights in transformers' model and in pyfused's, in one dtype."""
+"""What do the models' benchmarks share? The same random weights in transformers' model and in pyfused's, in one dtype."""
 
 import copy
 import tempfile
@@ -13,7 +13,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def pair(cls, config, backbone, setup, dtype):
-    """(pyfused's model, transformers' model), evaluating, with the same random weights, which the dtype holds."""
+    """(pyfused's model, transformers' model) in eval mode, with the same random weights in this dtype."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -25,10 +25,11 @@ def pair(cls, config, backbone, setup, dtype):
 
 
 def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **options):
-    """Calls of two models.
+    """The Calls of two models.
 
-    my_call, their_call: from a model to its result. run: what is timed of pyfused's, where that is not my_call of the model.
-    The scale of errors is pyfused's own model in plain PyTorch: transformers fails in some dtypes.
+    my_call, their_call: call(model) returns the result.
+    run: the call of pyfused's to time; by default my_call.
+    pyfused's own model in plain PyTorch sets the scale of errors, since transformers fails in some dtypes.
     """
 
     def scale(model=mine):
@@ -46,8 +47,8 @@ def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **op
 
 
 def train_calls(mine, theirs, my_call, their_call):
-    """Forward and backward, without dropout: the gradients of the token embeddings, of a weighted sum of the result. (A mean
-    square would be constant: the last thing in these models is a norm.)"""
+    """Forward and backward without dropout: the gradient of the token embedding for a weighted sum of the result. (The models
+    end in a norm, so a mean square would be constant.)"""
     weights = {}
 
     def step(call, model):
@@ -61,6 +62,6 @@ def train_calls(mine, theirs, my_call, their_call):
 
 
 def cost_of_a_token(parameters):
-    """Every matrix read once, each of its numbers multiplied once."""
+    """The Cost of reading every matrix once and multiplying each of its numbers once."""
     matrices = [p for p in parameters if p.dim() == 2]
     return Cost(sum(p.numel() * p.element_size() for p in matrices), 2 * sum(map(torch.numel, matrices)))

@@ -1,8 +1,8 @@
-"""The cases of `pyfused bench` under pytest-benchmark, which keeps and compares runs: `pytest benchmarks --benchmark-autosave`.
+"""The cases of `pyfused bench` under pytest-benchmark, which saves and compares runs: `pytest benchmarks --benchmark-autosave`.
 
-A group is a case, its rows are pyfused and plain PyTorch. Where benchmarks are disabled, as under xdist and in `make test`, the
-sizes are small and each case runs once, its outputs judged. `pyfused bench` interleaves the two, so it is the one whose ratios
-are published.
+A group is a case; its rows are pyfused and plain PyTorch. If benchmarks are disabled, as under xdist and in `make test`, sizes
+are small and each case runs once, to check its outputs. The published ratios come from `pyfused bench`, which interleaves the
+two.
 """
 
 import pytest
