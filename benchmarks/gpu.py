@@ -1,13 +1,13 @@
-"""What must a GPU show in a few minutes? Items in order of value, each in a process of its own that ends at its limit.
+"""Which checks and measurements run on a GPU in a few minutes? Items in order of value, each in its own process with a limit.
 
     python benchmarks/gpu.py --call first|second [--budget SECONDS] [--results FOLDER] [--only ITEM ...] [--dry]
     python benchmarks/gpu.py --publish FOLDER ...     # results -> evidence -> README
 
-An item prints JSON lines; each is appended to FOLDER/results.jsonl as soon as it is known, and behind them a line about the
-item itself: its status, its seconds, its last words. FOLDER/log.txt has all else that was printed, FOLDER/table.txt the
-table that comes last. Items that measure time run alone, the others side by side. What no time is left for is skipped, and
-says so. --dry runs everything on a machine without a GPU, at tiny sizes: Triton in its interpreter, csrc/cuda on the host
-shim. This file needs the standard library alone; the items are in gpu_items.py and gpu_commands.py.
+An item prints JSON lines. Each is appended to FOLDER/results.jsonl at once, followed by a line about the item itself: its
+status, its seconds and the end of its output. FOLDER/log.txt has the rest of the output, FOLDER/table.txt the final table.
+Items that measure time run alone, the others side by side. Items without enough time left are skipped, with a row that says
+so. --dry runs everything without a GPU, at tiny sizes: Triton in its interpreter, csrc/cuda on the CPU (tests/cuda_on_cpu).
+This file needs only the standard library. The items are in gpu_items.py and gpu_commands.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import gpu_commands
 from gpu_session import ROOT, Item, Session
 
 PYTHON = sys.executable
-BUILT = ROOT / "build" / "gpu"  # `make gpu-build` leaves the extensions there
+BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions
 OPERATORS = ("attention", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
-CUDA_OPERATORS = tuple(name for name in OPERATORS if name != "relative_bias")  # csrc/cuda leaves that one to Triton
+CUDA_OPERATORS = tuple(
+    name for name in OPERATORS if name != "relative_bias"
+)  # that one has no CUDA kernel, only Triton's
 CUDA_CALLS = ROOT / "tests" / "gpu" / "cuda_calls.py"
 STREAMS = ROOT / "tests" / "gpu" / "test_streams_and_graphs.py"
 
@@ -40,12 +42,13 @@ def own(name: str, *arguments: str, seconds: float, **options: Any) -> Item:
 
 
 def each(names: Sequence[str], dry: bool) -> list[str]:
-    """What gets a process of its own each; a dry run, in which nothing can take the process along, has one for all."""
+    """The groups of names that share a process. On a GPU each name has its own: a CUDA error ends the process. A dry run needs
+    only one."""
     return [",".join(names)] if dry and names else list(names)
 
 
 def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
-    """csrc/cuda first: nothing has to be compiled for it."""
+    """csrc/cuda first, since it needs no compilation."""
     lists = {"cuda": [o for o in operators if o in CUDA_OPERATORS], "triton": list(operators)}
     return [
         own("correct", group, backend, seconds=90, patience=60, resumes=True)
@@ -60,8 +63,8 @@ def generation(dry: bool) -> list[Item]:
 
 
 def sanitizer(tool: str, dry: bool) -> list[Item]:
-    """One process an operator. torch's own allocator hands out pieces of one large allocation, inside which nothing is out of
-    bounds to the sanitizer."""
+    """One process for each operator. torch's allocator is off: it hands out pieces of one large allocation, and the sanitizer
+    sees no access out of bounds inside it."""
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = shutil.which("compute-sanitizer") or "compute-sanitizer"
     command = (found, "--tool", tool, "--error-exitcode", "9", PYTHON, str(CUDA_CALLS))
@@ -70,7 +73,7 @@ def sanitizer(tool: str, dry: bool) -> list[Item]:
 
 
 def first(dry: bool, changed: Sequence[str]) -> list[Item]:
-    """Is it right, and how fast is what there is? For about 390 seconds."""
+    """Is everything right, and how fast is it? Takes about 390 seconds."""
     tuned = each(("attention", "layer_norm,rms_norm", "linear,ffn,gated_ffn"), dry)
     return [
         own("environment", seconds=30, least=5, alone=True),
@@ -86,7 +89,7 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
 
 
 def second(dry: bool, changed: Sequence[str]) -> list[Item]:
-    """Is what changed right, what does the table say, and is every access in bounds? For about 280 seconds."""
+    """Are the changed operators right, what do the benchmarks say, and is every access in bounds? Takes about 280 seconds."""
     workers = [] if dry else ["-n", "8"]
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers)
     return [
@@ -109,8 +112,8 @@ CALLS: dict[str, Callable[[bool, Sequence[str]], list[Item]]] = {"first": first,
 
 
 def place_extensions(built: Path = BUILT, package: Path = ROOT / "pyfused") -> list[str]:
-    """Copies what `make gpu-build` made for this Python into the package, where that is newer. An extension of another
-    Python has another name."""
+    """Copies the extensions that `make gpu-build` made into the package, if they are newer. Returns their names. Extensions of
+    another Python have another suffix and stay."""
     copied = []
     for source in sorted(built.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}")):
         target = package / source.name
@@ -127,17 +130,19 @@ def _stop_at(number: int, frame: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=(__doc__ or "").split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--call", choices=list(CALLS), help="which items")
+    what.add_argument("--call", choices=list(CALLS), help="the list of items to run")
     what.add_argument("--publish", nargs="+", type=Path, metavar="FOLDER", help="results -> evidence -> README")
-    what.add_argument("--item", nargs="+", metavar="NAME", help="runs one item in this process")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="by default 390 and 280")
-    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-results", metavar="FOLDER")
-    parser.add_argument("--only", nargs="+", metavar="ITEM", help="items whose names begin so")
+    what.add_argument("--item", nargs="+", metavar="NAME", help="run one item in this process")
     parser.add_argument(
-        "--changed", nargs="+", default=[], choices=OPERATORS, help="operators to judge in the second call"
+        "--budget", type=float, metavar="SECONDS", help="by default 390 for the first call, 280 for the second"
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-results", metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", metavar="ITEM", help="only items whose names begin like this")
+    parser.add_argument(
+        "--changed", nargs="+", default=[], choices=OPERATORS, help="operators to check in the second call"
     )
     parser.add_argument("--dry", action="store_true", help="without a GPU, at tiny sizes")
-    parser.add_argument("--from", type=int, default=0, dest="start", metavar="N", help="of --item: begins at case N")
+    parser.add_argument("--from", type=int, default=0, dest="start", metavar="N", help="with --item: begin at case N")
     arguments = parser.parse_args(argv)
     if arguments.item:
         name, *rest = arguments.item
@@ -155,17 +160,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_at)
     if copied := place_extensions():
-        print("took", ", ".join(copied), "from", BUILT)
+        print("copied", ", ".join(copied), "from", BUILT)
     items = CALLS[arguments.call](arguments.dry, arguments.changed)
     if arguments.only:
         items = [item for item in items if any(f"{item.name} ".startswith(f"{name} ") for name in arguments.only)]
     budget = arguments.budget or {"first": 390.0, "second": 280.0}[arguments.call]
-    clock = _patient if arguments.dry else time.monotonic
+    clock = _slow_clock if arguments.dry else time.monotonic
     return Session(arguments.results, budget, clock, dry=arguments.dry).run(items)
 
 
-def _patient() -> float:
-    """A clock for a dry run: what takes seconds there is the machine's other work."""
+def _slow_clock() -> float:
+    """A clock for a dry run, where other work on the machine makes items slower than their limits."""
     return time.monotonic() / 5
 
 

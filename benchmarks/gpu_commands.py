@@ -1,5 +1,5 @@
-"""Which items of gpu.py are other commands? `pyfused tune` and `bench`, and Nsight Compute. Nothing here imports torch: a
-process that only waits for another begins at once.
+"""Which items of gpu.py run other commands? `pyfused tune`, `pyfused bench` and Nsight Compute. Nothing here imports torch: a
+process that only waits for another should start at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def show(rows: Iterable[Row]) -> int:
-    """Prints rows as gpu_session reads them: each in one piece, on a line of its own, whatever a library prints meanwhile."""
+    """Prints rows for gpu_session to read. Each is one write and a line of its own, even if a library prints meanwhile."""
     for row in rows:
         sys.stdout.write(f"\n{json.dumps(row)}\n")
         sys.stdout.flush()
@@ -32,7 +32,7 @@ def show(rows: Iterable[Row]) -> int:
 
 
 def left() -> float:
-    """Seconds that this process still has: PYFUSED_GPU_SECONDS at its begin."""
+    """Seconds that this process still has. It had PYFUSED_GPU_SECONDS at its start."""
     return float(os.environ.get("PYFUSED_GPU_SECONDS", "1e9")) - (time.monotonic() - BEGAN)
 
 
@@ -46,7 +46,7 @@ def bench_command(names: Sequence[str], seconds: float, file: str) -> list[str]:
 
 
 def tune(start: int, operators: str) -> Iterator[Row]:
-    """`pyfused tune` on some operators: a row for each line of evidence, and for each kernel's tiles."""
+    """`pyfused tune` on some operators: a row for each line of evidence, for each tile and for each refused call."""
     for content in _from_command(partial(tune_command, operators.split(","))):
         for line in content.get("lines", ()):
             yield {"operator": line.get("operator"), "dtype": line.get("dtype"), "line": line}
@@ -66,7 +66,8 @@ def bench(start: int) -> Iterator[Row]:
 
 
 def _from_command(command: Callable[[float, str], list[str]]) -> Iterator[Row]:
-    """What a command of pyfused saved in a file; what there is of it, too, where it fails or runs out of time."""
+    """Runs a pyfused command and yields the content of the file that it saves. Raises RuntimeError if the command fails or runs
+    out of time, after yielding what it saved."""
     seconds = max(left() - 6, 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "saved.json"
@@ -87,7 +88,7 @@ KEPT += ("Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy", 
 
 
 def profile(start: int) -> Iterator[Row]:
-    """What Nsight Compute says of five calls, a row for each kernel. The card's clocks are left as they are."""
+    """Nsight Compute's metrics of five calls, a row for each kernel. The GPU's clocks stay as they are."""
     tool = shutil.which("ncu")
     if tool is None:
         raise RuntimeError("ncu is not on the PATH")
@@ -105,10 +106,10 @@ def profiled(text: str) -> list[Row]:
     lines = text.splitlines()
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows: dict[str, Row] = {}
-    for found in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
-        row = rows.setdefault(found["ID"], {"kernel": found["Kernel Name"][:120], "metrics": {}})
-        if found["Metric Name"] in KEPT:
-            row["metrics"][found["Metric Name"]] = f"{found['Metric Value']} {found['Metric Unit']}".strip()
+    for metric in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
+        row = rows.setdefault(metric["ID"], {"kernel": metric["Kernel Name"][:120], "metrics": {}})
+        if metric["Metric Name"] in KEPT:
+            row["metrics"][metric["Metric Name"]] = f"{metric['Metric Value']} {metric['Metric Unit']}".strip()
     return list(rows.values())
 
 

@@ -1,6 +1,6 @@
-"""Which calls are judged on a GPU, and how? Every operator, forward and gradients, beside plain PyTorch and float64.
+"""Which calls are checked on a GPU, and how? Every operator, forward and gradients, beside plain PyTorch and float64.
 
-Shapes are those of a model, odd ones, and ones with more rows than a grid has in its second dimension (65,535).
+The shapes are a model's, odd ones, and ones with more rows than the limit of a grid's second dimension (65,535).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyfused.testing import judge, running
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MANY = 70_000
-DRAWS = 6  # of few numbers one draw may break the rule by chance: see pyfused/testing/tolerance.py
+DRAWS = 6  # with few numbers a single draw may break the rule by chance: see pyfused/testing/tolerance.py
 
 Tensors = dict[str, torch.Tensor]
 Call = Callable[[Tensors], Any]
@@ -36,9 +36,10 @@ class Case:
 
     Args:
         name: such as "17x1000 residual".
-        shapes: of the inputs, by name. Matrices that start with "w" are scaled as a layer's weights are.
-        own: the call. plain: the same in plain PyTorch; a second way, if there is one, sets the scale of gradients.
-        gradients: whether those of all inputs are judged too.
+        shapes: shapes of the inputs by name. Matrices whose names start with "w" are scaled like a layer's weights.
+        own: the call.
+        plain: the same in plain PyTorch. A second way, if there is one, sets the scale for gradients.
+        gradients: whether to check the gradients of all inputs too.
     """
 
     name: str
@@ -104,7 +105,7 @@ def fourier_mix(*shape: int) -> Case:
 
 
 def gathered(table: torch.Tensor, sq: int, sk: int, bidirectional: bool) -> torch.Tensor:
-    """The bias as a tensor. Its gradient is a sum over all pairs: in float32 at least, else it would be no yardstick."""
+    """The dense bias. Its gradient is a sum over all pairs, so it is computed at least in float32 to set a sensible scale."""
     wide = table if table.dtype == torch.float64 else table.float()
     return buckets.forward(wide, sq, sk, bidirectional, 128, sk - sq)[0].to(table.dtype)
 
@@ -128,7 +129,7 @@ def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, *options: str,
 
     def shared(t: Tensors) -> dict[str, Any]:
         given: dict[str, Any] = {"is_causal": "causal" in options, "scale": None}
-        if "padding" in options:  # rows of all lengths from half on
+        if "padding" in options:  # lengths from half of sk to sk
             lengths = torch.linspace((sk + 1) // 2, sk, b, device=t["query"].device).long()
             given["padding_mask"] = torch.arange(sk, device=lengths.device) < lengths[:, None]
         return given
@@ -150,7 +151,7 @@ def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, *options: str,
 
 
 def packed(h: int, d: int, *lengths: int) -> Case:
-    """Sequences one behind the other, without padding."""
+    """Packed sequences: one after the other, without padding."""
     shape = (1, h, sum(lengths), d)
 
     def own(t: Tensors) -> Any:
@@ -173,7 +174,7 @@ WIDE = ((1, 768, 2048), (3, 1000, 137), (16, 768, 3072), (17, 131, 96), (2048, 7
 
 
 def cases(operator: str, tiny: bool) -> list[Case]:
-    """What is judged of an operator. tiny: what Triton's interpreter gets through."""
+    """The cases of an operator. tiny: few and small ones, for Triton's interpreter."""
     if operator in ("layer_norm", "rms_norm"):
         shapes = ((40, 37),) if tiny else NORMS
         return [norm(operator, *shape, residual) for shape in shapes for residual in (True, False)[: 2 - tiny]]
@@ -199,7 +200,7 @@ def _attention() -> Iterator[Case]:
     yield attention(1, 2, 2, 129, 129, 80, "bias")
     yield attention(2, 2, 2, 127, 137, 40, "table", "padding")
     yield packed(2, 64, 70, 1, 129, 40)
-    # a token against a cache, which nobody differentiates, and grids of many programs
+    # one token against a cache (no gradients needed), and grids of many programs
     yield attention(2, 8, 2, 1, 1025, 64, gradients=False)
     yield attention(1, 12, 12, 1, 300, 64, "table", "padding", gradients=False)
     yield attention(MANY, 1, 1, 3, 5, 16, gradients=False)
@@ -207,22 +208,25 @@ def _attention() -> Iterator[Case]:
 
 
 def every(operators: str, tiny: bool) -> list[tuple[str, torch.dtype, Case]]:
-    """(operator, dtype, case) of operators named with commas, in a fixed order."""
-    found = ((name, case) for name in operators.split(",") for case in cases(name, tiny))
-    return [(name, dtype, case) for (name, case), dtype in product(found, DTYPES)]
+    """(operator, dtype, case) of comma-separated operators, in a fixed order."""
+    named = ((name, case) for name in operators.split(",") for case in cases(name, tiny))
+    return [(name, dtype, case) for (name, case), dtype in product(named, DTYPES)]
 
 
-def judged(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """{"ok", "ratio" (the largest error over what is allowed), "worst" (of which result), "seconds"}; {"ok": None, "left"}
-    where the backend leaves the case to another."""
+def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Checks a case by the tolerance rule.
+
+    Returns {"ok", "ratio" (the largest error over the allowed one), "worst" (the result that has it), "draws", "seconds"}, or
+    {"ok": None, "left"} if the backend leaves the case to another.
+    """
     began, drawn = time.perf_counter(), {}
     for draw in range(DRAWS):
         torch.manual_seed(1234 + draw)
         try:
-            found = _once(case, backend, dtype, device)
+            results = _draw(case, backend, dtype, device)
         except BackendError as error:
             return {"ok": None, "ratio": None, "left": str(error), "seconds": 0.0}
-        for what, tensors in found.items():
+        for what, tensors in results.items():
             drawn.setdefault(what, []).append(tensors)
         ratios = {what: judge(*draws.together(several)).ratio for what, several in drawn.items()}
         worst = max(ratios, key=lambda what: ratios[what])
@@ -233,8 +237,8 @@ def judged(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[st
     return {"ok": ok, "ratio": ratio, "worst": worst, "draws": draw + 1, "seconds": time.perf_counter() - began}
 
 
-def _once(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, tuple[Any, Any, Any]]:
-    """{result: (actual, plain, truth)} of new random numbers."""
+def _draw(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, tuple[Any, Any, Any]]:
+    """Runs the case on new random numbers. Returns {result: (actual, plain, truth)}."""
     inputs = {name: random(name, shape, dtype, device) for name, shape in case.shapes.items()}
     cotangents: list[torch.Tensor] = []
 
@@ -261,13 +265,13 @@ def _once(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str
 def random(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
     scale = shape[-1] ** -0.5 if name.startswith("w") and len(shape) == 2 else 1.0
     t = (torch.randn(shape, device=device) * scale).to(dtype)
-    if name in ("query", "key", "value"):  # as a projection gives them: (B, S, H, D) in memory
+    if name in ("query", "key", "value"):  # (B, S, H, D) in memory, as a projection writes them
         t = t.transpose(1, 2).contiguous().transpose(1, 2)
     return t
 
 
 class _poisoned:
-    """Inside, torch.empty gives NaN: what a kernel forgot to write is found."""
+    """Inside the block torch.empty gives NaN: an element that a kernel forgets to write is then wrong."""
 
     def __enter__(self) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)

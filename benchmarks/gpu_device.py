@@ -1,6 +1,6 @@
-"""What do the items of gpu.py share? The device, clocks, and what an error means.
+"""What do the items of gpu.py share? The device, the clocks, and how an error is reported.
 
-PYFUSED_GPU_DRY=1: on CPU tensors, Triton in its interpreter and csrc/cuda on the host shim, at tiny sizes.
+PYFUSED_GPU_DRY=1: tiny CPU tensors, Triton in its interpreter, csrc/cuda on the CPU (tests/cuda_on_cpu).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def wrong(error: Exception) -> Row:
-    """The end of a row for a case that raised; raises itself where no later case could run."""
+def error_row(error: Exception) -> Row:
+    """The end of a row for a case that raised. Raises the error again if no later case could run in this process."""
     if _is_sticky(error):
         raise error
     return {"ok": False, "error": f"{type(error).__name__}: {error}"[:1500]}
 
 
 def _is_sticky(error: Exception) -> bool:
-    """Whether every later call of CUDA in this process fails too."""
+    """Whether every later CUDA call in this process fails too."""
     if DRY or isinstance(error, torch.OutOfMemoryError):
         return False
     try:
@@ -64,7 +64,7 @@ def seconds_of(call: Callable[[], Any], times: int) -> float:
 
 
 def medians(calls: dict[str, Callable[[], Any]], rounds: int = 1 if DRY else 15) -> dict[str, float]:
-    """Seconds on the device of each call, in turn, with a cold cache."""
+    """Median device seconds of each call. The calls run in turn, each with a cold cache."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     flush = None if DRY else torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
     for round in range(rounds + 1):

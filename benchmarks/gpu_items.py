@@ -1,4 +1,4 @@
-"""What does each item of gpu.py do? A function an item that yields rows, which gpu_commands.show() prints."""
+"""What does each item of gpu.py do? One function for each; it yields rows, which gpu_commands.show() prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import gpu_correct
 import torch
-from gpu_device import DEVICE, DRY, Row, synchronize, wrong
+from gpu_device import DEVICE, DRY, Row, error_row, synchronize
 from gpu_models import compile, generate, transformers
 from gpu_peers import attention_shapes, flex, heads, peers
 from gpu_session import ROOT
@@ -22,11 +22,11 @@ import pyfused
 from pyfused import dispatch, evidence, extensions
 from pyfused.testing import running
 
-# ---- what is here -------------------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------------------
 
 
 def environment(start: int) -> Iterator[Row]:
-    """Versions and tools, whether the extensions load, and the ceilings of this card."""
+    """Versions and tools, whether the extensions and backends load, and this GPU's limits."""
     packages = ("torch", "triton", "transformers", "numpy", "pytest")
     versions = {"pyfused": pyfused.__version__, "python": platform.python_version()}
     for package in packages:
@@ -52,30 +52,30 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# ---- is it right --------------------------------------------------------------------------------------------------------
+# ---- correctness --------------------------------------------------------------------------------------------------------
 
 
 def correct(start: int, operators: str, backend: str) -> Iterator[Row]:
-    """Every case of operators, named with commas, on one backend. A row says which case begins, so that the parent knows which
-    one ended this process; an error of CUDA does, as nothing works behind it."""
+    """Every case of comma-separated operators on one backend. A row announces each case, so that the parent knows which one
+    ended this process. A CUDA error ends it: no later call would work."""
     for number, (operator, dtype, case) in enumerate(gpu_correct.every(operators, tiny=DRY)):
         if number < start:
             continue
         about = {"operator": operator, "backend": backend, "dtype": evidence.name_of(dtype), "case": case.name}
         yield {"begun": number, **about}
         try:
-            found = gpu_correct.judged(case, backend, dtype, DEVICE)
+            verdict = gpu_correct.check(case, backend, dtype, DEVICE)
             synchronize()
         except Exception as error:
-            found = {"ratio": None, "seconds": 0.0, **wrong(error)}
-        yield {**about, **found}
+            verdict = {"ratio": None, "seconds": 0.0, **error_row(error)}
+        yield {**about, **verdict}
 
 
-# ---- what a call costs the host -------------------------------------------------------------------------------------------
+# ---- CPU time of a call -------------------------------------------------------------------------------------------
 
 
 def host(start: int) -> Iterator[Row]:
-    """Microseconds of the host for a call of each operator on tensors so small that the GPU keeps up."""
+    """Microseconds of CPU time for a call of each operator, on tensors so small that the GPU keeps up."""
     small = {
         "layer_norm": gpu_correct.norm("layer_norm", 1, 8, True),
         "rms_norm": gpu_correct.norm("rms_norm", 1, 8, True),
@@ -91,13 +91,13 @@ def host(start: int) -> Iterator[Row]:
         for backend in (None, "triton", "cuda", "reference"):
             try:
                 with running(backend) if backend else contextlib.nullcontext(), torch.no_grad():
-                    seconds = _of_the_host(lambda case=case, tensors=tensors: case.own(tensors))
+                    seconds = _cpu_seconds(lambda case=case, tensors=tensors: case.own(tensors))
             except dispatch.BackendError:
                 continue
             yield {"operator": operator, "backend": backend or "default", "us": seconds * 1e6}
 
 
-def _of_the_host(call: Callable[[], Any]) -> float:
+def _cpu_seconds(call: Callable[[], Any]) -> float:
     calls, best = 2 if DRY else 200, float("inf")
     for _ in range(2 if DRY else 6):
         synchronize()
@@ -108,11 +108,11 @@ def _of_the_host(call: Callable[[], Any]) -> float:
     return best
 
 
-# ---- what Nsight Compute looks at ----------------------------------------------------------------------------------------
+# ---- calls for Nsight Compute ----------------------------------------------------------------------------------------
 
 
 def kernels(start: int) -> Iterator[Row]:
-    """The five calls that `profile` looks at."""
+    """The five calls that `profile` measures."""
     b, h, s, d = attention_shapes()[0]
     q, k, v = (t.requires_grad_() for t in heads(b, h, s, d))
     table = torch.randn(32, h, device=DEVICE, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
-"""How fast are a model's tokens, and are they the right ones? GPT-2 124M and T5 1.1 base, beside transformers.
+"""How fast does a model generate tokens, and are they right? GPT-2 124M and T5 1.1 base, beside transformers.
 
-Weights are random and made on the device: nothing is downloaded.
+Weights are random and made on the device, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from gpu_device import DEVICE, DRY, Row, seconds_of, wrong
+from gpu_device import DEVICE, DRY, Row, error_row, seconds_of
 
 import pyfused
 from pyfused.testing import judge, running
@@ -27,7 +27,7 @@ SHAPES = ((2, 3, 3),) if DRY else ((1, 32, 128), (1, 128, 128), (4, 100, 64))
 
 
 def backbone(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """GPT-2 124M or T5 1.1 base with random weights, made on the device."""
+    """GPT-2 124M or T5 1.1 base with random weights, created on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         if name == "gpt2":
@@ -40,12 +40,12 @@ def backbone(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def compile(start: int) -> Iterator[Row]:
-    """Compiles the Triton kernels of both models in 12 processes; the items behind find them on the disk."""
+    """Compiles the Triton kernels of both models in 12 processes. Later items find them in Triton's cache."""
     from pyfused.generation.warm import warm
 
     for name in ("gpt2", "t5"):
-        found = warm(backbone(name), lengths=sorted({shape[1] for shape in SHAPES}), workers=12)
-        yield {"model": name, "ok": not found["failed"], **found}
+        report = warm(backbone(name), lengths=sorted({shape[1] for shape in SHAPES}), workers=12)
+        yield {"model": name, "ok": not report["failed"], **report}
 
 
 def texts(shape: tuple[int, int, int], vocabulary: int) -> list[list[int]]:
@@ -54,8 +54,8 @@ def texts(shape: tuple[int, int, int], vocabulary: int) -> list[list[int]]:
 
 
 def generate(start: int, names: str) -> Iterator[Row]:
-    """Twice per shape with other allocations between; the tokens of the two, and of the reference, must agree; microseconds
-    a token by default and with a backend forced."""
+    """Generates twice per shape, with other allocations between. Both must agree with the reference. Microseconds per token by
+    default and with each backend forced."""
     models: dict[str, Any] = {}
     cases = product(names.split(","), (None, "cuda", "triton"), SHAPES)
     for number, (name, backend, shape) in enumerate(cases):
@@ -65,17 +65,17 @@ def generate(start: int, names: str) -> Iterator[Row]:
         yield {"begun": number, **about}
         try:
             models = models if name in models else {name: backbone(name)}
-            yield {**about, **_generated(models[name], backend, shape)}
+            yield {**about, **_generate(models[name], backend, shape)}
         except Exception as error:
-            yield {**about, **wrong(error)}
+            yield {**about, **error_row(error)}
 
 
-def _generated(model: Any, backend: str | None, shape: tuple[int, int, int]) -> Row:
+def _generate(model: Any, backend: str | None, shape: tuple[int, int, int]) -> Row:
     prompts, count = texts(shape, model.get_config()["vocabulary_size"]), shape[2]
     generator = pyfused.Generator(model)
     with running(backend, strict=False) if backend else contextlib.nullcontext():
         tokens = generator.generate(prompts, count)
-        # A graph that reads memory which is no longer its own gives other tokens once something else lies there.
+        # If a CUDA graph reads memory that was freed, these tensors overwrite it and the tokens change.
         kept = [torch.full((n << 10,), float("nan"), device=DEVICE) for n in ((1,) if DRY else (1, 64, 4096, 65536))]
         again = generator.generate(prompts, count)
         del kept
@@ -96,7 +96,7 @@ def _generated(model: Any, backend: str | None, shape: tuple[int, int, int]) -> 
 
 @torch.inference_mode()
 def _agree(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> bool:
-    """Whether two greedy texts are equal, or part at two tokens that are nearer than the tolerance rule's errors."""
+    """Whether two greedy texts are equal, or first differ at tokens whose logits differ by less than rounding errors (judge)."""
     at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), None)
     if at is None:
         return len(found) == len(expected)
@@ -112,9 +112,9 @@ def _agree(model: Any, prompt: list[int], found: list[int], expected: list[int])
             hidden = model(encoder_token_ids=ids, decoder_token_ids=target, **masks)
             return model.logits(hidden["decoder_sequence_output"][:, -1])[0]
 
-    truth, shown = logits(copy.deepcopy(model).double()), logits(model)
+    truth, rounded = logits(copy.deepcopy(model).double()), logits(model)
     best, other = truth[[found[at], expected[at]]]
-    return abs(best - other).item() <= 2 * judge(shown, shown, truth).worst_bound
+    return abs(best - other).item() <= 2 * judge(rounded, rounded, truth).worst_bound
 
 
 def _theirs(name: str) -> Any:
@@ -135,7 +135,7 @@ def _theirs(name: str) -> Any:
 
 
 def transformers(start: int, names: str) -> Iterator[Row]:
-    """Hugging Face's models: eager, and with a static cache, which it compiles on a GPU."""
+    """Hugging Face's models: eager, and with a static cache, for which transformers compiles the step on a GPU."""
     from torch._dynamo.utils import counters
 
     ways: dict[str, Row] = {"eager": {}, "static cache, compiled": {"cache_implementation": "static"}}
@@ -151,10 +151,10 @@ def transformers(start: int, names: str) -> Iterator[Row]:
                 with torch.no_grad():
                     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **fixed)
 
-            for _ in range(1 if DRY else 3):  # it is compiled at the first, and recorded as a graph at the second
+            for _ in range(1 if DRY else 3):  # the first compiles, the second records a CUDA graph
                 call(shape[2])
             whole, beginning = (seconds_of(partial(call, n), 1 if DRY else 3) for n in (shape[2], 2))
             figure = (whole - beginning) / (shape[2] - 2) * 1e6
             yield {**about, "us_per_token": figure, "graphs": counters["stats"]["unique_graphs"]}
         except Exception as error:
-            yield {**about, **wrong(error)}
+            yield {**about, **error_row(error)}

@@ -1,4 +1,4 @@
-"""How fast is attention beside its peers by name? SDPA's backends and FlexAttention, forward and backward, outputs checked."""
+"""How fast is attention beside SDPA's backends and FlexAttention? Forward and backward, with the outputs checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_device import DEVICE, DRY, Row, medians, wrong
+from gpu_device import DEVICE, DRY, Row, error_row, medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyfused
@@ -18,7 +18,7 @@ from pyfused.testing import judge, running
 
 
 def _score_mod(table: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """T5's bias for FlexAttention, from the table by bucket."""
+    """T5's bias for FlexAttention, looked up in the table by bucket."""
     from pyfused.kernels.shared.buckets import distance_buckets
 
     buckets = distance_buckets(True, table.shape[0], 128, table.device)
@@ -33,7 +33,7 @@ def _score_mod(table: torch.Tensor) -> Callable[..., torch.Tensor]:
 def _flex(score_mod: Any, block_mask: Any) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 64  # one a shape, a variant and a direction
+    torch._dynamo.config.recompile_limit = 64  # one for each shape, variant and direction
     call: Any = flex_attention if DRY else torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: call(q, k, v, score_mod=score_mod, block_mask=block_mask)
 
@@ -60,7 +60,7 @@ def _variants(h: int, s: int) -> Iterator[tuple[str, dict[str, Any], dict[str, A
 
 
 def flex(start: int, compile: str) -> Iterator[Row]:
-    """Compiles FlexAttention's kernels, while others run: `peers` finds them on the disk."""
+    """Compiles FlexAttention's kernels while other items run. `peers` finds them on the disk."""
     for b, h, s, d in attention_shapes():
         q, k, v = heads(b, h, s, d)
         for name, _, _, call in _variants(h, s):
@@ -85,7 +85,7 @@ SDPA = {
 
 
 def peers(start: int) -> Iterator[Row]:
-    """Attention beside SDPA's backends by name and FlexAttention: milliseconds and TFLOP/s, each output checked."""
+    """Attention beside each of SDPA's backends and FlexAttention: milliseconds and TFLOP/s, with each output checked."""
     for b, h, s, d in attention_shapes():
         q, k, v = heads(b, h, s, d)
         for backward in (False, True) if d == 64 or DRY else (False,):
@@ -105,14 +105,14 @@ def peers(start: int) -> Iterator[Row]:
                 }
                 flops = 4 * b * h * s * s * d * (0.5 if name == "causal" else 1) * (2.5 if backward else 1)
                 title = f"{b}x{h}x{s}x{d} {'backward ' * backward}{name}".strip()
-                for row in _compared(providers, options, (q, k, v), backward):
+                for row in _compare(providers, options, (q, k, v), backward):
                     if "seconds" in row:
                         row["tflops"] = flops / row["seconds"] / 1e12
                     yield {"case": title, **row}
 
 
-def _compared(providers: dict[str, Any], options: Row, inputs: Any, backward: bool) -> Iterator[Row]:
-    """The times of providers, (context, call) each, in turn; of one that fails or is wrong, that."""
+def _compare(providers: dict[str, Any], options: Row, inputs: Any, backward: bool) -> Iterator[Row]:
+    """Times the providers, name -> (context, call), in turn. A provider that fails or is wrong gets a row that says so."""
 
     def result(call: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if not backward:
@@ -122,32 +122,32 @@ def _compared(providers: dict[str, Any], options: Row, inputs: Any, backward: bo
         return torch.autograd.grad(call(*leaves).square().sum() / 2, leaves[1])[0]
 
     def some(t: torch.Tensor) -> torch.Tensor:
-        """Four heads of one entry of the batch; all are computed alike, and judging takes the host's time."""
+        """Four heads of the first batch entry. All are computed alike, and the tolerance rule runs on the CPU."""
         return t[:1, :4]
 
     first = [t[:1] for t in inputs]
     truth = some(result(lambda q, k, v: _plain(q, k, v, **options), [t.double() for t in first]))
     plain = some(result(lambda q, k, v: _plain(q, k, v, **options), first))
-    timed: dict[str, Callable[[], Any]] = {}
+    to_time: dict[str, Callable[[], Any]] = {}
     ratios: dict[str, float] = {}
     for name, (context, call) in providers.items():
         try:
             with context():
                 ratios[name] = judge(some(result(call, inputs)), plain, truth).ratio
         except Exception as error:
-            yield {"provider": name, "missing": wrong(error)["error"][:200]}
+            yield {"provider": name, "missing": error_row(error)["error"][:200]}
             continue
         if ratios[name] > 1 and name.startswith("pyfused"):
             yield {"provider": name, "ok": False, "error": f"{ratios[name]:.2f} of what the tolerance rule allows"}
         else:
-            timed[name] = _timed(context, call, inputs, backward)
+            to_time[name] = _call_to_time(context, call, inputs, backward)
     with torch.set_grad_enabled(backward):
-        for name, seconds in medians(timed).items():
+        for name, seconds in medians(to_time).items():
             yield {"provider": name, "seconds": seconds, "ms": seconds * 1e3, "of_allowed": ratios[name]}
 
 
-def _timed(context: Any, call: Callable[..., Any], inputs: Any, backward: bool) -> Callable[[], Any]:
-    """The forward, or the backward of a forward that is done; the backend is chosen in either, so both run in the context."""
+def _call_to_time(context: Any, call: Callable[..., Any], inputs: Any, backward: bool) -> Callable[[], Any]:
+    """The forward, or only the backward of a forward that runs here. Each chooses its backend, so both run in the context."""
     if not backward:
 
         def forward():

@@ -1,8 +1,9 @@
-"""What follows from a run on a GPU? pyfused/evidence/<kind>.json, by which dispatch decides;
-benchmarks/results/<kind>.json, as `pyfused bench` wrote it, from which the README's table is made; and what the other items
-found, in benchmarks/results/gpu/<kind>.json.
+"""Which files are made from a run on a GPU?
 
-A backend that was wrong in one case of an operator, or not judged to the end, gets no line of evidence of that operator.
+- pyfused/evidence/<kind>.json, by which dispatch decides. A backend gets no evidence for an operator if one of the operator's
+  cases was wrong, or if not all were checked.
+- benchmarks/results/<kind>.json, the output of `pyfused bench`. The README's table is made from it.
+- benchmarks/results/gpu/<kind>.json, the results of the other items.
 """
 
 from __future__ import annotations
@@ -24,38 +25,38 @@ def read(folders: Sequence[Path]) -> list[Row]:
     """The rows of several runs, oldest first.
 
     Raises:
-        ValueError: no row says which device it was, or the runs are of several.
+        ValueError: no row names the device, or the runs are from several kinds.
     """
     rows = [json.loads(line) for folder in folders for line in (folder / "results.jsonl").read_text().splitlines()]
     kinds = {row["kind"] for row in rows if "kind" in row}
     if len(kinds) != 1:
-        raise ValueError(f"results of {sorted(kinds) or 'no device'}; publishing takes those of one kind")
+        raise ValueError(f"results of {sorted(kinds) or 'no device'}; publishing takes results of one kind")
     return rows
 
 
-def right(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """{operator: {backend: cases}} of the backends of which each case was judged, and none was wrong. The last run counts."""
-    found: dict[tuple[str, str], int] = {}
+def right_backends(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """{operator: {backend: number of cases}} of the backends whose cases were all checked and right. The last run counts."""
+    counts: dict[tuple[str, str], int] = {}
     pending: dict[str, list[Row]] = {}
     for row in rows:
         if "status" not in row:
             pending.setdefault(row["item"], []).append(row)
             continue
-        judged = [r for r in pending.pop(row["item"], []) if "backend" in r and "ok" in r and "operator" in r]
-        for key in {(r["operator"], r["backend"]) for r in judged}:
-            mine = [r["ok"] for r in judged if (r["operator"], r["backend"]) == key]
-            complete = row["status"] in ("ok", "failed") and False not in mine
-            found[key] = mine.count(True) if complete else 0
+        checked = [r for r in pending.pop(row["item"], []) if "backend" in r and "ok" in r and "operator" in r]
+        for key in {(r["operator"], r["backend"]) for r in checked}:
+            mine = [r["ok"] for r in checked if (r["operator"], r["backend"]) == key]
+            all_right = row["status"] in ("ok", "failed") and False not in mine
+            counts[key] = mine.count(True) if all_right else 0
     table: dict[str, dict[str, int]] = {}
-    for (operator, backend), count in sorted(found.items()):
+    for (operator, backend), count in sorted(counts.items()):
         if count:
             table.setdefault(operator, {})[backend] = count
     return table
 
 
 def evidence(rows: Sequence[Row], old: Row) -> Row:
-    """The evidence file: new lines of backends that are right, new tiles, and the old ones that were not measured again."""
-    judged = right(rows)
+    """The evidence file: new lines of the right backends, new tiles, and old ones that were not measured again."""
+    checked = right_backends(rows)
     lines = {_key(line, _LINE): line for line in old.get("lines", ())}
     tiles = {_key(tile, _TILE): tile for tile in old.get("tiles", ())}
     for row in rows:
@@ -63,13 +64,13 @@ def evidence(rows: Sequence[Row], old: Row) -> Row:
             tiles[_key(row["tile"], _TILE)] = row["tile"]
         elif "line" in row:
             line = row["line"]
-            known = {"reference", *judged.get(line["operator"], ())}
+            known = {"reference", *checked.get(line["operator"], ())}
             speed = {backend: sizes for backend, sizes in line["speed"].items() if backend in known}
             if set(speed) - {"reference"}:
                 lines[_key(line, _LINE)] = {**line, "speed": speed}
             else:
                 lines.pop(_key(line, _LINE), None)
-    made = {"kind": _about(rows)["kind"], "checked": {**old.get("checked", {}), **judged}}
+    made = {"kind": _about(rows)["kind"], "checked": {**old.get("checked", {}), **checked}}
     return {**made, "lines": _sorted(lines), **({"tiles": _sorted(tiles)} if tiles else {})}
 
 
@@ -82,7 +83,7 @@ def _sorted(rows: dict[tuple[Any, ...], Row]) -> list[Row]:
 
 
 def figures(rows: Sequence[Row], old: Row) -> Row:
-    """What every item but the benchmarks and the tuning found, by item; of one that ran several times, the last."""
+    """The results of every item except benchmarks and tuning. If an item ran several times, the last run counts."""
     about = _about(rows)
     ceilings = next((row["ceilings"] for row in reversed(rows) if "ceilings" in row), old.get("ceilings", {}))
     items = dict(old.get("items", {}))
@@ -102,7 +103,7 @@ def _about(rows: Sequence[Row]) -> Row:
 
 
 def publish(folders: Sequence[Path], root: Path = ROOT) -> list[Path]:
-    """Writes what follows from the results under `root` and returns the paths."""
+    """Writes the files made from the results under `root` and returns their paths."""
     rows = read(folders)
     kind = _about(rows)["kind"]
     results = root / "benchmarks" / "results"
@@ -121,11 +122,11 @@ def publish(folders: Sequence[Path], root: Path = ROOT) -> list[Path]:
 
 
 def main(folders: Sequence[Path]) -> int:
-    """Publishes, then renders the README where there is a renderer."""
+    """Writes the files, then updates the README with benchmarks/publish.py if that is there."""
     for path in publish(folders):
         print("wrote", path.relative_to(ROOT))
     renderer = ROOT / "benchmarks" / "publish.py"
     if renderer.exists():
         return subprocess.run([sys.executable, str(renderer)], cwd=ROOT).returncode
-    print(f"there is no {renderer.relative_to(ROOT)}: the README's table is as it was")
+    print(f"there is no {renderer.relative_to(ROOT)}: the README's table is unchanged")
     return 0

@@ -1,6 +1,6 @@
-"""How do items run on a machine that is lent for minutes? Each in a process that ends at its limit; every row is kept at once.
+"""How do items run on a machine that is lent for minutes? Each in a process with a time limit; every row is saved at once.
 
-Needs the standard library alone.
+Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE_BY_SIDE = 8  # processes that share the GPU; each takes half a gigabyte of it, and two cores
-LAST_WORDS = 6  # seconds kept for ending what runs, and for the table
-LOG_BYTES = 8 << 20  # what comes back from a lent machine is limited
-# A group of its own, to be ended as one; in our session, so that who ends that ends the group too.
+SIDE_BY_SIDE = 8  # processes that share the GPU; each takes half a gigabyte of its memory, and two cores
+LAST_WORDS = 6  # seconds reserved for ending processes and printing the table
+LOG_BYTES = 8 << 20  # a lent machine limits the size of the files that come back
+# Each item is a process group, to be killed as one. It stays in this session: whoever ends the session ends the groups too.
 _GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
@@ -33,13 +33,14 @@ class Item:
     """One process.
 
     Args:
-        name: what results are kept under.
-        command: what runs.
-        seconds: ended after these. least: not begun with less.
-        alone: it measures time, so nothing else runs beside it.
-        patience: ended after so many seconds without a line.
-        resumes: a case that ends the process is a wrong result, and the process begins again behind it, with --from N.
-        environment: added to the process's.
+        name: its name in the results.
+        command: the command line.
+        seconds: its time limit.
+        least: skip it if less time is left.
+        alone: run nothing else beside it, since it measures time.
+        patience: end it after so many seconds without a line of output.
+        resumes: if a case ends the process, count the case as wrong and start again after it, with --from N.
+        environment: additional environment variables.
     """
 
     name: str
@@ -56,10 +57,10 @@ class Session:
     """One run of items, until the budget is spent.
 
     Args:
-        results: the folder for what is found; results.jsonl grows by each run.
+        results: the folder for the results; each run appends to its results.jsonl.
         budget: seconds from now.
-        clock: seconds; a test's runs faster.
-        dry: without a GPU.
+        clock: returns seconds; tests use a faster one.
+        dry: run without a GPU.
     """
 
     def __init__(self, results: Path, budget: float, clock: Callable[[], float] = time.monotonic, dry: bool = False):
@@ -77,7 +78,7 @@ class Session:
         self._stopped = False
 
     def run(self, items: Sequence[Item]) -> int:
-        """0 if every item ended well, else 1; what was skipped for want of time counts as neither."""
+        """Runs the items. Returns 1 if one failed, else 0; items skipped for lack of time do not count."""
         try:
             for item in items:
                 self._wait(0 if item.alone else (1 if self._dry else SIDE_BY_SIDE) - 1)
@@ -97,7 +98,7 @@ class Session:
         return int(any(row.get("status") in ("failed", "timeout", "stopped") for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row to the file, now."""
+        """Appends a row to the file at once."""
         with self._lock:
             row["at"] = round(self._clock() - self._began, 1)
             self.rows.append(row)
@@ -107,14 +108,15 @@ class Session:
             self._file.flush()
 
     def _wait(self, most: int, seconds: float = math.inf) -> None:
-        """Until at most so many items run. (A signal that comes inside Thread.join makes Python take the thread for ended.)"""
+        """Waits until at most so many items run. It does not use Thread.join: if a signal interrupts join, Python takes the
+        thread for ended."""
         until = time.monotonic() + seconds
         while len(self._running) > most and time.monotonic() < until:
             time.sleep(0.02)
             self._running = [thread for thread in self._running if thread.is_alive()]
 
     def _stop(self) -> None:
-        """Ends what still runs, and prints the table."""
+        """Ends the running items and prints the table."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
@@ -127,7 +129,7 @@ class Session:
         self._log.close()
 
     def _execute(self, item: Item) -> None:
-        """Runs an item, again behind each case that ended its process, and adds the row about the item itself."""
+        """Runs an item, restarts it after each case that ended its process, and adds the row about the item itself."""
         began = self._clock()
         end, command, rows_before = min(began + item.seconds, self._deadline), item.command, len(self.rows)
         faults = 0
@@ -152,8 +154,8 @@ class Session:
             self.add({**row, "restarts": faults} if faults else row)
 
     def _process(self, item: Item, command: Sequence[str], end: float) -> tuple[str, dict[str, Any] | None, str]:
-        """Runs one process until it ends, or `end`. Returns its status ("ok", "failed", "silent" or "timeout"), the row of a
-        case that had begun and not ended, if any, and the last lines that were no rows."""
+        """Runs one process until it ends, or until `end`. Returns its status ("ok", "failed", "silent" or "timeout"), the row
+        of the unfinished case, if any, and its last lines of other output."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         environment["PYFUSED_GPU_SECONDS"] = str(round(max(end - self._clock(), 1), 1))
@@ -182,7 +184,7 @@ class Session:
                 try:
                     line = lines.get(timeout=0.05)
                 except queue.Empty:
-                    if process.poll() is not None:  # what it started may still hold the pipe
+                    if process.poll() is not None:  # its children may still hold the pipe
                         _end(process)
                     continue
                 if line is None:
@@ -220,7 +222,7 @@ def _read(stream: TextIO, lines: queue.Queue[str | None]) -> None:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """The row that a line holds, or None: it is something else that was printed."""
+    """The row in a line of output, or None if the line is something else."""
     try:
         row = json.loads(line) if line.startswith("{") else None
     except ValueError:
@@ -229,7 +231,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started."""
+    """Kills a process and all its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -240,14 +242,14 @@ _LONG = ("item", "at", "line", "tile", "bench", "error", "said")  # too long for
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Figures, then what is wrong, then the items, of correctness a line each: the end is what one sees of a long output."""
+    """Numbers, then errors, then a line for each item. The items come last: of a long output one sees the end."""
     figures = [row for row in rows if "status" not in row]
     wrong = [row for row in figures if row.get("ok") is False]
     shown = [row for row in figures if row.get("ok") is not False and "ratio" not in row]
     lines = []
-    for title, found in (("figures", shown), ("wrong", wrong)):
-        lines += [f"{title}:"] if found else []
-        for row in found:
+    for title, listed in (("figures", shown), ("wrong", wrong)):
+        lines += [f"{title}:"] if listed else []
+        for row in listed:
             values = "  ".join(f"{k}={_short(v)}" for k, v in row.items() if k not in _LONG)
             error = str(row.get("error", "")).strip().splitlines()[-1:]
             lines.append("  ".join([row["item"], values, *(e[:200] for e in error)]))
@@ -255,11 +257,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "status" not in row:
             continue
         text = f"{row['item']:<40} {row['status']:<8} {row['seconds']:>6.1f} s"
-        judged = [r for r in figures if r["item"] == row["item"] and "ratio" in r and r["ok"] is not None]
-        if judged:
-            right = sum(r["ok"] for r in judged)
-            worst = max((r["ratio"] for r in judged if r["ratio"] is not None), default=0.0)
-            text += f"  {right} of {len(judged)} right, worst {worst:.2f} of what is allowed"
+        checked = [r for r in figures if r["item"] == row["item"] and "ratio" in r and r["ok"] is not None]
+        if checked:
+            right = sum(r["ok"] for r in checked)
+            worst = max((r["ratio"] for r in checked if r["ratio"] is not None), default=0.0)
+            text += f"  {right} of {len(checked)} right, worst {worst:.2f} of the allowed error"
         if row["status"] != "ok" and row.get("said"):
             text += "  " + row["said"].splitlines()[-1][:160]
         lines.append(text)
