@@ -96,7 +96,7 @@ def _generate(model: Any, backend: str | None, shape: tuple[int, int, int]) -> R
 
 @torch.inference_mode()
 def _agree(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> bool:
-    """Whether two greedy texts are equal, or first differ at tokens whose logits differ by less than rounding errors (judge)."""
+    """Whether two greedy texts are equal, or first differ at tokens whose logits differ less than rounding errors."""
     at = next((i for i, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), None)
     if at is None:
         return len(found) == len(expected)

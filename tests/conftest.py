@@ -58,7 +58,7 @@ def seeded():
 # What takes a minute or more in one piece: begun first, so that no worker is left with it in the end.
 LONG = (
     "test_packaging.py",
-    "test_gpu_script.py",
+    "test_gpu_script_dry.py",
     "test_kernels.py",
     "test_export.py",
     "test_examples.py",
