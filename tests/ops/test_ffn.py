@@ -61,10 +61,15 @@ def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(each_backend, dtype, device, activation):
-    interpreted = each_backend == "triton" and device == "cpu"
+    """An activation enters where a product is done: of one of them a GPU's kernels on the CPU run every size, of the others
+    few. What values they give, test_activation_on_a_dense_grid says."""
+    emulated = each_backend in ("triton", "cuda") and device == "cpu"
+    interpreted = emulated and each_backend == "triton"
     options = list(itertools.product([(True, True), (False, True), (True, False), (False, False)], [True, False]))
     for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
         if interpreted and i % 4 != 0:
+            continue
+        if emulated and activation != "gelu_tanh" and (rows, size) not in ((7, SIZES[2]), (17, SIZES[0])):
             continue
         draws = 20 if 1 in size else 5 if rows < 3 else 2
         for biases, with_residual in (options[i % 8], options[(i + 3) % 8]):  # 36 cases: each option with most sizes

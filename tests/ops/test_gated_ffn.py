@@ -64,9 +64,13 @@ def check(activation, dtype, device, lead, n, f, m, with_residual, chained=False
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(each_backend, dtype, device, activation):
-    interpreted = each_backend == "triton" and device == "cpu"
+    """As of ffn: one activation with every size, on the CPU a GPU's kernels with few of the others."""
+    emulated = each_backend in ("triton", "cuda") and device == "cpu"
+    interpreted = emulated and each_backend == "triton"
     for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
         if interpreted and i % 4 != 0:
+            continue
+        if emulated and activation != "gelu_tanh" and (rows, size) not in ((7, SIZES[2]), (17, SIZES[0])):
             continue
         for with_residual in (True, False)[i % 8 // 4 :][:1] if interpreted else (True, False):
             check(activation, dtype, device, (rows,), *size, with_residual)
