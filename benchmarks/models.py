@@ -46,16 +46,17 @@ def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **op
 
 
 def train_calls(mine, theirs, my_call, their_call):
-    """Forward and backward, without dropout: the gradients of the token embeddings, of a weighted sum of the result. (A mean
-    square would be constant: the last thing in these models is a norm.)"""
+    """Forward and backward, without dropout, of a weighted sum of the result: the gradients of every parameter, of which the
+    token embeddings' are compared. (A mean square would be constant: the last thing in these models is a norm.)"""
     weights = {}
 
     def step(call, model):
-        embeddings, out = max((p for p in model.parameters() if p.dim() == 2), key=torch.numel), call(model)
+        parameters, out = list(model.parameters()), call(model)
+        embeddings = max(range(len(parameters)), key=lambda i: parameters[i].numel() * (parameters[i].dim() == 2))
         if out.dtype not in weights:
             generator = torch.Generator(out.device).manual_seed(7)
             weights[out.dtype] = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
-        return torch.autograd.grad(out, embeddings, weights[out.dtype])[0]
+        return torch.autograd.grad(out, parameters, weights[out.dtype], allow_unused=True)[embeddings]
 
     return model_calls(mine, theirs, partial(step, my_call), partial(step, their_call), trains=True)
 

@@ -61,9 +61,9 @@ def _activation(pre, grad_inner, inner, grad_pre, activation):
     )
 
 
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     pre = pre.contiguous()
     grad_pre = (grad_y @ w_out).contiguous()
     inner = torch.empty_like(pre)
     _activation(pre, grad_pre, inner, grad_pre, activation)
-    return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+    return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)

@@ -73,11 +73,11 @@ def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
     )
 
 
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     gate, up = gate.contiguous(), up.contiguous()
     wide_grad, wide_out = widened(grad_y, w_out)
     grad_hidden = (wide_grad @ wide_out).contiguous()
     hidden = torch.empty_like(gate, dtype=_hidden_dtype(gate))
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
-    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)
+    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)

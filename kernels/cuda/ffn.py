@@ -65,15 +65,15 @@ def prepare_activation(size, activation, dtype, device):
 
 
 @launched
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     if not pre.is_contiguous():
         return None
     activate = prepare_activation(pre.numel(), activation, pre.dtype, pre.device)
     new_inner = maker(pre.shape, pre.dtype, None, pre.device)
 
-    def launch(grad_y, x, w_in, w_out, pre, *_):
+    def launch(grad_y, x, w_in, w_out, pre, _activation, *wants):
         grad_pre, inner = (grad_y @ w_out).contiguous(), new_inner()
         activate(pre, grad_pre, inner, grad_pre)
-        return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+        return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
 
     return launch

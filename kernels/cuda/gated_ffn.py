@@ -83,16 +83,16 @@ def prepare_activation(size, activation, dtype, device):
 
 
 @launched
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     if not dense(gate, up):
         return None
     dtype, device = gate.dtype, gate.device
     activate = prepare_activation(gate.numel(), activation, dtype, device)
     new_hidden, new_grad = maker(gate.shape, _hidden_dtype(gate), None, device), maker(gate.shape, dtype, None, device)
 
-    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation):
+    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation, *wants):
         grad_hidden, hidden, grad_up = (grad_y @ w_out).contiguous(), new_hidden(), new_grad()
         activate(gate, up, grad_hidden, hidden, grad_hidden, grad_up)
-        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up)
+        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up, wants)
 
     return launch

@@ -59,17 +59,23 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     return y if residual is None else y + residual, pre if save else None
 
 
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    """(grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out)."""
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
+    """(grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out), each None where `wants` says no."""
     inner = ACTIVATIONS[activation](pre)
     # torch's own derivatives, called by name: inside a registered operator autograd records nothing.
     grad_pre = GRADIENTS[activation](grad_y @ w_out, pre, inner)
-    return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+    return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
 
 
-def linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out):
-    """What remains of the backward once the activation is through: four library products and two sums."""
+def linear_gradients(grad_y, x, w_in, inner, grad_pre, wants):
+    """What remains of the backward once the activation is through: three library products and two sums. Frozen weights want
+    none of theirs."""
+    wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = wants
     g, p, rows, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, x, inner))
-    grad_b_in = p.sum(0) if has_b_in else None
-    grad_b_out = g.sum(0) if has_b_out else None
-    return (p @ w_in).view(x.shape), p.t() @ rows, grad_b_in, g.t() @ inner, grad_b_out
+    return (
+        (p @ w_in).view(x.shape) if wants_x else None,
+        p.t() @ rows if wants_w_in else None,
+        p.sum(0) if wants_b_in else None,
+        g.t() @ inner if wants_w_out else None,
+        g.sum(0) if wants_b_out else None,
+    )

@@ -134,7 +134,7 @@ def ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
             return (F.linear(inner, t["w_out"], t["b_out"]),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            return (grads[0], bound[0], bound[1], bound[3], outputs[1], bound[5], True, True)
+            return (grads[0], bound[0], bound[1], bound[3], outputs[1], bound[5], *[True] * 5)
 
         return Problem(tensors, bind, plain, backward, tuple(tensors))
 
@@ -154,7 +154,7 @@ def gated_ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
             return (F.linear(gate * F.linear(t["x"], t["w_up"]), t["w_out"]),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            return (grads[0], *bound[:4], *outputs[1:3], bound[4])
+            return (grads[0], *bound[:4], *outputs[1:3], bound[4], *[True] * 4)
 
         return Problem(tensors, bind, plain, backward, tuple(tensors))
 

@@ -10,6 +10,7 @@ from draws import chained_linear, together
 from opchecks import check_registered
 
 import pyfused
+from pyfused import dispatch
 from pyfused.ops.ffn import ACTIVATIONS
 from pyfused.testing import assert_close
 
@@ -192,6 +193,27 @@ def test_gradcheck_reference(activation):
     assert torch.autograd.gradcheck(lambda *t: pyfused.ffn(*t[:5], activation=activation, residual=t[5]), tensors)
 
 
+def test_frozen_weights_cost_no_product(each_backend, device):
+    """Each subset of what wants a gradient gets the same ones; the flags of the backward are what saves the products."""
+    shapes = [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
+    tensors = [torch.randn(s, device=device) for s in shapes]
+
+    def gradients(*wanting):
+        leaves = [t.clone().requires_grad_(i in wanting) for i, t in enumerate(tensors)]
+        y = pyfused.ffn(*leaves[:5], activation="gelu", residual=leaves[5])
+        return dict(zip(wanting, torch.autograd.grad(y.sin().sum(), [leaves[i] for i in wanting]), strict=True))
+
+    everything = gradients(*range(6))
+    for wanting in ((0,), (1, 2), (3,), (4,), (5,), (0, 1, 3)):
+        for i, gradient in gradients(*wanting).items():
+            assert torch.equal(gradient, everything[i])
+    backward = dispatch.kernel(each_backend.partition(":")[0], "ffn").backward
+    arguments = tensors[3].new_ones(3, 6), tensors[0], tensors[1], tensors[3], tensors[0].new_ones(3, 10), "gelu"
+    for i in range(5):
+        found = backward(*arguments, *(j == i for j in range(5)))
+        assert [gradient is not None for gradient in found] == [j == i for j in range(5)]
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(each_backend, device, full):
     x, w_in, b_in, w_out, b_out, residual = (
@@ -201,8 +223,9 @@ def test_opcheck(each_backend, device, full):
         b_in = b_out = residual = None
     check_registered("ffn", (x, w_in, b_in, w_out, b_out, "gelu", residual, True), save=7)
     grad_y, pre = torch.randn(3, 6, device=device), torch.randn(3, 10, device=device)
-    arguments = (grad_y, x.detach(), w_in.detach(), w_out.detach(), pre, "gelu", full, full)
-    torch.library.opcheck(torch.ops.pyfused.ffn_backward, arguments)
+    arguments = (grad_y, x.detach(), w_in.detach(), w_out.detach(), pre, "gelu")
+    torch.library.opcheck(torch.ops.pyfused.ffn_backward, (*arguments, True, True, full, True, full))
+    torch.library.opcheck(torch.ops.pyfused.ffn_backward, (*arguments, full, *[not full] * 4))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
