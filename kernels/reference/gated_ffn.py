@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .ffn import ACTIVATIONS, GRADIENTS
+from .ffn import activate, activation_gradient
 
 
 def widened(*tensors):
@@ -20,7 +20,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     """(y, gate, up); gate = x w_gate^T and up = x w_up^T are kept for the backward."""
     gate, up = F.linear(x, w_gate), F.linear(x, w_up)
     wide_gate, wide_up, wide_out = widened(gate, up, w_out)
-    y = F.linear(ACTIVATIONS[activation](wide_gate) * wide_up, wide_out)
+    y = F.linear(activate(activation, wide_gate) * wide_up, wide_out)
     y = (y if residual is None else y + residual).to(x.dtype)
     return y, gate if save else None, up if save else None
 
@@ -29,8 +29,8 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     """(grad_x, grad_w_gate, grad_w_up, grad_w_out), each None where `wants` says no."""
     wide_gate, wide_up, wide_grad, wide_out = widened(gate, up, grad_y, w_out)
     grad_hidden = wide_grad @ wide_out
-    active = ACTIVATIONS[activation](wide_gate)
-    grad_gate = GRADIENTS[activation](grad_hidden * wide_up, wide_gate, active).to(x.dtype)
+    active = activate(activation, wide_gate)
+    grad_gate = activation_gradient(activation, grad_hidden * wide_up, wide_gate, active).to(x.dtype)
     grad_up = (grad_hidden * active).to(x.dtype)
     return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up, wants)
 

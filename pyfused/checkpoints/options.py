@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyfused.activations import ACTIVATIONS, SPELLINGS
 from pyfused.checkpoints.files import Options, Refused
 
-# Several Hugging Face names for the tanh formula, two for the erf one
-HF_ACTIVATIONS = {
-    "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
-    "gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh",
-}  # fmt: skip
+# By each of Hugging Face's names the one that pyfused writes
+HF_ACTIVATIONS = {spelling: row.spellings[0] for spelling, row in SPELLINGS.items()}
 
 # Keras writes a function of KerasHub's, or of KerasNLP's, as it was called, by its registered name
-_KERAS_FUNCTIONS = {f"{package}>gelu_approximate": "gelu_new" for package in ("keras_hub", "keras_nlp")}
+_KERAS_FUNCTIONS = dict.fromkeys(
+    (f"{package}>gelu_approximate" for package in ("keras_hub", "keras_nlp")), HF_ACTIVATIONS["gelu_new"]
+)
 
 # What some version of transformers writes into any configuration, and what has no effect on the outputs
 SILENT = {
@@ -81,4 +81,24 @@ def activation_name(value: Any) -> str | None:
             value = value.get("name")
     if not isinstance(value, str):
         return None
-    return (HF_ACTIVATIONS | {"gelu_tanh": "gelu_new"} | _KERAS_FUNCTIONS).get(value)
+    if value in ACTIVATIONS:
+        return ACTIVATIONS[value].spellings[0]
+    return (HF_ACTIVATIONS | _KERAS_FUNCTIONS).get(value)
+
+
+def read_activation(options: Options, name: str, default: str = "gelu_new") -> str:
+    """pyfused's name for the activation that an option of a Hugging Face configuration states. Raises ValueError for one that
+    pyfused does not have."""
+    stated = options.raw(name, default)
+    if not isinstance(stated, str) or stated not in HF_ACTIVATIONS:
+        raise ValueError(f"{options.file}: {name} is {stated!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[stated]
+
+
+def check_activation(config: dict[str, Any], default: str = "gelu_new", whose: str = "it") -> str:
+    """pyfused's name for the activation of a backbone's arguments. Raises ValueError for one that pyfused does not have."""
+    stated = config.get("activation", default)
+    found = activation_name(stated)
+    if found is None:
+        raise ValueError(f"activation is {stated!r}; {whose} takes {', '.join(HF_ACTIVATIONS)}")
+    return found

@@ -6,22 +6,11 @@ from typing import Any
 
 import torch
 
+from .. import activations
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
 from .registration import Operator
-
-# GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
-ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")
-_ALIASES = {"gelu_new": "gelu_tanh"}
-
-
-def canonical_activation(activation: str) -> str:
-    """The name the kernels know; raises ValueError for a name they do not."""
-    name = _ALIASES.get(activation, activation)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; it takes {', '.join((*ACTIVATIONS, *_ALIASES))}")
-    return name
 
 
 def ffn(
@@ -87,7 +76,7 @@ def bind(x, w_in, b_in, w_out, b_out, *, activation, residual=None) -> tuple[Any
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out, residual)
     )
-    return x, w_in, b_in, w_out, b_out, canonical_activation(activation), residual, save
+    return x, w_in, b_in, w_out, b_out, activations.canonical(activation), residual, save
 
 
 def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from .. import activations
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .ffn import canonical_activation
 from .registration import Operator
 
 
@@ -77,7 +77,7 @@ def bind(x, w_gate, w_up, w_out, *, activation, residual=None) -> tuple[Any, ...
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_gate, w_up, w_out, residual)
     )
-    return x, w_gate, w_up, w_out, canonical_activation(activation), residual, save
+    return x, w_gate, w_up, w_out, activations.canonical(activation), residual, save
 
 
 def _fake(x, w_gate, w_up, w_out, activation, residual, save):

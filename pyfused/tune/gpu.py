@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from .. import dispatch, evidence, ops, tiles, timing
+from ..arguments import AttentionForward
 from ..testing import judge
 from .cases import Case, Problem, cases, saving
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "cuda", "reference")
 _SAVE = {
-    "attention": 9,
+    "attention": AttentionForward._fields.index("save"),
     "layer_norm": 5,
     "rms_norm": 4,
     "ffn": 7,

@@ -11,7 +11,7 @@ from opchecks import check_registered
 
 import pyfused
 from pyfused import dispatch
-from pyfused.ops.ffn import ACTIVATIONS
+from pyfused.activations import ACTIVATIONS
 from pyfused.testing import assert_close
 
 PLAIN = {
