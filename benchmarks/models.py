@@ -47,16 +47,17 @@ def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **op
 
 
 def train_calls(mine, theirs, my_call, their_call):
-    """Forward and backward without dropout: the gradient of the token embedding for a weighted sum of the result. (The models
-    end in a norm, so a mean square would be constant.)"""
+    """Forward and backward without dropout. Compares the gradient of the token embedding for a weighted sum of the result, and
+    computes that of every parameter. (The models end in a norm, so a mean square would be constant.)"""
     weights = {}
 
     def step(call, model):
-        embeddings, out = max((p for p in model.parameters() if p.dim() == 2), key=torch.numel), call(model)
+        parameters, out = list(model.parameters()), call(model)
+        embeddings = max(range(len(parameters)), key=lambda i: parameters[i].numel() * (parameters[i].dim() == 2))
         if out.dtype not in weights:
             generator = torch.Generator(out.device).manual_seed(7)
             weights[out.dtype] = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
-        return torch.autograd.grad(out, embeddings, weights[out.dtype])[0]
+        return torch.autograd.grad(out, parameters, weights[out.dtype], allow_unused=True)[embeddings]
 
     return model_calls(mine, theirs, partial(step, my_call), partial(step, their_call), trains=True)
 

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import extensions
+from .arguments import AttentionBackward, AttentionForward, taking
 
 SHIPPED = Path(__file__).parent / "evidence"
 _T = TypeVar("_T")
@@ -114,32 +115,18 @@ def _fourier_mix(x):
     return "long" if max(s, n) >= 1024 else "short", b * min(s, n)
 
 
-def attention_shapes(query, key, bias_table, attn_bias, cu_seqlens) -> tuple[str, int]:
+def _attention(a):
     """Few or many queries of the heads that share a key head, the head size, and the bias; the size is how many scores there
     are."""
-    b, h, sq, d = query.shape
-    hkv, sk = key.shape[1:3]
-    if cu_seqlens is not None:
+    b, h, sq, d = a.query.shape
+    hkv, sk = a.key.shape[1:3]
+    if a.cu_seqlens is not None:
         kind = "packed"
     else:
         kind = "few queries" if h // max(hkv, 1) * sq <= 16 else "many queries"
-    bias = "" if bias_table is None else ", relative bias"
-    bias += "" if attn_bias is None else ", dense bias"
+    bias = "" if a.bias_table is None else ", relative bias"
+    bias += "" if a.attn_bias is None else ", dense bias"
     return f"{kind}, D {64 if d <= 64 else 128 if d <= 128 else 256}{bias}", b * h * sq * sk
-
-
-def _attention(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    return attention_shapes(query, key, bias_table, attn_bias, cu_seqlens)
-
-
-def _attention_backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    return attention_shapes(query, key, bias_table, attn_bias, cu_seqlens)
 
 
 def _norm_backward(grad_y, grad_total, x, *saved):
@@ -173,8 +160,8 @@ _SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("rms_norm", "forward"): _rms_norm,
     ("rms_norm", "backward"): _norm_backward,
     ("fourier_mix", "forward"): _fourier_mix,
-    ("attention", "forward"): _attention,
-    ("attention", "backward"): _attention_backward,
+    ("attention", "forward"): taking(AttentionForward)(_attention),
+    ("attention", "backward"): taking(AttentionBackward)(_attention),
     ("relative_bias", "forward"): _relative_bias,
     ("relative_bias", "backward"): _relative_bias_backward,
 }

@@ -18,7 +18,7 @@ for name in ("PYFUSED_BACKEND", "PYFUSED_CHECK"):
 os.environ["PYFUSED_EVIDENCE"] = os.devnull
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What torch.compile keeps on disk is found by a version's names (pyfused.ops.registration.composite), not by a commit's.
+# torch.compile finds programs on disk by the names of our operators, which stay when an operator changes.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest  # noqa: E402

@@ -98,7 +98,7 @@ def feed_forward(rows, n, f, dtype=BF16):
     x, w_in, w_out = new(rows, n, dtype=dtype), new(f, n, dtype=dtype), new(n, f, dtype=dtype)
     b_in, b_out = new(f, dtype=dtype), new(n, dtype=dtype)
     y, pre = ffn.forward(x, w_in, b_in, w_out, b_out, "gelu", x, True)
-    ffn.backward(y, x, w_in, w_out, pre, "gelu", True, True)
+    ffn.backward(y, x, w_in, w_out, pre, "gelu", *[True] * 5)
 
 
 def few(rows, product):
@@ -120,7 +120,7 @@ def split(rows, n, k):
 def gated(rows, n, f, dtype=BF16):
     x, w_in, w_out = new(rows, n, dtype=dtype), new(f, n, dtype=dtype), new(n, f, dtype=dtype)
     y, gate, up = gated_ffn.forward(x, w_in, w_in, w_out, "silu", x, True)
-    gated_ffn.backward(y, x, w_in, w_in, w_out, gate, up, "silu")
+    gated_ffn.backward(y, x, w_in, w_in, w_out, gate, up, "silu", *[True] * 4)
 
 
 def distances(h, sq, sk):

@@ -140,12 +140,13 @@ template <class T> struct Forward {
 }  // namespace
 
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
-                       addr starts, addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype) {
+                       addr starts, addr out, addr lse, addr layout, int dtype) {
+  const auto& n = *(const AttentionLayout*)layout;
   PYFUSED_BY_DTYPE(dtype, {
-    Problem<T> p(query, key, value, mask, bias, seed, starts, layout, causal, scale, dropout_p);
+    Problem<T> p(query, key, value, mask, bias, seed, starts, n);
     if (p.no_queries()) return;
     const bool few = Few<T>::fits(p);
-    p.with_relative(table, buckets, (const int64_t*)layout + 20, few ? 1 : -1, few ? kWidth : kGroup);
+    p.with_relative(table, buckets, n, few ? 1 : -1, few ? kWidth : kGroup);
     if (few) Few<T>{p, (T*)out, (float*)lse}.run();
     else Forward<T>{p, (T*)out, (float*)lse}.run();
     p.release();

@@ -277,19 +277,18 @@ template <class T> struct Backward {
 
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
                         addr table, addr buckets, addr seed, addr starts, addr grad_query, addr grad_key,
-                        addr grad_value, addr grad_bias, addr grad_table, addr layout, bool causal, double scale,
-                        double dropout_p, int dtype) {
-  const int64_t* n = (const int64_t*)layout;
+                        addr grad_value, addr grad_bias, addr grad_table, addr layout, int dtype) {
+  const auto& n = *(const AttentionLayout*)layout;
   PYFUSED_BY_DTYPE(dtype, {
-    Problem<T> p(query, key, value, mask, bias, seed, starts, layout, causal, scale, dropout_p);
+    Problem<T> p(query, key, value, mask, bias, seed, starts, n);
     if (p.no_queries()) {  // of what nobody looked at the gradient is zero
       const int64_t bytes = (starts ? 1 : p.b) * p.sk * p.hkv * p.d * sizeof(T);
       if (bytes) std::memset((void*)grad_key, 0, bytes), std::memset((void*)grad_value, 0, bytes);
       return;
     }
-    p.with_relative(table, buckets, n + 20, -1, kGroup);
-    Backward<T>{p, {(const T*)out, n[24], n[25], n[26]}, {(const T*)grad_out, n[27], n[28], n[29]}, (const float*)lse,
-                (T*)grad_query, (T*)grad_key, (T*)grad_value, (T*)grad_bias, (float*)grad_table}.run();
+    p.with_relative(table, buckets, n, -1, kGroup);
+    Backward<T>{p, p.strided(out, n.out), p.strided(grad_out, n.grad_out), (const float*)lse, (T*)grad_query, (T*)grad_key,
+                (T*)grad_value, (T*)grad_bias, (float*)grad_table}.run();
     p.release();
   })
 }

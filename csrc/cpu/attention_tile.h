@@ -10,6 +10,7 @@
 #include <cmath>
 #include <utility>
 
+#include "pyfused/attention_layout.h"
 #include "pyfused/parallel.h"
 #include "pyfused/philox.h"
 #include "relative_bias.h"
@@ -41,19 +42,19 @@ template <class T> struct Problem {
   uint32_t threshold, seed[2];
   ByDistance relative;  // without rows: none
 
-  Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr starts, addr layout, bool causal, double scale,
-          double dropout_p)
-      : starts((const int32_t*)starts), mask((const uint8_t*)mask), bias((const T*)bias), causal(causal), dropout(seed != 0), scale((float)scale),
-        keep_scale((float)(1.0 / (1.0 - dropout_p))) {
-    const int64_t* n = (const int64_t*)layout;  // in the order of kernels.h
-    b = n[0], h = n[1], hkv = n[2], sq = n[3], sk = n[4], d = n[5], longest = n[6], n += 1;
-    query = {(const T*)q, n[6], n[7], n[8]};
-    key = {(const T*)k, n[9], n[10], n[11]};
-    value = {(const T*)v, n[12], n[13], n[14]};
-    for (int i = 0; i < 4; ++i) bias_stride[i] = n[15 + i];
-    const double words = std::nearbyint(dropout_p * 4294967296.0);
+  Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr starts, const AttentionLayout& n)
+      : b(n.batch), h(n.heads), hkv(n.kv_heads), sq(n.query_length), sk(n.key_length), d(n.head_size),
+        starts((const int32_t*)starts), longest(n.longest), query(strided(q, n.query)), key(strided(k, n.key)),
+        value(strided(v, n.value)), mask((const uint8_t*)mask), bias((const T*)bias), causal(n.is_causal), dropout(seed != 0),
+        scale((float)n.scale), keep_scale((float)(1.0 / (1.0 - n.dropout_p))) {
+    for (int i = 0; i < 4; ++i) bias_stride[i] = n.bias[i];
+    const double words = std::nearbyint(n.dropout_p * 4294967296.0);
     threshold = words < 4294967295.0 ? (uint32_t)words : 4294967295u;
     for (int i = 0; i < 2; ++i) this->seed[i] = seed ? (uint32_t)(*(const uint64_t*)seed >> (32 * i)) : 0;
+  }
+
+  Strided<const T> strided(addr data, const int64_t* stride) const {
+    return {(const T*)data, starts ? 0 : stride[0], stride[1], stride[2]};
   }
 
   // Whether nothing is to be computed, and sizes that others are divided by are 0. Without keys, results are zeros.
@@ -68,11 +69,11 @@ template <class T> struct Problem {
   int64_t row(int64_t b, int64_t h, int64_t i) const { return starts ? h * sq + i : (b * this->h + h) * sq + i; }
 
   // T5's bias by distance; release() frees it. Query i has position i + sk - sq. sign 1: keys ascend, -1: queries do.
-  void with_relative(addr table, addr buckets, const int64_t* n, int64_t sign, int64_t lanes) {
+  void with_relative(addr table, addr buckets, const AttentionLayout& n, int64_t sign, int64_t lanes) {
     if (!table) return;
-    relative = ByDistance(buckets, n[0], h, sign > 0 ? 1 - sk : 1 - sq, sign > 0 ? sq - 1 : sk - 1, sign, lanes);
-    if (n[3]) relative.fill((const float*)table, n[1], n[2]);
-    else relative.fill((const T*)table, n[1], n[2]);
+    relative = ByDistance(buckets, n.span, h, sign > 0 ? 1 - sk : 1 - sq, sign > 0 ? sq - 1 : sk - 1, sign, lanes);
+    if (n.table_float32) relative.fill((const float*)table, n.table_bucket, n.table_head);
+    else relative.fill((const T*)table, n.table_bucket, n.table_head);
   }
   void release() const { std::free(relative.rows); }
 };

@@ -7,30 +7,25 @@ namespace pyfused::PYFUSED_ISA {
 
 using addr = std::uintptr_t;
 
-// ---- layer_norm -----------------------------------------------------------------------------------------------------
+// ---- layer_norm and rms_norm ----------------------------------------------------------------------------------------
+// Both take the same; of rms_norm bias, mean and grad_bias are 0.
 void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
                         int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype);
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
-
-// ---- rms_norm -------------------------------------------------------------------------------------------------------
-void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
-                      int64_t x_stride, int64_t residual_stride, double eps, int dtype);
-void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
-                       int64_t rows, int64_t n, int64_t x_stride, int dtype);
+void rms_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
+                      int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
+                       addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-// layout: int64 B, H, Hkv, Sq, Sk, D, queries of a batch entry at most, then (batch, head, sequence) strides of query, key and value, the bias's four, of
-// the table of T5's bias span, its two strides and whether it is float (0: query's dtype), and for the backward (batch,
-// head, sequence) strides of out and of grad_out. out, grad_query, grad_key and grad_value are dense (B, S, H, D).
-// buckets: int32, of the distances -span .. span. grad_table: float (num_buckets, H), zeros. starts: int32 (B + 1), where
-// packed sequences begin: B is then their number, Sq = Sk = T that of all their rows, and batch strides are 0.
+// layout: an AttentionLayout. starts: int32 (B + 1), where packed sequences begin. out of the forward, grad_query, grad_key and
+// grad_value are dense (B, S, H, D). buckets: int32. grad_table: float (num_buckets, H), zeros.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
-                       addr starts, addr out, addr lse, addr layout, bool causal, double scale, double dropout_p, int dtype);
+                       addr starts, addr out, addr lse, addr layout, int dtype);
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
                         addr table, addr buckets, addr seed, addr starts, addr grad_query, addr grad_key,
-                        addr grad_value, addr grad_bias, addr grad_table, addr layout, bool causal, double scale,
-                        double dropout_p, int dtype);
+                        addr grad_value, addr grad_bias, addr grad_table, addr layout, int dtype);
 
 // ---- relative_bias --------------------------------------------------------------------------------------------------
 void relative_bias_forward(addr table, addr buckets, addr out, int64_t heads, int64_t sq, int64_t sk, int64_t offset,

@@ -157,17 +157,23 @@ template <class T, bool CENTRED> struct Backward {
   }
 };
 
-// Both passes over all rows; pointers as in kernels.h.
-template <class T, bool CENTRED> void normalise_rows(const Forward<T, CENTRED>& f, int64_t rows) {
-  parallel_chunks(threads_for(rows, 8 * f.n), rows, [&](int, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) f.row(r);
-  });
+// All rows; arguments as in kernels.h.
+template <bool CENTRED>
+void normalise_rows(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
+                    int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype) {
+  PYFUSED_BY_DTYPE(dtype, {
+    const Forward<T, CENTRED> f{(const T*)x, (const T*)residual, (const T*)weight, (const T*)bias, (T*)y, (T*)total,
+                                (float*)mean, (float*)rstd, n, x_stride, residual_stride, (float)eps};
+    parallel_chunks(threads_for(rows, 8 * n), rows, [&](int, int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) f.row(r);
+    });
+  })
 }
 
 constexpr int64_t kRowChain = 32;  // rows whose gradients are summed one after another: longer chains lose bits
 
 template <class T, bool CENTRED>
-void normalise_rows_backward(const Backward<T, CENTRED>& b, int64_t rows, T* grad_weight, T* grad_bias) {
+void add_up_rows(const Backward<T, CENTRED>& b, int64_t rows, T* grad_weight, T* grad_bias) {
   const int64_t n = b.n, width = CENTRED ? 2 * n : n;  // of the weight's sums, then the bias's
   const int threads = threads_for(rows, 16 * n);
   float* partial = (float*)std::calloc(2 * width * threads, sizeof(float));
@@ -186,6 +192,16 @@ void normalise_rows_backward(const Backward<T, CENTRED>& b, int64_t rows, T* gra
     else if (grad_bias) store_one(grad_bias + i - n, sum);
   }
   std::free(partial);
+}
+
+template <bool CENTRED>
+void normalise_rows_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
+                             addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype) {
+  PYFUSED_BY_DTYPE(dtype, {
+    const Backward<T, CENTRED> b{(const T*)grad_y, (const T*)grad_total, (const T*)x, (const T*)weight,
+                                 (const float*)mean, (const float*)rstd, (T*)grad_x, n, x_stride};
+    add_up_rows(b, rows, (T*)grad_weight, (T*)grad_bias);
+  })
 }
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -4,11 +4,16 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "pyfused/attention_layout.h"
 #include "pyfused/device.cuh"
 #include "pyfused/launch.h"
 #include "pyfused/tensor_core.cuh"
 
 namespace pyfused::cuda {
+
+// attention_float32.cu; packed: a block's rows are those of all heads that share a key head. chunk: keys of a block.
+void attention_float32(const Launch& launch, const AttentionPointers& p, bool packed, int64_t chunk, addr stream);
+
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -200,51 +205,48 @@ __device__ inline void philox(int64_t seed, uint32_t quad, uint32_t query, uint3
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-// `layout`: B, H, Hkv, Sq, Sk, D, then the strides of query, key, value, out (3 each) and bias (4), of out's chunks,
-// of the table (2), span, and whether the table is float32.
-inline Attention arguments(const AttentionPointers& p, bool is_causal, double scale, double dropout_p, bool packed,
-                           int64_t chunk, int element_size) {
-  const int64_t* n = (const int64_t*)p.layout;
+inline Attention arguments(const AttentionPointers& p, bool packed, int64_t chunk, int element_size) {
+  const auto& n = *(const AttentionLayout*)p.layout;
   const int v = 16 / element_size;
   Attention a{};
   a.query = (const void*)p.query, a.key = (const void*)p.key, a.value = (const void*)p.value;
   a.bias = (const void*)p.bias, a.mask = (const unsigned char*)p.mask, a.seed = (const int64_t*)p.seed;
   a.out = (void*)p.out, a.lse = (float*)p.lse, a.cu_seqlens = (const int*)p.cu_seqlens;
-  a.b = (int)n[0], a.h = (int)n[1], a.group = (int)(n[1] / n[2]);
-  a.sq = (int)n[3], a.sk = (int)n[4], a.d = (int)n[5];
+  a.b = (int)n.batch, a.h = (int)n.heads, a.group = (int)(n.heads / n.kv_heads);
+  a.sq = (int)n.query_length, a.sk = (int)n.key_length, a.d = (int)n.head_size;
   a.pack = packed ? a.group : 1, a.chunk = (int)chunk;
   a.aligned = aligned16({p.query, p.key, p.value, p.out}) && a.d % v == 0;
-  const int64_t query_sizes[] = {n[0], n[1], n[3]}, key_sizes[] = {n[0], n[2], n[4]};
+  const int64_t query_sizes[] = {n.batch, n.heads, n.query_length}, key_sizes[] = {n.batch, n.kv_heads, n.key_length};
   for (int i = 0; i < 3; ++i) {
-    a.query_stride[i] = n[6 + i], a.key_stride[i] = n[9 + i], a.value_stride[i] = n[12 + i];
-    a.out_stride[i] = n[15 + i];
-    if (query_sizes[i] > 1) a.aligned = a.aligned && n[6 + i] % v == 0;
-    if (key_sizes[i] > 1) a.aligned = a.aligned && n[9 + i] % v == 0 && n[12 + i] % v == 0;
+    const int from = i == 0 && p.cu_seqlens ? 2 : i;  // an origin of packed sequences is a row
+    a.query_stride[i] = n.query[from], a.key_stride[i] = n.key[from], a.value_stride[i] = n.value[from];
+    a.out_stride[i] = n.out[from];
+    if (query_sizes[i] > 1) a.aligned = a.aligned && a.query_stride[i] % v == 0;
+    if (key_sizes[i] > 1) a.aligned = a.aligned && a.key_stride[i] % v == 0 && a.value_stride[i] % v == 0;
   }
-  a.lse_stride = p.cu_seqlens ? 1 : n[1] * n[3];
-  for (int i = 0; i < 4; ++i) a.bias_stride[i] = n[18 + i];
-  a.chunk_stride = n[22];
+  a.lse_stride = p.cu_seqlens ? 1 : n.heads * n.query_length;
+  for (int i = 0; i < 4; ++i) a.bias_stride[i] = n.bias[i];
+  a.chunk_stride = n.chunk;
   a.table = (const void*)p.table, a.buckets = (const int*)p.buckets;
-  a.table_stride[0] = n[23], a.table_stride[1] = n[24], a.span = (int)n[25], a.table_float32 = n[26] != 0;
+  a.table_stride[0] = n.table_bucket, a.table_stride[1] = n.table_head;
+  a.span = (int)n.span, a.table_float32 = n.table_float32 != 0;
   // Two neighbours of a 16-bit bias in one load: where no pair crosses a row's end or an address that 4 divides.
-  a.bias_pairs = p.bias && p.bias % 4 == 0 && n[21] == 1 && a.sk % 2 == 0 && n[18] % 2 == 0 && n[19] % 2 == 0 &&
-                 n[20] % 2 == 0;
-  a.causal = is_causal;
-  a.scale = (float)scale;
+  a.bias_pairs = p.bias && p.bias % 4 == 0 && n.bias[3] == 1 && a.sk % 2 == 0 && n.bias[0] % 2 == 0 &&
+                 n.bias[1] % 2 == 0 && n.bias[2] % 2 == 0;
+  a.causal = n.is_causal != 0;
+  a.scale = (float)n.scale;
   a.keep_scale = 1.0f;
   if (p.seed) {
-    const double words = nearbyint(dropout_p * 4294967296.0);
+    const double words = nearbyint(n.dropout_p * 4294967296.0);
     a.threshold = words < 4294967295.0 ? (uint32_t)words : 0xffffffffu;
-    a.keep_scale = (float)(1.0 / (1.0 - dropout_p));
+    a.keep_scale = (float)(1.0 / (1.0 - n.dropout_p));
   }
   return a;
 }
 
 // Whether a size in the layout is 0: others are divided by it, and no grid is empty. Plain PyTorch computes such a call.
-inline bool has_no_work(const int64_t* layout) {
-  for (int i = 0; i < 6; ++i)
-    if (layout[i] == 0) return true;
-  return false;
+inline bool has_no_work(const AttentionLayout& n) {
+  return !n.batch || !n.heads || !n.kv_heads || !n.query_length || !n.key_length || !n.head_size;
 }
 
 // Rows of a set of heads that a batch entry or sequence has, on average.

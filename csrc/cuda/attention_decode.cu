@@ -61,21 +61,18 @@ template <class T> void by_head_size(const Launch& launch, const Attention& a, a
 
 }  // namespace
 
-void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
-                       bool packed, int64_t chunk, addr stream);
-
 void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
-                              addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
-                              double dropout_p, int64_t chunk, int dtype, int device, addr stream) {
-  const AttentionPointers p{query, key, value, mask, bias, table, buckets, seed, out, lse, layout};
-  const int64_t* n = (const int64_t*)layout;
-  const Launch launch{"attention forward", n[0] * n[1] * n[3], n[5], device};
+                              addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int64_t chunk, int dtype,
+                              int device, addr stream) {
+  const AttentionPointers p{query, key, value, mask, bias, table, buckets, seed, 0, out, lse, layout};
+  const auto& n = *(const AttentionLayout*)layout;
+  const Launch launch{"attention forward", n.batch * n.heads * n.query_length, n.head_size, device};
   if (has_no_work(n) || chunk == 0) return;
   const OnDevice guard(launch);
   if (dtype == 0) {
-    attention_float32(launch, p, is_causal, scale, dropout_p, true, chunk, stream);
+    attention_float32(launch, p, true, chunk, stream);
   } else {
-    const Attention a = arguments(p, is_causal, scale, dropout_p, true, chunk, 2);
+    const Attention a = arguments(p, true, chunk, 2);
     if (dtype == 1) by_head_size<__half>(launch, a, stream);
     else by_head_size<__nv_bfloat16>(launch, a, stream);
   }
@@ -84,12 +81,12 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
 
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
                        addr stream) {
-  const int64_t* n = (const int64_t*)layout;
-  const Launch launch{"attention combine", n[0] * n[1] * n[3], n[5], device};
+  const auto& n = *(const AttentionLayout*)layout;
+  const Launch launch{"attention combine", n.batch * n.heads * n.query_length, n.head_size, device};
   if (has_no_work(n)) return;
   const OnDevice guard(launch);
   PYFUSED_BY_DTYPE(dtype, {
-    const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, 1.0, 0.0, false, n[4], sizeof(T));
+    const Attention a = arguments({0, 0, 0, 0, 0, 0, 0, 0, 0, out, lse, layout}, false, n.key_length, sizeof(T));
     auto kernel = combine_kernel<T>;
     PYFUSED_LAUNCH(kernel, launch.blocks(launch.rows), kCombineThreads, 0, stream, a, (const float*)part,
                    (const float*)part_lse, (int)chunks);

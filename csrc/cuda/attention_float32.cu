@@ -238,9 +238,8 @@ template <bool SEQUENCES> void by_head_size(const Launch& launch, const Attentio
 
 }  // namespace
 
-void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
-                       bool packed, int64_t chunk, addr stream) {
-  const Attention a = arguments(p, is_causal, scale, dropout_p, packed, chunk, 4);
+void attention_float32(const Launch& launch, const AttentionPointers& p, bool packed, int64_t chunk, addr stream) {
+  const Attention a = arguments(p, packed, chunk, 4);
   if (a.cu_seqlens) by_head_size<true>(launch, a, stream);
   else by_head_size<false>(launch, a, stream);
 }

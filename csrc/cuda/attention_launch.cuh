@@ -7,6 +7,7 @@
 // add one number for a tile of keys far away; a dense bias or dropout takes registers that a second set of rows
 // would need, and whatever is combined with them runs there too. Registers leave two blocks on a multiprocessor,
 // whose exponentials and products then overlap. Tiles of keys that nobody sees (causality, padding) cost nothing.
+// float32 has kernels of its own, attention_float32.cu.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -44,6 +45,22 @@ void by_case(const Launch& launch, const Attention& a, int multiprocessors, addr
     else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kNone, SEQUENCES>(launch, a, stream);
     else launch_tiles<T, 256, 1, 32, kNone, SEQUENCES>(launch, a, stream);
   }
+}
+
+template <bool SEQUENCES>
+void attend_many(const char* what, const AttentionPointers& p, int multiprocessors, int dtype, int device, addr stream) {
+  const auto& n = *(const AttentionLayout*)p.layout;
+  const Launch launch{what, (SEQUENCES ? 1 : n.batch) * n.heads * n.query_length, n.head_size, device};
+  if (has_no_work(n)) return;
+  const OnDevice guard(launch);
+  if (dtype == 0) {
+    attention_float32(launch, p, false, n.key_length, stream);
+  } else {
+    const Attention a = arguments(p, false, n.key_length, 2);
+    if (dtype == 1) by_case<__half, SEQUENCES>(launch, a, multiprocessors, stream);
+    else by_case<__nv_bfloat16, SEQUENCES>(launch, a, multiprocessors, stream);
+  }
+  launch.check();
 }
 
 }  // namespace

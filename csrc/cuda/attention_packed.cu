@@ -10,25 +10,12 @@
 
 namespace pyfused::cuda {
 
-void attention_float32(const Launch& launch, const AttentionPointers& p, bool is_causal, double scale, double dropout_p,
-                       bool packed, int64_t chunk, addr stream);
-
-void attention_packed_forward(addr query, addr key, addr value, addr cu_seqlens, addr table, addr buckets, addr seed,
-                              addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
-                              int multiprocessors, int dtype, int device, addr stream) {
-  const AttentionPointers p{query, key, value, 0, 0, table, buckets, seed, out, lse, layout, cu_seqlens};
-  const int64_t* n = (const int64_t*)layout;
-  const Launch launch{"attention of packed sequences", n[1] * n[3], n[5], device};
-  if (has_no_work(n)) return;
-  const OnDevice guard(launch);
-  if (dtype == 0) {
-    attention_float32(launch, p, is_causal, scale, dropout_p, false, n[4], stream);
-  } else {
-    const Attention a = arguments(p, is_causal, scale, dropout_p, false, n[4], 2);
-    if (dtype == 1) by_case<__half, true>(launch, a, multiprocessors, stream);
-    else by_case<__nv_bfloat16, true>(launch, a, multiprocessors, stream);
-  }
-  launch.check();
+void attention_packed_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
+                              addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int multiprocessors,
+                              int dtype, int device, addr stream) {
+  attend_many<true>("attention of packed sequences",
+                    {query, key, value, 0, 0, table, buckets, seed, cu_seqlens, out, lse, layout}, multiprocessors,
+                    dtype, device, stream);
 }
 
 }  // namespace pyfused::cuda

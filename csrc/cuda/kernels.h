@@ -9,24 +9,23 @@ namespace pyfused::cuda {
 
 using addr = std::uintptr_t;
 
-// ---- layer_norm -----------------------------------------------------------------------------------------------------
+// ---- layer_norm and rms_norm ----------------------------------------------------------------------------------------
+// Both take the same; of rms_norm bias, mean and grad_bias are 0.
 void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
                         int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype,
                         int device, addr stream);
-// How many shares the rows fall into; `partial` holds that many times (2, n) floats.
+// How many shares the rows fall into; `partial` holds that many times (2, n) floats, of rms_norm (1, n).
 int64_t layer_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
                          int64_t x_stride, int dtype, int device, addr stream);
-
-// ---- rms_norm -------------------------------------------------------------------------------------------------------
-void rms_norm_forward(addr x, addr residual, addr weight, addr y, addr total, addr rstd, int64_t rows, int64_t n,
-                      int64_t x_stride, int64_t residual_stride, double eps, int dtype, int device, addr stream);
-// How many shares the rows fall into; `partial` holds that many times n floats.
+void rms_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
+                      int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype,
+                      int device, addr stream);
 int64_t rms_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
-void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr rstd, addr grad_x, addr grad_weight,
-                       addr partial, int64_t parts, int64_t rows, int64_t n, int64_t x_stride, int dtype, int device,
-                       addr stream);
+void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
+                       addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
+                       int64_t x_stride, int dtype, int device, addr stream);
 
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
 // y = activation(x weight^T + bias) + residual; pre, if not 0, gets what the activation is applied to. wide_x: x is
@@ -46,28 +45,24 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
                     int device, addr stream);
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-// What every launcher takes. `layout` is a host array of int64: B, H, Hkv, Sq, Sk, D, then the strides of query,
-// key, value and out (batch, head, sequence), the four of bias, out's from one chunk of keys to the next, and of
-// T5's bias the table's strides (bucket, head), span (buckets: int32, of the distances -span .. span), and 1 if the
-// table is float32.
-// With cu_seqlens, of packed sequences, B is how many there are, Sq and Sk are the rows of all, and a batch stride is
-// the one from row to row; lse is (H, Sq) then.
+// What every launcher takes. layout: an AttentionLayout in host memory. buckets: int32. cu_seqlens: int32 (B + 1), where packed
+// sequences begin, from 0 to Sq; lse is (H, Sq) then. All but layout are on the device.
 struct AttentionPointers {
-  addr query, key, value, mask, bias, table, buckets, seed, out, lse, layout, cu_seqlens = 0;
+  addr query, key, value, mask, bias, table, buckets, seed, cu_seqlens, out, lse, layout;
 };
 // A tile of queries looks at all keys; float16 and bfloat16 on the tensor cores, float32 on the ordinary ones.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
-                       addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
-                       int multiprocessors, int dtype, int device, addr stream);
-// The same of packed sequences: cu_seqlens (B + 1) int32 on the device, from 0 to Sq.
-void attention_packed_forward(addr query, addr key, addr value, addr cu_seqlens, addr table, addr buckets, addr seed,
-                              addr out, addr lse, addr layout, bool is_causal, double scale, double dropout_p,
-                              int multiprocessors, int dtype, int device, addr stream);
+                       addr cu_seqlens, addr out, addr lse, addr layout, int multiprocessors, int dtype, int device,
+                       addr stream);
+// The same of packed sequences, which have neither mask nor bias.
+void attention_packed_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
+                              addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int multiprocessors,
+                              int dtype, int device, addr stream);
 // At most 16 rows (queries of the heads that share a key head) look at `chunk` keys each; with more than one chunk, out
 // and lse are float32 parts (chunks, ...), which attention_combine adds up.
 void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
-                              addr seed, addr out, addr lse, addr layout, bool is_causal, double scale,
-                              double dropout_p, int64_t chunk, int dtype, int device, addr stream);
+                              addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int64_t chunk, int dtype,
+                              int device, addr stream);
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
                        addr stream);
 

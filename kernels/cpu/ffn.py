@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, launched, maker
@@ -10,8 +11,6 @@ from pyfused.kernels.shared.prepared import dense, launched, maker
 from ..reference.ffn import linear_gradients
 from ..reference.linear import product
 from .linear import by_columns, library_is_faster
-
-ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
 
 
 def left_to_library_forward(x, w_in, b_in, w_out, *rest):
@@ -27,12 +26,12 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
             x, w_in, b_in, w_out, b_out, activation, residual, save, y
         )
     of_x, of_in, of_out = rows_of(x), *(rows_of(w.t() if transposed else w) for w in (w_in, w_out))
-    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    of_residual = rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
         return None
     (_, n, x_stride), (f, m), strides = of_x, (w_in.shape[0], w_out.shape[0]), (of_in[2], of_out[2], of_residual[2])
     outer, dtype = x.shape[:-1], x.dtype
-    numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATION_CODES[activation]
+    numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATIONS[activation].code
     code, kernel = DTYPE_CODES[dtype], cpu().ffn_forward
     new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
@@ -57,13 +56,13 @@ def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save, y)
 def _activation(pre, grad_inner, inner, grad_pre, activation):
     """inner = activation(pre), grad_pre = grad_inner activation'(pre); contiguous, in place if one is given twice."""
     cpu().ffn_activation(
-        pre, grad_inner, inner, grad_pre, pre.numel(), ACTIVATION_CODES[activation], DTYPE_CODES[pre.dtype]
+        pre, grad_inner, inner, grad_pre, pre.numel(), ACTIVATIONS[activation].code, DTYPE_CODES[pre.dtype]
     )
 
 
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     pre = pre.contiguous()
     grad_pre = (grad_y @ w_out).contiguous()
     inner = torch.empty_like(pre)
     _activation(pre, grad_pre, inner, grad_pre, activation)
-    return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+    return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)

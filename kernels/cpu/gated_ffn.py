@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import launched, maker
 
 from ..reference.gated_ffn import linear_gradients, widened
 from ..reference.linear import product
-from .ffn import ACTIVATION_CODES
 from .linear import library_is_faster, would_copy
 
 
@@ -29,13 +29,13 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         return lambda x, w_gate, w_up, w_out, _activation, residual, _save, y=None: _library_forward(
             x, w_gate, w_up, w_out, activation, residual, save, y
         )
-    layouts = *map(rows_of, (x, w_gate, w_up, w_out)), (0, 0, 0) if residual is None else rows_of(residual)
+    layouts = *map(rows_of, (x, w_gate, w_up, w_out)), rows_of(residual)
     if None in layouts:
         return None
     (rows, n, _), (f, _, _), _, (m, _, _), _ = layouts
     strides = (layout[2] for layout in layouts)
     outer, dtype, hidden_dtype = x.shape[:-1], x.dtype, _hidden_dtype(x)
-    numbers = rows, n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]
+    numbers = rows, n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
     kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
@@ -68,16 +68,16 @@ def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
         grad_gate,
         grad_up,
         gate.numel(),
-        ACTIVATION_CODES[activation],
+        ACTIVATIONS[activation].code,
         DTYPE_CODES[gate.dtype],
     )
 
 
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     gate, up = gate.contiguous(), up.contiguous()
     wide_grad, wide_out = widened(grad_y, w_out)
     grad_hidden = (wide_grad @ wide_out).contiguous()
     hidden = torch.empty_like(gate, dtype=_hidden_dtype(gate))
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
-    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)
+    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)

@@ -39,7 +39,7 @@ def left_to_library_forward(x, weight, bias, residual):
 def forward(x, weight, bias, residual):
     if left_to_library_forward(x, weight, bias, residual):
         return lambda x, weight, bias, residual, y=None: _library_forward(x, weight, bias, residual, y)
-    of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
+    of_x, of_residual = rows_of(x), rows_of(residual)
     transposed = by_columns(x.shape[:-1].numel(), weight)
     of_weight = rows_of(weight.t() if transposed else weight)
     if of_x is None or of_weight is None or of_residual is None or not dense(bias):

@@ -31,7 +31,7 @@ def structure(mask, all_see):
     b, _, sq, sk = mask.shape
     for bits in hidden:
         found = cpu().mask_structure(
-            mask.data_ptr(), b, sq, sk, mask.stride(0), mask.stride(2), mask.itemsize, visible, bits, all_see
+            mask, b, sq, sk, mask.stride(0), mask.stride(2), mask.itemsize, visible, bits, all_see
         )
         if found >= 0:
             return divmod(found, 2)
@@ -42,7 +42,7 @@ def all_zero(tensor):
     """Whether a tensor is known to hold nothing but zeros. The first other element ends the look."""
     if not _readable(tensor) or not tensor.is_contiguous():
         return False
-    return bool(cpu().all_zero(tensor.data_ptr(), tensor.numel() * tensor.itemsize))
+    return bool(cpu().all_zero(tensor, tensor.numel() * tensor.itemsize))
 
 
 def _readable(tensor):

@@ -30,15 +30,6 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)
     grad_out = grad_out.contiguous()
     grad_table = torch.zeros((num_buckets, heads), dtype=torch.float32)
-    cpu().relative_bias_backward(
-        grad_out.data_ptr(),
-        buckets.data_ptr(),
-        grad_table.data_ptr(),
-        heads,
-        sq,
-        sk,
-        query_offset,
-        buckets.shape[0] // 2,
-        DTYPE_CODES[grad_out.dtype],
-    )
+    numbers = heads, sq, sk, query_offset, buckets.shape[0] // 2, DTYPE_CODES[grad_out.dtype]
+    cpu().relative_bias_backward(grad_out, buckets, grad_table, *numbers)
     return (grad_table.to(grad_out.dtype),)

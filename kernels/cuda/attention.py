@@ -1,11 +1,11 @@
 """attention on CUDA, the forward: launches csrc/cuda/attention.cu (many queries), attention_decode.cu (few) and
 attention_packed.cu (packed sequences)."""
 
-from array import array
-
 import torch
 
+from pyfused.arguments import AttentionForward, forward_launch, taking
 from pyfused.extensions import DTYPE_CODES, cuda
+from pyfused.kernels.shared.attention_layout import AttentionLayout, by_rows, span
 from pyfused.kernels.shared.buckets import distance_buckets
 from pyfused.kernels.shared.prepared import launched, maker
 
@@ -19,24 +19,22 @@ _MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16
 _TILES = 84 * 1024  # bytes of shared memory beside those distances, at most, where heads share a block
 
 
-def unsupported_forward(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
+@taking(AttentionForward)
+def unsupported_forward(a):
+    (_, h, sq, _), (hkv, sk) = a.query.shape, a.key.shape[1:3]
+    group = h // hkv
     # Rows and keys are counted in 32 bits, with a tile to spare.
-    if max(query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]) > 2**31 - 2**10:
+    if max(sq * group, sk) > 2**31 - 2**10:
         return "more than 2^31 queries or keys"
-    if _most_blocks(query, cu_seqlens) > 2**31 - 1:
+    if _most_blocks(a.query, a.cu_seqlens) > 2**31 - 1:
         return "more than 2^31 tiles of queries"
+    if a.bias_table is None:
+        return None
     # The span is at most max_distance, which costs nothing to look at.
-    far = bias_table is not None and max_distance > _MAX_SPAN
-    if far and _buckets(bias_table, bidirectional, max_distance).shape[0] // 2 > _MAX_SPAN:
+    if a.max_distance > _MAX_SPAN and span(a) > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
-    group = query.shape[1] // key.shape[1]
-    if bias_table is not None and group > 1 and group * query.shape[2] <= _ROWS:
-        distances = _buckets(bias_table, bidirectional, max_distance).shape[0]
-        if _TILES + group * distances * 4 > shared_memory(query.device):
-            return f"a relative bias of {group} heads that share a key head does not fit in a block's shared memory"
+    if group > 1 and group * sq <= _ROWS and _TILES + group * (2 * span(a) + 1) * 4 > shared_memory(a.query.device):
+        return f"a relative bias of {group} heads that share a key head does not fit in a block's shared memory"
     return None
 
 
@@ -47,74 +45,47 @@ def _chunks(blocks: int, key_length: int, processors: int) -> tuple[int, int]:
     return -(-key_length // size), size
 
 
-def _buckets(table, bidirectional, max_distance):
-    return distance_buckets(bidirectional, table.shape[0], max_distance, table.device)
-
-
 def _most_blocks(query, cu_seqlens):
     """With the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
     b, h, sq = query.shape[:3]
     return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
 
-def _layout(query, key, value, out_strides, attn_bias, table, buckets, chunk_stride=0, sequences=0):
-    """Sizes and strides, in the order of csrc/cuda/attention.cuh; the array must live until the launch has returned."""
-    b, h, sq, d = query.shape
-    sizes = [sequences or b, h, key.shape[1], sq, key.shape[2], d]
-    for batch, head, row in (query.stride()[:3], key.stride()[:3], value.stride()[:3], out_strides):
-        sizes += (row if sequences else batch, head, row)
-    sizes += attn_bias.stride() if attn_bias is not None else (0, 0, 0, 0)
-    relative = (0, 0, 0, 0)
-    if table is not None:
-        relative = (*table.stride(), buckets.shape[0] // 2, int(table.dtype == torch.float32))
-    return array("q", [*sizes, chunk_stride, *relative])
-
-
 @launched
-def forward(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
-    strides = sq * h * d, d, h * d, 1
-    buckets = None if bias_table is None else _buckets(bias_table, bidirectional, max_distance)
-    tensors, more = (query, key, value, strides[:3]), (attn_bias, bias_table, buckets)
-    processors, code, place = multiprocessors(device), DTYPE_CODES[dtype], where(device)
-    options = is_causal, scale, dropout_p
-    chunks = 1
-    if cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
-        layout = _layout(*tensors, *more, sequences=cu_seqlens.shape[0] - 1)
-        kernel, numbers = cuda().attention_packed_forward, (*options, processors, code)
+@taking(AttentionForward)
+def forward(a):
+    (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    shape, strides = by_rows(a.query)
+    layout, chunks, work = AttentionLayout.of(a, strides), 1, multiprocessors(device)
+    if a.cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
+        kernel = cuda().attention_packed_forward
     elif h // hkv * sq > _ROWS:
-        layout = _layout(*tensors, *more)
-        kernel, numbers = cuda().attention_forward, (*options, processors, code)
+        kernel = cuda().attention_forward
     else:
-        chunks, chunk = _chunks(b * hkv, sk, processors)
-        layout = _layout(*tensors, *more)
-        kernel, numbers = cuda().attention_decode_forward, (*options, chunk, code)
-    new_out, new_lse = maker((b, h, sq, d), dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
+        kernel = cuda().attention_decode_forward
+        chunks, work = _chunks(b * hkv, sk, work)
+    new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
+    parts = layout
     if chunks > 1:
-        of_chunk = h * sq * d, sq * d, d
-        parts = _layout(query, key, value, of_chunk, *more, b * h * sq * d)
+        parts = AttentionLayout.of(a, (h * sq * d, sq * d, d), chunk=b * h * sq * d)
         combine = cuda().attention_combine
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
-    relative = bias_table is not None
+    whole, by_part, code, place, save = layout.address, parts.address, DTYPE_CODES[dtype], where(device), a.save
+    relative = None if a.bias_table is None else (a.bidirectional, a.bias_table.shape[0], a.max_distance, device)
 
-    def launch(
-        query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _save,
-        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0, out=None,
-    ):  # fmt: skip
+    @forward_launch
+    def launch(query, key, value, mask, bias, seed, table, cu_seqlens, out):
         out, lse = new_out() if out is None else out, new_lse() if save else None
-        buckets = _buckets(bias_table, bidirectional, max_distance) if relative else None
-        masks = (padding_mask, attn_bias) if cu_seqlens is None else (cu_seqlens,)
-        inputs = query, key, value, *masks, bias_table, buckets, seed
+        buckets = distance_buckets(*relative) if relative else None
+        inputs = query, key, value, mask, bias, table, buckets, seed, cu_seqlens
         if chunks == 1:
-            kernel(*pointers(*inputs, out, lse), layout.buffer_info()[0], *numbers, *place())
+            kernel(*pointers(*inputs, out, lse), whole, work, code, *place())
             return out, lse
         part, part_lse = new_part(), new_part_lse()
-        kernel(*pointers(*inputs, part, part_lse), parts.buffer_info()[0], *numbers, *place())
-        combine(*pointers(part, part_lse, out, lse), layout.buffer_info()[0], chunks, code, *place())
+        kernel(*pointers(*inputs, part, part_lse), by_part, work, code, *place())
+        combine(*pointers(part, part_lse, out, lse), whole, chunks, code, *place())
         return out, lse
 
+    launch.layouts = layout, parts
     return launch

@@ -6,6 +6,7 @@ backward's is one pass for the inner activations and the gradient through the ac
 
 import torch.nn.functional as F
 
+from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, launched, maker
@@ -14,8 +15,6 @@ from ..reference.ffn import linear_gradients
 from ._launch import pointers, where
 from .linear import few
 
-ACTIVATION_CODES = {"relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-
 
 @launched
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
@@ -23,11 +22,11 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     if not few(outer.numel(), w_in, w_out):
         return _prepare_library_forward(outer.numel() * f, activation, save, dtype, device)
     of_x, of_in, of_out = map(rows_of, (x, w_in, w_out))
-    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    of_residual = rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
         return None
     strides = of_x[2], of_in[2], of_out[2], of_residual[2]
-    numbers, place = (of_x[0], n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    numbers, place = (of_x[0], n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     new_inner, new_y, kernel = (
         maker((*outer, f), dtype, None, device),
         maker((*outer, m), dtype, None, device),
@@ -59,21 +58,21 @@ def _prepare_library_forward(size, activation, save, dtype, device):
 def prepare_activation(size, activation, dtype, device):
     """A function of (pre, grad_inner, inner, grad_pre), contiguous, each of `size` elements: inner = activation(pre),
     grad_pre = grad_inner activation'(pre); in place if one is given twice."""
-    numbers, place = (size, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().ffn_activation
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
 @launched
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     if not pre.is_contiguous():
         return None
     activate = prepare_activation(pre.numel(), activation, pre.dtype, pre.device)
     new_inner = maker(pre.shape, pre.dtype, None, pre.device)
 
-    def launch(grad_y, x, w_in, w_out, pre, *_):
+    def launch(grad_y, x, w_in, w_out, pre, _activation, *wants):
         grad_pre, inner = (grad_y @ w_out).contiguous(), new_inner()
         activate(pre, grad_pre, inner, grad_pre)
-        return linear_gradients(grad_y, x, w_in, inner, grad_pre, has_b_in, has_b_out)
+        return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
 
     return launch

@@ -7,13 +7,13 @@ a power-of-two scale for each row, so that cuBLAS multiplies in float16. The bac
 import torch
 import torch.nn.functional as F
 
+from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ..reference.gated_ffn import linear_gradients
 from ._launch import pointers, where
-from .ffn import ACTIVATION_CODES
 from .linear import few
 
 
@@ -24,7 +24,7 @@ def _hidden_dtype(x):
 @launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     outer, (f, n), m, dtype, device = x.shape[:-1], w_gate.shape, w_out.shape[0], x.dtype, x.device
-    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    of_residual = rows_of(residual)
     if of_residual is None:
         return None
     if not few(outer.numel(), w_gate, w_up, w_out):
@@ -33,7 +33,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     if None in rows:
         return None
     strides = *(stride for _, _, stride in rows), of_residual[2]
-    numbers = outer.numel(), n, f, m, *strides, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]
+    numbers = outer.numel(), n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
     place, kernel = where(device), cuda().gated_ffn_forward
     new, new_y = maker((*outer, f), dtype, None, device), maker((*outer, m), dtype, None, device)
     new_hidden = maker((*outer, f), _hidden_dtype(x), None, device)
@@ -48,7 +48,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dtype, device):
-    code, rows, place = ACTIVATION_CODES[activation], outer.numel(), where(device)
+    code, rows, place = ACTIVATIONS[activation].code, outer.numel(), where(device)
     activate = prepare_activation(rows * f, activation, dtype, device)
     new_scale, scaled, unscale = (
         maker((rows,), torch.float32, None, device),
@@ -77,22 +77,22 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
 def prepare_activation(size, activation, dtype, device):
     """A function of (gate, up, grad_hidden, hidden, grad_gate, grad_up), contiguous, each of `size` elements: hidden =
     activation(gate) * up and, from grad_hidden, the gradients of both; may be in place."""
-    numbers, place = (size, ACTIVATION_CODES[activation], DTYPE_CODES[dtype]), where(device)
+    numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().gated_ffn_activation
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
 @launched
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     if not dense(gate, up):
         return None
     dtype, device = gate.dtype, gate.device
     activate = prepare_activation(gate.numel(), activation, dtype, device)
     new_hidden, new_grad = maker(gate.shape, _hidden_dtype(gate), None, device), maker(gate.shape, dtype, None, device)
 
-    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation):
+    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation, *wants):
         grad_hidden, hidden, grad_up = (grad_y @ w_out).contiguous(), new_hidden(), new_grad()
         activate(gate, up, grad_hidden, hidden, grad_hidden, grad_up)
-        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up)
+        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_hidden, grad_up, wants)
 
     return launch

@@ -22,7 +22,7 @@ def forward(x, weight, bias, residual):
     if not few(outer.numel(), weight):
         return _by_library
     of_x, of_weight = rows_of(x), rows_of(weight)
-    of_residual = (0, 0, 0) if residual is None else rows_of(residual)
+    of_residual = rows_of(residual)
     if of_x is None or of_weight is None or of_residual is None or not dense(bias):
         return None
     strides = of_x[2], of_weight[2], of_residual[2]

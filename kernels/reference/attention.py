@@ -6,6 +6,8 @@ differentiating the forward is not possible there. gradcheck holds the two toget
 
 import torch
 
+from pyfused.arguments import AttentionBackward, AttentionForward, taking
+
 from . import relative_bias
 from ._philox import keep_mask
 
@@ -42,6 +44,11 @@ def unread(query, key, is_causal, padding_mask):
     if padding_mask is not None or (is_causal and sq > sk):
         blind = hidden_pairs(is_causal, padding_mask, sq, sk, query.device).all(-1, keepdim=True)
     return blind, padding
+
+
+def relative(call):
+    """T5's bias as scores() takes it."""
+    return call.bias_table, call.bidirectional, call.max_distance
 
 
 def scores(
@@ -83,64 +90,58 @@ def repacked(rows, real):
     return rows.transpose(1, 2)[real].transpose(0, 1)[None]
 
 
-def forward(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
+@taking(AttentionForward)
+def forward(a):
     """(out, lse); lse (B, H, Sq) is the log-sum-exp of a row's scores, +inf for a row with no visible key."""
-    relative = (bias_table, bidirectional, max_distance)
-    if cu_seqlens is not None:
-        real = real_rows(cu_seqlens, max_seqlen)
-        inputs = (padded(t, real) for t in (query, key, value))
-        out, lse = forward(*inputs, is_causal, real, None, scale, dropout_p, seed, save, *relative)
+    query, key, value = a.query, a.key, a.value
+    if a.cu_seqlens is not None:
+        real = real_rows(a.cu_seqlens, a.max_seqlen)
+        query, key, value = (padded(t, real) for t in (query, key, value))
+        out, lse = forward(*a._replace(query=query, key=key, value=value, padding_mask=real, cu_seqlens=None))
         return repacked(out, real), None if lse is None else repacked(lse[..., None], real)[..., 0].contiguous()
-    blind, padding = unread(query, key, is_causal, padding_mask)
+    blind, padding = unread(query, key, a.is_causal, a.padding_mask)
     query, key, value = zeroed(query, blind), zeroed(key, padding), zeroed(value, padding)
-    s = scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative)
+    s = scores(query, key, a.is_causal, a.padding_mask, a.attn_bias, a.scale, *relative(a))
     p = probabilities(s)
-    if dropout_p > 0.0:
-        p = p * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
+    if a.dropout_p > 0.0:
+        p = p * keep_mask(a.seed, a.dropout_p, p.shape) / (1.0 - a.dropout_p)
     group = group_of(query, key)
     out = zeroed(p @ value.to(p.dtype).repeat_interleave(group, 1), blind)
     out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    if not save:
+    if not a.save:
         return out, None
     lse = torch.logsumexp(s, -1)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf).float()
 
 
-def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
+@taking(AttentionBackward)
+def backward(a):
     """(grad_query, grad_key, grad_value, grad_bias, grad_table)."""
-    relative = (bias_table, bidirectional, max_distance)
-    if cu_seqlens is not None:
-        real = real_rows(cu_seqlens, max_seqlen)
-        inputs = (padded(t, real) for t in (grad_out, query, key, value, out))
-        *grads, _, grad_table = backward(
-            *inputs, lse, is_causal, real, None, scale, dropout_p, seed, False, *relative, wants_table
-        )
+    grad_out, query, key, value = a.grad_out, a.query, a.key, a.value
+    if a.cu_seqlens is not None:
+        real = real_rows(a.cu_seqlens, a.max_seqlen)
+        rows = {name: padded(getattr(a, name), real) for name in ("grad_out", "query", "key", "value", "out")}
+        *grads, _, grad_table = backward(*a._replace(**rows, padding_mask=real, cu_seqlens=None))
         return *(repacked(t, real) for t in grads), None, grad_table
-    blind, padding = unread(query, key, is_causal, padding_mask)
+    blind, padding = unread(query, key, a.is_causal, a.padding_mask)
     query, key, value = zeroed(query, blind), zeroed(key, padding), zeroed(value, padding)
-    p = probabilities(scores(query, key, is_causal, padding_mask, attn_bias, scale, *relative))
+    p = probabilities(scores(query, key, a.is_causal, a.padding_mask, a.attn_bias, a.scale, *relative(a)))
     keep = torch.ones_like(p)
-    if dropout_p > 0.0:
-        keep = keep * keep_mask(seed, dropout_p, p.shape) / (1.0 - dropout_p)
+    if a.dropout_p > 0.0:
+        keep = keep * keep_mask(a.seed, a.dropout_p, p.shape) / (1.0 - a.dropout_p)
     group = group_of(query, key)
     wide_key, wide_value = (t.to(p.dtype).repeat_interleave(group, 1) for t in (key, value))
     grad_out = zeroed(grad_out, blind).to(p.dtype)
     grad_p = grad_out @ wide_value.transpose(-1, -2) * keep
     grad_s = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
-    grad_query = grad_s @ wide_key * scale
-    grad_key = grad_s.transpose(-1, -2) @ query.to(p.dtype) * scale
+    grad_query = grad_s @ wide_key * a.scale
+    grad_key = grad_s.transpose(-1, -2) @ query.to(p.dtype) * a.scale
     grad_value = (p * keep).transpose(-1, -2) @ grad_out
     grad_key, grad_value = (t.unflatten(1, (key.shape[1], group)).sum(2) for t in (grad_key, grad_value))
     grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
     grad_table = None
-    if wants_table:
-        (sq, sk), n = grad_s.shape[2:], bias_table.shape[0]
-        bucket = relative_bias.buckets(sq, sk, n, bidirectional, max_distance, sk - sq, grad_s.device)
-        grad_table = relative_bias.sum_by_bucket(grad_s, bucket, n).to(bias_table.dtype)
-    return *grads, grad_s.to(query.dtype) if wants_bias else None, grad_table
+    if a.wants_table:
+        (sq, sk), n = grad_s.shape[2:], a.bias_table.shape[0]
+        bucket = relative_bias.buckets(sq, sk, n, a.bidirectional, a.max_distance, sk - sq, grad_s.device)
+        grad_table = relative_bias.sum_by_bucket(grad_s, bucket, n).to(a.bias_table.dtype)
+    return *grads, grad_s.to(query.dtype) if a.wants_bias else None, grad_table

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .ffn import ACTIVATIONS, GRADIENTS
+from .ffn import activate, activation_gradient
 
 
 def widened(*tensors):
@@ -20,25 +20,30 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     """(y, gate, up); gate = x w_gate^T and up = x w_up^T are kept for the backward."""
     gate, up = F.linear(x, w_gate), F.linear(x, w_up)
     wide_gate, wide_up, wide_out = widened(gate, up, w_out)
-    y = F.linear(ACTIVATIONS[activation](wide_gate) * wide_up, wide_out)
+    y = F.linear(activate(activation, wide_gate) * wide_up, wide_out)
     y = (y if residual is None else y + residual).to(x.dtype)
     return y, gate if save else None, up if save else None
 
 
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    """(grad_x, grad_w_gate, grad_w_up, grad_w_out)."""
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
+    """(grad_x, grad_w_gate, grad_w_up, grad_w_out), each None where `wants` says no."""
     wide_gate, wide_up, wide_grad, wide_out = widened(gate, up, grad_y, w_out)
     grad_hidden = wide_grad @ wide_out
-    active = ACTIVATIONS[activation](wide_gate)
-    grad_gate = GRADIENTS[activation](grad_hidden * wide_up, wide_gate, active).to(x.dtype)
+    active = activate(activation, wide_gate)
+    grad_gate = activation_gradient(activation, grad_hidden * wide_up, wide_gate, active).to(x.dtype)
     grad_up = (grad_hidden * active).to(x.dtype)
-    return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up)
+    return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up, wants)
 
 
-def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up):
-    """What remains of the backward once the activation is through: library products; `hidden` may be wider than x."""
+def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants):
+    """What remains of the backward once the activation is through: library products; `hidden` may be wider than x. Frozen
+    weights want none of theirs."""
+    wants_x, wants_gate, wants_up, wants_out = wants
     count = math.prod(x.shape[:-1])
     rows, g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (x, grad_y, grad_gate, grad_up, hidden))
-    grad_x = torch.addmm(q @ w_up, p, w_gate).view(x.shape)
-    grad_w_out = g.to(hidden.dtype).t() @ hidden
-    return grad_x, p.t() @ rows, q.t() @ rows, grad_w_out.to(x.dtype)
+    return (
+        torch.addmm(q @ w_up, p, w_gate).view(x.shape) if wants_x else None,
+        p.t() @ rows if wants_gate else None,
+        q.t() @ rows if wants_up else None,
+        (g.to(hidden.dtype).t() @ hidden).to(x.dtype) if wants_out else None,
+    )

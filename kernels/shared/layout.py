@@ -15,8 +15,11 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return x, x.stride(0)
 
 
-def rows_of(x: torch.Tensor) -> tuple[int, int, int] | None:
-    """(rows, N, row stride) of x (..., N) as a kernel takes it, or None where no single stride leads from row to row."""
+def rows_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
+    """(rows, N, row stride) of x (..., N) as a kernel takes it, or None where no single stride leads from row to row. Zeros for
+    no tensor."""
+    if x is None:
+        return 0, 0, 0
     *outer, n = x.shape
     if x.is_contiguous():
         return math.prod(outer), n, n

@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from pyfused import tiles
-from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, maker
+from pyfused.kernels.shared.prepared import maker
 
 from ._launch import starter
 
@@ -241,76 +240,50 @@ def block_of(n):
     return max(triton.next_power_of_2(n), 16)
 
 
-def prepare_forward(x, weight, bias, eps, residual, save, centred):
-    """A function of (x, weight, bias, residual, y, total) that returns (y, total, mean, rstd), and makes y and total where they
-    are None; mean is None where the rows are not centred. None where strides do not fit."""
-    of_x, of_residual = rows_of(x), (0, 0, 0) if residual is None else rows_of(residual)
-    if of_x is None or of_residual is None or not dense(weight, bias):
-        return None
-    (rows, n, x_stride), residual_stride, device = of_x, of_residual[2], x.device
-    new, new_statistic = maker(x.shape, x.dtype, None, device), maker(x.shape[:-1], torch.float32, None, device)
-    flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None, "SAVE": save, "CENTRED": centred}
-    if tile := tiles.find("row_norm_forward", device, x.dtype, n):
-        start = starter(
+def begin_forward(norm):
+    """The start of the forward's kernel, of the tensors that kernels/shared/row_norm.py names."""
+    device, dtype, rows, n, strides = norm.device, norm.dtype, norm.rows, norm.n, (norm.x_stride, norm.residual_stride)
+    flags = {"HAS_RESIDUAL": norm.residual, "HAS_BIAS": norm.bias, "SAVE": norm.save, "CENTRED": norm.centred}
+    if tile := tiles.find("row_norm_forward", device, dtype, n):
+        return starter(
             forward_kernel, (triton.cdiv(rows, tile.options["ROWS"]),), device,
-            rows, n, x_stride, residual_stride, eps, **flags, BLOCK=block_of(n), **tile.options,
+            rows, n, *strides, norm.eps, **flags, BLOCK=block_of(n), **tile.options,
         )  # fmt: skip
-    else:
-        start = starter(
-            forward_long_kernel, (rows,), device, n, x_stride, residual_stride, eps, **flags,
-            **tiles.find("row_norm_forward_long", device, x.dtype).options,
-        )  # fmt: skip
-
-    def run(x, weight, bias, residual, y, total):
-        y = new() if y is None else y
-        total = new() if total is None and residual is not None else total
-        mean = new_statistic() if save and centred else None
-        rstd = new_statistic() if save else None
-        start(x, residual, weight, bias, y, total, mean, rstd)
-        return y, total, mean, rstd
-
-    return run
+    tile = tiles.find("row_norm_forward_long", device, dtype)
+    return starter(forward_long_kernel, (rows,), device, n, *strides, norm.eps, **flags, **tile.options)
 
 
-def prepare_backward(grad_y, grad_total, x, weight, has_bias, centred):
-    """A function of (grad_y, grad_total, x, weight, mean, rstd) that returns (grad_x, grad_weight, grad_bias); mean is None
-    where the rows are not centred. None where strides do not fit."""
-    of_x, device = rows_of(x), x.device
-    if of_x is None or not dense(grad_y, grad_total, weight):
-        return None
-    rows, n, x_stride = of_x
+def begin_backward(norm):
+    """The start of the backward's kernels, likewise."""
+    device, dtype, rows, n, x_stride = norm.device, norm.dtype, norm.rows, norm.n, norm.x_stride
     # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
-    tile = tiles.find("row_norm_backward", device, x.dtype, n)
+    tile = tiles.find("row_norm_backward", device, dtype, n)
     long = tile is None
-    tile = tile or tiles.find("row_norm_column_sums", device, x.dtype)
+    tile = tile or tiles.find("row_norm_column_sums", device, dtype)
     tile_rows = tile.options["ROWS"]
     steps = triton.cdiv(rows, tile_rows * tile.programs)
     parts = triton.cdiv(rows, tile_rows * steps)
-    has_total = grad_total is not None
     if long:
         walk_rows = starter(
-            backward_long_kernel, (rows,), device, n, x_stride,
-            HAS_TOTAL=has_total, CENTRED=centred, **tiles.find("row_norm_backward_long", device, x.dtype).options, **exact,
+            backward_long_kernel, (rows,), device, n, x_stride, HAS_TOTAL=norm.residual, CENTRED=norm.centred,
+            **tiles.find("row_norm_backward_long", device, dtype).options, **exact,
         )  # fmt: skip
         add_columns = starter(
             column_sums_kernel, (triton.cdiv(n, tile.options["BLOCK"]), parts), device, rows, n, x_stride, steps,
-            HAS_BIAS=has_bias, CENTRED=centred, **tile.options,
+            HAS_BIAS=norm.bias, CENTRED=norm.centred, **tile.options,
         )  # fmt: skip
     else:
         whole_rows = starter(
-            backward_kernel, (parts,), device, rows, n, x_stride, steps,
-            HAS_TOTAL=has_total, HAS_BIAS=has_bias, CENTRED=centred, BLOCK=block_of(n), **tile.options, **exact,
+            backward_kernel, (parts,), device, rows, n, x_stride, steps, HAS_TOTAL=norm.residual,
+            HAS_BIAS=norm.bias, CENTRED=norm.centred, BLOCK=block_of(n), **tile.options, **exact,
         )  # fmt: skip
-    of_reduce = tiles.find("row_norm_reduce", device, x.dtype, n).options
-    reduce = starter(
-        reduce_kernel, (triton.cdiv(n, of_reduce["BLOCK"]),), device, parts, n, HAS_BIAS=has_bias, **of_reduce,
-    )  # fmt: skip
-    new_grad, new_of_weight = maker(x.shape, x.dtype, None, device), maker(weight.shape, weight.dtype, None, device)
+    of_reduce = tiles.find("row_norm_reduce", device, dtype, n).options
+    grid = (triton.cdiv(n, of_reduce["BLOCK"]),)
+    reduce = starter(reduce_kernel, grid, device, parts, n, HAS_BIAS=norm.bias, **of_reduce)
     new_partial = maker((parts, 2, n), torch.float32, None, device)
 
-    def run(grad_y, grad_total, x, weight, mean, rstd):
-        grad_x, grad_weight, grad_bias = new_grad(), new_of_weight(), new_of_weight() if has_bias else None
+    def start(grad_y, grad_total, x, weight, mean, rstd, grad_x, grad_weight, grad_bias):
         partial = new_partial()
         if long:
             walk_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x)
@@ -318,6 +291,5 @@ def prepare_backward(grad_y, grad_total, x, weight, has_bias, centred):
         else:
             whole_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x, partial)
         reduce(partial, grad_weight, grad_bias)
-        return grad_x, grad_weight, grad_bias
 
-    return run
+    return start

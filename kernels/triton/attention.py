@@ -6,6 +6,8 @@ import torch
 import triton
 
 from pyfused import tiles
+from pyfused.arguments import AttentionBackward, AttentionForward, backward_launch, forward_launch, taking
+from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.buckets import distance_buckets
 from pyfused.kernels.shared.prepared import launched, maker
 
@@ -20,18 +22,12 @@ _PACK_ROWS = 16  # query rows of a group of heads that share a key head are pack
 _MOST_CHUNKS = 64  # that combine_kernel adds up
 
 
-def _like(tensor):
-    """Shape and strides of a (B, H, S, D) tensor stored as (B, S, H, D)."""
-    b, h, s, d = tensor.shape
-    return (b, h, s, d), (s * h * d, d, h * d, 1)
-
-
-def _dropout(dropout_p, seed):
+def _dropout(a):
     """keep_scale, and the threshold of kernels/reference/_philox as the bits of an int32."""
-    if seed is None:
+    if a.seed is None:
         return 1.0, 0
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    return 1.0 / (1.0 - dropout_p), threshold - 2**32 if threshold >= 2**31 else threshold
+    threshold = min(round(a.dropout_p * 2**32), 2**32 - 1)
+    return 1.0 / (1.0 - a.dropout_p), threshold - 2**32 if threshold >= 2**31 else threshold
 
 
 def _in_units(scale, dtype):
@@ -43,18 +39,13 @@ def _bias_strides(attn_bias):
     return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
 
 
-def _span(table, bidirectional, max_distance):
-    """How many distances on one side T5's bias tells apart, 0 without it."""
-    return (
-        0
-        if table is None
-        else distance_buckets(bidirectional, table.shape[0], max_distance, table.device).shape[0] // 2
-    )
-
-
 def _by_distance(table, bidirectional, max_distance):
     """The biases of a head by distance, (H, 2 * span + 1)."""
     return table.t().index_select(1, distance_buckets(bidirectional, table.shape[0], max_distance, table.device))
+
+
+def _sequences(cu_seqlens: torch.Tensor | None) -> int | None:
+    return None if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -77,44 +68,40 @@ def block_c(chunks: int) -> int:
 
 
 @launched
-def forward(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
-    shape, strides = _like(query)
+@taking(AttentionForward)
+def forward(a):
+    (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    shape, strides = by_rows(a.query)
     group = h // hkv
-    packed = group * sq <= _PACK_ROWS and cu_seqlens is None
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    span = _span(bias_table, bidirectional, max_distance)
-    extras = (attn_bias is not None) + (seed is not None)
-    c = config("decode" if packed else "forward", d, dtype, device, extras, bias_table is not None)
-    programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
+    packed = group * sq <= _PACK_ROWS and a.cu_seqlens is None
+    extras, relative = (a.attn_bias is not None) + (a.seed is not None), a.bias_table is not None
+    c = config("decode" if packed else "forward", d, dtype, device, extras, relative)
+    programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
     chunks, chunk = _chunks(programs, sk, c) if packed else (1, sk)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
         forward_kernel,
         (programs, chunks),
         device,
-        _in_units(scale, dtype),
-        *_dropout(dropout_p, seed),
-        span,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
+        _in_units(a.scale, dtype),
+        *_dropout(a),
+        span(a),
+        *a.query.stride()[:3],
+        *a.key.stride()[:3],
+        *a.value.stride()[:3],
         *out_strides,
-        *_bias_strides(attn_bias),
+        *_bias_strides(a.attn_bias),
         b * h * sq,
         h,
         sq,
         sk,
-        sequences,
+        _sequences(a.cu_seqlens),
         chunk,
         D=d,
         BLOCK_D=block_d(d),
         GROUP=group,
-        IS_CAUSAL=is_causal,
-        SCALE_FIRST=attn_bias is not None or bias_table is not None or not scale > 0,
+        IS_CAUSAL=a.is_causal,
+        SCALE_FIRST=a.attn_bias is not None or relative or not a.scale > 0,
         PACKED=packed,
         **c.options,
     )
@@ -137,13 +124,13 @@ def forward(
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
 
-    def launch(
-        query, key, value, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _save,
-        bias_table=None, _bidirectional=True, _max_distance=128, cu_seqlens=None, _max_seqlen=0, out=None,
-    ):  # fmt: skip
+    save, bidirectional, max_distance = a.save, a.bidirectional, a.max_distance
+
+    @forward_launch
+    def launch(query, key, value, mask, bias, seed, table, cu_seqlens, out):
         out, lse = new_out() if out is None else out, new_lse() if save else None
-        by_distance = None if bias_table is None else _by_distance(bias_table, bidirectional, max_distance)
-        inputs = padding_mask, attn_bias, by_distance, seed, cu_seqlens
+        by_distance = _by_distance(table, bidirectional, max_distance) if relative else None
+        inputs = mask, bias, by_distance, seed, cu_seqlens
         if chunks == 1:
             attend(query, key, value, out, lse, *inputs)
             return out, lse
@@ -156,24 +143,22 @@ def forward(
 
 
 @launched
-def backward(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    (b, h, sq, d), (hkv, sk), dtype, device = query.shape, key.shape[1:3], query.dtype, query.device
-    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+@taking(AttentionBackward)
+def backward(a):
+    (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
     constant = sk == 1
-    span = _span(bias_table, bidirectional, max_distance)
-    scalars = (0.0 if constant else scale, _in_units(scale, dtype), *_dropout(dropout_p, seed), span)
-    inputs = (*grad_out.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": is_causal}
-    extras, relative = (attn_bias is not None) + (seed is not None), bias_table is not None
+    scalars = (0.0 if constant else a.scale, _in_units(a.scale, dtype), *_dropout(a), span(a))
+    inputs = [stride for t in (a.grad_out, a.query, a.key, a.value) for stride in t.stride()[:3]]
+    shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": a.is_causal}
+    extras, relative = (a.attn_bias is not None) + (a.seed is not None), a.bias_table is not None
     c = config("grad_query", d, dtype, device, extras, relative)
-    slots = _tiles(b, sq, c.options["BLOCK_M"], cu_seqlens)
+    slots = _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
     # out comes from forward, but the registered operator may be called with any.
-    out_like, (key_shape, key_strides) = _like(query), _like(key)
-    num_buckets = triton.next_power_of_2(bias_table.shape[0]) if wants_table and not constant else None
+    out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
+    wants_bias, wants_table = a.wants_bias, a.wants_table
+    num_buckets = triton.next_power_of_2(a.bias_table.shape[0]) if wants_table and not constant else None
     by_query = starter(
         grad_query_kernel,
         (h * slots,),
@@ -181,7 +166,7 @@ def backward(
         *scalars,
         *inputs,
         *out_like[1][:3],
-        *_bias_strides(attn_bias),
+        *_bias_strides(a.attn_bias),
         h,
         sq,
         sk,
@@ -193,12 +178,12 @@ def backward(
     c = config("grad_key_value", d, dtype, device, extras, relative)
     by_key = starter(
         grad_key_value_kernel,
-        (hkv * _tiles(b, sk, c.options["BLOCK_N"], cu_seqlens),),
+        (hkv * _tiles(b, sk, c.options["BLOCK_N"], a.cu_seqlens),),
         device,
         *scalars,
         *inputs,
         *key_strides[:3],
-        *_bias_strides(attn_bias),
+        *_bias_strides(a.attn_bias),
         hkv,
         sq,
         sk,
@@ -210,13 +195,12 @@ def backward(
     new_delta = maker((b, h, sq), torch.float32, None, device)
     # Tiles that no query may see are skipped, so their zeros must be there already. So are those of a sequence's last slot
     # where it has no tile, and then no program that writes.
-    new_bias = torch.zeros if is_causal or padding_mask is not None else torch.empty
-    new_sums = torch.empty if cu_seqlens is None else torch.zeros
+    new_bias = torch.zeros if a.is_causal or a.padding_mask is not None else torch.empty
+    new_sums = torch.empty if a.cu_seqlens is None else torch.zeros
+    bidirectional, max_distance = a.bidirectional, a.max_distance
 
-    def launch(
-        grad_out, query, key, value, out, lse, _causal, padding_mask, attn_bias, _scale, _dropout_p, seed, _wants_bias,
-        bias_table=None, _bidirectional=True, _max_distance=128, _wants_table=False, cu_seqlens=None, _max_seqlen=0,
-    ):  # fmt: skip
+    @backward_launch
+    def launch(grad_out, query, key, value, out, lse, mask, bias, seed, table, cu_seqlens):
         out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
         lse = lse.contiguous()
         grad_query, grad_key, grad_value, delta = new_query(), new_key(), new_key(), new_delta()
@@ -224,17 +208,17 @@ def backward(
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
         by_distance = buckets = table_sums = grad_table = None
         if relative:
-            by_distance = _by_distance(bias_table, bidirectional, max_distance)
+            by_distance = _by_distance(table, bidirectional, max_distance)
         if wants_table:
-            grad_table = torch.zeros(bias_table.shape, dtype=bias_table.dtype, device=device)
+            grad_table = torch.zeros(table.shape, dtype=table.dtype, device=device)
         if num_buckets:
-            buckets = distance_buckets(bidirectional, bias_table.shape[0], max_distance, device)
+            buckets = distance_buckets(bidirectional, table.shape[0], max_distance, device)
             table_sums = new_sums((b, h, slots // b, num_buckets), dtype=torch.float32, device=device)
-        extra = padding_mask, attn_bias, by_distance
+        extra = mask, bias, by_distance
         gradients = grad_query, delta, correction, grad_bias, table_sums
         by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
         if table_sums is not None:
-            grad_table.copy_(table_sums.sum((0, 2))[:, : bias_table.shape[0]].t())
+            grad_table.copy_(table_sums.sum((0, 2))[:, : table.shape[0]].t())
         if grad_bias is not None:
             if constant:
                 grad_bias.zero_()

@@ -247,7 +247,7 @@ def declined_forward(*args):
 
 
 @launched
-def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
+def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     if not pre.is_contiguous():
         return None
     shape, size, device = pre.shape, pre.numel(), pre.device
@@ -256,9 +256,9 @@ def backward(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
     grid = (triton.cdiv(size, tile["BLOCK"]),)
     start = starter(_activation_backward_kernel, grid, device, size, ACTIVATION=activation, **tile)
 
-    def launch(grad_y, x, w_in, w_out, pre, *_):
+    def launch(grad_y, x, w_in, w_out, pre, _activation, *wants):
         grad, inner = (grad_y.reshape(-1, grad_y.shape[-1]) @ w_out).view(shape), new_inner()
         start(pre, grad, inner)
-        return linear_gradients(grad_y, x, w_in, inner, grad, has_b_in, has_b_out)
+        return linear_gradients(grad_y, x, w_in, inner, grad, wants)
 
     return launch

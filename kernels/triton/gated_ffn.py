@@ -301,7 +301,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 @launched
-def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
+def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     if not dense(gate, up):
         return None
     size, dtype, device = gate.numel(), gate.dtype, gate.device
@@ -311,10 +311,10 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
     new_hidden = maker(gate.shape, torch.float32 if dtype == torch.float16 else dtype, None, device)
     new_grad = maker(gate.shape, dtype, None, device)
 
-    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation):
+    def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation, *wants):
         grad_hidden = _wide_product(grad_y.reshape(-1, grad_y.shape[-1]), w_out)
         hidden, grad_gate, grad_up = new_hidden(), new_grad(), new_grad()
         start(gate, up, grad_hidden, hidden, grad_gate, grad_up)
-        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up)
+        return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)
 
     return launch

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options, Refused
-from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -57,11 +57,9 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     if config["hidden_dim"] % config["num_heads"]:
         width, heads = config["hidden_dim"], config["num_heads"]
         raise ValueError(f"{file}: hidden_size is {width}, not a multiple of num_attention_heads, {heads}")
-    activation = options.raw("hidden_act", "gelu_new")
-    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
-        raise ValueError(f"{file}: hidden_act is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    activation = read_activation(options, "hidden_act")
     config |= {
-        "activation": HF_ACTIVATIONS[activation],
+        "activation": activation,
         "layer_norm_epsilon": options.number("layer_norm_eps", 1e-12),
         # None means `dropout`: from_preset(..., dropout=0.0) then turns both off
         "attention_dropout": None if attention == dropout else attention,
@@ -84,11 +82,7 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim is {hidden_dim}; transformers' ALBERT takes multiples of num_heads, {num_heads}")
-    activation = activation_name(config.get("activation", "gelu_new"))
-    if activation is None:
-        raise ValueError(
-            f"activation is {config['activation']!r}; transformers' ALBERT takes {', '.join(HF_ACTIVATIONS)}"
-        )
+    activation = check_activation(config, whose="transformers' ALBERT")
     dropout = config.get("dropout", 0.0)
     rates = {name: config.get(f"{name}_dropout") for name in ("attention", "feed_forward")}
     rates = {name: dropout if rate is None else rate for name, rate in rates.items()}

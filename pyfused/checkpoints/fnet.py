@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
 from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -31,9 +31,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """FNetBackbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs."""
     options = Options(raw, file)
     options.refuse(REFUSED)
-    activation = options.raw("hidden_act", "gelu_new")
-    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
-        raise ValueError(f"{file}: hidden_act is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    activation = read_activation(options, "hidden_act")
     options.boolean("use_tpu_fourier_optimizations", False)
     config: dict[str, Any] = {
         "vocabulary_size": options.integer("vocab_size", 32000),
@@ -43,7 +41,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "dropout": options.number("hidden_dropout_prob", 0.1, high=1.0),
         "max_sequence_length": options.integer("max_position_embeddings", 512),
         "num_segments": options.integer("type_vocab_size", 4),
-        "activation": HF_ACTIVATIONS[activation],
+        "activation": activation,
         "layer_norm_epsilon": options.number("layer_norm_eps", 1e-12),
         "pooler": True,
     }
@@ -59,11 +57,7 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """transformers' configuration for FNetBackbone's arguments. Raises ValueError for one that it has no option for."""
     config = DEFAULTS | config
-    activation = activation_name(config.get("activation", "gelu_new"))
-    if activation is None:
-        raise ValueError(
-            f"activation is {config['activation']!r}; transformers' FNet takes {', '.join(HF_ACTIVATIONS)}"
-        )
+    activation = check_activation(config, whose="transformers' FNet")
     # transformers' defaults, if the vocabulary is large enough
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     return {

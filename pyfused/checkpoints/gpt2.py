@@ -12,7 +12,7 @@ from typing import Any
 
 from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.names import settle_head
-from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, finish_keras
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -44,13 +44,11 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     }
     if hidden_dim % config["num_heads"]:
         raise ValueError(f"{file}: n_embd is {hidden_dim}, not a multiple of n_head, {config['num_heads']}")
-    activation = options.raw("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
-        raise ValueError(f"{file}: activation_function is {activation!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    activation = read_activation(options, "activation_function")
     embedding = options.number("embd_pdrop", 0.1, high=1.0)
     attention = options.number("attn_pdrop", 0.1, high=1.0)
     config |= {
-        "activation": HF_ACTIVATIONS[activation],
+        "activation": activation,
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-5),
         # None means `dropout`: from_preset(..., dropout=0.0) then turns all three off
         "embedding_dropout": None if embedding == dropout else embedding,
@@ -71,11 +69,7 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim is {hidden_dim}; transformers' GPT-2 takes multiples of num_heads, {num_heads}")
-    activation = {"gelu_tanh": "gelu_new"}.get(
-        config.get("activation", "gelu_new"), config.get("activation", "gelu_new")
-    )
-    if activation not in HF_ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; transformers' GPT-2 takes one of {', '.join(HF_ACTIVATIONS)}")
+    activation = check_activation(config, whose="transformers' GPT-2")
     dropout = config.get("dropout", 0.1)
     rates = {name: config.get(f"{name}_dropout") for name in ("embedding", "attention", "residual")}
     rates = {name: dropout if rate is None else rate for name, rate in rates.items()}

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyfused.activations import ACTIVATIONS, SPELLINGS
 from pyfused.checkpoints.files import Options, Refused
 
-# Hugging Face's name -> pyfused's. GELU's tanh formula has four names, the erf formula two
-HF_ACTIVATIONS = {
-    "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new",
-    "gelu": "gelu", "gelu_python": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh",
-}  # fmt: skip
+# Hugging Face's name -> pyfused's
+HF_ACTIVATIONS = {spelling: row.spellings[0] for spelling, row in SPELLINGS.items()}
 
 # Keras writes functions of KerasHub (formerly KerasNLP) by their registered names
-_KERAS_FUNCTIONS = {f"{package}>gelu_approximate": "gelu_new" for package in ("keras_hub", "keras_nlp")}
+_KERAS_FUNCTIONS = dict.fromkeys(
+    (f"{package}>gelu_approximate" for package in ("keras_hub", "keras_nlp")), HF_ACTIVATIONS["gelu_new"]
+)
 
 # Options that some version of transformers writes into any configuration and that do not affect the outputs
 SILENT = {
@@ -80,4 +80,23 @@ def activation_name(value: Any) -> str | None:
             value = value.get("name")
     if not isinstance(value, str):
         return None
-    return (HF_ACTIVATIONS | {"gelu_tanh": "gelu_new"} | _KERAS_FUNCTIONS).get(value)
+    if value in ACTIVATIONS:
+        return ACTIVATIONS[value].spellings[0]
+    return (HF_ACTIVATIONS | _KERAS_FUNCTIONS).get(value)
+
+
+def read_activation(options: Options, name: str, default: str = "gelu_new") -> str:
+    """pyfused's name for the activation in an option of a Hugging Face configuration. Raises ValueError if pyfused lacks it."""
+    stated = options.raw(name, default)
+    if not isinstance(stated, str) or stated not in HF_ACTIVATIONS:
+        raise ValueError(f"{options.file}: {name} is {stated!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[stated]
+
+
+def check_activation(config: dict[str, Any], default: str = "gelu_new", whose: str = "it") -> str:
+    """pyfused's name for the activation in a backbone's arguments. Raises ValueError if pyfused lacks it."""
+    stated = config.get("activation", default)
+    name = activation_name(stated)
+    if name is None:
+        raise ValueError(f"activation is {stated!r}; {whose} takes {', '.join(HF_ACTIVATIONS)}")
+    return name

@@ -14,7 +14,7 @@ from typing import Any
 from pyfused.checkpoints import hf
 from pyfused.checkpoints.files import Options, Refused
 from pyfused.checkpoints.names import settle_head
-from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, finish_keras
+from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, check_activation, finish_keras
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -110,9 +110,7 @@ def _start_token(options: Options, file: Path) -> int:
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """transformers' configuration for T5Backbone's arguments. Raises ValueError for one that it has no option for."""
     config = {"decoder_start_token_id": 0, "max_distance": 128, "scale_logits": None} | DEFAULTS | config
-    activation, gated = activation_name(config.get("activation", "relu")), config["use_gated_activation"]
-    if activation is None:
-        raise ValueError(f"activation is {config['activation']!r}; transformers' T5 takes {', '.join(HF_ACTIVATIONS)}")
+    activation, gated = check_activation(config, "relu", "transformers' T5"), config["use_gated_activation"]
     # transformers reads "gated-gelu" as the tanh formula, so a gate with the erf formula is "gated-gelu_python"
     spelled = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation) if gated else activation
     scaled = config["tie_embedding_weights"] if config["scale_logits"] is None else config["scale_logits"]

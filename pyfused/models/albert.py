@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.options import HF_ACTIVATIONS, activation_name
+from ..checkpoints.options import check_activation
 from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from . import encoder_call
 from . import inputs as model_inputs
@@ -230,7 +230,4 @@ def _checked(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     rates = {name: config[name] for name in ("attention_dropout", "feed_forward_dropout")}
     check_rates({"dropout": config["dropout"]} | {name: rate for name, rate in rates.items() if rate is not None})
     check_rest(config, OPTIONS)
-    activation = activation_name(config["activation"])
-    if activation is None:
-        raise ValueError(f"activation is {config['activation']!r}; it takes {', '.join(HF_ACTIVATIONS)}")
-    return config | {"activation": activation}
+    return config | {"activation": check_activation(config)}

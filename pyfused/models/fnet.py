@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.options import HF_ACTIVATIONS, activation_name
+from ..checkpoints.options import check_activation
 from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
 from ..nn.wide import widened
 from . import inputs as model_inputs
@@ -179,7 +179,4 @@ def _checked(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     check_sizes(sizes)
     check_rates({"dropout": config["dropout"]})
     check_rest(config, OPTIONS)
-    activation = activation_name(config["activation"])
-    if activation is None:
-        raise ValueError(f"activation is {config['activation']!r}; it takes {', '.join(HF_ACTIVATIONS)}")
-    return config | {"activation": activation}
+    return config | {"activation": check_activation(config)}

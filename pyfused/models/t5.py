@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.options import HF_ACTIVATIONS, activation_name
+from ..checkpoints.options import check_activation
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..nn.wide import is_wide, widened
 from ..ops.attention import MAX_HEAD_SIZE
@@ -327,8 +327,5 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"decoder_start_token_id is {start!r}; it takes a token id")
     if not 0 <= start < vocabulary:
         raise ValueError(f"decoder_start_token_id is {start}; it takes a token id below vocabulary_size = {vocabulary}")
-    activation = activation_name(config["activation"])
-    if activation is None:
-        raise ValueError(f"activation is {config['activation']!r}; it takes {', '.join(HF_ACTIVATIONS)}")
-    config["activation"] = activation
+    config["activation"] = check_activation(config)
     return config

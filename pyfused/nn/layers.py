@@ -3,7 +3,6 @@ embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..activations import ACTIVATIONS, canonical
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
-from ..ops.ffn import canonical_activation
 from ..ops.rms_norm import default_eps
 from .wide import wide_norm, wide_product
 
@@ -30,23 +29,7 @@ class LayerNorm(nn.LayerNorm):
                 wide_bias = None if bias is None else bias.float()
                 return wide_norm(partial(layer_norm, weight=weight.float(), bias=wide_bias, eps=self.eps), input, residual)
             return layer_norm(input, weight, bias, eps=self.eps, residual=residual)
-        return self._general(input, weight, bias, residual)
-
-    def _general(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Any:
-        """No weight, or several normalised dimensions: the operator takes a weight and one dimension."""
-        dims = len(self.normalized_shape)
-        if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
-            raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {self.normalized_shape})")
-        if residual is not None and residual.shape != input.shape:
-            raise ValueError(f"residual has shape {tuple(residual.shape)}; it takes input's, {tuple(input.shape)}")
-        flat = input.flatten(-dims)
-        weight = flat.new_ones(flat.shape[-1]) if weight is None else weight.flatten()
-        bias = None if bias is None else bias.flatten()
-        flat_residual = None if residual is None else residual.flatten(-dims)
-        out: Any = layer_norm(flat, weight, bias, eps=self.eps, residual=flat_residual)
-        if residual is None:
-            return out.view(input.shape)
-        return out[0].view(input.shape), out[1].view(input.shape)
+        return _general(partial(layer_norm, eps=self.eps), self.normalized_shape, input, residual, weight, bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -62,18 +45,26 @@ class RMSNorm(nn.RMSNorm):
             if weight.dtype == torch.float16 and input.dtype == torch.float32:
                 return wide_norm(partial(rms_norm, weight=weight.float(), eps=eps), input, residual)
             return rms_norm(input, weight, eps=eps, residual=residual)
-        dims = len(self.normalized_shape)
-        if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
-            raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {self.normalized_shape})")
-        if residual is not None and residual.shape != input.shape:
-            raise ValueError(f"residual has shape {tuple(residual.shape)}; it takes input's, {tuple(input.shape)}")
-        flat = input.flatten(-dims)
-        weight = flat.new_ones(flat.shape[-1]) if weight is None else weight.flatten()
-        flat_residual = None if residual is None else residual.flatten(-dims)
-        out: Any = rms_norm(flat, weight, eps=eps, residual=flat_residual)
-        if residual is None:
-            return out.view(input.shape)
-        return out[0].view(input.shape), out[1].view(input.shape)
+        return _general(partial(rms_norm, eps=eps), self.normalized_shape, input, residual, weight)
+
+
+def _general(
+    norm: Any, shape: tuple[int, ...], input: Tensor, residual: Tensor | None, *parameters: Tensor | None
+) -> Any:
+    """No weight, or several normalised dimensions: the operator, norm, takes a weight and one dimension. parameters: weight,
+    and bias where there may be one."""
+    dims = len(shape)
+    if tuple(input.shape[-dims:]) != tuple(shape):
+        raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {shape})")
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; it takes input's, {tuple(input.shape)}")
+    flat = input.flatten(-dims)
+    weight, *bias = [None if p is None else p.flatten() for p in parameters]
+    weight = flat.new_ones(flat.shape[-1]) if weight is None else weight
+    out: Any = norm(flat, weight, *bias, residual=None if residual is None else residual.flatten(-dims))
+    if residual is None:
+        return out.view(input.shape)
+    return out[0].view(input.shape), out[1].view(input.shape)
 
 
 class Linear(nn.Linear):
@@ -84,26 +75,12 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, residual=residual)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-# For training with dropout behind the activation, which the operators do not have
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-}
-
-
 def feed_forward(
     x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
     """outer(dropout(activation(inner(x)))) + residual; without dropout, in one operator."""
     if dropout:
-        hidden = F.dropout(_ACTIVATIONS[activation](linear(x, inner.weight, inner.bias)), dropout)
+        hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
         return linear(hidden, outer.weight, outer.bias, residual=residual)
     return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)
 
@@ -119,7 +96,7 @@ def gated_feed_forward(
 ) -> Tensor:
     """outer(dropout(activation(gate(x)) * up(x))) + residual, of linear maps without bias; without dropout, in one operator."""
     if dropout:
-        hidden = _ACTIVATIONS[activation](linear(x, gate.weight)) * linear(x, up.weight)
+        hidden = ACTIVATIONS[activation].function(linear(x, gate.weight)) * linear(x, up.weight)
         return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)
     return gated_ffn(x, gate.weight, up.weight, outer.weight, activation=activation, residual=residual)
 
@@ -150,7 +127,7 @@ class Mlp(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.activation, self.dropout = canonical_activation(activation), dropout
+        self.activation, self.dropout = canonical(activation), dropout
         self.inner = Linear(hidden_dim, intermediate_dim, bias, device=device, dtype=dtype)
         self.outer = Linear(intermediate_dim, hidden_dim, bias, device=device, dtype=dtype)
 
@@ -160,7 +137,7 @@ class Mlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
-        hidden = _ACTIVATIONS[self.activation](linear(x, self.inner.weight, self.inner.bias).float())
+        hidden = ACTIVATIONS[self.activation].function(linear(x, self.inner.weight, self.inner.bias).float())
         return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, self.outer.bias, residual)
 
     def extra_repr(self) -> str:
@@ -191,7 +168,7 @@ class GatedMlp(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.activation, self.dropout = canonical_activation(activation), dropout
+        self.activation, self.dropout = canonical(activation), dropout
         self.gate = Linear(hidden_dim, intermediate_dim, False, device=device, dtype=dtype)
         self.up = Linear(hidden_dim, intermediate_dim, False, device=device, dtype=dtype)
         self.outer = Linear(intermediate_dim, hidden_dim, False, device=device, dtype=dtype)
@@ -201,7 +178,8 @@ class GatedMlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
-        hidden = _ACTIVATIONS[self.activation](linear(x, self.gate.weight).float()) * linear(x, self.up.weight).float()
+        gate, up = linear(x, self.gate.weight).float(), linear(x, self.up.weight).float()
+        hidden = ACTIVATIONS[self.activation].function(gate) * up
         return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, None, residual)
 
     def extra_repr(self) -> str:

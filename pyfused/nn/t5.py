@@ -11,21 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..activations import ACTIVATIONS, SPELLINGS, canonical
 from ..kernels.reference import attention as reference
 from ..kernels.reference.relative_bias import buckets
 from ..ops import RelativeBias, attention
-from ..ops.ffn import canonical_activation
 from .attention import bias_in
-from .layers import _ACTIVATIONS, Linear, feed_forward, gated_feed_forward
+from .layers import Linear, feed_forward, gated_feed_forward
 
 # What transformers' layers hand down to every attention, and what has no bearing on it
 _INERT = frozenset({
     "use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch", "position_ids", "return_dict",
 })  # fmt: skip
-_ACTIVATION_NAMES = {  # of transformers, where they are not the kernels'
-    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "gelu_python": "gelu",
-    "swish": "silu",
-}  # fmt: skip
 
 
 class T5Attention(nn.Module):
@@ -190,9 +186,7 @@ def _sizes(config: Any, intermediate_dim: int | None, **options: Any) -> _Sizes:
     if intermediate_dim is not None:
         chosen: dict[str, Any] = {"activation": "gelu_tanh", "dropout": 0.0, "bias": True}
         chosen |= {name: value for name, value in options.items() if value is not None}
-        return _Sizes(
-            config, intermediate_dim, canonical_activation(chosen["activation"]), chosen["dropout"], chosen["bias"]
-        )
+        return _Sizes(config, intermediate_dim, canonical(chosen["activation"]), chosen["dropout"], chosen["bias"])
     if not hasattr(config, "dense_act_fn"):
         raise TypeError(
             f"config is a {type(config).__name__}; it takes a T5Config, or hidden_dim beside intermediate_dim"
@@ -200,8 +194,9 @@ def _sizes(config: Any, intermediate_dim: int | None, **options: Any) -> _Sizes:
     for name, value in options.items():
         if value is not None:
             raise TypeError(f"{name} is {value!r} beside a config, which says it; it takes None then")
-    name = _ACTIVATION_NAMES.get(config.dense_act_fn, config.dense_act_fn)
-    return _Sizes(config.d_model, config.d_ff, canonical_activation(name), config.dropout_rate, False)
+    row = SPELLINGS.get(config.dense_act_fn)
+    name = canonical(config.dense_act_fn if row is None else row.name)
+    return _Sizes(config.d_model, config.d_ff, name, config.dropout_rate, False)
 
 
 class FeedForward(nn.Module):
@@ -242,7 +237,7 @@ class FeedForward(nn.Module):
         """(..., D), and a residual (..., D) that is added, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
         if self.wo.weight.dtype != self.wi.weight.dtype:
-            hidden = _ACTIVATIONS[self.activation](self.wi(hidden_states))
+            hidden = ACTIVATIONS[self.activation].function(self.wi(hidden_states))
             return _wide(hidden, self.wo, dropout, residual)
         return feed_forward(hidden_states, self.wi, self.wo, self.activation, dropout, residual)
 
@@ -283,7 +278,7 @@ class GatedFeedForward(nn.Module):
         """(..., D), and a residual (..., D) that is added, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
         if self.wo.weight.dtype != self.wi_0.weight.dtype:
-            hidden = _ACTIVATIONS[self.activation](self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+            hidden = ACTIVATIONS[self.activation].function(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
             return _wide(hidden, self.wo, dropout, residual)
         maps = self.wi_0, self.wi_1, self.wo
         return gated_feed_forward(hidden_states, *maps, self.activation, dropout, residual)

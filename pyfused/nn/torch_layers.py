@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..activations import name_of
 from ..ops import ffn, layer_norm, linear
 from ..own_forward import fused_forward, is_bare, is_fused
 from ..tracing import tracing
@@ -28,21 +29,10 @@ from .packing import packing_of, without_padding
 Branch = Callable[[Tensor, "Tensor | None"], Tensor]  # (what is computed on, residual) -> branch + residual
 Site = tuple[Branch, nn.Dropout, nn.LayerNorm]  # a branch, the dropout behind it, and its norm
 
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu", F.tanh: "tanh", torch.tanh: "tanh",
-}  # fmt: skip
-_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
-
 
 def activation_of(activation: Any) -> str | None:
     """The kernels' name for what torch.nn's layers take as `activation`; None for another function, or one with hooks."""
-    if not isinstance(activation, nn.Module):
-        return _FUNCTIONS.get(activation)
-    if not is_bare(activation):
-        return None
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return _MODULES.get(type(activation))
+    return None if isinstance(activation, nn.Module) and not is_bare(activation) else name_of(activation)
 
 
 # What the fused forwards read instead of calling it, and the two classes whose forward they stand for

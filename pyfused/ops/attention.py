@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import AttentionBackward, AttentionForward, taking
 from ..tracing import tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision, to
 from .checks import check_floating, check_like, check_shape, may_look, name_of
@@ -78,47 +79,29 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    given = None
+    if cu_seqlens is None and not autocast_is_on():
+        relative = (None, True, 128) if relative_bias is None else relative_bias
+        if relative_bias is None or relative.__class__ is RelativeBias:
+            # AttentionForward's fields as they were given; it would take 0.4 us to make one
+            given = (
+                *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
+                *(*relative, None, max_seqlen),
+            )
+            outputs = _ATTENTION.call_prepared(given)
+            if outputs is not None:
+                return outputs[0]
+    options: dict[str, Any] = {
+        "is_causal": is_causal, "padding_mask": padding_mask, "attn_bias": attn_bias, "scale": scale,
+        "dropout_p": dropout_p, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+    }  # fmt: skip
     if autocast_is_on() and autocasts(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         if isinstance(relative_bias, RelativeBias) and getattr(relative_bias.table, "dtype", None) != torch.float32:
             relative_bias = relative_bias._replace(table=to(relative_bias.table, dtype))
-        return in_lower_precision(
-            attention,
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            padding_mask=padding_mask,
-            relative_bias=relative_bias,
-            attn_bias=to(attn_bias, dtype),
-            scale=scale,
-            dropout_p=dropout_p,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
-    given = None
-    relative = (None, True, 128) if relative_bias is None else relative_bias
-    if cu_seqlens is None and (relative_bias is None or relative.__class__ is RelativeBias):
-        given = (
-            *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
-            *(*relative, None, max_seqlen),
-        )
-        outputs = _ATTENTION.call_prepared(given)
-        if outputs is not None:
-            return outputs[0]
-    bound = bind(
-        query,
-        key,
-        value,
-        is_causal=is_causal,
-        padding_mask=padding_mask,
-        relative_bias=relative_bias,
-        attn_bias=attn_bias,
-        scale=scale,
-        dropout_p=dropout_p,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-    )
+        options |= {"attn_bias": to(attn_bias, dtype), "relative_bias": relative_bias}
+        return in_lower_precision(attention, query, key, value, **options)
+    bound = bind(query, key, value, relative_bias=relative_bias, **options)
     return (_ATTENTION(*bound) if given is None else _ATTENTION.call_checked(given, bound))[0]
 
 
@@ -135,8 +118,8 @@ def bind(
     dropout_p=0.0,
     cu_seqlens=None,
     max_seqlen=None,
-) -> tuple[Any, ...]:
-    """Checks the arguments and puts them in the registered operator's order."""
+) -> AttentionForward:
+    """Checks the arguments."""
     check_floating(query, "query")
     check_like(key, "key", query, "query")
     check_like(value, "value", query, "query")
@@ -200,7 +183,7 @@ def bind(
         query = query if query.stride()[3] == 1 else query.contiguous()
         key = key if key.stride()[3] == 1 else key.contiguous()
         value = value if value.stride()[3] == 1 else value.contiguous()
-    return (
+    return AttentionForward(
         *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save),
         *(table, bidirectional, max_distance, cu_seqlens, max_seqlen or 0),
     )
@@ -262,90 +245,85 @@ def _bind_relative_bias(relative_bias, query):
     return table, bidirectional, max_distance
 
 
+_BIAS, _TABLE = map(AttentionForward._fields.index, ("attn_bias", "bias_table"))
+
+
 def _like(query):
     """A new (B, H, S, D) tensor stored as (B, S, H, D)."""
     b, h, s, d = query.shape
     return torch.empty((b, s, h, d), dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
-def _fake(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save, table=None, *relative
-):  # fmt: skip
-    shape = query.shape[:3] if save else (0,)
-    return _like(query), torch.empty(shape, dtype=torch.float32, device=query.device) if save else query.new_empty(0)
+@taking(AttentionForward)
+def _fake(a):
+    shape, device = a.query.shape[:3], a.query.device
+    return _like(a.query), torch.empty(shape, dtype=torch.float32, device=device) if a.save else a.query.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, _, table, *relative = inputs
-    *ctx.relative, cu_seqlens, ctx.max_seqlen = relative
-    out, lse = output
-    ctx.options = (is_causal, scale, dropout_p)
-    optional = (padding_mask, attn_bias, seed, table, cu_seqlens)
-    ctx.has = tuple(t is not None for t in optional)
-    ctx.save_for_backward(query, key, value, out, lse, *(t for t in optional if t is not None))
+    a = AttentionForward(*inputs)
+    optional = a.padding_mask, a.attn_bias, a.seed, a.bias_table, a.cu_seqlens
+    ctx.has = [t is not None for t in optional]
+    ctx.options = a.is_causal, a.scale, a.dropout_p, a.bidirectional, a.max_distance, a.max_seqlen
+    ctx.save_for_backward(a.query, a.key, a.value, *output, *[t for t in optional if t is not None])
 
 
 def _backward(ctx, grad_out, *_unused):
+    found: list[Any] = [None] * len(AttentionForward._fields)
     if grad_out is None:
-        return (None,) * 15
+        return tuple(found)
     query, key, value, out, lse, *rest = ctx.saved_tensors
-    padding_mask, attn_bias, seed, table, cu_seqlens = (rest.pop(0) if has else None for has in ctx.has)
-    is_causal, scale, dropout_p = ctx.options
-    wants_bias = attn_bias is not None and ctx.needs_input_grad[5]
-    wants_table = table is not None and ctx.needs_input_grad[10]
+    mask, bias, seed, table, cu_seqlens = [rest.pop(0) if has else None for has in ctx.has]
+    is_causal, scale, dropout_p, bidirectional, max_distance, max_seqlen = ctx.options
+    wants_bias = bias is not None and ctx.needs_input_grad[_BIAS]
+    wants_table = table is not None and ctx.needs_input_grad[_TABLE]
     grad_out = grad_out if grad_out.stride(3) == 1 or query.shape[3] == 1 else grad_out.contiguous()
-    grads = _ATTENTION_BACKWARD(
-        *(grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed),
-        *(wants_bias, table, *ctx.relative, wants_table, cu_seqlens, ctx.max_seqlen),
+    call = AttentionBackward(
+        *(grad_out, query, key, value, out, lse, is_causal, mask, bias, scale, dropout_p, seed, wants_bias),
+        *(table, bidirectional, max_distance, wants_table, cu_seqlens, max_seqlen),
     )
-    grad_bias, grad_table = grads[3] if wants_bias else None, grads[4] if wants_table else None
-    return *grads[:3], None, None, grad_bias, None, None, None, None, grad_table, None, None, None, None
+    grads = _ATTENTION_BACKWARD(*call)
+    found[:3] = grads[:3]
+    found[_BIAS], found[_TABLE] = grads[3] if wants_bias else None, grads[4] if wants_table else None
+    return tuple(found)
 
 
-def _backward_fake(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
-    none = query.new_empty(0)
-    grad_bias = torch.empty(attn_bias.shape, dtype=query.dtype, device=query.device) if wants_bias else none
-    grad_table = torch.empty(table.shape, dtype=table.dtype, device=table.device) if wants_table else query.new_empty(0)
-    return _like(query), _like(key), _like(value), grad_bias, grad_table
+@taking(AttentionBackward)
+def _backward_fake(a):
+    def dense(tensor, wanted):
+        return tensor.new_empty(tensor.shape) if wanted else a.query.new_empty(0)
+
+    of_bias, of_table = dense(a.attn_bias, a.wants_bias), dense(a.bias_table, a.wants_table)
+    return _like(a.query), _like(a.key), _like(a.value), of_bias, of_table
 
 
-# The arguments from the relative bias on have defaults, which every kernel's Python function repeats: torch's dispatcher leaves
-# trailing arguments out that have their default values.
-def _pairs(query, key, is_causal, padding_mask, cu_seqlens):
+def _pairs(a):
     """How many pairs of a query and a key that it sees one head has, over the whole batch. A causal mask hides half."""
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().tolist()
-        return sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths)
-    (batch, _, sq, _), sk = query.shape, key.shape[2]
-    real = batch * sk if padding_mask is None else int(padding_mask.count_nonzero())
-    if not is_causal or not sk:
+    if a.cu_seqlens is not None:
+        lengths = a.cu_seqlens.diff().tolist()
+        return sum(n * (n + 1) // 2 if a.is_causal else n * n for n in lengths)
+    (batch, _, sq, _), sk = a.query.shape, a.key.shape[2]
+    real = batch * sk if a.padding_mask is None else int(a.padding_mask.count_nonzero())
+    if not a.is_causal or not sk:
         return sq * real
     seen = sum(max(0, i + 1 + sk - sq) for i in range(sq)) if sq > sk else sq * sk - sq * (sq - 1) // 2
     return seen * real // sk
 
 
-def _cost(
-    query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, save,
-    bias_table=None, bidirectional=True, max_distance=128, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
+@taking(AttentionForward)
+def _cost(a):
     """Two products of D for a pair; a relative bias is read as its table."""
-    pairs = _pairs(query, key, is_causal, padding_mask, cu_seqlens)
-    moved = size(query, key, value, padding_mask, attn_bias, bias_table) + size(query)
-    return Cost(moved, 4 * pairs * query.shape[1] * query.shape[3])
+    moved = size(a.query, a.key, a.value, a.padding_mask, a.attn_bias, a.bias_table) + size(a.query)
+    return Cost(moved, 4 * _pairs(a) * a.query.shape[1] * a.query.shape[3])
 
 
-def _backward_cost(
-    grad_out, query, key, value, out, lse, is_causal, padding_mask, attn_bias, scale, dropout_p, seed, wants_bias,
-    bias_table=None, bidirectional=True, max_distance=128, wants_table=False, cu_seqlens=None, max_seqlen=0,
-):  # fmt: skip
+@taking(AttentionBackward)
+def _backward_cost(a):
     """Five products of D for a pair: the scores again, and of each of the forward's two both gradients."""
-    pairs = _pairs(query, key, is_causal, padding_mask, cu_seqlens)
-    moved = size(grad_out, query, key, value, out, lse, padding_mask, attn_bias, bias_table) + size(query, key, value)
-    moved += size(attn_bias) * wants_bias + size(bias_table) * wants_table
-    return Cost(moved, 10 * pairs * query.shape[1] * query.shape[3])
+    inputs = a.query, a.key, a.value
+    moved = size(a.grad_out, *inputs, a.out, a.lse, a.padding_mask, a.attn_bias, a.bias_table) + size(*inputs)
+    moved += size(a.attn_bias) * a.wants_bias + size(a.bias_table) * a.wants_table
+    return Cost(moved, 10 * _pairs(a) * a.query.shape[1] * a.query.shape[3])
 
 
 _ATTENTION = Operator(

@@ -6,22 +6,11 @@ from typing import Any
 
 import torch
 
+from .. import activations
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
 from .registration import Operator
-
-# GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
-ACTIVATIONS = ("relu", "silu", "tanh", "gelu", "gelu_tanh")
-_ALIASES = {"gelu_new": "gelu_tanh"}
-
-
-def canonical_activation(activation: str) -> str:
-    """The name the kernels know; raises ValueError for a name they do not."""
-    name = _ALIASES.get(activation, activation)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; it takes {', '.join((*ACTIVATIONS, *_ALIASES))}")
-    return name
 
 
 def ffn(
@@ -87,7 +76,7 @@ def bind(x, w_in, b_in, w_out, b_out, *, activation, residual=None) -> tuple[Any
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_in, b_in, w_out, b_out, residual)
     )
-    return x, w_in, b_in, w_out, b_out, canonical_activation(activation), residual, save
+    return x, w_in, b_in, w_out, b_out, activations.canonical(activation), residual, save
 
 
 def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
@@ -96,31 +85,26 @@ def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_in, b_in, w_out, b_out, activation, residual, _ = inputs
-    ctx.activation, ctx.has = activation, (b_in is not None, b_out is not None, residual is not None)
+    x, w_in, b_in, w_out, _, activation, _, _ = inputs
+    ctx.activation = activation
     ctx.save_for_backward(x, w_in, b_in, w_out, output[1])
 
 
 def _backward(ctx, grad_y, *_unused):
     if grad_y is None:
         return (None,) * 8
-    has_b_in, has_b_out, has_residual = ctx.has
+    *wants, _, wants_residual, _ = ctx.needs_input_grad  # x, w_in, b_in, w_out, b_out
     x, w_in, b_in, w_out, pre = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         pre = torch.nn.functional.linear(x, w_in, b_in)
-    grads = _FFN_BACKWARD(grad_y, x, w_in, w_out, pre, ctx.activation, has_b_in, has_b_out)
-    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
-    grad_b_in, grad_b_out = grad_b_in if has_b_in else None, grad_b_out if has_b_out else None
-    return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None, grad_y if has_residual else None, None
+    grads = _FFN_BACKWARD(grad_y, x, w_in, w_out, pre, ctx.activation, *wants)
+    grads = tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    return *grads, None, grad_y if wants_residual else None, None
 
 
-def _backward_fake(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    def contiguous(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    grad_b_in = x.new_empty(w_in.shape[0] if has_b_in else 0)
-    grad_b_out = x.new_empty(w_out.shape[0] if has_b_out else 0)
-    return contiguous(x), contiguous(w_in), grad_b_in, contiguous(w_out), grad_b_out
+def _backward_fake(grad_y, x, w_in, w_out, pre, activation, *wants):
+    shapes = x.shape, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1]
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
@@ -128,9 +112,11 @@ def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
     return Cost(size(x, w_in, b_in, w_out, b_out, residual, x), 2 * rows * (w_in.numel() + w_out.numel()))
 
 
-def _backward_cost(grad_y, x, w_in, w_out, pre, activation, has_b_in, has_b_out):
-    rows = x.shape[:-1].numel()
-    return Cost(size(grad_y, x, w_in, w_out, pre) + size(x, w_in, w_out), 4 * rows * (w_in.numel() + w_out.numel()))
+def _backward_cost(grad_y, x, w_in, w_out, pre, activation, wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out):
+    """A product for the gradient of the activation's output, and one for each gradient of x and the weights."""
+    moved = size(grad_y, x, w_in, w_out, pre) + size(x) * wants_x + size(w_in) * wants_w_in + size(w_out) * wants_w_out
+    products = w_in.numel() * (wants_x + wants_w_in) + w_out.numel() * (1 + wants_w_out)
+    return Cost(moved, 2 * x.shape[:-1].numel() * products)
 
 
 _FFN = Operator(
@@ -144,7 +130,8 @@ _FFN = Operator(
 )
 _FFN_BACKWARD = Operator(
     "ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool has_b_in, bool has_b_out)"
+    "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool wants_x, bool wants_w_in,"
+    " bool wants_b_in, bool wants_w_out, bool wants_b_out)"
     " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
     fake=_backward_fake,
     cost=_backward_cost,

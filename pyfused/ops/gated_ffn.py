@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from .. import activations
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
-from .ffn import canonical_activation
 from .registration import Operator
 
 
@@ -77,7 +77,7 @@ def bind(x, w_gate, w_up, w_out, *, activation, residual=None) -> tuple[Any, ...
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_gate, w_up, w_out, residual)
     )
-    return x, w_gate, w_up, w_out, canonical_activation(activation), residual, save
+    return x, w_gate, w_up, w_out, activations.canonical(activation), residual, save
 
 
 def _fake(x, w_gate, w_up, w_out, activation, residual, save):
@@ -89,8 +89,8 @@ def _fake(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_gate, w_up, w_out, activation, residual, _ = inputs
-    ctx.activation, ctx.has_residual = activation, residual is not None
+    x, w_gate, w_up, w_out, activation, _, _ = inputs
+    ctx.activation = activation
     ctx.save_for_backward(x, w_gate, w_up, w_out, *output[1:])
 
 
@@ -100,12 +100,15 @@ def _backward(ctx, grad_y, *_unused):
     x, w_gate, w_up, w_out, gate, up = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         gate, up = (torch.nn.functional.linear(x, w) for w in (w_gate, w_up))
-    grads = _GATED_FFN_BACKWARD(grad_y, x, w_gate, w_up, w_out, gate, up, ctx.activation)
-    return *grads, None, grad_y if ctx.has_residual else None, None
+    *wants, _, wants_residual, _ = ctx.needs_input_grad  # x, w_gate, w_up, w_out
+    grads = _GATED_FFN_BACKWARD(grad_y, x, w_gate, w_up, w_out, gate, up, ctx.activation, *wants)
+    grads = tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    return *grads, None, grad_y if wants_residual else None, None
 
 
-def _backward_fake(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, w_gate, w_up, w_out))
+def _backward_fake(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
+    shapes = x.shape, w_gate.shape, w_up.shape, w_out.shape
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 def _cost(x, w_gate, w_up, w_out, activation, residual, save):
@@ -113,10 +116,12 @@ def _cost(x, w_gate, w_up, w_out, activation, residual, save):
     return Cost(size(x, *weights, residual, x), 2 * x.shape[:-1].numel() * sum(w.numel() for w in weights))
 
 
-def _backward_cost(grad_y, x, w_gate, w_up, w_out, gate, up, activation):
-    weights = w_gate, w_up, w_out
-    moved = size(grad_y, x, *weights, gate, up) + size(x, *weights)
-    return Cost(moved, 4 * x.shape[:-1].numel() * sum(w.numel() for w in weights))
+def _backward_cost(grad_y, x, w_gate, w_up, w_out, gate, up, activation, wants_x, wants_gate, wants_up, wants_out):
+    """A product for the gradient of the hidden values, two for x's gradient, and one for each weight's."""
+    moved = size(grad_y, x, w_gate, w_up, w_out, gate, up) + size(x) * wants_x
+    moved += size(w_gate) * wants_gate + size(w_up) * wants_up + size(w_out) * wants_out
+    products = w_gate.numel() * (wants_x + wants_gate) + w_up.numel() * (wants_x + wants_up)
+    return Cost(moved, 2 * x.shape[:-1].numel() * (products + w_out.numel() * (1 + wants_out)))
 
 
 _GATED_FFN = Operator(
@@ -130,7 +135,8 @@ _GATED_FFN = Operator(
 )
 _GATED_FFN_BACKWARD = Operator(
     "gated_ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation)"
+    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation,"
+    " bool wants_x, bool wants_gate, bool wants_up, bool wants_out)"
     " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
     fake=_backward_fake,
     cost=_backward_cost,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch, ops
+from ..arguments import AttentionForward
 
 Tensors = dict[str, torch.Tensor]
 New = Callable[..., torch.Tensor]
@@ -65,9 +66,7 @@ def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, relative: bool
             return (F.scaled_dot_product_attention(t["query"], t["key"], t["value"], bias, enable_gqa=h != hkv),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            query, key, value, is_causal, mask, bias, scale, dropout_p, seed, _, *of_bias = bound
-            options = is_causal, mask, bias, scale, dropout_p, seed, False
-            return (grads[0], query, key, value, *outputs, *options, *of_bias[:3], relative, *of_bias[3:])
+            return AttentionForward(*bound).backward(grads[0], outputs[0], outputs[1], wants_bias=False, wants_table=relative)
 
         return Problem(tensors, bind, plain, backward, (*shapes, *(("table",) if relative else ())))
 
@@ -140,7 +139,7 @@ def ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
             return (F.linear(inner, t["w_out"], t["b_out"]),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            return (grads[0], bound[0], bound[1], bound[3], outputs[1], bound[5], True, True)
+            return (grads[0], bound[0], bound[1], bound[3], outputs[1], bound[5], *[True] * 5)
 
         return Problem(tensors, bind, plain, backward, tuple(tensors))
 
@@ -162,7 +161,7 @@ def gated_ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
             return (F.linear(gate * F.linear(t["x"], t["w_up"]), t["w_out"]),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            return (grads[0], *bound[:4], *outputs[1:3], bound[4])
+            return (grads[0], *bound[:4], *outputs[1:3], bound[4], *[True] * 4)
 
         return Problem(tensors, bind, plain, backward, tuple(tensors))
 

@@ -20,13 +20,20 @@ from typing import Any
 import torch
 
 from .. import dispatch, evidence, ops, tiles, timing
+from ..arguments import AttentionForward
 from ..testing import judge
 from .cases import Case, Problem, cases, saving
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "cuda", "reference")
 # The position of `save` among a forward's arguments
-_SAVE = {"attention": 9, "layer_norm": 5, "rms_norm": 4, "ffn": 7, "gated_ffn": 6}
+_SAVE = {
+    "attention": AttentionForward._fields.index("save"),
+    "layer_norm": 5,
+    "rms_norm": 4,
+    "ffn": 7,
+    "gated_ffn": 6,
+}
 _WORTH = 0.98  # a tile replaces another if it takes less than this share of its time
 _JUDGED = 1 << 18  # elements of an output to check: the tolerance rule runs on the CPU
 

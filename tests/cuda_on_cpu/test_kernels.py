@@ -49,11 +49,11 @@ LACKING = ("relative_bias",)
 
 def test_a_cuda_error_names_operator_shape_and_device(monkeypatch):
     """There is no cuda:1 on the shim; and a launch that fails is not blamed on the next one."""
-    from pyfused.kernels.cuda import layer_norm
+    from pyfused.kernels.cuda import _row_norm
 
     x, weight = torch.ones(3, 768), torch.ones(768)
     with monkeypatch.context() as patched:
-        patched.setattr(layer_norm, "where", lambda device: lambda: (1, 0))
+        patched.setattr(_row_norm, "where", lambda device: lambda: (1, 0))
         with (
             running("cuda"),
             pytest.raises(RuntimeError, match=r"layer_norm .*shape \(3, 768\) on cuda:1: invalid argument"),

@@ -1,7 +1,6 @@
 """Does every CUDA launch fit a GPU's limits, for tensors as large as its memory? The shim looks at launches and runs none."""
 
 import os
-from array import array
 
 import pytest
 import shim
@@ -10,6 +9,7 @@ import torch
 import pyfused
 from pyfused import extensions
 from pyfused.kernels.cuda import attention, fourier_mix
+from pyfused.kernels.shared.attention_layout import AttentionLayout
 from pyfused.kernels.shared.fourier import plan
 from pyfused.testing import running
 
@@ -29,15 +29,17 @@ def launches(call):
 
 
 def layout(b, h, hkv, sq, sk, d, chunk=0, span=0):
-    strides = [s for heads, length in ((h, sq), (hkv, sk), (hkv, sk), (h, sq)) for s in (heads * length * d, d, heads * d)]
-    return array("q", [b, h, hkv, sq, sk, d, *strides, h * sq * sk, sq * sk, sk, 1, chunk, h, 1, span, 0])
+    sizes = {"batch": b, "heads": h, "kv_heads": hkv, "query_length": sq, "key_length": sk, "head_size": d}
+    of_query, of_key = ((heads * length * d, d, heads * d) for heads, length in ((h, sq), (hkv, sk)))
+    strides = {"query": of_query, "key": of_key, "value": of_key, "out": of_query, "chunk": chunk}
+    strides |= {"bias": (h * sq * sk, sq * sk, sk, 1), "table_bucket": h, "table_head": 1}
+    return AttentionLayout(**sizes, **strides, span=span, is_causal=1, scale=0.1)
 
 
 def attend(b, h, hkv, sq, sk, d, dtype, bias=0, table=0):
     def call(cuda):
         sizes = layout(b, h, hkv, sq, sk, d, span=255 if table else 0)
-        address = sizes.buffer_info()[0]
-        cuda.attention_forward(P, P, P, P, bias, table, table, 0, P, P, address, True, 0.1, 0.0, 132, dtype, 0, 0)
+        cuda.attention_forward(P, P, P, P, bias, table, table, 0, 0, P, P, sizes.address, 132, dtype, 0, 0)
 
     return call
 
@@ -45,9 +47,8 @@ def attend(b, h, hkv, sq, sk, d, dtype, bias=0, table=0):
 def decode(b, h, hkv, sq, sk, d, dtype, chunk, table=0):
     def call(cuda):
         sizes = layout(b, h, hkv, sq, sk, d, b * h * sq * d, 255 if table else 0)
-        address = sizes.buffer_info()[0]
-        cuda.attention_decode_forward(P, P, P, P, 0, table, table, 0, P, P, address, True, 0.1, 0.0, chunk, dtype, 0, 0)
-        cuda.attention_combine(P, P, P, P, address, -(-sk // chunk), dtype, 0, 0)
+        cuda.attention_decode_forward(P, P, P, P, 0, table, table, 0, 0, P, P, sizes.address, chunk, dtype, 0, 0)
+        cuda.attention_combine(P, P, P, P, sizes.address, -(-sk // chunk), dtype, 0, 0)
 
     return call
 
@@ -55,8 +56,7 @@ def decode(b, h, hkv, sq, sk, d, dtype, chunk, table=0):
 def packed(rows, sequences, h, d, dtype):
     def call(cuda):
         sizes = layout(sequences, h, h, rows, rows, d)
-        address = sizes.buffer_info()[0]
-        cuda.attention_packed_forward(P, P, P, P, 0, 0, 0, P, P, address, True, 0.1, 0.0, 132, dtype, 0, 0)
+        cuda.attention_packed_forward(P, P, P, 0, 0, 0, 0, 0, P, P, P, sizes.address, 132, dtype, 0, 0)
 
     return call
 
@@ -66,9 +66,9 @@ def norms(rows, n, dtype):
         cuda.layer_norm_forward(P, P, P, P, P, P, P, P, rows, n, n, n, 1e-5, dtype, 0, 0)
         parts = cuda.layer_norm_backward_parts(rows, n, 132)
         cuda.layer_norm_backward(P, P, P, P, P, P, P, P, P, P, parts, rows, n, n, dtype, 0, 0)
-        cuda.rms_norm_forward(P, P, P, P, P, P, rows, n, n, n, 1e-5, dtype, 0, 0)
+        cuda.rms_norm_forward(P, P, P, 0, P, P, 0, P, rows, n, n, n, 1e-5, dtype, 0, 0)
         parts = cuda.rms_norm_backward_parts(rows, n, 132)
-        cuda.rms_norm_backward(P, P, P, P, P, P, P, P, parts, rows, n, n, dtype, 0, 0)
+        cuda.rms_norm_backward(P, P, P, P, 0, P, P, P, 0, P, parts, rows, n, n, dtype, 0, 0)
 
     return call
 

@@ -17,24 +17,26 @@ CPU = "from pyfused import _cpu; kernels = _cpu."
 # Sizes are 4, but for a head size of 8; strides too. Every address is one of a buffer of zeros, larger than anything asks for.
 SCRIPT = """
 import sys, torch
+from pyfused.kernels.shared.attention_layout import AttentionLayout
 from pyfused.kernels.shared.fourier import plan
 {load}
 buffers = [torch.zeros(1 << 18) for _ in range(24)]
 ends = torch.tensor([0, 2, 4, 4, 4], dtype=torch.int32)
 none = torch.zeros(8, dtype=torch.int64)  # the plan of length 0
+sizes = ("batch", "heads", "kv_heads", "query_length", "key_length", "head_size", "longest")
+strides = dict.fromkeys(("query", "key", "value", "out", "grad_out"), (4,) * 3) | {{"bias": (4,) * 4, "chunk": 4}}
 
 def call(name, parameters, zero, given):
-    layout = torch.full((40,), 4)
-    layout[5] = 8
-    layout[20:24] = 0  # one distance of a relative bias
-    layout[[i for i in range(7) if (zero == "all" and i < {sizes}) or zero == i]] = 0
+    of_size = dict.fromkeys(sizes, 4) | {{"head_size": 8}}
+    of_size |= {{size: 0 for size in sizes if zero in ("all", size)}}
+    layout = AttentionLayout(**of_size, **strides, scale=0.25, dropout_p=0.25)  # one distance of a relative bias
     values = []
     for i, (kind, parameter) in enumerate(parameters):
         empty = zero in ("all", parameter)
         if kind == "addr" and parameter in given:
             values.append(given[parameter])
         elif parameter == "layout":
-            values.append(layout.data_ptr())
+            values.append(layout.address)
         elif parameter.startswith(("plan_", "table_")):
             length = parameter.rpartition("_")[2]
             stages, table = plan(4)
@@ -53,7 +55,7 @@ def call(name, parameters, zero, given):
 
 for name, parameters in {declared!r}:
     named = [parameter for _, parameter in parameters]
-    zeros = ["none", "all", *(p for kind, p in parameters if kind == "int64_t"), *(range(7) if "layout" in named else ())]
+    zeros = ["none", "all", *(p for kind, p in parameters if kind == "int64_t"), *(sizes if "layout" in named else ())]
     optional = {{"stream": 0, "bias": 0, "mask": 0}}
     variants = [optional]
     if "layout" in named:  # few queries and many, padded and packed
@@ -75,9 +77,9 @@ def declared(header):
     return found
 
 
-def survives(load, header, sizes):
+def survives(load, header):
     functions = declared(header)
-    script = SCRIPT.format(load=load, declared=functions, sizes=sizes)
+    script = SCRIPT.format(load=load, declared=functions)
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'cuda_on_cpu')!r})\n"
     done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
@@ -88,9 +90,9 @@ def survives(load, header, sizes):
 
 @pytest.mark.parametrize("isa", extensions.cpu_supported())
 def test_cpu(isa):
-    survives(CPU + isa, "csrc/cpu/kernels.h", sizes=7)
+    survives(CPU + isa, "csrc/cpu/kernels.h")
 
 
 @pytest.mark.skipif(not extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
 def test_cuda():
-    survives(SHIM, "csrc/cuda/kernels.h", sizes=6)
+    survives(SHIM, "csrc/cuda/kernels.h")

@@ -7,12 +7,10 @@
 // of each.
 #pragma once
 
+#include "pyfused/activation_codes.h"
 #include "pyfused/device.cuh"
 
 namespace pyfused {
-
-// Codes that Python passes for an activation.
-enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4, kGeluTanh = 5 };
 
 // x, kept within the numbers beyond which every activation is at its limit in float32; NaN stays NaN.
 constexpr float kFar = 128.0f;

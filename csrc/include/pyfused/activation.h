@@ -6,12 +6,10 @@
 // times zero is NaN. Results below 1e-36 may be 0.
 #pragma once
 
+#include "activation_codes.h"
 #include "simd.h"
 
 namespace pyfused::PYFUSED_ISA {
-
-// Codes that Python passes for an activation.
-enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4, kGeluTanh = 5 };
 
 // Runs `call` with A naming the activation.
 #define PYFUSED_BY_ACTIVATION(activation, ...)                   \

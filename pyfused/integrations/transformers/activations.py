@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import activations as of_transformers
 
+from ...activations import ACTIVATIONS, name_of
 from ...own_forward import is_bare
 
-# The tanh approximation of GELU is in transformers four times, with constants that agree to 4e-12, below float32's rounding.
-_BY_NAME = {
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "AccurateGELUActivation": "gelu_tanh",
-    "SiLUActivation": "silu",
-}
 _BY_CLASS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    **{getattr(of_transformers, name): ours for name, ours in _BY_NAME.items() if hasattr(of_transformers, name)},
-}
-_BY_FUNCTION: dict[Any, str] = {
-    nn.functional.relu: "relu",
-    torch.relu: "relu",
-    nn.functional.silu: "silu",
-    nn.functional.gelu: "gelu",
-    nn.functional.tanh: "tanh",
-    torch.tanh: "tanh",
+    getattr(of_transformers, name): row.name
+    for row in ACTIVATIONS.values()
+    for name in row.of_transformers
+    if hasattr(of_transformers, name)
 }
 
 
@@ -41,16 +23,9 @@ def kernel_activation(activation: Any) -> str | None:
 
     A module with a hook is None too: the kernels would not run the hook.
     """
-    if not isinstance(activation, nn.Module):
-        try:
-            return _BY_FUNCTION.get(activation)
-        except TypeError:  # a callable that cannot be hashed
-            return None
-    if not is_bare(activation):
+    if isinstance(activation, nn.Module) and not is_bare(activation):
         return None
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return _BY_CLASS.get(type(activation))
+    return name_of(activation) or _BY_CLASS.get(type(activation))
 
 
 def activation_reason(activation: Any) -> str:

@@ -1,0 +1,87 @@
+"""Which activations are there, and what is each called, by whom? One row for each, which everything else reads.
+
+GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """A row."""
+
+    name: str  # in pyfused's operators and modules, and inside Triton's kernels
+    code: int  # inside the C++ kernels: csrc/include/pyfused/activation_codes.h
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # of (y's gradient, x, y): that of x
+    gates: bool  # x times a factor from 0 to 1: what torch makes of it at infinity depends on the processor
+    spellings: tuple[str, ...]  # in configurations and checkpoints; the first is what pyfused writes there
+    of_torch: tuple[Any, ...] = ()  # torch's own functions and classes of modules; nn.GELU is either GELU
+    of_transformers: tuple[str, ...] = ()  # the classes in transformers.activations
+
+
+_ATEN = torch.ops.aten  # torch's derivatives by name: inside a registered operator autograd records nothing
+
+
+def _silu_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _ATEN.silu_backward(g, x)
+    sigmoid = torch.sigmoid(x)  # the only derivative here that torch itself cannot differentiate
+    return g * sigmoid * (1 + x * (1 - sigmoid))
+
+
+_ROWS = (
+    Activation(
+        *("gelu_tanh", 5, partial(F.gelu, approximate="tanh")),
+        lambda g, x, y: _ATEN.gelu_backward(g, x, approximate="tanh"),
+        gates=True,
+        spellings=("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+        # The same formula, with constants that agree to 4e-12, below float32's rounding
+        of_transformers=(
+            *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
+        ),
+    ),
+    Activation(
+        *("gelu", 4, F.gelu, lambda g, x, y: _ATEN.gelu_backward(g, x)),
+        *(True, ("gelu", "gelu_python"), (F.gelu,), ("GELUActivation",)),
+    ),
+    Activation(
+        *("relu", 1, F.relu, lambda g, x, y: _ATEN.threshold_backward(g, x, 0)),
+        *(False, ("relu",), (F.relu, torch.relu, nn.ReLU)),
+    ),
+    Activation("silu", 2, F.silu, _silu_gradient, True, ("silu", "swish"), (F.silu, nn.SiLU), ("SiLUActivation",)),
+    Activation(
+        *("tanh", 3, torch.tanh, lambda g, x, y: _ATEN.tanh_backward(g, y)),
+        *(False, ("tanh",), (F.tanh, torch.tanh, nn.Tanh)),
+    ),
+)
+ACTIVATIONS: dict[str, Activation] = {row.name: row for row in _ROWS}
+SPELLINGS: dict[str, Activation] = {spelling: row for row in _ROWS for spelling in row.spellings}
+_ALIASES = {row.spellings[0]: row.name for row in _ROWS if row.spellings[0] != row.name}
+_OF_TORCH = {theirs: row.name for row in _ROWS for theirs in row.of_torch}
+
+
+def canonical(name: str) -> str:
+    """The kernels' name of an activation, which may be called as pyfused writes it in configurations: "gelu_new". Raises
+    ValueError for another name."""
+    found = _ALIASES.get(name, name)
+    if found not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is unknown; it takes {', '.join((*ACTIVATIONS, *_ALIASES))}")
+    return found
+
+
+def name_of(activation: Any) -> str | None:
+    """The kernels' name for a function of torch, or for what a module of torch.nn computes as it is now; None: not theirs."""
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    try:
+        return _OF_TORCH.get(type(activation) if isinstance(activation, nn.Module) else activation)
+    except TypeError:  # a callable that cannot be hashed
+        return None

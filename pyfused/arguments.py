@@ -1,0 +1,88 @@
+"""What are the arguments of attention, by name and in the one order that its schemas, its backends and their launches share?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# In both the arguments from bias_table on have defaults: torch's dispatcher leaves trailing arguments out that have their
+# default values.
+
+
+class AttentionForward(NamedTuple):
+    """The forward's arguments, in the order of its schema."""
+
+    query: Tensor  # (B, H, Sq, D)
+    key: Tensor  # (B, Hkv, Sk, D), as value
+    value: Tensor
+    is_causal: bool
+    padding_mask: Tensor | None  # (B, Sk) bool
+    attn_bias: Tensor | None  # (B, H, Sq, Sk)
+    scale: float
+    dropout_p: float
+    seed: Tensor | None  # (1,) int64, of dropout
+    save: bool  # whether to return lse, for a backward
+    bias_table: Tensor | None = None  # (num_buckets, H) of T5's bias
+    bidirectional: bool = True
+    max_distance: int = 128
+    cu_seqlens: Tensor | None = None  # (N + 1,) int32
+    max_seqlen: int = 0
+
+    def backward(
+        self, grad_out: Tensor, out: Tensor, lse: Tensor, wants_bias: bool, wants_table: bool
+    ) -> AttentionBackward:
+        """The arguments of this call's backward."""
+        own = {name: value for name, value in self._asdict().items() if name in AttentionBackward._fields}
+        return AttentionBackward(
+            grad_out=grad_out, out=out, lse=lse, wants_bias=wants_bias, wants_table=wants_table, **own
+        )
+
+
+class AttentionBackward(NamedTuple):
+    """The backward's arguments, in the order of its schema."""
+
+    grad_out: Tensor  # as out
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor  # of the forward, (B, H, Sq, D)
+    lse: Tensor  # of the forward, (B, H, Sq) float32
+    is_causal: bool
+    padding_mask: Tensor | None
+    attn_bias: Tensor | None
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+    wants_bias: bool  # whether to return attn_bias's gradient
+    bias_table: Tensor | None = None
+    bidirectional: bool = True
+    max_distance: int = 128
+    wants_table: bool = False  # whether to return bias_table's gradient
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+
+def taking(arguments: Any) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Makes f(*args), which an operator calls, of f(call): `arguments` is the class of call."""
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda *args, **names: function(arguments(*args, **names))
+
+    return decorate
+
+
+def _of_tensors(arguments: Any, *results: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a launch, which is called with all arguments, of a function of the tensors among them, in their order. `results`:
+    what follows, or None. Written out: to make a named tuple takes 0.4 us, and this 0.05."""
+    defaults = arguments._field_defaults
+    names = [f"{name}={defaults[name]!r}" if name in defaults else name for name in arguments._fields]
+    tensors = [name for name, kind in arguments.__annotations__.items() if "Tensor" in str(kind)]
+    every = ", ".join((*names, *(f"{name}=None" for name in results)))
+    made: Any = eval(f"lambda run: lambda {every}: run({', '.join((*tensors, *results))})")
+    return made  # type: ignore[no-any-return]
+
+
+forward_launch = _of_tensors(AttentionForward, "out")
+backward_launch = _of_tensors(AttentionBackward)
