@@ -45,7 +45,7 @@ _FILES: dict[Want, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# A preset has only some of these: a failed download of one is no error
+# A preset has only some of these, so it is no error if one cannot be downloaded
 _OPTIONAL = frozenset(_TOKENIZER_FILES) - {"tokenizer.json"}
 
 
