@@ -33,7 +33,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         y, inner, pre = new_y(), new_inner(), new_pre() if save else None
         kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
         return y, pre
@@ -41,7 +41,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
+def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save=False):
     pre = F.linear(x.reshape(-1, x.shape[-1]), w_in, b_in)
     inner = torch.empty_like(pre) if save else pre
     _activation(pre, None, inner, None, activation)

@@ -36,7 +36,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         y, hidden = new_y(), new_hidden()
         gate, up = (new_inner(), new_inner()) if save else (None, None)
         kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
@@ -45,7 +45,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
+def _library_forward(x, w_gate, w_up, w_out, activation, residual, save=False):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
     hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=_hidden_dtype(gate))
     _activation(gate, up, None, hidden, None, None, activation)

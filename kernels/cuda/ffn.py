@@ -33,7 +33,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
         cuda().ffn_forward,
     )
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         y, inner, pre = new_y(), new_inner(), new_inner() if save else None
         kernel(*pointers(x, w_in, b_in, w_out, b_out, residual, inner, pre, y), *numbers, *place())
         return y, pre
@@ -44,7 +44,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _prepare_library_forward(size, activation, save, dtype, device):
     activate = prepare_activation(size, activation, dtype, device)
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         pre = F.linear(x, w_in, b_in).contiguous()
         inner = pre.new_empty(pre.shape) if save else pre
         activate(pre, None, inner, None)

@@ -38,7 +38,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     new, new_y = maker((*outer, f), dtype, None, device), maker((*outer, m), dtype, None, device)
     new_hidden = maker((*outer, f), _hidden_dtype(x), None, device)
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         y, hidden = new_y(), new_hidden()
         gate, up = (new(), new()) if save else (None, None)
         kernel(*pointers(x, w_gate, w_up, w_out, residual, hidden, gate, up, y), *numbers, *place())
@@ -56,7 +56,7 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
         cuda().gated_ffn_unscale,
     )
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
         hidden = gate.new_empty(gate.shape) if save else gate
         if dtype == torch.float16:

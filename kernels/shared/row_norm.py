@@ -47,7 +47,7 @@ def layer_norm_forward(begin: Begin, x, weight, bias, eps, residual, save):
         return None
     start, new, new_statistic = prepared
 
-    def launch(x, weight, bias, _eps, residual, _save):
+    def launch(x, weight, bias, _eps, residual, _save=False):
         y, total = new(), None if residual is None else new()
         mean, rstd = (new_statistic(), new_statistic()) if save else (None, None)
         start(x, residual, weight, bias, y, total, mean, rstd)
@@ -62,7 +62,7 @@ def rms_norm_forward(begin: Begin, x, weight, eps, residual, save):
         return None
     start, new, new_statistic = prepared
 
-    def launch(x, weight, _eps, residual, _save):
+    def launch(x, weight, _eps, residual, _save=False):
         y, total = new(), None if residual is None else new()
         rstd = new_statistic() if save else None
         start(x, residual, weight, None, y, total, None, rstd)

@@ -233,7 +233,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     first = prepare_product(outer, of_x[2], w_in, b_in is not None, activation, None, save)
     second = prepare_product(outer, f, w_out, b_out is not None, "none", of_residual[2], False)
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save):
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         inner, pre = first(x, w_in, b_in, None)
         return second(inner, w_out, b_out, residual)[0], pre
 

@@ -278,7 +278,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         activated = starter(gate_kernel, grid, device, size, ACTIVATION=activation, **tile)
         new_hidden = maker((*outer, f), x.dtype, None, device)
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         if few:
             gate, up, hidden = stream(x, w_gate, w_up)
         else:
