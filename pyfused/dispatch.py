@@ -275,11 +275,11 @@ def prepared(prepare: Callable[..., Any], args: tuple[Any, ...]) -> Callable[...
 
 @functools.cache
 def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
-    """Makes a function of `count` arguments, and results behind them, that calls the launch of the number of threads. Written
-    out: *args costs 0.3 us a call, names 0.1."""
+    """Makes a function of `count` arguments, of which the last may be left out, that calls the launch of the number of threads.
+    Written out: *args costs 0.3 us a call, names 0.1."""
     names = ", ".join(f"a{i}" for i in range(count))
     call = "(launch_of(threads()) or nearest())"
-    code = f"lambda {names}, *results: {call}({names}, *results) if results else {call}({names})"
+    code = f"lambda {names}=None: {call}({names})"
     made: Callable[..., Callable[..., tuple[Any, ...]]] = eval(f"lambda launch_of, threads, nearest: {code}")
     return made
 

@@ -132,8 +132,8 @@ def gpu_prepared(
         if launch is None or forward_ad._current_level >= 0 or any(watcher() for watcher in watchers):
             return otherwise(*args, **names) if otherwise else None
         outputs = launch(*args)
-        if count <= 0:
-            return None if count else outputs
+        if count == 0:
+            return outputs
         return outputs[0] if count == 1 else outputs[:count]
 
     return run

@@ -106,7 +106,7 @@ def few(rows, product):
     n, k = 2**24, 256
     x, w = new(rows, k), new(n, k)
     if product is ffn:
-        ffn.prepare_product((rows,), k, w, True, "gelu", n, True)(x, w, new(n), new(rows, n), None)
+        ffn.prepare_product((rows,), k, w, True, "gelu", n, True)(x, w, new(n), new(rows, n))
     else:
         gated_ffn.prepare_stream((rows,), k, w, w, "silu", True, True)(x, w, w)
 
@@ -114,7 +114,7 @@ def few(rows, product):
 def split(rows, n, k):
     """Of few rows with a matrix so narrow that its products are split over programs."""
     x, w = new(rows, k), new(n, k)
-    ffn.prepare_product((rows,), k, w, False, "gelu", None, True)(x, w, None, None, None)
+    ffn.prepare_product((rows,), k, w, False, "gelu", None, True)(x, w, None, None)
 
 
 def gated(rows, n, f, dtype=BF16):

@@ -1,8 +1,6 @@
 """How do the CPU kernels of layer_norm and rms_norm start, and torch's own norms in their place? kernels/shared/row_norm.py
 launches them."""
 
-import torch
-
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
 
@@ -29,13 +27,10 @@ def slower(operator, *args):
 
 
 def library_norm(norm):
-    """A function of (parameters, x, residual, y, total) that gives (y, total) by a norm of torch: norm(x + residual,
-    *parameters)."""
+    """A function of (parameters, x, residual) that gives (y, total) by a norm of torch: norm(x + residual, *parameters)."""
 
-    def launch(parameters, x, residual, y, total):
-        if residual is not None:
-            x = total = torch.add(x, residual, out=total).contiguous()
-        normalised = norm(x, *parameters).contiguous()
-        return normalised if y is None else y.copy_(normalised), total
+    def launch(parameters, x, residual):
+        total = None if residual is None else (x + residual).contiguous()
+        return norm(x if total is None else total, *parameters).contiguous(), total
 
     return launch

@@ -9,7 +9,6 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, launched, maker
 
 from ..reference.ffn import linear_gradients
-from ..reference.linear import product
 from .linear import by_columns, library_is_faster
 
 
@@ -22,9 +21,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     rows = x.shape[:-1].numel()
     transposed = by_columns(rows, w_in, w_out)
     if library_is_faster(rows, w_in, w_out):
-        return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None: _library_forward(
-            x, w_in, b_in, w_out, b_out, activation, residual, save, y
-        )
+        return _library_forward
     of_x, of_in, of_out = rows_of(x), *(rows_of(w.t() if transposed else w) for w in (w_in, w_out))
     of_residual = rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
@@ -36,20 +33,20 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
-        y, inner, pre = new_y() if y is None else y, new_inner(), new_pre() if save else None
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
+        y, inner, pre = new_y(), new_inner(), new_pre() if save else None
         kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
         return y, pre
 
     return launch
 
 
-def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save, y):
+def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save=False):
     pre = F.linear(x.reshape(-1, x.shape[-1]), w_in, b_in)
     inner = torch.empty_like(pre) if save else pre
     _activation(pre, None, inner, None, activation)
     inner, pre = (t.view(*x.shape[:-1], w_in.shape[0]) for t in (inner, pre))
-    y = product(inner, w_out, b_out, y)
+    y = F.linear(inner, w_out, b_out)
     return y if residual is None else y.add_(residual), pre if save else None
 
 

@@ -9,7 +9,6 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import launched, maker
 
 from ..reference.gated_ffn import linear_gradients, widened
-from ..reference.linear import product
 from .linear import library_is_faster, would_copy
 
 
@@ -26,9 +25,7 @@ def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
 @launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     if left_to_library_forward(x, w_gate, w_up, w_out):
-        return lambda x, w_gate, w_up, w_out, _activation, residual, _save, y=None: _library_forward(
-            x, w_gate, w_up, w_out, activation, residual, save, y
-        )
+        return _library_forward
     layouts = *map(rows_of, (x, w_gate, w_up, w_out)), rows_of(residual)
     if None in layouts:
         return None
@@ -39,8 +36,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
-        y, hidden = new_y() if y is None else y, new_hidden()
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
+        y, hidden = new_y(), new_hidden()
         gate, up = (new_inner(), new_inner()) if save else (None, None)
         kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
         return y, gate, up
@@ -48,14 +45,13 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_gate, w_up, w_out, activation, residual, save, y):
+def _library_forward(x, w_gate, w_up, w_out, activation, residual, save=False):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
     hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=_hidden_dtype(gate))
     _activation(gate, up, None, hidden, None, None, activation)
-    wide = product(hidden, *widened(w_out), None, y if hidden.dtype == x.dtype else None)
+    wide = F.linear(hidden, *widened(w_out))
     wide = wide if residual is None else wide.add_(residual)
-    y = wide.to(x.dtype) if y is None else wide if wide is y else y.copy_(wide)
-    return y, gate if save else None, up if save else None
+    return wide.to(x.dtype), gate if save else None, up if save else None
 
 
 def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):

@@ -17,11 +17,7 @@ def forward(x, weight, bias, eps, residual, save):
     if not left_to_library_forward(x, weight, bias, eps, residual, save):
         return row_norm.layer_norm_forward(begin_forward, x, weight, bias, eps, residual, save)
     norm = library_norm(lambda t, weight, bias: F.layer_norm(t, weight.shape, weight, bias, eps))
-    return lambda x, weight, bias, _eps, residual, _save, y=None, total=None: (
-        *norm((weight, bias), x, residual, y, total),
-        None,
-        None,
-    )
+    return lambda x, weight, bias, _eps, residual, _save=False: (*norm((weight, bias), x, residual), None, None)
 
 
 backward = launched(partial(row_norm.layer_norm_backward, begin_backward))

@@ -1,11 +1,11 @@
 """linear on the CPU: launches csrc/cpu/linear.cpp, or the library's product where that was measured to be faster."""
 
+import torch.nn.functional as F
+
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, launched, maker
-
-from ..reference.linear import product
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 
@@ -38,7 +38,7 @@ def left_to_library_forward(x, weight, bias, residual):
 @launched
 def forward(x, weight, bias, residual):
     if left_to_library_forward(x, weight, bias, residual):
-        return lambda x, weight, bias, residual, y=None: _library_forward(x, weight, bias, residual, y)
+        return _library_forward
     of_x, of_residual = rows_of(x), rows_of(residual)
     transposed = by_columns(x.shape[:-1].numel(), weight)
     of_weight = rows_of(weight.t() if transposed else weight)
@@ -49,14 +49,14 @@ def forward(x, weight, bias, residual):
     numbers = rows, n, k, x_stride, weight_stride, residual_stride, transposed, DTYPE_CODES[dtype]
     kernel, new = cpu().linear_forward, maker(shape, dtype)
 
-    def launch(x, weight, bias, residual, y=None):
-        y = new() if y is None else y
+    def launch(x, weight, bias, residual):
+        y = new()
         kernel(x, weight, bias, residual, y, *numbers)
         return (y,)
 
     return launch
 
 
-def _library_forward(x, weight, bias, residual, y):
-    y = product(x, weight, bias, y)
+def _library_forward(x, weight, bias, residual):
+    y = F.linear(x, weight, bias)
     return (y if residual is None else y.add_(residual),)

@@ -15,10 +15,8 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     numbers = heads, query_length, key_length, query_offset, span, *table.stride(), DTYPE_CODES[dtype]
     kernel, new = cpu().relative_bias_forward, maker((1, heads, query_length, key_length), dtype)
 
-    def launch(
-        table, _query_length, _key_length, _bidirectional, _max_distance, _query_offset, bias=None,
-    ):  # fmt: skip
-        bias = new() if bias is None else bias
+    def launch(table, *_):
+        bias = new()
         kernel(table, buckets, bias, *numbers)
         return (bias,)
 

@@ -33,8 +33,8 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
         cuda().ffn_forward,
     )
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
-        y, inner, pre = new_y() if y is None else y, new_inner(), new_inner() if save else None
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
+        y, inner, pre = new_y(), new_inner(), new_inner() if save else None
         kernel(*pointers(x, w_in, b_in, w_out, b_out, residual, inner, pre, y), *numbers, *place())
         return y, pre
 
@@ -44,13 +44,13 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _prepare_library_forward(size, activation, save, dtype, device):
     activate = prepare_activation(size, activation, dtype, device)
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         pre = F.linear(x, w_in, b_in).contiguous()
         inner = pre.new_empty(pre.shape) if save else pre
         activate(pre, None, inner, None)
         found = F.linear(inner, w_out, b_out)
         found = found if residual is None else found.add_(residual)
-        return found if y is None else y.copy_(found), pre if save else None
+        return found, pre if save else None
 
     return launch
 

@@ -42,8 +42,8 @@ def forward(x):
     new_y, new_scratch = maker(x.shape, x.dtype, None, device), maker((floats,), torch.float32, None, device)
     numbers, place = (b, s, n, x.stride(0), x.stride(1), DTYPE_CODES[x.dtype]), where(device)
 
-    def launch(x, y=None):
-        y, scratch = new_y() if y is None else y, new_scratch()
+    def launch(x):
+        y, scratch = new_y(), new_scratch()
         table_s, table_n = _fourier_table(s, device=device), _fourier_table(n, device=device)
         kernel(*pointers(x, y, scratch, plan_s, table_s, plan_n, table_n), *numbers, *place())
         return (y,)

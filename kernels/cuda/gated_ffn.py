@@ -38,8 +38,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     new, new_y = maker((*outer, f), dtype, None, device), maker((*outer, m), dtype, None, device)
     new_hidden = maker((*outer, f), _hidden_dtype(x), None, device)
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
-        y, hidden = new_y() if y is None else y, new_hidden()
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
+        y, hidden = new_y(), new_hidden()
         gate, up = (new(), new()) if save else (None, None)
         kernel(*pointers(x, w_gate, w_up, w_out, residual, hidden, gate, up, y), *numbers, *place())
         return y, gate, up
@@ -56,7 +56,7 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
         cuda().gated_ffn_unscale,
     )
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
         hidden = gate.new_empty(gate.shape) if save else gate
         if dtype == torch.float16:
@@ -68,8 +68,7 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
             activate(gate, up, None, hidden, None, None)
             found = F.linear(hidden, w_out)
             found = found if residual is None else found.add_(residual)
-        y = found if y is None else y.copy_(found)
-        return (y, gate, up) if save else (y, None, None)
+        return (found, gate, up) if save else (found, None, None)
 
     return launch
 

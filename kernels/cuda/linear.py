@@ -29,15 +29,15 @@ def forward(x, weight, bias, residual):
     numbers, place = (of_x[0], m, n, *strides, 0, False, DTYPE_CODES[x.dtype]), where(device)
     new, kernel = maker((*outer, m), x.dtype, None, device), cuda().linear_forward
 
-    def launch(x, weight, bias, residual, y=None):
-        y = new() if y is None else y
+    def launch(x, weight, bias, residual):
+        y = new()
         kernel(*pointers(x, weight, bias, residual, y, None), *numbers, *place())
         return (y,)
 
     return launch
 
 
-def _by_library(x, weight, bias, residual, y=None):
+def _by_library(x, weight, bias, residual):
     found = F.linear(x, weight, bias)
     found = found if residual is None else found.add_(residual)
-    return (found if y is None else y.copy_(found),)
+    return (found,)

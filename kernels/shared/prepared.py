@@ -29,12 +29,14 @@ recorder: ContextVar[Callable[..., None] | None] = ContextVar("pyfused_recorder"
 
 
 def launched(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes `forward(*args)` of `prepare(*args)`, which returns the launch for such arguments: a function of all of them
-    that reads of them the tensors' memory alone, and serves every call that differs from this one in values only. Behind them
-    it takes tensors for the results, of the shapes and strides that it would make, and makes them where there are none. Where
-    prepare returns None, because strides do not fit, forward copies them first.
+    """Makes `forward(*args)` of `prepare(*args)`.
 
-    A launch for GPU tensors runs with their device as the current one, where kernels start and tensors are made."""
+    `prepare(*args)` looks at the arguments once and returns a launch. A launch takes the same arguments and reads only the
+    tensors' addresses, so it serves every later call with the same shapes, strides, dtypes and numbers. `prepare` returns None
+    where strides do not fit; then `forward` copies the tensors and prepares again.
+
+    A launch for GPU tensors runs with their device as the current one, because kernels start and tensors are made there.
+    """
 
     def prepare_on_device(*args: Any) -> Any:
         launch = prepare(*args)

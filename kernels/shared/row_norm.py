@@ -47,9 +47,8 @@ def layer_norm_forward(begin: Begin, x, weight, bias, eps, residual, save):
         return None
     start, new, new_statistic = prepared
 
-    def launch(x, weight, bias, _eps, residual, _save, y=None, total=None):
-        y = new() if y is None else y
-        total = new() if total is None and residual is not None else total
+    def launch(x, weight, bias, _eps, residual, _save=False):
+        y, total = new(), None if residual is None else new()
         mean, rstd = (new_statistic(), new_statistic()) if save else (None, None)
         start(x, residual, weight, bias, y, total, mean, rstd)
         return y, total, mean, rstd
@@ -63,9 +62,8 @@ def rms_norm_forward(begin: Begin, x, weight, eps, residual, save):
         return None
     start, new, new_statistic = prepared
 
-    def launch(x, weight, _eps, residual, _save, y=None, total=None):
-        y = new() if y is None else y
-        total = new() if total is None and residual is not None else total
+    def launch(x, weight, _eps, residual, _save=False):
+        y, total = new(), None if residual is None else new()
         rstd = new_statistic() if save else None
         start(x, residual, weight, None, y, total, None, rstd)
         return y, total, rstd

@@ -173,11 +173,11 @@ def share(n, k, tile):
 
 
 def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, save, dtype=None):
-    """A function of (x, w, bias, residual, y) that returns activation(x w^T + bias) + residual, and the same before the
-    activation if `save`; it makes y where that is None.
+    """A function of (x, w, bias, residual) that returns activation(x w^T + bias) + residual, and the same before the
+    activation if `save`.
 
-    x (*outer, k) with x_stride from row to row, w (n, k), residual (*outer, n) where residual_stride is not None; y (*outer, n)
-    of w's dtype or another one.
+    x (*outer, k) with x_stride from row to row, w (n, k), residual (*outer, n) where residual_stride is not None. The result
+    (*outer, n) has w's dtype or another one.
     """
     (n, k), rows, device = w.shape, math.prod(outer), w.device
     strides = (x_stride, *w.stride(), residual_stride or 0)
@@ -208,8 +208,8 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
         )  # fmt: skip
         new_partial = maker((parts, rows, n), torch.float32, None, device)
 
-    def run(x, w, bias, residual, y):
-        y, pre = new_y() if y is None else y, new_y() if save else None
+    def run(x, w, bias, residual):
+        y, pre = new_y(), new_y() if save else None
         outputs = bias, residual, y, pre
         if parts > 1:
             partial = new_partial()
@@ -233,9 +233,9 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     first = prepare_product(outer, of_x[2], w_in, b_in is not None, activation, None, save)
     second = prepare_product(outer, f, w_out, b_out is not None, "none", of_residual[2], False)
 
-    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save, y=None):
-        inner, pre = first(x, w_in, b_in, None, None)
-        return second(inner, w_out, b_out, residual, y)[0], pre
+    def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
+        inner, pre = first(x, w_in, b_in, None)
+        return second(inner, w_out, b_out, residual)[0], pre
 
     return launch
 

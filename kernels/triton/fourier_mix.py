@@ -150,8 +150,8 @@ def forward(x):
     )
     new_y, new_w = maker(x.shape, x.dtype, None, device), maker((b, s, kept), torch.float32, None, device)
 
-    def launch(x, y=None):
-        y, w = new_y() if y is None else y, new_w()
+    def launch(x):
+        y, w = new_y(), new_w()
         along_features(x, _cas(n, device=device), w)
         along_sequence(w, _cas(s, device=device), y)
         return (y,)

@@ -241,7 +241,7 @@ def _prepare_scaled(outer, f, activation, device):
 
 
 def _prepare_unscaled(outer, m, residual_stride, device):
-    """A function of (sums, scale, residual, y) that returns sums (*outer, m) * scale + residual in float16."""
+    """A function of (sums, scale, residual) that returns sums (*outer, m) * scale + residual in float16."""
     tile = tiles.find("gated_ffn_unscale", device).options
     start = starter(
         unscale_kernel, (triton.cdiv(m, tile["BLOCK"]) * math.prod(outer),), device,
@@ -249,8 +249,8 @@ def _prepare_unscaled(outer, m, residual_stride, device):
     )  # fmt: skip
     new = maker((*outer, m), torch.float16, None, device)
 
-    def run(sums, scale, residual, y):
-        y = new() if y is None else y
+    def run(sums, scale, residual):
+        y = new()
         start(sums, scale, residual, y)
         return y
 
@@ -278,23 +278,22 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         activated = starter(gate_kernel, grid, device, size, ACTIVATION=activation, **tile)
         new_hidden = maker((*outer, f), x.dtype, None, device)
 
-    def launch(x, w_gate, w_up, w_out, _activation, residual, _save, y=None):
+    def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         if few:
             gate, up, hidden = stream(x, w_gate, w_up)
         else:
             gate, up = (x @ w_gate.t()).contiguous(), (x @ w_up.t()).contiguous()
         if half:
             hidden, scale = scaled(gate, up)
-            sums = last(hidden, w_out, None, None, None)[0] if few else _wide_product(hidden.view(rows, f), w_out.t())
-            y = unscaled(sums, scale, residual, y)
+            sums = last(hidden, w_out, None, None)[0] if few else _wide_product(hidden.view(rows, f), w_out.t())
+            y = unscaled(sums, scale, residual)
         elif few:
-            y = last(hidden, w_out, None, residual, y)[0]
+            y = last(hidden, w_out, None, residual)[0]
         else:
             hidden = new_hidden() if save else gate
             activated(gate, up, hidden)
-            product = hidden @ w_out.t()
-            product = product if residual is None else product.add_(residual)
-            y = product if y is None else y.copy_(product)
+            y = hidden @ w_out.t()
+            y = y if residual is None else y.add_(residual)
         return (y, gate, up) if save else (y, None, None)
 
     return launch

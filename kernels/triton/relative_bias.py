@@ -81,8 +81,8 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     )  # fmt: skip
     new = maker((1, heads, query_length, key_length), table.dtype, None, device)
 
-    def launch(table, _queries, _keys, _bidirectional, _max_distance, _offset, bias=None):
-        bias = new() if bias is None else bias
+    def launch(table, *_):
+        bias = new()
         start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), bias)
         return (bias,)
 

@@ -90,7 +90,8 @@ class Call:
         return self._prepared_with_gradient(*args) if _is_grad_enabled() else self._prepared(*args)
 
     def call_checked(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Runs the arguments `bound`, which the checks made of `given`, and keeps the launch for call_prepared(given).
+        """Runs the arguments `bound`, which the checks made of `given`, and keeps the launch for call_prepared(given). What
+        `bound` has behind those of `given`, such as `save`, a launch need not be told.
 
         A launch reads addresses, so it is kept only where both have the same memory. Where the checks took a view, the launch
         is prepared for that view; autograd would miss it, so what it records is kept only where the tensors are the same.
@@ -99,13 +100,13 @@ class Call:
         if _is_compiling() or _transformed() or any(watcher() for watcher in WATCHERS):
             return outputs
         signature = _signature(*given)
-        if signature is None or list(map(_address, given)) != list(map(_address, bound)):
+        if signature is None or list(map(_address, given)) != list(map(_address, bound[: len(given)])):
             return outputs
         if not _is_grad_enabled():
             launch = self._launches.get((_forced(), _signature(*bound)))
             if launch is not None:
                 self._launches.keep((_forced(), signature), launch)
-        elif _wants_gradient(bound) and all(b is g or not _is_tensor(b) for g, b in zip(given, bound, strict=True)):
+        elif _wants_gradient(bound) and all(b is g or not _is_tensor(b) for g, b in zip(given, bound)):
             self._recorded.keep((_forced(), signature), self._recording(given, bound))
         return outputs
 
@@ -114,12 +115,13 @@ class Call:
         None where none of them wants a gradient."""
         # torch.autograd.Function.apply in Python looks for things that cannot be here, in 5 us.
         apply = super(torch.autograd.Function, self.autograd).apply  # type: ignore[misc, arg-type]
-        others = [(i, b) for i, (g, b) in enumerate(zip(given, bound, strict=True)) if b is not g]
+        others = [(i, b) for i, (g, b) in enumerate(zip(given, bound)) if b is not g]
+        more = bound[len(given) :]
 
         def record(*args: Any) -> tuple[Any, ...] | None:
             if not _wants_gradient(args):
                 return None
-            found = list(args)
+            found = [*args, *more]
             for i, value in others:
                 found[i] = value
             return apply(*found)

@@ -42,7 +42,7 @@ def ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(ffn, x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
-    given = x, w_in, b_in, w_out, b_out, activation, residual, False
+    given = x, w_in, b_in, w_out, b_out, activation, residual
     outputs = _FFN.call_prepared(given)
     if outputs is None:
         outputs = _FFN.call_checked(given, bind(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual))

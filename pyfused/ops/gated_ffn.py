@@ -49,7 +49,7 @@ def gated_ffn(
     """
     if autocast_is_on() and autocasts(x):
         return in_lower_precision(gated_ffn, x, w_gate, w_up, w_out, activation=activation, residual=residual)
-    given = x, w_gate, w_up, w_out, activation, residual, False
+    given = x, w_gate, w_up, w_out, activation, residual
     outputs = _GATED_FFN.call_prepared(given)
     if outputs is None:
         outputs = _GATED_FFN.call_checked(given, bind(x, w_gate, w_up, w_out, activation=activation, residual=residual))

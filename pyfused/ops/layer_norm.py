@@ -44,7 +44,7 @@ def layer_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(layer_norm, x, weight, bias, eps=eps, residual=residual)
-    given = x, weight, bias, eps, residual, False
+    given = x, weight, bias, eps, residual
     outputs = _LAYER_NORM.call_prepared(given)
     if outputs is None:
         outputs = _LAYER_NORM.call_checked(given, bind(x, weight, bias, eps=eps, residual=residual))

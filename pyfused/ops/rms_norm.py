@@ -47,7 +47,7 @@ def rms_norm(
     """
     if autocast_is_on() and autocasts(x):
         return normalized(rms_norm, x, weight, eps=eps, residual=residual)
-    given = x, weight, eps, residual, False
+    given = x, weight, eps, residual
     outputs = _RMS_NORM.call_prepared(given)
     if outputs is None:
         outputs = _RMS_NORM.call_checked(given, bind(x, weight, eps=eps, residual=residual))

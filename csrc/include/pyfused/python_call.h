@@ -194,7 +194,7 @@ inline PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // ---- a call whose launch is prepared --------------------------------------------------------------------------------
 // prepared(launches, forced, levels, otherwise, count, *watchers) -> run(*args): calls the launch that the dictionary
 // `launches` has under (value of the context variable `forced`, signature(*args)), and returns its first `count` outputs:
-// all of them for 0, one bare, None for -1. Where there is none, or a watcher returns something true, or
+// all of them for 0, one bare. Where there is none, or a watcher returns something true, or
 // levels["_current_level"] >= 0 (a forward-mode derivative is being taken): otherwise(*args), or None where that is None. In
 // Python the same takes 1 us more, and several in a program that has pushed it out of the caches.
 
@@ -231,10 +231,6 @@ inline PyObject* prepared_run(PyObject* state, PyObject* const* args, Py_ssize_t
   Py_DECREF(launch);
   Py_ssize_t wanted = PyLong_AsSsize_t(PyTuple_GET_ITEM(state, 4));
   if (!outputs || wanted == 0) return outputs;
-  if (wanted < 0) {
-    Py_DECREF(outputs);
-    Py_RETURN_NONE;
-  }
   PyObject* first = wanted == 1 ? PySequence_GetItem(outputs, 0) : PySequence_GetSlice(outputs, 0, wanted);
   Py_DECREF(outputs);
   return first;
