@@ -3,7 +3,7 @@
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). It has a module
 for each operator, with `forward`, `backward` or both. If it lacks one, the next backend runs that, even with strict=True.
 
-On a GPU the backend with the fastest measurement (evidence/) is tried first, and Triton where there are none. A backend is
+On a GPU the fastest backend in the evidence files (evidence/) is tried first, or Triton if nothing was measured. A backend is
 skipped for one of three reasons:
     unsupported_<function>(*args) of its module: it cannot run this case;
     declined_<function>(*args) of its module: the next backend is better on every machine, for example closer to float64;
