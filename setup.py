@@ -1,9 +1,11 @@
-"""How is pyfused built? setuptools for the packages, CMake (CMakeLists.txt) for the extensions pyfused._cpu and _cuda.
+"""How is pyfused built? By setuptools, which calls CMake (CMakeLists.txt) for the extensions pyfused._cpu and pyfused._cuda.
 
-The extensions are optional: without a compiler the install goes on as pure Python and `pyfused env` says what is missing.
-PYFUSED_BUILD_CUDA=0 leaves CUDA out although nvcc is there; PYFUSED_BUILD_ISAS="baseline avx2" leaves the other instruction
-sets out; PYFUSED_BUILD_ARCHITECTURES="90a-real" leaves the other chips out (names as CMake has them);
-PYFUSED_REQUIRE_EXTENSIONS=1 turns a failed build into an error.
+The extensions are optional: without a compiler pyfused is installed as pure Python, and `pyfused env` says what is missing.
+Environment variables:
+    PYFUSED_BUILD_CUDA=0                     do not build _cuda, even if nvcc is there
+    PYFUSED_BUILD_ISAS="baseline avx2"       build _cpu for these instruction sets only
+    PYFUSED_BUILD_ARCHITECTURES="90a-real"   build _cuda for these chips only, named as in CMake
+    PYFUSED_REQUIRE_EXTENSIONS=1             fail if an extension cannot be built
 """
 
 import os
@@ -17,13 +19,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-# The top-level folders that are parts of the package.
+# Packages whose folders are outside pyfused/.
 FOLDERS = {f"pyfused.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()}
 FOLDERS["pyfused.bench.benchmarks"] = "benchmarks"
 
 
 class CMakeBuild(build_ext):
-    """Configures once, builds every target, and copies what came out to where setuptools wants it."""
+    """Builds every CMake target and copies the extensions to setuptools' places."""
 
     def run(self):
         try:
@@ -37,10 +39,10 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self):
         import pybind11
 
-        # Of an editable install setuptools would forget the objects, which the next build, and the tests of the machine
-        # code in them, can use.
-        kept = self.inplace or getattr(self, "editable_mode", False)
-        build = ROOT / "build" / f"temp.{sys.implementation.cache_tag}" if kept else Path(self.build_temp).resolve()
+        # setuptools deletes the object files of an editable install. Keep them: the next build and the machine-code tests use
+        # them.
+        keep = self.inplace or getattr(self, "editable_mode", False)
+        build = ROOT / "build" / f"temp.{sys.implementation.cache_tag}" if keep else Path(self.build_temp).resolve()
         build = build / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         out = build / "out"
@@ -63,7 +65,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         built = {path.name.split(".")[0]: path for path in out.glob("*.so")}
-        # _cuda is built only where CMake found nvcc: what was not built is not an extension of this install.
+        # CMake builds _cuda only if it finds nvcc. Do not install an extension that was not built.
         self.extensions = [ext for ext in self.extensions if ext.name.split(".")[-1] in built]
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
@@ -77,7 +79,7 @@ class CMakeBuild(build_ext):
 
 
 class Modules(build_py):
-    """Of benchmarks/ the wheel has the cases, which `pyfused bench` runs; what only a source tree can use stays there."""
+    """The wheel has only the files of benchmarks/ that `pyfused bench` runs. The others need a source tree."""
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
@@ -89,8 +91,8 @@ class Modules(build_py):
 setup(
     packages=[*find_packages(include=["pyfused", "pyfused.*"]), *FOLDERS],
     package_dir={"": ".", **FOLDERS},
-    include_package_data=False,  # what MANIFEST.in lists is for the sdist; the wheel takes package_data
-    package_data={"pyfused": ["py.typed", "presets/*/*", "evidence/*.json"]},
+    include_package_data=False,  # the wheel gets package_data; MANIFEST.in is for the sdist
+    package_data={"pyfused": ["py.typed", "presets/*/*"], "pyfused.evidence": ["*.json"]},
     ext_modules=[Extension("pyfused._cpu", []), Extension("pyfused._cuda", [])],
     cmdclass={"build_ext": CMakeBuild, "build_py": Modules},
 )

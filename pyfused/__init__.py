@@ -1,4 +1,4 @@
-"""pyfused: fused transformer kernels for PyTorch, and GPT-2, ALBERT, T5 and FNet made of them."""
+"""pyfused: fused transformer kernels for PyTorch, and GPT-2, ALBERT, T5 and FNet built on them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ __all__ = [
     "unfuse_",
 ]
 
-# Imported when they are first asked for: who wants an operator does not wait for the models.
+# Imported at first use, so that users of the operators do not wait for the models.
 _LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation:Generator"}
 _LAZY |= {"encode": "pyfused.encoding:encode"}
 _LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}

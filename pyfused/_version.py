@@ -1,3 +1,3 @@
-"""Which pyfused is this? Beside pyproject.toml's version; alone, so that pyfused.ops may read it."""
+"""Which version of pyfused is this? pyproject.toml says the same. This file imports no other."""
 
 __version__ = "0.1.0"

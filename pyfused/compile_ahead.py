@@ -1,6 +1,6 @@
 """How are Triton kernels compiled before they are needed? In parallel, into Triton's cache on disk, from which calls load them.
 
-A kernel takes 1 to 10 s to compile on one core, and a model's first generation needs a dozen, one after another.
+A kernel takes 1 to 10 s to compile on one core. A model's first generation needs a dozen, one after another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .kernels.shared.prepared import recorder
 
 
 class Launch(NamedTuple):
-    """What Triton compiles for a start of a kernel: all that the name on disk depends on.
+    """Everything that determines the compiled kernel of one launch, and its name in Triton's cache.
 
     Attributes:
         kernel: "module:function".
-        specialisation: types, constants, attributes and options, as Triton writes them down for its hooks (JSON).
+        specialisation: types, constants, attributes and options, in the JSON that Triton gives to its hooks.
         target: backend, architecture and warp size of the GPU.
     """
 
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
     target: tuple[str, int | str, int]
 
     def source(self) -> tuple[Any, Any, dict[str, Any]]:
-        """What triton.compile takes: source, target, options."""
+        """The arguments of triton.compile: source, target, options."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -50,18 +50,18 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """One launch after compile_in_parallel(): `cached` if it was on disk already, `error` is "" where it compiles."""
+    """The result of compile_in_parallel() for one launch."""
 
     launch: Launch
     seconds: float
-    cached: bool
-    error: str
+    cached: bool  # it was on disk already
+    error: str  # "" if it compiled
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, this thread's Triton kernels are noted down in the list, each once, and neither compiled nor started: what they
-    would have written is arbitrary. What this process has compiled already is not noted down."""
+    """Inside the block this thread's Triton launches are neither compiled nor run. Each is added to the list once, unless this
+    process has compiled it already. Outputs have arbitrary values."""
     launches: dict[Launch, None] = {}
     found: list[Launch] = []
     if importlib.util.find_spec("triton") is None:
@@ -73,19 +73,19 @@ def recording() -> Iterator[list[Launch]]:
     before = knobs.runtime.jit_cache_hook
 
     def note(*, fn: Any, compile: dict[str, Any], **more: Any) -> bool:
-        if recorder.get() is None:  # another thread's
+        if recorder.get() is None:  # the launch is from another thread
             return bool(before and before(fn=fn, compile=compile, **more))
         target = driver.active.get_current_target()
         name = f"{fn.module}:{fn.jit_function.__name__}"
         place = target.backend, target.arch, target.warp_size
         launches[Launch(name, compile["specialization_data"], place)] = None
-        return True  # which ends Triton's work on this start
+        return True  # tells Triton to stop here
 
     def record(kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
         if not knobs.runtime.interpret:
             kernel.warmup(*arguments, grid=grid, **options)
 
-    dispatch.forget()  # launches that are prepared would start
+    dispatch.forget()  # prepared launches would run
     token = recorder.set(record)
     knobs.runtime.jit_cache_hook = note
     try:
@@ -97,12 +97,12 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def compile_tiles(run: Callable[[], Any], kernel: str, candidates: Sequence[dict[str, int]]) -> list[Compiled]:
-    """Compiles what a call starts with each of some tiles, in parallel; for `pyfused tune`, which tries one after another.
+    """Compiles the kernels of a call with each candidate tile, in parallel. `pyfused tune` then times them one after another.
 
     Args:
         run: the call.
-        kernel: whose tiles they are, a name in tiles.KERNELS.
-        candidates: the tiles. One that no launcher takes is left out.
+        kernel: the kernel that uses the tiles, a name in tiles.KERNELS.
+        candidates: the tiles. A tile that the launcher refuses is skipped.
     """
     with recording() as launches:
         for tile in candidates:
@@ -115,13 +115,13 @@ def compile_tiles(run: Callable[[], Any], kernel: str, candidates: Sequence[dict
 def compile_in_parallel(
     launches: Sequence[Launch], workers: int | None = None, say: Callable[[str], None] = lambda text: None
 ) -> list[Compiled]:
-    """Compiles launches in processes of their own, which touch no GPU, into Triton's cache on disk. One that does not compile
-    is a row with an error.
+    """Compiles launches into Triton's cache on disk, in worker processes that use no GPU. A launch that does not compile gives
+    a row with an error.
 
     Args:
-        launches: what recording() found.
-        workers: how many processes; os.cpu_count() by default, and no more than there is to compile.
-        say: told of each that is done.
+        launches: the list from recording().
+        workers: the largest number of processes; os.cpu_count() by default.
+        say: gets a line for each finished launch.
     """
     done = [Compiled(launch, 0.0, True, "") for launch in launches if _is_on_disk(launch)]
     on_disk = {row.launch for row in done}
@@ -131,8 +131,8 @@ def compile_in_parallel(
         waiting.put(launch)
     count = min(len(missing), workers or os.cpu_count() or 1)
 
-    def serve() -> None:
-        with _worker() as process:
+    def feed_a_worker() -> None:
+        with _start_worker() as process:
             while True:
                 try:
                     launch = waiting.get_nowait()
@@ -149,7 +149,7 @@ def compile_in_parallel(
                 if not answer:
                     return
 
-    threads = [threading.Thread(target=serve) for _ in range(count)]
+    threads = [threading.Thread(target=feed_a_worker) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -159,17 +159,17 @@ def compile_in_parallel(
     return done
 
 
-def _worker() -> subprocess.Popen[str]:
-    """A process that compiles what stands in the lines of its input. No fork: CUDA and OpenMP do not survive one. No
-    multiprocessing either, which runs the caller's script again."""
+def _start_worker() -> subprocess.Popen[str]:
+    """A process that compiles one launch per line of its input. It is not forked, because CUDA and OpenMP do not survive a
+    fork, and not from multiprocessing, which would run the caller's script again."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", "from pyfused.compile_ahead import _serve; _serve()"]
+    command = [sys.executable, "-c", "from pyfused.compile_ahead import _work; _work()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def _serve() -> None:
-    """The other end: answers each launch with (seconds, cached, error). What else is printed goes to stderr."""
+def _work() -> None:
+    """The worker process: answers each launch with (seconds, cached, error) on stdout. Everything else goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -183,7 +183,7 @@ def _serve() -> None:
 
 
 def _compile(launch: Launch) -> bool:
-    """Compiles a launch, and builds the C function that starts such kernels; returns whether it was on disk already."""
+    """Compiles a launch, and builds the C function that starts such kernels. Returns whether it was on disk already."""
     import triton
     from triton import knobs
 
@@ -191,8 +191,8 @@ def _compile(launch: Launch) -> bool:
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     source, target, options = launch.source()
     compiled = triton.compile(source, target=target, options=options)
-    # Triton builds it at the first start, with the C compiler, for each list of types. It links the GPU's driver library:
-    # where that is not found, as in an image that is built without a GPU, it stays for the first start.
+    # Triton would build the C function at the first launch, one for each list of argument types. It links the GPU's driver
+    # library. Without that library, as in an image that is built without a GPU, the first launch must build it.
     vendor, launcher = ("nvidia", "CudaLauncher") if target.backend == "cuda" else ("amd", "HIPLauncher")
     with contextlib.suppress(Exception):
         getattr(importlib.import_module(f"triton.backends.{vendor}.driver"), launcher)(source, compiled.metadata)
@@ -200,7 +200,7 @@ def _compile(launch: Launch) -> bool:
 
 
 def _is_on_disk(launch: Launch) -> bool:
-    """Whether compiling would find it there: asked of Triton 3.6's inside, so as to start no process for nothing."""
+    """Whether Triton's cache has this launch. Uses internals of Triton 3.6, and saves starting a process."""
     try:
         import hashlib
 

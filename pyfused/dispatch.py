@@ -1,17 +1,18 @@
 """Which backend runs an operator? One order of preference, and the reasons that overrule it.
 
-A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). Each holds
-a module per operator with `forward`, `backward` (or one of them: it is then no candidate for the other, and the next backend
-runs that, under strict=True too). On a GPU the fastest in the evidence of evidence.py is asked first; where nothing was
-measured it is Triton. A backend is passed over for one of three reasons:
-    unsupported_<function>(*args) of its module: it cannot do this case;
-    declined_<function>(*args) of its module: on any machine the next one does it better, being closer to float64, say;
-    evidence.py: it is a hand-written CUDA kernel, and on this kind of machine nothing shows that it is right.
-A forced backend ignores all but the first, and gives way to that visibly in explain(). Launchers of CPU kernels have the
-library's way beside their own, for calls where that was measured to be faster: left_to_library_<function>(*args) says why.
+A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). It has a module
+for each operator, with `forward`, `backward` or both. If it lacks one, the next backend runs that, even with strict=True.
 
-A call in which some tensor has no element runs on the reference, forced or not, strict or not: there is nothing to compute
-that a kernel could be faster at, and no kernel need divide by a size of 0 or launch an empty grid.
+On a GPU the fastest backend in the evidence files (evidence/) is tried first, or Triton if nothing was measured. A backend is
+skipped for one of three reasons:
+    unsupported_<function>(*args) of its module: it cannot run this case;
+    declined_<function>(*args) of its module: the next backend is better on every machine, for example closer to float64;
+    evidence: it is a hand-written CUDA kernel, and nothing shows that it is right on this kind of machine.
+A forced backend is skipped only for the first reason, and explain() shows that. CPU kernels can also call the library, where
+that was measured to be faster; left_to_library_<function>(*args) says why.
+
+A call with an empty tensor always runs on the reference, even if another backend is forced. A kernel would gain nothing there,
+and need not handle division by a size of 0 or an empty grid.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from . import evidence, extensions
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Preferences by device where nothing was measured, best first; `reference` ends every list and can do everything.
+# The order on each device where nothing was measured. `reference` is last and can run everything.
 PREFERENCES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    # A CUDA kernel that no GPU has run yields to the Triton one until evidence shows it right and faster.
+    # The CUDA kernels have not run on every GPU: Triton comes first until evidence shows them right and faster.
     "cuda": ("triton", "cuda", "reference"),
 }
 
@@ -44,21 +45,21 @@ _forced: ContextVar[tuple[str, bool] | None] = ContextVar("pyfused_backend", def
 
 
 class BackendError(RuntimeError):
-    """A backend forced with strict=True cannot run the case at hand."""
+    """A backend was forced with strict=True and cannot run this call."""
 
 
 @contextmanager
 def backend(name: str, *, strict: bool = False) -> Iterator[None]:
-    """Runs every operator inside the block on one backend, where it has the case.
+    """Runs every operator inside the block on one backend, if that supports the call.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda".
-        strict: raise BackendError where the backend lacks the case; otherwise the next one runs, as explain() shows. An
-            operator of which the backend has the forward alone gets its gradients from the next one all the same, and a
-            call with an empty tensor runs on the reference.
+        strict: raise BackendError for a call that the backend does not support; by default the next backend runs it, as
+            explain() shows. Two things run elsewhere even so: the backward of an operator, if the backend has only the
+            forward, and calls with an empty tensor.
 
     Raises:
-        ValueError: `name` is no backend, or cannot run on this machine at all.
+        ValueError: `name` is not a backend, or cannot run on this machine at all.
     """
     _check_backend(name, "name")
     token = _forced.set((name, strict))
@@ -71,7 +72,7 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
 
 def _check_backend(name: str, argument: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"{argument}={name!r} is no backend; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"{argument}={name!r} is not a backend; it takes one of {', '.join(BACKENDS)}")
     reason = missing(name)
     if reason:
         raise ValueError(f"{argument}={name!r}: {reason}")
@@ -93,7 +94,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def missing(name: str) -> str:
-    """Why no operator can run on this backend on this machine; empty when some can."""
+    """Why this backend can run nothing on this machine; "" if it can run something."""
     if name == "cpu":
         return extensions.missing("_cpu")
     if name == "cuda":
@@ -112,7 +113,7 @@ def missing(name: str) -> str:
 
 
 def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
-    """Why this backend cannot touch such tensors, whatever the operator."""
+    """Why this backend takes no tensors of this device and dtype, for any operator; "" if it does."""
     reason = missing(name)
     if reason or name == "reference":
         return reason
@@ -127,7 +128,7 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def kernel(name: str, operator: str) -> ModuleType | None:
-    """The module kernels/<backend>/<operator>.py, or None if this backend has no such operator."""
+    """The module kernels/<backend>/<operator>.py, or None if there is none."""
     module = f"pyfused.kernels.{name}.{operator}"
     try:
         return importlib.import_module(module)
@@ -138,77 +139,76 @@ def kernel(name: str, operator: str) -> ModuleType | None:
 
 
 @functools.cache
-def _lacks(name: str, operator: str, function: str) -> bool:
-    """Whether a backend has the operator, but not this function of it."""
+def _lacks_function(name: str, operator: str, function: str) -> bool:
+    """Whether a backend has the operator without this function ("forward" or "backward")."""
     module = kernel(name, operator)
     return module is not None and not hasattr(module, function)
 
 
 class _Candidate(NamedTuple):
-    """A backend for a function of an operator. `reason`: why it never runs such tensors; "" if it may. `against`: functions of
-    a call's arguments that say why it does not run that call, or None."""
+    """A backend for one function of an operator, one device and one dtype."""
 
     backend: str
     call: Callable[..., tuple[Any, ...]] | None
-    reason: str
-    against: tuple[Callable[..., str | None], ...]
+    reason: str  # why it runs no call at all; "" if it may
+    objections: tuple[Callable[..., str | None], ...]  # of a call's arguments: why it does not run that call, or None
 
 
 class _Candidates(NamedTuple):
-    """Every backend, best first where nothing was measured; `ranked`: whether evidence may say otherwise of a call."""
+    """Every backend, in the order of preference."""
 
     rows: tuple[_Candidate, ...]
-    ranked: bool
+    ranked: bool  # whether evidence may change the order for a call
 
 
 @functools.cache
 def _candidates(
     operator: str, function: str, device: str, dtype: torch.dtype, forced: tuple[str, bool] | None
 ) -> _Candidates:
-    """Every backend, with all that depends on no argument; first the forced one."""
+    """Every backend, the forced one first, with everything that can be decided without a call's arguments."""
     listed = PREFERENCES.get(device, ("reference",))
     order = (*((forced[0],) if forced else ()), *listed, *BACKENDS)
-    strictly = forced[0] if forced and forced[1] and not _lacks(forced[0], operator, function) else None
+    strictly = forced[0] if forced and forced[1] and not _lacks_function(forced[0], operator, function) else None
     rows = []
     for name in dict.fromkeys(order):
         reason = _cannot_run(name, device, dtype)
         module = None if reason else kernel(name, operator)
-        against: tuple[Any, ...] = ()
+        objections: tuple[Any, ...] = ()
         if module is None:
             reason = reason or "has no such operator"
         elif not hasattr(module, function):
             reason = f"has no {function} of this operator"
         else:
             is_forced = forced is not None and name == forced[0]
-            against = (getattr(module, f"unsupported_{function}", None),)
+            objections = (getattr(module, f"unsupported_{function}", None),)
             if not is_forced:
-                against += (
+                objections += (
                     getattr(module, f"declined_{function}", None),
                     evidence.unproven(name, operator, function, device),
                 )
                 if name not in listed:
                     reason = f"not used for {device} tensors unless forced"
                 elif strictly:
-                    reason = f"{strictly!r} is asked for strictly"
+                    reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)
-        rows.append(_Candidate(name, call, reason, tuple(filter(None, against))))
+        rows.append(_Candidate(name, call, reason, tuple(filter(None, objections))))
     return _Candidates(tuple(rows), forced is None and evidence.ranks(operator, function, device))
 
 
-def _by_evidence(
+def _by_speed(
     rows: tuple[_Candidate, ...], operator: str, function: str, device: str, args: tuple[Any, ...]
 ) -> list[_Candidate]:
-    """The candidates by what was measured of such a call, the fastest first; where nothing was, as they are."""
+    """The candidates sorted by measured speed, the fastest first. Without measurements their order stays."""
     shapes, size = evidence.shapes_of(operator, function, args)
     rank = evidence.rank(device, operator, function, args[0].dtype, shapes, size)
     return sorted(rows, key=lambda candidate: rank.get(candidate.backend, 0.0), reverse=True)
 
 
-_NOTHING = "a tensor has no element: plain PyTorch does what little there is"
+_EMPTY = "a tensor is empty: calls with an empty tensor run in plain PyTorch"
 
 
 def _is_empty(args: tuple[Any, ...]) -> bool:
-    """Whether some tensor of a call has no element. Asked at first calls of a signature, and where there are none."""
+    """Whether some tensor of a call has no element."""
     for a in args:  # noqa: SIM110 - any() takes half a microsecond more
         if isinstance(a, torch.Tensor) and not a.numel():
             return True
@@ -216,67 +216,67 @@ def _is_empty(args: tuple[Any, ...]) -> bool:
 
 
 def forced() -> tuple[str, bool] | None:
-    """The backend that backend() or the environment asks for, and whether strictly."""
+    """The backend forced by backend() or by PYFUSED_BACKEND, and whether strictly; None if there is none."""
     return _forced.get() or _forced_by_environment()
 
 
 def judged(operator: str, function: str, args: tuple[Any, ...]) -> Iterator[tuple[_Candidate, str]]:
-    """Every backend with the reason why it does not run this call, "" if it can; in the order in which they are asked. The
-    first argument decides device and dtype."""
+    """Every backend in the order in which it is tried, with the reason why it does not run this call, or "". Device and dtype
+    are the first argument's."""
     tensor = args[0]
     empty = _is_empty(args)
-    device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device takes 0.9 us
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # device.type takes 0.9 us
     rows, ranked = _candidates(operator, function, device, tensor.dtype, forced())
-    for candidate in _by_evidence(rows, operator, function, device, args) if ranked and not empty else rows:
+    for candidate in _by_speed(rows, operator, function, device, args) if ranked and not empty else rows:
         reason = candidate.reason
         if empty:
-            reason = "" if candidate.backend == "reference" else reason or _NOTHING
+            reason = "" if candidate.backend == "reference" else reason or _EMPTY
         elif not reason:
-            for against in candidate.against:
-                reason = against(*args) or ""
+            for objection in candidate.objections:
+                reason = objection(*args) or ""
                 if reason:
                     break
         yield candidate, reason
 
 
 def choose(operator: str, function: str, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
-    """The callable that runs `function` ("forward" or "backward") of an operator for these arguments: of the first backend
-    that can. Costs about 1 us: all but the reasons that depend on the arguments is cached.
+    """The kernel for `function` ("forward" or "backward") of an operator, from the first backend that can run these arguments.
+    Takes about 1 us: everything that does not depend on the arguments is cached.
 
     Raises:
-        BackendError: a backend was forced with strict=True and cannot.
+        BackendError: a backend was forced with strict=True and cannot run them.
     """
     for candidate, reason in judged(operator, function, args):
         if not reason:
             return candidate.call  # type: ignore[return-value]
     name, reason = next((candidate.backend, reason) for candidate, reason in judged(operator, function, args))
-    raise BackendError(f"{operator}: backend {name!r} was asked for strictly and cannot run this: {reason}")
+    raise BackendError(f"{operator}: backend {name!r} was forced with strict=True and cannot run this call: {reason}")
 
 
 def prepared(prepare: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
-    """prepare(*args), a launch or None; where evidence gives other answers for other numbers of threads, a launch for each of
-    them, and each call takes the nearest to what torch uses then."""
-    with evidence.threads_noticed() as numbers:
+    """prepare(*args): a launch, or None. If evidence chooses differently for different numbers of threads, a launch is prepared
+    for each number, and each call uses the one nearest to torch's number at that time."""
+    with evidence.threads_noticed() as counts:
         launch = prepare(*args)
-    if launch is None or not numbers:
+    if launch is None or not counts:
         return launch
     by_threads = {}
-    for number in numbers:
-        with evidence.with_threads(number):
-            by_threads[number] = prepare(*args)
+    for count in counts:
+        with evidence.with_threads(count):
+            by_threads[count] = prepare(*args)
     if None in by_threads.values():
         return None
 
     def nearest() -> Callable[..., tuple[Any, ...]]:
         return by_threads[evidence.nearest_threads(by_threads)]
 
-    return _switch(len(args))(by_threads.get, torch.get_num_threads, nearest)
+    return _thread_switch(len(args))(by_threads.get, torch.get_num_threads, nearest)
 
 
 @functools.cache
-def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
-    """Makes a function of `count` arguments, of which the last may be left out, that calls the launch of the number of threads.
-    Written out: *args costs 0.3 us a call, names 0.1."""
+def _thread_switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
+    """Makes a function that takes `count` arguments, the last of which may be left out, and calls the launch for torch's number
+    of threads. It is generated with named arguments, which cost 0.1 us a call; *args costs 0.3 us."""
     names = ", ".join(f"a{i}" for i in range(count))
     call = "(launch_of(threads()) or nearest())"
     code = f"lambda {names}=None: {call}({names})"
@@ -286,9 +286,9 @@ def _switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Runs the CPU kernels of another instruction set inside the block; for tests and benchmarks, not thread-safe."""
+    """Inside the block CPU kernels run with another instruction set. For tests and benchmarks; not thread-safe."""
     before = extensions.set_isa(name)
-    forget()  # launches that are prepared for another
+    forget()  # prepared launches hold kernels of one instruction set
     try:
         yield
     finally:
@@ -297,11 +297,10 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 class Launches(dict[Any, Callable[..., Any]]):
-    """What is prepared for calls of an operator's function, by what backend() asks for and the call's
-    signature; dropped by forget()."""
+    """The prepared launches of one operator's function, by (forced backend, signature of the call). forget() drops them."""
 
     all: ClassVar[list[Launches]] = []
-    MOST = 1024  # a decoder has a new signature for each token
+    MOST = 1024  # a decoder makes a new signature for each token
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,9 +313,9 @@ class Launches(dict[Any, Callable[..., Any]]):
 
 
 def forget() -> None:
-    """Drops all that is remembered of the kernels: after something that it depends on has changed."""
-    evidence.forget()  # and the tiles of tiles.py
+    """Drops prepared launches and cached decisions. Call it when evidence, tiles, kernels or the instruction set change."""
+    evidence.forget()  # also forgets the tiles of tiles.py
     _candidates.cache_clear()
-    _lacks.cache_clear()
+    _lacks_function.cache_clear()
     for launches in Launches.all:
         launches.clear()

@@ -1,4 +1,4 @@
-"""How do texts become vectors? Batches of similar lengths, padding left out, and one vector a token or a text."""
+"""How do texts become vectors? In batches of similar length without padding, one vector per token or per text."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ def encode(
     pool: Literal["cls", "mean"] | None = None,
     batch_size: int = 32,
 ) -> list[Tensor] | Tensor:
-    """Hidden states of texts: of T5 the encoder's, of the others those of the last layer.
+    """Returns hidden states of texts: the last layer's, or the encoder's for T5.
 
-    The model is used in evaluation mode, without gradients and with its padding left out (skip_padding), and left as it
-    was. Threads may share it. FNet, which has no padding mask, takes texts of equal length together.
+    The model runs in evaluation mode, without gradients and without computing padding (skip_padding). Its own mode stays as it
+    was. Threads may share a model. FNet has no padding mask, so only texts of equal length share a batch.
 
     Args:
         model: a backbone, on any device and in any dtype.
         texts: token ids; their lengths may differ.
-        pool: None gives a vector for each token; "mean" their mean, added up in float32; "cls" the first token's (ALBERT,
-            FNet: texts that their tokenisers made begin with [CLS]).
-        batch_size: texts computed at a time.
+        pool: None returns a vector for each token; "mean" the mean over a text's tokens, summed in float32; "cls" the first
+            token's vector (for ALBERT and FNet, whose tokenisers begin a text with [CLS]).
+        batch_size: the number of texts in a batch.
 
     Returns:
-        In the order of the texts, of the model's dtype and device: without pool a list of (S, D), else (len(texts), D).
+        Vectors in the order of the texts, in the model's dtype and on its device. Without pool: a list of (S, D). With pool:
+        (len(texts), D).
 
     Raises:
-        ValueError: an empty text or one too long for the model, an unknown pool, "cls" for a model without it.
-        TypeError: a wrong type. IndexError: a token id outside the vocabulary.
+        ValueError: a text is empty or too long for the model; pool is unknown, or "cls" for a model without [CLS].
+        TypeError: an argument has a wrong type.
+        IndexError: a token id is outside the vocabulary.
 
     Example:
         vectors = pyfused.encode(model, [tokenizer.encode("Let there be light.")], pool="mean")
@@ -49,7 +51,7 @@ def encode(
         raise ValueError(f"pool is {pool!r}; it takes None, 'cls' or 'mean'")
     if pool == "cls" and not model.begins_with_cls:
         raise ValueError(
-            f"pool is 'cls', and a {type(model).__name__} has no token that stands for a text; it takes 'mean'"
+            f"pool is 'cls', but the texts of a {type(model).__name__} do not begin with [CLS]; it takes 'mean'"
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size is {batch_size!r}; it takes an int")
@@ -57,10 +59,10 @@ def encode(
         raise ValueError(f"batch_size is {batch_size}; it takes at least 1")
     config = model.get_config()
     arrays = model_inputs.texts(texts, "texts", config["vocabulary_size"])
-    places = config.get("max_sequence_length")
+    longest = config.get("max_sequence_length")
     for row, array in enumerate(arrays):
-        if places is not None and len(array) > places:
-            raise ValueError(f"texts[{row}] has {len(array)} tokens; it takes at most max_sequence_length = {places}")
+        if longest is not None and len(array) > longest:
+            raise ValueError(f"texts[{row}] has {len(array)} tokens; it takes at most max_sequence_length = {longest}")
     device = model.device
     found: list[Tensor] = [torch.empty(0)] * len(arrays)
     with evaluating(model), skipping_padding(), torch.no_grad():
@@ -77,7 +79,7 @@ def encode(
 
 
 def _batches(texts: list[np.ndarray], batch_size: int, mixed: bool) -> Iterator[list[int]]:
-    """Rows of similar length together; of equal length, unless mixed."""
+    """Yields batches of rows: texts of similar length if mixed, else of equal length."""
     batch: list[int] = []
     for row in sorted(range(len(texts)), key=lambda row: len(texts[row])):
         other = bool(batch) and not mixed and len(texts[batch[0]]) != len(texts[row])
@@ -90,7 +92,7 @@ def _batches(texts: list[np.ndarray], batch_size: int, mixed: bool) -> Iterator[
 
 
 def _pooled(states: Tensor, pool: str | None) -> Tensor:
-    """(S, D) -> (D,), or a copy: a view would keep the whole batch."""
+    """(S, D) -> (D,), or a copy without pool: a view would keep the whole batch in memory."""
     if pool == "mean":
         return states.float().mean(0).to(states.dtype) if states.dtype != torch.float64 else states.mean(0)
     return states[0].clone() if pool == "cls" else states.clone()

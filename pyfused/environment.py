@@ -1,4 +1,4 @@
-"""What is here, what is missing, and what does that cost? The facts behind `pyfused env`."""
+"""What is installed, what is missing, and what does that cost? The facts behind `pyfused env`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _PACKAGES = {
     "torch": "",
     "numpy": "",
     "safetensors": "",
-    "triton": "no Triton kernels on a GPU: operators run there as plain PyTorch",
+    "triton": "no Triton kernels: operators on a GPU run in plain PyTorch",
     "tokenizers": "no text in or out: `pyfused generate` needs it (pip install 'pyfused[text]')",
     "h5py": "no Keras checkpoints (pip install 'pyfused[keras]')",
     "huggingface_hub": "no presets from the Hugging Face hub (pip install 'pyfused[hub]')",
     "kagglehub": "no presets from Kaggle (pip install 'pyfused[hub]')",
 }
 _BACKEND_COSTS = {
-    "cpu": "operators run on CPU tensors as plain PyTorch, slower; a C++ compiler at install time builds it",
+    "cpu": "operators on CPU tensors run in plain PyTorch, slower; to have it, install with a C++ compiler",
     "triton": "only GPU tensors need it",
-    "cuda": "only GPU tensors need it; nvcc at install time builds it",
+    "cuda": "only GPU tensors need it; to have it, install with nvcc",
 }
 
 
 def describe() -> dict[str, Any]:
-    """Versions, devices, instruction sets and backends as plain data; `missing` maps a name to what its absence costs."""
+    """Versions, devices, instruction sets and backends as plain data. `missing` maps a name to the cost of its absence."""
     import pyfused
 
     versions, missing = {"pyfused": pyfused.__version__, "python": platform.python_version()}, {}
@@ -73,7 +73,7 @@ def describe() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts as the lines that `pyfused env` prints."""
+    """The lines that `pyfused env` prints."""
     cpu = facts["cpu"]
     rows = [("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())), ("platform", facts["platform"])]
     supported = ", ".join(cpu["supported"]) or "none (the extension is not built)"

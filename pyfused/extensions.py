@@ -1,4 +1,4 @@
-"""Which native code can run here? Loads pyfused._cpu and pyfused._cuda; a missing or broken one is a reason, not a crash."""
+"""Which compiled kernels can run here? Loads pyfused._cpu and pyfused._cuda; missing() says why one cannot be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-# What the kernels call a dtype (csrc/include/pyfused/simd.h).
+# The kernels' numbers for dtypes (csrc/include/pyfused/simd.h).
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _active_isa: str | None = None
@@ -26,7 +26,7 @@ _emulated: Callable[[], ModuleType] | None = None
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(f"pyfused.{name}")
-        # The capsule is there from torch 2.11 on; without it tensors are slower to read, and no call has a signature.
+        # torch has this capsule since 2.11. Without it C++ reads tensors more slowly, and CPU calls have no signature.
         if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
         return module, ""
@@ -34,13 +34,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         if error.name != f"pyfused.{name}":
             raise
         return None, f"the extension pyfused.{name} is not built"
-    except Exception as error:  # a broken build must not take the package down
+    except Exception as error:  # a broken build must not break `import pyfused`
         warnings.warn(f"pyfused.{name} cannot be loaded and is not used: {error}", RuntimeWarning, stacklevel=2)
         return None, f"the extension pyfused.{name} cannot be loaded: {error}"
 
 
 def cpu_supported() -> list[str]:
-    """Instruction sets that are built and that this processor runs, weakest first; empty without the extension."""
+    """The instruction sets that were built and that this processor has, weakest first. Empty without the extension."""
     module, _ = _load("_cpu")
     return list(module.supported) if module else []
 
@@ -50,7 +50,7 @@ def _default_isa() -> str | None:
     supported = cpu_supported()
     forced = os.environ.get("PYFUSED_ISA")
     if forced and supported and forced not in supported:
-        raise ValueError(f"PYFUSED_ISA={forced!r}: this build and processor support {', '.join(supported)}")
+        raise ValueError(f"PYFUSED_ISA={forced!r} cannot run: this build and processor support {', '.join(supported)}")
     return forced or (supported[-1] if supported else None)
 
 
@@ -60,24 +60,24 @@ def isa() -> str | None:
 
 
 def set_isa(name: str | None) -> str | None:
-    """Chooses an instruction set, None for the best, and returns the choice before. dispatch.use_isa is for callers."""
+    """Chooses an instruction set (None for the best) and returns the previous choice. Use it through dispatch.use_isa."""
     global _active_isa
     if name is not None and name not in cpu_supported():
-        raise ValueError(f"isa {name!r}: this build and processor support {cpu_supported()}")
+        raise ValueError(f"isa {name!r} cannot run: this build and processor support {', '.join(cpu_supported())}")
     before, _active_isa = _active_isa, name
     return before
 
 
-def _reads_tensors() -> bool:
-    """Whether the C++ part is there, and torch hands it a tensor's address and sizes."""
+def _cpp_reads_tensors() -> bool:
+    """Whether the extension is there and can read a tensor's address and sizes without Python."""
     return _load("_cpu")[0] is not None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 def signature() -> Callable[..., Any]:
-    """A function of a call's arguments: what is equal for two calls exactly if they differ in nothing but the values in their
-    tensors, of a GPU's tensors their device and alignment too; None where that cannot be said. Without the extension, and with
-    torch 2.10, calls on a GPU alone have one."""
-    if _reads_tensors():
+    """A function of a call's arguments. Its results for two calls are equal if and only if the calls differ only in the values
+    of their tensors. A signature of GPU tensors includes device and alignment. The function returns None for arguments that it
+    does not know. Without the extension, or with torch 2.10, only calls on a GPU have a signature."""
+    if _cpp_reads_tensors():
         return _load("_cpu")[0].signature  # type: ignore[union-attr]
     return gpu_signature if torch.backends.cuda.is_built() else lambda *args: None
 
@@ -87,7 +87,7 @@ _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def gpu_signature(*args: Any) -> tuple[Any, ...] | None:
-    """As csrc/include/pyfused/python_call.h has it, in a few microseconds."""
+    """signature() in Python, for GPU tensors: a few microseconds. C++ has its own in csrc/include/pyfused/python_call.h."""
     words: list[Any] = []
     for a in args:
         kind = type(a)
@@ -107,10 +107,12 @@ def prepared(
     otherwise: Callable[..., Any] | None = None,
     count: int = 0,
 ) -> Callable[..., Any]:
-    """A function of a call's arguments that runs the launch which `launches` has under (forced.get(), signature of the call)
-    and returns its first `count` outputs: all of them for 0, one bare. Where there is none, or a watcher returns something
-    true, or a forward-mode derivative is being taken, otherwise(*args), or None without it."""
-    if _reads_tensors():
+    """A function that runs a call's prepared launch: launches[forced.get(), signature of the call].
+
+    It returns the launch's first `count` outputs: a tuple of all for 0, the output itself for 1. If there is no such launch, or
+    a watcher returns something true, or a forward-mode derivative is taken, it returns otherwise(*args), or None.
+    """
+    if _cpp_reads_tensors():
         return _load("_cpu")[0].prepared(launches, forced, vars(forward_ad), otherwise, count, *watchers)  # type: ignore[union-attr]
     if torch.backends.cuda.is_built():
         return gpu_prepared(launches, forced, watchers, otherwise, count)
@@ -124,7 +126,7 @@ def gpu_prepared(
     otherwise: Callable[..., Any] | None,
     count: int,
 ) -> Callable[..., Any]:
-    """prepared() by gpu_signature."""
+    """prepared() in Python, with gpu_signature."""
 
     def run(*args: Any, **names: Any) -> Any:
         key = None if names else gpu_signature(*args)
@@ -140,7 +142,7 @@ def gpu_prepared(
 
 
 def cpu() -> ModuleType:
-    """The kernels of the instruction set in use: pyfused._cpu.<isa>."""
+    """The kernels for the instruction set in use: pyfused._cpu.<isa>."""
     module, reason = _load("_cpu")
     if module is None:
         raise RuntimeError(reason)
@@ -148,14 +150,14 @@ def cpu() -> ModuleType:
 
 
 def emulate_cuda(load: Callable[[], ModuleType]) -> None:
-    """From now on the CUDA kernels are those of load(), called at first use, and run on CPU tensors; for the tests, whose
-    host shim compiles the same sources for the CPU. Call it before any operator runs."""
+    """From now on cuda() returns load(), and its kernels run on CPU tensors. The tests compile the CUDA sources for the CPU and
+    load them so. Call it before any operator runs."""
     global _emulated
     _emulated = load
 
 
 def emulating_cuda() -> bool:
-    """Whether the CUDA kernels are those of emulate_cuda, on CPU tensors."""
+    """Whether emulate_cuda was called: CUDA kernels then take CPU tensors."""
     return _emulated is not None
 
 
@@ -170,7 +172,7 @@ def cuda() -> ModuleType:
 
 
 def cuda_lacks(capability: tuple[int, int]) -> str:
-    """Why pyfused._cuda has no code for a GPU of this compute capability; empty where it has, or does not say."""
+    """Why pyfused._cuda cannot run on a GPU of this compute capability; "" if it can, or does not say."""
     module, _ = _load("_cuda")
     built = getattr(module, "architectures", "").split()
     if not built or any(_runs_on(architecture, capability) for architecture in built):
@@ -179,8 +181,8 @@ def cuda_lacks(capability: tuple[int, int]) -> str:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """architecture as CMake has it: "80-real" is machine code, good for its own and later minor versions; "90-virtual" is PTX,
-    good for all later chips; "90" is both. "90a" is for that chip alone, "100f" for its family."""
+    """Whether code for a CMake architecture runs on a chip. "80-real" is machine code: it runs on 8.0 and later minor versions.
+    "90-virtual" is PTX: it runs on all later chips. "90" is both. "90a" runs on 9.0 only, "100f" on 10.0 and its family."""
     number, suffix, kind = re.fullmatch(r"(\d+)([af]?)-?(real|virtual)?", architecture).groups()  # type: ignore[union-attr]
     major, minor = divmod(int(number), 10)
     if suffix == "a":
@@ -190,5 +192,5 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def missing(name: str) -> str:
-    """Why the extension `_cpu` or `_cuda` cannot be used; empty when it can."""
+    """Why the extension `_cpu` or `_cuda` cannot be used; "" if it can."""
     return _load(name)[1]

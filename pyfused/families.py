@@ -1,7 +1,7 @@
-"""Which models are there? One row a family: everything that other files must know of it by name.
+"""Which models are there? One row for each family, with everything that other files look up by the family's name.
 
-To add a model, write its files and add a row. Modules and classes are named as "module:name" and imported when they are first
-needed, so that this file stands below all others.
+To add a model, write its files and add a row. Modules and classes are named by strings ("module:name") and imported when they
+are first needed, so that every file may import this one.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """A preset that KerasHub 0.32 publishes. parameters: as its metadata counts them. hf_repo: the Hugging Face repository with
-    the same weights, if there is one."""
+    """A preset published by KerasHub 0.32."""
 
     name: str
     version: int
     description: str
-    parameters: int
-    hf_repo: str | None
+    parameters: int  # the count in its metadata
+    hf_repo: str | None  # the Hugging Face repository with the same weights, if any
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model and what it is called elsewhere.
+    """A model and its names elsewhere.
 
-    name: what checkpoints call the model.
+    name: the model's name in checkpoints.
     backbone: the class in pyfused.
-    checkpoint: the module that knows its configurations and tensor names in both formats (see pyfused/checkpoints/gpt2.py).
-    decoding: how it continues texts, a generation.steps.Decoding; None for an encoder.
-    adapters: what fuse_ does to transformers' model, by the full names of its classes; None where there is none.
-    keras_name: KerasHub's classes begin with it: <keras_name>Backbone, <keras_name>Tokenizer.
+    checkpoint: the module with its configurations and tensor names in both formats (see pyfused/checkpoints/gpt2.py).
+    decoding: the generation.steps.Decoding class that generates text; None for an encoder.
+    adapters: the table that fuse_ uses for transformers' classes; None if there is none.
+    keras_name: the prefix of KerasHub's classes: <keras_name>Backbone, <keras_name>Tokenizer.
     kaggle_name: the model's name on Kaggle.
-    presets: what is published for it.
-    hf_types: the `model_type`s that have this model's classes and tensors.
-    hf_classes: how the names of transformers' classes begin, by the model_type that such a class means.
-    hf_options: options that, together, only this model's configuration has. They tell old configurations apart.
-    refused: model_types that look like this family and are not, with the difference.
-    keeps_case: whether its tokeniser keeps case and accents where nothing says otherwise.
+    presets: the published presets.
+    hf_types: the `model_type`s with this model's classes and tensors.
+    hf_classes: from the prefix of transformers' class names to the model_type of such a class.
+    hf_options: options that only this model's configurations have together. They identify a configuration without a model_type.
+    refused: model_types that look like this family but differ, and how they differ.
+    keeps_case: whether its tokeniser keeps case and accents by default.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Family:
 
     @property
     def class_name(self) -> str:
-        """The backbone's, without its module."""
+        """The backbone's class name, without its module."""
         return self.backbone.partition(":")[2]
 
 
@@ -113,8 +112,8 @@ _ROWS = (
         adapters="pyfused.integrations.transformers.t5:ADAPTERS",
         keras_name="T5",
         kaggle_name="t5",
-        # T5 1.1's configurations at Keras say "gelu", the erf formula; those at Hugging Face mean the tanh one: outputs differ
-        # by less than 1%, and each is loaded as it says.
+        # T5 1.1's configurations at Keras ask for GELU with erf, those at Hugging Face for GELU with tanh. Each is loaded as it
+        # says; the outputs differ by less than 1%.
         presets=(
             Preset("t5_small_multi", 3, "6 layers", 60_506_624, "google-t5/t5-small"),
             Preset("t5_base_multi", 3, "12 layers", 222_903_552, "google-t5/t5-base"),
@@ -155,18 +154,22 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
 
 
 def load(place: str) -> Any:
-    """What stands at "module:name", or the module."""
+    """Imports "module:name" and returns the object, or the module if there is no name."""
     return pkgutil.resolve_name(place)
 
 
 def families_of(cls: type) -> list[Family]:
-    """The families whose backbone this class is, or inherits from."""
+    """The families whose backbone is this class or one of its bases."""
     places = {f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__}
     return [family for family in FAMILIES.values() if family.backbone in places]
 
 
 def family_of(cls: type) -> Family:
-    """The one family of a backbone's class. TypeError for a class that is no backbone."""
+    """The family of a backbone's class.
+
+    Raises:
+        TypeError: the class is not a backbone.
+    """
     found = families_of(cls)
     if len(found) != 1:
         raise TypeError(f"model is a {cls.__name__}; it takes a backbone of one of {', '.join(FAMILIES)}")
@@ -174,5 +177,5 @@ def family_of(cls: type) -> Family:
 
 
 def of_hf_type(model_type: object) -> Family | None:
-    """The family that a Hugging Face configuration's model_type means."""
+    """The family for the model_type of a Hugging Face configuration, or None."""
     return next((family for family in FAMILIES.values() if model_type in family.hf_types), None)

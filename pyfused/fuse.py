@@ -1,10 +1,9 @@
-"""How does an existing model run on fused kernels, unchanged otherwise? fuse_ gives its modules another forward.
+"""How does an existing model run on fused kernels? fuse_ gives its modules another forward and changes nothing else.
 
-The forward is an attribute of the instance (own_forward.py): class, parameters, buffers, hooks and state dict stay, and
-taking the attribute away (unfuse_) restores the module. Deep copies, pickles and nn.DataParallel's replicas have such a forward
-of their own; any other copy of a fused module's attributes, as copy.copy makes, computes as its class does. The forward is a
-function that can be imported by its name. It computes what the class's own forward does and hands over to it (`original`) what
-the kernels do not have, call by call.
+The new forward is an attribute of the instance (own_forward.py). Class, parameters, buffers, hooks and state dict stay. unfuse_
+removes the attribute. Deep copies, pickles and nn.DataParallel's replicas of a fused module are fused too; any other copy, such
+as copy.copy's, runs its class's forward. A fused forward computes the same as the class's own, and calls that one (`original`)
+for arguments that the kernels do not support. It is a function at the top of a file, so that it can be pickled.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch import nn
 
 from .own_forward import Adapter, Entry, Forward, give, has_another_forward, is_fused, take_back
 
-# The library a model's classes come from -> the file of pyfused/integrations that knows them. Such a file has ADAPTERS, by the
-# full name of a class, and may have enter(model, wanted) and leave(model) for what concerns a model as a whole.
+# From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
+# table by the full name of a class. It may have enter(model, wanted) and leave(model), for changes to a model as a whole.
 INTEGRATIONS = {"torch": "torch_nn", "transformers": "transformers"}
 
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What fuse_ did. print() it: `replaced` run on pyfused now, `left` are as they were, each with the reason."""
+    """What fuse_ did; print() it. Modules in `replaced` now run on pyfused. Those in `left` do not; their notes say why."""
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
@@ -39,7 +38,7 @@ class FuseReport:
 
 
 def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
-    """One row for all layers of the same kind: the numbers in a name are what tells them apart."""
+    """One row for modules whose names differ only in their numbers, such as the layers of a model."""
 
     def pattern(entry):
         parts = entry.name.split(".")
@@ -51,29 +50,29 @@ def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
 
 
 def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FuseReport:
-    """Makes an existing model run on pyfused's kernels, in place: this instance alone, no class and nothing global.
+    """Makes an existing model run on pyfused's kernels, in place. Only this instance changes, no class and nothing global.
 
-    Known are transformers' GPT-2, ALBERT, T5 and FNet with any head, every transformers model that uses the attention
-    interface (attention and norms), and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer,
-    TransformerDecoderLayer and TransformerEncoder, wherever they stand in the model. Parameters, state dict, hooks, classes,
-    configs and outputs stay.
+    It supports transformers' GPT-2, ALBERT, T5 and FNet with any head; attention and norms of every transformers model that
+    uses the attention interface; and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer,
+    TransformerDecoderLayer and TransformerEncoder, anywhere in the model. Parameters, state dict, hooks, classes, configs and
+    outputs stay.
 
     Args:
-        model: any module. What is fused already stays fused.
-        filter_fn: (name in the model, module) -> whether this module may be fused. It is asked for each module that could
-            be.
+        model: any module. Modules that are already fused stay fused.
+        filter_fn: takes (name in the model, module) and returns whether to fuse it. It is called for every module that could be
+            fused.
 
     Returns:
-        What was replaced, and what was left and why.
+        The modules that were replaced, and those that were not, with the reasons.
 
     Raises:
-        TypeError: model is no torch.nn.Module, or filter_fn cannot be called.
+        TypeError: model is not a torch.nn.Module, or filter_fn is not callable.
     """
     _check_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
     wanted = filter_fn or (lambda name, module: True)
-    replaced: dict[str, Entry] = {}  # by name: what an adapter says of a module is more than what enter said
+    replaced: dict[str, Entry] = {}  # by name: an adapter's note replaces enter's, and says more
     left: list[Entry] = []
     for library in _integrations(model):
         if hasattr(library, "enter"):
@@ -96,13 +95,13 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Takes away what fuse_ gave to this model and its submodules, which then compute as their classes do.
+    """Undoes fuse_: this model and its submodules run their classes' forwards again.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: model is no torch.nn.Module.
+        TypeError: model is not a torch.nn.Module.
     """
     _check_module(model)
     for module in model.modules():
@@ -120,7 +119,7 @@ def _check_module(model: Any) -> None:
 
 
 def _integrations(model: nn.Module) -> list[ModuleType]:
-    """The files that know some class of this model. A library that nobody imported has no class in it."""
+    """The integrations for the classes of this model. Libraries that were not imported cannot have any, and are not loaded."""
     bases = {base for module in model.modules() for base in type(module).__mro__}
     libraries = {base.__module__.partition(".")[0] for base in bases}
     names = [INTEGRATIONS[library] for library in INTEGRATIONS if library in libraries and library in sys.modules]
@@ -128,10 +127,10 @@ def _integrations(model: nn.Module) -> list[ModuleType]:
 
 
 def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str | None:
-    """By the module's class, or a base whose forward it inherits."""
+    """The adapter for the module's class, or for a base class whose forward it inherits; or why that does not fit; or None."""
     for base in type(module).__mro__:
         if base.__module__.startswith("pyfused."):
-            return None  # fused by construction
+            return None  # pyfused's own modules need no adapter
         adapter = adapters.get(f"{base.__module__}.{base.__qualname__}")
         if adapter is not None:
             if type(module).forward is vars(base)["forward"]:

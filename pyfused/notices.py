@@ -1,4 +1,4 @@
-"""How does a user learn, once, that a call did not run on the fused path?"""
+"""How does a user learn that a call did not run on the fused path? By a warning, once for each reason."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _said: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """A call took the original computation, or a slower one, for the reason that the message gives."""
+    """A call did not use the fused kernels, or used slower ones. The message says why."""
 
 
 def once(message: str) -> None:
-    """Warns with a FallbackWarning, the first time in this process that this message comes up; says nothing in a trace."""
+    """Warns with a FallbackWarning, once for each message in a process. Does not warn inside torch.compile."""
     if torch.compiler.is_compiling() or message in _said:
         return
     _said.add(message)

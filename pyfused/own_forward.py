@@ -1,10 +1,10 @@
-"""How does one instance get a forward of its own, which no copy of the instance runs on the instance's parameters?
+"""How can one instance have a forward of its own that its copies do not take along by accident?
 
-The forward is a functools.partial of a function and the module, in the module's __dict__, where Module.__call__ finds it. A
-plain copy of that __dict__ would take it along, still bound to the module it was made for: copy.copy does that, and so do
-nn.DataParallel's replicas and people who copy by hand. So the __dict__ of such a module is an `_Attributes`, which has the
-forward but does not list it: whatever copies its items gets a module that runs its class's forward. Where the new owner is
-known (deepcopy, pickle, torch's replicas) the copy gets the same function, bound to itself.
+The forward is functools.partial(function, module), in the module's __dict__, where Module.__call__ finds it. A plain copy of
+the __dict__ would contain that partial, still bound to the first module: copy.copy, nn.DataParallel's replicas and users' own
+code all copy it. So the __dict__ of such a module is an `_Attributes`. It has the forward, but does not list it, so a plain
+copy runs its class's forward. deepcopy, pickle and torch's replicas tell which module is the new owner. They get the same
+function, bound to the copy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-Forward = Callable[..., Any]  # (module, *args, **kwargs), at the top level of a file
-Adapter = Callable[[nn.Module], "Forward | str"]  # the forward for this instance, or why it keeps its own
+Forward = Callable[..., Any]  # takes (module, *args, **kwargs), and stands at the top level of a file
+Adapter = Callable[[nn.Module], "Forward | str"]  # returns the forward for this instance, or why there is none
 F = TypeVar("F", bound=Forward)
 
 _REPLICATE = "_replicate_for_data_parallel"
@@ -35,29 +35,29 @@ class Entry:
 
 
 def fused_forward(function: F) -> F:
-    """Marks a function as one that instances may be given. Its docstring's first line is what the report says."""
+    """Marks a function that give() may put on instances. The first line of its docstring is its note in the report."""
     function.__dict__["pyfused_forward"] = True
     return function
 
 
 def is_own(attribute: Any) -> bool:
-    """Whether `attribute`, of a module's __dict__, was put there by `give`."""
+    """Whether give() put this attribute into a module's __dict__."""
     return isinstance(attribute, functools.partial) and getattr(attribute.func, "pyfused_forward", False)
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether fuse_ gave this module its forward."""
-    return is_own(module.forward)  # not of its __dict__: torch.compile knows of that what it lists
+    return is_own(module.forward)  # not vars(module)["forward"]: torch.compile sees only what __dict__ lists
 
 
 def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the module's class: what a fused forward does with a call that the kernels do not have."""
+    """Runs the forward of the module's class. Fused forwards call this for arguments that the kernels do not support."""
     return type(module).forward(module, *args, **kwargs)
 
 
 def is_bare(*modules: nn.Module | None) -> bool:
-    """Whether calling these modules does no more than their classes' (or our) forward, so that another function may read
-    their parameters instead of calling them: no hooks, and no forward put on the instance by someone else."""
+    """Whether these modules have no hooks, and no forward put on the instance by someone else. A fused function may then read
+    their parameters instead of calling them."""
     if torch_module._has_any_global_hook():
         return False
     for m in modules:
@@ -79,7 +79,7 @@ def has_another_forward(module: nn.Module) -> bool:
 
 
 def give(module: nn.Module, function: Forward) -> None:
-    """From now on module.forward(...) is function(module, ...)."""
+    """Makes module.forward(...) run function(module, ...)."""
     _attach(module, _Attributes(vars(module)), {"forward": function, _REPLICATE: _replicate})
 
 
@@ -89,7 +89,7 @@ def take_back(module: nn.Module) -> None:
 
 
 class _Attributes(dict[str, Any]):
-    """A module's __dict__. Iteration, by which Python and torch copy a dict, leaves out what is bound to the module."""
+    """A module's __dict__. Iterating over it skips the functions bound to the module. Python and torch copy a dict that way."""
 
     __slots__ = ()
 
@@ -109,7 +109,8 @@ class _Attributes(dict[str, Any]):
         bound = {name: value for name, value in dict.items(self) if is_own(value)}
         state = _State(self)
         state.owner = bound[_REPLICATE].args[0]
-        state.functions = {name: value.func for name, value in bound.items()}  # a wrapper may keep the forward elsewhere
+        # Under every name: a wrapper such as accelerate's keeps the forward elsewhere.
+        state.functions = {name: value.func for name, value in bound.items()}
         return state
 
     def __copy__(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class _Attributes(dict[str, Any]):
 
 
 class _State(dict[str, Any]):
-    """What Module.__getstate__ gives: the listed items alone, for a deep copy or a pickle with what was bound to the module."""
+    """The result of Module.__getstate__: the listed items, with the bound functions beside them for deep copies and pickles."""
 
     __slots__ = ("functions", "owner")
     owner: Any
@@ -131,7 +132,7 @@ class _State(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         listed = {name: copy.deepcopy(value, memo) for name, value in self.items()}
-        copied = memo.get(id(self.owner))  # the module that is to have these attributes
+        copied = memo.get(id(self.owner))  # the new owner
         return listed if copied is None else _attach(copied, _Attributes(listed), self.functions)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -145,13 +146,13 @@ def _attach(module: Any, attributes: _Attributes, functions: dict[str, Forward])
 
 
 def _restored(module: Any, functions: dict[str, Forward]) -> _Attributes:
-    """While a module is unpickled: its __dict__, which the listed items are then put into."""
+    """The __dict__ of a module that is being unpickled; pickle then adds the listed items."""
     return _attach(module, _Attributes(), functions)
 
 
 @fused_forward
 def _replicate(module: Any) -> nn.Module:
-    """As the class does it; the replica has the same forward, bound to itself."""
+    """The class's own method; the replica then gets the same forward, bound to itself."""
     replica: nn.Module = getattr(type(module), _REPLICATE)(module)
     _attach(replica, _Attributes(vars(replica)), vars(module).copy().functions)  # type: ignore[attr-defined]
     return replica

@@ -1,19 +1,20 @@
-"""Which tiles, warps and pipeline stages does a Triton kernel use on this chip? Rows of evidence, none of them code.
+"""Which tiles, warps and pipeline stages does a Triton kernel use on this chip? The evidence files say, not the code.
 
-A file of evidence.py has them beside its lines:
+An evidence file has rows of `tiles` beside its `lines` (evidence/storage.py):
 
     {"kind": "triton_sm_90", "why": ["..."], "lines": [], "tiles": [
       {"kernel": "attention_forward", "dtype": "half", "case": "relative 0", "up_to": 64,
        "tile": {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}, "date": "2026-11-26"}, ...]}
 
-`dtype` is a name, or "half" for both of 16 bits, or "any". `case` is what else the kernel does; a launcher names its case and
-then more general ones, and the first that has a row is taken: a general row may spill in a special case. `up_to` is the largest
-size that a row serves: head size, row length or rows, as KERNELS says; without it the row serves all. A row without a date is
-not measured. Files are asked in this order: this machine's own; the shipped one of this very GPU, of its architecture, of all
-chips.
+`dtype` is a name, "half" for both 16-bit dtypes, or "any". `case` is a variant of the kernel, such as attention with T5's bias.
+A launcher asks for its own case first and then for more general ones, whose tiles may spill registers in a special case.
+`up_to` is the largest size that a row serves: a head size, a row length or a number of rows (see KERNELS). A row without
+`up_to` serves every size. A row without a date was not measured.
 
-PER_PROCESSOR is how many programs a launcher aims at for each multiprocessor, LEAST_KEYS how many keys one of them has at
-least; everything else goes to the kernel.
+Files are read in this order: this machine's own, then the shipped ones for this GPU, its architecture, and all chips.
+
+Two numbers are for the launcher: PER_PROCESSOR is how many programs it starts per multiprocessor, LEAST_KEYS the fewest keys
+that a program gets. All others are arguments of the kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import torch
 
 from . import evidence
 
-# Files that are shipped by architecture. "sm_80" serves every NVIDIA chip without its own that has as much shared memory,
-# "sm_86" the others.
+# Each has a shipped file. An NVIDIA chip without a file of its own uses "sm_80" if it has as much shared memory as an A100, and
+# "sm_86" otherwise.
 ARCHITECTURES = ("sm_90", "sm_80", "sm_86", "gfx942", "interpreter")
 
 _ATTENTION = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
@@ -38,27 +39,27 @@ _BLOCK = ("BLOCK", "num_warps")
 _ROWS = ("ROWS", "num_warps")
 _FOURIER = ("ROWS", "COLUMNS", "INNER", "num_warps")
 
-# What a row of each kernel says, all of it.
+# The numbers that a row of each kernel must have. The comments say what `up_to` is.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "attention_forward": _ATTENTION,  # by head size, as all of attention
+    "attention_forward": _ATTENTION,  # head size, as in all attention kernels
     "attention_decode": (*_ATTENTION, "PER_PROCESSOR", "LEAST_KEYS"),
     "attention_grad_query": _ATTENTION,
     "attention_grad_key_value": _ATTENTION,
     "attention_combine": ("num_warps",),
-    "row_norm_forward": _ROWS,  # by row length, which ends where rows are run in blocks
+    "row_norm_forward": _ROWS,  # row length; longer rows use row_norm_forward_long, in blocks
     "row_norm_forward_long": _BLOCK,
     "row_norm_backward": (*_ROWS, "PER_PROCESSOR"),
     "row_norm_backward_long": _BLOCK,
     "row_norm_column_sums": (*_ROWS, "BLOCK", "PER_PROCESSOR"),
     "row_norm_reduce": ("PARTS", *_BLOCK),
     "ffn_linear": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"),
-    "ffn_stream": _STREAM,  # by rows: one, or few
+    "ffn_stream": _STREAM,  # rows: one, or few
     "ffn_combine": _BLOCK,
     "ffn_activation_backward": _BLOCK,
     "gated_ffn_stream": _STREAM,
     "gated_ffn_combine": _BLOCK,
     "gated_ffn_gate": _BLOCK,
-    "gated_ffn_gate_scaled": _BLOCK,  # by row length
+    "gated_ffn_gate_scaled": _BLOCK,  # row length
     "gated_ffn_unscale": _BLOCK,
     "gated_ffn_gradients": _BLOCK,
     "fourier_mix_features": _FOURIER,
@@ -66,12 +67,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "relative_bias_forward": ("ROWS", "COLUMNS", "num_warps"),
     "relative_bias_backward": ("ROWS", "COLUMNS", "num_warps"),
 }
-_OF_THE_LAUNCHER = ("PER_PROCESSOR", "LEAST_KEYS")
-_NO_POWERS_OF_TWO = ("num_stages", "GROUP", "PER_PROCESSOR")
-_MOST = {"num_warps": 32, "num_stages": 8, "GROUP": 64, "PER_PROCESSOR": 1024}  # a block has 1024 threads
-_MOST_ELEMENTS = 1 << 16  # of any side of a tile
-_MOST_IN_A_TILE = 1 << 20  # what Triton takes
-_ENDLESS = sys.maxsize
+_LAUNCHER_NUMBERS = ("PER_PROCESSOR", "LEAST_KEYS")
+_ANY_NUMBER = ("num_stages", "GROUP", "PER_PROCESSOR")
+_LIMITS = {"num_warps": 32, "num_stages": 8, "GROUP": 64, "PER_PROCESSOR": 1024}  # a block has at most 32 warps
+_LARGEST_SIDE = 1 << 16
+_LARGEST_TILE = 1 << 20  # elements: Triton's own limit
+_NO_LIMIT = sys.maxsize
 
 
 class Row(NamedTuple):
@@ -86,24 +87,24 @@ class Row(NamedTuple):
     source: str
 
     def as_json(self) -> dict[str, Any]:
-        """As a file has it."""
+        """The row in a file's format."""
         row = {"kernel": self.kernel, "dtype": self.dtype, "case": self.case, "up_to": self.up_to}
-        if self.up_to == _ENDLESS:
+        if self.up_to == _NO_LIMIT:
             del row["up_to"]
         return {**row, "tile": self.tile, **({"date": self.date} if self.date else {})}
 
 
 class Tile(NamedTuple):
-    """What one launch uses."""
+    """The numbers for one launch."""
 
-    options: dict[str, int]  # keyword arguments of the kernel; not to be changed
-    programs: int  # that fill the chip, where the row has PER_PROCESSOR
-    least_keys: int  # LEAST_KEYS, where the row has it
+    options: dict[str, int]  # keyword arguments of the kernel; read only, find() caches them
+    programs: int  # PER_PROCESSOR x multiprocessors, or 0
+    least_keys: int  # LEAST_KEYS, or 0
     row: Row
 
 
 class Asked(NamedTuple):
-    """One question to find(), as recorded() collects them."""
+    """A call of find() and its answer, as recorded() collects them."""
 
     kernel: str
     where: torch.device | str
@@ -125,13 +126,13 @@ def find(
     size: int = 0,
     cases: tuple[str, ...] = ("",),
 ) -> Tile | None:
-    """The tile of one launch, or None where no row goes up to this size.
+    """The tile for a launch, or None if no row serves this size.
 
     Args:
         kernel: a name in KERNELS.
-        where: the tensors' device; or a name in ARCHITECTURES, of which the shipped rows are asked alone.
-        dtype: the tensors', where the kernel has rows by dtype.
-        cases: what the kernel does, then more general names of it; "" is the most general.
+        where: the tensors' device, or a name in ARCHITECTURES, for its shipped rows alone.
+        dtype: the tensors' dtype, if the kernel has rows for different dtypes.
+        cases: the launch's case, then more general ones; "" is the most general.
     """
     name = None if dtype is None else evidence.name_of(dtype)
     dtypes = ("any",) if name is None else (name, "any") if name == "float32" else (name, "half", "any")
@@ -149,7 +150,7 @@ def find(
         return None
     _, row = min(fitting, key=order)
     numbers = {**row.tile, **_trial.get(kernel, {})}
-    options = {key: value for key, value in numbers.items() if key not in _OF_THE_LAUNCHER}
+    options = {key: value for key, value in numbers.items() if key not in _LAUNCHER_NUMBERS}
     programs = numbers.get("PER_PROCESSOR", 0) * multiprocessors(where)
     tile = Tile(options, programs, numbers.get("LEAST_KEYS", 0), row)
     if _asked is not None:
@@ -159,7 +160,7 @@ def find(
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Asked]]:
-    """Inside the block every question to find() that was not asked there before is put on the list."""
+    """Inside the block each new question to find() is added to the list."""
     global _asked
     found: list[Asked] = []
     _asked = found
@@ -172,7 +173,7 @@ def recorded() -> Iterator[list[Asked]]:
 
 @contextlib.contextmanager
 def trying(kernel: str, tile: dict[str, int]) -> Iterator[None]:
-    """Inside the block a kernel gets this tile in place of its rows'; for `pyfused tune`, not thread-safe."""
+    """Inside the block a kernel uses this tile, whatever its rows say. For `pyfused tune`; not thread-safe."""
     before = _trial.get(kernel)
     _trial[kernel] = tile
     find.cache_clear()
@@ -190,7 +191,7 @@ def trying(kernel: str, tile: dict[str, int]) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """Which of ARCHITECTURES serves a device."""
+    """The name in ARCHITECTURES whose rows a device uses."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -201,16 +202,16 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(where: torch.device | str) -> int:
-    """The device's; 1 where there is none: what an architecture's rows say for each multiprocessor."""
+    """The number of the device's multiprocessors; 1 for a CPU or the name of an architecture."""
     if isinstance(where, str) or where.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(where).multi_processor_count
 
 
 def shared_memory(where: torch.device | str) -> int:
-    """Bytes that one block may ask for; without a device no bound."""
+    """Bytes that one block may ask for; unlimited for a CPU or the name of an architecture."""
     if isinstance(where, str) or where.type != "cuda":
-        return _ENDLESS
+        return _NO_LIMIT
     properties: Any = torch.cuda.get_device_properties(where)
     return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
 
@@ -219,7 +220,7 @@ def shared_memory(where: torch.device | str) -> int:
 
 
 def files(where: torch.device | str) -> list[tuple[Path, str]]:
-    """The files that are asked for a tile, first to last, and the kind that each must be about."""
+    """The files to read, in order, and the kind that each must be about."""
     found: list[tuple[Path, str]] = []
     if isinstance(where, str):
         chip = where
@@ -232,14 +233,14 @@ def files(where: torch.device | str) -> list[tuple[Path, str]]:
 
 
 def rows(where: torch.device | str) -> list[Row]:
-    """Every row in force, those of the file that is asked first before the others."""
-    placed = [of for by_kernel in _rows(where).values() for of in by_kernel]
-    return [row for _, row in sorted(placed, key=lambda of: of[0])]
+    """Every row in force, in the order of their files."""
+    placed = [pair for pairs in _rows(where).values() for pair in pairs]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
 @evidence.remembered
 def _rows(where: torch.device | str) -> dict[str, list[tuple[int, Row]]]:
-    """By kernel, every row with the place of its file."""
+    """For each kernel, (place of the file in the order, row)."""
     table: dict[str, list[tuple[int, Row]]] = {}
     limit = shared_memory(where)
     for place, (path, kind) in enumerate(files(where)):
@@ -248,13 +249,13 @@ def _rows(where: torch.device | str) -> dict[str, list[tuple[int, Row]]]:
     return table
 
 
-def row_from(row: dict[str, Any], file: str, shared: int = _ENDLESS) -> Row:
-    """A row of a file's `tiles`, checked for a chip with so many bytes of shared memory.
+def row_from(row: dict[str, Any], file: str, shared: int = _NO_LIMIT) -> Row:
+    """Checks a row of a file's `tiles`, for a chip with `shared` bytes of shared memory.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not as the head of this file says, or cannot fit.
+        KeyError, TypeError, ValueError: it does not have the format at the top of this module, or does not fit on the chip.
     """
-    kernel, dtype, up_to = row["kernel"], row["dtype"], row.get("up_to", _ENDLESS)
+    kernel, dtype, up_to = row["kernel"], row["dtype"], row.get("up_to", _NO_LIMIT)
     if dtype not in ("float32", "float16", "bfloat16", "half", "any"):
         raise ValueError(f"{kernel}: dtype is {dtype!r}")
     if type(up_to) is not int or up_to < 1:
@@ -268,34 +269,35 @@ def row_from(row: dict[str, Any], file: str, shared: int = _ENDLESS) -> Row:
 
 
 def check(kernel: str, tile: dict[str, int]) -> None:
-    """
+    """Checks a tile against the limits of the kernel that hold on every chip.
+
     Raises:
-        ValueError: no kernel takes such a tile, on any chip.
+        ValueError: the kernel is unknown, or does not take such a tile.
     """
     if set(tile) != set(KERNELS.get(kernel, ())):
-        raise ValueError(f"{kernel}: a tile of {sorted(tile)}; it takes {sorted(KERNELS.get(kernel, ()))}")
+        raise ValueError(f"{kernel}: the tile has {sorted(tile)}; it takes {sorted(KERNELS.get(kernel, ()))}")
     elements = 1
     for name, value in tile.items():
-        if type(value) is not int or not 1 <= value <= _MOST.get(name, _MOST_ELEMENTS):
-            raise ValueError(f"{kernel}: {name} is {value!r}; it takes 1 to {_MOST.get(name, _MOST_ELEMENTS)}")
-        if name not in _NO_POWERS_OF_TWO and value & (value - 1):
-            raise ValueError(f"{kernel}: {name} is {value}; it takes powers of two")
-        if name not in _MOST and name not in _OF_THE_LAUNCHER:
+        if type(value) is not int or not 1 <= value <= _LIMITS.get(name, _LARGEST_SIDE):
+            raise ValueError(f"{kernel}: {name} is {value!r}; it takes 1 to {_LIMITS.get(name, _LARGEST_SIDE)}")
+        if name not in _ANY_NUMBER and value & (value - 1):
+            raise ValueError(f"{kernel}: {name} is {value}; it takes a power of two")
+        if name not in _LIMITS and name not in _LAUNCHER_NUMBERS:
             elements *= value
-    if elements > _MOST_IN_A_TILE:
-        raise ValueError(f"{kernel}: {tile} is more than {_MOST_IN_A_TILE} elements")
+    if elements > _LARGEST_TILE:
+        raise ValueError(f"{kernel}: {tile} has more than {_LARGEST_TILE} elements")
     if kernel == "attention_decode" and tile["BLOCK_M"] < 16:
-        raise ValueError(f"{kernel}: BLOCK_M is {tile['BLOCK_M']}; 16 queries share a tile")
+        raise ValueError(f"{kernel}: BLOCK_M is {tile['BLOCK_M']}; it takes at least 16: 16 queries share a tile")
 
 
 def least_shared(row: Row) -> int:
-    """Bytes of shared memory that a 16-bit product takes at least: its operands' tiles, of all stages but the one at work.
-    0 where nothing is known: the compiler decides, and what tune() wrote has run."""
-    tile, flight = row.tile, row.tile.get("num_stages", 1) - 1
+    """A lower bound for the bytes of shared memory of a 16-bit product: the tiles of its operands in every stage except the one
+    being computed. 0 for other rows: only the compiler knows, and rows written by tune() have run."""
+    tile, stages_in_flight = row.tile, row.tile.get("num_stages", 1) - 1
     if row.dtype not in ("half", "float16", "bfloat16"):
         return 0
     if row.kernel in ("attention_forward", "attention_decode") and row.up_to <= 256:
-        return flight * 2 * tile["BLOCK_N"] * row.up_to * 2  # keys and values
+        return stages_in_flight * 2 * tile["BLOCK_N"] * row.up_to * 2  # keys and values
     if row.kernel == "ffn_linear":
-        return flight * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2
+        return stages_in_flight * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2
     return 0

@@ -1,4 +1,4 @@
-"""How long does one call take? On a CPU by the wall clock, on a GPU by events, with a cold L2."""
+"""How long does one call take? A CPU is timed by the wall clock, a GPU by events with a cold L2 cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def time_cpu(call: Callable[[], Any]) -> float:
-    """Seconds per call; a call that takes less than 100 us is repeated, as the clock and a cold start would weigh in."""
+    """Seconds per call. A call of less than 100 us is repeated 20 times, or the clock and a cold start would count too much."""
     began = time.perf_counter()
     call()
     once = time.perf_counter() - began
@@ -24,9 +24,11 @@ def time_cpu(call: Callable[[], Any]) -> float:
 
 
 def time_cuda(call: Callable[[], Any]) -> float:
-    """Seconds of one call on the current device, by events. Before it 512 MB are overwritten: the L2 cache is cold, as between
-    the layers of a model, and the host has time to submit the call before the device gets there, so that only the device's
-    time is measured."""
+    """Seconds of one call on the current device, by events.
+
+    Overwriting 512 MB first makes the L2 cache cold, as it is between the layers of a model. It also gives the host time to
+    submit the call before the device reaches it, so that only the device's time is measured.
+    """
     _flush(torch.cuda.current_device()).zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

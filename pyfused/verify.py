@@ -1,8 +1,7 @@
-"""Do this preset's weights give the right numbers on this machine? The comparison behind `pyfused verify`.
+"""Does a preset give the right numbers on this machine? The comparison behind `pyfused verify`.
 
-The same weights and inputs run through the reference operators in float64 (the truth), the reference operators in the
-model's dtype (plain PyTorch), and every backend that runs here. The tolerance rule judges each output of each backend, over
-several random inputs.
+The same weights and random inputs run through the reference operators in float64 (the truth), the reference operators in the
+model's dtype (plain PyTorch), and every backend that runs here. The tolerance rule judges each output of each backend.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
 
     Args:
         preset: a bundled name or a directory.
-        device: where to run; "cpu" or "cuda[:N]".
-        dtype: the dtype to verify; None is what the checkpoint says.
+        device: "cpu" or "cuda[:N]".
+        dtype: the dtype to verify; None for the checkpoint's.
 
     Returns:
-        A dict with `preset`, `dtype`, `device`, `seeds`, `inputs`, `scale` (the largest magnitude of the truth), `plain_rms`
-        and `plain_worst` (plain PyTorch's RMS error and largest error, each of the output where it is largest), `backends` and
-        `passed`. `backends` has a row each: name, `output` (the one nearest to its bounds, of which the row speaks),
-        `rms_error`, `rms_bound`, `worst_error`, `worst_bound` (of the element nearest to its bound), `ratio` (the larger of
-        error / bound) and `passed`.
+        A dict with `preset`, `dtype`, `device`, `seeds`, `inputs` (their shapes), `scale` (the truth's largest magnitude),
+        `plain_rms` and `plain_worst` (plain PyTorch's RMS error and largest error, each for its worst output), `backends` and
+        `passed`. `backends` has a row per backend, about the output nearest to its bounds: `backend`, `output`, `rms_error`,
+        `rms_bound`, `worst_error` and `worst_bound` (of the element nearest to its bound), `ratio` (the larger error / bound)
+        and `passed`.
     """
     model = Backbone.from_preset(preset, device=device, dtype=dtype).eval()
     exact = Backbone.from_preset(preset, device=device, dtype=torch.float64).eval()
@@ -52,7 +51,7 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
         row = {"backend": name, "output": what, "rms_error": found.rms_error, "rms_bound": found.rms_bound}
         row |= {"worst_error": found.worst_error, "worst_bound": found.worst_bound}
         rows.append({**row, "ratio": found.ratio, "passed": found.ok})
-    of_plain = next(iter(judged.values())).values()  # which is the same beside every backend
+    of_plain = next(iter(judged.values())).values()  # plain PyTorch's errors are the same for every backend
     return {
         "preset": preset,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -68,15 +67,15 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
 
 
 def _copy_weights(source: torch.nn.Module, target: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What is computed with, exactly: the truth is about the arithmetic, not about the rounding of a checkpoint."""
+    """Copies the weights as rounded to the model's dtype: the truth judges arithmetic, not the rounding of a checkpoint."""
     with torch.no_grad():
         for a, b in zip(source.parameters(), target.parameters(), strict=True):
             b.copy_(a.to(dtype))
 
 
 def _inputs(model: Backbone, device: str, seed: int) -> dict[str, torch.Tensor]:
-    """Two rows of random tokens for each text, the second with a third of it padding, as long as the model takes, 96 at
-    most."""
+    """Two rows of random tokens for each text of the model. A third of the second row is padding. A row has 96 tokens, or fewer
+    if the model takes fewer."""
     config = model.get_config()
     length = min(96, config.get("max_sequence_length") or 96)
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +92,7 @@ def _inputs(model: Backbone, device: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _outputs(model: Backbone, calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Hidden states, and logits where the model has them, each of all calls in one tensor."""
+    """Hidden states, and logits if the model has them. Each is one tensor for all calls."""
     outputs = []
     for inputs in calls:
         found = model(inputs)
@@ -105,7 +104,7 @@ def _outputs(model: Backbone, calls: list[dict[str, torch.Tensor]]) -> dict[str,
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as the table that `pyfused verify` prints."""
+    """The table that `pyfused verify` prints."""
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report["inputs"].items())
     lines = [
         f"{report['preset']} in {report['dtype']} on {report['device']}; {shapes}; {report['seeds']} seeds",

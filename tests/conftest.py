@@ -32,7 +32,7 @@ if not HAS_GPU:
     extensions.emulate_cuda(shim.load)
 THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
 if faster := os.environ.get("PYFUSED_TEST_PRODUCTS"):  # where nothing is forced
-    evidence._only_way.set(faster == "library")
+    evidence._by_library.set(faster == "library")
 
 
 @pytest.fixture(autouse=True)

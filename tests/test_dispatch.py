@@ -45,7 +45,7 @@ def test_explain_agrees_with_what_runs(monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="name='gpu' is no backend"), pyfused.backend("gpu"):
+    with pytest.raises(ValueError, match="name='gpu' is not a backend"), pyfused.backend("gpu"):
         pass
     with pytest.raises(ValueError, match="operator='conv' is unknown"):
         pyfused.explain("conv", X)
@@ -74,7 +74,7 @@ def test_backend_nests_and_restores():
     "name, value, said",
     [
         ("PYFUSED_BACKEND", "reference", "reference"),
-        ("PYFUSED_BACKEND", "gpu", "PYFUSED_BACKEND='gpu' is no backend"),
+        ("PYFUSED_BACKEND", "gpu", "PYFUSED_BACKEND='gpu' is not a backend"),
         ("PYFUSED_ISA", "baseline", "baseline"),
         ("PYFUSED_ISA", "neon2", "PYFUSED_ISA='neon2'"),
     ],

@@ -75,7 +75,7 @@ def test_pooled(preset):
     if model.begins_with_cls:
         check(model, lambda given: pyfused.encode(model, given, pool="cls"), lambda states: states[0])
     else:
-        with pytest.raises(ValueError, match=r"pool is 'cls', and a \w+ has no token"):
+        with pytest.raises(ValueError, match=r"pool is 'cls', but the texts of a \w+ do not begin"):
             pyfused.encode(model, texts, pool="cls")
 
 
@@ -141,7 +141,7 @@ def test_command_saves_and_prints(preset, capsys, tmp_path):
 
 def test_command_fails_in_one_line(capsys):
     for arguments, message in (
-        (["gpt2_tiny_en", "--text", "a", "--pool", "cls"], "pool is 'cls', and a GPT2Backbone has no token"),
+        (["gpt2_tiny_en", "--text", "a", "--pool", "cls"], "pool is 'cls', but the texts of a GPT2Backbone do not begin"),
         (
             ["gpt2_tiny_en", "--text", "a", "--output", "a.txt"],
             "--output is 'a.txt'; it takes a name that ends in .npy",

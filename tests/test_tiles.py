@@ -100,13 +100,13 @@ def test_forget_reads_again(own):
 @pytest.mark.parametrize(
     "bad, said",
     [
-        (row(tile={**TILE, "BLOCK_M": 48}), "BLOCK_M is 48; it takes powers of two"),
+        (row(tile={**TILE, "BLOCK_M": 48}), "BLOCK_M is 48; it takes a power of two"),
         (row(tile={**TILE, "BLOCK_M": 0}), "BLOCK_M is 0"),
         (row(tile={**TILE, "BLOCK_M": "64"}), "BLOCK_M is '64'"),
         (row(tile={**TILE, "BLOCK_M": True}), "BLOCK_M is True"),
         (row(tile={**TILE, "num_warps": 64}), "num_warps is 64; it takes 1 to 32"),
         (row(tile={**TILE, "num_stages": -1}), "num_stages is -1"),
-        (row(tile={**TILE, "BLOCK_M": 8192, "BLOCK_N": 8192}), "is more than 1048576 elements"),
+        (row(tile={**TILE, "BLOCK_M": 8192, "BLOCK_N": 8192}), "has more than 1048576 elements"),
         (row(tile={"BLOCK_M": 64}), "it takes \\['BLOCK_M', 'BLOCK_N', 'num_stages', 'num_warps'\\]"),
         (row(tile=[]), "it takes"),
         (row("conv_forward"), "conv_forward"),
@@ -120,14 +120,14 @@ def test_forget_reads_again(own):
 def test_a_bad_row_is_a_warning_and_the_shipped_rows(own, bad, said):
     expected = attention(CPU)
     path = own(row(up_to=64, case="0"), bad)
-    with pytest.warns(RuntimeWarning, match=f"{path}: its tiles are left out: .*{said}"):
+    with pytest.warns(RuntimeWarning, match=f"{path}: its tiles are ignored: .*{said}"):
         assert attention(CPU) == expected
 
 
 def test_a_foreign_file_is_a_warning_and_the_shipped_rows(own):
     expected = attention(CPU)
     path = own(row(up_to=64, case="0"), kind="cuda_nvidia_h100_80gb_hbm3")
-    with pytest.warns(RuntimeWarning, match=f"{path} is left out: .*it is about 'cuda_nvidia_h100"):
+    with pytest.warns(RuntimeWarning, match=f"{path} is ignored: .*it is about 'cuda_nvidia_h100"):
         assert attention(CPU) == expected
 
 

@@ -1,0 +1,209 @@
+"""Which backend is fastest for a call on this kind of machine? `pyfused tune` measures it, and dispatch and kernels ask here.
+
+storage.py says what a file of measurements holds, machine.py what a kind of machine is, shapes.py which calls are alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from .cache import forget, remembered
+from .machine import kind, multiplies_itself, name_of
+from .shapes import SHAPES, product_shapes, shapes_of
+from .storage import SHIPPED, Line, files, line_from, lines, own_file, read, render, write
+
+__all__ = [
+    "OPERATORS",
+    "SHIPPED",
+    "files",
+    "forget",
+    "found",
+    "kind",
+    "line_from",
+    "lines",
+    "multiplies_itself",
+    "name_of",
+    "nearest_threads",
+    "one_way",
+    "own_file",
+    "product_shapes",
+    "rank",
+    "ranks",
+    "read",
+    "remembered",
+    "render",
+    "shapes_of",
+    "slower",
+    "slower_call",
+    "threads_noticed",
+    "unproven",
+    "with_threads",
+    "write",
+]
+
+# The operators with evidence for CPUs; the products inside ffn and gated_ffn go by linear's.
+OPERATORS = ("linear", "layer_norm", "rms_norm", "fourier_mix")
+
+# Settings of the `with` blocks below.
+_by_library: ContextVar[bool | None] = ContextVar("pyfused_by_library", default=None)
+_assumed_threads: ContextVar[int | None] = ContextVar("pyfused_assumed_threads", default=None)
+_thread_counts: ContextVar[set[int] | None] = ContextVar("pyfused_thread_counts", default=None)
+
+
+@contextmanager
+def one_way(library: bool) -> Iterator[None]:
+    """Inside the block every launch uses the library (True) or the kernel (False), whatever was measured. A forced backend
+    needs that, and `pyfused tune` compares the two."""
+    token = _by_library.set(library)
+    try:
+        yield
+    finally:
+        _by_library.reset(token)
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Inside the block evidence is looked up as if torch used `count` threads."""
+    token = _assumed_threads.set(count)
+    try:
+        yield
+    finally:
+        _assumed_threads.reset(token)
+
+
+@contextmanager
+def threads_noticed() -> Iterator[set[int]]:
+    """Inside the block slower() adds the measured numbers of threads to the set, if its answer depends on that number."""
+    counts: set[int] = set()
+    token = _thread_counts.set(counts)
+    try:
+        yield counts
+    finally:
+        _thread_counts.reset(token)
+
+
+# ---- the line for a call ----------------------------------------------------------------------------------------------
+
+
+@remembered
+def _by_class(device: str) -> dict[tuple[str, str, str, str], dict[int, Line]]:
+    """The lines in force, by (operator, function, dtype, class of shapes) and then by the number of threads."""
+    table: dict[tuple[str, str, str, str], dict[int, Line]] = {}
+    for line in lines(device):
+        table.setdefault(line[:4], {})[line.threads] = line
+    return table
+
+
+def _line_for(device: str, operator: str, function: str, dtype: torch.dtype, shapes: str) -> Line | None:
+    """The line for a class of shapes, measured with as many threads as torch uses now, or the nearest number."""
+    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    if by_threads is None:
+        return None
+    return by_threads[nearest_threads(by_threads)]
+
+
+def nearest_threads(measured: Iterable[int]) -> int:
+    """The measured number of threads that is nearest to the one torch uses now."""
+    now = _assumed_threads.get() or torch.get_num_threads()
+    return min(measured, key=lambda threads: abs(math.log2(max(threads, 1) / now)))
+
+
+# ---- the library or the kernel, on a CPU ------------------------------------------------------------------------------
+
+
+def slower(
+    backend: str, operator: str, function: str, device: str, dtype: torch.dtype, shapes: str, size: int
+) -> str | None:
+    """Why the library should run this call instead of the backend, with the line that says so. None if the backend should."""
+    by_library = _by_library.get()
+    if by_library is None and os.environ.get("PYFUSED_BACKEND") == backend:
+        by_library = False
+    if by_library is not None:
+        return "asked for" if by_library else None
+    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    if by_threads is None:
+        return None
+    counts = _thread_counts.get()
+    if counts is not None and len({_is_slower(backend, line.at(size)) for line in by_threads.values()}) > 1:
+        counts.update(by_threads)
+    line = by_threads[nearest_threads(by_threads)]
+    speeds = line.at(size)
+    if not _is_slower(backend, speeds):
+        return None
+    best = max(speeds, key=speeds.__getitem__)
+    other = "plain PyTorch" if best == "reference" else best
+    if not speeds[backend]:
+        return f"its output was wrong ({line.describe(size)})"
+    return f"{other} is {speeds[best] / speeds[backend]:.2f} times as fast ({line.describe(size)})"
+
+
+def _is_slower(backend: str, speeds: dict[str, float]) -> bool:
+    return backend in speeds and max(speeds.values()) > speeds[backend]
+
+
+def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
+    """slower() for the arguments of a forward on the CPU."""
+    shapes, size = shapes_of(operator, "forward", args)
+    return slower(backend, operator, "forward", "cpu", args[0].dtype, shapes, size)
+
+
+# ---- the order of backends, on a GPU ----------------------------------------------------------------------------------
+
+# Without measurements Triton is the default. A CUDA kernel has no rank: it comes after every backend that has one.
+_UNMEASURED = {"triton": 1.0 + 1e-9, "reference": 1.0}
+
+
+def ranks(operator: str, function: str, device: str) -> bool:
+    """Whether rank() may change the order. Lines about CPU kernels never do: these choose the library themselves."""
+    return any(line[:2] == (operator, function) and set(line.speed) - {"cpu", "reference"} for line in lines(device))
+
+
+@remembered
+def rank(device: str, operator: str, function: str, dtype: torch.dtype, shapes: str, size: int) -> dict[str, float]:
+    """Each backend's speed for a call. Dispatch tries the largest first."""
+    line = _line_for(device, operator, function, dtype, shapes)
+    return _UNMEASURED if line is None else {**_UNMEASURED, **line.at(size)}
+
+
+def unproven(backend: str, operator: str, function: str, device: str) -> Callable[..., str | None] | None:
+    """For a CUDA kernel: a function of a call's arguments that returns why the kernel must not run, or None if evidence shows
+    it right. For other backends: None."""
+    if backend != "cuda":
+        return None
+
+    def reason(*args: Any) -> str | None:
+        if ranks(operator, function, device):
+            shapes, size = shapes_of(operator, function, args)
+            if rank(device, operator, function, args[0].dtype, shapes, size).get(backend):
+                return None
+        return f"unproven on this device: no evidence shows it right and faster ({kind(device)})"
+
+    return reason
+
+
+# ---- what explain() prints --------------------------------------------------------------------------------------------
+
+
+def found(backend: str, operator: str, function: str, args: tuple[Any, ...]) -> str:
+    """A sentence about the backend's measured speed for such a call; "" if nothing was measured."""
+    if (operator, function) not in SHAPES:
+        return ""
+    shapes, size = shapes_of(operator, function, args)
+    line = _line_for(args[0].device.type, operator, function, args[0].dtype, shapes)
+    if line is None:
+        return ""
+    if backend == "reference" and backend not in line.speed:
+        best = max(line.at(size).values())
+        return "" if best > 1 or "cpu" in line.speed else f"faster than the others ({line.describe(size)})"
+    speed = line.at(size).get(backend)
+    if speed is None:
+        return ""
+    said = f"{speed:.2f} times the speed of plain PyTorch" if speed else "its output was wrong"
+    return f"{said} ({line.describe(size)})"

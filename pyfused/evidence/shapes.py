@@ -1,0 +1,111 @@
+"""Which class of shapes does a call belong to, and how large is it within the class?
+
+Speed depends on both: a kernel may win at 16 rows and lose at 512. Each function below takes the arguments of one operator's
+forward or backward, in the operator's order, and returns (class, size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..arguments import AttentionBackward, AttentionForward, taking
+
+_LARGE = 1 << 18  # elements of a weight: 1 MB in float32, as much as a core's L2 cache holds
+
+
+def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str, int]:
+    """The class of shapes of a call, and its size within the class.
+
+    Raises:
+        KeyError: no evidence is kept for this function.
+    """
+    return SHAPES[operator, function](*args)
+
+
+def product_shapes(rows: int, *weights: torch.Tensor) -> tuple[str, int]:
+    """x W^T by the smallest weight, "large" or "small". Weights are stored by rows, as in nn.Linear, or by columns, as in
+    Conv1D. The size is how many rows x has."""
+    extent = "large" if min(w.numel() for w in weights) >= _LARGE else "small"
+    by_rows = all(w.stride()[1] == 1 for w in weights)
+    return extent if by_rows else f"{extent}, by columns", rows
+
+
+def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
+    """Attention by the queries that share a key head (few or many), the head size and the bias. The size is the number of
+    scores."""
+    b, h, sq, d = a.query.shape
+    hkv, sk = a.key.shape[1:3]
+    if a.cu_seqlens is not None:
+        kind = "packed"
+    else:
+        kind = "few queries" if h // max(hkv, 1) * sq <= 16 else "many queries"
+    bias = "" if a.bias_table is None else ", relative bias"
+    bias += "" if a.attn_bias is None else ", dense bias"
+    return f"{kind}, D {64 if d <= 64 else 128 if d <= 128 else 256}{bias}", b * h * sq * sk
+
+
+def _linear(x, weight, bias, residual):
+    return product_shapes(x.shape[:-1].numel(), weight)
+
+
+def _ffn(x, w_in, b_in, w_out, *_):
+    return product_shapes(x.shape[:-1].numel(), w_in, w_out)
+
+
+def _ffn_backward(grad_y, x, w_in, w_out, *_):
+    return product_shapes(x.shape[:-1].numel(), w_in, w_out)
+
+
+def _gated_ffn(x, *weights_and_more):
+    return product_shapes(x.shape[:-1].numel(), *weights_and_more[:3])
+
+
+def _gated_ffn_backward(grad_y, x, *weights_and_more):
+    return product_shapes(x.shape[:-1].numel(), *weights_and_more[:3])
+
+
+def _layer_norm(x, weight, bias, eps, residual, save):
+    return "plain" if residual is None else "residual", x.numel()
+
+
+def _rms_norm(x, weight, eps, residual, save):
+    return "plain" if residual is None else "residual", x.numel()
+
+
+def _norm_backward(grad_y, grad_total, x, *saved):
+    return "plain" if grad_total is None else "residual", x.numel()
+
+
+def _fourier_mix(x):
+    b, s, n = x.shape
+    return "long" if max(s, n) >= 1024 else "short", b * min(s, n)
+
+
+def _relative_bias(table, query_length, key_length, *_):
+    return "plain", table.shape[1] * query_length * key_length
+
+
+def _relative_bias_backward(grad_out, *_):
+    return "plain", grad_out.numel()
+
+
+# Every function that evidence may be about.
+SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
+    ("linear", "forward"): _linear,
+    ("ffn", "forward"): _ffn,
+    ("ffn", "backward"): _ffn_backward,
+    ("gated_ffn", "forward"): _gated_ffn,
+    ("gated_ffn", "backward"): _gated_ffn_backward,
+    ("layer_norm", "forward"): _layer_norm,
+    ("layer_norm", "backward"): _norm_backward,
+    ("rms_norm", "forward"): _rms_norm,
+    ("rms_norm", "backward"): _norm_backward,
+    ("fourier_mix", "forward"): _fourier_mix,
+    ("attention", "forward"): taking(AttentionForward)(_attention),
+    ("attention", "backward"): taking(AttentionBackward)(_attention),
+    ("relative_bias", "forward"): _relative_bias,
+    ("relative_bias", "backward"): _relative_bias_backward,
+}
