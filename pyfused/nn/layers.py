@@ -98,6 +98,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def dropped(x: Tensor, rate: float) -> Tensor:
+    """x, or what dropout leaves of it."""
+    return F.dropout(x, rate) if rate else x
+
+
 def feed_forward(
     x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
