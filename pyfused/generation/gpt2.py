@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models import inputs as model_inputs
-from ..models.gpt2 import Call, GPT2Backbone
+from ..models.call import Call
+from ..models.gpt2 import GPT2Backbone
 from ..nn import CAUSAL, KVCache, Visibility
 from .gpt2_bound import BoundStep, bindable
 

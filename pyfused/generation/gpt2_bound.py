@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.gpt2 import GPT2Backbone, GPT2Block
+from ..models.gpt2 import GPT2Backbone
+from ..models.pre_norm import PreNormLayer
 from ..nn import Embedding, KVCache, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention
 from ..ops.attention import _ATTENTION
 from ..ops.ffn import _FFN
@@ -20,7 +21,7 @@ from ..ops.linear import _LINEAR
 from .bound import matrix, plain
 
 _PLAIN = {
-    GPT2Backbone, GPT2Block, nn.ModuleList, LayerNorm, Linear, SelfAttention, Mlp, ReversibleEmbedding,
+    GPT2Backbone, PreNormLayer, nn.ModuleList, LayerNorm, Linear, SelfAttention, Mlp, ReversibleEmbedding,
     Embedding,
 }  # fmt: skip
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..models import inputs as model_inputs
+from ..models.call import Call
 from ..models.t5 import T5Backbone
-from ..models.t5_call import StackCall
 from ..nn import Visibility
 from ..ops import relative_bias
 from .t5_bound import BoundStep, bindable
@@ -69,7 +69,7 @@ class T5Decoding:
         mask = None
         if self._fixed or lengths.min() < ids.shape[1]:
             mask = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)
-        call = StackCall(torch.from_numpy(ids).to(device), visible=Visibility(padding_mask=mask).skip_padding())
+        call = Call(torch.from_numpy(ids).to(device), visible=Visibility(padding_mask=mask).skip_padding())
         memory = self.model.encoder(self.model.token_embedding(call.token_ids), call)
         layers: Any = self.model.decoder.layers
         for i, layer in enumerate(layers):
@@ -105,7 +105,7 @@ class T5Decoding:
         return logits
 
     def _called(self, tokens: Tensor, visible: Visibility) -> Tensor:
-        call = StackCall(tokens[:, None], visible=visible, cache=self._cache, memory_mask=self._cache.encoder_mask)
+        call = Call(tokens[:, None], visible=visible, cache=self._cache, memory_mask=self._cache.encoder_mask)
         return self.model.logits(self.model.decoder(self.model.token_embedding(call.token_ids), call)[:, 0])
 
     @property

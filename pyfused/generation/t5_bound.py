@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.t5 import T5Backbone, T5Layer, T5Stack
+from ..models.pre_norm import PreNormLayer
+from ..models.t5 import T5Backbone, T5Stack
 from ..nn import (
     CrossAttention,
     GatedMlp,
@@ -31,7 +32,7 @@ from ..ops.rms_norm import _RMS_NORM
 from .bound import plain
 
 _KNOWN = {
-    T5Backbone, T5Stack, T5Layer, nn.ModuleList, RMSNorm, Linear, RelativeSelfAttention, CrossAttention, Mlp,
+    T5Backbone, T5Stack, PreNormLayer, nn.ModuleList, RMSNorm, Linear, RelativeSelfAttention, CrossAttention, Mlp,
     GatedMlp, ReversibleEmbedding,
 }  # fmt: skip
 

@@ -16,19 +16,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import check_activation
 from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
-from . import encoder_call
+from ..nn.layers import dropped
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
-from .encoder_call import Call
+from .call import FLAGS, Call, Reader, embed_segmented
 from .evaluation import skips_padding
-from .options import check_heads, check_known, check_rates, check_rest, check_sizes
+from .options import configuration, rate
 
-INPUTS = ("token_ids", "segment_ids", "padding_mask", *encoder_call.INPUTS[2:], "return_attentions")
+INPUTS = ("token_ids", "segment_ids", "padding_mask", "position_ids", "inputs_embeds", *FLAGS)
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -48,21 +47,19 @@ class AlbertLayer(nn.Module):
     def __init__(self, config: dict[str, Any], factory: dict[str, Any]):
         super().__init__()
         d, eps = config["hidden_dim"], config["layer_norm_epsilon"]
-        self.dropout, self.feed_forward_dropout = config["dropout"], _rate(config, "feed_forward")
-        self.attention = SelfAttention(d, config["num_heads"], dropout=_rate(config, "attention"), **factory)
+        self.dropout, self.feed_forward_dropout = config["dropout"], rate(config, "feed_forward")
+        self.attention = SelfAttention(d, config["num_heads"], dropout=rate(config, "attention"), **factory)
         self.attention_norm = LayerNorm(d, eps, **factory)
         self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
         self.feed_forward_norm = LayerNorm(d, eps, **factory)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        branch = self._drop(self.attention(x, call.visible, probabilities=call.attentions), self.dropout)
+        rates = (self.dropout, self.feed_forward_dropout) if self.training else (0.0, 0.0)
+        branch = dropped(self.attention(x, call.visible, probabilities=call.attentions), rates[0])
         x, _ = self.attention_norm(branch, x)
-        x, _ = self.feed_forward_norm(self._drop(self.feed_forward(x), self.feed_forward_dropout), x)
+        x, _ = self.feed_forward_norm(dropped(self.feed_forward(x), rates[1]), x)
         return x
-
-    def _drop(self, branch: Tensor, rate: float) -> Tensor:
-        return F.dropout(branch, rate) if self.training and rate else branch
 
 
 class AlbertBackbone(Backbone):
@@ -110,14 +107,14 @@ class AlbertBackbone(Backbone):
         **kwargs: Any,
     ):
         super().__init__()
-        check_known(AlbertBackbone, kwargs, OPTIONS)
-        sizes = {
+        named = {
             "vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads,
             "embedding_dim": embedding_dim, "hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim,
             "num_groups": num_groups, "num_inner_repetitions": num_inner_repetitions,
-            "max_sequence_length": max_sequence_length, "num_segments": num_segments,
+            "max_sequence_length": max_sequence_length, "num_segments": num_segments, "dropout": dropout,
         }  # fmt: skip
-        self._config = config = _checked({**sizes, "dropout": dropout, **OPTIONS, **kwargs}, sizes)
+        self._config = config = configuration(AlbertBackbone, named, OPTIONS, kwargs)
+        config["activation"] = check_activation(config)
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(vocabulary_size, embedding_dim, **factory)
@@ -131,17 +128,6 @@ class AlbertBackbone(Backbone):
         self.pooler = Linear(hidden_dim, hidden_dim, **factory) if config["pooler"] else None
         self.reset_parameters()
         self.requires_grad_(config["trainable"])
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new weights, as the class says."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, 0.02)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """{"sequence_output": (B, S, D) hidden states of the last layer, "pooled_output": (B, D) from the first token's}.
@@ -176,14 +162,12 @@ class AlbertBackbone(Backbone):
                 call.hidden_states.append(call.visible.unpacked(x))
             x = layer(x, call)
         x = call.visible.unpacked(x)
+        if call.hidden_states is not None:
+            call.hidden_states.append(x)
         found: dict[str, Any] = {"sequence_output": x}
         if self.pooler is not None:
             found["pooled_output"] = torch.tanh(self.pooler(x[:, 0]))
-        if call.hidden_states is not None:
-            found["hidden_states"] = (*call.hidden_states, x)
-        if call.attentions is not None:
-            found["attentions"] = tuple(call.attentions)
-        return found
+        return {**found, **call.collected()}
 
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, S) -> (B, S, D)."""
@@ -191,10 +175,9 @@ class AlbertBackbone(Backbone):
 
     def embed(self, call: Call) -> Tensor:
         """The normalised sum of the three embeddings, projected: what the layers take."""
-        x = encoder_call.embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        x = embed_segmented(call, self.token_embedding, self.position_embedding, self.segment_embedding)
         x = self.embedding_norm(call.visible.packed(x))
-        rate = self._config["dropout"]
-        return self.projection(F.dropout(x, rate) if self.training and rate else x)
+        return self.projection(dropped(x, self._config["dropout"] if self.training else 0.0))
 
     def _applied(self) -> Iterator[AlbertLayer]:
         """The layers in the order in which they are applied, each as often as it is."""
@@ -204,30 +187,10 @@ class AlbertBackbone(Backbone):
             yield from groups[int(i / (depth / len(groups)))]
 
     def _read(self, given: dict[str, Any]) -> Call:
-        call = encoder_call.read(given, self._config, self._config["embedding_dim"], self.token_embedding.weight)
-        if "padding_mask" not in given:
-            raise ValueError("padding_mask is missing; it takes (B, S), or None where nothing is padding")
+        read = Reader(given, self._config, self.token_embedding.weight)
+        call = read.segmented()
+        call.visible = Visibility(padding_mask=read.padding("padding_mask", "(B, S)", call.size))
         if self.pooler is not None and not call.size[1]:
-            name = "token_ids" if call.inputs_embeds is None else "inputs_embeds"
+            name = "token_ids" if call.embeds is None else "inputs_embeds"
             raise ValueError(f"{name} has length 0; with a pooler it takes at least 1")
-        if (mask := given["padding_mask"]) is not None:
-            mask = model_inputs.mask(mask, "padding_mask", "(B, S)", call.size, self.device)
-            call.visible = Visibility(padding_mask=mask)
-        if given.get("return_attentions"):
-            call.attentions = []
         return call
-
-
-def _rate(config: dict[str, Any], site: str) -> float:
-    rate = config[f"{site}_dropout"]
-    return config["dropout"] if rate is None else rate
-
-
-def _checked(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the activation by its own name."""
-    check_sizes(sizes)
-    check_heads(sizes["hidden_dim"], sizes["num_heads"])
-    rates = {name: config[name] for name in ("attention_dropout", "feed_forward_dropout")}
-    check_rates({"dropout": config["dropout"]} | {name: rate for name, rate in rates.items() if rate is not None})
-    check_rest(config, OPTIONS)
-    return config | {"activation": check_activation(config)}

@@ -104,6 +104,21 @@ class Backbone(nn.Module, ABC):
         mixed = next(self.parameters()).dtype != self.dtype
         return {**self._config, "dtype": f"mixed_{name}" if mixed else name}
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights, as the class says."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self._spread(name, parameter))
+
+    def _spread(self, name: str, parameter: torch.Tensor) -> float:
+        """The standard deviation of a new weight."""
+        return 0.02
+
     @abstractmethod
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
@@ -224,4 +239,3 @@ def _finished(model: Any, variable: torch.dtype, compute: torch.dtype, skip_padd
         compute_in(model, compute)
     model.skip_padding = skip_padding
     return model.eval()
-

@@ -14,16 +14,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import check_activation
 from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
+from ..nn.layers import dropped
 from ..nn.wide import widened
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
-from .encoder_call import INPUTS, Call, embed, read
-from .options import check_known, check_rates, check_rest, check_sizes
+from .call import Call, Reader, embed_segmented
+from .options import configuration
+
+INPUTS = ("token_ids", "segment_ids", "position_ids", "inputs_embeds", "return_hidden_states", "padding_mask")
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -52,7 +54,7 @@ class FNetLayer(nn.Module):
         stream = widened(x)  # a sum over S * D elements may be more than float16 holds
         x, _ = self.mixing_norm(self.mixing(stream), stream)
         if self.training and self.dropout:
-            return self.feed_forward_norm(F.dropout(self.feed_forward(x), self.dropout), x)[0]
+            return self.feed_forward_norm(dropped(self.feed_forward(x), self.dropout), x)[0]
         return self.feed_forward_norm(self.feed_forward(x, x))
 
 
@@ -93,11 +95,13 @@ class FNetBackbone(Backbone):
         **kwargs: Any,
     ):
         super().__init__()
-        check_known(FNetBackbone, kwargs, OPTIONS)
-        sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "hidden_dim": hidden_dim}
-        sizes |= {"intermediate_dim": intermediate_dim, "max_sequence_length": max_sequence_length}
-        sizes |= {"num_segments": num_segments}
-        config = self._config = _checked({**sizes, "dropout": dropout, **OPTIONS, **kwargs}, sizes)
+        named = {
+            "vocabulary_size": vocabulary_size, "num_layers": num_layers, "hidden_dim": hidden_dim,
+            "intermediate_dim": intermediate_dim, "max_sequence_length": max_sequence_length,
+            "num_segments": num_segments, "dropout": dropout,
+        }  # fmt: skip
+        self._config = config = configuration(FNetBackbone, named, OPTIONS, kwargs)
+        config["activation"] = check_activation(config)
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self.name, self.dropout = config["name"], dropout
         self.token_embedding = ReversibleEmbedding(vocabulary_size, hidden_dim, **factory)
@@ -109,17 +113,6 @@ class FNetBackbone(Backbone):
         self.pooler = Linear(hidden_dim, hidden_dim, **factory) if config["pooler"] else None
         self.reset_parameters()
         self.requires_grad_(config["trainable"])
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new weights, as the class says."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, 0.02)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """Hidden states of the last layer, and what the pooler makes of the first one: {"sequence_output": (B, S, D),
@@ -141,18 +134,18 @@ class FNetBackbone(Backbone):
             ValueError: a missing or unknown input, a padding mask, a wrong shape, a sequence longer than P.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
-        given = model_inputs.gather(inputs, keywords, (*INPUTS, "padding_mask"))
+        given = model_inputs.gather(inputs, keywords, INPUTS)
         if given.get("padding_mask") is not None:
             raise ValueError(
                 "padding_mask is given; FNet mixes every position into every other, padding too, and has no mask: it takes "
                 "None, and texts of equal length, or one at a time"
             )
-        call = read(given, self._config, self._config["hidden_dim"], self.token_embedding.weight)
+        call = Reader(given, self._config, self.token_embedding.weight).segmented()
         x = self.run(call)
         found: dict[str, Any] = {"sequence_output": x}
         if self.pooler is not None:
             found["pooled_output"] = torch.tanh(self.pooler(x[:, 0])) if x.shape[1] else x.new_zeros(x.shape[::2])
-        return found if call.hidden_states is None else {**found, "hidden_states": (*call.hidden_states, x)}
+        return {**found, **call.collected()}
 
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, S) -> (B, S, D); padding_mask None."""
@@ -165,18 +158,11 @@ class FNetBackbone(Backbone):
             if call.hidden_states is not None:
                 call.hidden_states.append(x)
             x = layer(x)
+        if call.hidden_states is not None:
+            call.hidden_states.append(x)
         return x
 
     def embed(self, call: Call) -> Tensor:
         """(B, S, D): the sum of the three embeddings, normalised and projected."""
-        x = embed(call, self.token_embedding, self.position_embedding, self.segment_embedding)
-        x = self.projection(self.embedding_norm(x))
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
-
-
-def _checked(config: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """The configuration with the activation by pyfused's name for it."""
-    check_sizes(sizes)
-    check_rates({"dropout": config["dropout"]})
-    check_rest(config, OPTIONS)
-    return config | {"activation": check_activation(config)}
+        x = embed_segmented(call, self.token_embedding, self.position_embedding, self.segment_embedding)
+        return dropped(self.projection(self.embedding_norm(x)), self.dropout if self.training else 0.0)

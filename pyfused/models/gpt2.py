@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): what are its layers, and what does one forward pass compute?
 
     x = token_embedding[ids] + position_embedding[positions]
-    for each layer:  x += attention(layer_norm(x));  x += feed_forward(layer_norm(x))
+    for each layer:  x += attention(layer_norm(x));  x += feed_forward(layer_norm(x))      (pre_norm.py)
     layer_norm(x)
 
 B batch, S sequence, D hidden_dim, H heads, d = D // H, F intermediate_dim, V vocabulary, Sk keys: cached tokens plus S.
@@ -11,18 +11,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
+from ..nn.layers import dropped
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .call import FLAGS, Call, Reader
 from .evaluation import skips_padding
-from .gpt2_call import INPUTS, Call, read
-from .options import check_heads, check_known, check_rates, check_rest, check_sizes
+from .options import ACTIVATION_NAME, SIZE, check, configuration, head_size, rate
+from .pre_norm import PreNormLayer, through
+
+ENCODER_INPUTS = ("encoder_hidden_states", "encoder_padding_mask")
+INPUTS = (
+    "token_ids", "padding_mask", "token_type_ids", "position_ids", "inputs_embeds", "attention_mask", "packed",
+    *ENCODER_INPUTS, "cache", *FLAGS,
+)  # fmt: skip
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -54,51 +62,6 @@ class GPT2Output:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
-
-
-class GPT2Block(nn.Module):
-    """One layer. The residual stream x and the branch that is still to be added to it travel as a pair, so that each
-    addition happens inside the next layer norm."""
-
-    def __init__(self, config: dict[str, Any], index: int, factory: dict[str, Any]):
-        super().__init__()
-        d, heads, eps = config["hidden_dim"], config["num_heads"], config["layer_norm_epsilon"]
-        scale = 1.0 / math.sqrt(d // heads) if config["scale_attention"] else 1.0
-        if config["scale_attention_by_inverse_layer_index"]:
-            scale /= index + 1
-        attention = {"scale": scale, "dropout": _rate(config, "attention"), **factory}
-        self.index, self.residual_dropout = index, _rate(config, "residual")
-        self.attention_norm = LayerNorm(d, eps, **factory)
-        self.attention = SelfAttention(d, heads, **attention)
-        self.cross_attention: CrossAttention | None = None
-        if config["cross_attention"]:
-            self.cross_attention_norm = LayerNorm(d, eps, **factory)
-            self.cross_attention = CrossAttention(d, heads, **attention)
-        self.feed_forward_norm = LayerNorm(d, eps, **factory)
-        self.feed_forward = Mlp(d, config["intermediate_dim"], config["activation"], **factory)
-
-    def forward(self, x: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
-        y, x = (self.attention_norm(x), x) if branch is None else self.attention_norm(x, branch)
-        branch = self._drop(self.attention(y, call.visible, call.cache, self.index, call.attentions))
-        if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
-            y, x = self.cross_attention_norm(x, branch)
-            real = Visibility(padding_mask=call.memory_mask)
-            branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
-        y, x = self.feed_forward_norm(x, branch)
-        return x, self._drop(self.feed_forward(y))
-
-    def _encoder_keys(self, call: Call) -> tuple[Tensor, Tensor] | None:
-        """Projected once, and kept in the cache if there is one."""
-        key_value = None if call.cache is None else call.cache.cross[self.index]
-        if key_value is None and call.memory is not None and self.cross_attention is not None:
-            key_value = self.cross_attention.project(call.memory)
-            if call.cache is not None:
-                call.cache.cross[self.index] = key_value
-        return key_value
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        return F.dropout(branch, self.residual_dropout) if self.training and self.residual_dropout else branch
 
 
 class GPT2Backbone(Backbone):
@@ -139,45 +102,34 @@ class GPT2Backbone(Backbone):
         **kwargs: Any,
     ):
         super().__init__()
-        check_known(GPT2Backbone, kwargs, OPTIONS)
-        sizes = {"vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads}
-        sizes |= {"hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim}
-        sizes |= {"max_sequence_length": max_sequence_length}
-        config = {**sizes, "dropout": dropout, **OPTIONS, **kwargs}
-        _check_config(config, sizes)
+        named = {
+            "vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads,
+            "hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim,
+            "max_sequence_length": max_sequence_length, "dropout": dropout,
+        }  # fmt: skip
+        self._config = config = configuration(GPT2Backbone, named, OPTIONS, kwargs)
+        check(ACTIVATION_NAME, activation=config["activation"])
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
-        self._config = config
-        self.name, self.embedding_dropout = config["name"], _rate(config, "embedding")
+        self.name, self.embedding_dropout = config["name"], rate(config, "embedding")
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=config["tie_embedding_weights"], **factory
         )
         self.position_embedding = Embedding(max_sequence_length, hidden_dim, **factory)
-        self.layers = nn.ModuleList(GPT2Block(config, i, factory) for i in range(num_layers))
+        self.layers = nn.ModuleList(_layer(config, i, factory) for i in range(num_layers))
         self.final_norm = LayerNorm(hidden_dim, config["layer_norm_epsilon"], **factory)
         self.reset_parameters()
         self.requires_grad_(config["trainable"])
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draws new weights, as the class says."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                into_residual = name.endswith((".output.weight", ".outer.weight"))
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * len(self.layers)) if into_residual else 0.02)
+    def _spread(self, name: str, parameter: Tensor) -> float:
+        into_residual = name.endswith((".output.weight", ".outer.weight"))
+        return 0.02 / math.sqrt(2 * len(self.layers)) if into_residual else 0.02
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty KV cache for `capacity` tokens per row (max_sequence_length if None), to pass as `cache`."""
-        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it takes at least 1")
-        c = self._config
-        heads, capacity = c["num_heads"], capacity or c["max_sequence_length"]
-        size = c["hidden_dim"] // heads
-        return KVCache(len(self.layers), batch_size, heads, capacity, size, dtype=self.dtype, device=self.device)
+        capacity = self._config["max_sequence_length"] if capacity is None else capacity
+        check(SIZE, batch_size=batch_size, capacity=capacity)
+        sizes = batch_size, self._config["num_heads"], capacity, head_size(self._config)
+        return KVCache(len(self.layers), *sizes, dtype=self.dtype, device=self.device)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> Tensor | GPT2Output:
         """Hidden states behind the final norm, (B, S, D).
@@ -209,7 +161,7 @@ class GPT2Backbone(Backbone):
         """
         given = model_inputs.gather(inputs, keywords, INPUTS)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
-            call = read(given, self._config, self.final_norm.weight)
+            call = self._read(given)
             if self.skip_padding or skips_padding():
                 empty = call.cache is None or call.cache.length == 0
                 possible = empty and call.memory is None and call.attentions is None
@@ -217,15 +169,28 @@ class GPT2Backbone(Backbone):
             x = self.run(call)
         if call.cache is not None:
             call.cache.length += x.shape[1]
-        if call.hidden_states is None and call.attentions is None:
-            return x
-        states, attentions, cross = call.hidden_states, call.attentions, call.cross_attentions
-        return GPT2Output(
-            x,
-            None if states is None else (*states, x),
-            None if attentions is None else tuple(attentions),
-            None if cross is None else tuple(cross),
-        )
+        if call.hidden_states is not None:
+            call.hidden_states.append(x)
+        asked: dict[str, Any] = call.collected()
+        return GPT2Output(x, **asked) if asked else x
+
+    def _read(self, given: dict[str, Any]) -> Call:
+        config, like = self._config, self.final_norm.weight
+        read = Reader(given, config, like)
+        call = read.tokens()
+        read.segments(call, "token_type_ids", config["vocabulary_size"])
+        past, (b, s) = read.cache(call, config["num_layers"]), call.size
+        padding = read.padding("padding_mask", "(B, Sk)", (b, past + s))
+        read.positions(call, past)
+        call.visible = _visible(given, call, padding, (b, config["num_heads"], s, past + s), like)
+        for name in ENCODER_INPUTS:
+            if given.get(name) is not None and not config["cross_attention"]:
+                raise ValueError(f"{name} is given to a model without cross-attention; it takes None")
+        read.memory(call, ENCODER_INPUTS)
+        if call.memory is None and given.get("encoder_padding_mask") is not None:
+            raise ValueError("encoder_padding_mask is given without encoder_hidden_states")
+        read.collect(call, cross=config["cross_attention"])
+        return call
 
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
         """(B, S) -> (B, S, D)."""
@@ -235,11 +200,7 @@ class GPT2Backbone(Backbone):
         """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
         visible = call.visible
         x = visible.packed(self.embed(call))
-        branch: Any = None
-        for layer in self.layers:
-            if call.hidden_states is not None:
-                call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
-            x, branch = layer(x, branch, call)
+        x, branch = through(self.layers, x, call)
         if last is None:
             return visible.unpacked(self.final_norm(x, branch)[0])
         if visible.packing is None:
@@ -251,23 +212,42 @@ class GPT2Backbone(Backbone):
 
     def embed(self, call: Call) -> Tensor:
         """(B, S, D): tokens plus positions, plus token types where there are any."""
-        tokens = self.token_embedding(call.token_ids) if call.inputs_embeds is None else call.inputs_embeds
-        x = tokens + self.position_embedding(call.position_ids)
-        if call.token_type_ids is not None:
-            x = x + self.token_embedding(call.token_type_ids)
-        return F.dropout(x, self.embedding_dropout) if self.training and self.embedding_dropout else x
+        x = call.embedded(self.token_embedding) + self.position_embedding(call.position_ids)
+        if call.segment_ids is not None:
+            x = x + self.token_embedding(call.segment_ids)
+        return dropped(x, self.embedding_dropout if self.training else 0.0)
 
 
-def _rate(config: dict[str, Any], site: str) -> float:
-    rate = config[f"{site}_dropout"]
-    return config["dropout"] if rate is None else rate
+def _layer(config: dict[str, Any], index: int, factory: dict[str, Any]) -> PreNormLayer:
+    d, heads = config["hidden_dim"], config["num_heads"]
+    scale = 1.0 / math.sqrt(head_size(config)) if config["scale_attention"] else 1.0
+    if config["scale_attention_by_inverse_layer_index"]:
+        scale /= index + 1
+    attention = {"scale": scale, "dropout": rate(config, "attention"), **factory}
+    return PreNormLayer(
+        index,
+        partial(LayerNorm, d, config["layer_norm_epsilon"], **factory),
+        SelfAttention(d, heads, **attention),
+        CrossAttention(d, heads, **attention) if config["cross_attention"] else None,
+        Mlp(d, config["intermediate_dim"], config["activation"], **factory),
+        rate(config, "residual"),
+    )
 
 
-def _check_config(config: dict[str, Any], sizes: dict[str, int]) -> None:
-    check_sizes(sizes)
-    check_heads(sizes["hidden_dim"], sizes["num_heads"])
-    rates = {name: config[name] for name in ("embedding_dropout", "attention_dropout", "residual_dropout")}
-    check_rates({"dropout": config["dropout"]} | {name: rate for name, rate in rates.items() if rate is not None})
-    check_rest(config, OPTIONS)
-    if not isinstance(config["activation"], str):
-        raise TypeError(f"activation is {config['activation']!r}; it takes a name such as 'gelu_new'")
+def _visible(
+    given: dict[str, Any], call: Call, padding: Tensor | None, size: tuple[int, int, int, int], like: Tensor
+) -> Visibility:
+    """size: (B, H, S, Sk)."""
+    custom, positions = given.get("attention_mask"), call.position_ids
+    if not given.get("packed", False):
+        if custom is None:
+            return Visibility(is_causal=True, padding_mask=padding)
+        return Visibility(padding_mask=padding, attn_bias=model_inputs.score_bias(custom, "attention_mask", size, like))
+    if given.get("position_ids") is None or positions is None:
+        raise ValueError("packed=True needs position_ids; a text starts wherever they do not continue")
+    if custom is not None or call.cache is not None:
+        raise ValueError("packed=True takes neither attention_mask nor cache")
+    text = torch.zeros_like(positions)
+    text[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).cumsum(1)
+    same = (text[:, :, None] == text[:, None, :])[:, None]  # (B, 1, S, S)
+    return Visibility(True, padding, model_inputs.score_bias(same, "packed", size, like))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..nn import KVCache
-from ..nn.attention import bias_in
+from ..nn.attention import additive
 from ..ops.checks import may_look
 from ..tracing import tracing
 
@@ -74,10 +74,12 @@ def positions(value: Any, size: tuple[int, int], limit: int, device: torch.devic
 
 
 def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """A padding mask as bool on `device`, or None where the host can see that nothing is masked.
+    """A padding mask as bool on `device`; None for None, and where the host can see that nothing is masked.
 
     Any dtype; a fraction counts as 0, since Keras casts to int32 first.
     """
+    if value is None:
+        return None
     found = tensor(value, name)
     if tuple(found.shape) != size:
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape} = {size}")
@@ -105,12 +107,9 @@ def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Ten
     hint = "; a (B, S) mask of real tokens is padding_mask" if found.dim() == 2 else ""
     if found.dim() != 4 or any(n not in (1, s) for n, s in zip(found.shape, size)):
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes (B, 1 or H, S, Sk) = {size}{hint}")
-    if found.dtype == torch.bool:
-        found = found.to(like.device)
-        return torch.zeros(found.shape, dtype=like.dtype, device=like.device).masked_fill(~found, -torch.inf)
-    if not found.is_floating_point():
+    if not (found.dtype == torch.bool or found.is_floating_point()):
         raise TypeError(f"{name} is {_dtype(found)}; it takes bool, or floats that are added to the scores")
-    return bias_in(found.to(like.device), like.dtype)
+    return additive(found.to(like.device), like.dtype)
 
 
 def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCache | None:

@@ -1,55 +1,99 @@
-"""Are a model's constructor arguments of the right types and in range? The checks that all models share."""
+"""Are a model's constructor arguments of the right types and in range? One rule for each name, whichever model has it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ..ops.attention import MAX_HEAD_SIZE
 
 
-def check_known(cls: type, keywords: Collection[str], options: Collection[str]) -> None:
-    """Keywords beyond the named arguments."""
+class Rule(NamedTuple):
+    """What an argument takes."""
+
+    kind: Any  # its type, or several
+    takes: str  # the type in words
+    fits: Callable[[Any], bool] = lambda value: True
+    bounds: str = ""  # which values fit, in words
+
+
+SIZE = Rule(int, "an int", lambda value: value >= 1, "at least 1")
+FLAG = Rule(bool, "True or False")
+RATE = Rule((int, float), "a float", lambda value: 0.0 <= value < 1.0, "0 <= {name} < 1")
+ACTIVATION_NAME = Rule(str, "a name such as 'gelu_new'")
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        (
+            *("vocabulary_size", "num_layers", "num_heads", "embedding_dim", "hidden_dim", "intermediate_dim"),
+            *("key_value_dim", "num_groups", "num_inner_repetitions", "max_sequence_length", "num_segments"),
+            *("num_buckets", "max_distance"),
+        ),
+        SIZE,
+    ),
+    "num_decoder_layers": Rule(int, "an int", lambda value: value >= 0, "at least 0"),
+    "decoder_start_token_id": Rule(int, "a token id"),
+    **dict.fromkeys(
+        ("dropout", *(f"{s}_dropout" for s in ("embedding", "attention", "residual", "feed_forward"))), RATE
+    ),
+    "layer_norm_epsilon": Rule((int, float), "a float", lambda value: value >= 0.0, "at least 0"),
+    **dict.fromkeys(
+        (
+            *("scale_attention", "scale_attention_by_inverse_layer_index", "upcast_attention", "cross_attention"),
+            *("use_gated_activation", "tie_embedding_weights", "scale_logits", "pooler", "trainable"),
+        ),
+        FLAG,
+    ),
+    "name": Rule(str, "a str or None"),
+}
+# Instead of a value these take None: what follows from another argument, or no name.
+_NONE = {"key_value_dim", "embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout", "name"}
+
+
+def check(rule: Rule, **values: Any) -> None:
+    """Raises TypeError or ValueError for the first value that breaks the rule, by its name."""
+    for name, value in values.items():
+        if not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool):
+            raise TypeError(f"{name} is {value!r}; it takes {rule.takes}")
+        if not rule.fits(value):
+            raise ValueError(f"{name} is {value}; it takes {rule.bounds.format(name=name)}")
+
+
+def configuration(
+    cls: type, named: Mapping[str, Any], options: Mapping[str, Any], keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a model's constructor as one dict, checked; the activation is left to checkpoints.options.check_activation.
+
+    Args:
+        named: the arguments that the signature names. options: the others, with their defaults. keywords: what was given
+            beyond the named ones.
+    """
     if unknown := sorted(set(keywords) - set(options)):
         raise TypeError(f"{cls.__name__} got an unknown argument {unknown[0]!r}; it takes {', '.join(options)}")
-
-
-def check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Integers of at least 1."""
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}; it takes an int")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it takes at least 1")
-
-
-def check_heads(hidden_dim: int, num_heads: int) -> None:
-    """Heads that share the hidden dimension."""
-    if not 1 <= hidden_dim // num_heads <= MAX_HEAD_SIZE:
+    config = {**named, **options, **keywords}
+    for name, value in config.items():
+        if name in _RULES and not (value is None and name in _NONE):
+            check(_RULES[name], **{name: value})
+    size, width, heads = config.get("key_value_dim"), config["hidden_dim"], config.get("num_heads", 1)
+    if size is not None and size > MAX_HEAD_SIZE:
+        raise ValueError(f"key_value_dim is {size}; it takes at most {MAX_HEAD_SIZE}")
+    if size is None and "num_heads" in config and not 1 <= width // heads <= MAX_HEAD_SIZE:
         raise ValueError(
-            f"num_heads is {num_heads} and hidden_dim {hidden_dim}; "
-            f"they take 1 <= hidden_dim // num_heads <= {MAX_HEAD_SIZE}"
+            f"num_heads is {heads} and hidden_dim {width}; they take 1 <= hidden_dim // num_heads <= {MAX_HEAD_SIZE}"
         )
+    start, vocabulary = config.get("decoder_start_token_id", 0), config["vocabulary_size"]
+    if not 0 <= start < vocabulary:
+        raise ValueError(f"decoder_start_token_id is {start}; it takes a token id below vocabulary_size = {vocabulary}")
+    return config
 
 
-def check_rates(rates: Mapping[str, Any]) -> None:
-    """Dropout rates."""
-    for name, value in rates.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is {value!r}; it takes a float")
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} is {value}; it takes 0 <= {name} < 1")
+def rate(config: Mapping[str, Any], site: str) -> float:
+    """The dropout rate of a site that may have one of its own."""
+    own: float | None = config[f"{site}_dropout"]
+    return config["dropout"] if own is None else own
 
 
-def check_rest(config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """The epsilon, the name, and the flags: options whose default is a bool."""
-    epsilon = config["layer_norm_epsilon"]
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise TypeError(f"layer_norm_epsilon is {epsilon!r}; it takes a float")
-    if not epsilon >= 0.0:
-        raise ValueError(f"layer_norm_epsilon is {epsilon}; it takes at least 0")
-    for name, default in options.items():
-        if isinstance(default, bool) and not isinstance(config[name], bool):
-            raise TypeError(f"{name} is {config[name]!r}; it takes True or False")
-    if config["name"] is not None and not isinstance(config["name"], str):
-        raise TypeError(f"name is {config['name']!r}; it takes a str or None")
+def head_size(config: Mapping[str, Any]) -> int:
+    """d."""
+    size: int = config.get("key_value_dim") or config["hidden_dim"] // config["num_heads"]
+    return size

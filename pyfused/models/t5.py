@@ -19,18 +19,24 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.options import check_activation
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
-from ..nn.wide import is_wide, widened
-from ..ops.attention import MAX_HEAD_SIZE
+from ..nn.layers import dropped
+from ..nn.wide import widened
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
+from .call import FLAGS, Call, Reader
 from .evaluation import skips_padding
-from .options import check_heads, check_known, check_rates, check_rest, check_sizes
-from .t5_call import ENCODER_INPUTS, FLAGS, INPUTS, Call, StackCall, collect, read, read_encoder
+from .options import SIZE, check, configuration, head_size
+from .pre_norm import PreNormLayer, through
+
+ENCODER_INPUTS = ("encoder_token_ids", "encoder_padding_mask", "encoder_inputs_embeds")
+INPUTS = (
+    "encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask", "encoder_inputs_embeds",
+    "encoder_sequence_output", "decoder_inputs_embeds", "cache", *FLAGS,
+)  # fmt: skip
 
 # What Hugging Face's configuration has beyond KerasHub's constructor, then KerasHub's own keywords.
 OPTIONS: dict[str, Any] = {
@@ -44,54 +50,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class T5Layer(nn.Module):
-    """One layer of either stack. The residual stream x and the branch that is still to be added to it travel as a pair,
-    so that each addition happens inside the next norm."""
-
-    def __init__(self, config: dict[str, Any], is_decoder: bool, index: int, factory: dict[str, Any]):
-        super().__init__()
-        d, heads, size = config["hidden_dim"], config["num_heads"], config["key_value_dim"]
-        eps, self.dropout, self.index = config["layer_norm_epsilon"], config["dropout"], index
-        self.attention_norm = RMSNorm(d, eps, **factory)
-        self.attention = RelativeSelfAttention(
-            d, heads, size, bidirectional=not is_decoder, num_buckets=None if index else config["num_buckets"],
-            max_distance=config["max_distance"], dropout=self.dropout, **factory,
-        )  # fmt: skip
-        self.cross_attention: CrossAttention | None = None
-        if is_decoder:
-            self.cross_attention_norm = RMSNorm(d, eps, **factory)
-            self.cross_attention = CrossAttention(
-                d, heads, size, scale=1.0, dropout=self.dropout, bias=False, **factory
-            )
-        self.feed_forward_norm = RMSNorm(d, eps, **factory)
-        kind: Any = GatedMlp if config["use_gated_activation"] else partial(Mlp, bias=False)
-        inner, activation = config["intermediate_dim"], config["activation"]
-        self.feed_forward = kind(d, inner, activation, dropout=self.dropout, **factory)
-
-    def forward(self, x: Tensor, branch: Tensor | None, call: StackCall) -> tuple[Tensor, Tensor]:
-        """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
-        y, x = (self.attention_norm(x), x) if branch is None else self.attention_norm(x, branch)
-        branch = self._drop(self.attention(y, call.visible, call.cache, self.index, call.attentions))
-        if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
-            y, x = self.cross_attention_norm(x, branch)
-            real = Visibility(padding_mask=call.memory_mask)
-            branch = self._drop(self.cross_attention(y, key_value, real, call.cross_attentions))
-        y, x = self.feed_forward_norm(x, branch)
-        return x, self._drop(self.feed_forward(y, wide=True) if is_wide(x, y) else self.feed_forward(y))
-
-    def _encoder_keys(self, call: StackCall) -> tuple[Tensor, Tensor] | None:
-        """Projected once, and kept in the cache if there is one; None where there is nothing to look at."""
-        key_value = None if call.cache is None else call.cache.cross[self.index]
-        if key_value is None and call.memory is not None and self.cross_attention is not None:
-            key_value = self.cross_attention.project(call.memory)
-            if call.cache is not None:
-                call.cache.cross[self.index] = key_value
-        return None if key_value is None or not key_value[0].shape[2] else key_value
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        return F.dropout(branch, self.dropout) if self.training and self.dropout else branch
-
-
 class T5Stack(nn.Module):
     """The encoder or the decoder, from embeddings to hidden states behind the final norm."""
 
@@ -99,27 +57,38 @@ class T5Stack(nn.Module):
         super().__init__()
         depth = config["num_decoder_layers" if is_decoder else "num_layers"]
         self.dropout = config["dropout"]
-        self.layers = nn.ModuleList(T5Layer(config, is_decoder, i, factory) for i in range(depth))
+        self.layers = nn.ModuleList(_layer(config, is_decoder, i, factory) for i in range(depth))
         self.final_norm = RMSNorm(config["hidden_dim"], config["layer_norm_epsilon"], **factory)
 
-    def forward(self, x: Tensor, call: StackCall) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, S, D) -> (B, S, D). Leaves cache.length alone. call.visible.attn_bias, if there, stands for the table."""
         layers: Any = self.layers
+        rate = self.dropout if self.training else 0.0
         if call.visible.attn_bias is None:
             call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
         visible = call.visible
-        x, branch = self._drop(visible.packed(widened(x))), None
-        for layer in layers:
-            if call.hidden_states is not None:
-                call.hidden_states.append(visible.unpacked(x if branch is None else x + branch))
-            x, branch = layer(x, branch, call)
-        x = visible.unpacked(self._drop(self.final_norm(x, branch)[0]))
+        x, branch = through(layers, dropped(visible.packed(widened(x)), rate), call)
+        x = visible.unpacked(dropped(self.final_norm(x, branch)[0], rate))
         if call.hidden_states is not None:
             call.hidden_states.append(x)
         return x
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+def _layer(config: dict[str, Any], is_decoder: bool, index: int, factory: dict[str, Any]) -> PreNormLayer:
+    d, heads, size = config["hidden_dim"], config["num_heads"], config["key_value_dim"]
+    options: dict[str, Any] = {"dropout": config["dropout"], **factory}
+    kind: Any = GatedMlp if config["use_gated_activation"] else partial(Mlp, bias=False)
+    return PreNormLayer(
+        index,
+        partial(RMSNorm, d, config["layer_norm_epsilon"], **factory),
+        RelativeSelfAttention(
+            d, heads, size, bidirectional=not is_decoder, num_buckets=None if index else config["num_buckets"],
+            max_distance=config["max_distance"], **options,
+        ),
+        CrossAttention(d, heads, size, scale=1.0, bias=False, **options) if is_decoder else None,
+        kind(d, config["intermediate_dim"], config["activation"], **options),
+        config["dropout"],
+    )  # fmt: skip
 
 
 class T5Backbone(Backbone):
@@ -171,15 +140,17 @@ class T5Backbone(Backbone):
         **kwargs: Any,
     ):
         super().__init__()
-        check_known(T5Backbone, kwargs, OPTIONS)
-        config = {
+        for name, default in (("num_decoder_layers", num_layers), ("scale_logits", tie_embedding_weights)):
+            if kwargs.get(name) is None:
+                kwargs[name] = default
+        named = {
             "vocabulary_size": vocabulary_size, "num_layers": num_layers, "num_heads": num_heads,
             "hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim, "key_value_dim": key_value_dim,
             "dropout": dropout, "activation": activation, "use_gated_activation": use_gated_activation,
             "layer_norm_epsilon": layer_norm_epsilon, "tie_embedding_weights": tie_embedding_weights,
-            **OPTIONS, **kwargs,
         }  # fmt: skip
-        self._config = _checked(config)
+        self._config = config = configuration(T5Backbone, named, OPTIONS, kwargs)
+        config["activation"] = check_activation(config)
         factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(
@@ -196,27 +167,23 @@ class T5Backbone(Backbone):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws new weights, as the class says."""
-        c = self._config
-        size = c["key_value_dim"] or c["hidden_dim"] // c["num_heads"]
+        super().reset_parameters()
+        size = head_size(self._config)
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            spread = 1.0 if name.startswith("token_embedding") else parameter.shape[-1] ** -0.5
-            parameter.normal_(0.0, c["hidden_dim"] ** -0.5 if name.endswith("relative_bias") else spread)
             if ".query" in name:  # scores are not scaled: what others divide by, the weights have in them
-                parameter.narrow(0, 0, c["num_heads"] * size).mul_(size**-0.5)
+                parameter.narrow(0, 0, self._config["num_heads"] * size).mul_(size**-0.5)
+
+    def _spread(self, name: str, parameter: Tensor) -> float:
+        if name.startswith("token_embedding"):
+            return 1.0
+        return float(self._config["hidden_dim"] if name.endswith("relative_bias") else parameter.shape[-1]) ** -0.5
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty KV cache for `capacity` tokens of the decoder per row, to pass as `cache`."""
         self.check_decoder("new_cache")
-        check_sizes({"batch_size": batch_size, "capacity": capacity})
-        c = self._config
-        heads = c["num_heads"]
-        size = c["key_value_dim"] or c["hidden_dim"] // heads
-        return KVCache(
-            len(self.decoder.layers), batch_size, heads, capacity, size, dtype=self.dtype, device=self.device
-        )
+        check(SIZE, batch_size=batch_size, capacity=capacity)
+        sizes = batch_size, self._config["num_heads"], capacity, head_size(self._config)
+        return KVCache(len(self.decoder.layers), *sizes, dtype=self.dtype, device=self.device)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """Hidden states behind the final norm of each stack: {"encoder_sequence_output": (B, Se, D),
@@ -248,34 +215,63 @@ class T5Backbone(Backbone):
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         given = model_inputs.gather(inputs, keywords, INPUTS)
-        if self.decoder is None:
-            return self._encoder_alone(given)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.get("cache") is None):
-            call = read(given, self._config, self.token_embedding.weight)
-            encoded = call.memory if call.encoder is None else self._encoded(call.encoder)
-            call.decoder.memory = encoded
-            decoded = self.decoder(self._embed(call.decoder), call.decoder)
-        if call.decoder.cache is not None:
-            call.decoder.cache.length += decoded.shape[1]
-        found = {} if encoded is None else {"encoder_sequence_output": encoded}
-        return {**found, "decoder_sequence_output": decoded, **{name: tuple(kept) for name, kept in call.asked.items()}}
+            encoder, decoder = self._read(self._reader(given))
+            memory = decoder.memory if encoder is None else self._encoded(encoder)
+            found: dict[str, Any] = {} if memory is None else {"encoder_sequence_output": memory}
+            if decoder is not None:
+                decoder.memory = memory
+                found["decoder_sequence_output"] = self.decoder(decoder.embedded(self.token_embedding), decoder)
+        if decoder is not None and decoder.cache is not None:
+            decoder.cache.length += decoder.size[1]
+        for side, call in (("encoder_", encoder), ("decoder_", decoder)):
+            found |= {} if call is None else call.collected(side)
+        return found
 
     def encode(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> Tensor:
         """The encoder alone: encoder_token_ids (or encoder_inputs_embeds) and encoder_padding_mask, as forward takes them
         and raising as it does -> (B, Se, D)."""
-        given = model_inputs.gather(inputs, keywords, ENCODER_INPUTS)
-        return self._encoded(read_encoder(given, self._config, self.token_embedding.weight))
+        return self._encoded(self._read_encoder(self._reader(model_inputs.gather(inputs, keywords, ENCODER_INPUTS))))
 
-    def _encoder_alone(self, given: dict[str, Any]) -> dict[str, Any]:
-        """forward without a decoder."""
-        for name, value in given.items():
-            if value is not None and name not in (*ENCODER_INPUTS, *FLAGS):
-                self.check_decoder(name)
-        encoder = read_encoder(given, self._config, self.token_embedding.weight)
-        call = Call(encoder, None)
-        collect(call, given)
-        encoded = self._encoded(encoder)
-        return {"encoder_sequence_output": encoded, **{name: tuple(kept) for name, kept in call.asked.items()}}
+    def _reader(self, given: dict[str, Any]) -> Reader:
+        return Reader(given, self._config, self.token_embedding.weight)
+
+    def _read(self, read: Reader) -> tuple[Call | None, Any]:
+        """The calls of the encoder, None where its states are given or the cache has their keys, and of the decoder, None
+        where there is none."""
+        given = read.given
+        if self.decoder is None:
+            for name, value in given.items():
+                if value is not None and name not in (*ENCODER_INPUTS, *FLAGS):
+                    self.check_decoder(name)
+            return self._read_encoder(read), None
+        call = read.tokens("decoder_", "Sd")
+        past, (b, s) = read.cache(call, self._config["num_decoder_layers"]), call.size
+        padding = read.padding("decoder_padding_mask", "(B, Sk)" if past else "(B, Sd)", (b, past + s))
+        call.visible = Visibility(is_causal=True, padding_mask=padding)
+        read.collect(call, cross=True)
+        states = "encoder_sequence_output"
+        if read.memory(call, (states, "encoder_padding_mask", *ENCODER_INPUTS)):
+            return None, call
+        if given.get(states) is None:
+            encoder = self._read_encoder(read)
+            if encoder.size[0] != b:
+                name = "encoder_token_ids" if encoder.embeds is None else "encoder_inputs_embeds"
+                raise ValueError(f"{name} has {encoder.size[0]} rows; it takes decoder_token_ids' batch size, {b}")
+            call.memory_mask = encoder.visible.padding_mask
+            return encoder, call
+        for name in ("encoder_token_ids", "encoder_inputs_embeds"):
+            if given.get(name) is not None:
+                raise ValueError(f"{states} is given beside {name}; it takes one of the two")
+        if "encoder_padding_mask" not in given:
+            raise ValueError("encoder_padding_mask is missing; it takes (B, Se), or None where nothing is padding")
+        return None, call
+
+    def _read_encoder(self, read: Reader) -> Call:
+        call = read.tokens("encoder_", "Se")
+        call.visible = Visibility(padding_mask=read.padding("encoder_padding_mask", "(B, Se)", call.size))
+        read.collect(call)
+        return call
 
     def check_decoder(self, what: str) -> None:
         """Raises ValueError where this is the encoder alone. `what` needs the decoder."""
@@ -289,43 +285,12 @@ class T5Backbone(Backbone):
         """The encoder's: (B, S) -> (B, S, D)."""
         return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
 
-    def _encoded(self, call: StackCall) -> Tensor:
+    def _encoded(self, call: Call) -> Tensor:
         if self.skip_padding or skips_padding():  # distances count, so that padding between tokens has to stay
             call.visible = call.visible.skip_padding(call.attentions is None, unbroken=True)
-        return self.encoder(self._embed(call), call)
+        return self.encoder(call.embedded(self.token_embedding), call)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The decoder's hidden states (..., D) -> (..., V)."""
         self.check_decoder("logits")
         return self.token_embedding(hidden * self.logits_scale if self.logits_scale != 1.0 else hidden, reverse=True)
-
-    def _embed(self, call: StackCall) -> Tensor:
-        return self.token_embedding(call.token_ids) if call.embeds is None else call.embeds
-
-
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what follows from other arguments."""
-    if config["num_decoder_layers"] is None:
-        config["num_decoder_layers"] = config["num_layers"]
-    if config["scale_logits"] is None:
-        config["scale_logits"] = config["tie_embedding_weights"]
-    sizes = ["vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim"]
-    if config["num_decoder_layers"] != 0 or isinstance(config["num_decoder_layers"], bool):
-        sizes.append("num_decoder_layers")
-    check_sizes({name: config[name] for name in (*sizes, "num_buckets", "max_distance")})
-    if config["key_value_dim"] is None:
-        check_heads(config["hidden_dim"], config["num_heads"])
-    else:
-        check_sizes({"key_value_dim": config["key_value_dim"]})
-        if config["key_value_dim"] > MAX_HEAD_SIZE:
-            raise ValueError(f"key_value_dim is {config['key_value_dim']}; it takes at most {MAX_HEAD_SIZE}")
-    check_rates({"dropout": config["dropout"]})
-    flags = {"use_gated_activation": True, "tie_embedding_weights": True, "scale_logits": True}
-    check_rest(config, OPTIONS | flags)
-    start, vocabulary = config["decoder_start_token_id"], config["vocabulary_size"]
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise TypeError(f"decoder_start_token_id is {start!r}; it takes a token id")
-    if not 0 <= start < vocabulary:
-        raise ValueError(f"decoder_start_token_id is {start}; it takes a token id below vocabulary_size = {vocabulary}")
-    config["activation"] = check_activation(config)
-    return config

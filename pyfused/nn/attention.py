@@ -24,9 +24,18 @@ def bias_in(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.clamp(min=torch.finfo(dtype).min).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, bool (True: may look) or added to the scores, as a bias of this dtype. In place of False -inf hides, so that a
+    query that sees nothing gives zeros. A float mask stays what it is."""
+    if mask.dtype != torch.bool:
+        return bias_in(mask, dtype)
+    zero, hidden = (torch.full((), value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
+    return torch.where(mask, zero, hidden)
+
+
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Which keys a query may see, and how far away they count: arguments of pyfused.attention that all layers share."""
+    """Which keys a query may see, and how far away they count: the one form in which masks reach pyfused.attention."""
 
     is_causal: bool = False
     padding_mask: Tensor | None = None
@@ -34,6 +43,33 @@ class Visibility:
     relative_bias: RelativeBias | None = None
     packing: Packing | None = None  # what is given to the layers is packed so, and has no padding
     blank: bool = False  # padding is zeros in what unpacked() returns
+    keys: int | None = None  # so many keys count, the first ones, which the caller takes; behind them a cache has room
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
+        """pyfused.attention: query (B, H, S, d), key and value (B, Hkv, Sk, d) -> (B, H, S, d)."""
+        packing = self.packing
+        return attention(
+            query,
+            key,
+            value,
+            is_causal=self.is_causal,
+            padding_mask=self.padding_mask,
+            relative_bias=self.relative_bias,
+            attn_bias=self.attn_bias,
+            scale=scale,
+            dropout_p=dropout_p,
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            max_seqlen=None if packing is None else packing.max_seqlen,
+        )
+
+    def probabilities(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """(B, H, S, Sk), before dropout, by the reference: the operator never has them in memory."""
+        mask = None if self.padding_mask is None else self.padding_mask != 0
+        relative = self.relative_bias or ()
+        scores = reference.scores(query, key, self.is_causal, mask, self.attn_bias, scale, *relative)
+        return reference.probabilities(scores).to(query.dtype)
 
     def skip_padding(self, possible: bool = True, *, unbroken: bool = False) -> Visibility:
         """The same with the padding left out, as padding_mask says. Where that is not possible (the caller's knowledge;
@@ -76,29 +112,10 @@ class _Attention(nn.Module):
     def _attend(self, query, key, value, visible, probabilities):
         """query (B, H, S, d), key and value (B, H, Sk, d) -> (B, S, D)."""
         if probabilities is not None:
-            probabilities.append(self._probabilities(query, key, visible))
-        packing = visible.packing
-        out = attention(
-            query,
-            key,
-            value,
-            is_causal=visible.is_causal,
-            padding_mask=visible.padding_mask,
-            relative_bias=visible.relative_bias,
-            attn_bias=visible.attn_bias,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            cu_seqlens=None if packing is None else packing.cu_seqlens,
-            max_seqlen=None if packing is None else packing.max_seqlen,
-        )
+            probabilities.append(visible.probabilities(query, key, self.scale))
+        dropout = self.dropout if self.training else 0.0
+        out = visible.attend(query, key, value, scale=self.scale, dropout_p=dropout)
         return self.output(out.transpose(1, 2).flatten(2))  # a view: (B, H, S, d) is stored as (B, S, H, d)
-
-    def _probabilities(self, query, key, visible):
-        """(B, H, S, Sk), before dropout, by the reference: the operator never has them in memory."""
-        mask = None if visible.padding_mask is None else visible.padding_mask != 0
-        relative = visible.relative_bias or ()
-        scores = reference.scores(query, key, visible.is_causal, mask, visible.attn_bias, self.scale, *relative)
-        return reference.probabilities(scores).to(query.dtype)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_size={self.head_size}, scale={self.scale:.6g}, dropout={self.dropout}"

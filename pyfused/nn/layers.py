@@ -75,6 +75,11 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, residual=residual)
 
 
+def dropped(x: Tensor, rate: float) -> Tensor:
+    """x, or what dropout leaves of it."""
+    return F.dropout(x, rate) if rate else x
+
+
 def feed_forward(
     x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.reference import attention as reference
 from ..notices import once
-from ..ops import attention, linear
+from ..ops import linear
 from ..ops.attention import MAX_HEAD_SIZE
 from ..own_forward import fused_forward
 from .attention import Visibility, bias_in
@@ -117,24 +116,12 @@ def attend(
         zero = k.new_zeros(module.embed_dim)
         k, v = _appended(k, zero, module), _appended(v, zero, module)
         visible = _with_one_key_more(visible)
-    packing = visible.packing
     if probabilities is not None:
-        masks = visible.is_causal, visible.padding_mask, visible.attn_bias
-        weights = reference.probabilities(reference.scores(q, k, *masks, module.head_dim**-0.5)).to(q.dtype)
+        weights = visible.probabilities(q, k, module.head_dim**-0.5)
         probabilities.append(F.dropout(weights, module.dropout, module.training))
         out = probabilities[0] @ v
     else:
-        out = attention(
-            q,
-            k,
-            v,
-            is_causal=visible.is_causal,
-            padding_mask=visible.padding_mask,
-            attn_bias=visible.attn_bias,
-            dropout_p=module.dropout if module.training else 0.0,
-            cu_seqlens=None if packing is None else packing.cu_seqlens,
-            max_seqlen=None if packing is None else packing.max_seqlen,
-        )
+        out = visible.attend(q, k, v, dropout_p=module.dropout if module.training else 0.0)
     merged = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
     return linear(merged.flatten(2), module.out_proj.weight, module.out_proj.bias, residual=residual)
 

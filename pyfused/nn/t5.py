@@ -1,27 +1,99 @@
 """Which modules take the place of transformers' T5Attention, T5DenseActDense and T5DenseGatedActDense, by hand?
 
 Their constructors, parameter names and results. A config is anything that has T5Config's attributes: transformers itself is
-not imported.
+not imported. `attend` is the attention of the drop-in class and of fuse_.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, SPELLINGS, canonical
-from ..kernels.reference import attention as reference
 from ..kernels.reference.relative_bias import buckets
-from ..ops import RelativeBias, attention
-from .attention import bias_in
+from ..ops import RelativeBias, relative_bias
+from .attention import Visibility, additive
 from .layers import Linear, feed_forward, gated_feed_forward
 
 # What transformers' layers hand down to every attention, and what has no bearing on it
 _INERT = frozenset({
     "use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch", "position_ids", "return_dict",
 })  # fmt: skip
+
+
+# (query, key, value (B, H, S, d), position bias) -> (B, Sq, H, d) and, on request, the probabilities
+Compute = Callable[[Tensor, Tensor, Tensor, "RelativeBias | Tensor | None"], "tuple[Tensor, Tensor | None]"]
+
+
+def attend(
+    module: Any,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None,
+    position_bias: RelativeBias | Tensor | None,
+    cache: Any,
+    compute: Compute,
+    *,
+    hands_on_table: bool = True,
+    reads_table: bool = True,
+) -> tuple[Tensor, RelativeBias | Tensor | None, Tensor | None]:
+    """T5Attention's forward but for its output projection.
+
+    Args:
+        module: transformers' T5Attention or ours.
+        hidden_states, key_value_states, position_bias, cache: as T5Attention's.
+        compute: what attends.
+        hands_on_table: whether the layers after this one read a RelativeBias. reads_table: whether `compute` does.
+
+    Returns:
+        (B, Sq, H * d), the position bias for the layers after this one, and what `compute` gives of the probabilities.
+    """
+    rows = hidden_states.shape[:-1]
+    past = cache.get_seq_length(module.layer_idx) if cache is not None else 0
+    past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter, which its update moves
+    query = module.q(hidden_states).view(*rows, -1, module.key_value_proj_dim).transpose(1, 2)
+    key, value = _keys_and_values(module, hidden_states, key_value_states, cache)
+    if position_bias is None and module.has_relative_attention_bias:
+        # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
+        table = module.relative_attention_bias.weight
+        if hands_on_table and _kernel_reads(table, past, query, key):
+            position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
+        else:
+            sizes = query.shape[2], key.shape[2]
+            position_bias = module.compute_bias(*sizes, device=query.device, past_seen_tokens=past)
+    bias = position_bias
+    if isinstance(bias, RelativeBias) and not (reads_table and _kernel_reads(bias.table, past, query, key)):
+        table, bidirectional, distance = bias
+        options: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": distance}
+        bias = relative_bias(table, query.shape[2], key.shape[2], query_offset=int(past), **options)
+    seen, weights = compute(query, key, value, bias)
+    return seen.reshape(*rows, -1), position_bias, weights
+
+
+def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Tensor, Tensor]:
+    """(B, H, Sk, d) each, through the cache where there is one: what cross-attention wrote once is there for good."""
+    is_cross, index, both = key_value_states is not None, module.layer_idx, hasattr(cache, "cross_attention_cache")
+    if both and is_cross and cache.is_updated.get(index):
+        layer = cache.cross_attention_cache.layers[index]
+        return layer.keys, layer.values
+    states = key_value_states if is_cross else hidden_states
+    heads = (*states.shape[:-1], -1, module.key_value_proj_dim)
+    key, value = module.k(states).view(heads).transpose(1, 2), module.v(states).view(heads).transpose(1, 2)
+    if cache is not None:
+        own = (cache.cross_attention_cache if is_cross else cache.self_attention_cache) if both else cache
+        key, value = own.update(key, value, index)
+        if both and is_cross:
+            cache.is_updated[index] = True
+    return key, value
+
+
+def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether the last query has the last key's position, as the kernel takes it; a StaticCache has more keys."""
+    if isinstance(past, Tensor) or past + query.shape[2] != key.shape[2]:
+        return False
+    return table.dtype in (torch.float32, query.dtype)
 
 
 class T5Attention(nn.Module):
@@ -98,77 +170,43 @@ class T5Attention(nn.Module):
                 raise TypeError(f"{name} is {type(value).__name__}; T5Attention does not know it and takes None")
         if mask is not None and mask.dim() != 4:
             raise ValueError(f"mask has shape {tuple(mask.shape)}; it takes (B or 1, H or 1, Sq or 1, Sk)")
-        past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
-        past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache counts in place
-        query = self._heads(self.q(hidden_states))
-        key, value = self._keys(hidden_states, key_value_states, past_key_values)
-        sq, sk = query.shape[2], key.shape[2]
-        if position_bias is None and self.has_relative_attention_bias:
-            table = self.relative_attention_bias.weight
-            position_bias = RelativeBias(table, not self.is_decoder, self.relative_attention_max_distance)
-            if isinstance(past, Tensor) or past + sq != sk:  # the kernel takes the last key for the last query's
-                position_bias = _dense(position_bias, sq, sk, past)
-        options = _masked(query, mask, position_bias, self.is_causal and mask is None and sq > 1)
-        dropout = self.dropout if self.training else 0.0
-        out = attention(query, key, value, scale=1.0, dropout_p=dropout, **options)
-        weights = _probabilities(query, key, options) if output_attentions else None
-        return self.o(out.transpose(1, 2).flatten(2)), position_bias, weights
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, S, H * d) -> (B, H, S, d)."""
-        return x.unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)
+        def compute(query, key, value, bias):
+            visible = _visible(query, mask, bias, self.is_causal and mask is None and query.shape[2] > 1)
+            out = visible.attend(query, key, value, scale=1.0, dropout_p=self.dropout if self.training else 0.0)
+            return out.transpose(1, 2), visible.probabilities(query, key, 1.0) if output_attentions else None
 
-    def _keys(self, hidden_states, key_value_states, cache) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, Sk, d), with those that the cache has, or from it alone: an encoder's stay the same."""
-        is_cross = key_value_states is not None
-        both = hasattr(cache, "cross_attention_cache")
-        own = cache
-        if both:
-            own = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-        if is_cross and both and cache.is_updated.get(self.layer_idx):
-            return own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
-        states = key_value_states if is_cross else hidden_states
-        key, value = self._heads(self.k(states)), self._heads(self.v(states))
-        if own is not None:
-            key, value = own.update(key, value, self.layer_idx)
-            if is_cross and both:
-                cache.is_updated[self.layer_idx] = True
-        return key, value
+        out, position_bias, weights = attend(
+            self, hidden_states, key_value_states, position_bias, past_key_values, compute
+        )
+        return self.o(out), position_bias, weights
+
+    def compute_bias(
+        self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
+    ) -> Tensor:
+        """The table's bias, (1, H, Sq, Sk), for queries from position past_seen_tokens on, which may be a tensor so that
+        nothing waits for its value."""
+        sizes = self.relative_attention_num_buckets, not self.is_decoder, self.relative_attention_max_distance
+        bucket = buckets(query_length, key_length, *sizes, past_seen_tokens, device)
+        return self.relative_attention_bias(bucket).permute(2, 0, 1)[None]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.n_heads}, head_size={self.key_value_proj_dim}, dropout={self.dropout}"
 
 
-def _dense(bias: RelativeBias, sq: int, sk: int, past: int | Tensor) -> Tensor:
-    """(1, H, Sq, Sk) for queries from position `past` on, which may be a tensor so that nothing waits for its value."""
-    table, bidirectional, max_distance = bias
-    bucket = buckets(sq, sk, table.shape[0], bidirectional, max_distance, past, table.device)
-    return nn.functional.embedding(bucket, table).permute(2, 0, 1)[None]
-
-
-def _masked(query, mask, position_bias, is_causal) -> dict[str, Any]:
-    """Mask and position bias as pyfused.attention takes them."""
-    options: dict[str, Any] = {"is_causal": is_causal}
-    bias = None
-    if isinstance(position_bias, RelativeBias):
-        options["relative_bias"] = position_bias
-    elif position_bias is not None:
-        bias = bias_in(position_bias, query.dtype)
+def _visible(query: Tensor, mask: Tensor | None, bias: RelativeBias | Tensor | None, is_causal: bool) -> Visibility:
+    """transformers' mask and position bias."""
+    padding = dense = None
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
-        options["padding_mask"] = mask[:, 0, 0].expand(query.shape[0], -1)
+        padding = mask[:, 0, 0].expand(query.shape[0], -1)
     elif mask is not None:
-        if mask.dtype == torch.bool:
-            mask = query.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        mask = bias_in(mask, query.dtype)
-        bias = mask if bias is None else bias + mask
-    return {**options, "attn_bias": bias}
-
-
-def _probabilities(query, key, options) -> Tensor:
-    """(B, H, Sq, Sk), by the reference: the operator never has them in memory."""
-    padding, relative = options.get("padding_mask"), options.get("relative_bias") or ()
-    scores = reference.scores(query, key, options["is_causal"], padding, options["attn_bias"], 1.0, *relative)
-    return reference.probabilities(scores).to(query.dtype)
+        dense = additive(mask, query.dtype)
+    if isinstance(bias, RelativeBias):
+        return Visibility(is_causal, padding, dense, bias)
+    if bias is not None:
+        bias = additive(bias, query.dtype)
+        dense = bias if dense is None else bias + dense
+    return Visibility(is_causal, padding, dense)
 
 
 class _Sizes(NamedTuple):

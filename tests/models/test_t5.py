@@ -212,6 +212,23 @@ def test_any_dtype_of_mask(kind, device):
     assert torch.equal(model(call)["decoder_sequence_output"], expected)
 
 
+def test_only_the_pass_writes_to_a_cache(device):
+    """A call that fails before the decoder runs leaves it as it was."""
+    model = T5Backbone(**SIZES).to(device).eval()
+    cache, call = model.new_cache(3, 12), call_of(inputs_of(padding="right"))
+
+    def fail(*_):
+        raise RuntimeError("on the way")
+
+    hook = model.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        model(call, cache=cache)
+    assert (cache.length, cache.encoder_mask, cache.cross[0]) == (0, None, None)
+    hook.remove()
+    model(call, cache=cache)
+    assert torch.equal(cache.encoder_mask, call["encoder_padding_mask"].bool().to(device))
+
+
 def test_config_round_trip():
     model = T5Backbone(
         **SIZES, key_value_dim=7, dropout=0.2, activation="gelu_pytorch_tanh", use_gated_activation=False, dtype="bfloat16",

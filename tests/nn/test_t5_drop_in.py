@@ -130,6 +130,18 @@ def test_caches(kind):
     torch.testing.assert_close(caches[0].layers[0].keys, caches[1].layers[0].keys)
 
 
+def test_a_table_that_is_handed_on_where_the_cache_has_room():
+    """The kernel would take the last key for the last query's; it gets the dense bias."""
+    mine, theirs, _ = attentions("sdpa", False, True)
+    x, table, outs = torch.randn(B, 3, 24), torch.randn(8, 4), []
+    dense = relative_bias(table, 3, 10, bidirectional=False, max_distance=9)
+    mask = (torch.arange(10) <= torch.arange(3)[:, None])[None, None].expand(B, 1, -1, -1)
+    for module, bias in ((mine, RelativeBias(table, False, 9)), (theirs, dense)):
+        cache = StaticCache(config=module.config, max_cache_len=10)
+        outs.append(module(x, mask=mask, position_bias=bias, past_key_values=cache)[0])
+    torch.testing.assert_close(*outs)
+
+
 def test_a_cached_encoder_is_projected_once():
     mine, theirs, _ = attentions("sdpa", False, True)
     x, memory, outs = torch.randn(B, 1, 24), torch.randn(B, SK, 24), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from transformers.utils import output_capturing
 
 from ... import notices
 from ...kernels.cpu.mask_structure import all_zero
+from ...nn import EVERYTHING, Visibility
+from ...nn.attention import additive
 from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
-from .masks import Visible, additive, may_look, read_mask
+from .masks import may_look, read_mask
 
 # What changes the result and is not computed here; a model passes these only where it has such a thing.
 REFUSED = {
@@ -86,10 +89,12 @@ def attend(
         key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
         position_bias = None if position_bias is None else position_bias[..., : visible.keys]
     if position_bias is not None and not _is_zero(position_bias):
-        visible = visible._replace(attn_bias=_sum(additive(position_bias, query.dtype), visible.attn_bias))
+        visible = replace(visible, attn_bias=_sum(additive(position_bias, query.dtype), visible.attn_bias))
     if packed is not None and visible.attn_bias is not None:
         raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
-    return _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs)
+    if relative_bias is not None:
+        visible = replace(visible, relative_bias=relative_bias)
+    return _compute(module, query, key, value, visible, packed, dropout, scaling, head_mask, kwargs)
 
 
 def _without_mask(module, query, key, is_causal, window):
@@ -104,7 +109,7 @@ def _without_mask(module, query, key, is_causal, window):
     if (
         queries == 1 or not causal or masks == "eager"
     ):  # eager code sees every key without a mask; Splinter's says no is_causal
-        return Visible()
+        return EVERYTHING
     # Without a mask of ours, transformers leaves it out in the first call with a static cache, whose keys behind the queries'
     # own are empty. With ours a model has cut its queries (Gemma 4 does), and their own keys are the last.
     if queries > keys or (queries < keys and masks != "sdpa"):
@@ -112,11 +117,11 @@ def _without_mask(module, query, key, is_causal, window):
             f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
             "the keys are the queries' own; it takes a mask"
         )
-    return Visible(is_causal=True, keys=queries)
+    return Visibility(is_causal=True, keys=queries)
 
 
-def _compute(module, query, key, value, visible, packed, relative_bias, dropout, scaling, head_mask, kwargs):
-    plain = (query, key, visible, packed, relative_bias)
+def _compute(module, query, key, value, visible, packed, dropout, scaling, head_mask, kwargs):
+    plain = (query, key, visible, packed)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
         notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
         bias, dead = _dense_bias(*plain)
@@ -148,7 +153,7 @@ def _compute(module, query, key, value, visible, packed, relative_bias, dropout,
             is_causal=visible.is_causal,
             padding_mask=visible.padding_mask,
             attn_bias=visible.attn_bias,
-            relative_bias=relative_bias,
+            relative_bias=visible.relative_bias,
             scale=scaling,
             dropout_p=dropout,
             cu_seqlens=None if packed is None else packed[0],
@@ -175,7 +180,7 @@ def _with_weights(query, key, value, dense, dropout, scaling, head_mask):
     return (weights @ value).transpose(1, 2), weights
 
 
-def _dense_bias(query, key, visible, packed, relative_bias):
+def _dense_bias(query, key, visible, packed):
     """What the fallbacks add to the scores, (B or 1, H or 1, Tq, Sk), and which queries see no key, (..., Tq, 1); None for
     nothing. Such a query is given every key here, as a softmax over -inf alone is NaN: its result is then to be zeros."""
     bias, (tq, sk) = visible.attn_bias, (query.shape[2], key.shape[2])
@@ -190,8 +195,8 @@ def _dense_bias(query, key, visible, packed, relative_bias):
         text = torch.bucketize(torch.arange(tq, device=query.device), packed[0], right=True)
         other = text[:, None] != text
         hidden = other if hidden is None else hidden | other
-    if relative_bias is not None:
-        table, bidirectional, distance = relative_bias
+    if visible.relative_bias is not None:
+        table, bidirectional, distance = visible.relative_bias
         dense = materialise(table, tq, sk, bidirectional=bidirectional, max_distance=distance, query_offset=sk - tq)
         bias = _sum(dense.to(query.dtype), bias)
     bias = bias if hidden is None else _sum(additive(~hidden, query.dtype), bias)

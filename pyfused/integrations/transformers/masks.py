@@ -8,25 +8,16 @@ kept: masks are changed through numpy, shared memory or .data, which no version 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...kernels.cpu.mask_structure import structure
-from ...nn.attention import bias_in
+from ...nn.attention import Visibility, additive
 from ...tracing import tracing
 from .support import check_interface, may_leave_out_masks
-
-
-class Visible(NamedTuple):
-    """Which keys a query sees, as pyfused.attention takes it once keys and values are cut to the first `keys`."""
-
-    padding_mask: Tensor | None = None
-    is_causal: bool = False
-    attn_bias: Tensor | None = None
-    keys: int | None = None
 
 
 def make_mask(
@@ -69,7 +60,7 @@ def make_mask(
     return sdpa_mask(**arguments)
 
 
-def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
+def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
     """Which keys a query sees by a mask that an attention layer got: bool (True is visible) or added to the scores.
 
     Raises:
@@ -83,15 +74,15 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visible:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it takes four dimensions, (B, H or 1, Tq, Sk)")
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
-        return Visible(mask[:, 0, 0].expand(sizes[0], -1))
+        return Visibility(padding_mask=mask[:, 0, 0].expand(sizes[0], -1))
     if mask.shape == sizes and not mask.requires_grad and may_look():
         visible = _recognised(mask)
         if visible is not None:
             return visible
-    return Visible(attn_bias=additive(mask, query.dtype))
+    return Visibility(attn_bias=additive(mask, query.dtype))
 
 
-def _recognised(mask: Tensor) -> Visible | None:
+def _recognised(mask: Tensor) -> Visibility | None:
     """What a (B, 1, Tq, Sk) mask is made of, if it is only padding, with or without causality.
 
     On a GPU a look waits for the device, once a layer, so masks there are dense. Of eager's float masks, whose hidden keys are
@@ -105,18 +96,7 @@ def _recognised(mask: Tensor) -> Visible | None:
     if padded:
         last = mask[:, 0, -1, : end or None]
         padding = last.clone() if mask.dtype == torch.bool else last == 0
-    return Visible(padding, end > 0, None, end or None)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a bias of this dtype. In place of False -inf hides, so that a query that sees nothing gives zeros. A float
-    mask stays what it is: finfo.min is finite, and such a query sees every key alike."""
-    return _hidden(mask, dtype) if mask.dtype == torch.bool else bias_in(mask, dtype)
-
-
-def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    zero, hidden = (torch.full((), value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
-    return torch.where(mask, zero, hidden)
+    return Visibility(end > 0, padding, keys=end or None)
 
 
 def may_look() -> bool:

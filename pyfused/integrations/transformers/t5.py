@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5 import modeling_t5
 
 from ...kernels.shared.buckets import exact_buckets
-from ...ops import RelativeBias, ffn, gated_ffn, linear, relative_bias, rms_norm
+from ...nn.t5 import attend
+from ...ops import RelativeBias, ffn, gated_ffn, linear, rms_norm
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
@@ -167,67 +166,24 @@ def _attended(
     **kwargs: Any,
 ) -> tuple[Tensor, Any, Tensor | None]:
     """T5Attention's forward but for its output projection: (B, S, H * d), the bias for the next layer, the weights."""
-    rows = hidden_states.shape[:-1]
-    past = past_key_values.get_seq_length(module.layer_idx) if past_key_values is not None else 0
-    past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter, which its update moves
-    query = module.q(hidden_states).view(*rows, -1, module.key_value_proj_dim).transpose(1, 2)
-    key, value = _keys_and_values(module, hidden_states, key_value_states, past_key_values)
-    if position_bias is None and module.has_relative_attention_bias:
-        # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
-        table = module.relative_attention_bias.weight
-        if hands_on_table and _kernel_reads(table, past, query, key):
-            position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
-        else:
-            position_bias = module.compute_bias(
-                query.shape[2], key.shape[2], device=query.device, past_seen_tokens=past
-            )
-    bias = position_bias
-    if isinstance(bias, RelativeBias) and not (_is_ours(module) and _kernel_reads(bias.table, past, query, key)):
-        table, bidirectional, distance = bias
-        bias = relative_bias(
-            *(table, query.shape[2], key.shape[2]),
-            bidirectional=bidirectional,
-            max_distance=distance,
-            query_offset=int(past),
-        )
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, modeling_t5.eager_attention_forward
     )
-    seen, weights = attend(
-        *(module, query, key, value, mask),
-        dropout=module.dropout if module.training else 0.0,
-        scaling=module.scaling,
-        **({"relative_bias": bias} if isinstance(bias, RelativeBias) else {"position_bias": bias}),
-        **kwargs,
+
+    def compute(query, key, value, bias):
+        return interface(
+            *(module, query, key, value, mask),
+            dropout=module.dropout if module.training else 0.0,
+            scaling=module.scaling,
+            **({"relative_bias": bias} if isinstance(bias, RelativeBias) else {"position_bias": bias}),
+            **kwargs,
+        )
+
+    return attend(
+        *(module, hidden_states, key_value_states, position_bias, past_key_values, compute),
+        hands_on_table=hands_on_table,
+        reads_table=_is_ours(module),
     )
-    return seen.reshape(*rows, -1), position_bias, weights
-
-
-def _keys_and_values(
-    module: Any, hidden_states: Tensor, key_value_states: Tensor | None, past_key_values: Any
-) -> tuple[Tensor, Tensor]:
-    """(B, H, Sk, d) each, through the cache where there is one: what cross-attention wrote once is there for good."""
-    is_cross, cache, index = key_value_states is not None, past_key_values, module.layer_idx
-    if isinstance(cache, EncoderDecoderCache):
-        if is_cross and cache.is_updated.get(index):
-            layer = cache.cross_attention_cache.layers[index]
-            return layer.keys, layer.values
-        cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
-    states = hidden_states if key_value_states is None else key_value_states
-    heads = (*states.shape[:-1], -1, module.key_value_proj_dim)
-    key, value = module.k(states).view(heads).transpose(1, 2), module.v(states).view(heads).transpose(1, 2)
-    if cache is not None:
-        key, value = cache.update(key, value, index)
-        if is_cross and isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values.is_updated[index] = True
-    return key, value
-
-
-def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
-    """Whether the last query has the last key's position, as the kernel takes it; a StaticCache has more keys."""
-    if isinstance(past, Tensor) or past + query.shape[2] != key.shape[2]:
-        return False
-    return table.dtype in (torch.float32, query.dtype)
 
 
 @fused_forward
