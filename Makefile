@@ -1,14 +1,15 @@
-# The commands one needs. Each makes its own environment (.venv) on a fresh machine; `make gpu` takes the Python that is
-# there and installs nothing.
+# The commands one needs. Each makes its own environment (.venv) on a fresh machine. `make gpu` takes the Python that is there
+# and installs nothing.
 #
 # make run     env, verify, generate and encode on the bundled presets, with tokens per second beside transformers'
 # make test    every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify` as older and newer processors run them
 # make lint    ruff and mypy
-# make bench   every benchmark on the CPU, into benchmarks/results and the README
+# make docs    the site, with warnings as errors, into build/site
+# make bench   every benchmark on the CPU, into benchmarks/results, the README and docs/performance
 # make gpu-build  the extensions for a machine with a GPU: Python 3.12, Hopper; nothing has to be built or installed there
 # make gpu     what a GPU must show, in BUDGET seconds, into RESULTS (CALL=second after the first; benchmarks/gpu.py)
-# make gpu-publish  what a run left in RESULTS becomes evidence, result file and README
+# make gpu-publish  what a run left in RESULTS becomes evidence, result file and documents
 # make clean   removes what the others made
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ RESULTS ?= build/gpu-results
 # What the tests read. An install has code for every chip (CMakeLists.txt), which takes three times as long to build.
 run test test-machines lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
-.PHONY: run test test-machines lint bench gpu gpu-build gpu-publish clean
+.PHONY: run test test-machines lint docs bench gpu gpu-build gpu-publish clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -48,6 +49,9 @@ test-machines: $(VENV)/test.stamp
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/publish.py --run
@@ -99,4 +103,9 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 
 $(VENV)/lint.stamp: $(VENV)/lib.stamp pyproject.toml
 	$(BIN)/pip install --quiet --group lint
+	touch $@
+
+# The site is made from the sources alone, so nothing has to be built for it.
+$(VENV)/docs.stamp: $(VENV)/base.stamp pyproject.toml
+	$(BIN)/pip install --quiet --group docs
 	touch $@
