@@ -157,6 +157,17 @@ def threads_of(found: dict) -> str:
     return f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
 
 
+def about_bfloat16(found: dict) -> str:
+    """What one must know of a machine that multiplies bfloat16 by way of float32: plain PyTorch is slow there."""
+    rates = [found["ceilings"].get(f"{dtype}_gflop_per_s", 0.0) for dtype in DTYPES[:2]]
+    if not 0 < rates[1] < rates[0] / 2:
+        return ""
+    return (
+        f" torch multiplies bfloat16 at {rates[1]:.0f} GFLOP/s here, float32 at {rates[0]:.0f}: where a processor has "
+        "instructions for bfloat16, expect smaller ratios in that column."
+    )
+
+
 def front(runs: list[dict]) -> dict:
     """The run that the README shows: on a CPU, with the fewest threads, and of those the one with most rows."""
     return min(runs, key=lambda found: (found["device"] != "cpu", found["threads"], -len(found["rows"])))
@@ -178,7 +189,7 @@ def block(runs: list[dict]) -> str:
     charts = charted(found)
     lines = [
         f"Measured on `{found['kind']}`, {threads_of(found)}, torch {found['versions']['torch']}, {found['date']}. Medians of "
-        "interleaved runs, outputs checked; ~ marks noise.",
+        f"interleaved runs, outputs checked; ~ marks noise.{about_bfloat16(found)}",
         "",
         verdict(found) + ("" if any(run["device"] == "cuda" for run in runs) else " No GPU has been measured yet."),
         "",
@@ -223,7 +234,8 @@ def chart(found: dict) -> str:
         + text(left + 14 + 110 * i, 37, dtype)
         for i, (dtype, colour) in enumerate(colours.items())
     ]
-    below = text(x(1), y + 14, "plain PyTorch = 1", 'text-anchor="middle"')
+    below = text(x(1), y + 14, "plain PyTorch", 'text-anchor="middle"')
+    below += "".join(text(x(value), y + 14, str(value), 'text-anchor="middle"') for value in range(2, int(longest) + 1))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y + 24:.0f}" viewBox="0 0 700 {y + 24:.0f}" '
@@ -260,7 +272,7 @@ def tables(runs: list[dict]) -> str:
             f"## {found['kind']}, {threads_of(found)}",
             "",
             f"{found['date']}, pyfused {found['versions']['pyfused']}, torch {found['versions']['torch']}. This machine reads "
-            f"{limits['read_gb_per_s']:.0f} GB/s and multiplies {limits['float32_gflop_per_s']:.0f} GFLOP/s in float32.",
+            f"{limits['read_gb_per_s']:.0f} GB/s and multiplies {limits['float32_gflop_per_s']:.0f} GFLOP/s in float32.{about_bfloat16(found)}",
             "",
             verdict(found),
             "",
