@@ -1,8 +1,8 @@
 """Writes what was measured into the documents: `python benchmarks/publish.py [--run]`.
 
---run measures first, with one CPU thread and with all (`make bench` does). It writes the README's block and picture, and the
-site's pages docs/performance/index.md (tables) and rows.md (every row). Every number and picture there comes from the files that
-`pyfused bench --json` wrote; tests/test_publish.py holds that.
+--run measures first, with one CPU thread and with all (`make bench` does). Written are the README's block and picture, and
+the site's pages docs/performance/index.md (tables) and rows.md (every row). Every number and picture there comes from the
+files that `pyfused bench --json` wrote; tests/test_publish.py holds that.
 """
 
 import json
@@ -204,7 +204,8 @@ def block(runs: list[dict]) -> str:
 
 
 def chart(found: dict) -> str:
-    """An SVG of bars: how many times as fast as plain PyTorch. Written by hand, so that the same results give the same bytes."""
+    """An SVG of bars: how many times as fast as plain PyTorch. Made without a library, so that the same results give the same
+    bytes."""
     longest, left, right, bar = 6.0, 250, 640, 13
     colours = {"float32": "#1f6fb4", "bfloat16": "#c05a28"}
 
@@ -223,7 +224,9 @@ def chart(found: dict) -> str:
         for dtype, row in by_dtype.items():
             value = row["ratio"][row["baseline"]]
             width = x(value) - left
-            body.append(f'<rect x="{left}" y="{y:.1f}" width="{width:.1f}" height="{bar - 2}" fill="{colours[dtype]}"/>')
+            body.append(
+                f'<rect x="{left}" y="{y:.1f}" width="{width:.1f}" height="{bar - 2}" fill="{colours[dtype]}"/>'
+            )
             body.append(text(x(value) + 4, y + bar - 4, ratio(row), 'font-size="10"'))
             y += bar
         y += 8
@@ -272,13 +275,17 @@ def tables(runs: list[dict]) -> str:
             f"## {found['kind']}, {threads_of(found)}",
             "",
             f"{found['date']}, pyfused {found['versions']['pyfused']}, torch {found['versions']['torch']}. This machine reads "
-            f"{limits['read_gb_per_s']:.0f} GB/s and multiplies {limits['float32_gflop_per_s']:.0f} GFLOP/s in float32.{about_bfloat16(found)}",
+            f"{limits['read_gb_per_s']:.0f} GB/s and multiplies {limits['float32_gflop_per_s']:.0f} GFLOP/s in float32."
+            f"{about_bfloat16(found)}",
             "",
             verdict(found),
             "",
         ]
         if found["device"] == "cpu":
-            lines += ["Operators, beside plain PyTorch in the same dtype (attention: scaled_dot_product_attention):", ""]
+            lines += [
+                "Operators, beside plain PyTorch in the same dtype (attention: scaled_dot_product_attention):",
+                "",
+            ]
             lines += [*operators(found), ""]
         for part in models(found), others(found):
             lines += [*part, ""] if part else []

@@ -31,7 +31,9 @@ def test_ci_tests_the_oldest_python():
     assert ", ".join(versions) in readme
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name
+)
 def test_issue_form_is_whole(path):
     form = yaml.safe_load(path.read_text())
     if path.name != "config.yml":
