@@ -103,6 +103,12 @@ def test_the_reference_has_every_command():
     assert [name for name in commands.choices if f"`pyfused {name}" not in page] == []
 
 
+def test_every_example_is_described():
+    page = (ROOT / "examples" / "README.md").read_text()
+    found = [path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")]
+    assert [name for name in found if f"`{name}`" not in page] == []
+
+
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert {str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS[1:]} == listed
