@@ -95,12 +95,14 @@ def test_the_reference_has_every_public_name():
     assert {*listed} - public == set(), "these are no public names"
 
 
-def test_the_reference_has_every_command():
+def test_the_reference_has_every_command(capsys):
     from pyfused import cli
 
+    cli.main([])
+    commands = re.findall(r"^    (\w[\w-]*) ", capsys.readouterr().out, re.MULTILINE)
+    assert {"env", "bench"} <= {*commands}
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
-    (commands,) = (a for a in cli._parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict))
-    assert [name for name in commands.choices if f"`pyfused {name}" not in page] == []
+    assert [name for name in commands if f"`pyfused {name}" not in page] == []
 
 
 def test_every_example_is_described():
@@ -111,7 +113,7 @@ def test_every_example_is_described():
 
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert {str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS[1:]} == listed
+    assert {str(path.relative_to(ROOT / "docs")) for path in DOCUMENTS[1:]} - listed == set()
 
 
 # ---- the site ------------------------------------------------------------------------------------------------------------
