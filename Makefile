@@ -5,7 +5,8 @@
 # make test           every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify`, as on older and newer processors
 # make lint           ruff and mypy
-# make bench          every benchmark on the CPU; updates benchmarks/results and the README
+# make docs           builds the site into build/site, with warnings as errors
+# make bench          every benchmark on the CPU; updates benchmarks/results, the README and docs/performance
 # make gpu-build      builds the extensions for a machine with a Hopper GPU and Python 3.12, where nothing can be installed
 # make gpu            the GPU's checks and measurements, within BUDGET seconds, into RESULTS; then again with CALL=second
 # make gpu-publish    turns the results in RESULTS into evidence, result file and README
@@ -24,7 +25,7 @@ RESULTS ?= build/gpu-results
 # The tests read code for these two chips. A build for every chip (CMakeLists.txt) takes three times as long.
 run test test-machines lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
-.PHONY: run test test-machines lint bench gpu gpu-build gpu-publish clean
+.PHONY: run test test-machines lint docs bench gpu gpu-build gpu-publish clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -48,6 +49,9 @@ test-machines: $(VENV)/test.stamp
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/publish.py --run
@@ -99,4 +103,9 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 
 $(VENV)/lint.stamp: $(VENV)/lib.stamp pyproject.toml
 	$(BIN)/pip install --quiet --group lint
+	touch $@
+
+# The site is made from the sources alone, so nothing has to be built for it.
+$(VENV)/docs.stamp: $(VENV)/base.stamp pyproject.toml
+	$(BIN)/pip install --quiet --group docs
 	touch $@

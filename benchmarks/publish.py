@@ -1,7 +1,8 @@
-"""Writes what was measured into the README and benchmarks/results: `python benchmarks/publish.py [--run]`.
+"""Writes what was measured into the documents: `python benchmarks/publish.py [--run]`.
 
---run measures first, with one CPU thread and with all (`make bench` does). Every number and picture there comes from the files
-that `pyfused bench --json` wrote; tests/test_publish.py holds that.
+--run measures first, with one CPU thread and with all (`make bench` does). Written are the README's block and picture, and
+the site's pages docs/performance/index.md (tables) and rows.md (every row). Every number and picture there comes from the
+files that `pyfused bench --json` wrote; tests/test_publish.py holds that.
 """
 
 import json
@@ -14,11 +15,37 @@ from pathlib import Path
 from pyfused.bench import report
 
 RESULTS = Path(__file__).parent / "results"
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+README = ROOT / "README.md"
+SITE = ROOT / "docs" / "performance"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 DTYPES = "float32", "bfloat16", "float16"
 
-# What the README shows of the operators: a label, the benchmark, and its cases.
+# What the README's picture shows: a label, the benchmark, and its case. What a run did not measure is left out.
+CHART = [
+    ("layer_norm + residual, 512 rows of 768", "layer_norm", "512x768 residual"),
+    ("rms_norm + residual, 512 rows of 768", "rms_norm", "512x768 residual"),
+    ("attention, 512 tokens", "attention", "1x12x512x64"),
+    ("attention, causal", "attention", "1x12x512x64 causal"),
+    ("attention, T5's bias", "attention", "1x12x512x64 T5 bias"),
+    ("attention, half of it padding", "attention", "1x12x512x64 half padding"),
+    ("attention, forward and backward", "attention", "train 1x12x512x64"),
+    ("linear 768 to 50257, 1 row", "linear", "1x768 -> 50257"),
+    ("ffn, 16 rows", "ffn", "16x768x3072"),
+    ("ffn, 512 rows", "ffn", "512x768x3072"),
+    ("gated_ffn, 512 rows", "gated_ffn", "512x768x2048"),
+    ("fourier_mix 2x512x768", "fourier_mix", "2x512x768"),
+    ("GPT-2 124M, a prompt of 128", "gpt2", "prompt of 128"),
+    ("GPT-2 124M, a token", "gpt2", "token, 160 cached"),
+    ("T5 base, encoder", "t5", "encoder, 512 tokens"),
+    ("T5 base, a token", "t5", "token, 32 cached, source of 128"),
+    ("ALBERT base, half padding", "albert", "8x128, half padding, skip_padding"),
+    ("FNet base", "fnet", "2x512"),
+]
+# Which of them the README gives as numbers.
+HEADLINES = 0, 3, 4, 5, 6, 8, 13, 15, 16
+
+# What the site's page shows of the operators: a label, the benchmark, and its cases.
 OPERATORS = [
     ("layer_norm + residual, 1, 128, 512 rows of 768", "layer_norm", [f"{n}x768 residual" for n in (1, 128, 512)]),
     ("rms_norm + residual, the same", "rms_norm", [f"{n}x768 residual" for n in (1, 128, 512)]),
@@ -75,7 +102,7 @@ def operators(found: dict) -> list[str]:
 
 def models(found: dict) -> list[str]:
     """A line for each case of a model; on a GPU, whose operators have other sizes, of an operator too."""
-    lines = ["| work | dtype | pyfused, ms | times as fast as |", "|---|---|---|---|"]
+    lines = []
     for name in MODELS if found["device"] == "cpu" else dict.fromkeys(row["benchmark"] for row in found["rows"]):
         for (case, dtype), row in rows_of(found, name).items():
             if "seconds" in row:
@@ -85,7 +112,7 @@ def models(found: dict) -> list[str]:
                 label = f"{name} {case}" if name != "fuse" else f"transformers' {case}, after `fuse_`"
                 mark = "~" if row["noisy"] else ""
                 lines.append(f"| {label} | {dtype} | {row['seconds']['pyfused'] * 1e3:.1f}{mark} | {peers} |")
-    return lines
+    return ["| work | dtype | pyfused, ms | times as fast as |", "|---|---|---|---|", *lines] if lines else []
 
 
 def others(found: dict) -> list[str]:
@@ -126,54 +153,179 @@ def verdict(found: dict) -> str:
     return text + f"these are slower (below 0.97 with 95% confidence): {named}."
 
 
+def threads_of(found: dict) -> str:
+    return f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+
+
+def about_bfloat16(found: dict) -> str:
+    """What one must know of a machine that multiplies bfloat16 by way of float32: plain PyTorch is slow there."""
+    rates = [found["ceilings"].get(f"{dtype}_gflop_per_s", 0.0) for dtype in DTYPES[:2]]
+    if not 0 < rates[1] < rates[0] / 2:
+        return ""
+    return (
+        f" torch multiplies bfloat16 at {rates[1]:.0f} GFLOP/s here, float32 at {rates[0]:.0f}: where a processor has "
+        "instructions for bfloat16, expect smaller ratios in that column."
+    )
+
+
+def front(runs: list[dict]) -> dict:
+    """The run that the README shows: on a CPU, with the fewest threads, and of those the one with most rows."""
+    return min(runs, key=lambda found: (found["device"] != "cpu", found["threads"], -len(found["rows"])))
+
+
+def charted(found: dict) -> list[tuple[str, dict[str, dict]]]:
+    """(label, {dtype: row}) of what CHART has and this run measured."""
+    lines = []
+    for label, benchmark, case in CHART:
+        table = rows_of(found, benchmark)
+        by_dtype = {dtype: table[case, dtype] for dtype in DTYPES[:2] if ratio(table.get((case, dtype))) != "-"}
+        lines.append((label, by_dtype))
+    return lines
+
+
 def block(runs: list[dict]) -> str:
     """What stands between the README's two marks."""
-    lines = []
+    found = front(runs)
+    charts = charted(found)
+    lines = [
+        f"Measured on `{found['kind']}`, {threads_of(found)}, torch {found['versions']['torch']}, {found['date']}. Medians of "
+        f"interleaved runs, outputs checked; ~ marks noise.{about_bfloat16(found)}",
+        "",
+        verdict(found) + ("" if any(run["device"] == "cuda" for run in runs) else " No GPU has been measured yet."),
+        "",
+        "| times as fast as plain PyTorch | float32 | bfloat16 |",
+        "|---|---|---|",
+    ]
+    for label, row in (charts[place] for place in HEADLINES):
+        if row:
+            lines.append(f"| {label} | {ratio(row.get('float32'))} | {ratio(row.get('bfloat16'))} |")
+    lines += ["", "![How many times as fast as plain PyTorch, by operator](docs/performance/speed.svg)", ""]
+    return "\n".join(lines)
+
+
+def chart(found: dict) -> str:
+    """An SVG of bars: how many times as fast as plain PyTorch. Made without a library, so that the same results give the same
+    bytes."""
+    longest, left, right, bar = 6.0, 250, 640, 13
+    colours = {"float32": "#1f6fb4", "bfloat16": "#c05a28"}
+
+    def x(value: float) -> float:
+        return left + (right - left) * min(value, longest) / longest
+
+    def text(at: float, y: float, words: str, extra: str = "") -> str:
+        return f'<text x="{at:.1f}" y="{y:.1f}" {extra}>{words}</text>'
+
+    y, body = 52.0, []
+    for label, by_dtype in charted(found):
+        if not by_dtype:
+            continue
+        height = bar * len(by_dtype)
+        body.append(text(left - 8, y + height / 2 + 4, label, 'text-anchor="end"'))
+        for dtype, row in by_dtype.items():
+            value = row["ratio"][row["baseline"]]
+            width = x(value) - left
+            body.append(
+                f'<rect x="{left}" y="{y:.1f}" width="{width:.1f}" height="{bar - 2}" fill="{colours[dtype]}"/>'
+            )
+            body.append(text(x(value) + 4, y + bar - 4, ratio(row), 'font-size="10"'))
+            y += bar
+        y += 8
+    line = f'<line x1="{x(1):.1f}" x2="{x(1):.1f}" y1="46" y2="{y:.1f}" stroke="#222" stroke-dasharray="3 2"/>'
+    heading = f"Times as fast as plain PyTorch: {found['kind']}, {threads_of(found)}, {found['date']}"
+    legend = [
+        f'<rect x="{left + 110 * i}" y="28" width="10" height="10" fill="{colour}"/>'
+        + text(left + 14 + 110 * i, 37, dtype)
+        for i, (dtype, colour) in enumerate(colours.items())
+    ]
+    below = text(x(1), y + 14, "plain PyTorch", 'text-anchor="middle"')
+    below += "".join(text(x(value), y + 14, str(value), 'text-anchor="middle"') for value in range(2, int(longest) + 1))
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y + 24:.0f}" viewBox="0 0 700 {y + 24:.0f}" '
+            'font-family="sans-serif" font-size="12" fill="#222">',
+            '<rect width="100%" height="100%" fill="#fff"/>',
+            text(8, 18, heading, 'font-size="13" font-weight="bold"'),
+            *legend,
+            *body,
+            line,
+            below,
+            "</svg>\n",
+        ]
+    )
+
+
+def tables(runs: list[dict]) -> str:
+    """docs/performance/index.md."""
+    lines = [
+        "# Performance",
+        "",
+        "This page is written by `python benchmarks/publish.py` from the files in `benchmarks/results`. Nobody types a number "
+        "here. `pyfused bench --json` wrote those files; [Benchmarking](../guides/benchmarking.md) says how it measures, and "
+        "[Every row](rows.md) has all rows and the peers.",
+        "",
+        "A ratio is the time of plain PyTorch over the time of pyfused: above 1 pyfused is faster. Both ran in turn, in one "
+        "process, on the same inputs, and the outputs were checked first. ~ marks noise; - was not measured.",
+        "",
+        "![How many times as fast as plain PyTorch](speed.svg)",
+        "",
+    ]
     for found in runs:
-        threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
         limits = found["ceilings"]
         lines += [
-            f"### Measured: {found['kind']}, {threads}, {found['date']}",
+            f"## {found['kind']}, {threads_of(found)}",
             "",
-            f"torch {found['versions']['torch']}; this machine reads {limits['read_gb_per_s']:.0f} GB/s and multiplies "
-            f"{limits['float32_gflop_per_s']:.0f} GFLOP/s in float32. Medians of interleaved runs, outputs checked; ~ noise, "
-            f"- not measured. "
-            f"Every row: [benchmarks/results](benchmarks/results/README.md).",
+            f"{found['date']}, pyfused {found['versions']['pyfused']}, torch {found['versions']['torch']}. This machine reads "
+            f"{limits['read_gb_per_s']:.0f} GB/s and multiplies {limits['float32_gflop_per_s']:.0f} GFLOP/s in float32."
+            f"{about_bfloat16(found)}",
             "",
             verdict(found),
             "",
-            "Times as fast as plain PyTorch in the same dtype (attention: scaled_dot_product_attention):",
+        ]
+        if found["device"] == "cpu":
+            lines += [
+                "Operators, beside plain PyTorch in the same dtype (attention: scaled_dot_product_attention):",
+                "",
+            ]
+            lines += [*operators(found), ""]
+        for part in models(found), others(found):
+            lines += [*part, ""] if part else []
+    if not any(found["device"] == "cuda" for found in runs):
+        lines += [
+            "## GPUs",
             "",
-            *([*operators(found), ""] if found["device"] == "cpu" else []),
-            *models(found),
-            "",
-            *others(found),
+            "No GPU has been measured yet. What the CUDA kernels should take on an H100 is a [prediction](h100_predicted.md).",
             "",
         ]
     return "\n".join(lines)
 
 
 def page(runs: list[dict]) -> str:
-    """benchmarks/results/README.md: every row of every run."""
+    """docs/performance/rows.md: every row of every run."""
     lines = [
-        "# Results",
+        "# Every row",
         "",
-        "Written by `python benchmarks/publish.py` from the files here; `pyfused bench --json` made those.",
+        "This page is written by `python benchmarks/publish.py` from the files in `benchmarks/results`, which "
+        "`pyfused bench --json` wrote.",
+        "",
+        "`spread` is the middle half of the times over their median. `ceiling` is the share of what this machine's memory and "
+        "arithmetic allow; data that stays in caches gives more than 100%. `~` marks noise, `slow` a row below plain PyTorch.",
         "",
     ]
     for found in runs:
         stem = Path(found["file"]).stem
-        lines += [
-            f"## {stem}",
-            "",
-            f"![bars and roofline]({stem}.png)",
-            "",
-            "```",
-            report.head(found),
-            report.table(found),
-        ]
-        lines += ["", report.summary(found, checked=True), "```", ""]
+        lines += [f"## {stem}", "", f"![bars and roofline]({stem}.png)", "", "```text"]
+        lines += [report.head(found), report.table(found), "", report.summary(found, checked=True), "```", ""]
     return "\n".join(lines)
+
+
+def written(runs: list[dict]) -> dict[Path, str]:
+    """Every document that follows from the results, and its text."""
+    return {
+        README: with_block(README.read_text(), block(runs)),
+        SITE / "index.md": tables(runs),
+        SITE / "rows.md": page(runs),
+        SITE / "speed.svg": chart(front(runs)),
+    }
 
 
 def with_block(text: str, new: str) -> str:
@@ -215,11 +367,11 @@ def main() -> None:
     if "--run" in sys.argv[1:]:
         run()
     runs = results()
-    README.write_text(with_block(README.read_text(), block(runs)))
-    (RESULTS / "README.md").write_text(page(runs))
+    for path, text in written(runs).items():
+        path.write_text(text)
     for found in runs:
-        plot(found, RESULTS / f"{Path(found['file']).stem}.png")
-    print(f"wrote {README.name} and benchmarks/results from {', '.join(found['file'] for found in runs)}")
+        plot(found, SITE / f"{Path(found['file']).stem}.png")
+    print(f"wrote {README.name} and {SITE.relative_to(ROOT)} from {', '.join(found['file'] for found in runs)}")
 
 
 if __name__ == "__main__":

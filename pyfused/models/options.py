@@ -62,7 +62,7 @@ def check(rule: Rule, **values: Any) -> None:
 def configuration(
     cls: type, named: Mapping[str, Any], options: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a model's constructor as one dict, checked; the activation is left to checkpoints.options.check_activation.
+    """All arguments of a model's constructor as one dict, checked; all but the activation (checkpoints/options.py).
 
     Args:
         named: the arguments that the signature names. options: the others, with their defaults. keywords: what was given
