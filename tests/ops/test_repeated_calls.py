@@ -65,8 +65,8 @@ def nothing_remembered():
 def checks(monkeypatch):
     """Counts the calls whose arguments are checked."""
     count = []
-    original = Operator.first
-    monkeypatch.setattr(Operator, "first", lambda *args: count.append(1) or original(*args))
+    original = Operator.call_checked
+    monkeypatch.setattr(Operator, "call_checked", lambda *args: count.append(1) or original(*args))
     return count
 
 
