@@ -50,10 +50,9 @@ def attend(
     Returns:
         (B, Sq, H * d), the position bias for the layers after this one, and what `compute` gives of the probabilities.
     """
-    rows = hidden_states.shape[:-1]
     past = cache.get_seq_length(module.layer_idx) if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter, which its update moves
-    query = module.q(hidden_states).view(*rows, -1, module.key_value_proj_dim).transpose(1, 2)
+    query = _heads(module.q(hidden_states), module.key_value_proj_dim)
     key, value = _keys_and_values(module, hidden_states, key_value_states, cache)
     if position_bias is None and module.has_relative_attention_bias:
         # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
@@ -69,7 +68,7 @@ def attend(
         options: dict[str, Any] = {"bidirectional": bidirectional, "max_distance": distance}
         bias = relative_bias(table, query.shape[2], key.shape[2], query_offset=int(past), **options)
     seen, weights = compute(query, key, value, bias)
-    return seen.reshape(*rows, -1), position_bias, weights
+    return seen.flatten(2), position_bias, weights
 
 
 def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Tensor, Tensor]:
@@ -79,14 +78,20 @@ def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Te
         layer = cache.cross_attention_cache.layers[index]
         return layer.keys, layer.values
     states = key_value_states if is_cross else hidden_states
-    heads = (*states.shape[:-1], -1, module.key_value_proj_dim)
-    key, value = module.k(states).view(heads).transpose(1, 2), module.v(states).view(heads).transpose(1, 2)
+    key, value = (_heads(projection(states), module.key_value_proj_dim) for projection in (module.k, module.v))
     if cache is not None:
         own = (cache.cross_attention_cache if is_cross else cache.self_attention_cache) if both else cache
         key, value = own.update(key, value, index)
         if both and is_cross:
             cache.is_updated[index] = True
     return key, value
+
+
+def _heads(x: Tensor, size: int) -> Tensor:
+    """(B, S, H * d) -> (B, H, S, d)."""
+    return x.view(*x.shape[:2], x.shape[2] // size, size).transpose(
+        1, 2
+    )  # -1 would be ambiguous where nothing is there
 
 
 def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
