@@ -78,8 +78,18 @@ def test_the_front_page_is_of_the_quietest_run():
 def test_a_slow_row_is_named(runs):
     front = publish.front(runs)
     row = next(r for r in front["rows"] if r.get("interval"))
-    row["slow"] = True
-    assert f"{row['benchmark']} {row['case']} {row['dtype']}" in publish.block(runs)
+    name = f"{row['benchmark']} {row['case']} {row['dtype']}"
+    row["ratio"][row["baseline"]], row["slow"] = 0.5, True
+    assert name in publish.verdict(front).partition("not with that confidence")[0]
+    assert name in publish.block(runs)
+    row["slow"] = False  # its interval reaches further
+    assert name in publish.verdict(front).partition("not with that confidence")[2]
+
+
+def test_a_row_is_slow_below_what_bench_says():
+    from pyfused.bench.run import LEAST
+
+    assert publish.LEAST == LEAST
 
 
 def test_the_picture_has_a_bar_for_each_ratio(runs):
