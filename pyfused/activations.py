@@ -37,31 +37,22 @@ def _silu_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return g * sigmoid * (1 + x * (1 - sigmoid))
 
 
-_ROWS = (
-    Activation(
-        *("gelu_tanh", 5, partial(F.gelu, approximate="tanh")),
-        lambda g, x, y: _ATEN.gelu_backward(g, x, approximate="tanh"),
-        gates=True,
-        spellings=("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
-        # The same formula, with constants that agree to 4e-12, below float32's rounding
-        of_transformers=(
-            *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
-        ),
-    ),
-    Activation(
-        *("gelu", 4, F.gelu, lambda g, x, y: _ATEN.gelu_backward(g, x)),
-        *(True, ("gelu", "gelu_python"), (F.gelu,), ("GELUActivation",)),
-    ),
-    Activation(
-        *("relu", 1, F.relu, lambda g, x, y: _ATEN.threshold_backward(g, x, 0)),
-        *(False, ("relu",), (F.relu, torch.relu, nn.ReLU)),
-    ),
-    Activation("silu", 2, F.silu, _silu_gradient, True, ("silu", "swish"), (F.silu, nn.SiLU), ("SiLUActivation",)),
-    Activation(
-        *("tanh", 3, torch.tanh, lambda g, x, y: _ATEN.tanh_backward(g, y)),
-        *(False, ("tanh",), (F.tanh, torch.tanh, nn.Tanh)),
-    ),
+_TANH_FORMULA = (  # transformers has it five times, with constants that agree to 4e-12, below float32's rounding
+    *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
 )
+_ROWS = (
+    Activation("gelu_tanh", 5, partial(F.gelu, approximate="tanh"),
+               lambda g, x, y: _ATEN.gelu_backward(g, x, approximate="tanh"), True,
+               ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"), (), _TANH_FORMULA),
+    Activation("gelu", 4, F.gelu, lambda g, x, y: _ATEN.gelu_backward(g, x), True,
+               ("gelu", "gelu_python"), (F.gelu,), ("GELUActivation",)),
+    Activation("relu", 1, F.relu, lambda g, x, y: _ATEN.threshold_backward(g, x, 0), False,
+               ("relu",), (F.relu, torch.relu, nn.ReLU)),
+    Activation("silu", 2, F.silu, _silu_gradient, True,
+               ("silu", "swish"), (F.silu, nn.SiLU), ("SiLUActivation",)),
+    Activation("tanh", 3, torch.tanh, lambda g, x, y: _ATEN.tanh_backward(g, y), False,
+               ("tanh",), (F.tanh, torch.tanh, nn.Tanh)),
+)  # fmt: skip
 ACTIVATIONS: dict[str, Activation] = {row.name: row for row in _ROWS}
 SPELLINGS: dict[str, Activation] = {spelling: row for row in _ROWS for spelling in row.spellings}
 _ALIASES = {row.spellings[0]: row.name for row in _ROWS if row.spellings[0] != row.name}
