@@ -20,4 +20,9 @@ def begin_backward(norm):
     parts = getattr(cuda(), f"{norm.operator}_backward_parts")(norm.rows, norm.n, multiprocessors(norm.device))
     numbers = parts, norm.rows, norm.n, norm.x_stride, DTYPE_CODES[norm.dtype]
     new_partial = maker((parts, 2 if norm.centred else 1, norm.n), torch.float32, None, norm.device)
-    return lambda *tensors: kernel(*pointers(*tensors, new_partial()), *numbers, *place())
+
+    def start(*tensors):
+        partial = new_partial()  # held until the kernel has started
+        kernel(*pointers(*tensors, partial), *numbers, *place())
+
+    return start
