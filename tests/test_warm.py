@@ -11,7 +11,7 @@ import torch
 
 import pyfused
 from pyfused.cli import main
-from pyfused.generation import warm
+from pyfused.generation import generator, warm
 from pyfused.models import Backbone
 
 PRESET = "gpt2_tiny_en"
@@ -54,7 +54,7 @@ def test_on_a_cpu_the_calls_run_once(capsys, preset):
 
 def test_a_generator_is_warmed_when_it_is_asked_to_be(monkeypatch):
     model, seen = Backbone.from_preset(PRESET), []
-    monkeypatch.setattr(warm, "warm", seen.append)
+    monkeypatch.setattr(generator, "make_ready", seen.append)
     pyfused.Generator(model)
     assert seen == []
     pyfused.Generator(model, warm=True)

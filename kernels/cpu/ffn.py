@@ -21,7 +21,9 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     rows = x.shape[:-1].numel()
     transposed = by_columns(rows, w_in, w_out)
     if library_is_faster(rows, w_in, w_out):
-        return _library_forward
+        return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save=False: _library_forward(
+            x, w_in, b_in, w_out, b_out, activation, residual, save
+        )
     of_x, of_in, of_out = rows_of(x), *(rows_of(w.t() if transposed else w) for w in (w_in, w_out))
     of_residual = rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
@@ -41,7 +43,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save=False):
+def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     pre = F.linear(x.reshape(-1, x.shape[-1]), w_in, b_in)
     inner = torch.empty_like(pre) if save else pre
     _activation(pre, None, inner, None, activation)

@@ -25,7 +25,9 @@ def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
 @launched
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     if left_to_library_forward(x, w_gate, w_up, w_out):
-        return _library_forward
+        return lambda x, w_gate, w_up, w_out, _activation, residual, _save=False: _library_forward(
+            x, w_gate, w_up, w_out, activation, residual, save
+        )
     layouts = *map(rows_of, (x, w_gate, w_up, w_out)), rows_of(residual)
     if None in layouts:
         return None
@@ -45,7 +47,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     return launch
 
 
-def _library_forward(x, w_gate, w_up, w_out, activation, residual, save=False):
+def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
     hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=_hidden_dtype(gate))
     _activation(gate, up, None, hidden, None, None, activation)
