@@ -5,10 +5,10 @@ import torch
 from pyfused.arguments import AttentionBackward, AttentionForward, backward_launch, forward_launch, taking
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.attention_layout import AttentionLayout, buckets, by_rows
-from pyfused.kernels.shared.prepared import CPU, launched, maker
+from pyfused.kernels.shared.prepared import CPU, maker, prepares_launch
 
 
-@launched
+@prepares_launch
 @taking(AttentionForward)
 def forward(a):
     (shape, strides), dtype, save = by_rows(a.query), a.query.dtype, a.save
@@ -35,7 +35,7 @@ def declined_backward(a):
     return None
 
 
-@launched
+@prepares_launch
 @taking(AttentionBackward)
 def backward(a):
     dtype, of_query, of_key, of_distances = a.query.dtype, by_rows(a.query), by_rows(a.key), buckets(a)

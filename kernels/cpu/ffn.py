@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.ffn import linear_gradients
 from .linear import by_columns, library_is_faster
@@ -16,7 +16,7 @@ def left_to_library_forward(x, w_in, b_in, w_out, *rest):
     return library_is_faster(x.shape[:-1].numel(), w_in, w_out)
 
 
-@launched
+@prepares_launch
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     rows = x.shape[:-1].numel()
     transposed = by_columns(rows, w_in, w_out)

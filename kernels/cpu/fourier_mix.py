@@ -5,7 +5,7 @@ import torch
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.fourier import plan
-from pyfused.kernels.shared.prepared import CPU, launched, maker
+from pyfused.kernels.shared.prepared import CPU, maker, prepares_launch
 
 from ..reference import fourier_mix as library
 
@@ -14,7 +14,7 @@ def left_to_library_forward(x):
     return evidence.slower_call("cpu", "fourier_mix", (x,))
 
 
-@launched
+@prepares_launch
 def forward(x):
     if left_to_library_forward(x):
         return library.forward

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ..reference.gated_ffn import linear_gradients, widened
 from .linear import library_is_faster, would_copy
@@ -22,7 +22,7 @@ def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
     return would_copy(*weights) or library_is_faster(x.shape[:-1].numel(), *weights)
 
 
-@launched
+@prepares_launch
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     if left_to_library_forward(x, w_gate, w_up, w_out):
         return lambda x, w_gate, w_up, w_out, _activation, residual, _save=False: _library_forward(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 
@@ -35,7 +35,7 @@ def left_to_library_forward(x, weight, bias, residual):
     return library_is_faster(x.shape[:-1].numel(), weight)
 
 
-@launched
+@prepares_launch
 def forward(x, weight, bias, residual):
     if left_to_library_forward(x, weight, bias, residual):
         return _library_forward

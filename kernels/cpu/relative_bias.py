@@ -4,10 +4,10 @@ import torch
 
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.buckets import distance_buckets
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 
-@launched
+@prepares_launch
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
     (num_buckets, heads), dtype = table.shape, table.dtype
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)

@@ -5,14 +5,14 @@ from functools import partial
 import torch.nn.functional as F
 
 from pyfused.kernels.shared import row_norm
-from pyfused.kernels.shared.prepared import launched
+from pyfused.kernels.shared.prepared import prepares_launch
 
 from ._launch import begin_backward, begin_forward, library_norm, slower
 
 left_to_library_forward = partial(slower, "rms_norm")
 
 
-@launched
+@prepares_launch
 def forward(x, weight, eps, residual, save):
     if not left_to_library_forward(x, weight, eps, residual, save):
         return row_norm.rms_norm_forward(begin_forward, x, weight, eps, residual, save)
@@ -20,4 +20,4 @@ def forward(x, weight, eps, residual, save):
     return lambda x, weight, _eps, residual, _save=False: (*norm((weight,), x, residual), None)
 
 
-backward = launched(partial(row_norm.rms_norm_backward, begin_backward))
+backward = prepares_launch(partial(row_norm.rms_norm_backward, begin_backward))

@@ -7,7 +7,7 @@ from pyfused.arguments import AttentionForward, forward_launch, taking
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.attention_layout import AttentionLayout, by_rows, span
 from pyfused.kernels.shared.buckets import distance_buckets
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._launch import multiprocessors, pointers, shared_memory, where
 
@@ -51,7 +51,7 @@ def _most_blocks(query, cu_seqlens):
     return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
 
-@launched
+@prepares_launch
 @taking(AttentionForward)
 def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.ffn import linear_gradients
 from ._launch import pointers, where
 from .linear import few
 
 
-@launched
+@prepares_launch
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     outer, (f, n), m, dtype, device = x.shape[:-1], w_in.shape, w_out.shape[0], x.dtype, x.device
     if not few(outer.numel(), w_in, w_out):
@@ -63,7 +63,7 @@ def prepare_activation(size, activation, dtype, device):
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
-@launched
+@prepares_launch
 def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     if not pre.is_contiguous():
         return None

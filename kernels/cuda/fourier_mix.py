@@ -6,7 +6,7 @@ import torch
 
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.fourier import plan
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 from pyfused.kernels.shared.tables import kept_on_device
 
 from ._launch import pointers, shared_memory, where
@@ -32,7 +32,7 @@ def unsupported_forward(x):
     return None
 
 
-@launched
+@prepares_launch
 def forward(x):
     if x.stride(2) != 1:
         return None

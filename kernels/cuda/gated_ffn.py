@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.gated_ffn import linear_gradients
 from ._launch import pointers, where
@@ -21,7 +21,7 @@ def _hidden_dtype(x):
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-@launched
+@prepares_launch
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     outer, (f, n), m, dtype, device = x.shape[:-1], w_gate.shape, w_out.shape[0], x.dtype, x.device
     of_residual = rows_of(residual)
@@ -81,7 +81,7 @@ def prepare_activation(size, activation, dtype, device):
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
 
 
-@launched
+@prepares_launch
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     if not dense(gate, up):
         return None

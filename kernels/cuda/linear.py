@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ._launch import pointers, where
 
@@ -16,7 +16,7 @@ def few(rows, *weights):
     return rows <= FEW_ROWS and all(max(w.shape) < 2**30 for w in weights)
 
 
-@launched
+@prepares_launch
 def forward(x, weight, bias, residual):
     outer, (m, n), device = x.shape[:-1], weight.shape, x.device
     if not few(outer.numel(), weight):

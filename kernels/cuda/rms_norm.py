@@ -3,9 +3,9 @@
 from functools import partial
 
 from pyfused.kernels.shared import row_norm
-from pyfused.kernels.shared.prepared import launched
+from pyfused.kernels.shared.prepared import prepares_launch
 
 from ._row_norm import begin_backward, begin_forward
 
-forward = launched(partial(row_norm.rms_norm_forward, begin_forward))
-backward = launched(partial(row_norm.rms_norm_backward, begin_backward))
+forward = prepares_launch(partial(row_norm.rms_norm_forward, begin_forward))
+backward = prepares_launch(partial(row_norm.rms_norm_backward, begin_backward))

@@ -28,7 +28,7 @@ current_stream = getattr(
 recorder: ContextVar[Callable[..., None] | None] = ContextVar("pyfused_recorder", default=None)
 
 
-def launched(prepare: Callable[..., Any]) -> Callable[..., Any]:
+def prepares_launch(prepare: Callable[..., Any]) -> Callable[..., Any]:
     """Makes `forward(*args)` of `prepare(*args)`.
 
     `prepare(*args)` looks at the arguments once and returns a launch. A launch takes the same arguments and reads only the
@@ -72,7 +72,7 @@ def maker(
     shape: Any, dtype: torch.dtype, strides: Any = None, device: torch.device = CPU
 ) -> Callable[[], torch.Tensor]:
     """A function that returns a new tensor, contiguous unless strides are given; a GPU's on the current device, which
-    launched() sees to. What torch.compile's programs make theirs with takes 1.0 us, where torch.empty, which parses and
+    prepares_launch() sees to. What torch.compile's programs make theirs with takes 1.0 us, where torch.empty, which parses and
     dispatches, takes 1.8."""
     if strides is None:
         strides = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]

@@ -41,7 +41,7 @@ Prepared = tuple[Callable[..., None], Callable[[], Any], Callable[[], Any]]
 
 
 def layer_norm_forward(begin: Begin, x, weight, bias, eps, residual, save):
-    """A launch, as prepared.launched() takes it; as the three below."""
+    """A launch, as prepared.prepares_launch() takes it; as the three below."""
     prepared = _forward("layer_norm", begin, x, weight, bias, eps, residual, save)
     if prepared is None:
         return None

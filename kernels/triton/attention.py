@@ -9,7 +9,7 @@ from pyfused import tiles
 from pyfused.arguments import AttentionBackward, AttentionForward, backward_launch, forward_launch, taking
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.buckets import distance_buckets
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
@@ -67,7 +67,7 @@ def block_c(chunks: int) -> int:
     return 16 if chunks <= 16 else 64
 
 
-@launched
+@prepares_launch
 @taking(AttentionForward)
 def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
@@ -142,7 +142,7 @@ def forward(a):
     return launch
 
 
-@launched
+@prepares_launch
 @taking(AttentionBackward)
 def backward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device

@@ -27,7 +27,7 @@ import triton.language as tl
 from pyfused import evidence, tiles
 from pyfused.kernels.reference.ffn import linear_gradients
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
 
@@ -224,7 +224,7 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
     return run
 
 
-@launched
+@prepares_launch
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     of_x, of_residual = rows_of(x), (0, 0, None) if residual is None else rows_of(residual)
     if of_x is None or of_residual is None or not dense(b_in, b_out):
@@ -246,7 +246,7 @@ def declined_forward(*args):
     return f"above {FEW_ROWS} rows no evidence shows it faster than cuBLAS products on this device"
 
 
-@launched
+@prepares_launch
 def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     if not pre.is_contiguous():
         return None

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from pyfused import evidence, tiles
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 from pyfused.kernels.shared.tables import kept_on_device
 
 from ._launch import GRID_LIMITS, starter
@@ -128,7 +128,7 @@ def declined_forward(x):
     return "no evidence shows two dense products faster than torch.fft on this device"
 
 
-@launched
+@prepares_launch
 def forward(x):
     if x.stride(2) != 1:
         return None

@@ -27,7 +27,7 @@ import triton.language as tl
 from pyfused import tiles
 from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, launched, maker
+from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
 from pyfused.kernels.triton.ffn import FEW_ROWS, prepare_product, share, stream_rows
@@ -257,7 +257,7 @@ def _prepare_unscaled(outer, m, residual_stride, device):
     return run
 
 
-@launched
+@prepares_launch
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
     of_x, of_residual = rows_of(x), (0, 0, None) if residual is None else rows_of(residual)
     if of_x is None or of_residual is None:
@@ -299,7 +299,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     return launch
 
 
-@launched
+@prepares_launch
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     if not dense(gate, up):
         return None

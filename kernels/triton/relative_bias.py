@@ -11,7 +11,7 @@ import triton.language as tl
 
 from pyfused import tiles
 from pyfused.kernels.shared.buckets import distance_buckets
-from pyfused.kernels.shared.prepared import launched, maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._launch import starter
 
@@ -69,7 +69,7 @@ def _backward_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-@launched
+@prepares_launch
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
     (num_buckets, heads), device = table.shape, table.device
     span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
@@ -89,7 +89,7 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
     return launch
 
 
-@launched
+@prepares_launch
 def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     if not grad_out.is_contiguous():
         return None
