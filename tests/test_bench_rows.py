@@ -10,8 +10,9 @@ from bench_cases import case, row_of
 import pyfused
 from pyfused.bench import Calls, Case, Setup, Values, cost_of, report, training
 from pyfused.bench import run as engine
+from pyfused.bench.benchmarks import bench_compile
 from pyfused.bench.beside_transformers import same
-from pyfused.bench.measure import _interval, share
+from pyfused.bench.measure import _interval, measure, share
 
 
 def test_a_right_answer_is_timed():
@@ -22,6 +23,16 @@ def test_a_right_answer_is_timed():
     assert 0 < low <= row["ratio"]["eager"] <= high
     assert (row["flops"], row["bytes"]) == (2 * 33 * 96 * 70, 4 * (33 * 96 + 70 * 96 + 33 * 70))
     assert not row["left_out"]
+
+
+def test_a_compiled_model_is_timed(monkeypatch):
+    """The benchmark has no small case, as inductor takes half a minute whatever the sizes; here it is the tracing alone."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    make = dict(bench_compile.models())["fnet tiny"]
+    row = measure(Case("fnet tiny", torch.float32, lambda: bench_compile.backbone(Setup("cpu"), make)), "cpu", {}, 0.0)
+    assert row["ratio"]["not compiled"] > 0
+    assert row["flops"] > 0
 
 
 FAULTS = {
