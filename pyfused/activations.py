@@ -1,4 +1,4 @@
-"""Which activations are there, and what is each called, by whom? One row for each, which everything else reads.
+"""Which activations are there, and who calls them what? One row for each activation; all other files read these rows.
 
 GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
 """
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """A row."""
+    """One activation: its names, its function and its gradient."""
 
     name: str  # in pyfused's operators and modules, and inside Triton's kernels
     code: int  # inside the C++ kernels: csrc/include/pyfused/activation_codes.h
     function: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # of (y's gradient, x, y): that of x
-    gates: bool  # x times a factor from 0 to 1: what torch makes of it at infinity depends on the processor
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # (y's gradient, x, y) -> x's gradient
+    gates: bool  # x times a factor from 0 to 1; at infinity torch's result depends on the processor
     spellings: tuple[str, ...]  # in configurations and checkpoints; the first is what pyfused writes there
-    of_torch: tuple[Any, ...] = ()  # torch's own functions and classes of modules; nn.GELU is either GELU
+    of_torch: tuple[Any, ...] = ()  # torch's functions and module classes; nn.GELU may be either GELU
     of_transformers: tuple[str, ...] = ()  # the classes in transformers.activations
 
 
-_ATEN = torch.ops.aten  # torch's derivatives by name: inside a registered operator autograd records nothing
+_ATEN = torch.ops.aten  # torch's derivatives by name; autograd records nothing inside a registered operator
 
 
 def _silu_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _ATEN.silu_backward(g, x)
-    sigmoid = torch.sigmoid(x)  # the only derivative here that torch itself cannot differentiate
+    sigmoid = torch.sigmoid(x)  # torch cannot differentiate silu_backward
     return g * sigmoid * (1 + x * (1 - sigmoid))
 
 
-_TANH_FORMULA = (  # transformers has it five times, with constants that agree to 4e-12, below float32's rounding
+_TANH_FORMULA = (  # five classes of transformers; their constants agree to 4e-12, below float32's rounding
     *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
 )
 _ROWS = (
@@ -60,8 +60,8 @@ _OF_TORCH = {theirs: row.name for row in _ROWS for theirs in row.of_torch}
 
 
 def canonical(name: str) -> str:
-    """The kernels' name of an activation, which may be called as pyfused writes it in configurations: "gelu_new". Raises
-    ValueError for another name."""
+    """The kernels' name of an activation. Also takes the name that pyfused writes in configurations, such as "gelu_new".
+    Raises ValueError for other names."""
     found = _ALIASES.get(name, name)
     if found not in ACTIVATIONS:
         raise ValueError(f"activation={name!r} is unknown; it takes {', '.join((*ACTIVATIONS, *_ALIASES))}")
@@ -69,10 +69,10 @@ def canonical(name: str) -> str:
 
 
 def name_of(activation: Any) -> str | None:
-    """The kernels' name for a function of torch, or for what a module of torch.nn computes as it is now; None: not theirs."""
+    """The kernels' name for a torch function or a torch.nn module with its present settings; None for anything else."""
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     try:
         return _OF_TORCH.get(type(activation) if isinstance(activation, nn.Module) else activation)
-    except TypeError:  # a callable that cannot be hashed
+    except TypeError:  # not hashable
         return None

@@ -1,4 +1,4 @@
-"""The public operators: checks, schema, fake and autograd of each; the kernels are in kernels/."""
+"""The public operators. Each file has the checks, schema, fake and autograd of one; the kernels are in kernels/."""
 
 import importlib
 

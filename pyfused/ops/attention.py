@@ -1,4 +1,4 @@
-"""attention: softmax(scale * query key^T + biases, over the keys a query may see) value (Vaswani et al. 2017).
+"""attention: softmax(scale * query key^T + biases) value, over the keys that a query may see (Vaswani et al. 2017).
 
 An online softmax over tiles of keys (Dao et al. 2022, arXiv:2205.14135): no Sq x Sk tensor, forward or backward.
 """
@@ -38,43 +38,43 @@ def attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention with its masks, bias and dropout inside one kernel.
 
-    The packed form has sequences of several lengths one behind the other, with no padding between them: query (1, H, T, D),
-    key and value (1, Hkv, T, D), and cu_seqlens says where each begins. A token sees only its own sequence, which computes
-    what a batch of N padded sequences would, at the cost of the real tokens alone.
+    The packed form puts sequences of several lengths one behind the other, with no padding between them: query
+    (1, H, T, D), key and value (1, Hkv, T, D). cu_seqlens says where each begins. A token sees only its own sequence. The
+    results are those of a batch of N padded sequences, at the cost of the real tokens alone.
 
-    Inside torch.autocast, query, key, value and attn_bias are cast to its dtype, a float32 table of a bias is not.
+    torch.autocast casts query, key, value and attn_bias to its dtype, but not a float32 bias table.
 
-    What padding holds is not read, on any backend: NaN or inf in keys and values that padding_mask hides, or in another
-    packed sequence, changes no result and no gradient, and the gradients there are zero. The same holds for the rows of a
-    query that padding and causality leave no key. Keys that is_causal or a bias of -inf hides get a probability of zero and
-    nothing more: NaN or inf among their values may reach queries that do not see them, as in PyTorch.
+    No backend reads padding. NaN or inf in keys and values that padding_mask hides, or in another packed sequence, changes
+    no result and no gradient; the gradients there are zero. The same holds for query rows that padding and causality leave
+    no key. Keys hidden by is_causal or by a bias of -inf only get a probability of zero: NaN or inf among their values may
+    reach queries that do not see them, as in PyTorch.
 
     Gradients are differentiable: with create_graph=True the backward runs in plain PyTorch, in O(Sq Sk) memory.
 
     Args:
-        query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides, used
-            in place; only a last dimension that is not contiguous is copied.
+        query: (B, H, Sq, D), float32, float16, bfloat16 (float64 runs on the reference); D at most 256. Any strides
+            are used in place; a last dimension that is not contiguous is copied.
         key, value: (B, Hkv, Sk, D) of query's dtype and device; Hkv divides H, and query head h reads head h * Hkv // H.
         is_causal: query i sees key j when j <= i + Sk - Sq (aligned at the bottom right).
         padding_mask: (B, Sk), any dtype; nonzero marks a real token.
-        relative_bias: T5's bias, computed inside the kernel from its table (num_buckets, H) of query's dtype or float32: no
-            Sq x Sk tensor, forward or backward, and a bitwise repeatable gradient of the table. Query i has position
-            i + Sk - Sq, as after Sk - Sq cached tokens.
-        attn_bias: additive bias of query's dtype, broadcastable to (B, H, Sq, Sk); -inf hides a key. Its own gradient, if
-            it requires one, is a dense (B, H, Sq, Sk) tensor; nothing else here is.
+        relative_bias: T5's bias, computed inside the kernel from its table (num_buckets, H) of query's dtype or float32.
+            There is no Sq x Sk tensor, forward or backward, and the table's gradient is bitwise repeatable. Query i has
+            position i + Sk - Sq, as after Sk - Sq cached tokens.
+        attn_bias: additive bias of query's dtype, broadcastable to (B, H, Sq, Sk); -inf hides a key. Its gradient, if it
+            requires one, is the only dense (B, H, Sq, Sk) tensor here.
         scale: multiplies the scores; 1/sqrt(D) if None.
-        dropout_p: each probability becomes 0 with this chance, else is divided by 1 - dropout_p; 0 <= dropout_p < 1. The mask
-            comes from torch's default generator of query's device (torch.manual_seed) and is the same on every backend;
-            the packed form draws what a padded (N, H, S, S) would.
+        dropout_p: each probability becomes 0 with this chance, else is divided by 1 - dropout_p; 0 <= dropout_p < 1. The
+            mask comes from torch's default generator of query's device (torch.manual_seed). It is the same on every
+            backend, and in the packed form the same as for a padded (N, H, S, S).
         cu_seqlens: (N + 1,) integers on query's device, cumulative lengths: sequence n is the rows cu_seqlens[n] to
-            cu_seqlens[n + 1] - 1. From 0 to T, never falling; equal neighbours are an empty sequence. With it, B is 1,
-            Sq = Sk = T, and there is neither padding_mask nor attn_bias.
-        max_seqlen: the longest sequence's length, or more. If None it is read from cu_seqlens, which on a GPU synchronises;
-            in a trace it is T.
+            cu_seqlens[n + 1] - 1. They rise from 0 to T; equal neighbours are an empty sequence. B is 1 then,
+            Sq = Sk = T, and padding_mask and attn_bias are None.
+        max_seqlen: the longest sequence's length, or more. None reads it from cu_seqlens, which synchronises on a GPU; in a
+            trace None is T.
 
     Returns:
         (B, H, Sq, D) of query's dtype, stored as (B, Sq, H, D), so that merging the heads is a view. A query that sees no
-        key, as all do where Sk is 0, gives zeros and has zero gradient. Any size may be 0; H too where Hkv is.
+        key gives zeros and has zero gradient. Any size may be 0; if Hkv is 0, H is too.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -83,7 +83,7 @@ def attention(
     if cu_seqlens is None and not autocast_is_on():
         relative = (None, True, 128) if relative_bias is None else relative_bias
         if relative_bias is None or relative.__class__ is RelativeBias:
-            # AttentionForward's fields as they were given; it would take 0.4 us to make one
+            # AttentionForward's fields as given; a plain tuple saves 0.4 us
             given = (
                 *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
                 *(*relative, None, max_seqlen),
@@ -119,7 +119,7 @@ def bind(
     cu_seqlens=None,
     max_seqlen=None,
 ) -> AttentionForward:
-    """Checks the arguments."""
+    """Checks the arguments and puts them in the schema's order."""
     check_floating(query, "query")
     check_like(key, "key", query, "query")
     check_like(value, "value", query, "query")
@@ -298,7 +298,7 @@ def _backward_fake(a):
 
 
 def _pairs(a):
-    """How many pairs of a query and a key that it sees one head has, over the whole batch. A causal mask hides half."""
+    """The number of (query, visible key) pairs of one head, over the whole batch. A causal mask hides half."""
     if a.cu_seqlens is not None:
         lengths = a.cu_seqlens.diff().tolist()
         return sum(n * (n + 1) // 2 if a.is_causal else n * n for n in lengths)
@@ -312,14 +312,14 @@ def _pairs(a):
 
 @taking(AttentionForward)
 def _cost(a):
-    """Two products of D for a pair; a relative bias is read as its table."""
+    """Two products of D for each pair. A relative bias is read as its table."""
     moved = size(a.query, a.key, a.value, a.padding_mask, a.attn_bias, a.bias_table) + size(a.query)
     return Cost(moved, 4 * _pairs(a) * a.query.shape[1] * a.query.shape[3])
 
 
 @taking(AttentionBackward)
 def _backward_cost(a):
-    """Five products of D for a pair: the scores again, and of each of the forward's two both gradients."""
+    """Five products of D for each pair: the scores again, and two gradients for each of the forward's two products."""
     inputs = a.query, a.key, a.value
     moved = size(a.grad_out, *inputs, a.out, a.lse, a.padding_mask, a.attn_bias, a.bias_table) + size(*inputs)
     moved += size(a.attn_bias) * a.wants_bias + size(a.bias_table) * a.wants_table

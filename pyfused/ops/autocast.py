@@ -1,7 +1,7 @@
-"""What do the operators do inside torch.autocast? What the torch functions do that they stand for.
+"""What do the operators do inside torch.autocast? The same as the torch functions that they replace.
 
-Products and attention run in the autocast dtype; the addition of a residual promotes as torch's does, so that a float32
-residual stream stays float32 (in float16, T5's would overflow). Norms give float32 on a GPU and x's dtype on a CPU.
+Products and attention run in the autocast dtype. Adding a residual promotes dtypes as in torch, so a float32 residual
+stream stays float32 (T5's would overflow in float16). Norms give float32 on a GPU and x's dtype on a CPU.
 float64 is left alone. The casts are differentiable: a parameter's gradient has the parameter's dtype.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_like, check_shape
 
-# Whether autocast is on for any device, in 0.1 us: all that an operator pays outside of it.
+# Whether autocast is on for any device. Outside of autocast an operator pays only this 0.1 us.
 autocast_is_on = torch._C._is_any_autocast_enabled
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,17 +25,17 @@ def _narrow(value: Any) -> bool:
 
 
 def autocasts(x: Any) -> bool:
-    """Whether autocast is on for x's device and casts x; False for what the operator's checks will refuse."""
+    """Whether autocast is on for x's device and casts x. False for an x that the operator's checks will refuse."""
     return _narrow(x) and torch.is_autocast_enabled(x.device.type)
 
 
 def to(value: Any, dtype: torch.dtype) -> Any:
-    """The value as autocast casts it: a tensor of float32, float16 or bfloat16, and nothing else."""
+    """Casts a float32, float16 or bfloat16 tensor to dtype, and returns any other value as it is."""
     return value.to(dtype) if _narrow(value) else value
 
 
 def in_lower_precision(operator: Callable[..., Any], *tensors: Any, residual: Any = None, **options: Any) -> Any:
-    """operator(*tensors, residual=residual, **options), of the autocast dtype but for a residual that promotes it."""
+    """operator(*tensors, residual=residual, **options) in the autocast dtype. A wider residual promotes the result."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device)
     given = [to(t, dtype) for t in tensors]
@@ -50,9 +50,9 @@ def in_lower_precision(operator: Callable[..., Any], *tensors: Any, residual: An
 
 
 def normalized(operator: Callable[..., Any], *tensors: Any, residual: Any = None, **options: Any) -> Any:
-    """A norm of x, weight (and bias) of any dtypes: one rounding of a float32 result, to x's dtype on a CPU.
+    """A norm of x, weight and perhaps bias, of any dtypes, computed in float32.
 
-    On a GPU the result stays float32. The sum of x and residual has their promoted dtype, and stands for x's.
+    On a CPU the result is rounded once, to x's dtype; on a GPU it stays float32. A residual promotes x's dtype.
     """
     x, *parameters = tensors
     device = x.device.type
@@ -72,7 +72,7 @@ def normalized(operator: Callable[..., Any], *tensors: Any, residual: Any = None
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward whose products run in the dtypes that it asks for, wherever backward() is called."""
+    """Runs a backward with autocast off, even where backward() is called inside autocast."""
 
     def run(ctx: Any, *grads: Any) -> Any:
         if not autocast_is_on():

@@ -1,22 +1,22 @@
-"""Which way does a call of an operator take to its kernel?
+"""Which way does an operator's call take to its kernel?
 
     pyfused.layer_norm(x, ...)        the public function, ops/layer_norm.py
         |
-        |-- call_prepared             a call of the same signature was checked before: its launch runs again, 1 us
-        |       no                    (or, where a gradient is wanted, its launch and what autograd records of it)
+        |-- call_prepared             a call with this signature was checked before: its launch runs again, 1 us
+        |       no                    (with autograd's record of it, where a gradient is wanted)
         |-- bind                      checks the arguments
         |-- call_checked              runs them, and keeps the launch for call_prepared
         v
-    Operator.__call__                 by who watches the call, first match:
+    Operator.__call__                 who watches the call? The first match decides:
 
-        torch.func, forward-mode derivatives, torch.jit.trace       in_plain_torch    plain PyTorch, which they see through
+        torch.func, forward-mode derivatives, torch.jit.trace       in_plain_torch    plain PyTorch, which they can follow
         a gradient of a gradient                                    plainly           the same
         torch.compile, torch.export, dispatch modes, the profiler,
         tensor subclasses                                           registered        torch.ops.pyfused.<name>
         a gradient is wanted                                        autograd          direct, inside autograd.Function
-        nobody                                                      direct            the kernel that dispatch chooses
+        nobody                                                      direct            the kernel chosen by dispatch
 
-Measured per call on one core: a direct Python call 1.3 us, Library.impl 4.5, autograd.Function 9.5, register_autograd 11 to 40.
+Per call on one core: a direct Python call takes 1.3 us, Library.impl 4.5, autograd.Function 9.5, register_autograd 11 to 40.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ..tracing import jit_is_tracing, modes, profiler_is_on
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_in_transform = torch._C._are_functorch_transforms_active  # torch.func's; their tensors have no memory of their own
-# Where one of these says something true, somebody watches the operators: a launch is not enough.
+_in_transform = torch._C._are_functorch_transforms_active  # torch.func's transforms; their tensors have no memory
+# If one of these returns something true, somebody watches the operators, and a launch alone is not enough.
 WATCHERS = modes, profiler_is_on, jit_is_tracing, _in_transform
 _forced = dispatch._forced.get
 _signature = extensions.signature()
@@ -62,39 +62,39 @@ def _address(value: Any) -> int | None:
 
 
 class Call:
-    """The ways of the table above, for one operator.
+    """The table above, for one operator.
 
     Args:
         kernel, function: kernels/<backend>/<kernel>.py and the function in it, "forward" or "backward".
-        residual: the argument, by its position, beside which the second output is a result too: x + residual.
+        residual: the position of the argument `residual`. If it is given, the second output is a result too: x + residual.
     """
 
-    autograd: type[torch.autograd.Function] | None = None  # absent for what is itself a backward
+    autograd: type[torch.autograd.Function] | None = None  # None if the operator is itself a backward
     overload: Any  # torch.ops.pyfused.<name>
-    inference: tuple[Any, Any]  # its forms without gradients, of one result and of two
+    inference: tuple[Any, Any]  # the forms without gradients, with one result and with two
 
     def __init__(self, kernel: str, function: str, residual: int | None, outputs: int):
         self.kernel, self.function = kernel, function
         self._residual, self._outputs = residual, outputs
         self._launches = dispatch.Launches()
         self._prepared = extensions.prepared(self._launches, dispatch._forced, WATCHERS)
-        self._recorded = dispatch.Launches()  # as _launches, with what autograd records of the call
+        self._recorded = dispatch.Launches()  # as _launches, with autograd's record of the call
         self._prepared_with_gradient = extensions.prepared(self._recorded, dispatch._forced, WATCHERS)
-        self._reference: Any = dispatch.kernel("reference", kernel)  # now: torch.compile traces no import
+        self._reference: Any = dispatch.kernel("reference", kernel)  # imported now: torch.compile traces no import
 
     def call_prepared(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The results for arguments as the public function got them, in this operator's order, if a call of their signature
-        was checked before; else None, and the arguments are to be checked."""
+        """The results, if a call with the same signature was checked before; else None, and the caller checks the arguments.
+        args: as the public function got them, in this operator's order."""
         if _is_compiling():
             return None
         return self._prepared_with_gradient(*args) if _is_grad_enabled() else self._prepared(*args)
 
     def call_checked(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Runs the arguments `bound`, which the checks made of `given`, and keeps the launch for call_prepared(given). What
-        `bound` has behind those of `given`, such as `save`, a launch need not be told.
+        """Runs `bound`, the checked form of the arguments `given`, and keeps the launch for call_prepared(given). A launch does
+        not need the extra arguments at the end of `bound`, such as `save`.
 
-        A launch reads addresses, so it is kept only where both have the same memory. Where the checks took a view, the launch
-        is prepared for that view; autograd would miss it, so what it records is kept only where the tensors are the same.
+        A launch reads addresses, so it is kept only if both have the same memory. If the checks took a view, the launch is
+        prepared for that view. Autograd would miss the view, so its record is kept only if the tensors are the same.
         """
         outputs = self(*bound)
         if _is_compiling() or _transformed() or any(watcher() for watcher in WATCHERS):
@@ -111,9 +111,9 @@ class Call:
         return outputs
 
     def _recording(self, given: tuple[Any, ...], bound: tuple[Any, ...]) -> Callable[..., tuple[Any, ...] | None]:
-        """The call with what autograd records of it, for arguments that differ from `given` in their memory alone. It returns
-        None where none of them wants a gradient."""
-        # torch.autograd.Function.apply in Python looks for things that cannot be here, in 5 us.
+        """The call with autograd's record, for arguments that differ from `given` only in their memory. It returns None if no
+        argument wants a gradient."""
+        # torch.autograd.Function.apply in Python spends 5 us on checks that do not apply here.
         apply = super(torch.autograd.Function, self.autograd).apply  # type: ignore[misc, arg-type]
         others = [(i, b) for i, (g, b) in enumerate(zip(given, bound)) if b is not g]
         more = bound[len(given) :]
@@ -136,7 +136,7 @@ class Call:
         if _transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
         if self.autograd is None and _wants_gradient(args):
-            return self.plainly(*args)  # a gradient that is to be differentiated: create_graph=True
+            return self.plainly(*args)  # create_graph=True: this gradient will be differentiated
         if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
             return self._registered(args)
         if self.autograd is not None and _wants_gradient(args):
@@ -157,8 +157,8 @@ class Call:
         return launch(*args)
 
     def _in_plain_torch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The reference, which torch.func's transforms and forward-mode derivatives go through as through any torch code; and
-        torch.jit.trace, whose programs are to run without Python."""
+        """The reference. torch.func's transforms and forward-mode derivatives can follow it like any torch code, and
+        torch.jit.trace needs programs that run without Python."""
         if not _is_compiling():
             once(
                 "inside torch.func's transforms, forward-mode derivatives and torch.jit.trace pyfused's operators run in plain "
@@ -167,12 +167,12 @@ class Call:
         return self.plainly(*args)
 
     def plainly(self, *args: Any) -> tuple[Any, ...]:
-        """The reference: plain PyTorch, which autograd follows any number of times."""
+        """The reference: plain PyTorch, which autograd can differentiate any number of times."""
         return getattr(self._reference, self.function)(*args)
 
     def _registered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Through the dispatcher, which returns a single output bare; None for what only a gradient needs, where none is
-        wanted."""
+        """Through the dispatcher, which returns a single output without a tuple. Outputs that only a gradient needs are None
+        where no gradient is wanted."""
         overload = self.overload
         if self.autograd is not None and not _wants_gradient(args):
             overload = self.inference[self.results_of(args) - 1]
@@ -181,5 +181,5 @@ class Call:
         return (*outputs, *[None] * (self._outputs - len(outputs)))
 
     def results_of(self, args: tuple[Any, ...]) -> int:
-        """How many of the outputs are results; the others are kept for a gradient."""
+        """How many outputs are results. The others are kept for a gradient."""
         return 1 if self._residual is None or args[self._residual] is None else 2

@@ -1,4 +1,4 @@
-"""What is bad input? The checks that every public operator shares; each error names the argument and what it takes."""
+"""What is bad input? The public operators share these checks. Each error names the argument and what it takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from ..tracing import tracing
 
-# A call's checks cost as much as a small kernel, so that each looks first at what nearly always holds: reading a tensor's
-# device takes 0.15 us and comparing two 0.3, is_cpu 0.06; a tensor's shape 0.3.
+# A call's checks cost as much as a small kernel, so each check tests the usual case first. Reading a tensor's device takes
+# 0.15 us, comparing two devices 0.3, is_cpu 0.06, reading a shape 0.3.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -20,7 +20,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_floating(tensor: torch.Tensor, argument: str) -> None:
-    """A float tensor, of a dtype that pyfused computes in."""
+    """Raises TypeError unless this is a tensor of a dtype that pyfused computes in."""
     if tensor.__class__ in _PLAIN and tensor.dtype in FLOATING:
         return
     if not isinstance(tensor, torch.Tensor):
@@ -30,7 +30,7 @@ def check_floating(tensor: torch.Tensor, argument: str) -> None:
 
 
 def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_name: str) -> None:
-    """A tensor of the dtype and on the device of another."""
+    """Raises unless this is a tensor of `like`'s dtype and device."""
     if tensor.__class__ in _PLAIN and tensor.dtype is like.dtype and tensor.is_cpu and like.is_cpu:
         return
     if not isinstance(tensor, torch.Tensor):
@@ -42,13 +42,13 @@ def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_nam
 
 
 def check_shape(tensor: torch.Tensor, argument: str, shape: tuple[int, ...], meaning: str) -> None:
-    """A tensor of exactly this shape, a tuple or torch.Size; `meaning` says where the numbers come from, such as "(N,)"."""
+    """Raises ValueError unless the tensor has exactly this shape. `meaning` is the shape in letters, such as "(N,)"."""
     if tensor.shape != shape:
         raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; it takes {meaning} = {tuple(shape)}")
 
 
 def may_look(tensor: torch.Tensor) -> bool:
-    """Whether a check may read the tensor's values: on the host, where that costs no synchronisation, or by
+    """Whether a check may read the tensor's values. It may on the host, where that needs no synchronisation, and with
     PYFUSED_CHECK=1; never in a trace."""
     if tracing() or type(tensor) not in _PLAIN:
         return False

@@ -1,8 +1,8 @@
-"""What is the least that an operator must move and compute? Each operator says it once, beside its schema.
+"""How many bytes must an operator move at least, and how much must it compute? Each says so beside its schema.
 
-Benchmarks, the roofline and the tables of results read it. Bytes: every input read once, every result written once, but for
-what only a gradient needs of a forward. FLOPs:
-an addition and a multiplication are one each; exponentials and square roots do not count.
+Benchmarks, the roofline and the tables of results read it. Bytes: each input is read once and each result written once;
+outputs of a forward that only its gradient needs do not count. FLOPs: an addition and a multiplication are one each;
+exponentials and square roots do not count.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Cost(NamedTuple):
     flops: int = 0
 
 
-COSTS: dict[str, Callable[..., Cost]] = {}  # by the registered operator's name, of its arguments
+COSTS: dict[str, Callable[..., Cost]] = {}  # registered operator's name -> cost of its arguments
 
 
 def size(*tensors: Any) -> int:
-    """Bytes of the tensors among the arguments; what is broadcast is there once."""
+    """Bytes of the tensors among the arguments. Broadcast elements count once."""
     return sum(_elements(t) * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 

@@ -1,4 +1,4 @@
-"""Which backend would run a call, and why would the others not? explain() prints what dispatch decides."""
+"""Which backend would run a call, and why would the others not? explain() reports dispatch's decision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What explain() returns: `backend` would run; str() is a table with every backend's reason."""
+    """The result of explain(): `backend` would run; str() is a table with every backend's reason."""
 
     operator: str
     backend: str
@@ -33,7 +33,7 @@ class Explanation:
 
 
 def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdict, ...]:
-    """Every backend's verdict on one call, in the order in which they are asked."""
+    """Every backend's verdict on one call, in the order of dispatch."""
     asked = dispatch.forced()
     rows: list[Verdict] = []
     found = False
@@ -59,7 +59,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         operator: its name, such as "attention".
-        args, kwargs: what one would pass to the operator itself.
+        args, kwargs: the operator's own arguments.
 
     Example:
         print(pyfused.explain("layer_norm", x, weight, bias))

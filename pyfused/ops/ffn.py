@@ -25,11 +25,11 @@ def ffn(
 ) -> torch.Tensor:
     """The feed-forward network, with the activation and the residual addition inside the kernels.
 
-    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+    torch.autocast casts all tensors to its dtype. A wider residual is not cast: it is added to the result, which is float32.
 
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
-        w_in, b_in: (F, N) as nn.Linear stores it, and (F,) or None; of x's dtype and device, as all that follow.
+        w_in, b_in: (F, N) as nn.Linear stores it, and (F,) or None; of x's dtype and device, as all tensors below.
         w_out, b_out: (M, F) and (M,) or None.
         activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
         residual: (..., M), added to the result, or None.
@@ -113,7 +113,7 @@ def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def _backward_cost(grad_y, x, w_in, w_out, pre, activation, wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out):
-    """A product for the gradient of the activation's output, and one for each gradient of x and the weights."""
+    """One product for the gradient of the activation's output, and one for each gradient of x and the weights."""
     moved = size(grad_y, x, w_in, w_out, pre) + size(x) * wants_x + size(w_in) * wants_w_in + size(w_out) * wants_w_out
     products = w_in.numel() * (wants_x + wants_w_in) + w_out.numel() * (1 + wants_w_out)
     return Cost(moved, 2 * x.shape[:-1].numel() * products)

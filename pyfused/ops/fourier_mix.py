@@ -1,7 +1,7 @@
 """fourier_mix: the real part of the 2-D Fourier transform over sequence and features (Lee-Thorp et al. 2021, arXiv:2105.03824).
 
-y[s, n] = sum over a, b of x[a, b] cos(2 pi (s a / S + n b / N)): FNet's token mixing. It is symmetric, its own transpose,
-so its backward is its forward; and y[s, n] = y[-s, -n], indices modulo S and N.
+y[s, n] = sum over a, b of x[a, b] cos(2 pi (s a / S + n b / N)): FNet's token mixing. The map is its own transpose,
+so its backward is its forward. Also y[s, n] = y[-s, -n], indices modulo S and N.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .registration import Operator
 def fourier_mix(x: torch.Tensor) -> torch.Tensor:
     """Real part of the unnormalised forward 2-D DFT over the last two dimensions: torch.fft.fft2(x).real.
 
-    Everything is computed in float32 and rounded once, so float16 and bfloat16 run where torch.fft refuses them, and at
-    any size. Values grow like sqrt(S N) and y[0, 0] is the sum of x: float16 holds no more than 65504 and becomes
-    infinite beyond. A sample that holds one NaN is NaN throughout. torch.autocast changes nothing: x keeps its dtype.
+    Everything is computed in float32 and rounded once, so float16 and bfloat16 work at any size, which torch.fft refuses.
+    Values grow like sqrt(S N), and y[0, 0] is the sum of x; float16 becomes infinite beyond 65504. One NaN makes its whole
+    sample NaN. torch.autocast changes nothing: x keeps its dtype.
 
     Args:
-        x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; any S and N from 1 on, primes
-            too; B may be 0.
+        x: (B, S, N), float32, float16, bfloat16 (float64 runs on the reference). Any strides. S and N are at least 1 and may
+            be prime; B may be 0.
 
     Returns:
         (B, S, N), of x's dtype, contiguous.
@@ -60,7 +60,7 @@ def _backward(ctx, grad_y):
 
 
 def _cost(x):
-    """2.5 S N log2(S N) a sample: half of a complex transform by Cooley and Tukey, as the input is real."""
+    """2.5 S N log2(S N) a sample: half of Cooley and Tukey's complex transform, as the input is real."""
     signal = x.shape[1] * x.shape[2]
     return Cost(size(x, x), int(2.5 * x.numel() * math.log2(max(signal, 2))))
 

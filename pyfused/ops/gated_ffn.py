@@ -27,16 +27,16 @@ def gated_ffn(
 ) -> torch.Tensor:
     """The gated feed-forward network, with the activation, the product and the residual addition inside the kernels.
 
-    float16: Flan-T5's activation(gate) * up reaches 1e6, beyond float16's 65504. That product, and what is computed of
-    it, is never held in plain float16: it stays in float32, or in float16 with a power-of-two scale for each row. So a
-    result that float16 can hold is finite whenever x w_gate^T and x w_up^T fit into float16, each on its own (they are
-    kept for the backward, and plain PyTorch has them in float16 too). bfloat16 has float32's range and needs nothing.
+    float16: Flan-T5's activation(gate) * up reaches 1e6, beyond float16's 65504. The kernels therefore keep this product in
+    float32, or in float16 with a power-of-two scale for each row. A result that float16 can hold is finite if x w_gate^T
+    and x w_up^T each fit into float16 (the backward keeps both; plain PyTorch has them in float16 too). bfloat16 has
+    float32's range.
 
-    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+    torch.autocast casts all tensors to its dtype. A wider residual is not cast: it is added to the result, which is float32.
 
     Args:
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
-        w_gate, w_up: (F, N) as nn.Linear stores it; of x's dtype and device, as all that follow.
+        w_gate, w_up: (F, N) as nn.Linear stores it; of x's dtype and device, as all tensors below.
         w_out: (M, F).
         activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
         residual: (..., M), added to the result, or None.
@@ -117,7 +117,7 @@ def _cost(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 def _backward_cost(grad_y, x, w_gate, w_up, w_out, gate, up, activation, wants_x, wants_gate, wants_up, wants_out):
-    """A product for the gradient of the hidden values, two for x's gradient, and one for each weight's."""
+    """One product for the gradient of the hidden values, two for x's gradient, and one for each weight's."""
     moved = size(grad_y, x, w_gate, w_up, w_out, gate, up) + size(x) * wants_x
     moved += size(w_gate) * wants_gate + size(w_up) * wants_up + size(w_out) * wants_out
     products = w_gate.numel() * (wants_x + wants_gate) + w_up.numel() * (wants_x + wants_up)

@@ -1,6 +1,6 @@
 """layer_norm: y = (t - mean(t)) / sqrt(var(t) + eps) * weight + bias with t = x + residual (Ba et al. 2016, arXiv:1607.06450).
 
-Mean and biased variance over the last dimension, in float32 whatever the dtype.
+Mean and biased variance are over the last dimension, in float32 for every dtype.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def layer_norm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Layer normalisation over the last dimension, with the residual addition in the same pass.
 
-    Inside torch.autocast dtypes may be mixed; as of torch.nn.functional's norm, the result is float32 on a GPU and has x's
-    dtype (that of x + residual) on a CPU.
+    Inside torch.autocast dtypes may be mixed. As in torch.nn.functional, the result is float32 on a GPU and has the dtype
+    of x (or of x + residual) on a CPU.
 
     Args:
-        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; the last dimension is
-            contiguous, else it is copied.
+        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; a last dimension that
+            is not contiguous is copied.
         weight, bias: (N,), of x's dtype and device; bias may be None.
         eps: added to the variance.
         residual: of x's shape, dtype and device, or None.
 
     Returns:
-        The normalised tensor, of x's shape and dtype, contiguous; with `residual` the pair (normalised, x + residual),
-        where the sum is rounded to x's dtype before it is normalised.
+        The normalised tensor, of x's shape and dtype, contiguous; with `residual` the pair (normalised, x + residual).
+        The sum is rounded to x's dtype before it is normalised.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -20,9 +20,9 @@ def linear(
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The affine map of nn.Linear, and a residual on top.
+    """The affine map of nn.Linear, plus a residual.
 
-    Inside torch.autocast all tensors are cast to its dtype; a wider residual is added to the result, which is float32 then.
+    torch.autocast casts all tensors to its dtype. A wider residual is not cast: it is added to the result, which is float32.
 
     Args:
         x: (..., K), float32, float16, bfloat16 (float64 runs on the reference).
@@ -74,7 +74,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    """Library products: the weights are read as a plain matrix here, and cuBLAS and MKL do that well."""
+    """Library products: these are plain matrix products, which cuBLAS and MKL do well."""
     x, weight = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
     n, k = weight.shape

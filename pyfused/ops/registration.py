@@ -1,6 +1,6 @@
-"""How is an operator registered? Its schema, shapes and gradient in torch.ops.pyfused, and the ways of call.py to its kernel.
+"""How is an operator registered? torch.ops.pyfused gets its schema, shapes and gradient; call.py leads to its kernel.
 
-Eager mode with plain tensors calls the kernel directly, through autograd.Function where a gradient is wanted. Tensor subclasses
+Eager mode calls the kernel directly for plain tensors, through autograd.Function if a gradient is wanted. Tensor subclasses
 and torch.compile go through the registered operator, which has its own fake and autograd.
 """
 
@@ -26,18 +26,18 @@ class Operator(Call):
         name: the name in torch.ops.pyfused; `<kernel>_backward` calls `backward` of kernels/<backend>/<kernel>.py.
         schema: arguments and returns, as torch.library.define takes them.
         fake: the shapes, dtypes and strides of the outputs for given inputs.
-        setup_context, backward: as torch.autograd.Function has them; absent for operators that are themselves backward.
-            With create_graph=True gradient mode is on inside backward: what the kernel kept of the forward, autograd has seen
-            no derivative of, so backward computes it again; the operators of gradients then run in plain PyTorch.
-        residual: the argument, by its position, beside which the second output is a result too: x + residual.
-        cost: the least that a call must move and compute, of the schema's arguments.
+        setup_context, backward: as in torch.autograd.Function; None for operators that are themselves a backward. With
+            create_graph=True gradient mode is on inside backward. Autograd knows no derivative of the tensors that the
+            kernel kept, so backward computes them again, and the operators of gradients run in plain PyTorch.
+        residual: the position of the argument `residual`. If it is given, the second output is a result too: x + residual.
+        cost: the least that a call must move and compute; takes the schema's arguments.
 
-    A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. Where
-    autograd records a call, it returns the results alone.
+    A kernel may return None for an output that was not asked for; the registered operator returns an empty tensor there. If
+    autograd records a call, the call returns the results alone.
 
-    A differentiable operator has a second form in traces, <name>_inference, which returns the results alone. It is what
-    programs without gradients hold, and costs them no more than an eager call; the operator with its empty tensors and its
-    autograd costs 24 us above the kernel. With a residual in its place the form is <name>_inference_sum, of two results.
+    A differentiable operator has a second form in traces, <name>_inference, which returns the results alone. Programs without
+    gradients hold this form, and it costs them no more than an eager call. The full operator, with its empty tensors and
+    autograd, costs 24 us above the kernel. With a residual the form is <name>_inference_sum, with two results.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Operator(Call):
         def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             setup_context(ctx, inputs, outputs)
-            ctx.set_materialize_grads(len(outputs) == 1)  # else the operator sees which gradients there are
+            ctx.set_materialize_grads(len(outputs) == 1)  # else backward gets None for absent gradients
             ctx.mark_non_differentiable(*outputs[self.results_of(inputs) :])
 
         torch.library.register_autograd(f"pyfused::{self.name}", backward, setup_context=setup_registered, lib=LIBRARY)
@@ -89,9 +89,9 @@ class Operator(Call):
             outputs = self.direct(*args)
             setup_context(ctx, args, outputs)
             ctx.set_materialize_grads(len(outputs) == 1)
-            return outputs[: self.results_of(args)]  # what is kept for backward is no output: 4 us less
+            return outputs[: self.results_of(args)]  # tensors kept for backward are no outputs: saves 4 us
 
-        # With a setup_context of its own torch would look at the signature of forward at every call, in 40 us.
+        # With a separate setup_context torch would inspect forward's signature at every call, in 40 us.
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.autograd = type(f"pyfused.{self.name}", (torch.autograd.Function,), members)
 
@@ -108,8 +108,8 @@ class Operator(Call):
 
         name = f"{self.name}_inference" + ("_sum" if count == 2 else "")
         overload = self._define(name, f"{arguments}-> ({', '.join(['Tensor'] * count)})", run, fake)
-        if hasattr(overload, "_op"):  # what a call from Python runs, as those of compiled programs are; no public name
-            # Through torch's dispatcher and back is 9 us, which a prepared launch need not go.
+        if hasattr(overload, "_op"):  # a private name: calls from Python run this, also in compiled programs
+            # A prepared launch skips torch's dispatcher, which takes 9 us.
             watchers = *WATCHERS, torch.is_grad_enabled
             overload._op = extensions.prepared(self._launches, dispatch._forced, watchers, overload._op, count)
         return overload

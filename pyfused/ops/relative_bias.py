@@ -1,4 +1,4 @@
-"""relative_bias: T5's bias of a score, table[bucket of (key position - query position), head] (Raffel et al. 2020).
+"""relative_bias: T5's bias of a score: table[bucket of (key position - query position), head] (Raffel et al. 2020).
 
 attention takes the same table as `relative_bias=RelativeBias(...)` and computes this inside its kernel.
 """
@@ -20,8 +20,8 @@ class RelativeBias(NamedTuple):
 
     Attributes:
         table: (num_buckets, H): a bias for each bucket of distances and each head.
-        bidirectional: half of the buckets are for keys after the query (an encoder); else all such keys share the bucket
-            of distance 0 (a decoder, where causality hides them).
+        bidirectional: True gives half of the buckets to keys after the query (an encoder). With False all such keys share
+            the bucket of distance 0 (a decoder, where causality hides them).
         max_distance: distances from here on share the last bucket.
     """
 
@@ -39,14 +39,14 @@ def relative_bias(
     max_distance: int = 128,
     query_offset: int = 0,
 ) -> torch.Tensor:
-    """T5's relative position bias, materialised; in the table's dtype inside torch.autocast too.
+    """T5's relative position bias as a tensor. torch.autocast does not change its dtype.
 
     Args:
-        table: (num_buckets, H), float32, float16, bfloat16 (float64 runs on the reference); num_buckets at least 2, or 4
-            where bidirectional. Of an odd number the last bucket is not used where bidirectional.
+        table: (num_buckets, H), float32, float16, bfloat16 (float64 runs on the reference); num_buckets is at least 2, or
+            4 if bidirectional. A bidirectional bias does not use the last bucket of an odd number.
         query_length, key_length: Sq and Sk, at least 0.
-        bidirectional, max_distance: as in RelativeBias; max_distance exceeds the number of distances with a bucket of
-            their own, num_buckets // 2 (// 4 where bidirectional).
+        bidirectional, max_distance: as in RelativeBias. max_distance exceeds the number of distances with a bucket of
+            their own, which is num_buckets // 2, or // 4 if bidirectional.
         query_offset: the position of the first query; keys start at 0. With a cache, the number of cached tokens.
 
     Returns:
@@ -85,7 +85,7 @@ def bind(table, query_length, key_length, *, bidirectional, max_distance=128, qu
 
 
 def check_buckets(table: torch.Tensor, bidirectional: bool, max_distance: int, prefix: str = "") -> None:
-    """A table that the formula of the buckets fits; `prefix` goes before the arguments' names."""
+    """Raises unless the buckets' formula fits this table. `prefix` goes before the arguments' names."""
     if not isinstance(bidirectional, bool):
         raise TypeError(f"{prefix}bidirectional is a {type(bidirectional).__name__}; it takes a bool")
     if not _is_int(max_distance):
@@ -127,7 +127,7 @@ def _backward_fake(grad_out, num_buckets, bidirectional, max_distance, query_off
 
 
 def _cost(table, query_length, key_length, bidirectional, max_distance, query_offset):
-    """Of memory alone: a result is a number of the table."""
+    """Memory only: each result is copied from the table."""
     return Cost(size(table) + table.shape[1] * query_length * key_length * table.element_size(), 0)
 
 

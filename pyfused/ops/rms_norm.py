@@ -1,6 +1,6 @@
 """rms_norm: y = t / sqrt(mean(t^2) + eps) * weight with t = x + residual (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-The mean of the squares is over the last dimension, in float32 whatever the dtype: T5's layer norm.
+The mean is over the last dimension, in float32 for every dtype. T5 calls this its layer norm.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def rms_norm(
     """Root mean square normalisation over the last dimension, with the residual addition in the same pass.
 
     Everything is computed in float32 and rounded once. Hugging Face's T5 rounds to the weight's dtype before it
-    multiplies by the weight, and KerasHub's computes in the input's dtype throughout: in float32 the three agree, in
-    half precision this one is the closest to float64.
+    multiplies by the weight, and KerasHub's computes in the input's dtype throughout. In float32 the three agree; in
+    half precision this one is closest to float64.
 
-    Inside torch.autocast dtypes may be mixed; as of torch.nn.functional's norm, the result is float32 on a GPU and has x's
-    dtype (that of x + residual) on a CPU.
+    Inside torch.autocast dtypes may be mixed. As in torch.nn.functional, the result is float32 on a GPU and has the dtype
+    of x (or of x + residual) on a CPU.
 
     Args:
-        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; the last dimension is
-            contiguous, else it is copied.
+        x: (..., N), float32, float16, bfloat16 (float64 runs on the reference). Any strides; a last dimension that
+            is not contiguous is copied.
         weight: (N,), of x's dtype and device.
         eps: added to the mean of the squares.
         residual: of x's shape, dtype and device, or None.
 
     Returns:
-        The normalised tensor, of x's shape and dtype, contiguous; with `residual` the pair (normalised, x + residual),
-        where the sum is rounded to x's dtype before it is normalised.
+        The normalised tensor, of x's shape and dtype, contiguous; with `residual` the pair (normalised, x + residual).
+        The sum is rounded to x's dtype before it is normalised.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -55,7 +55,7 @@ def rms_norm(
 
 
 def default_eps(dtype: torch.dtype) -> float:
-    """torch.nn.RMSNorm's for eps=None: the machine epsilon of the dtype that is computed in, float32's for half precision."""
+    """torch.nn.RMSNorm's eps for None: the machine epsilon of the dtype it computes in, which for half precision is float32."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
