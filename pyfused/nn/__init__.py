@@ -1,5 +1,5 @@
-"""Modules that replace torch.nn's and transformers', with the same state dicts, on pyfused's operators; the models' own; and
-the KV cache."""
+"""Modules on pyfused's operators: replacements for torch.nn's and transformers', with the same state dicts; the models' own
+modules; and the KV cache."""
 
 from .attention import CAUSAL, EVERYTHING, CrossAttention, RelativeSelfAttention, SelfAttention, Visibility
 from .kv_cache import KVCache

@@ -1,4 +1,4 @@
-"""How do tokens look at each other, and at an encoder? Multi-head attention with fused projections and a KV cache."""
+"""How do tokens attend to each other, and to an encoder? Multi-head attention with fused projections and a KV cache."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .packing import Packing, packing_of, without_padding
 
 
 def bias_in(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive bias in another dtype: what is finite stays finite (a query whose keys all have float32's least number sees
-    them all alike; as -inf in a half precision they would be hidden), and -inf stays -inf."""
+    """An additive bias in another dtype. Finite values stay finite and -inf stays -inf: a query whose keys all have float32's
+    least number sees them all alike, and -inf in half precision would hide them."""
     if bias.dtype == dtype:
         return bias
     return bias.clamp(min=torch.finfo(dtype).min).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask, bool (True: may look) or added to the scores, as a bias of this dtype. In place of False -inf hides, so that a
-    query that sees nothing gives zeros. A float mask stays what it is."""
+    """A mask, bool (True: may look) or additive, as a bias of this dtype. False becomes -inf, so a query that sees nothing
+    gives zeros. A float mask only changes its dtype."""
     if mask.dtype != torch.bool:
         return bias_in(mask, dtype)
     zero, hidden = (torch.full((), value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
@@ -35,15 +35,15 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Which keys a query may see, and how far away they count: the one form in which masks reach pyfused.attention."""
+    """Which keys a query may see, and with which bias. All masks reach pyfused.attention in this form."""
 
     is_causal: bool = False
     padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
     relative_bias: RelativeBias | None = None
-    packing: Packing | None = None  # what is given to the layers is packed so, and has no padding
-    blank: bool = False  # padding is zeros in what unpacked() returns
-    keys: int | None = None  # so many keys count, the first ones, which the caller takes; behind them a cache has room
+    packing: Packing | None = None  # the layers' inputs are packed like this, without padding
+    blank: bool = False  # unpacked() writes zeros at padding
+    keys: int | None = None  # only this many first keys count; the caller selects them from a larger cache
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
@@ -65,15 +65,15 @@ class Visibility:
         )
 
     def probabilities(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """(B, H, S, Sk), before dropout, by the reference: the operator never has them in memory."""
+        """(B, H, S, Sk), before dropout, by the reference. The operator never stores them."""
         mask = None if self.padding_mask is None else self.padding_mask != 0
         relative = self.relative_bias or ()
         scores = reference.scores(query, key, self.is_causal, mask, self.attn_bias, scale, *relative)
         return reference.probabilities(scores).to(query.dtype)
 
     def skip_padding(self, possible: bool = True, *, unbroken: bool = False) -> Visibility:
-        """The same with the padding left out, as padding_mask says. Where that is not possible (the caller's knowledge;
-        a dense bias; what packing_of says of `unbroken`) it is computed, and becomes zeros in the end."""
+        """The same, with the padding of padding_mask left out. Where that is not possible (`possible` is False, the bias is
+        dense, or packing_of returns None) padding is computed, and unpacked() writes zeros there."""
         if self.padding_mask is None:
             return self
         packing = packing_of(self.padding_mask, unbroken=unbroken) if possible and self.attn_bias is None else None
@@ -82,11 +82,11 @@ class Visibility:
         return replace(self, padding_mask=None, packing=packing)
 
     def packed(self, x: Tensor) -> Tensor:
-        """(B, S, ...) -> what the layers take: itself, or (1, T, ...)."""
+        """(B, S, ...) -> the layers' input: x itself, or (1, T, ...)."""
         return x if self.packing is None else self.packing.pack(x)
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """What the layers give -> (B, S, ...)."""
+        """The layers' output -> (B, S, ...)."""
         if self.packing is not None:
             return self.packing.unpack(x)
         if self.blank and self.padding_mask is not None:
@@ -99,7 +99,7 @@ CAUSAL = Visibility(is_causal=True)
 
 
 class _Attention(nn.Module):
-    """What both kinds share: the sizes, the operator call, and the output projection (D, H * d)."""
+    """Self- and cross-attention share the sizes, the operator call, and the output projection (D, H * d)."""
 
     def __init__(self, hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype):
         super().__init__()
@@ -159,7 +159,7 @@ class SelfAttention(_Attention):
         """x (B, S, D) -> (B, S, D).
 
         visible: which keys count; its masks cover the cached tokens too. With a packing, x is (1, T, D) and the cache is
-        empty. cache: keys and values of earlier tokens, to which those of x are appended as layer `layer`.
+        empty. cache: keys and values of earlier tokens; x's are appended to its layer `layer`.
         probabilities: a list that gets this layer's (B, H, S, Sk).
         """
         b, s, _ = x.shape
@@ -175,19 +175,19 @@ class SelfAttention(_Attention):
 
 
 class RelativeSelfAttention(SelfAttention):
-    """T5's self-attention (Raffel et al. 2020, section 2.1): no biases, scores that are not scaled, and a bias of the
-    scores by relative position.
+    """T5's self-attention (Raffel et al. 2020, section 2.1). It has no linear biases, does not scale the scores, and adds a
+    bias by relative position to them.
 
     Args:
         hidden_dim, num_heads, head_size, dropout: as SelfAttention's. The parameters are query_key_value.weight,
             output.weight and, with num_buckets, the table relative_bias (num_buckets, H).
         bidirectional: whether the table tells keys before the query from keys after it, as in an encoder.
-        num_buckets: None leaves out the table, since T5's layers share that of the first one: they are handed
-            `position_bias()` of it in `visible`.
+        num_buckets: None leaves out the table. T5's layers share the first layer's table: they get its `position_bias()`
+            in `visible`.
         max_distance: distances from here on share the last bucket.
 
     Raises:
-        ValueError: a number of buckets that does not go with max_distance.
+        ValueError: num_buckets and max_distance do not fit together.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class RelativeSelfAttention(SelfAttention):
         layer: int = 0,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
-        """As SelfAttention's. A table or a bias in `visible` stands for this layer's own table."""
+        """As SelfAttention's. A table or a bias in `visible` replaces this layer's own table."""
         if visible.relative_bias is None and visible.attn_bias is None and self.relative_bias is not None:
             visible = replace(visible, relative_bias=self.position_bias())
         return super().forward(x, visible, cache, layer, probabilities)
@@ -270,10 +270,10 @@ class CrossAttention(_Attention):
         visible: Visibility = EVERYTHING,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
-        """x (B, S, D), and keys and values of `project` -> (B, S, D).
+        """x (B, S, D), and the keys and values from `project` -> (B, S, D).
 
-        x may have several rows, one after the other, for each row of the keys, as beams of one source: their queries are
-        taken together, so that the keys are neither copied nor read for each.
+        x may have several consecutive rows for each row of the keys, such as the beams of one source. Their queries are
+        joined into one row, so the keys are neither copied nor read again for each.
         """
         rows = key_value[0].shape[0]
         length = x.shape[0] // max(rows, 1) * x.shape[1]

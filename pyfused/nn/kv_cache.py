@@ -9,18 +9,18 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer, allocated once for `capacity` tokens.
 
-    A model appends the tokens it is given behind the `length` that are there and moves `length` on; setting
-    `length` back forgets the rest. Each layer has one tensor (2, B, H, capacity, D), so that a step writes its key and
-    its value in one copy, and attention reads one head's keys as one stretch of memory.
+    A model appends new tokens behind the first `length` and then raises `length`. Lowering `length` forgets the tokens
+    behind it. Each layer has one tensor (2, B, H, capacity, D): a step writes its key and value in one copy, and attention
+    reads one head's keys as one stretch of memory.
 
     Args:
         num_layers, batch_size, num_heads, capacity, head_size: L, B, H (of the keys), tokens per row, D.
-        dtype, device: those of the model.
+        dtype, device: the model's.
 
     Attributes:
         length: tokens in every row.
-        cross: a layer's keys and values (B, H, Se, D) of the encoder, once cross-attention has computed them.
-        encoder_mask: (B, Se), which of those are real, or None.
+        cross: each layer's keys and values (B, H, Se, D) of the encoder, once cross-attention has computed them.
+        encoder_mask: (B, Se), which encoder tokens are real, or None.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class KVCache:
         self._rows = torch.arange(self.batch_size, device=buffers[0].device)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's places to write to, its keys and its values. A trace makes the views of the one buffer: three inputs of
-        a graph that share memory, one of them written to, come out wrong with dynamic shapes (torch 2.13)."""
+        """The layer's places to write to, its keys and its values. A trace makes these views from the buffer: with dynamic
+        shapes torch 2.13 computes wrongly if graph inputs share memory and one of them is written."""
         return _views(self._buffers[layer]) if torch.compiler.is_compiling() else self._layers[layer]
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
+        """How many tokens fit into a row."""
         return self._buffers[0].shape[3]
 
     @property
@@ -62,14 +62,14 @@ class KVCache:
 
     @property
     def signature(self) -> tuple[int, int, int, torch.dtype, torch.device]:
-        """Layers, heads, head size, dtype, device: what a model must have to use this cache."""
+        """Layers, heads, head size, dtype, device. A model that uses this cache must have the same."""
         kv = self._buffers[0]
         return len(self._buffers), kv.shape[2], kv.shape[4], kv.dtype, kv.device
 
     def at_positions(self, positions: Tensor, extent: int) -> None:
-        """From now on each row writes one token at its own place and reads `extent` places, of which the caller masks
-        those beyond its own. positions: (B,) int64 on the cache's device, read anew by every append. A CUDA graph may hold
-        it: here nothing is allocated that an append reads."""
+        """From now on each row writes one token at its own position and reads `extent` places; the caller masks the places
+        beyond its position. positions: (B,) int64 on the cache's device, which every append reads again. A CUDA graph may
+        hold this tensor: it is not copied."""
         self.positions, self._extent = positions, extent
 
     def append(self, layer: int, key_value: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +93,8 @@ class KVCache:
         return self._layer(layer)[2][:, :, : self.length]
 
     def select(self, rows: Tensor, sources: Tensor | slice | None = None) -> None:
-        """Keeps these rows, (B',) int64, of which one may occur several times; costs one copy of the cache, about what
-        one step reads. sources: the encoder's rows to keep, if they are not one for each row; a slice of all copies none.
+        """Keeps these rows, (B',) int64; a row may occur several times. This copies the cache once, about as many bytes as a
+        step reads. sources: the encoder's rows to keep, if they are not `rows`; slice(None) keeps all without a copy.
         """
         self._set([kv.index_select(1, rows) for kv in self._buffers])
         kept = rows if sources is None else sources
@@ -102,8 +102,8 @@ class KVCache:
         self.encoder_mask = None if self.encoder_mask is None else self.encoder_mask[kept]
 
     def reorder(self, rows: list[int], first: int) -> None:
-        """Row i becomes row rows[i], in place, from token `first` on: the caller knows that before it nothing differs.
-        Rows that stay where they are cost nothing."""
+        """Row i becomes row rows[i], in place, from token `first` on. The caller knows that the tokens before it are equal.
+        Rows that stay cost nothing."""
         moved = [i for i, row in enumerate(rows) if row != i]
         end = self.length if self.positions is None else self._extent
         if not moved or first >= end:
@@ -113,9 +113,9 @@ class KVCache:
         origins = torch.tensor([rows[i] for i in moved], device=device)
         for kv in self._buffers:
             part = kv[:, :, :, first:end]
-            part[:, places] = part[:, origins]  # the right side is a copy, so that rows may change places
+            part[:, places] = part[:, origins]  # the right side is a copy, so rows may swap
 
 
 def _views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of (2, B, H, capacity, D): places (B, capacity, 2, H, D), keys and values (B, H, capacity, D)."""
+    """(2, B, H, capacity, D) -> places (B, capacity, 2, H, D), keys and values (B, H, capacity, D)."""
     return buffer.permute(1, 3, 0, 2, 4), buffer[0], buffer[1]

@@ -1,5 +1,5 @@
-"""Which modules is a transformer made of, beside attention? Norms, Linear, the models' feed-forward networks, Fourier mixing,
-embeddings."""
+"""Which modules does a transformer have beside attention? Norms, Linear, the models' feed-forward networks, Fourier mixing
+and embeddings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
-        residual), input + residual). A float16 module takes a float32 input too (nn/wide.py): the norm is float16 then, the
-        sum float32. Raises as pyfused.layer_norm does."""
+        residual), input + residual). A float16 module also takes a float32 input (nn/wide.py) and then returns a float16 norm
+        and a float32 sum. Raises as pyfused.layer_norm does."""
         weight, bias = self.weight, self.bias
         if weight is not None and weight.dim() == 1:
             if weight.dtype == torch.float16 and input.dtype == torch.float32:
@@ -37,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """input (..., *normalized_shape) -> the same shape; with `residual`, of input's shape, the pair (norm(input +
-        residual), input + residual). A float16 module takes a float32 input as LayerNorm's does. Raises as pyfused.rms_norm
+        residual), input + residual). A float16 module takes a float32 input as in LayerNorm. Raises as pyfused.rms_norm
         does."""
         eps = default_eps(input.dtype) if self.eps is None else self.eps
         weight: Tensor | None = self.weight
@@ -51,8 +51,8 @@ class RMSNorm(nn.RMSNorm):
 def _general(
     norm: Any, shape: tuple[int, ...], input: Tensor, residual: Tensor | None, *parameters: Tensor | None
 ) -> Any:
-    """No weight, or several normalised dimensions: the operator, norm, takes a weight and one dimension. parameters: weight,
-    and bias where there may be one."""
+    """The norm of a module without weight, or over several dimensions. The operator `norm` takes a weight and one dimension.
+    parameters: weight, then bias where the norm has one."""
     dims = len(shape)
     if tuple(input.shape[-dims:]) != tuple(shape):
         raise ValueError(f"input has shape {tuple(input.shape)}; it takes (..., {shape})")
@@ -76,14 +76,14 @@ class Linear(nn.Linear):
 
 
 def dropped(x: Tensor, rate: float) -> Tensor:
-    """x, or what dropout leaves of it."""
+    """Dropout, or x itself if the rate is 0."""
     return F.dropout(x, rate) if rate else x
 
 
 def feed_forward(
     x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(inner(x)))) + residual; without dropout, in one operator."""
+    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout."""
     if dropout:
         hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
         return linear(hidden, outer.weight, outer.bias, residual=residual)
@@ -99,7 +99,7 @@ def gated_feed_forward(
     dropout: float,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """outer(dropout(activation(gate(x)) * up(x))) + residual, of linear maps without bias; without dropout, in one operator."""
+    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout."""
     if dropout:
         hidden = ACTIVATIONS[activation].function(linear(x, gate.weight)) * linear(x, up.weight)
         return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)
@@ -107,14 +107,14 @@ def gated_feed_forward(
 
 
 class Mlp(nn.Module):
-    """outer(activation(inner(x))), the position-wise feed-forward network of Vaswani et al. 2017, in one operator: the
-    models' own, by their names. FeedForward is transformers'.
+    """outer(activation(inner(x))), the position-wise feed-forward network of Vaswani et al. 2017, in one operator. pyfused's
+    models use this class and its parameter names; FeedForward has transformers'.
 
     Args:
         hidden_dim, intermediate_dim: N and F; the parameters are inner.{weight (F, N), bias (F,)} and
             outer.{weight (N, F), bias (N,)}.
         activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
-        dropout: of the activation's output, in training, which then takes three operators.
+        dropout: of the activation's output, in training; it then takes three operators.
 
     Raises:
         ValueError: an activation that is none of these.
@@ -137,8 +137,8 @@ class Mlp(nn.Module):
         self.outer = Linear(intermediate_dim, hidden_dim, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, wide: bool = False) -> Tensor:
-        """x (..., N), residual (..., N) or None -> (..., N); float32 with `wide`, of a float16 module whose result float16
-        may not hold."""
+        """x (..., N), residual (..., N) or None -> (..., N). With `wide`, a float16 module returns float32, because float16
+        may not hold the result."""
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
@@ -151,7 +151,7 @@ class Mlp(nn.Module):
 
 class GatedMlp(nn.Module):
     """outer(activation(gate(x)) * up(x)), the gated feed-forward network of Shazeer 2020 (arXiv:2002.05202), in one
-    operator: the models' own, by their names. GatedFeedForward is transformers'.
+    operator. pyfused's models use this class; GatedFeedForward has transformers' parameter names.
 
     Args:
         hidden_dim, intermediate_dim: N and F; the parameters are gate.weight (F, N), up.weight (F, N) and
@@ -194,14 +194,14 @@ class GatedMlp(nn.Module):
 class FourierMixing(nn.Module):
     """FNet's token mixing (Lee-Thorp et al. 2021, arXiv:2105.03824). It has no parameters.
 
-    Its place in transformers is FNetBasicFourierTransform's, whose forward returns a tuple of one tensor; this one's
-    returns the tensor.
+    It replaces transformers' FNetBasicFourierTransform, whose forward returns a tuple of one tensor; this one returns the
+    tensor.
 
     Args:
-        config: transformers' FNetConfig, or None. Nothing is read but the option that is refused.
+        config: transformers' FNetConfig, or None. Only the refused option is read.
 
     Raises:
-        ValueError: config.use_tpu_fourier_optimizations, which computes with matrices of tpu_short_seq_length rows.
+        ValueError: config.use_tpu_fourier_optimizations, which uses matrices of tpu_short_seq_length rows.
     """
 
     def __init__(self, config: Any = None):
@@ -217,8 +217,8 @@ class FourierMixing(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """torch.nn.Embedding, its constructor and its state dict. A compiled program does not watch norm_type, which means
-    nothing without max_norm: two Python functions less for each embedding."""
+    """torch.nn.Embedding, its constructor and its state dict. Without max_norm it does not read norm_type, so a compiled
+    program does not guard on it: that saves two Python functions per embedding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """ids (...) -> (..., D)."""

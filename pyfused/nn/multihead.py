@@ -1,4 +1,4 @@
-"""How does torch.nn.MultiheadAttention compute on pyfused's operators? One function for the drop-in class and for fuse_."""
+"""How does torch.nn.MultiheadAttention run on pyfused's operators? The drop-in class and fuse_ share one function."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels run on such a tensor, and on these with it; float64, other devices, nested tensors and, outside of
-    torch.autocast, mixed dtypes are better off with torch's own functions."""
+    """Whether the kernels take these tensors. torch's own functions are better for float64, other devices, nested tensors
+    and, outside of torch.autocast, mixed dtypes."""
     dtype = x.dtype
     if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested:
         return False
@@ -36,17 +36,17 @@ def visible_keys(
     key_padding_mask: Tensor | None,
     is_causal: bool,
 ) -> Visibility | None:
-    """torch.nn's masks, in which True hides a key, as pyfused.attention takes them.
+    """Converts torch.nn's masks, in which True hides a key, for pyfused.attention.
 
     Args:
-        like: a bias is of its dtype.
+        like: gives a bias its dtype.
         sizes: B, H, Sq, Sk.
         attn_mask: (Sq, Sk) or (B * H, Sq, Sk), bool or added to the scores.
         key_padding_mask: (B, Sk), bool or added to the scores.
-        is_causal: attn_mask is the causal one, as the caller says.
+        is_causal: the caller says that attn_mask is the causal mask.
 
     Returns:
-        None for what does not fit, and what torch has an error or a rule of its own for.
+        None for masks that do not fit, or for which torch has its own error or rule.
     """
     b, h, sq, sk = sizes
     padding_mask = attn_bias = None
@@ -79,7 +79,7 @@ def visible_keys(
 
 
 def attends(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend` takes this module and these tensors, with whatever masks."""
+    """Whether `attend` takes this module and these tensors, with any masks."""
     weights = (module.in_proj_weight, module.q_proj_weight, module.in_proj_bias, module.bias_k, module.out_proj.weight)
     return (
         takes(query, key, value, *weights)
@@ -99,13 +99,13 @@ def attend(
     residual: Tensor | None = None,
     probabilities: list[Tensor] | None = None,
 ) -> Tensor:
-    """Projections, attention, and the output projection with a residual on top.
+    """Projections, attention, and the output projection plus a residual.
 
     Args:
-        query: (B, Sq, E), or (Sq, B, E) without batch_first; so are residual and the result.
-        key, value: the same with Sk and their own features. One tensor for all three is projected at once.
+        query: (B, Sq, E), or (Sq, B, E) without batch_first, like residual and the result.
+        key, value: the same with Sk and their own features. If all three are one tensor, one product projects it.
         visible: which keys count; a packing has B = 1.
-        probabilities: a list that gets (B, H, Sq, Sk), behind the dropout; attention is plain PyTorch then, and takes no
+        probabilities: a list that gets (B, H, Sq, Sk), behind the dropout. Attention is plain PyTorch then, and takes no
             packing.
     """
     q, k, v = _projected(module, query, key, value, batch_first)
@@ -127,7 +127,7 @@ def attend(
 
 
 def _projected(module, query, key, value, batch_first) -> tuple[Tensor, ...]:
-    """Queries, keys and values, each (B, H, S, d), by as few products as the inputs that are the same allow."""
+    """Queries, keys and values, each (B, H, S, d). Inputs that are the same tensor share one product."""
     e, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
 
     def heads(x, matrix, vector, count=1):
@@ -152,7 +152,7 @@ def _projected(module, query, key, value, batch_first) -> tuple[Tensor, ...]:
 
 
 def _appended(x, row, module) -> Tensor:
-    """(B, H, S, d) with one more key or value for everyone, row (..., E)."""
+    """(B, H, S, d) with one more key or value, row (..., E), for all of B."""
     row = row.view(1, module.num_heads, 1, module.head_dim)
     return torch.cat((x, row.expand(x.shape[0], -1, -1, -1)), 2)
 
@@ -186,7 +186,7 @@ def multihead_forward(
             "averaged by plain PyTorch; the fused path needs need_weights=False"
         )
         probabilities = []
-        is_causal = is_causal and attn_mask is None  # for probabilities torch reads the mask, not the hint about it
+        is_causal = is_causal and attn_mask is None  # torch ignores the hint if it returns probabilities
     out = _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal, probabilities)
     if out is not None:
         if not probabilities:
@@ -199,7 +199,7 @@ def multihead_forward(
 
 
 def _fused(module, query, key, value, key_padding_mask, attn_mask, is_causal, probabilities) -> Tensor | None:
-    """None: what is left to torch, its errors included."""
+    """None leaves the call to torch, errors included."""
     rank = query.dim()
     if not (attends(module, query, key, value) and rank in (2, 3) and key.dim() == rank and value.dim() == rank):
         return None
@@ -233,11 +233,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention, its constructor, state dict, masks and results, on pyfused.attention.
 
     Call it with need_weights=False. With need_weights=True, torch's default, it returns the averaged probabilities, which
-    the fused path never has in memory: such a call attends in plain PyTorch, and a FallbackWarning says so once. Calls that
-    the kernels do not take run as torch's: float64, nested tensors, head sizes above 256, mixed dtypes.
+    the fused path never stores: such a call attends in plain PyTorch, and a FallbackWarning says so once. torch's own code
+    runs calls that the kernels do not take: float64, nested tensors, head sizes above 256, mixed dtypes.
 
-    In bool masks True hides a key, as everywhere in torch.nn. A query that may see no key gets zeros from the attention,
-    where torch.nn gives NaN or zeros, depending on the path it takes. Its probabilities are zeros too.
+    In bool masks True hides a key, as everywhere in torch.nn. A query that may see no key gets zeros from the attention;
+    torch.nn gives NaN or zeros, depending on its path. Its probabilities are zeros too.
     """
 
     def forward(

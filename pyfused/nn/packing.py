@@ -1,4 +1,4 @@
-"""How does a batch leave its padding behind? The real tokens one after the other, and back into rows."""
+"""How does a batch leave out its padding? It puts the real tokens one after the other, and later back into rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..tracing import tracing
 class Packing:
     """Where the real tokens of a padded batch are.
 
-    What works token by token (projections, norms, feed-forward networks) takes the packed rows as they are; attention takes
-    cu_seqlens and max_seqlen, which keep its sequences apart.
+    Projections, norms and feed-forward networks work token by token and take the packed rows as they are. Attention also
+    takes cu_seqlens and max_seqlen, which keep its sequences apart.
 
     Args:
-        mask: (B, S) bool, True at a real token. On a GPU, finding these synchronises with it.
+        mask: (B, S) bool, True at a real token. On a GPU, reading it synchronises.
 
     Attributes:
         shape: (B, S). rows: (T,) int64, the real tokens' places in the flattened batch, ascending.
-        cu_seqlens: (B + 1,) int32. max_seqlen: the longest row's number of real tokens. B rows may be empty.
+        cu_seqlens: (B + 1,) int32. max_seqlen: the most real tokens in a row. Rows may be empty.
     """
 
     def __init__(self, mask: Tensor):
@@ -39,16 +39,16 @@ class Packing:
         return x.new_zeros((b * s, *x.shape[2:])).index_copy(0, self.rows, x[0]).view(b, s, *x.shape[2:])
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:
-        """(1, T, ...) -> (B, ...): of each row the real token at places (B,)."""
+        """(1, T, ...) -> (B, ...): each row's real token at places (B,)."""
         flat = torch.arange(self.shape[0], device=places.device) * self.shape[1] + places
         return x[0, torch.searchsorted(self.rows, flat)]
 
 
 def packing_of(mask: Tensor, *, unbroken: bool = False) -> Packing | None:
-    """The packing of a batch with this mask, or None where leaving the padding out would change something else.
+    """The packing of a batch with this mask, or None where padding cannot be left out.
 
-    That is where nothing is real; with `unbroken`, where a row has padding between its real tokens, which packing would
-    bring closer together; and in a trace, whose shapes cannot depend on values.
+    It cannot if no token is real, or in a trace, whose shapes cannot depend on values. With `unbroken` it also cannot if a
+    row has padding between its real tokens: packing would bring them closer together.
     """
     if tracing() or type(mask) is not Tensor or not mask.numel():
         return None

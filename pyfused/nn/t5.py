@@ -1,7 +1,7 @@
-"""Which modules take the place of transformers' T5Attention, T5DenseActDense and T5DenseGatedActDense, by hand?
+"""Which modules replace transformers' T5Attention, T5DenseActDense and T5DenseGatedActDense by hand?
 
-Their constructors, parameter names and results. A config is anything that has T5Config's attributes: transformers itself is
-not imported. `attend` is the attention of the drop-in class and of fuse_.
+They have the same constructors, parameter names and results. A config is any object with T5Config's attributes; transformers
+is not imported. The drop-in class and fuse_ share `attend`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..ops import RelativeBias, relative_bias
 from .attention import Visibility, additive
 from .layers import Linear, feed_forward, gated_feed_forward
 
-# What transformers' layers hand down to every attention, and what has no bearing on it
+# Keywords that transformers' layers pass to every attention and that do not change it
 _INERT = frozenset({
     "use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch", "position_ids", "return_dict",
 })  # fmt: skip
@@ -39,23 +39,23 @@ def attend(
     hands_on_table: bool = True,
     reads_table: bool = True,
 ) -> tuple[Tensor, RelativeBias | Tensor | None, Tensor | None]:
-    """T5Attention's forward but for its output projection.
+    """T5Attention's forward without its output projection.
 
     Args:
         module: transformers' T5Attention or ours.
         hidden_states, key_value_states, position_bias, cache: as T5Attention's.
-        compute: what attends.
-        hands_on_table: whether the layers after this one read a RelativeBias. reads_table: whether `compute` does.
+        compute: the attention itself.
+        hands_on_table: whether later layers can read a RelativeBias. reads_table: whether `compute` can.
 
     Returns:
-        (B, Sq, H * d), the position bias for the layers after this one, and what `compute` gives of the probabilities.
+        (B, Sq, H * d), the position bias for later layers, and the probabilities that `compute` returned, or None.
     """
     past = cache.get_seq_length(module.layer_idx) if cache is not None else 0
-    past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter, which its update moves
+    past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter; its update changes it
     query = _heads(module.q(hidden_states), module.key_value_proj_dim)
     key, value = _keys_and_values(module, hidden_states, key_value_states, cache)
     if position_bias is None and module.has_relative_attention_bias:
-        # The parameter itself, not a copy, so that layers that are computed again in the backward give it their gradients.
+        # Not a copy: layers that are recomputed in the backward then give the parameter their gradients.
         table = module.relative_attention_bias.weight
         if hands_on_table and _kernel_reads(table, past, query, key):
             position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
@@ -72,7 +72,7 @@ def attend(
 
 
 def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Tensor, Tensor]:
-    """(B, H, Sk, d) each, through the cache where there is one: what cross-attention wrote once is there for good."""
+    """(B, H, Sk, d) each, through the cache if there is one. Cross-attention writes its keys into the cache only once."""
     is_cross, index, both = key_value_states is not None, module.layer_idx, hasattr(cache, "cross_attention_cache")
     if both and is_cross and cache.is_updated.get(index):
         layer = cache.cross_attention_cache.layers[index]
@@ -91,19 +91,19 @@ def _heads(x: Tensor, size: int) -> Tensor:
     """(B, S, H * d) -> (B, H, S, d)."""
     return x.view(*x.shape[:2], x.shape[2] // size, size).transpose(
         1, 2
-    )  # -1 would be ambiguous where nothing is there
+    )  # -1 would be ambiguous for an empty tensor
 
 
 def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
-    """Whether the last query has the last key's position, as the kernel takes it; a StaticCache has more keys."""
+    """Whether the kernel can compute the bias: the last query has the last key's position. A StaticCache has more keys."""
     if isinstance(past, Tensor) or past + query.shape[2] != key.shape[2]:
         return False
     return table.dtype in (torch.float32, query.dtype)
 
 
 class T5Attention(nn.Module):
-    """transformers' T5Attention (Raffel et al. 2020, section 2.1): no biases, scores that are not scaled, and a bias of the
-    scores by relative position, which is computed inside the kernel.
+    """transformers' T5Attention (Raffel et al. 2020, section 2.1). It has no linear biases and does not scale the scores. The
+    kernel adds a bias by relative position to them.
 
     Args:
         config: d_model, d_kv, num_heads, dropout_rate, is_decoder, relative_attention_num_buckets and
@@ -111,7 +111,7 @@ class T5Attention(nn.Module):
         has_relative_attention_bias: whether this layer has the table, as the first of a stack does. The parameters are
             q, k, v.weight (H * d, D), o.weight (D, H * d) and relative_attention_bias.weight (num_buckets, H).
         layer_idx: this layer's place in a cache.
-        is_causal: what holds without a mask: a query of several sees the keys up to its own.
+        is_causal: without a mask, each of several queries sees the keys up to its own.
     """
 
     def __init__(
@@ -151,24 +151,23 @@ class T5Attention(nn.Module):
 
         Args:
             hidden_states: (B, Sq, D).
-            mask: (B or 1, H or 1, Sq or 1, Sk), bool (True: may look), or added to the scores. Where it is None, is_causal
+            mask: (B or 1, H or 1, Sq or 1, Sk), bool (True: may look), or added to the scores. If it is None, is_causal
                 decides.
-            key_value_states: (B, Sk, D), what keys and values are computed of.
-            position_bias: what an earlier layer returned: a pyfused.RelativeBias, or a dense (B or 1, H, Sq, Sk). If
-                None, this layer's table counts, if it has one.
+            key_value_states: (B, Sk, D), the source of keys and values.
+            position_bias: an earlier layer's: a pyfused.RelativeBias, or a dense (B or 1, H, Sq, Sk). None means this
+                layer's table, if it has one.
             past_key_values: transformers' Cache, EncoderDecoderCache included; gets this layer's keys and values.
-            output_attentions: computes the probabilities, by plain PyTorch, to return them.
+            output_attentions: also returns the probabilities, computed in plain PyTorch.
 
         Returns:
-            The result (B, Sq, D). The position bias for the layers after this one: position_bias itself; else a
-            RelativeBias of this layer's table, which stays a table until it is inside a kernel; else None, where
-            transformers returns zeros. With a cache of fixed size, whose keys reach beyond the tokens so far, it is dense.
-            And the probabilities (B, H, Sq, Sk) before dropout, or None. A query that may see no key gets zeros from the
-            attention, where transformers' result depends on its implementation.
+            A triple. First the result (B, Sq, D). A query that may see no key gets zeros from the attention; transformers'
+            result depends on its implementation. Second the position bias for later layers: position_bias itself; else a
+            RelativeBias of this layer's table; else None, where transformers returns zeros. It is dense with a cache of
+            fixed size, whose keys reach beyond the present tokens. Third the probabilities (B, H, Sq, Sk) before dropout,
+            or None.
 
         Raises:
-            TypeError: a keyword that says something about attention which this module does not know. ValueError: a mask
-            of another rank.
+            TypeError: an unknown keyword that may concern attention. ValueError: a mask of another rank.
         """
         for name, value in kwargs.items():
             if name not in _INERT and value is not None:
@@ -189,8 +188,8 @@ class T5Attention(nn.Module):
     def compute_bias(
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
     ) -> Tensor:
-        """The table's bias, (1, H, Sq, Sk), for queries from position past_seen_tokens on, which may be a tensor so that
-        nothing waits for its value."""
+        """The table's bias, (1, H, Sq, Sk), for queries from position past_seen_tokens on. The position may be a tensor, so
+        that the host need not wait for its value."""
         sizes = self.relative_attention_num_buckets, not self.is_decoder, self.relative_attention_max_distance
         bucket = buckets(query_length, key_length, *sizes, past_seen_tokens, device)
         return self.relative_attention_bias(bucket).permute(2, 0, 1)[None]
@@ -200,7 +199,7 @@ class T5Attention(nn.Module):
 
 
 def _visible(query: Tensor, mask: Tensor | None, bias: RelativeBias | Tensor | None, is_causal: bool) -> Visibility:
-    """transformers' mask and position bias."""
+    """Visibility from transformers' mask and position bias."""
     padding = dense = None
     if mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
         padding = mask[:, 0, 0].expand(query.shape[0], -1)
@@ -215,7 +214,7 @@ def _visible(query: Tensor, mask: Tensor | None, bias: RelativeBias | Tensor | N
 
 
 class _Sizes(NamedTuple):
-    """What a feed-forward network is made of."""
+    """A feed-forward network's sizes and options."""
 
     hidden_dim: int
     intermediate_dim: int
@@ -225,7 +224,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(config: Any, intermediate_dim: int | None, **options: Any) -> _Sizes:
-    """Of a T5Config, or as they are written out: `config` is hidden_dim then."""
+    """Reads a T5Config, or the written-out sizes: `config` is hidden_dim then."""
     if intermediate_dim is not None:
         chosen: dict[str, Any] = {"activation": "gelu_tanh", "dropout": 0.0, "bias": True}
         chosen |= {name: value for name, value in options.items() if value is not None}
@@ -243,19 +242,20 @@ def _sizes(config: Any, intermediate_dim: int | None, **options: Any) -> _Sizes:
 
 
 class FeedForward(nn.Module):
-    """wo(dropout(activation(wi(x)))): transformers' T5DenseActDense, without dropout in one operator.
+    """wo(dropout(activation(wi(x)))): transformers' T5DenseActDense. It is one operator without dropout.
 
     Args:
-        config: a T5Config, whose d_model, d_ff, dense_act_fn and dropout_rate say all but device and dtype. Or, with the
-            arguments that follow, hidden_dim, D.
+        config: a T5Config; its d_model, d_ff, dense_act_fn and dropout_rate give all but device and dtype. Or hidden_dim,
+            D, together with the next arguments.
         intermediate_dim: F. The parameters are wi.{weight (F, D), bias (F,)} and wo.{weight (D, F), bias (D,)}.
-        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new"), which None is.
-        bias: of both maps; True if None. By a config there is none.
+        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new"); None is
+            "gelu_tanh".
+        bias: of both maps; True if None. With a config there is no bias.
         dropout: of the activation's output, in training; 0 if None.
 
     Raises:
-        ValueError: an activation that is none of these. TypeError: config is neither of the two, or says what another
-            argument says too.
+        ValueError: an unknown activation. TypeError: config is neither of the two, or sets what another argument sets
+            too.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class FeedForward(nn.Module):
         self.wo = Linear(f, d, bias, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., D), and a residual (..., D) that is added, or None -> (..., D)."""
+        """(..., D), and a residual (..., D) to add, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
         if self.wo.weight.dtype != self.wi.weight.dtype:
             hidden = ACTIVATIONS[self.activation].function(self.wi(hidden_states))
@@ -289,7 +289,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """wo(dropout(activation(wi_0(x)) * wi_1(x))): transformers' T5DenseGatedActDense, without dropout in one operator.
+    """wo(dropout(activation(wi_0(x)) * wi_1(x))): transformers' T5DenseGatedActDense. It is one operator without dropout.
 
     Args:
         config, intermediate_dim, activation, dropout: as FeedForward's. The parameters are wi_0.weight (F, D), wi_1.weight
@@ -318,7 +318,7 @@ class GatedFeedForward(nn.Module):
         self.wo = Linear(f, d, False, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., D), and a residual (..., D) that is added, or None -> (..., D)."""
+        """(..., D), and a residual (..., D) to add, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
         if self.wo.weight.dtype != self.wi_0.weight.dtype:
             hidden = ACTIVATIONS[self.activation].function(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
@@ -331,7 +331,7 @@ class GatedFeedForward(nn.Module):
 
 
 def _wide(hidden: Tensor, wo: Linear, dropout: float, residual: Tensor | None) -> Tensor:
-    """transformers keeps T5's wo in float32 beside float16: what it takes is converted, and its result is float32."""
+    """In float16 models transformers keeps T5's wo in float32. Its input is converted, and its result is float32."""
     hidden = nn.functional.dropout(hidden, dropout) if dropout else hidden
     out = wo(hidden.to(wo.weight.dtype))
     return out if residual is None else out + residual

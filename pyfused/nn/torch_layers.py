@@ -1,10 +1,10 @@
-"""How do torch.nn's transformer layers compute on pyfused's operators? One function each, for the drop-ins and for fuse_.
+"""How do torch.nn's transformer layers run on pyfused's operators? The drop-ins and fuse_ share one function per layer.
 
     norm first:  x += attention(norm1(x));  x += feed_forward(norm2(x))
     else:        x = norm1(x + attention(x));  x = norm2(x + feed_forward(x))
 
-A decoder layer has an attention to `memory` between the two. Each addition happens inside the product before it, or,
-behind a dropout, inside the norm that follows.
+A decoder layer also attends to `memory` between the two. Each addition happens inside the product before it, or, if
+dropout comes between, inside the next norm.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .layers import LayerNorm, Linear
 from .multihead import MultiheadAttention, _sizes, attend, attends, takes, visible_keys
 from .packing import packing_of, without_padding
 
-Branch = Callable[[Tensor, "Tensor | None"], Tensor]  # (what is computed on, residual) -> branch + residual
+Branch = Callable[[Tensor, "Tensor | None"], Tensor]  # (input, residual) -> branch(input) + residual
 Site = tuple[Branch, nn.Dropout, nn.LayerNorm]  # a branch, the dropout behind it, and its norm
 
 
 def activation_of(activation: Any) -> str | None:
-    """The kernels' name for what torch.nn's layers take as `activation`; None for another function, or one with hooks."""
+    """The kernels' name for an `activation` of torch.nn's layers. None for an unknown function or a module with hooks."""
     return None if isinstance(activation, nn.Module) and not is_bare(activation) else name_of(activation)
 
 
-# What the fused forwards read instead of calling it, and the two classes whose forward they stand for
+# The fused forwards read these children without calling them. Each may have the forward of one of two classes
 _ATTENTIONS: tuple[Any, Any] = (nn.MultiheadAttention, MultiheadAttention)
 _ENCODER_CHILDREN: dict[str, tuple[Any, Any]] = {
     "self_attn": _ATTENTIONS,
@@ -50,7 +50,7 @@ _DECODER_CHILDREN = {
 
 
 def reason_against(layer: nn.Module) -> str:
-    """Why a layer, as it is now, keeps torch's forward; empty if it need not. Asked at every call, as children change."""
+    """Why a layer must keep torch's forward at present; empty if it need not. Every call asks, as children may change."""
     decoder = isinstance(layer, nn.TransformerDecoderLayer)
     base: Any = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
     kind: Any = type(layer)
@@ -72,13 +72,13 @@ def reason_against(layer: nn.Module) -> str:
 
 
 def _weight(norm: nn.Module) -> Any:
-    """A replica of nn.DataParallel has its parameters as plain attributes."""
+    """nn.DataParallel's replicas hold parameters as plain attributes."""
     weight = norm._parameters.get("weight")
     return vars(norm).get("weight") if weight is None else weight
 
 
 def _parameters(layer: nn.Module) -> Iterator[Tensor | None]:
-    """The layer's, in a third of the time that parameters() takes; of a replica what torch keeps in their place."""
+    """The layer's parameters, in a third of parameters()' time. torch keeps a replica's in _former_parameters."""
     for child in layer._modules.values():
         if child is not None:
             yield from (child._parameters or vars(child).get("_former_parameters", child._parameters)).values()
@@ -168,7 +168,7 @@ def encoder_layer_forward(
 
 
 def _batched(x, padding, batch_first) -> tuple[Tensor, Tensor | None, bool]:
-    """(S, E) as (1, S, E), whatever batch_first says."""
+    """(S, E) becomes (1, S, E), with batch_first=True."""
     if x.dim() == 3:
         return x, padding, batch_first
     return x[None], None if padding is None else padding[None], True
@@ -262,7 +262,7 @@ def encoder_forward(
 
 
 def _leaves_padding_out(module: Any, src: Tensor) -> bool:
-    """torch's rule for when it turns a padded batch into a nested tensor: inference, with nothing that asks for more."""
+    """Whether torch would turn a padded batch into a nested tensor. It does in plain inference."""
     first = module.layers[0]
     return (
         getattr(module, "use_nested_tensor", False)
@@ -287,8 +287,8 @@ def _is_causal(mask: Tensor, s: int) -> bool:
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer, its constructor, state dict, masks and results, on pyfused's operators.
 
-    Runs as torch's own where the kernels cannot: nested tensors, float64, mixed dtypes, other devices; and where a child
-    was replaced by another class, or has hooks. Queries that may see no key get zeros from the attention, not NaN.
+    torch's own forward runs where the kernels cannot: nested tensors, float64, mixed dtypes, other devices; and if a child
+    has hooks or was replaced by another class. Queries that may see no key get zeros from the attention, not NaN.
     """
 
     def forward(
@@ -305,7 +305,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer, its constructor, state dict, masks and results, on pyfused's operators.
 
-    What is said of TransformerEncoderLayer holds for it too.
+    The notes of TransformerEncoderLayer apply here too.
     """
 
     def forward(
