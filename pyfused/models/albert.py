@@ -6,7 +6,7 @@
         x = layer_norm(x + attention(x));  x = layer_norm(x + feed_forward(x))
     pooled = tanh(pooler(x[:, 0]))
 
-The weights are shared: G groups of I layers are applied L times. Every token sees every real token.
+Layers share weights: there are G groups of I layers, and L group applications. Every token sees every real token.
 B batch, S sequence, E embedding_dim, D hidden_dim, H heads, F intermediate_dim, V vocabulary, P max_sequence_length.
 """
 
@@ -67,18 +67,18 @@ class AlbertBackbone(Backbone):
 
     Args:
         vocabulary_size, num_layers, num_heads, embedding_dim, hidden_dim, intermediate_dim: V, L, H, E, D, F.
-        num_groups, num_inner_repetitions: G and I. Application i of L is that of group int(i / (L / G)), as in
-            transformers; KerasHub has the same rule, and takes only G that divide L.
+        num_groups, num_inner_repetitions: G and I. Application i of L uses group int(i / (L / G)), as in transformers.
+            KerasHub has the same rule, but G must divide L.
         dropout: the rate of every dropout site, in training.
         max_sequence_length: P, rows of the position table.
         num_segments: rows of the segment table.
         dtype: a name or a torch.dtype; torch's default dtype if None.
-        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", another of Hugging Face's names for these,
-            or a function as Keras serialises it (keras_hub>gelu_approximate).
+        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", another Hugging Face name for these, or
+            a function as Keras serialises it (keras_hub>gelu_approximate).
         layer_norm_epsilon: added to the variance in every layer norm.
-        attention_dropout, feed_forward_dropout: rates that differ from `dropout`, of the attention's probabilities and of
-            the feed-forward network's output. KerasHub drops the latter, transformers does not: its checkpoints have 0.
-        pooler: False leaves out the pooler, which checkpoints of masked-token models lack, and "pooled_output" with it.
+        attention_dropout, feed_forward_dropout: rates for the attention's probabilities and the feed-forward network's
+            output; `dropout` if None. KerasHub drops the latter. transformers does not, so its checkpoints have 0.
+        pooler: False leaves out the pooler and "pooled_output". Checkpoints of masked-token models have no pooler.
         name, trainable: KerasHub's; trainable=False freezes the parameters.
 
     Weights start as transformers': normal with standard deviation 0.02, biases 0, norms 1.
@@ -130,7 +130,7 @@ class AlbertBackbone(Backbone):
         self.requires_grad_(config["trainable"])
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
-        """{"sequence_output": (B, S, D) hidden states of the last layer, "pooled_output": (B, D) from the first token's}.
+        """{"sequence_output": (B, S, D), the last layer's hidden states, "pooled_output": (B, D), from the first token's}.
 
         Called with a dict, as in Keras, or with the same names as keywords. Values are numpy arrays or tensors, on the
         host or on the model's device. All but the first three are optional:
@@ -138,19 +138,19 @@ class AlbertBackbone(Backbone):
             token_ids: (B, S) integers in [0, V).
             segment_ids: (B, S) integers in [0, num_segments); None: all are 0.
             padding_mask: (B, S), nonzero marks a real token (a fraction counts as 0); None: nothing is padding.
-            position_ids: (B, S) or (1, S) integers in [0, P); 0 .. S-1 if absent, whatever the padding.
+            position_ids: (B, S) or (1, S) integers in [0, P); 0 .. S-1 if absent; padding does not change them.
             inputs_embeds: (B, S, E) instead of token_ids.
             return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each of the
                 L * I applications of a layer.
-            return_attentions: True adds "attentions" (B, H, S, S): the probabilities of each application before dropout,
-                materialised for it.
+            return_attentions: True adds "attentions" (B, H, S, S): each application's probabilities before dropout, which
+                are only then stored.
 
         A query that sees no key gets zeros from the attention. B = 0 gives an empty result. With skip_padding the states at
-        padding are zeros, and so is what the pooler gets of a text that begins with padding.
+        padding are zeros. The pooler then reads zeros from a text that begins with padding.
 
         Raises:
-            ValueError: a missing or unknown input, a wrong shape, a sequence longer than P, or an empty one where there is
-                a pooler, which takes the first token.
+            ValueError: a missing or unknown input, a wrong shape, a sequence longer than P, or an empty one for a
+                pooler, which reads the first token.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         call = self._read(model_inputs.gather(inputs, keywords, INPUTS))
@@ -174,13 +174,13 @@ class AlbertBackbone(Backbone):
         return self(token_ids=token_ids, segment_ids=None, padding_mask=padding_mask)["sequence_output"]
 
     def embed(self, call: Call) -> Tensor:
-        """The normalised sum of the three embeddings, projected: what the layers take."""
+        """The sum of the three embeddings, normalised and projected: the first layer's input."""
         x = embed_segmented(call, self.token_embedding, self.position_embedding, self.segment_embedding)
         x = self.embedding_norm(call.visible.packed(x))
         return self.projection(dropped(x, self._config["dropout"] if self.training else 0.0))
 
     def _applied(self) -> Iterator[AlbertLayer]:
-        """The layers in the order in which they are applied, each as often as it is."""
+        """The layers in order of application. A shared layer occurs several times."""
         groups: Any = self.layers
         depth = self._config["num_layers"]
         for i in range(depth):

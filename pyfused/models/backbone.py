@@ -1,4 +1,4 @@
-"""What do all models share: construction from a configuration or a preset, and the choice of class and dtype?"""
+"""What do all models share? They are made from a configuration or a preset, which gives their class and dtype."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _MIXED = ("mixed_float16", "mixed_bfloat16")  # Keras's policies: float32 parame
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch.dtype of a name such as "bfloat16" (or "torch.bfloat16"), or the dtype itself.
+    """The torch.dtype for a name such as "bfloat16" or "torch.bfloat16". A torch.dtype is returned as it is.
 
-    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for any other dtype
-    or name, TypeError for what is neither.
+    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for another dtype or name,
+    TypeError for another type.
     """
     takes = f"one of {', '.join(_DTYPES)}, as a name or a torch.dtype"
     if isinstance(dtype, torch.dtype):
@@ -55,14 +55,14 @@ def _resolve_policy(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype]
 
 
 def model_names(cls: type) -> set[str]:
-    """The models, as checkpoints name them, that ``cls`` can hold: all of them for Backbone itself."""
+    """The checkpoints' names of the models that ``cls`` can hold. Backbone itself can hold all."""
     if cls is Backbone:
         return set(FAMILIES)
     return {family.name for family in families_of(cls)}
 
 
 class _Presets:
-    """Makes ``presets`` an attribute of the class, as KerasHub has it."""
+    """Makes ``presets`` a class attribute, as in KerasHub."""
 
     def __get__(self, instance: object, owner: type) -> dict[str, dict[str, Any]]:
         return presets_of(model_names(owner))
@@ -72,26 +72,26 @@ class Backbone(nn.Module, ABC):
     """A transformer without a task: token ids in, hidden states out. Subclasses take their sizes as keywords.
 
     ``presets``: name to metadata of the published and bundled presets that this class can load.
-    ``skip_padding``: False computes padding as the references do, in every row; True leaves it out, so that a batch which
-    is half padding costs half: real tokens get the same values, padding gets zeros. On a GPU this synchronises once a call.
-    Where it is not possible (in torch.compile's traces, with dense biases or a filled cache, where attentions are returned)
-    padding is computed all the same, and gets zeros.
+    ``skip_padding``: False computes padding like any token, as the references do. True leaves padding out, so that a batch
+    which is half padding costs half. Real tokens get the same values, padding gets zeros. On a GPU this synchronises once a
+    call. In torch.compile's traces, with dense biases, with a filled cache, and if attentions are returned, padding cannot
+    be left out: it is computed, then set to zeros.
     """
 
     skip_padding = False
     begins_with_cls = False  # whether a text's first token stands for all of it, as BERT's [CLS]
 
     presets = _Presets()
-    # The inputs that a call takes for each text: token ids and their padding mask, None where there is no such input
+    # A call's inputs for each text: the names of the token ids and of their padding mask (None if there is no mask)
     texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
-    predicts_tokens = True  # whether `logits` says what a model without a head says; an encoder's head is not its own
-    token_embedding: Any  # nn.ReversibleEmbedding: ids to vectors, and with reverse=True hidden states to logits
+    predicts_tokens = True  # whether the backbone has `logits`; an encoder's head is not part of it
+    token_embedding: Any  # nn.ReversibleEmbedding: ids -> vectors; with reverse=True hidden states -> logits
 
-    _config: dict[str, Any]  # the constructor's arguments but for the dtype
+    _config: dict[str, Any]  # the constructor's arguments without the dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in, and the outputs have: the parameters' dtype, but with a mixed policy of Keras."""
+        """The dtype of computation and outputs. It is the parameters' dtype, except under a mixed policy of Keras."""
         return self.token_embedding.weight.dtype
 
     @property
@@ -99,14 +99,14 @@ class Backbone(nn.Module, ABC):
         return self.token_embedding.weight.device
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, of types that JSON has, from which `from_config` makes an equal, untrained model."""
+        """The constructor's arguments, as JSON types. `from_config` makes an equal, untrained model from them."""
         name = str(self.dtype).removeprefix("torch.")
         mixed = next(self.parameters()).dtype != self.dtype
         return {**self._config, "dtype": f"mixed_{name}" if mixed else name}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws new weights, as the class says."""
+        """Draws new weights, as the class's docstring says."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -121,10 +121,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """The hidden states of texts alone, whatever else a call takes: (B, S), (B, S) or None -> (B, S, D)."""
+        """The hidden states of texts alone, without other inputs: (B, S), (B, S) or None -> (B, S, D)."""
 
     def check_decoder(self, what: str) -> None:
-        """Raises ValueError where this is the encoder alone. `what` needs the decoder."""
+        """Raises ValueError if this is an encoder alone. `what` names the feature that needs the decoder."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., D) -> the logits of the next token, (..., V). TypeError for an encoder."""
@@ -137,7 +137,7 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A model with newly initialised weights from what `get_config` returned."""
+        """A model with new weights from the result of `get_config`."""
         if not isinstance(config, Mapping):
             raise TypeError(f"config is of type {type(config).__name__}; it takes a dict of constructor arguments")
         if config.get("dtype") not in _MIXED:
@@ -160,16 +160,16 @@ class Backbone(nn.Module, ABC):
         """The model of a preset, in evaluation mode.
 
         preset: a bundled name, a local directory in Hugging Face or Keras format, a KerasHub name, hf://owner/repo or
-        kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset picks the class by the checkpoint.
-        load_weights: False leaves the random initialisation and reads the configuration alone.
+        kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset takes the checkpoint's class.
+        load_weights: False reads the configuration alone and keeps random weights.
         device: where the weights go; None is torch's default device.
         dtype: a name or a torch.dtype, or "mixed_float16" or "mixed_bfloat16": float32 parameters, which are cast for each
-            computation, and outputs in the other dtype. None is what the checkpoint says, a mixed policy of Keras included.
+            computation, and outputs in the other dtype. None takes the checkpoint's, which may be a mixed policy of Keras.
         skip_padding: the attribute of this name; see the class.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
-        override, and everything that `open_checkpoint` refuses; a model is returned whole or not at all.
+        override, and everything that `open_checkpoint` refuses. No partly loaded model is returned.
         """
         if not isinstance(skip_padding, bool):
             raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
@@ -207,7 +207,7 @@ class Backbone(nn.Module, ABC):
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips the filling of new tensors: on the meta device a first uniform_ imports 900 modules and takes 130 MB."""
+    """Does not fill new tensors. On the meta device the first uniform_ imports 900 modules and takes 130 MB."""
 
     _FILLS = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_", "mul_", "clamp_", "erfinv_", "add_"})
 
@@ -219,7 +219,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives the tensors of a model on the meta device memory, unfilled. Module.to_empty would import 486 modules."""
+    """Gives a meta-device model unfilled memory on `device`. Module.to_empty would import 486 modules."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

@@ -1,6 +1,6 @@
-"""What is one call of a model? Its inputs, checked and on the model's device, and the lists for what it is asked to collect.
+"""What is one call of a model? Its inputs, checked and on the model's device, and lists for the states that it collects.
 
-Each model reads its inputs with a Reader. That only reads: a cache is written to by the forward pass.
+Each model reads its inputs with a Reader. A Reader only reads; the forward pass writes the cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ FLAGS = ("return_hidden_states", "return_attentions")
 
 @dataclass(slots=True)
 class Call:
-    """token_ids (B, S) or embeds (B, S, D). position_ids (S,), (1, S) or (B, S). segment_ids (B, S), GPT-2's token types too.
+    """token_ids (B, S) or embeds (B, S, D). position_ids (S,), (1, S) or (B, S). segment_ids (B, S), also GPT-2's token types.
 
-    visible: which keys self-attention sees. It has no default: torch.compile cannot trace the constructor of a dataclass
-    that has an object as one. memory: the encoder's hidden states (B, Se, D), memory_mask: which of them are real.
-    The lists are None where nobody asked for them.
+    visible: which keys self-attention sees. It has no default: torch.compile cannot trace a dataclass's constructor with an
+    object as default. memory: the encoder's hidden states (B, Se, D); memory_mask: which of them are real.
+    The lists are None unless they were asked for.
     """
 
     token_ids: Tensor | None = None
@@ -48,11 +48,11 @@ class Call:
         return found.shape[0], found.shape[1]
 
     def embedded(self, token: nn.Module) -> Tensor:
-        """(B, S, D), by the table of the tokens."""
+        """(B, S, D): the token ids through the table `token`, or the given embeddings."""
         return token(self.token_ids) if self.embeds is None else self.embeds
 
     def collected(self, side: str = "") -> dict[str, tuple[Tensor, ...]]:
-        """What was asked for, by name; side: before the name, where a model has two stacks."""
+        """The collected states by name. side: the name's prefix in a model with two stacks."""
         found = {}
         if self.hidden_states is not None:
             found[f"{side}hidden_states"] = tuple(self.hidden_states)
@@ -67,14 +67,14 @@ class Reader:
     """Checks the inputs of one call; each error names the input and what it takes (inputs.py).
 
     Args:
-        given: the inputs by name. config: the model's. like: one of its parameters, for dtype and device.
+        given: the inputs by name. config: the model's. like: one of its parameters; gives dtype and device.
     """
 
     def __init__(self, given: Mapping[str, Any], config: Mapping[str, Any], like: Tensor):
         self.given, self.config, self.like = given, config, like
 
     def tokens(self, side: str = "", s: str = "S") -> Call:
-        """Token ids or embeddings. side: before the names, where a model has two stacks; s: the length's name."""
+        """Token ids or embeddings. side: the names' prefix in a model with two stacks. s: the length's name."""
         ids, embeds = f"{side}token_ids", f"{side}inputs_embeds"
         tokens, states, config = self.given.get(ids), self.given.get(embeds), self.config
         if (tokens is None) == (states is None):
@@ -93,7 +93,7 @@ class Reader:
             call.segment_ids = inputs.ids(segments, name, "(B, S)", call.size, limit, self.like.device)
 
     def positions(self, call: Call, past: int = 0) -> None:
-        """As given, or behind the `past` cached tokens, whatever the padding."""
+        """As given, or counted on from the `past` cached tokens. Padding does not change them."""
         places, s, device = self.config["max_sequence_length"], call.size[1], self.like.device
         if (positions := self.given.get("position_ids")) is not None:
             call.position_ids = inputs.positions(positions, call.size, places, device)
@@ -106,21 +106,21 @@ class Reader:
         call.position_ids = torch.arange(past, past + s, device=device)
 
     def padding(self, name: str, shape: str, size: tuple[int, ...]) -> Tensor | None:
-        """A padding mask, which must be there, if only as None."""
+        """A padding mask. The caller must give it, if only as None."""
         if name not in self.given:
             raise ValueError(f"{name} is missing; it takes {shape}, or None where nothing is padding")
         return inputs.mask(self.given[name], name, shape, size, self.like.device)
 
     def cache(self, call: Call, layers: int) -> int:
-        """The KV cache of so many layers, with room for this call; how many tokens it holds."""
+        """Sets call.cache, for this many layers and with room for the call. Returns the number of cached tokens."""
         sizes = layers, self.config["num_heads"], head_size(self.config)
         call.cache = inputs.cache(self.given.get("cache"), *sizes, self.like)
         return inputs.cached(call.cache, *call.size)
 
     def memory(self, call: Call, names: Sequence[str]) -> bool:
-        """What cross-attention looks at: the encoder's states, or keys that the cache holds; the latter returns True.
+        """Returns True if the cache holds the encoder's keys. Else reads the encoder's states, if they are given.
 
-        names: those of the states and of their padding mask, then of what else the encoder takes.
+        names: of the states, of their padding mask, then of the encoder's other inputs.
         """
         given, like = self.given, self.like
         if call.cache is not None and call.cache.cross[0] is not None:
@@ -138,7 +138,7 @@ class Reader:
         return False
 
     def collect(self, call: Call, *, cross: bool = False) -> None:
-        """Lists for what the flags ask for. cross: whether there is cross-attention."""
+        """Makes the lists that the flags ask for. cross: whether there is cross-attention."""
         if self.given.get("return_hidden_states"):
             call.hidden_states = []
         if self.given.get("return_attentions"):
@@ -146,7 +146,7 @@ class Reader:
             call.cross_attentions = [] if cross else None
 
     def segmented(self) -> Call:
-        """What ALBERT and FNet share: tokens, segments and positions, and what to collect."""
+        """ALBERT's and FNet's common inputs: tokens, segments, positions and flags."""
         call = self.tokens()
         if "segment_ids" not in self.given:
             raise ValueError("segment_ids is missing; it takes (B, S) integers, or None where all are 0")
@@ -159,8 +159,8 @@ class Reader:
 def embed_segmented(call: Call, token: nn.Module, position: nn.Module, segment: nn.Embedding) -> Tensor:
     """(B, S, E): the sum of ALBERT's and FNet's three embeddings.
 
-    No operator of its own: this and the norm behind it are 0.01% of ALBERT base's pass over 8x128 on one CPU thread (0.3 ms
-    of 2.5 s) and 0.2% of FNet base's over 2x512 (3.2 ms of 1.7 s).
+    It needs no operator: with its norm it is 0.01% of ALBERT base's pass over 8x128 on one CPU thread (0.3 ms of 2.5 s) and
+    0.2% of FNet base's over 2x512 (3.2 ms of 1.7 s).
     """
     of_segment = segment.weight[0] if call.segment_ids is None else segment(call.segment_ids)
     return call.embedded(token) + position(call.position_ids) + of_segment

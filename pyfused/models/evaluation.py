@@ -1,4 +1,4 @@
-"""How do generate and encode use a model that other threads use at the same time? Without a trace of it afterwards."""
+"""How do generate and encode share a model with other threads? They leave its modes as they were."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 from ..tracing import tracing
 
 _lock = threading.Lock()
-_held: dict[nn.Module, int] = {}  # modules that were in training mode, and how many calls keep them out of it
+_held: dict[nn.Module, int] = {}  # module that was in training mode -> number of calls that hold it in evaluation mode
 _skipping: ContextVar[bool] = ContextVar("pyfused_skipping_padding", default=False)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, until the last of the calls that overlap ends; then each module is in the mode it was in."""
+    """Evaluation mode, until the last overlapping call ends. Then each module returns to its earlier mode."""
     with _lock:
         modules = [m for m in model.modules() if m.training or m in _held]
         for m in modules:
@@ -37,7 +37,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def skipping_padding() -> Iterator[None]:
-    """This thread's calls of any backbone leave padding out, as its attribute skip_padding says for all threads."""
+    """Calls of any backbone in this thread leave padding out. The attribute skip_padding does so for all threads."""
     token = _skipping.set(True)
     try:
         yield
@@ -46,5 +46,5 @@ def skipping_padding() -> Iterator[None]:
 
 
 def skips_padding() -> bool:
-    """Whether skipping_padding is on; not in a trace, which cannot leave anything out."""
+    """Whether skipping_padding is on. False in a trace, which cannot leave padding out."""
     return not tracing() and _skipping.get()

@@ -4,8 +4,8 @@
     for each layer:  x = norm(x + mix(x));  x = norm(x + feed_forward(x))
     pooled = tanh(x[0] W + b)
 
-mix is the real part of the Fourier transform over sequence and features. It has no parameters, and it mixes every position
-into every other: there is no way to leave padding out of it.
+mix is the real part of the Fourier transform over sequence and features. It has no parameters. It mixes every position into
+every other, so padding cannot be left out.
 B batch, S sequence, D hidden_dim, F intermediate_dim, V vocabulary, P places, T segments.
 """
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
 
 
 class FNetLayer(nn.Module):
-    """One layer: mixing and feed-forward network, each with its residual and norm behind it."""
+    """One layer: mixing and feed-forward network, each followed by residual and norm."""
 
     def __init__(self, config: dict[str, Any], factory: dict[str, Any]):
         super().__init__()
@@ -63,17 +63,16 @@ class FNetBackbone(Backbone):
 
     Args:
         vocabulary_size, num_layers, hidden_dim, intermediate_dim: V, L, D, F.
-        dropout: the rate of every dropout site, in training: behind the projection of the embeddings, and of each
-            feed-forward network.
+        dropout: the rate of every dropout site, in training: behind the embeddings' projection and each feed-forward network.
         max_sequence_length: P, rows of the position table.
         num_segments: T, rows of the segment table.
-        dtype: a name or a torch.dtype; torch's default dtype if None. Fourier transforms are in float32 at least.
-        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", or another of Hugging Face's names for these.
+        dtype: a name or a torch.dtype; torch's default dtype if None. Fourier transforms use float32 or wider.
+        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", or another Hugging Face name for these.
         layer_norm_epsilon: added to the variance in every layer norm.
         pooler: False leaves out the pooler, and "pooled_output" with it.
         name, trainable: KerasHub's; trainable=False freezes the parameters.
 
-    Weights start as transformers': normal with standard deviation 0.02, biases 0, norms 1. (KerasHub: biases too 0.02.)
+    Weights start as transformers': normal with standard deviation 0.02, biases 0, norms 1. (KerasHub: biases 0.02 too.)
 
     Raises:
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
@@ -115,8 +114,8 @@ class FNetBackbone(Backbone):
         self.requires_grad_(config["trainable"])
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
-        """Hidden states of the last layer, and what the pooler makes of the first one: {"sequence_output": (B, S, D),
-        "pooled_output": (B, D)}.
+        """{"sequence_output": (B, S, D), the last layer's hidden states, "pooled_output": (B, D), the pooler's result for the
+        first of them}.
 
         Called with a dict, as in Keras, or with the same names as keywords. Values are numpy arrays or tensors, on the
         host or on the model's device. All but the first two are optional:
@@ -125,7 +124,7 @@ class FNetBackbone(Backbone):
             segment_ids: (B, S) integers in [0, T); None: all are 0.
             position_ids: (B, S) or (1, S) integers in [0, P); 0 .. S-1 if absent.
             inputs_embeds: (B, S, D) instead of token_ids.
-            padding_mask: None alone. FNet has no mask: give texts of equal length, or one at a time.
+            padding_mask: only None. FNet has no mask: give texts of equal length, or one at a time.
             return_hidden_states: True adds "hidden_states": the projected embeddings, then the output of each layer.
 
         B = 0 and S = 0 give an empty result; without a first hidden state "pooled_output" is 0.
@@ -148,7 +147,7 @@ class FNetBackbone(Backbone):
         return {**found, **call.collected()}
 
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """(B, S) -> (B, S, D); padding_mask None."""
+        """(B, S) -> (B, S, D); padding_mask is None."""
         return self(token_ids=token_ids, segment_ids=None, padding_mask=padding_mask)["sequence_output"]
 
     def run(self, call: Call) -> Tensor:

@@ -51,11 +51,10 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class GPT2Output:
-    """What a call returns that asks for more than the last hidden state.
+    """The result of a call that asks for more than the last hidden state.
 
-    last_hidden_state: (B, S, D). hidden_states: the embeddings, then the output of each layer; the last one is behind
-    the final norm. attentions, cross_attentions: the probabilities of each layer before dropout, (B, H, S, Sk) and
-    (B, H, S, Se).
+    last_hidden_state: (B, S, D). hidden_states: the embeddings, then the output of each layer; the final norm is applied
+    to the last. attentions, cross_attentions: each layer's probabilities before dropout, (B, H, S, Sk) and (B, H, S, Se).
     """
 
     last_hidden_state: Tensor
@@ -77,13 +76,13 @@ class GPT2Backbone(Backbone):
         embedding_dropout, attention_dropout, residual_dropout: rates that differ from `dropout`.
         scale_attention: False leaves out the factor 1 / sqrt(d).
         scale_attention_by_inverse_layer_index: divides the scores of layer i, counted from 0, by i + 1.
-        upcast_attention: scores and softmax in float32. The kernels always do that, so it changes nothing here.
+        upcast_attention: scores and softmax in float32. It changes nothing here, as the kernels always do that.
         cross_attention: gives each layer attention to an encoder.
         tie_embedding_weights: False gives token_embedding(x, reverse=True) a matrix of its own.
         name, trainable: KerasHub's; trainable=False freezes the parameters.
 
-    Weights start as transformers': normal with standard deviation 0.02, the projections back into the residual stream
-    with 0.02 / sqrt(2 L), biases 0, norms 1. (KerasHub: 0.02 throughout, token embedding 0.01.)
+    Weights start as transformers': normal with standard deviation 0.02, or 0.02 / sqrt(2 L) for the projections back into
+    the residual stream; biases 0, norms 1. (KerasHub: 0.02 throughout, token embedding 0.01.)
 
     Raises:
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size or rate that does not fit.
@@ -140,17 +139,17 @@ class GPT2Backbone(Backbone):
             token_ids: (B, S) integers in [0, V).
             padding_mask: (B, Sk), nonzero marks a real token (a fraction counts as 0); None: nothing is padding.
             token_type_ids: (B, S), looked up in the token embedding and added, as in transformers.
-            position_ids: (B, S) or (1, S) integers in [0, P); cached tokens + 0 .. S-1 if absent, whatever the padding.
+            position_ids: (B, S) or (1, S) integers in [0, P); cached tokens + 0 .. S-1 if absent, with or without padding.
             inputs_embeds: (B, S, D) instead of token_ids.
             attention_mask: (B, 1 or H, S, Sk), bool (True: may look) or added to the scores. It replaces the causal
                 rule; padding_mask still hides keys.
-            packed: True says that each row holds several texts, and that a text starts wherever position_ids does not
-                continue; a token sees only its own text. Needs position_ids.
+            packed: True says that each row holds several texts. A text starts wherever position_ids does not count on by 1,
+                and a token sees only its own text. Needs position_ids.
             encoder_hidden_states: (B, Se, D) for cross-attention, which is skipped without it.
             encoder_padding_mask: (B, Se), as padding_mask.
-            cache: from new_cache; holds the earlier tokens and gets these. The result carries no gradient. It keeps the
-                encoder's keys too, so that later calls leave out encoder_hidden_states.
-            return_hidden_states, return_attentions: True returns a GPT2Output; attentions are materialised for it.
+            cache: from new_cache; holds the earlier tokens and gets the new ones. The result carries no gradient. The cache
+                keeps the encoder's keys too, so later calls leave out encoder_hidden_states.
+            return_hidden_states, return_attentions: True returns a GPT2Output. Attentions are only then stored.
 
         A query that sees no key gets zeros from the attention. B = 0 and S = 0 give an empty result. With skip_padding the
         states at padding are zeros.
@@ -197,7 +196,7 @@ class GPT2Backbone(Backbone):
         return self(token_ids=token_ids, padding_mask=padding_mask)
 
     def run(self, call: Call, last: Tensor | None = None) -> Tensor:
-        """The pass itself, unchecked: (B, S, D), or (B, D) at the places `last` (B,). Leaves cache.length alone."""
+        """The pass without checks: (B, S, D), or (B, D) at the places `last` (B,). Does not change cache.length."""
         visible = call.visible
         x = visible.packed(self.embed(call))
         x, branch = through(self.layers, x, call)
@@ -211,7 +210,7 @@ class GPT2Backbone(Backbone):
         return self.final_norm(x, branch)[0]
 
     def embed(self, call: Call) -> Tensor:
-        """(B, S, D): tokens plus positions, plus token types where there are any."""
+        """(B, S, D): tokens plus positions, plus token types if given."""
         x = call.embedded(self.token_embedding) + self.position_embedding(call.position_ids)
         if call.segment_ids is not None:
             x = x + self.token_embedding(call.segment_ids)
@@ -237,7 +236,7 @@ def _layer(config: dict[str, Any], index: int, factory: dict[str, Any]) -> PreNo
 def _visible(
     given: dict[str, Any], call: Call, padding: Tensor | None, size: tuple[int, int, int, int], like: Tensor
 ) -> Visibility:
-    """size: (B, H, S, Sk)."""
+    """Which keys a query may see. size: (B, H, S, Sk)."""
     custom, positions = given.get("attention_mask"), call.position_ids
     if not given.get("packed", False):
         if custom is None:

@@ -1,7 +1,7 @@
-"""What may a model be called with? The checks that all models share; each error names the input and what it takes.
+"""Which inputs may a model get? All models share these checks. Each error names the input and what it takes.
 
-Values come as numpy arrays or tensors, from the host or from the model's device. What the host holds is looked at: ids
-out of range raise IndexError. What is on a GPU already is not, since looking would synchronise, unless PYFUSED_CHECK=1.
+Values are numpy arrays or tensors, on the host or on the model's device. Values on the host are checked: ids out of range
+raise IndexError. Values on a GPU are checked only with PYFUSED_CHECK=1, since reading them synchronises.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def gather(inputs: Any, keywords: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """One dict of a call's inputs: Keras's dict, keywords, or both where no name occurs twice."""
+    """One dict of a call's inputs, from Keras's dict, keywords, or both. No name may occur twice."""
     if inputs is None:
         found: dict[str, Any] = {}
     elif isinstance(inputs, Mapping):
@@ -43,7 +43,7 @@ def tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
-        if value.dtype in (np.uint16, np.uint32, np.uint64):  # torch has little arithmetic for these
+        if value.dtype in (np.uint16, np.uint32, np.uint64):  # torch has little arithmetic for unsigned types
             value = value.astype(np.int64)
         if value.dtype.kind not in "biuf":
             raise TypeError(f"{name} is a numpy array of {value.dtype}; it takes numbers")
@@ -52,7 +52,7 @@ def tensor(value: Any, name: str) -> Tensor:
 
 
 def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: int, device: torch.device) -> Tensor:
-    """Integers in [0, limit) as int64 on `device`. `size` has None where any length goes; `shape` says it in words."""
+    """Integers in [0, limit) as int64 on `device`. None in `size` allows any length; `shape` is the size in letters."""
     found = tensor(value, name)
     if found.dtype not in _INTEGERS:
         raise TypeError(f"{name} is {_dtype(found)}; it takes integers")
@@ -67,16 +67,16 @@ def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: 
 
 
 def positions(value: Any, size: tuple[int, int], limit: int, device: torch.device) -> Tensor:
-    """position_ids as `ids`: (B, S), or (1, S) where all rows have the same."""
+    """position_ids, checked as in `ids`: (B, S), or (1, S) for all rows."""
     found = tensor(value, "position_ids")
     rows = 1 if found.dim() == 2 and found.shape[0] == 1 else size[0]
     return ids(found, "position_ids", "(B, S) or (1, S)", (rows, size[1]), limit, device)
 
 
 def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """A padding mask as bool on `device`; None for None, and where the host can see that nothing is masked.
+    """A padding mask as bool on `device`. None for None, and for a mask on the host that masks nothing.
 
-    Any dtype; a fraction counts as 0, since Keras casts to int32 first.
+    Takes any dtype. A fraction counts as 0, since Keras casts to int32 first.
     """
     if value is None:
         return None
@@ -113,7 +113,7 @@ def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Ten
 
 
 def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCache | None:
-    """The KV cache of a call, which must be one for this many layers and heads and for the dtype and device of `like`."""
+    """A call's KV cache. It must fit these layers, heads and head size, and the dtype and device of `like`."""
     if value is None:
         return None
     if not isinstance(value, KVCache):
@@ -128,7 +128,7 @@ def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCac
 
 
 def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
-    """How many tokens the cache holds already, after a look at whether the new ones fit in."""
+    """The number of cached tokens. Raises ValueError if the `new` ones do not fit."""
     if cache is None:
         return 0
     if cache.batch_size != batch_size:
@@ -140,7 +140,7 @@ def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
 
 
 def texts(value: Any, name: str, vocabulary: int) -> list[np.ndarray]:
-    """Texts as lists of token ids of any length, each as an int64 array."""
+    """Texts, given as lists of token ids of any length: each becomes an int64 array."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes a list of lists of token ids")
     arrays = []
@@ -163,7 +163,7 @@ def texts(value: Any, name: str, vocabulary: int) -> list[np.ndarray]:
 
 
 def padded(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of several lengths as (B, S) padded on the right with 0, S the longest if `length` is None; lengths (B,)."""
+    """Token ids (B, S), padded on the right with 0, and lengths (B,). S is `length`, or the longest prompt's if None."""
     lengths = np.array([len(prompt) for prompt in prompts])
     ids = np.zeros((len(prompts), lengths.max() if length is None else length), np.int64)
     for row, prompt in enumerate(prompts):

@@ -1,8 +1,8 @@
-"""How does a model compute in another dtype than its parameters have, as Keras's mixed_float16 and mixed_bfloat16 say?
+"""How does a model compute in a dtype other than its parameters', as in Keras's mixed_float16 and mixed_bfloat16?
 
-Each module with parameters becomes one of a class made here, in which reading a parameter gives it in the compute dtype.
-Everything then computes as a model of that dtype does, and gradients reach the parameters, which keep their dtype, names and
-places in the state dict. Parameters are cast whenever they are read, as in Keras.
+Each module with parameters gets a class made here, which casts a parameter to the compute dtype whenever it is read, as Keras
+does. The model then computes like a model of that dtype. Gradients reach the parameters, which keep their dtype, their names
+and their places in the state dict.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _casting(base: Any, dtype: torch.dtype, names: tuple[str, ...]) -> Any:
 
 
 def _empty(base: Any, dtype: torch.dtype, names: tuple[str, ...]) -> nn.Module:
-    """What pickle and deepcopy fill: the class has no name that they could look up."""
+    """An empty module for pickle and deepcopy to fill: they cannot look up the class by name."""
     cls = _casting(base, dtype, names)
     module: nn.Module = cls.__new__(cls)
     return module

@@ -1,4 +1,4 @@
-"""Are a model's constructor arguments of the right types and in range? One rule for each name, whichever model has it."""
+"""Do a model's constructor arguments have the right types and values? Each name has one rule for all models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..ops.attention import MAX_HEAD_SIZE
 
 
 class Rule(NamedTuple):
-    """What an argument takes."""
+    """The values that an argument takes."""
 
     kind: Any  # its type, or several
     takes: str  # the type in words
@@ -46,12 +46,12 @@ _RULES: dict[str, Rule] = {
     ),
     "name": Rule(str, "a str or None"),
 }
-# Instead of a value these take None: what follows from another argument, or no name.
+# These also take None: the value then follows from another argument, or there is no name.
 _NONE = {"key_value_dim", "embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout", "name"}
 
 
 def check(rule: Rule, **values: Any) -> None:
-    """Raises TypeError or ValueError for the first value that breaks the rule, by its name."""
+    """Raises TypeError or ValueError for the first value that breaks the rule. `values`: by argument name."""
     for name, value in values.items():
         if not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool):
             raise TypeError(f"{name} is {value!r}; it takes {rule.takes}")
@@ -62,11 +62,10 @@ def check(rule: Rule, **values: Any) -> None:
 def configuration(
     cls: type, named: Mapping[str, Any], options: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a model's constructor as one dict, checked; all but the activation (checkpoints/options.py).
+    """A model's constructor arguments as one checked dict. checkpoints/options.py checks the activation.
 
     Args:
-        named: the arguments that the signature names. options: the others, with their defaults. keywords: what was given
-            beyond the named ones.
+        named: the signature's named arguments. options: the others, with their defaults. keywords: the others as given.
     """
     if unknown := sorted(set(keywords) - set(options)):
         raise TypeError(f"{cls.__name__} got an unknown argument {unknown[0]!r}; it takes {', '.join(options)}")
@@ -88,12 +87,12 @@ def configuration(
 
 
 def rate(config: Mapping[str, Any], site: str) -> float:
-    """The dropout rate of a site that may have one of its own."""
+    """The dropout rate of a site: its own, or else `dropout`."""
     own: float | None = config[f"{site}_dropout"]
     return config["dropout"] if own is None else own
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """d."""
+    """d, the size of a head."""
     size: int = config.get("key_value_dim") or config["hidden_dim"] // config["num_heads"]
     return size

@@ -1,9 +1,9 @@
-"""What is a layer whose norms come before its branches, as GPT-2's and T5's? And how does a stack of them run?
+"""How does a layer work whose norms come before its branches, as in GPT-2 and T5? And how does a stack of them run?
 
     x += attention(norm(x));  x += cross_attention(norm(x), memory), where there is one;  x += feed_forward(norm(x))
 
-The residual stream x and the branch that is still to be added to it travel as a pair, so that each addition happens inside
-the next norm. B batch, S sequence, D hidden_dim.
+The residual stream x and its last branch travel as a pair. The next norm adds the branch to the stream, so no addition is a
+pass of its own. B batch, S sequence, D hidden_dim.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class PreNormLayer(nn.Module):
 
     Args:
         index: its place in the cache.
-        norm: makes one of its norms.
-        attention, cross_attention, feed_forward: its branches; cross_attention None is left out.
+        norm: a function that makes a norm.
+        attention, cross_attention, feed_forward: its branches; cross_attention may be None.
         dropout: the rate behind each branch, in training.
     """
 
@@ -46,7 +46,7 @@ class PreNormLayer(nn.Module):
         self.feed_forward_norm, self.feed_forward = norm(), feed_forward
 
     def forward(self, x: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """x, branch (B, S, D) -> the same pair behind this layer; the layer's output is their sum."""
+        """x, branch (B, S, D) -> the pair behind this layer. The layer's output is their sum."""
         y, x = (self.attention_norm(x), x) if branch is None else self.attention_norm(x, branch)
         branch = self._dropped(self.attention(y, call.visible, call.cache, self.index, call.attentions))
         if self.cross_attention is not None and (key_value := self._encoder_keys(call)) is not None:
@@ -57,7 +57,7 @@ class PreNormLayer(nn.Module):
         return x, self._dropped(self.feed_forward(y, wide=True) if is_wide(x, y) else self.feed_forward(y))
 
     def _encoder_keys(self, call: Call) -> tuple[Tensor, Tensor] | None:
-        """Projected once, and kept in the cache if there is one, with the mask that belongs to them."""
+        """The encoder's keys and values. They are projected once; a cache keeps them and their mask."""
         cache = call.cache
         key_value = None if cache is None else cache.cross[self.index]
         if key_value is None and call.memory is not None and self.cross_attention is not None:
@@ -71,7 +71,7 @@ class PreNormLayer(nn.Module):
 
 
 def through(layers: Iterable[Any], x: Tensor, call: Call) -> tuple[Tensor, Any]:
-    """x (B, S, D), or packed, through the layers: the stream and its last branch. Collects the states between them."""
+    """x (B, S, D), or packed, through the layers -> the stream and its last branch. Collects the states in between."""
     branch: Any = None
     for layer in layers:
         if call.hidden_states is not None:

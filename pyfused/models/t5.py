@@ -7,7 +7,7 @@
                                x += feed_forward(norm(x))
     norm(x) behind each stack; norm is the root mean square norm, and no linear map has a bias
 
-Scores are not scaled; in self-attention they get a bias by relative position, from one table for a stack.
+Scores are not scaled. Self-attention adds a bias by relative position to them; each stack has one table of biases.
 B batch, Se and Sd lengths of source and target, S either, D hidden_dim, H heads, d key_value_dim, F intermediate_dim,
 V vocabulary, Sk keys: cached tokens plus Sd.
 """
@@ -61,7 +61,7 @@ class T5Stack(nn.Module):
         self.final_norm = RMSNorm(config["hidden_dim"], config["layer_norm_epsilon"], **factory)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """(B, S, D) -> (B, S, D). Leaves cache.length alone. call.visible.attn_bias, if there, stands for the table."""
+        """(B, S, D) -> (B, S, D). Does not change cache.length. A call.visible.attn_bias replaces the bias table."""
         layers: Any = self.layers
         rate = self.dropout if self.training else 0.0
         if call.visible.attn_bias is None:
@@ -98,18 +98,18 @@ class T5Backbone(Backbone):
         vocabulary_size, num_layers, num_heads, hidden_dim, intermediate_dim: V, layers of each stack, H, D, F.
         key_value_dim: d, the size of a head; D // H if None.
         dropout: the rate of every dropout site, in training.
-        activation: "relu", "gelu" (exact), "gelu_new" (tanh), "silu", "tanh", another of Hugging Face's names for these,
-            or a function as Keras serialises it (keras_hub>gelu_approximate).
+        activation: "relu", "gelu" (exact), "gelu_new" (tanh), "silu", "tanh", another Hugging Face name for these, or
+            a function as Keras serialises it (keras_hub>gelu_approximate).
         use_gated_activation: activation(gate(x)) * up(x) in place of activation(inner(x)).
         layer_norm_epsilon: added to the mean square in every norm.
         tie_embedding_weights: False gives token_embedding(x, reverse=True) a matrix of its own.
         dtype: a name or a torch.dtype; torch's default dtype if None. In float16 the residual stream is float32 (Flan-T5's
-            does not fit), and so are all hidden states but the last.
-        num_decoder_layers: layers of the decoder, if not num_layers; 0 makes the encoder alone, of which `encode`, and calls
-            with the encoder's inputs, work.
+            does not fit into float16), and so are all hidden states but the last.
+        num_decoder_layers: layers of the decoder; num_layers if None. 0 makes the encoder alone, which has `encode` and takes
+            the encoder's inputs.
         num_buckets, max_distance: of the relative position bias.
-        scale_logits: whether `logits` multiplies the hidden states by 1 / sqrt(D); if None, where the weights are tied.
-        decoder_start_token_id: what generation feeds the decoder first.
+        scale_logits: whether `logits` multiplies the hidden states by 1 / sqrt(D). None: if the weights are tied.
+        decoder_start_token_id: the first token that generation feeds to the decoder.
         name, trainable: KerasHub's; trainable=False freezes the parameters.
 
     Weights start as transformers' T5: normal with standard deviation 1 for the embedding, 1 / sqrt(D d) for queries,
@@ -166,11 +166,11 @@ class T5Backbone(Backbone):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws new weights, as the class says."""
+        """Draws new weights, as the class's docstring says."""
         super().reset_parameters()
         size = head_size(self._config)
         for name, parameter in self.named_parameters():
-            if ".query" in name:  # scores are not scaled: what others divide by, the weights have in them
+            if ".query" in name:  # T5 does not scale the scores; the query weights include 1 / sqrt(d)
                 parameter.narrow(0, 0, self._config["num_heads"] * size).mul_(size**-0.5)
 
     def _spread(self, name: str, parameter: Tensor) -> float:
@@ -179,7 +179,7 @@ class T5Backbone(Backbone):
         return float(self._config["hidden_dim"] if name.endswith("relative_bias") else parameter.shape[-1]) ** -0.5
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty KV cache for `capacity` tokens of the decoder per row, to pass as `cache`."""
+        """An empty KV cache for `capacity` decoder tokens per row, to pass as `cache`."""
         self.check_decoder("new_cache")
         check(SIZE, batch_size=batch_size, capacity=capacity)
         sizes = batch_size, self._config["num_heads"], capacity, head_size(self._config)
@@ -196,22 +196,22 @@ class T5Backbone(Backbone):
             encoder_padding_mask, decoder_padding_mask: (B, Se), (B, Sk), nonzero marks a real token (a fraction counts
                 as 0); None: nothing is padding. Padding may be on any side: T5 has no absolute positions.
             encoder_inputs_embeds, decoder_inputs_embeds: (B, S, D) instead of token ids.
-            encoder_sequence_output: (B, Se, D), of an earlier call or of `encode`, instead of encoder_token_ids.
-            cache: from new_cache; holds the decoder's earlier tokens and gets these. The result carries no gradient.
-                It keeps the encoder's keys and mask too, so that later calls leave out all encoder inputs; their
-                result has no "encoder_sequence_output".
+            encoder_sequence_output: (B, Se, D), from an earlier call or from `encode`, instead of encoder_token_ids.
+            cache: from new_cache; holds the decoder's earlier tokens and gets the new ones. The result carries no gradient.
+                The cache keeps the encoder's keys and mask too, so later calls leave out all encoder inputs. Their result
+                has no "encoder_sequence_output".
             return_hidden_states: True adds "encoder_hidden_states" and "decoder_hidden_states": the embeddings, then the
-                output of each layer, of which the last is behind the final norm.
+                output of each layer; the final norm is applied to the last.
             return_attentions: True adds "encoder_attentions", "decoder_attentions" (B, H, S, Sk) and "cross_attentions"
-                (B, H, Sd, Se): each layer's probabilities before dropout, materialised for it.
+                (B, H, Sd, Se): each layer's probabilities before dropout, which are only then stored.
 
-        An encoder alone takes the encoder's inputs and flags, and gives what is the encoder's.
+        An encoder alone takes the encoder's inputs and flags, and returns the encoder's results.
 
         A query that sees no key gets zeros from the attention. Empty inputs give an empty result.
 
         Raises:
-            ValueError: a missing or unknown input, a wrong shape, more tokens than the cache takes; an input of the decoder
-            where there is none.
+            ValueError: a missing or unknown input, a wrong shape, more tokens than the cache takes; a decoder's input to
+            an encoder alone.
             TypeError: a wrong type or dtype. IndexError: an id out of range, where the host holds it.
         """
         given = model_inputs.gather(inputs, keywords, INPUTS)
@@ -229,16 +229,16 @@ class T5Backbone(Backbone):
         return found
 
     def encode(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> Tensor:
-        """The encoder alone: encoder_token_ids (or encoder_inputs_embeds) and encoder_padding_mask, as forward takes them
-        and raising as it does -> (B, Se, D)."""
+        """The encoder alone: encoder_token_ids (or encoder_inputs_embeds) and encoder_padding_mask -> (B, Se, D). Takes and
+        raises the same as forward."""
         return self._encoded(self._read_encoder(self._reader(model_inputs.gather(inputs, keywords, ENCODER_INPUTS))))
 
     def _reader(self, given: dict[str, Any]) -> Reader:
         return Reader(given, self._config, self.token_embedding.weight)
 
     def _read(self, read: Reader) -> tuple[Call | None, Any]:
-        """The calls of the encoder, None where its states are given or the cache has their keys, and of the decoder, None
-        where there is none."""
+        """The encoder's call and the decoder's. The encoder's is None if its states are given or the cache has its keys; the
+        decoder's is None if there is no decoder."""
         given = read.given
         if self.decoder is None:
             for name, value in given.items():
@@ -274,7 +274,7 @@ class T5Backbone(Backbone):
         return call
 
     def check_decoder(self, what: str) -> None:
-        """Raises ValueError where this is the encoder alone. `what` needs the decoder."""
+        """Raises ValueError if this is an encoder alone. `what` names the feature that needs the decoder."""
         if self.decoder is None:
             raise ValueError(
                 f"{what} needs the decoder, and this {type(self).__name__} is the encoder alone, as its checkpoint is "
@@ -282,11 +282,11 @@ class T5Backbone(Backbone):
             )
 
     def text_states(self, token_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """The encoder's: (B, S) -> (B, S, D)."""
+        """The encoder's hidden states: (B, S) -> (B, S, D)."""
         return self.encode(encoder_token_ids=token_ids, encoder_padding_mask=padding_mask)
 
     def _encoded(self, call: Call) -> Tensor:
-        if self.skip_padding or skips_padding():  # distances count, so that padding between tokens has to stay
+        if self.skip_padding or skips_padding():  # distances matter, so padding between tokens must stay
             call.visible = call.visible.skip_padding(call.attentions is None, unbroken=True)
         return self.encoder(call.embedded(self.token_embedding), call)
 
