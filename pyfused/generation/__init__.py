@@ -1,4 +1,4 @@
-"""Text from prompts: Generator, and how it samples, searches with beams and runs one step after another."""
+"""Text from prompts: Generator, its sampling, its beam search and its steps."""
 
 from .generator import Generator
 

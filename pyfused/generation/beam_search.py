@@ -1,8 +1,8 @@
 """Which texts are likeliest as a whole? Beam search, with the scores and stopping rules of transformers' generate.
 
-The score of a finished text is the sum of its tokens' log-probabilities over their number to the power length_penalty.
-Only numbers of the size of the beams come to the host, where the bookkeeping is; the model's rows are reordered in place,
-from the first token on in which they differ.
+The score of a finished text is the sum of its tokens' log-probabilities, divided by length ** length_penalty.
+The host does the bookkeeping and reads only a few numbers per beam. The model's rows are reordered in place, from the first
+token on in which they differ.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 from .sampling import no_token
 from .steps import Decoding
 
-# Added to the score of what may not be chosen, as transformers does: a comparison then never meets infinity.
+# Added to the score of a forbidden choice, as in transformers. Comparisons then never meet infinity.
 _NEVER = np.float32(-1.0e9)
-# The score of no text: a negative length_penalty takes those of texts far below _NEVER.
+# The score of an empty slot. A negative length_penalty brings the scores of texts far below _NEVER.
 _NOTHING = np.float32(-np.inf)
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """How the search is done.
+    """The options of a search, and the search.
 
     num_beams: texts that are followed at a time. length_penalty: see the file's first lines; above 0 prefers long texts.
-    early_stopping: True stops a search when num_beams texts have ended; False as soon as the best running text, as long as
-    it is now, would score less than the worst of these; "never" where length_penalty > 0 asks that of the longest text
-    possible. num_return_sequences: how many of the texts are returned, best first.
+    early_stopping: True stops a search when num_beams texts have ended. False stops when, in addition, the best running text
+    would score less at its present length than the worst of these. "never" with length_penalty > 0 compares at the longest
+    possible length instead. num_return_sequences: how many of the texts are returned, best first.
     """
 
     num_beams: int = 1
@@ -60,11 +60,11 @@ class BeamSearch:
             )
 
     def candidates(self, stops: int) -> int:
-        """Continuations of a text that are looked at: enough for num_beams of them not to end in a stop token."""
+        """How many continuations to consider: enough that num_beams of them do not end in a stop token."""
         return max(2, 1 + stops) * self.num_beams
 
     def check_penalty(self, max_new_tokens: int) -> None:
-        """Raises ValueError where lengths to the power length_penalty leave float32, in which scores are compared."""
+        """Raises ValueError if length ** length_penalty leaves float32, the scores' dtype."""
         most = 30.0 / math.log10(max_new_tokens) if max_new_tokens > 1 else math.inf
         if abs(self.length_penalty) > most:
             raise ValueError(
@@ -76,7 +76,7 @@ class BeamSearch:
     def run(
         self, decoding: Decoding, prompts: list[np.ndarray], max_new_tokens: int, stops: frozenset[int]
     ) -> list[list[int]]:
-        """The best num_return_sequences texts of each prompt, prompt after prompt; stop tokens are returned too."""
+        """The best num_return_sequences texts of each prompt, prompt after prompt, including stop tokens."""
         beams, width = self.num_beams, self.candidates(len(stops))
         logits = decoding.start(prompts).repeat_interleave(beams, 0)
         decoding.branch(beams)
@@ -113,8 +113,8 @@ class BeamSearch:
 
     @staticmethod
     def _move(decoding: Decoding, before: np.ndarray, rows: np.ndarray, new: int) -> None:
-        """Reorders the model's rows. before (B, K, N): the tokens that they have been fed, `new` of them; rows (B, K):
-        the beams that the new ones go on from."""
+        """Reorders the model's rows. before (B, K, N): the tokens fed to them so far, `new` of them. rows (B, K): the beam
+        that each new beam continues."""
         beams = before.shape[1]
         moved = rows != np.arange(beams)
         if not moved.any():
@@ -127,8 +127,8 @@ class BeamSearch:
 
 
 class _State:
-    """The running and the finished texts of B prompts, K each, at most N tokens long. Scores are float32, as
-    transformers has them."""
+    """The running and the finished texts of B prompts, K each, at most N tokens long. Scores are float32, as in
+    transformers."""
 
     def __init__(self, batch: int, beams: int, longest: int):
         self.tokens = np.zeros((batch, beams, longest), np.int64)
@@ -140,8 +140,8 @@ class _State:
         self.is_finished = np.zeros((batch, beams), bool)
 
     def advance(self, t: int, best, origin, token, stopping, search: BeamSearch) -> np.ndarray:
-        """Takes in the candidates of step t, each (B, C) and best first: their scores, the beams they continue, their last
-        tokens, and whether they end. Returns the beams that the running texts continue, (B, K)."""
+        """Adds the candidates of step t, each (B, C) and best first: their scores, the beams they continue, their last
+        tokens, and whether they end. Returns the beam that each running text continues, (B, K)."""
         beams = search.num_beams
         longer = np.take_along_axis(self.tokens, origin[:, :, None], 1)
         longer[:, :, t] = token
@@ -150,7 +150,7 @@ class _State:
         self.tokens = np.take_along_axis(longer, kept[:, :, None], 1)
         self.running = np.take_along_axis(running, kept, 1)
 
-        # A candidate that ends counts if it is among the best K; the others are there for the running texts' sake.
+        # A candidate that ends counts only among the best K. The other candidates are there to keep K texts running.
         ends = stopping & (np.arange(best.shape[1]) < beams)
         scores = best / np.float32((t + 1) ** search.length_penalty)
         if search.early_stopping is True:
@@ -167,7 +167,7 @@ class _State:
         return np.take_along_axis(origin, kept, 1)
 
     def done(self, length: int, longest: int, search: BeamSearch) -> np.ndarray:
-        """(B,) bool: whether no running text can still become one of the finished ones, as far as the rule tells."""
+        """(B,) bool: whether, by the stopping rule, no running text can still become one of the finished ones."""
         if search.early_stopping == "never" and search.length_penalty > 0.0:
             length = longest
         hoped = self.running[:, :1] / np.float32(length**search.length_penalty)

@@ -1,4 +1,4 @@
-"""May a model's layers be passed over, and its weights be handed to the kernels directly?"""
+"""May generation skip a model's modules and give their weights to the kernels directly?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..nn import Linear
 
 
 def plain(model: nn.Module, known: Collection[type]) -> bool:
-    """Whether nothing would be passed over: no hook, no replaced or patched module, no tensor subclass."""
+    """Whether skipping the modules changes nothing: no hook, no replaced or patched module, no tensor subclass."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     for m in model.modules():

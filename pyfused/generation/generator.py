@@ -1,4 +1,4 @@
-"""How does a language model continue prompts, or answer them? One prefill, then a token per row and step from a KV cache."""
+"""How does a language model continue or answer prompts? One prefill, then each step adds a token per row from a KV cache."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _KEEPING = threading.Lock()
 class Generator:
     """Continues prompts with a GPT2Backbone, or answers them with a T5Backbone, whose encoder reads the prompts.
 
-    On a CUDA device one step is captured as a CUDA graph and replayed. The graphs of the last few shapes are kept, so
-    keep the Generator. The model is used in evaluation mode and left in the mode it was in. Threads may share a Generator,
-    or its model: each call has caches and a graph of its own.
+    On a CUDA device one step is captured as a CUDA graph and replayed. A Generator keeps the graphs of the last few shapes, so
+    reuse it. It runs the model in evaluation mode and then restores its mode. Threads may share a Generator or its model:
+    each call has its own caches and graph.
 
     Args:
         model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
-        warm: make ready now what the first call would wait for: on a GPU the Triton kernels are compiled, in parallel, and
-            kept on disk. `pyfused warm` does that ahead of a program.
+        warm: True does the first call's preparations now. On a GPU it compiles the Triton kernels in parallel and keeps
+            them on disk. `pyfused warm` does that ahead of a program.
 
     Example:
         tokens = pyfused.Generator(model).generate([[464, 3290]], max_new_tokens=20)
@@ -61,27 +61,27 @@ class Generator:
         """New tokens of each prompt, in the prompts' order.
 
         Args:
-            prompts: token ids; their lengths may differ. None at all gives an empty list.
+            prompts: token ids; their lengths may differ. Without prompts the result is an empty list.
             max_new_tokens: at most this many per prompt.
-            temperature: 0, and what is too small for float32, takes the likeliest token (the next three then change
-                nothing); else it divides the logits.
+            temperature: divides the logits. 0, or a value too small for float32, takes the likeliest token; top_k, top_p
+                and seed then change nothing.
             top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds
-                this much probability. With both, top_p cuts what top_k left.
+                this much probability. With both, top_p cuts the result of top_k.
             seed: of the draws; None takes one from torch's default generator. The draws of row r depend on (seed, r)
                 alone, not on the other prompts.
-            stop_token_ids: a row ends behind one of these, which is returned too, as transformers does.
+            stop_token_ids: a row ends with one of these, which is returned too, as in transformers.
             on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
             num_beams: more than 1 searches for the likeliest text instead of the likeliest token, with transformers'
                 scores and rules; length_penalty, early_stopping, num_return_sequences: see `pyfused.generation.beam_search`.
-                Returned are num_return_sequences texts for each prompt, best first, prompt after prompt. Takes neither
+                It returns num_return_sequences texts for each prompt, best first, prompt after prompt. Beams take neither
                 a temperature nor on_token.
 
         Raises:
             ValueError: an empty prompt, no room (GPT-2: prompt + max_new_tokens > max_sequence_length), a number out of
                 range, options that exclude each other.
             TypeError: a wrong type. IndexError: a token id outside the vocabulary.
-            FloatingPointError: logits that hold NaN or inf, as of a float16 model that overflows. (-inf is a token that is
-                never chosen, unless all are.)
+            FloatingPointError: logits that hold NaN or inf, such as a float16 model's that overflows, or only -inf. (A token
+                with -inf is never chosen.)
         """
         arrays = model_inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
@@ -110,7 +110,7 @@ class Generator:
                 self._keep(steps)
 
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
-        """For one call alone: a graph is not among those that are kept while a call uses it."""
+        """The steps of one call. While a call uses a graph, the graph is not in `_graphs`, so no other call can."""
         shape = self._decoding.shape(prompts, max_new_tokens)
         if self.model.device.type != "cuda":
             return EagerSteps(self._decoding(self.model, shape), sampler)
@@ -120,7 +120,7 @@ class Generator:
     def _keep(self, steps: Steps) -> None:
         if isinstance(steps, GraphSteps):
             with _KEEPING:
-                self._graphs[steps.made_for] = steps  # the latest goes last
+                self._graphs[steps.made_for] = steps  # the latest is last
                 while len(self._graphs) > 4:
                     del self._graphs[next(iter(self._graphs))]
 
@@ -153,14 +153,14 @@ class Generator:
 
 
 def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token, dtype) -> list[list[int]]:
-    """The loop. Slots are what the model computes; a slot whose row has stopped is dropped, or runs on unheard. dtype: the
-    logits', for an error's hint."""
+    """The loop. Slots are the rows that the model computes. If a row stops, its slot is dropped, or its tokens are ignored.
+    dtype: the logits', for an error's hint."""
     slots = list(range(len(prompts)))
     out: list[list[int]] = [[] for _ in slots]
     done = [False] * len(slots)
     tokens = steps.start(prompts, draws[:, 0])
     if not stops and on_token is None and draws.is_cuda:
-        # Nobody looks at a token before the end, so the host runs ahead of the GPU.
+        # Nobody reads a token before the end, so the host runs ahead of the GPU.
         history = [tokens.clone()]
         history += [steps.next(draws[:, t]).clone() for t in range(1, count)]
         found = torch.stack(history, 1).cpu()

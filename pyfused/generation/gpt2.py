@@ -1,4 +1,4 @@
-"""How does GPT-2 continue a batch of texts? One prefill, then a token per row and step, with rows of any length."""
+"""How does GPT-2 continue a batch of texts of any lengths? One prefill, then each step adds a token per row."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .gpt2_bound import BoundStep, bindable
 
 
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
-    """Fills the cache; the logits behind each prompt, (B, V).
+    """Fills the cache and returns the logits behind each prompt, (B, V).
 
-    Prompts of several lengths are packed. In the cache they are padded on the right: what stands there is overwritten, or
-    masked, in the steps that follow.
+    Prompts of several lengths are packed. In the cache they are padded on the right; later steps overwrite or mask this
+    padding.
     """
     ids, lengths = model_inputs.padded(prompts)
     device = model.device
@@ -31,7 +31,7 @@ def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> T
 
 
 class GPT2Decoding:
-    """A batch of texts being continued, as `pyfused.generation.steps.Decoding` says."""
+    """Continues a batch of texts; see `pyfused.generation.steps.Decoding`."""
 
     def __init__(self, model: GPT2Backbone, shape: tuple[int, ...], fixed: bool = False):
         self.model = model
@@ -47,7 +47,7 @@ class GPT2Decoding:
 
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
-        return len(prompts), max(len(p) for p in prompts) + max_new_tokens - 1  # the last token is never fed
+        return len(prompts), max(len(p) for p in prompts) + max_new_tokens - 1  # the last new token is never fed
 
     @staticmethod
     def check_room(model: GPT2Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
@@ -71,7 +71,7 @@ class GPT2Decoding:
         return logits
 
     def _settle(self) -> None:
-        """Rows of one length share a position; others get a position each."""
+        """Rows of equal length share one position; otherwise each row gets its own."""
         if len(set(self._lengths)) == 1:
             self._cache.positions, self._cache.length = None, self._lengths[0]
         else:
@@ -126,5 +126,5 @@ class GPT2Decoding:
         self._settle()
 
     def reorder(self, rows: list[int], new: int, first: int) -> None:
-        # Prompts end where the new tokens begin: before the shortest of them nothing differs.
+        # Beams of one prompt differ only in new tokens, and these begin no earlier than the shortest prompt ends.
         self._cache.reorder(rows, min(self._lengths) - new + first)

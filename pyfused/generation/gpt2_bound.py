@@ -1,7 +1,7 @@
-"""How does GPT-2 feed one token per row at the cost of its kernels alone? With everything looked up and checked once.
+"""How does GPT-2 feed one token per row at the cost of its kernels alone? It looks up and checks everything once.
 
-A step of 12 layers calls 88 modules and checks the arguments of 49 operators, which is more Python than a small model's
-kernels take. Here the parameters are bound once per generation, and the arguments fit by construction.
+A step of 12 layers calls 88 modules and checks the arguments of 49 operators. In a small model this Python takes longer than
+the kernels. BoundStep collects the parameters once per generation, and its arguments fit by construction.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _PLAIN = {
 
 
 def bindable(model: GPT2Backbone) -> bool:
-    """Whether BoundStep computes what calling the modules would."""
+    """Whether BoundStep computes the same as calling the modules."""
     return plain(model, _PLAIN)
 
 
 class BoundStep:
-    """The forward pass of one new token per row, through a KV cache, to logits. For a bindable model; no gradient."""
+    """One new token per row to logits, with a KV cache. Needs a bindable model; gives no gradient."""
 
     def __init__(self, model: GPT2Backbone):
         self._tokens, self._positions = model.token_embedding.weight, model.position_embedding.weight

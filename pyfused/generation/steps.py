@@ -18,47 +18,47 @@ _CAPTURING = threading.Lock()  # all captures share one stream
 
 
 class Decoding(Protocol):
-    """What a model knows about continuing a batch of texts: its caches, and where each row stands. B rows.
+    """How a model continues a batch of B texts. It holds the caches and each row's position.
 
-    Made as Decoding(model, shape, fixed) with a shape of `shape` or larger; `fixed` says that fixed_step is used.
+    The argument `shape` is the result of `shape()`, or larger. fixed=True means that the caller uses fixed_step.
     """
 
     def __init__(self, model: Any, shape: tuple[int, ...], fixed: bool = False): ...
 
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
-        """B, then what the buffers have room for."""
+        """B, then the sizes of the buffers."""
 
     @staticmethod
     def check_room(model: Any, prompts: list[np.ndarray], max_new_tokens: int) -> None:
-        """Raises ValueError where the model takes no text so long."""
+        """Raises ValueError if a text would be too long for the model."""
 
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         """The logits of the first new token of each prompt, (B, V)."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feeds a token to each row, (B,); the logits of the next, (B, V)."""
+        """Feeds one token to each row, (B,), and returns the next logits, (B, V)."""
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
-        """As step, with shapes and places in memory that never change, and no look at the host: a CUDA graph's step."""
+        """As step, for a CUDA graph: shapes and addresses never change, and the host reads nothing."""
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What a fixed_step moves on, beside the caches."""
+        """The tensors that a fixed_step changes, beside the caches."""
 
     def branch(self, times: int) -> None:
-        """Makes `times` rows, its beams, of each row."""
+        """Turns each row into `times` rows, its beams."""
 
     def select(self, texts: list[int]) -> None:
-        """Keeps these texts alone, with all their beams."""
+        """Keeps only these texts, with all their beams."""
 
     def reorder(self, rows: list[int], new: int, first: int) -> None:
-        """Row i goes on as row rows[i], a beam of the same text. new: how many new tokens each row has been fed; before
-        the first of them at index `first`, row i was equal to row rows[i] all along."""
+        """Row i continues as row rows[i], a beam of the same text. new: how many new tokens each row has been fed. first: the
+        rows are equal before the new token with this index."""
 
 
 def decoding_of(model: Backbone) -> type[Decoding]:
-    """Raises TypeError for a model that generates nothing, ValueError for a T5 that is the encoder alone."""
+    """The model's Decoding. Raises TypeError for a model that cannot generate, ValueError for a T5 encoder alone."""
     for family in families_of(type(model)):
         if family.decoding is not None:
             model.check_decoder("generation")
@@ -68,20 +68,20 @@ def decoding_of(model: Backbone) -> type[Decoding]:
 
 
 class Steps(Protocol):
-    """Tokens instead of logits. B counts the slots, the rows that are computed."""
+    """Like Decoding, with tokens instead of logits. B counts the slots, the rows that are computed."""
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:
-        """Prefill; the first new token of each prompt, (B,)."""
+        """Prefills and returns the first new token of each prompt, (B,)."""
 
     def next(self, uniform: Tensor) -> Tensor:
-        """Feeds the last tokens; the next ones, (B,)."""
+        """Feeds the last tokens and returns the next, (B,)."""
 
     def keep(self, slots: list[int]) -> bool:
-        """Drops all other slots and returns True, or returns False: they run on."""
+        """Drops all other slots and returns True, or returns False if they run on."""
 
 
 class EagerSteps:
-    """Reads exactly as many keys as there are. Stopped rows are dropped."""
+    """Runs operator by operator. It reads only the keys that exist, and drops stopped rows."""
 
     def __init__(self, decoding: Decoding, sampler: Sampler):
         self._decoding, self._sampler = decoding, sampler
@@ -101,8 +101,8 @@ class EagerSteps:
 
 
 class GraphSteps:
-    """One step as a CUDA graph, replayed: no launch overhead, no synchronisation. Tokens, positions, caches and draws
-    stay where they are; attention reads the whole capacity and masks what a row has not reached."""
+    """Replays one step as a CUDA graph: no launch overhead, no synchronisation. Tokens, positions, caches and draws keep
+    their addresses. Attention reads the whole capacity and masks the places that a row has not reached."""
 
     def __init__(self, model: Backbone, shape: tuple[int, ...], sampler: Sampler):
         self._sampler, self._device = sampler, model.device
@@ -114,7 +114,7 @@ class GraphSteps:
 
     @staticmethod
     def key(model: Backbone, shape: tuple[int, ...], sampler: Sampler) -> object:
-        """What a captured graph depends on: shapes, sampling, where the weights lie and as what, and a forced backend."""
+        """A captured graph depends on these: shapes, sampling, the weights' addresses and dtypes, a forced backend."""
         weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
         return _rounded(shape), sampler, weights, dispatch._forced.get()
 
@@ -131,8 +131,8 @@ class GraphSteps:
         return self._tokens
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Warms up on a side stream, as capturing asks for, puts back the state that this moved, and captures.
-        What the warm-up wrote into the cache lies at positions that the replayed steps write again."""
+        """Warms up on a side stream, as capturing requires, restores the state, and captures. The replayed steps overwrite
+        the warm-up's cache entries."""
         state = (self._tokens, *self._decoding.state)
         before = [t.clone() for t in state]
 
@@ -141,7 +141,7 @@ class GraphSteps:
                 t.copy_(was)
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):  # torch captures on the current one, which need not be the model's
+        with torch.cuda.device(self._device):  # torch captures on the current device, which may not be the model's
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
@@ -149,13 +149,13 @@ class GraphSteps:
                     self._step()
                     restore()
             current.wait_stream(side)
-            # What other threads do on the GPU meanwhile is no part of the graph, and no error.
+            # Other threads may use the GPU meanwhile; that is no error and not part of the graph.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._step()
         return graph
 
     def _step(self) -> None:
-        fed = self._tokens.clamp(min=0)  # NO_TOKEN is seen when the host looks; the graph may run on until then
+        fed = self._tokens.clamp(min=0)  # the host checks for NO_TOKEN later; until then the graph needs a valid id
         self._tokens.copy_(self._sampler(self._decoding.fixed_step(fed), self._uniform))
 
     def keep(self, slots: list[int]) -> bool:
@@ -163,5 +163,5 @@ class GraphSteps:
 
 
 def _rounded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Prompts of similar length share a graph."""
+    """Sizes rounded up to multiples of 64, so that prompts of similar length share a graph."""
     return shape[0], *(-(-size // 64) * 64 for size in shape[1:])

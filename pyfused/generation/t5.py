@@ -1,7 +1,7 @@
-"""How does T5 answer a batch of sources? They are encoded once, then the decoder adds a token per row and step.
+"""How does T5 answer a batch of sources? It encodes them once; then each decoder step adds a token per row.
 
-All rows of the decoder begin with the start token, so that they are equally long. Cross-attention's keys and values are
-computed once. Beams of one source are queries of one row there: its keys are neither copied nor read for each beam.
+All rows of the decoder begin with the start token, so they are equally long. Cross-attention's keys and values are computed
+once. There the beams of one source are queries of one row, so its keys are neither copied nor read again for each beam.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .t5_bound import BoundStep, bindable
 
 
 class T5Decoding:
-    """A batch of answers being written, as `pyfused.generation.steps.Decoding` says."""
+    """Writes a batch of answers; see `pyfused.generation.steps.Decoding`."""
 
     def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False):
         self.model, self._fixed = model, fixed
@@ -38,11 +38,10 @@ class T5Decoding:
 
     @staticmethod
     def check_room(model: T5Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
-        """T5 has no longest text."""
+        """T5 takes texts of any length."""
 
     def _last_bias(self) -> Tensor:
-        """(1, H, 1, capacity): of the last place's query; that of place p is its last p + 1 columns, without the last ones'
-        sum."""
+        """(1, H, 1, capacity), the bias of the query at the last place. The bias of place p is its last p + 1 columns."""
         layers: Any = self.model.decoder.layers
         table, capacity = layers[0].attention.position_bias(), self._cache.capacity
         return relative_bias(
@@ -51,7 +50,7 @@ class T5Decoding:
 
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         self._cache.positions, self._cache.length = None, 0
-        if self._fixed:  # a CUDA graph reads it, and the table may have been written since
+        if self._fixed:  # a CUDA graph reads this tensor, and the table may have changed
             self._bias.copy_(self._last_bias())
         self._encode(prompts)
         config = self.model.get_config()
@@ -63,7 +62,7 @@ class T5Decoding:
         return self.fixed_step(first)
 
     def _encode(self, prompts: list[np.ndarray]) -> None:
-        """Fills the cache with the keys and values that cross-attention reads, each head's in one stretch of memory."""
+        """Fills the cache with cross-attention's keys and values. Each head's are one stretch of memory."""
         cache, device = self._cache, self._places.device
         ids, lengths = model_inputs.padded(prompts, self._source_capacity if self._fixed else None)
         mask = None
@@ -78,7 +77,7 @@ class T5Decoding:
             if held is None:
                 key, value = (t.contiguous() for t in key_value)
                 cache.cross[i] = key, value
-            else:  # a CUDA graph reads these
+            else:  # a CUDA graph reads these tensors
                 for old, new in zip(held, key_value):
                     old.copy_(new)
         if self._fixed and cache.encoder_mask is not None and mask is not None:

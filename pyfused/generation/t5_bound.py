@@ -1,6 +1,6 @@
-"""How does T5's decoder feed one token per row at the cost of its kernels alone? With everything looked up and checked once.
+"""How does T5's decoder feed one token per row at the cost of its kernels alone? It looks up and checks everything once.
 
-As for GPT-2 (gpt2_bound.py): the parameters are bound once per generation, and the arguments fit by construction.
+As in gpt2_bound.py, BoundStep collects the parameters once per generation, and its arguments fit by construction.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _KNOWN = {
 
 
 def bindable(model: T5Backbone) -> bool:
-    """Whether BoundStep computes what calling the modules would."""
+    """Whether BoundStep computes the same as calling the modules."""
     return plain(model, _KNOWN)
 
 
 class BoundStep:
-    """The decoder's pass of one new token per row, through a KV cache that holds the encoder's keys, to logits. For a
-    bindable model; no gradient."""
+    """One new token per row to logits, with a KV cache that holds the encoder's keys. Needs a bindable model; gives no
+    gradient."""
 
     def __init__(self, model: T5Backbone):
         embedding = model.token_embedding
         self._tokens = embedding.weight
         self._head = embedding.weight if embedding.tie_weights else embedding.reverse_weight
-        self._wide = model.dtype == torch.float16  # the residual stream is float32 then, and norms compute in it
-        # The factor of the logits goes into the weight of the norm before them.
+        self._wide = model.dtype == torch.float16  # residual stream and norms are then float32
+        # The final norm's weight includes the scale of the logits.
         weight, eps = _norm(model.decoder.final_norm)
         self._final = weight * model.logits_scale, eps
         layers: Any = model.decoder.layers
@@ -79,7 +79,7 @@ class BoundStep:
         return module.inner.weight, None, module.outer.weight, None
 
     def __call__(self, tokens: Tensor, bias: Tensor, cache: KVCache) -> Tensor:
-        """tokens (B,), bias (1, H, 1, Sk) by relative position -> logits (B, V)."""
+        """tokens (B,), relative position bias (1, H, 1, Sk) -> logits (B, V)."""
         wide, linear, attention = self._wide, _LINEAR.direct, _ATTENTION.direct
         norm = _wide_norm if wide else _RMS_NORM.direct
         feed_forward = (_GATED_FFN if self._gated else _FFN).direct
@@ -96,7 +96,7 @@ class BoundStep:
             out, _ = attention(query, key, value, False, None, bias, 1.0, 0.0, None, False)
             branch = linear(out.view(b, 1, h * d), wo, None, None)[0]
             y, x, _ = norm(x, w2, e2, branch, False)
-            key, value = cross[i]  # of a source: (Bs, H, Se, d)
+            key, value = cross[i]  # each (Bs, H, Se, d), Bs sources
             query = linear(y, wq, None, None)[0].view(key.shape[0], -1, h, d).transpose(1, 2)
             out, _ = attention(query, key, value, False, mask, None, 1.0, 0.0, None, False)
             branch = linear(out.transpose(1, 2).reshape(b, 1, h * d), wo2, None, None)[0]
@@ -111,6 +111,6 @@ def _norm(norm: RMSNorm) -> tuple[Tensor, float | None]:
 
 
 def _wide_norm(x: Tensor, weight: Tensor, eps: float | None, branch: Tensor | None, save: bool) -> tuple[Any, ...]:
-    """The norm's operator, of a float32 stream x: (float16, float32 sum, None)."""
+    """The norm's operator for a float32 stream x: (float16, float32 sum, None)."""
     y, total, rstd = _RMS_NORM.direct(x, weight, eps, None if branch is None else branch.float(), save)
     return y.to(torch.float16), total, rstd

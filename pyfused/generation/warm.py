@@ -1,5 +1,5 @@
-"""What can be done before a model's first call? On a GPU its Triton kernels are compiled, in parallel, and kept on disk. On a
-CPU there is nothing to compile: libraries and prepared launches are made ready.
+"""What can be done before a model's first call? On a GPU its Triton kernels are compiled in parallel and kept on disk. A CPU
+has nothing to compile; there libraries are loaded and launches prepared.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def warm(
     workers: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Makes ready what a model's calls need: generation where it generates, else encode().
+    """Prepares a model's calls: generation if it can generate, else encode().
 
     Args:
         model: a backbone, on the device and in the dtype that it will be used in.
-        lengths: tokens of the texts to expect; those beyond the model's longest become that. Kernels are compiled for kinds of
-            sizes, not for each: a few rows or many, texts of one length or several.
+        lengths: expected text lengths in tokens, cut to the model's longest. Kernels are compiled for kinds of sizes, not for
+            each size: few rows or many, texts of one length or of several.
         workers: processes that compile; os.cpu_count() by default.
-        say: told of the progress.
+        say: gets messages about the progress.
 
     Returns:
         `device`, `seconds`, `compiled` and `cached` (how many kernels), `failed` (name and error of each).
@@ -63,14 +63,14 @@ def warm(
 
 
 def _run(model: Backbone, lengths: Sequence[int], fixed: bool) -> None:
-    """Calls of the kinds that are to be expected: one text, and two of different lengths. `fixed`: a generation's step is that
-    of a CUDA graph. Only the texts decide what runs, so results may be arbitrary."""
+    """Runs the expected kinds of calls: one text, and two of different lengths. fixed=True runs the step of a CUDA graph. The
+    tokens are all 0: only the lengths decide which kernels run."""
     try:
         decoding = decoding_of(model)
     except (TypeError, ValueError):
         decoding = None  # an encoder
     longest = model.get_config().get("max_sequence_length") or max(lengths) + NEW_TOKENS
-    new = max(2, min(NEW_TOKENS, longest // 2))  # the second is the first that a step computes
+    new = max(2, min(NEW_TOKENS, longest // 2))  # at least 2: prefill computes the first token, a step the second
     for length in sorted({min(n, longest - new if decoding else longest) for n in lengths}):
         for texts in ([length], [length, -(-length // 2)]):
             arrays = [np.zeros(n, dtype=np.int64) for n in texts]
