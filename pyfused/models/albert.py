@@ -77,7 +77,7 @@ class AlbertBackbone(Backbone):
             a function as Keras serialises it (keras_hub>gelu_approximate).
         layer_norm_epsilon: added to the variance in every layer norm.
         attention_dropout, feed_forward_dropout: rates for the attention's probabilities and the feed-forward network's
-            output; `dropout` if None. KerasHub drops the latter. transformers does not, so its checkpoints have 0.
+            output; `dropout` if None. KerasHub drops that output. transformers does not: its checkpoints have 0.
         pooler: False leaves out the pooler and "pooled_output". Checkpoints of masked-token models have no pooler.
         name, trainable: KerasHub's; trainable=False freezes the parameters.
 

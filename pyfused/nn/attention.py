@@ -17,8 +17,8 @@ from .packing import Packing, packing_of, without_padding
 
 
 def bias_in(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive bias in another dtype. Finite values stay finite and -inf stays -inf: a query whose keys all have float32's
-    least number sees them all alike, and -inf in half precision would hide them."""
+    """An additive bias in another dtype. Finite values stay finite and -inf stays -inf. A query whose keys all have float32's
+    least number sees them all alike; as -inf in half precision they would be hidden."""
     if bias.dtype == dtype:
         return bias
     return bias.clamp(min=torch.finfo(dtype).min).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)

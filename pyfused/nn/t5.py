@@ -89,9 +89,7 @@ def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Te
 
 def _heads(x: Tensor, size: int) -> Tensor:
     """(B, S, H * d) -> (B, H, S, d)."""
-    return x.view(*x.shape[:2], x.shape[2] // size, size).transpose(
-        1, 2
-    )  # -1 would be ambiguous for an empty tensor
+    return x.view(*x.shape[:2], x.shape[2] // size, size).transpose(1, 2)  # -1 would be ambiguous for an empty tensor
 
 
 def _kernel_reads(table: Tensor, past: Any, query: Tensor, key: Tensor) -> bool:
