@@ -17,8 +17,8 @@ def forward(a):
     new_out, new_lse = maker(shape, dtype, strides), maker(shape[:3], torch.float32)
 
     @forward_launch
-    def launch(query, key, value, mask, bias, seed, table, cu_seqlens, out):
-        out, lse = new_out() if out is None else out, new_lse() if save else None
+    def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
+        out, lse = new_out(), new_lse() if save else None
         kernel(query, key, value, mask, bias, table, of_distances, seed, cu_seqlens, out, lse, address, code)
         return out, lse
 

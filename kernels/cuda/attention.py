@@ -75,8 +75,8 @@ def forward(a):
     relative = None if a.bias_table is None else (a.bidirectional, a.bias_table.shape[0], a.max_distance, device)
 
     @forward_launch
-    def launch(query, key, value, mask, bias, seed, table, cu_seqlens, out):
-        out, lse = new_out() if out is None else out, new_lse() if save else None
+    def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
+        out, lse = new_out(), new_lse() if save else None
         buckets = distance_buckets(*relative) if relative else None
         inputs = query, key, value, mask, bias, table, buckets, seed, cu_seqlens
         if chunks == 1:

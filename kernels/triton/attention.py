@@ -127,8 +127,8 @@ def forward(a):
     save, bidirectional, max_distance = a.save, a.bidirectional, a.max_distance
 
     @forward_launch
-    def launch(query, key, value, mask, bias, seed, table, cu_seqlens, out):
-        out, lse = new_out() if out is None else out, new_lse() if save else None
+    def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
+        out, lse = new_out(), new_lse() if save else None
         by_distance = _by_distance(table, bidirectional, max_distance) if relative else None
         inputs = mask, bias, by_distance, seed, cu_seqlens
         if chunks == 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import AttentionBackward, AttentionForward, taking
+from ..arguments import AttentionBackward, AttentionForward, schema, taking
 from ..tracing import tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision, to
 from .checks import check_floating, check_like, check_shape, may_look, name_of
@@ -328,9 +328,7 @@ def _backward_cost(a):
 
 _ATTENTION = Operator(
     "attention",
-    "(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? padding_mask, Tensor? attn_bias, float scale,"
-    " float dropout_p, Tensor? seed, bool save, Tensor? bias_table=None, bool bidirectional=True,"
-    " int max_distance=128, Tensor? cu_seqlens=None, SymInt max_seqlen=0) -> (Tensor out, Tensor lse)",
+    f"{schema(AttentionForward)} -> (Tensor out, Tensor lse)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -338,10 +336,7 @@ _ATTENTION = Operator(
 )
 _ATTENTION_BACKWARD = Operator(
     "attention_backward",
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool is_causal,"
-    " Tensor? padding_mask, Tensor? attn_bias, float scale, float dropout_p, Tensor? seed, bool wants_bias,"
-    " Tensor? bias_table=None, bool bidirectional=True, int max_distance=128, bool wants_table=False,"
-    " Tensor? cu_seqlens=None, SymInt max_seqlen=0)"
+    f"{schema(AttentionBackward)}"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_table)",
     fake=_backward_fake,
     cost=_backward_cost,
