@@ -3,7 +3,7 @@
 // activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. The formulas avoid cancellation.
 // NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits. Infinity times zero is
 // NaN, so a factor x that may meet a zero is bounded first. fmaf is written out, so the host rounds like the GPU. A
-// launch has one code: the switch costs a few cycles and saves four more copies of each kernel.
+// launch has one code: the switch costs a few cycles and saves a copy of each kernel per activation.
 #pragma once
 
 #include "pyfused/activation_codes.h"
