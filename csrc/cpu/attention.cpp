@@ -1,28 +1,23 @@
 // attention's forward on the CPU: out = softmax(scale * query key^T + biases) value, with dropout, in O(S) memory.
 //
-// An online softmax (Dao et al. 2022): a tile of keys at a time, with the highest score and the sum of exponentials of
-// each query carried along. Does 4 Sq Sk D operations and Sq Sk exponentials, half of both under causality: what a
-// group of queries cannot see is neither computed nor read. One AVX2 core: the products alone reach 100 GFLOP/s.
-//
-// Times SDPA's speed, float32, one thread of a 2-core AVX2 machine UNDER LOAD (interleaved medians of processor time;
-// the span is over all runs): B1 H12 S512 D64 1.08-1.20, causal 1.76-2.18, half padded 2.1-2.3, dense bias 0.93-1.05
-// (12.6 MB of bias to read; the same with row stride 0 costs 2-5% over none), S2048 causal 1.27-1.41, D80 1.02-1.13,
-// D128 1.02-1.10, D256 0.96-1.09, B16 H4 S128 D40 causal 1.23-1.54; bfloat16 causal 1.9-2.4, float16 2.7-3.2.
+// An online softmax (Dao et al. 2022) takes a tile of keys at a time. It keeps each query's highest score and sum of
+// exponentials. Work: 4 Sq Sk D operations and Sq Sk exponentials, half of both under causality, because keys that a
+// group of queries cannot see are neither computed nor read. On one AVX2 core the products alone reach 100 GFLOP/s.
 #include "attention_few.h"
 #include "attention_tile.h"
 
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Keys in a tile: scores and value rows of a tile stay in L1 together. A multiple of kRows; from 48 on of 24, so that few lines
-// of a bias's rows belong to two tiles.
+// Keys in a tile. The tile's scores and value rows fit in L1 together. The count is a multiple of kRows, and from 48 on a
+// multiple of 24, so that two tiles share few cache lines of a bias.
 inline int64_t tile_keys(int64_t d) {
   const int64_t n = 4608 / d / kRows * kRows;
   if (n < 8 * kRows) return n < 2 * kRows ? 2 * kRows : n;
   return n < 12 * kRows ? 8 * kRows : 12 * kRows;
 }
 
-// Groups that share a tile of keys before the next one: a tile comes from memory once for all of them.
+// Groups of queries that use a tile of keys before the next one. The tile comes from memory once for all of them.
 constexpr int kBlock = 4;
 
 template <class T> struct Forward {
@@ -30,7 +25,7 @@ template <class T> struct Forward {
   T* out;      // (B, Sq, H, D)
   float* lse;  // (B, H, Sq) or null
 
-  // What is kept of a group of queries while the tiles of keys go by; query and sum are (d, kGroup).
+  // The running state of a group of queries from tile to tile of keys. query and sum are (d, kGroup).
   struct State {
     Group<T> group;
     float *query, *sum;
@@ -92,8 +87,8 @@ template <class T> struct Forward {
     }
   }
 
-  // Items are blocks of queries, those of the heads that share keys side by side. Each share of the threads gets about
-  // the same number of visible scores, which under causality is not the same number of blocks.
+  // Items are blocks of queries; heads that share keys are side by side. Each thread's share has about the same number
+  // of visible scores. Under causality that is not the same number of blocks.
   void run() const {
     constexpr int64_t block = kBlock * kGroup;
     const int64_t per_head = (p.longest + block - 1) / block, items = p.b * p.h * per_head, step = tile_keys(p.d);

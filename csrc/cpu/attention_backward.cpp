@@ -2,14 +2,11 @@
 //
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
-// and the gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
+// The gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
 //
-// Five products of 2 Sq Sk D each, against the forward's two. An item is a key head, whose dK and dV are summed over
-// the query heads of its group by one thread, in order. Where there are fewer items than threads, the queries of an
-// item are split in parts, and the parts summed in order: repeatable for a given number of threads, and no atomics.
-//
-// Times the speed of SDPA's backward, measured as in attention.cpp: B1 H12 S512 D64 1.13-1.24, causal 1.8-2.3, D128
-// 1.07-1.17, B16 H4 S128 D40 causal 1.25-1.45 (with dropout 1.6-1.8), bfloat16 causal 20.
+// Five products of 2 Sq Sk D operations each; the forward has two. An item is a key head. One thread sums its dK and dV
+// over the query heads of its group, in order. If there are fewer items than threads, an item's queries are split into
+// parts, and the parts are summed in order. So results repeat for a given number of threads, without atomics.
 #include "attention_tile.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -47,10 +44,10 @@ template <class T> struct Backward {
     }
   };
 
-  // A query that saw no key. Its rows may hold anything, NaN too, and count as zeros.
+  // A blind query saw no key. Its rows may hold anything, even NaN, and count as zeros.
   static bool is_blind(const vfloat* row_lse, int64_t i) { return row_lse[i / kWidth][i % kWidth] == INFINITY; }
 
-  // rows of T -> (kBlockQueries, width) floats, zero beyond what is there and for blind queries.
+  // rows of T -> (kBlockQueries, width) floats. Padding and the rows of blind queries are zeros.
   void copy_rows(const Strided<const T>& from, int64_t b, int64_t h, int64_t first, int64_t rows, const vfloat* row_lse,
                  float* to) const {
     for (int64_t i = 0; i < kBlockQueries; ++i, to += width()) {
@@ -68,8 +65,8 @@ template <class T> struct Backward {
         for (int64_t k = 0; k < p.d; ++k) lanes[k * kGroup + i] = 0;
   }
 
-  // delta in the lanes, added up in the order of dots(): a query with one visible key then has out = value and
-  // delta = grad_out value^T to the last bit, and the gradient of its score is the zero that it should be.
+  // delta in the lanes, summed in the order of dots(). A query with one visible key has out = value, so delta then
+  // equals grad_out value^T to the last bit, and the gradient of its score is exactly zero.
   void deltas(const float* grad_out_lanes, const float* out_lanes, vfloat* delta) const {
     for (int v = 0; v < 2; ++v) {
       vfloat total{};
@@ -83,7 +80,7 @@ template <class T> struct Backward {
     }
   }
 
-  // C (rows, width) += factor * A (rows, depth) B (depth, width), with A as it lies in a tile.
+  // C (rows, width) += factor * A (rows, depth) B (depth, width). A has a tile's layout.
   void add_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* c, float factor) const {
     const vfloat f = splat(factor);
     int64_t k = 0;
@@ -109,7 +106,7 @@ template <class T> struct Backward {
       to_lanes(grad_out.at(b, h, i), grad_out.row, group[g].rows, p.d, x.grad_out_lanes + g * lanes, kGroup);
       clear_blind(row_lse + 2 * g, group[g].rows, x.query_lanes + g * lanes);
       clear_blind(row_lse + 2 * g, group[g].rows, x.grad_out_lanes + g * lanes);
-      float* out_lanes = x.grad_query_lanes + g * lanes;  // not in use yet
+      float* out_lanes = x.grad_query_lanes + g * lanes;  // grad_query_lanes is still free
       to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
       deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
     }
@@ -122,7 +119,7 @@ template <class T> struct Backward {
     for (int64_t c0 = 0; c0 < most; c0 += kTileKeys) {
       const int64_t n = most - c0 < kTileKeys ? most - c0 : kTileKeys;
       const float *key = keys.key + c0 * keys.key_step, *value = keys.value + c0 * keys.value_step;
-      int begin = 0;  // the first group of the block that sees anything of this tile
+      int begin = 0;  // the first group of the block that sees a key of this tile
       while (group[begin].most <= c0) ++begin;
       for (int g = begin; g < groups; ++g) {
         float *w = x.weights + g * kGroup, *ds = x.grad_scores + g * kGroup;
@@ -158,7 +155,7 @@ template <class T> struct Backward {
   // w: scores -> dropped-out probabilities; ds: grad_out value^T -> the gradient of the scores.
   void gradient_of_scores(const Group<T>& g, const Keys<T>& keys, int64_t c0, int64_t n, float* w, float* ds,
                           const vfloat* row_lse, const vfloat* row_delta) const {
-    const bool alone = keys.count == 1;  // the softmax of one score is 1, and not the rounding error of exp(s - lse)
+    const bool alone = keys.count == 1;  // the softmax of one score is exactly 1; exp(s - lse) has a rounding error
     auto each = [&](int64_t c, int v, auto mask) {
       float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
       const vfloat unseen = row_lse[v] < splat(INFINITY) ? vfloat{} : splat(-INFINITY);
@@ -281,7 +278,7 @@ void attention_backward(addr grad_out, addr query, addr key, addr value, addr ou
   const auto& n = *(const AttentionLayout*)layout;
   PYFUSED_BY_DTYPE(dtype, {
     Problem<T> p(query, key, value, mask, bias, seed, starts, n);
-    if (p.no_queries()) {  // of what nobody looked at the gradient is zero
+    if (p.no_queries()) {  // without queries the gradients of key and value are zero
       const int64_t bytes = (starts ? 1 : p.b) * p.sk * p.hkv * p.d * sizeof(T);
       if (bytes) std::memset((void*)grad_key, 0, bytes), std::memset((void*)grad_value, 0, bytes);
       return;

@@ -1,11 +1,10 @@
-// How does attention decode? A few queries against many keys: key and value rows are streamed once, in place.
+// How does attention decode? For a few queries and many keys, key and value rows are streamed once, in place.
 //
-// Here keys are in the lanes: kWidth dot products at a time, reduced together, so nothing is packed or transposed. The
-// query heads that share a key head are taken together. Where there are fewer key heads than threads the keys are
-// split, and the partial results combined in the order of the splits (repeatable for a given number of threads).
+// Here keys are in the lanes: kWidth dot products are reduced together, so nothing is packed or transposed. Query heads
+// that share a key head are taken together. If there are fewer key heads than threads, the keys are split, and partial
+// results are combined in the order of the splits (repeatable for a given number of threads).
 //
-// Times SDPA's speed, measured as in attention.cpp, one query, 12 heads of 64: 2048 keys 1.03-1.27 (bfloat16 3.1-4.8),
-// 512 keys 0.91-1.04, 128 keys 0.66-0.82: there the call from Python takes as long as the kernel.
+// With 12 heads of 64 and 128 keys, one query's call from Python takes as long as the kernel.
 #pragma once
 
 #include "attention_tile.h"
@@ -21,7 +20,7 @@ template <class T> struct Few {
 
   static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout && !p.starts; }
 
-  // What a split knows of one query: highest score, sum of exponentials, and the weighted sum of values.
+  // A split's state of one query: highest score, sum of exponentials, weighted sum of values.
   int64_t padded() const { return (p.d + kWidth - 1) / kWidth * kWidth; }
   int64_t state_size() const { return 2 + padded(); }
 
@@ -43,7 +42,7 @@ template <class T> struct Few {
     return sums(dot);
   }
 
-  // sum[0 .. N kWidth) = sum * factor + weights x value rows, columns from i.
+  // sum[0 .. N kWidth) = sum * factor + weights x value rows, for the columns from i on.
   template <int N>
   PYFUSED_INLINE void add_values(float* sum, float factor, const float* weight, const T* base, const int32_t* position,
                                  int64_t n, int64_t i) const {
@@ -64,7 +63,7 @@ template <class T> struct Few {
     for (int u = 0; u < N; ++u) store(sum + i + u * kWidth, acc[u]);
   }
 
-  // All queries of one key head over visible keys [begin, end). state is zeroed; query is (queries, padded).
+  // All queries of one key head, over the visible keys [begin, end). state starts as zeros; query is (queries, padded).
   void keys_of(int64_t b, int64_t kv, const Keys<T>& keys, int64_t begin, int64_t end, const float* query,
                float* state) const {
     const int64_t group = p.h / p.hkv, queries = group * p.sq;

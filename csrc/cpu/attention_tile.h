@@ -1,10 +1,10 @@
 // What do attention's forward and backward share on the CPU? The problem, the visible keys, and the tile operations.
 //
-// Everything is laid out with QUERIES IN THE LANES: a group of kGroup = 2 kWidth queries is transposed once to
-// (D, kGroup), and a tile of scores is (keys, kGroup). Both products then broadcast elements of key and value rows as
-// they lie in memory (a key row per score row, a value element per output row). So nothing needs packing into panels,
-// any D and any number of keys costs no padding, a softmax is lane-wise with no horizontal reduction, hidden keys are
-// simply not in the list of rows, and Philox's counters, one per query, are the lanes.
+// QUERIES ARE IN THE LANES: a group of kGroup = 2 kWidth queries is transposed once to (D, kGroup), and a tile of scores
+// is (keys, kGroup). Both products broadcast elements of key and value rows straight from memory (a key row per score
+// row, a value element per output row). So nothing is packed into panels, and no D or number of keys needs padding. A
+// softmax is lane-wise, without horizontal reductions. Hidden keys are not in the list of rows. Philox has one counter
+// per query, so its counters are the lanes.
 #pragma once
 
 #include <cmath>
@@ -27,12 +27,12 @@ template <class T> struct Strided {  // (batch, head, sequence) strides; the las
   T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
-// In the packed form there is one batch entry in memory, b counts sequences, and sq = sk are the rows of all of them;
-// queries and keys keep their places among those, so that causality and distances are what they are anyway.
+// In the packed form memory holds one batch entry, b counts sequences, and sq = sk counts the rows of all sequences.
+// Queries and keys are numbered among all rows, so causality and distances need no special case.
 template <class T> struct Problem {
   int64_t b, h, hkv, sq, sk, d;
   const int32_t* starts;  // (b + 1) in the packed form, else null
-  int64_t longest;        // queries of a batch entry at most
+  int64_t longest;        // the most queries of one batch entry
   Strided<const T> query, key, value;
   const uint8_t* mask;  // (B, Sk), nonzero for a real key, or null
   const T* bias;
@@ -40,7 +40,7 @@ template <class T> struct Problem {
   bool causal, dropout;
   float scale, keep_scale;  // keep_scale = 1 / (1 - dropout_p)
   uint32_t threshold, seed[2];
-  ByDistance relative;  // without rows: none
+  ByDistance relative;  // has no rows if there is no relative bias
 
   Problem(addr q, addr k, addr v, addr mask, addr bias, addr seed, addr starts, const AttentionLayout& n)
       : b(n.batch), h(n.heads), hkv(n.kv_heads), sq(n.query_length), sk(n.key_length), d(n.head_size),
@@ -57,18 +57,19 @@ template <class T> struct Problem {
     return {(const T*)data, starts ? 0 : stride[0], stride[1], stride[2]};
   }
 
-  // Whether nothing is to be computed, and sizes that others are divided by are 0. Without keys, results are zeros.
+  // Whether there is nothing to compute; then divisors may be 0. (Without keys the results are zeros.)
   bool no_queries() const { return !b || !h || !hkv || !longest || !d; }
 
-  // The queries of a batch entry are [first_query, end_query); its keys likewise, in the packed form.
+  // The queries of a batch entry are [first_query, end_query). In the packed form so are its keys.
   int64_t first_query(int64_t b) const { return starts ? starts[b] : 0; }
   int64_t end_query(int64_t b) const { return starts ? starts[b + 1] : sq; }
   int64_t end_key(int64_t b) const { return starts ? starts[b + 1] : sk; }
-  // Numbers of a query among the rows of (B, S) and of (B, H, S).
+  // The row of a query in (B, S) and in (B, H, S).
   int64_t token(int64_t b, int64_t i) const { return starts ? i : b * sq + i; }
   int64_t row(int64_t b, int64_t h, int64_t i) const { return starts ? h * sq + i : (b * this->h + h) * sq + i; }
 
-  // T5's bias by distance; release() frees it. Query i has position i + sk - sq. sign 1: keys ascend, -1: queries do.
+  // Makes T5's bias by distance; release() frees it. Query i has position i + sk - sq. A row of the bias follows ascending
+  // keys for sign 1, ascending queries for sign -1.
   void with_relative(addr table, addr buckets, const AttentionLayout& n, int64_t sign, int64_t lanes) {
     if (!table) return;
     relative = ByDistance(buckets, n.span, h, sign > 0 ? 1 - sk : 1 - sq, sign > 0 ? sq - 1 : sk - 1, sign, lanes);
@@ -83,10 +84,10 @@ template <class T> struct Problem {
 using Lanes = std::make_integer_sequence<int, kWidth>;
 #if defined(__clang__)
 #define PYFUSED_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
-#else  // GCC has that spelling only from version 12 on
+#else  // GCC has __builtin_shufflevector only from version 12 on
 #define PYFUSED_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vint{(index)...})
 #endif
-// Lanes with bit S clear from a, the others from b, S lanes earlier; and the other half of that exchange.
+// mix_low takes lanes with bit S clear from a, and the others from b, S lanes earlier. mix_high is the other half.
 template <int S, int... I> PYFUSED_INLINE vfloat mix_low(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
   return PYFUSED_SHUFFLE(a, b, (I & S) ? I - S + kWidth : I);
 }
@@ -111,9 +112,9 @@ template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
   return v[0];
 }
 
-// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. simd.h's exp with one clamp and no select: a
-// score less the highest is never above 0, and the clamp gives the scale 2^-127, whose exponent bits are those of 0.
-// (Scores in units of log2 would save one operation here and cost a rounding of each score and of the log-sum-exp.)
+// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. It is simd.h's exp with one clamp and no select.
+// A score minus the highest is never above 0. The clamp gives the scale 2^-127, whose exponent bits equal those of 0.
+// (Base-2 scores would save one operation here, but round each score and the log-sum-exp once more.)
 PYFUSED_INLINE vfloat exp_of_score(vfloat x) {
   const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer in the low bits of the mantissa
   x = max(splat(-127 * 0.6931472f), x);
@@ -137,10 +138,10 @@ PYFUSED_INLINE vint lane_numbers() {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// The sum over k of A(r, k) B[k][lane], for R rows and V vectors of lanes, all in registers, and then
+// Computes the sum over k of A(r, k) B[k][lane] in registers, for R rows and V vectors of lanes. Then it stores
 // kNew: C = sum * factor[0]; kAdd: C += sum * factor[0]; kScaled: C = C * (a factor for each lane) + sum;
 // kPlus: C = sum * factor[0] + the lanes at plus[r].
-// kAlong: A's depth is contiguous and `step` is between rows; else A's rows are contiguous and `step` is between k.
+// With kAlong A is contiguous along k, with `step` between rows. Otherwise it is contiguous along rows, `step` between k.
 enum Finish { kNew, kAdd, kScaled, kPlus };
 template <int R, int V, bool kAlong, Finish kFinish>
 PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_t b_step, int64_t depth, float* c,
@@ -190,10 +191,10 @@ inline void products(int64_t rows, const float* a, int64_t step, const float* b,
   }
 }
 
-// A long chain of additions is cut: its rounding error grows with its length.
+// Sums are cut into chains, because the rounding error of a chain grows with its length.
 constexpr int64_t kChain = 64;
 
-// Dot products of key rows with the queries in the lanes, times factor, plus the lanes at plus[row] where there are any.
+// Dot products of key rows with the queries in the lanes, times factor, plus the lanes at plus[row] if plus is given.
 inline void dots(int64_t rows, const float* a, int64_t step, const float* b, int64_t b_step, int64_t d, float* c,
                  int64_t c_step, vfloat factor, const float* const* plus = nullptr) {
   const int64_t first = d < kChain ? d : kChain;
@@ -237,7 +238,7 @@ inline void from_lanes(const float* from, const vfloat* factor, T* to, int64_t r
       const int64_t n = d - i < kWidth ? d - i : kWidth;
       for (int64_t j = 0; j < kWidth; ++j) {
         vfloat x = j < n ? load(from + (i + j) * kGroup + v * kWidth) * factor[v] : vfloat{};
-        t[j] = factor[v] == vfloat{} ? vfloat{} : x;  // a lane that saw no key is zero, whatever 0 * x is
+        t[j] = factor[v] == vfloat{} ? vfloat{} : x;  // a lane that saw no key is zero; 0 * x may be NaN
       }
       transpose(t);
       for (int r = 0; r < kWidth && v * kWidth + r < rows; ++r) {
@@ -259,7 +260,7 @@ template <class T> inline void widen_row(const T* from, int64_t d, float* to) {
 
 // Only real keys are listed, so padding costs nothing and its key and value rows are never read.
 template <class T> struct Keys {
-  int32_t* position = nullptr;  // position of the c-th visible key, ascending
+  int32_t* position = nullptr;  // positions of the visible keys, ascending
   float *key_pack = nullptr, *value_pack = nullptr;
   int64_t count = 0, batch = -1, head = -1, packed = 0;
   const float *key = nullptr, *value = nullptr;  // rows of float, wherever they are
@@ -275,8 +276,8 @@ template <class T> struct Keys {
       count += !p.mask || p.mask[b * p.sk + j];
     }
   }
-  // Points key and value at rows of float: the tensors' own where they are float and a gapless run (and, with many
-  // queries to come, dense enough for the TLB), else a copy, made as far as `needed` keys.
+  // Points key and value at rows of float. The tensors' own rows serve if they are float and one run without gaps; for
+  // many queries they must also be dense enough for the TLB. Otherwise the first `needed` keys are copied.
   void rows(const Problem<T>& p, int64_t b, int64_t kv_head, int64_t needed) {
     list(p, b);
     if (kv_head != head) {
@@ -331,14 +332,14 @@ template <class T> struct Group {
       seen[i / kWidth][i % kWidth] = i < rows ? (int32_t)keys.seen_by(p, first + i) : 0;
   }
 
-  // Where T5's bias of each of the keys c0 .. c0 + n - 1 begins; null where there is none.
+  // The addresses of T5's bias for the keys c0 .. c0 + n - 1. Null without T5's bias.
   const float* const* relative(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, const float** at) const {
     if (!p.relative.rows) return nullptr;
     for (int64_t c = 0; c < n; ++c) at[c] = p.relative.at(h, first + p.sk - p.sq - keys.position[c0 + c]);
     return at;
   }
 
-  // Scores of keys c0 .. c0 + n - 1, (n, step): adds the bias and hides what causality hides.
+  // Adds the bias to the scores of keys c0 .. c0 + n - 1, (n, step), and hides keys by causality.
   void finish_scores(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, float* s, int64_t step) const {
     if (p.bias) add_bias(p, keys, c0, n, s, step);
     if (!p.causal) return;
@@ -350,7 +351,7 @@ template <class T> struct Group {
       }
   }
 
-  // The bias is read once and in short pieces of many rows, which no hardware prefetcher follows.
+  // The bias is read once, in short pieces of many rows. No hardware prefetcher follows that.
   void prefetch_bias(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n) const {
     if (p.bias_stride[3] != 1 || !p.bias_stride[2]) return;
     const T* base = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + keys.position[c0];
@@ -366,7 +367,7 @@ template <class T> struct Group {
       row[i] = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2];
     }
     for (int64_t c = 0; c < n; c += kWidth) {
-      // The last keys of a tile are read with some before them, which have their bias already: a whole square again.
+      // The last keys of a tile are too few for a square, so it includes some earlier keys. Those have their bias already.
       const int64_t begin = n - c < kWidth && n >= kWidth ? n - kWidth : c, done = c - begin;
       const int64_t m = n - begin < kWidth ? n - begin : kWidth;
       const int32_t* j = keys.position + c0 + begin;
@@ -392,8 +393,8 @@ template <class T> struct Group {
     }
   }
 
-  // Calls body(key of the tile, vector of the group, lanes kept) with the lanes as all ones or all zeros. The generator
-  // counts queries and keys from the batch entry's first.
+  // Calls body(key of the tile, vector of the group, lanes kept); a kept lane is all ones, a dropped one all zeros. The
+  // generator counts queries and keys from the batch entry's first.
   template <class Body>
   void dropout(const Problem<T>& p, const Keys<T>& keys, int64_t c0, int64_t n, const Body& body) const {
     const Philox philox{p.seed[0], p.seed[1]};

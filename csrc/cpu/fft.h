@@ -1,10 +1,10 @@
-// How is a complex DFT of any length done on kWidth signals at once? One signal a lane, so every length vectorises.
+// How is a complex DFT of any length computed for kWidth signals at once? Each lane has one signal, so every length vectorises.
 //
-// Stockham's self-sorting FFT by decimation in frequency: stages of radix 8, 5, 4, 3, 2, and odd primes up to 127 directly;
-// lengths with a larger prime factor by Bluestein's convolution (1970). Twiddles come from Python, computed in float64.
-// A plan is int64 {n, convolution length or 0, number of stages, radices}; its floats are, in order, Bluestein's chirp and
-// spectrum if any, then for each stage its twiddles e^(-2 pi i p k / length), k = 1 .. radix - 1, for p = 0 .. length /
-// radix - 1 (the last stage, whose twiddles are 1, has none), and for an odd prime above 5 cos and sin of 2 pi j / radix.
+// Stockham's self-sorting FFT by decimation in frequency has stages of radix 8, 5, 4, 3, 2 and of odd primes up to 127. Lengths
+// with a larger prime factor use Bluestein's convolution (1970). Python computes the twiddles in float64.
+// A plan is int64 {n, convolution length or 0, number of stages, radices}. Its floats are, in order: Bluestein's chirp and
+// spectrum, if any; then each stage's twiddles e^(-2 pi i p k / length), k = 1 .. radix - 1, for p = 0 .. length / radix - 1,
+// and for an odd prime above 5 cos and sin of 2 pi j / radix. The last stage's twiddles are 1 and are not stored.
 #pragma once
 
 #include <pyfused/simd.h>
@@ -34,7 +34,7 @@ struct Plan {
   const float* table;
 
   explicit Plan(const int64_t* p, const float* t) : n(p[0]), convolution(p[1]), stages(p[2]), radices(p + 3), table(t) {}
-  // What each of the two work arrays holds.
+  // The number of elements of each work array.
   int64_t work() const { return convolution ? convolution : n; }
 };
 
@@ -121,7 +121,7 @@ template <int R> void stage(const Complex* x, Complex* y, int64_t m, int64_t s, 
     }
 }
 
-// An odd prime radix: with sums and differences of a[j] and a[r - j], four real products a pair.
+// An odd prime radix. With sums and differences of a[j] and a[r - j], a pair takes four real products.
 inline void odd_stage(const Complex* x, Complex* y, int64_t m, int64_t s, const float* w, int r, const float* roots) {
   const int half = (r - 1) / 2;
   Complex sum[kLargestDirect / 2 + 1], difference[kLargestDirect / 2 + 1];
@@ -152,8 +152,8 @@ inline void odd_stage(const Complex* x, Complex* y, int64_t m, int64_t s, const 
     }
 }
 
-// The transform of `n` elements at x, which it leaves alone unless x is a work array; the result lies where it returns:
-// in one of the work arrays, or at x if there is nothing to do.
+// Transforms `n` elements at x and returns the result's address: a work array, or x if there is nothing to do. x is not
+// changed unless it is a work array.
 inline Complex* stockham(const Plan& plan, int64_t n, const float* table, Complex* x, Complex* work0, Complex* work1) {
   int64_t s = 1;
   for (int64_t i = 0; i < plan.stages; ++i) {
@@ -178,11 +178,11 @@ inline Complex* stockham(const Plan& plan, int64_t n, const float* table, Comple
   return x;
 }
 
-// DFT of any length: x as for stockham(), both work arrays of plan.work() elements.
+// A DFT of any length. x is as in stockham(); both work arrays have plan.work() elements.
 inline Complex* transform(const Plan& plan, Complex* x, Complex* work0, Complex* work1) {
   if (!plan.convolution) return stockham(plan, plan.n, plan.table, x, work0, work1);
-  // X[k] = chirp[k] sum over j of (x[j] chirp[j]) conj(chirp[k - j]): a convolution, with the inverse transform done as
-  // the conjugate of the transform of the conjugate. `spectrum` is the transform of conj(chirp), over the length.
+  // X[k] = chirp[k] sum over j of (x[j] chirp[j]) conj(chirp[k - j]) is a convolution. Its inverse transform is the
+  // conjugate of the transform of the conjugate. `spectrum` is the transform of conj(chirp) divided by the length.
   const int64_t n = plan.n, length = plan.convolution;
   const float *chirp = plan.table, *spectrum = chirp + 2 * n, *twiddles = spectrum + 2 * length;
   for (int64_t j = 0; j < n; ++j) work0[j] = times(x[j], chirp + 2 * j);

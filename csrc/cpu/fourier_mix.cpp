@@ -1,17 +1,15 @@
 // fourier_mix on the CPU: y[s][n] = sum over a, b of x[a][b] cos(2 pi (s a / S + n b / N)).
 //
-// The maths leaves a quarter of a complex transform's work. y depends on the even part of x alone, e[a][b] = (x[a][b] +
-// x[-a][-b]) / 2; with P + i Q the DFT of row a of e, row -a of e has P - i Q, so only rows 0 .. S / 2 are transformed, two
-// of them as one complex signal, for columns k = 0 .. N / 2. Along the sequence, the real part of the DFT of a column whose
-// real part is even and whose imaginary part is odd is the Hartley transform, Re - Im, of the real column w[a] = P + Q,
-// w[-a] = P - Q: again two columns make one complex signal. y[s][k] and y[-s][N - k] are the same number.
+// Symmetry leaves a quarter of a complex transform's work. y depends only on the even part of x, e[a][b] = (x[a][b] +
+// x[-a][-b]) / 2. If P + i Q is the DFT of row a of e, row -a has P - i Q. So only rows 0 .. S / 2 are transformed, two of them
+// as one complex signal, and only for columns k = 0 .. N / 2. Along the sequence a column's real part is even and its imaginary
+// part is odd. The real part of its DFT is then the Hartley transform, Re - Im, of the real column w[a] = P + Q, w[-a] = P - Q.
+// Again two columns make one complex signal. y[s][k] and y[-s][N - k] are the same number.
 //
-// First half: 2 kWidth rows at a time, transposed so that a row is a lane; writes w by blocks of 2 kWidth columns, (block,
-// S, 2 kWidth), which are what the second half transforms, a column a lane. Both read and write memory in whole lines.
+// The first half takes 2 kWidth rows at a time, transposed to one row per lane. It writes w in blocks of 2 kWidth columns,
+// (block, S, 2 kWidth). The second half transforms a block with one column per lane. Both move whole cache lines.
 //
-// Speed relative to torch.fft.fft2(x).real in float32, one thread of a busy Zen 3 core: 3.5 at 2x512x768 (4.4 in bfloat16),
-// 3.5 at 1x128x768, 5.7 at 1x31x768, 4.0 at 1x1024x1024, 4.3 at 1x509x768, 2.4 at 4x64x64, 3.4 at 1x100x1021; 0.5 to 0.9 at
-// one to four signals of 1024 elements and more, which leave most lanes empty and go to torch.fft.
+// One to four signals of 1024 elements and more leave most lanes empty; torch.fft is faster there and takes them.
 #include "kernels.h"
 
 #include <pyfused/parallel.h>
@@ -30,13 +28,13 @@ template <class T> struct Mix {
   int64_t S, N, batch_stride, row_stride;
   float* w;  // (samples, blocks, S, 2 W)
 
-  int64_t rows() const { return S / 2 + 1; }         // that are transformed
+  int64_t rows() const { return S / 2 + 1; }         // the rows that are transformed
   int64_t pairs() const { return rows() / 2 + rows() % 2; }  // rows p and p + pairs() are one complex signal
-  int64_t columns() const { return N / 2 + 1; }      // that are kept
+  int64_t columns() const { return N / 2 + 1; }      // the columns that are kept
   int64_t blocks() const { return (columns() + 2 * W - 1) / (2 * W); }
   int64_t sample() const { return blocks() * S * 2 * W; }
 
-  // Where a lane's row lies: row a and row -a of its sample.
+  // The addresses of a lane's rows: row a and row -a of its sample.
   struct Lane {
     const T *row, *mirror;
     float *out, *mirror_out;  // in w, at its block 0
@@ -45,7 +43,7 @@ template <class T> struct Mix {
   void features(int64_t first_batch, int64_t batches, int64_t group, Complex* work) const;
   void sequence(int64_t batch, const float* w, int64_t block, Complex* work) const;
 
-  // e[b] / 4 for the lanes' rows, into z[b].re or z[b].im: the halvings of both separations below are done here.
+  // Stores e[b] / 4 of the lanes' rows in z[b].re or z[b].im. The 1 / 4 does the halving of both separations below.
   void load_rows(const Lane* lanes, vfloat* z) const {
     const vfloat eighth = splat(0.125f);
     auto one = [&](int64_t b) {
@@ -62,7 +60,7 @@ template <class T> struct Mix {
       return;
     }
     for (int64_t b = 1; b < N; b += W) {
-      if (b > N - W) b = N - W;  // the last tile once more covers part of the one before
+      if (b > N - W) b = N - W;  // the last tile overlaps the one before
       vfloat tile[W], mirror[W];
       for (int i = 0; i < W; ++i) {
         tile[i] = load(lanes[i].row + b);
@@ -80,8 +78,8 @@ template <class T> struct Mix {
   }
 };
 
-// The row transforms of W pairs of rows, numbered through the samples of a chunk; lanes beyond the last pair repeat it. A
-// pair is of one sample: a NaN in either row is in both transforms.
+// Transforms W pairs of rows, numbered through the samples of a chunk. Lanes past the last pair repeat it. Both rows of a pair
+// are from one sample, because a NaN in one row reaches both transforms.
 template <class T> void Mix<T>::features(int64_t first_batch, int64_t batches, int64_t group, Complex* work) const {
   Complex *work0 = work, *work1 = work + along_n.work();
   Lane lanes[2 * W];
@@ -111,14 +109,14 @@ template <class T> void Mix<T>::features(int64_t first_batch, int64_t batches, i
         minus0[j] = p0 - q0;
         plus1[j] = p1 + q1;
         minus1[j] = p1 - q1;
-      } else {  // these columns share a complex signal with real ones, and must not be NaN
+      } else {  // padding columns share a complex signal with kept ones, so they must not be NaN
         plus0[j] = plus1[j] = minus0[j] = minus1[j] = vfloat{};
       }
     }
     const int64_t at = k0 / (2 * W) * S * 2 * W + k0 % (2 * W);
     store_column(minus0, lanes, at, true);
     store_column(minus1, lanes + W, at, true);
-    store_column(plus0, lanes, at, false);  // after the mirrored ones: row 0 is its own mirror
+    store_column(plus0, lanes, at, false);  // last, because row 0 is its own mirror
     store_column(plus1, lanes + W, at, false);
   }
 }
@@ -149,7 +147,7 @@ template <class T> PYFUSED_INLINE void store_both(T* row, T* mirror, vfloat v, i
   }
 }
 
-// The column transforms of a block, and both copies of what they give.
+// Transforms the columns of a block and stores both copies of each number.
 template <class T> void Mix<T>::sequence(int64_t batch, const float* from, int64_t block, Complex* work) const {
   Complex* x = (Complex*)(from + block * S * 2 * W);
   const Complex* z = transform(along_s, x, work, work + along_s.work());
@@ -168,7 +166,7 @@ template <class T> void Mix<T>::sequence(int64_t batch, const float* from, int64
   }
 }
 
-// How the samples are taken: a few at a time, as many as fill the lanes and no more, so that w stays in the cache.
+// Samples are taken in chunks. A chunk has just enough samples to fill the lanes, so w stays in the cache.
 struct Schedule {
   int64_t chunk, chunks;
   int threads;

@@ -1,10 +1,8 @@
 // gated_ffn on the CPU: y = (activation(x w_gate^T) * (x w_up^T)) w_out^T (+ residual), with the kernels of gemm.h.
 //
-// One region: x is packed once, and a block of gate and the same block of up are summed one after the other, so that
-// the activation and the product find both in L1; `hidden` (rows, F) is all that is stored of them. It has x's dtype,
-// but for float16, where the product does not fit, it is float32. Moves the weights once for a few rows: 2 N F + F M
-// elements, and nothing else of that size. Speed relative to plain PyTorch with gelu_tanh and residual, 768-2048-768,
-// one busy Zen 3 core: float32 1.5 at one row, 2.4 at 4, 1.6 at 16, 1.1 at 128; bfloat16 2.2, 4.7, 4.5, 6.5.
+// x is packed once. A block of gate and the same block of up are summed one after the other, so the activation and the
+// product find both in L1. Only `hidden` (rows, F) is stored. It has x's dtype, but float32 for float16, where the
+// product does not fit. For a few rows the weights are moved once, 2 N F + F M elements, and nothing else of that size.
 #include "kernels.h"
 
 #include "pyfused/gemm.h"
@@ -18,7 +16,7 @@ template <class T> using Hidden = typename HiddenType<T>::type;
 
 // hidden = activation(x w_gate^T) * (x w_up^T): two products that share the packed x, with the interface of one.
 template <class T> struct GatedProduct {
-  Product<T> gate, up;  // `pre` of each keeps it for the backward, or is null; the activation is gate's
+  Product<T> gate, up;  // each one's `pre` is kept for the backward, or null; the activation is gate's
   Hidden<T>* hidden;
   float* scratch = nullptr;
 
@@ -105,8 +103,8 @@ void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual
   })
 }
 
-// hidden = activation(gate) * up, and where grad_hidden is given grad_gate and grad_up; `count` elements, an output may
-// be an array of its own type that it is computed from. hidden and grad_hidden are float32 if dtype is float16.
+// hidden = activation(gate) * up. If grad_hidden is given, grad_gate and grad_up too. All have `count` elements. An output
+// may be an input of the same type. hidden and grad_hidden are float32 if dtype is float16.
 void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up,
                           int64_t count, int activation, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {

@@ -8,7 +8,7 @@ namespace pyfused::PYFUSED_ISA {
 using addr = std::uintptr_t;
 
 // ---- layer_norm and rms_norm ----------------------------------------------------------------------------------------
-// Both take the same; of rms_norm bias, mean and grad_bias are 0.
+// Both take the same arguments. rms_norm's bias, mean and grad_bias are 0.
 void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
                         int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype);
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
@@ -19,8 +19,8 @@ void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr m
                        addr grad_weight, addr grad_bias, int64_t rows, int64_t n, int64_t x_stride, int dtype);
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-// layout: an AttentionLayout. starts: int32 (B + 1), where packed sequences begin. out of the forward, grad_query, grad_key and
-// grad_value are dense (B, S, H, D). buckets: int32. grad_table: float (num_buckets, H), zeros.
+// layout: an AttentionLayout. starts: int32 (B + 1), where packed sequences begin. The forward's out, grad_query, grad_key and
+// grad_value are dense (B, S, H, D). buckets: int32. grad_table: float (num_buckets, H), zeros at the start.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
                        addr starts, addr out, addr lse, addr layout, int dtype);
 void attention_backward(addr grad_out, addr query, addr key, addr value, addr out, addr lse, addr mask, addr bias,
@@ -34,7 +34,7 @@ void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_
                             int64_t offset, int64_t span, int dtype);
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
-// transposed: the weight is stored (k, n), weight_stride from row to row, and rows is at most 8; of ffn both are.
+// transposed: the weight (ffn: both weights) is stored as (k, n), weight_stride from row to row, and rows is at most 8.
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int dtype);
 
@@ -45,14 +45,14 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
-// x (b, s, n), rows contiguous; y contiguous. The plans and tables of s and of n are those of fft.h.
-// scratch: fourier_mix_scratch() bytes, aligned to 64, the number of threads being the same in both calls.
+// x (b, s, n) has contiguous rows; y is contiguous. fft.h documents the plans and tables of s and n.
+// scratch: fourier_mix_scratch() bytes, aligned to 64. Both calls must see the same number of threads.
 int64_t fourier_mix_scratch(addr plan_s, addr plan_n, int64_t b, int64_t s, int64_t n);
 void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype);
 
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
-// hidden is float32 if dtype is float16, where activation(gate) * up does not fit; keep_gate and keep_up may be 0.
+// hidden is float32 if dtype is float16, which cannot hold activation(gate) * up. keep_gate and keep_up may be 0.
 void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,
                        addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
                        int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
@@ -61,10 +61,10 @@ void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, add
                           int64_t count, int activation, int dtype);
 
 // ---- mask_structure -------------------------------------------------------------------------------------------------
-// What a mask (B, Sq, Sk) of elements of 1, 2, 4 or 8 bytes holds, all of them one of two values, compared by their bits.
-// 2 * end + padding: end is 0 where all queries of an entry see the same keys, else they see those up to their own place,
-// the last query being at key end - 1; padding is 1 where some key before end is hidden from an entry's last query. -1:
-// neither, or all_see is set and a query sees no key, or there is nothing to look at.
+// Reads a mask (B, Sq, Sk) of elements of 1, 2, 4 or 8 bytes with two values, compared by their bits. Returns 2 * end +
+// padding. end is 0 if all queries of an entry see the same keys. Otherwise each query sees keys up to its own place, and the
+// last query is at key end - 1. padding is 1 if a key before end is hidden from an entry's last query. Returns -1 for any
+// other mask, for an empty one, and if all_see is set and a query sees no key.
 int64_t mask_structure(addr first, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
                        int64_t bytes, int64_t visible, int64_t hidden, bool all_see);
 int64_t all_zero(addr memory, int64_t bytes);  // whether every byte is 0

@@ -1,5 +1,5 @@
-// What does a dense mask hold, and is a dense bias zero? Read at memory speed, up to the first element that decides, so that
-// a layer can look at every call: B Sq Sk elements, beside the B H Sq Sk scores that it computes.
+// What does a dense mask hold, and is a dense bias zero? Both are read at memory speed, up to the first element that decides.
+// That is cheap enough for every call: B Sq Sk elements are few beside the B H Sq Sk scores.
 #include <cstdlib>
 #include <cstring>
 
@@ -27,7 +27,7 @@ template <class T> int64_t count_of(const T* row, int64_t count, T value) {
   return found;
 }
 
-// Whether row i of each entry is its last row up to key i + end - sq, and hidden behind it.
+// Whether row i of each entry equals the entry's last row up to key i + end - sq and hides all later keys.
 template <class T> bool causal(const Mask<T>& m, int64_t end, const T* nothing) {
   for (int64_t n = 0; n < m.b; ++n)
     for (int64_t i = 0; i < m.sq; ++i) {
@@ -37,7 +37,7 @@ template <class T> bool causal(const Mask<T>& m, int64_t end, const T* nothing) 
   return true;
 }
 
-// `shortest`: how many keys the first query may see; `end`: how many the last one may.
+// The first query may see `shortest` keys, the last one `end`.
 template <class T> int64_t result(const Mask<T>& m, int64_t end, int64_t shortest, T visible, bool all_see, bool is_causal) {
   bool padding = false;
   for (int64_t n = 0; n < m.b; ++n) {
@@ -48,7 +48,7 @@ template <class T> int64_t result(const Mask<T>& m, int64_t end, int64_t shortes
 }
 
 template <class T> int64_t look(const Mask<T>& m, T visible, T hidden, bool all_see) {
-  int64_t filled = 0;  // keys up to the last that any query sees: behind them a static cache has room
+  int64_t filled = 0;  // 1 + the last key that any query sees; the rest may be the free room of a static cache
   for (int64_t n = 0; n < m.b; ++n)
     for (int64_t j = 0; j < m.sk; ++j) {
       const T seen = m.last(n)[j];

@@ -1,7 +1,7 @@
 // relative_bias on the CPU: bias[h][i][j] = table[bucket of j - i - offset][h], and the gradient of the table.
 //
-// Both move H Sq Sk elements and do next to nothing: rows of the bias are copied from a row by distance, and gradients
-// added up by distance, then by bucket. A head belongs to one thread, so the sums have one order.
+// Both move H Sq Sk elements and compute little. The forward copies rows of the bias from a row by distance. The backward
+// adds gradients by distance, then by bucket. One thread owns a head, so the sums have a fixed order.
 #include "relative_bias.h"
 
 #include "pyfused/parallel.h"
@@ -26,7 +26,7 @@ void relative_bias_forward(addr table, addr buckets, addr out, int64_t heads, in
   })
 }
 
-// grad_out is dense (1, H, Sq, Sk); grad_table is float (num_buckets, H), and zero where a bucket is of no distance here.
+// grad_out is dense (1, H, Sq, Sk). grad_table is float (num_buckets, H) and starts as zeros: some buckets have no distance.
 void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_t heads, int64_t sq, int64_t sk,
                             int64_t offset, int64_t span, int dtype) {
   constexpr int64_t kRowsTogether = 64;  // long chains of additions lose bits

@@ -1,7 +1,7 @@
-// Where does a kernel read T5's relative bias? For each head a row of floats by distance, made once per call.
+// Where does a kernel read T5's relative bias? Each head has a row of floats by distance, made once per call.
 //
-// A row of the row-of-scores is then a contiguous piece of it: no Sq x Sk tensor, and one vector load per vector of
-// scores. Distances from `span` on share a bucket, so rows are short: 2 span + 1 values at most, whatever the lengths.
+// The bias of a row of scores is a contiguous piece of it: no Sq x Sk tensor, and one vector load per vector of scores.
+// Distances from `span` on share a bucket, so rows have at most 2 span + 1 values, whatever the lengths.
 #pragma once
 
 #include <cstdlib>
@@ -20,7 +20,7 @@ inline float* floats(int64_t n) {
 struct ByDistance {
   float* rows = nullptr;  // (heads, length)
   int64_t first = 0, last = 0, lanes = 0, length = 0, heads = 0, span = 0, sign = 0;
-  const int32_t* buckets = nullptr;  // of -span .. span, as kernels/shared/buckets.py makes them
+  const int32_t* buckets = nullptr;  // of the distances -span .. span, from kernels/shared/buckets.py
 
   ByDistance() = default;
   ByDistance(addr buckets, int64_t span, int64_t heads, int64_t least, int64_t most, int64_t sign, int64_t lanes)
@@ -29,7 +29,7 @@ struct ByDistance {
 
   static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
-  // Where in a row the piece of x .. x + lanes - 1 begins. At both ends a row repeats its last value.
+  // The offset in a row of the piece x .. x + lanes - 1. A row repeats its end values at both ends.
   int64_t offset(int64_t x) const { return clamp(x, first - lanes + 1, last) - first + lanes - 1; }
   const float* at(int64_t head, int64_t x) const { return rows + head * length + offset(x); }
   int64_t bucket(int64_t i) const { return buckets[span + sign * clamp(first - lanes + 1 + i, first, last)]; }
@@ -42,7 +42,8 @@ struct ByDistance {
     }
   }
 
-  // (num_buckets, heads) of a head from sums by distance, laid out as a row. The distances of a bucket lie side by side.
+  // Adds a head's sums by distance, laid out like a row, to grad_table (num_buckets, heads). A bucket's distances are
+  // neighbours.
   template <class Sum> void add_buckets(int64_t head, float* grad_table, const Sum& sum) const {
     for (int64_t i = 0; i < length;) {
       const int64_t now = bucket(i);

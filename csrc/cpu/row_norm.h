@@ -1,12 +1,12 @@
 // What do layer_norm and rms_norm share on the CPU? One pass over a row for each statistic, then one that writes it.
 //
-// CENTRED, layer_norm, subtracts the mean and may add a bias; rms_norm does neither. Statistics in float32.
-// total = x + residual; y = (total - mean) * rstd * weight + bias. Moves: reads x (and residual) once, writes y (and
-// total) once; the later passes over a row hit L1/L2. Does: about 8 N float operations a row (5 N without a mean), so
-// one core is bound by memory from N = 768 on.
-// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight, where mean(g) is there only if
-// CENTRED, plus the gradient of `total`; the weights' gradients are summed in chains of rows, then per thread share,
-// then in share order (repeatable for one thread count).
+// total = x + residual; y = (total - mean) * rstd * weight + bias. CENTRED means layer_norm, which subtracts the mean and
+// may add a bias; rms_norm does neither. Statistics are float32. Reads x (and residual) once, writes y (and total) once;
+// later passes over a row hit L1/L2. A row takes about 8 N float operations (5 N without a mean), so memory bounds one
+// core from N = 768 on.
+// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + the gradient of `total`, with g = dy * weight; mean(g)
+// only if CENTRED. The weights' gradients are summed in chains of rows, then per thread share, then in share order
+// (repeatable for one thread count).
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@
 
 namespace pyfused::PYFUSED_ISA {
 
-// bias and mean are for CENTRED alone.
+// Only CENTRED has bias and mean.
 template <class T, bool CENTRED> struct Forward {
   const T *x, *residual, *weight, *bias;
   T *y, *total;
@@ -26,11 +26,11 @@ template <class T, bool CENTRED> struct Forward {
   int64_t n, x_stride, residual_stride;
   float eps;
 
-  // Sums of a row are added up in blocks of so many elements: a longer chain of additions loses bits.
+  // A row is summed in blocks of so many elements: a longer chain of additions loses bits.
   static constexpr int64_t kBlock = 1024;
 
-  // Calls step(k, i) for every whole vector i from `begin` to `end`, with k = 0..3 in turn: a sum kept in four accumulators
-  // is bound by the loads instead of the four cycles of one addition. Returns where the last, partial vector starts.
+  // Calls step(k, i) for every whole vector i from `begin` to `end`, with k = 0..3 in turn. With four accumulators a sum is
+  // bound by loads, not by the four cycles of an addition. Returns the start of the last, partial vector.
   template <class Step> PYFUSED_INLINE int64_t vectors(int64_t begin, int64_t end, Step step) const {
     int64_t i = begin;
     for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
@@ -45,7 +45,7 @@ template <class T, bool CENTRED> struct Forward {
 
   int64_t block_end(int64_t begin) const { return begin + kBlock < n ? begin + kBlock : n; }
 
-  // Writes x + residual, rounded to T as the rest of the network sees it, and returns the row to normalise.
+  // Writes x + residual, rounded to T because the next layer reads it, and returns the row to normalise.
   const T* add_residual(int64_t r) const {
     const T *px = x + r * x_stride, *pr = residual + r * residual_stride;
     T* pt = total + r * n;
@@ -76,7 +76,7 @@ template <class T, bool CENTRED> struct Forward {
     }
     const float mean_square = (sum_lanes(squares) + tail_square) / n;
     if constexpr (CENTRED) {
-      // What is left of the sum corrects the mean, so a large offset costs no precision.
+      // The mean of the deviations corrects the mean, so a large offset costs no precision.
       const float shift = (sum_lanes(rests) + tail_rest) / n;
       const float variance = mean_square - shift * shift;
       finish(r, px, mu + shift, 1.0f / std::sqrt((!(variance < 0) ? variance : 0) + eps));
@@ -149,7 +149,7 @@ template <class T, bool CENTRED> struct Backward {
     const float mean_g = sum_lanes(sum_g) / n, mean_gx = sum_lanes(sum_gx) / n;
     T* out = grad_x + r * n;
     each([&](int64_t i, auto get, auto put) {
-      // g is rounded as it was in mean_g, so that N = 1 gives exactly zero.
+      // g is rounded as in mean_g, so N = 1 gives exactly zero.
       vfloat xhat = normalised(get(px + i)), g = rounded(get(pg + i) * get(weight + i));
       vfloat dx = ((CENTRED ? g - mean_g : g) - xhat * mean_gx) * rs;
       put(out + i, pt ? dx + get(pt + i) : dx);
@@ -174,7 +174,7 @@ constexpr int64_t kRowChain = 32;  // rows whose gradients are summed one after 
 
 template <class T, bool CENTRED>
 void add_up_rows(const Backward<T, CENTRED>& b, int64_t rows, T* grad_weight, T* grad_bias) {
-  const int64_t n = b.n, width = CENTRED ? 2 * n : n;  // of the weight's sums, then the bias's
+  const int64_t n = b.n, width = CENTRED ? 2 * n : n;  // sums for the weight, then for the bias
   const int threads = threads_for(rows, 16 * n);
   float* partial = (float*)std::calloc(2 * width * threads, sizeof(float));
   parallel_chunks(threads, rows, [&](int share, int64_t begin, int64_t end) {

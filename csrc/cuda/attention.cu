@@ -1,11 +1,11 @@
 // attention on CUDA, many queries, float16 and bfloat16: softmax(scale * query key^T + bias, visible keys) value.
-// (Few queries: attention_decode.cu; float32: attention_float32.cu; packed sequences: attention_packed.cu; which tiles:
-// attention_launch.cuh; the kernel itself: attention_tile.cuh.)
+// (Few queries: attention_decode.cu; float32: attention_float32.cu; packed sequences: attention_packed.cu; choice of
+// tiles: attention_launch.cuh; the kernel: attention_tile.cuh.)
 //
-// Moves query, key, value and out once (keys come again from the L2 for each tile of queries) and does 4 B H Sq Sk D
-// FLOPs, half of it under a causal mask, and B H Sq Sk exponentials. B4 H16 S2048 D64: 67 MB, 22 us at 3.0 TB/s; 69
-// GFLOP, 86 us at 798 TFLOP/s, and mma.sync reaches about 60% of that on Hopper: predicted 200 us, 340 TFLOP/s, 110
-// us under a causal mask. Not yet measured.
+// Moves query, key, value and out once (each tile of queries reads keys again from the L2). Does 4 B H Sq Sk D FLOPs, half
+// of it under a causal mask, and B H Sq Sk exponentials. B4 H16 S2048 D64: 67 MB, 22 us at 3.0 TB/s; 69 GFLOP, 86 us at
+// 798 TFLOP/s. mma.sync reaches about 60% of that on Hopper: predicted 200 us, 340 TFLOP/s, 110 us under a causal mask.
+// Not yet measured.
 #include "attention_launch.cuh"
 
 namespace pyfused::cuda {

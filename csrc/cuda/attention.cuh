@@ -11,7 +11,7 @@
 
 namespace pyfused::cuda {
 
-// attention_float32.cu; packed: a block's rows are those of all heads that share a key head. chunk: keys of a block.
+// Defined in attention_float32.cu. packed: a block has the rows of all heads that share a key head. chunk: keys of a block.
 void attention_float32(const Launch& launch, const AttentionPointers& p, bool packed, int64_t chunk, addr stream);
 
 namespace {
@@ -19,20 +19,20 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kNever = -INFINITY;  // the score of a key that a query may not see
 
-// Everything a kernel is told. A block's rows are the queries of one head, or, packed, those of all `pack` heads that
-// share a key head: keys are then read once for all of them. Strides count elements.
+// A kernel's arguments. A block's rows are the queries of one head. If packed, they are the queries of all `pack` heads that
+// share a key head, so keys are read once for all of them. Strides count elements.
 struct Attention {
   const void *query, *key, *value, *bias;
   const unsigned char* mask;  // (B, Sk), nonzero is a real token
   const int64_t* seed;
-  void* out;   // (B, H, Sq, D) of the inputs' dtype; where keys are split, float32 with a part for each chunk in front
-  float* lse;  // (B, H, Sq), with the chunks in front where keys are split; may be null
-  // Sequences one behind the other: (B + 1,), where each begins among the sq = sk rows of all; null for a batch.
+  void* out;   // (B, H, Sq, D) in the inputs' dtype; if keys are split, float32 (chunks, B, H, Sq, D)
+  float* lse;  // (B, H, Sq); if keys are split, (chunks, B, H, Sq); may be null
+  // Packed sequences: (B + 1,), where each one begins among all sq = sk rows. Null for a batch.
   const int* cu_seqlens;
   int b, h, group, sq, sk, d;
   int pack, chunk;  // chunk: keys of a block in the grid's second dimension
   // T5's bias: table[buckets[distance + span], head], distance = key - query position, clamped to [-span, span].
-  const void* table;  // float32, or of the inputs' dtype
+  const void* table;  // float32 or the inputs' dtype
   const int* buckets;
   int64_t table_stride[2];
   int span;
@@ -45,21 +45,21 @@ struct Attention {
 };
 
 // ---- which rows and keys --------------------------------------------------------------------------------------------
-// A block's place: the heads' set, the batch entry or sequence, and its rows [first, first + block rows) of `rows`,
-// which a sequence counts from its own start. Addresses begin at `origin`: the batch entry again, or how many rows
-// stand before the sequence.
+// A block's place: its set of heads, its batch entry or sequence, and its rows [first, first + block rows) of `rows`. A
+// sequence counts rows from its own start. Addresses begin at `origin`: the batch entry, or the number of rows before the
+// sequence.
 struct Place {
   int batch, set, first, rows, origin;
 };
 
-// Tiles of rows for each set of heads. Sequence n has those from cu_seqlens[n] / block_rows + n up to the next one's:
-// as many as it needs, or one more, which is empty. So the grid depends on no sequence's length, only on their sum.
+// Tiles of rows for each set of heads. The tiles of sequence n begin at cu_seqlens[n] / block_rows + n. It has as many as
+// it needs, or one empty tile more. So the grid depends only on the sum of the sequences' lengths.
 inline int64_t tiles_of(const Attention& a, int block_rows) {
   if (a.cu_seqlens) return (int64_t)a.sq / block_rows + a.b;
   return up((int64_t)a.pack * a.sq, block_rows) * a.b;
 }
 
-// Every lane calls it and helps to find the sequence: up to 32 take one vote, up to 1024 two. A place may be empty.
+// Every lane calls it and helps to find the sequence: 32 sequences take one vote, 1024 take two. A place may be empty.
 __device__ inline Place place_in_sequences(const Attention& a, int block_rows) {
   const unsigned tiles = (unsigned)(a.sq / block_rows + a.b);
   const int tile = (int)(blockIdx.x % tiles), lane = threadIdx.x % kWarp;
@@ -74,10 +74,10 @@ __device__ inline Place place_in_sequences(const Attention& a, int block_rows) {
   return {n, (int)(blockIdx.x / tiles), (next / block_rows + n - tile) * block_rows, length, origin};
 }
 
-// Rows behind the last sequence, which there should not be, would begin below 0.
+// first is below 0 if there are rows behind the last sequence, which should not happen.
 __device__ inline bool is_empty(const Place& place) { return (unsigned)place.first >= (unsigned)place.rows; }
 
-// Late rows have the most keys under a causal mask: their blocks start first, so that the last wave is of short ones.
+// Under a causal mask late rows have the most keys. Their blocks start first, so the last wave is short.
 template <bool SEQUENCES> __device__ Place place_of(const Attention& a, int block_rows) {
   if constexpr (SEQUENCES) return place_in_sequences(a, block_rows);
   const unsigned rows = (unsigned)(a.pack * a.sq), tiles = (rows + block_rows - 1) / block_rows, sets = a.h / a.pack;
@@ -86,7 +86,7 @@ template <bool SEQUENCES> __device__ Place place_of(const Attention& a, int bloc
   return {batch, (int)(above % sets), (int)(tile * block_rows), (int)rows, batch};
 }
 
-// The query of a row, and its head; rows past the last are copies of it that nobody writes.
+// A row's head and query. Rows past the last copy it and are never written.
 struct Row {
   int head, query;
 };
@@ -102,23 +102,24 @@ template <class T> __device__ const T* query_row(const Attention& a, const Place
   return query + r.head * a.query_stride[1] + r.query * a.query_stride[2];
 }
 
-// Number of a row in lse.
+// The index of a row in lse.
 __device__ inline int64_t flat_row(const Attention& a, const Place& place, const Row& row) {
   return place.origin * a.lse_stride + (int64_t)row.head * a.sq + row.query;
 }
 
-// The keys [first, end) that any of a block's rows sees, and whether padding has holes there, `mask` being the row of
-// the batch entry. A padded batch is nearly always one run of real tokens: tiles inside it then need no mask at all.
+// The keys [first, end) that any row of a block sees. `mask` is the batch entry's row of the padding mask, or null if there
+// are no holes. A padded row is nearly always one run of real tokens, and tiles inside the run need no mask.
 struct Keys {
   int first, end;
   const unsigned char* mask;  // null: no holes
 };
 
-// Every thread calls it; scratch holds 3 numbers for each warp. Reading a byte a key stays in cache, and saves the
-// launch that computing it once for all blocks would cost.
+// Every thread calls it; scratch holds 3 numbers for each warp. The mask, a byte per key, stays in cache. A separate
+// kernel that reads it once for all blocks would cost a launch.
 template <bool SEQUENCES>
 __device__ Keys keys_of(const Attention& a, const Place& place, int block_rows, int* scratch) {
-  // Their mask is null. Where the compiler knows, it hoists so many addresses that the kernel of 128 rows spills.
+  // The mask of packed sequences is null. With a literal nullptr the compiler hoists so many addresses that the kernel of
+  // 128 rows spills.
   if constexpr (SEQUENCES) return {0, a.causal ? min(place.first + block_rows, place.rows) : place.rows, a.mask};
   const int chunk_first = (int)blockIdx.y * a.chunk;
   int end = min(a.sk - chunk_first, a.chunk) + chunk_first;
@@ -157,8 +158,8 @@ __device__ inline int last_key(const Attention& a, const Keys& keys, int query) 
 // ---- T5's bias ------------------------------------------------------------------------------------------------------
 inline __host__ __device__ int distances(const Attention& a) { return a.table ? a.pack * (2 * a.span + 1) : 0; }
 
-// The biases of a block's heads by distance, times `unit`, into shared memory: a gather from there costs less than the
-// bucket's formula. A barrier has to follow.
+// Stores the biases of a block's heads by distance, times `unit`, in shared memory. A gather from there costs less than
+// the bucket's formula. A barrier must follow.
 template <class T>
 __device__ void fill_distances(const Attention& a, const Place& place, float unit, float* by_distance) {
   const int width = 2 * a.span + 1;
@@ -169,15 +170,15 @@ __device__ void fill_distances(const Attention& a, const Place& place, float uni
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
-// Where 16-byte chunk `chunk` of a row lies in a tile of D 16-bit columns: rotated by XOR, so that the eight rows which
-// ldmatrix reads together hit all 32 banks. Rows 8 apart are rotated alike.
+// The place of a row's 16-byte chunk `chunk` in a tile of D 16-bit columns. An XOR permutes the chunks of a row, so the eight
+// rows that ldmatrix reads together hit all 32 banks. Rows 8 apart have the same permutation.
 template <int D> __device__ inline int swizzled(unsigned row, unsigned chunk) {
   constexpr unsigned chunks = D / 8, period = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
   return (int)(row * D + (chunk ^ row / (8 / period) % period) * 8);
 }
 
-// Starts copying the elements [at, at + 16 bytes) of a row into shared memory; zeros past the head size, and where
-// !live. Zeros, never what lies in memory there: 0 * NaN would reach a sum.
+// Starts copying the elements [at, at + 16 bytes) of a row into shared memory. Past the head size, and if !live, it writes
+// zeros: memory there may hold NaN, and 0 * NaN would reach a sum.
 template <class T> __device__ inline void copy_chunk(T* to, const T* row, int at, int d, bool live, bool aligned) {
   constexpr int V = 16 / sizeof(T);
   if (aligned) return cp_async16(to, row + at, live && at < d);
@@ -192,7 +193,7 @@ __device__ inline bool is_live(const Keys& keys, int key) {
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
-// Philox4x32-10 (Salmon et al. 2011) as kernels/reference/_philox.py has it: words for keys 4 * quad to 4 * quad + 3.
+// Philox4x32-10 (Salmon et al. 2011) as in kernels/reference/_philox.py: the words for keys 4 * quad to 4 * quad + 3.
 __device__ inline void philox(int64_t seed, uint32_t quad, uint32_t query, uint32_t flat_head, uint32_t (&c)[4]) {
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
   c[0] = quad, c[1] = query, c[2] = flat_head, c[3] = 0;
@@ -230,7 +231,7 @@ inline Attention arguments(const AttentionPointers& p, bool packed, int64_t chun
   a.table = (const void*)p.table, a.buckets = (const int*)p.buckets;
   a.table_stride[0] = n.table_bucket, a.table_stride[1] = n.table_head;
   a.span = (int)n.span, a.table_float32 = n.table_float32 != 0;
-  // Two neighbours of a 16-bit bias in one load: where no pair crosses a row's end or an address that 4 divides.
+  // One load reads two neighbours of a 16-bit bias if every pair is 4-byte aligned and within a row.
   a.bias_pairs = p.bias && p.bias % 4 == 0 && n.bias[3] == 1 && a.sk % 2 == 0 && n.bias[0] % 2 == 0 &&
                  n.bias[1] % 2 == 0 && n.bias[2] % 2 == 0;
   a.causal = n.is_causal != 0;
@@ -244,12 +245,12 @@ inline Attention arguments(const AttentionPointers& p, bool packed, int64_t chun
   return a;
 }
 
-// Whether a size in the layout is 0: others are divided by it, and no grid is empty. Plain PyTorch computes such a call.
+// Whether a size in the layout is 0. A size may be a divisor, and a grid must not be empty. Plain PyTorch computes such calls.
 inline bool has_no_work(const AttentionLayout& n) {
   return !n.batch || !n.heads || !n.kv_heads || !n.query_length || !n.key_length || !n.head_size;
 }
 
-// Rows of a set of heads that a batch entry or sequence has, on average.
+// The average number of rows per batch entry or sequence in a set of heads.
 inline int64_t mean_rows(const Attention& a) { return a.cu_seqlens ? up(a.sq, a.b) : (int64_t)a.pack * a.sq; }
 
 }  // namespace

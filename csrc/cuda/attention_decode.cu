@@ -1,13 +1,13 @@
-// attention on CUDA, few queries against many keys: at most 16 rows, the queries of the heads that share a key head.
+// attention on CUDA, few queries and many keys: at most 16 rows, which are the queries of all heads that share a key head.
 //
-// Moves keys and values once: 2 B Hkv Sk D elements, 4 FLOPs for each element and row, so memory-bound. B8 H32 Hkv8
-// S4096 D128, 16 bits: 134 MB, predicted 48 us at 3.0 TB/s with 6 us for launches, fill and combination; GPT-2's B1 H12
-// S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. Not yet measured.
+// Moves keys and values once: 2 B Hkv Sk D elements with 4 FLOPs for each element and row, so it is memory-bound. B8 H32
+// Hkv8 S4096 D128, 16 bits: 134 MB, predicted 48 us at 3.0 TB/s with 6 us for launches, fill and combination; GPT-2's B1
+// H12 S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. Not yet measured.
 //
-// Tiling: a block takes a chunk of keys, so that few heads still fill the chip; four warps share each tile of it, 16
-// keys each, and all rows at once in one mma tile: on the tensor cores 16 rows cost what one does, and memory stays
-// the limit. A ring of three tiles keeps 32 KB and more of reads under way on every multiprocessor. With several
-// chunks a second kernel adds them up in their order: bitwise repeatable, no atomics.
+// Tiling: a block takes a chunk of keys, so a few heads fill the chip. Four warps share each tile, 16 keys each. All rows
+// are in one mma tile: 16 rows cost the tensor cores as much as one, and memory stays the limit. A ring of three tiles
+// keeps at least 32 KB of reads under way on every multiprocessor. A second kernel adds several chunks in order, without
+// atomics, so the result is bitwise repeatable.
 #include "attention_tile.cuh"
 
 namespace pyfused::cuda {
@@ -16,7 +16,7 @@ namespace {
 constexpr int kCombineThreads = 64;
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
-// One block a row: chunks in their order, weighted by their sums.
+// One block per row adds its chunks in order, weighted by their sums.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(Attention a, const float* part, const float* part_lse, int chunks) {

@@ -1,23 +1,22 @@
-// attention on CUDA in float32, many queries or few, on the ordinary cores: TF32 would lose 13 bits of every factor.
+// attention on CUDA in float32, many queries or few. It runs on the ordinary cores: TF32 would lose 13 bits of every factor.
 //
 // 4 B H Sq Sk D FLOPs at no more than 67 TFLOP/s on an H100: B4 H16 S2048 D64 has 69 GFLOP, 1.0 ms at that peak, 134
 // MB or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds, which
 // takes 12 of their 16 clocks: predicted 60% of the peak, 1.7 ms. With few rows memory is the limit, as in
 // attention_decode.cu. Not yet measured.
 //
-// Tiling: 256 threads as 16 x 16; a thread has TR rows, and of them every 16th key of the scores' tile and four
-// columns of every 64 of the output. Keys arrive while the previous values are multiplied, values while keys are:
-// one buffer of each serves. Rows of query and key are padded by 16 bytes, so that eight neighbours' vectors hit all
-// 32 banks. Probabilities go through shared memory within the half warp that owns a row. Scores stay natural
-// logarithms: to fold log2(e) into the scale rounds a score and the maximum apart before they are subtracted, which
-// float32 shows.
+// Tiling: 256 threads as 16 x 16. A thread has TR rows. In each row it computes every 16th key of a tile of scores and
+// four of every 64 output columns. Keys arrive while the previous values are multiplied, and values while keys are, so
+// each needs one buffer. Rows of query and key are padded by 16 bytes, so the vectors of eight neighbours hit all 32
+// banks. Probabilities go through shared memory within the half warp that owns a row. Scores keep base e: folding log2(e)
+// into the scale rounds a score and the maximum separately before they are subtracted, and float32 results show that.
 #include "attention.cuh"
 
 namespace pyfused::cuda {
 namespace {
 
 constexpr int kThreads = 256, kSide = 16, kPad = 4;
-constexpr int kBlock = 32;  // a score is a sum of sums of so many products: one chain of 256 loses a digit more
+constexpr int kBlock = 32;  // a score adds up sums of so many products: one chain of 256 would lose a digit more
 
 template <int D, int TR, int TN> constexpr size_t shared_floats() {
   return (TR + TN) * kSide * (D + kPad) + TN * kSide * D + TR * kSide * (TN * kSide + kPad);
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     row[r] = row_at(a, place, place.first + ty * TR + r);
     last[r] = last_key(a, keys, row[r].query);
   }
-  const bool wanted = place.first + (int)threadIdx.x / kWarp * 2 * TR < place.rows;  // some row of the warp is
+  const bool wanted = place.first + (int)threadIdx.x / kWarp * 2 * TR < place.rows;  // whether any row of the warp is written
   const int64_t seed = a.seed ? *a.seed : 0;
   float acc[TR][C][4] = {}, row_max[TR], row_sum[TR] = {};
 #pragma unroll
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 
   for (int start = begin; start < keys.end; start += kKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // the keys are there, and nobody reads the values before them any more
+    __syncthreads();  // the keys have arrived, and no thread reads the previous values any more
     copy_rows<D, kKeys>(a, keys, value, a.value_stride[2], start, D, value_tile);
     cp_async_commit();
     float alpha[TR];
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
       }
     }
     cp_async_wait<0>();
-    __syncthreads();  // the values and probabilities are there, and nobody reads the keys any more
+    __syncthreads();  // the values and probabilities have arrived, and no thread reads the keys any more
     if (start + kKeys < keys.end)
       copy_rows<D, kKeys>(a, keys, key, a.key_stride[2], start + kKeys, kPitch, key_tile);
     cp_async_commit();

@@ -1,13 +1,13 @@
-// Which tiles does attention of many queries take on the tensor cores? Launches attention_tile.cuh's kernel.
+// Which tiles does attention of many queries use on the tensor cores? This file launches attention_tile.cuh's kernel.
 //
-// Tiling: D = 64 has 128 rows on four warps, 32 rows each, so that a fragment of K or V read from shared memory
-// serves two products: 16 rows a warp would ask of the shared memory what it can just give. Longer heads have 16
-// rows a warp, since the running output alone takes D / 2 registers there, and so has any launch that would leave
-// multiprocessors idle. T5's bias alone has kernels of its own, which look it up by distance in shared memory and
-// add one number for a tile of keys far away; a dense bias or dropout takes registers that a second set of rows
-// would need, and whatever is combined with them runs there too. Registers leave two blocks on a multiprocessor,
-// whose exponentials and products then overlap. Tiles of keys that nobody sees (causality, padding) cost nothing.
-// float32 has kernels of its own, attention_float32.cu.
+// Tiling: D = 64 has 128 rows on four warps, 32 rows each, so a fragment of K or V from shared memory serves two
+// products. 16 rows a warp would need all the bandwidth of shared memory. Longer heads still have 16 rows a warp,
+// because the running output alone takes D / 2 registers there. So does any launch that would leave multiprocessors
+// idle. T5's bias alone has its own kernels: they look it up by distance in shared memory and add one number for a
+// far tile of keys. A dense bias or dropout takes the registers of a second set of rows, so those calls, with or
+// without T5's bias, have 16 rows a warp too. Registers leave room for two blocks on a multiprocessor; one's
+// exponentials overlap the other's products. Tiles of keys that no row sees (causality, padding) cost nothing. float32
+// has its own kernels in attention_float32.cu.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -28,7 +28,7 @@ template <class T, bool SEQUENCES>
 void by_case(const Launch& launch, const Attention& a, int multiprocessors, addr stream) {
   constexpr Extras kNone = Extras::kNone, kRelative = Extras::kRelative, kAny = Extras::kAny;
   const bool any = a.bias || a.seed || (a.table ? a.d > 128 : !(a.scale > 0));
-  // Sequences that 64 rows hold would leave half the warps of a block of 128 without work.
+  // Sequences of at most 64 rows would leave half the warps of a block of 128 rows without work.
   const bool many = tiles_of(a, 128) * a.h >= multiprocessors && !(SEQUENCES && mean_rows(a) <= 64);
   if (any) {
     if (a.d <= 64) launch_tiles<T, 64, 1, 64, kAny, SEQUENCES>(launch, a, stream);

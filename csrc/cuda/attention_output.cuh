@@ -1,4 +1,4 @@
-// How do a block's results leave the registers? Normalised rows by one warp, or several warps' sums of the same rows.
+// How do a block's results leave the registers? One warp stores its normalised rows, or several warps merge their rows.
 #pragma once
 
 #include "attention.cuh"
@@ -6,12 +6,12 @@
 namespace pyfused::cuda {
 namespace {
 
-// A row's log-sum-exp from its maximum and sum in powers of two; +inf where no key was seen.
+// A row's natural log-sum-exp from its base-2 maximum and sum; +inf if the row saw no key.
 __device__ inline float natural_lse(float high, float sum) {
   return sum == 0.0f ? INFINITY : (high + log2f(sum)) * kLn2;
 }
 
-// A warp's rows, normalised, to global memory: through its own rows of the query tile, so that stores have 16 bytes.
+// Stores a warp's normalised rows. They go through the warp's own rows of the query tile, so each store has 16 bytes.
 template <class T, int D, int MR>
 __device__ void write_tile(const Attention& a, const Place& place, T* tile, int warp_row,
                            const float (&acc)[MR][D / 8][4], const float (&row_max)[MR][2],
@@ -50,17 +50,16 @@ __device__ void write_tile(const Attention& a, const Place& place, T* tile, int 
   }
 }
 
-// Bytes that merge_warps needs in place of the tiles.
+// The bytes of shared memory that merge_warps uses in place of the tiles.
 template <int WN, int D> constexpr int merge_bytes() { return WN * 16 * (D + 2) * 4; }
 
-// What WN warps found for the same 16 rows, added up in their order; a part of the keys in float32 where they are
-// split.
+// Adds the results of WN warps for the same 16 rows in a fixed order. If the keys are split, it stores a float32 part.
 template <class T, int D, int WN>
 __device__ void merge_warps(const Attention& a, const Place& place, float* shared, const float (&acc)[D / 8][4],
                             const float (&row_max)[2], const float (&row_sum)[2]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float *high = shared + WN * 16 * D, *sum = high + WN * 16;
-  __syncthreads();  // nobody reads the tiles any more
+  __syncthreads();  // no thread reads the tiles any more
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + lane / 4;

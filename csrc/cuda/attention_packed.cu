@@ -1,11 +1,11 @@
-// attention on CUDA of packed sequences, one behind the other: each computes what attention.cu would of it alone.
+// attention on CUDA for packed sequences. Each sequence's result is that of attention.cu for this sequence alone.
 //
-// Moves query, key, value and out once and does 4 H D FLOPs for each pair of rows of one sequence: what a padded batch
-// costs without its padding. Sequences of 128 to 512 rows, 32 of them, H 12, D 64, 16 bits: 63 MB or 21 us at 3.0 TB/s,
-// 11 GFLOP or 23 us at 480 TFLOP/s; predicted 35 us. Not yet measured.
+// Moves query, key, value and out once and does 4 H D FLOPs for each pair of rows of one sequence. This is a padded batch's
+// cost without the padding. 32 sequences of 128 to 512 rows, H 12, D 64, 16 bits: 63 MB or 21 us at 3.0 TB/s, 11 GFLOP or
+// 23 us at 480 TFLOP/s; predicted 35 us. Not yet measured.
 //
-// Tiling: attention_launch.cuh's, in sequence-local rows and keys; a block finds its sequence in cu_seqlens by itself
-// (place_in_sequences), so that nothing has to be computed or copied to the host before the launch.
+// Tiling: as in attention_launch.cuh, with rows and keys counted within a sequence. A block finds its sequence in
+// cu_seqlens (place_in_sequences), so nothing is computed or copied to the host before the launch.
 #include "attention_launch.cuh"
 
 namespace pyfused::cuda {

@@ -1,10 +1,10 @@
-// How does a block compute attention on the tensor cores? An online softmax over tiles of keys (FlashAttention-2).
+// How does a block compute attention on the tensor cores? With an online softmax over tiles of keys (FlashAttention-2).
 //
-// WM x WN warps: a warp has MR * 16 rows and every WN-th part of each tile of BN keys. Prefill has WN = 1, so that a
-// tile of K and V serves WM * MR * 16 rows; decode has WM = 1, where one tile of 16 rows is all there is, and adds
-// its warps' sums up at the end, in order. K and V come through a ring of STAGES tiles (cp.async), one barrier a
-// tile; scores, probabilities and the running output stay in registers: the fragment that mma writes scores in is
-// the one it reads probabilities in. Scores are powers of two, so that an exponential is one instruction.
+// WM x WN warps: a warp has MR * 16 rows and one WN-th of each tile of BN keys. Prefill has WN = 1, so a tile of K and V
+// serves WM * MR * 16 rows. Decode has WM = 1, because it has only one tile of 16 rows; its warps' sums are added in order
+// at the end. K and V come through a ring of STAGES tiles (cp.async) with one barrier per tile. Scores, probabilities and
+// the running output stay in registers: mma writes scores in the same fragment layout in which it reads probabilities.
+// Scores are base-2 logarithms, so an exponential is one instruction.
 #pragma once
 
 #include "attention_output.cuh"
@@ -16,7 +16,7 @@ template <int MR, int WM, int BN, int STAGES, int D> constexpr int tile_bytes() 
   return (WM * MR * 16 + 2 * STAGES * BN) * D * 2;
 }
 
-// The maximum over the four lanes that share a row of a fragment; the sum.
+// The maximum, and below the sum, over the four lanes that share a row of a fragment.
 __device__ inline float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
   return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
@@ -37,7 +37,7 @@ __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, co
                           T* value_tile) {
   constexpr int kChunks = D / 8, kEach = BN * kChunks / THREADS;
   static_assert(BN * kChunks % THREADS == 0, "every thread copies equally much");
-#pragma unroll(D > 128 ? 2 : kEach)  // addresses take registers, which long heads have not
+#pragma unroll(D > 128 ? 2 : kEach)  // addresses take registers, and long heads have none to spare
   for (int i = 0; i < kEach; ++i) {
     int row, chunk;
     if constexpr (THREADS % kChunks == 0) {  // a thread stays in its column
@@ -53,8 +53,8 @@ __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, co
   }
 }
 
-// Zero where the generator drops. A lane's pair of keys is half of a quad: of two neighbours, the even lane draws
-// for the upper row, the odd one for the lower, and they swap what the other needs.
+// Writes zeros where the generator drops. A lane's pair of keys is half of a quad. So of two neighbours the even lane
+// draws for the upper row and the odd lane for the lower row, and they swap halves.
 template <int NT>
 __device__ inline void drop(float (&s)[NT][4], int64_t seed, int start, const int (&query)[2], const int (&head)[2],
                             uint32_t threshold) {
@@ -72,7 +72,7 @@ __device__ inline void drop(float (&s)[NT][4], int64_t seed, int start, const in
   }
 }
 
-// Bias of a lane's pairs of keys in one row; keys from `end` on are not read.
+// The bias of a lane's pairs of keys in one row. Keys from `end` on are not read.
 template <class T, int NT>
 __device__ inline void load_bias(Pack<T, 2> (&bias)[NT], const T* row, const Attention& a, int start, int end) {
   const int first = start + threadIdx.x % 4 * 2;
@@ -89,8 +89,8 @@ __device__ inline void load_bias(Pack<T, 2> (&bias)[NT], const T* row, const Att
   }
 }
 
-// Adds T5's bias to a row's scores; `shift` is where key 0 stands in by_distance, `base` where its head begins. Keys
-// that are all farther away than span share a value: those of most tiles of a long sequence.
+// Adds T5's bias to a row's scores. In by_distance `shift` is the index of key 0, `base` the index of the head's start. If
+// all keys are farther away than span, they share one value, as in most tiles of a long sequence.
 template <int NT>
 __device__ inline void add_distances(float (&s)[NT][4], int half, const float* by_distance, int start, int base,
                                      int shift, int span, int far) {
@@ -105,17 +105,17 @@ __device__ inline void add_distances(float (&s)[NT][4], int half, const float* b
     }
 }
 
-// What a kernel adds to the scores: nothing, with a positive scale, so that the maximum may be taken before scaling and
-// scaling becomes half of a multiply-add; T5's bias; or any of it, a dense bias, dropout and any scale too.
-// SEQUENCES: packed ones. A block's place is then no longer uniform in the compiler's eyes, which costs registers that
-// every other launch would pay for.
+// A kernel's additions to the scores. kNone: nothing, and a positive scale, so the maximum may be taken before scaling, and
+// scaling is part of a multiply-add. kRelative: T5's bias. kAny: also a dense bias, dropout and any scale. SEQUENCES:
+// packed sequences have their own kernels, because the compiler does not see that a block's place is then uniform; that
+// costs registers.
 enum class Extras { kNone, kRelative, kAny };
 
 template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS, bool SEQUENCES>
 __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   constexpr bool kNone = EXTRAS == Extras::kNone, kAny = EXTRAS == Extras::kAny, kDense = kAny && !SEQUENCES;
   constexpr int kThreads = WM * WN * kWarp, kRows = WM * MR * 16, kOwn = BN / WN, NT = kOwn / 8, K = D / 16;
-  constexpr bool kHoldQuery = MR * D <= (kNone ? 128 : 64);  // in registers; else from shared memory for each tile
+  constexpr bool kHoldQuery = MR * D <= (kNone ? 128 : 64);  // in registers; else read from shared memory for each tile
   PYFUSED_SHARED_BYTES(shared);
   __shared__ int scratch[3 * WM * WN];
   float* by_distance = (float*)(shared + tile_bytes<MR, WM, BN, STAGES, D>());
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   }
 
   int last[MR][2], query[MR][2], head[MR][2];
-  int base[MR][2], shift[MR][2];  // of a row in by_distance
+  int base[MR][2], shift[MR][2];  // each row's indices in by_distance
   const T* bias[MR][2];
 #pragma unroll
   for (int m = 0; m < MR; ++m)
@@ -165,10 +165,10 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
                         row.query * a.bias_stride[2];
       }
     }
-  // Keys up to warp_all are seen by all rows of the warp, those beyond warp_last by none.
+  // All rows of the warp see the keys up to warp_all. No row sees a key beyond warp_last.
   int warp_all = last_key(a, keys, a.pack == 1 ? place.first + warp_row : 0), warp_last = keys.end - 1;
   if (a.causal && a.pack == 1) warp_last = last_key(a, keys, place.first + warp_row + MR * 16 - 1);
-  if (place.first + warp_row >= place.rows) warp_last = -1;  // rows that nobody writes
+  if (place.first + warp_row >= place.rows) warp_last = -1;  // no row of the warp is written
   const int nearest = a.sk - a.sq + (a.pack == 1 ? place.first + warp_row : 0);  // positions of the warp's queries
   const int farthest = a.pack == 1 ? nearest + MR * 16 - 1 : a.sk - 1;
   const int64_t seed = kAny && a.seed ? *a.seed : 0;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<STAGES - 2>();
-    __syncthreads();  // the tile is there for all, and all are done with the one before, whose place is filled next
+    __syncthreads();  // the tile has arrived, and all threads are done with the previous tile, whose place is filled next
     if (tile + STAGES - 1 < tiles) {
       const int stage = (tile + STAGES - 1) % STAGES;
       copy_keys<T, D, BN, kThreads>(a, keys, key, value, begin + (tile + STAGES - 1) * BN, key_tiles + stage * BN * D,

@@ -1,8 +1,8 @@
-// How does a block transform complex signals of any length in its shared memory? Stockham's self-sorting FFT between two
-// arrays, several signals side by side: signal c of element i lies at i * signals + c, which is stride `signals` to begin with.
+// How does a block transform complex signals of any length in its shared memory? Stockham's self-sorting FFT alternates between
+// two arrays. Several signals lie side by side: element i of signal c is at i * signals + c.
 //
-// The stages and tables are those of csrc/cpu/fft.h: radices 8, 5, 4, 3, 2, odd primes up to 127 by their sums, and lengths
-// with a larger prime factor by Bluestein's convolution. Every thread of the block calls these functions.
+// Stages and tables are as in csrc/cpu/fft.h: radices 8, 5, 4, 3, 2, odd primes up to 127, and Bluestein's convolution for
+// lengths with a larger prime factor. Every thread of the block calls these functions.
 #pragma once
 
 #include <pyfused/device.cuh>
@@ -20,7 +20,7 @@ struct Plan {
   __host__ __device__ int length() const { return convolution ? convolution : n; }
 };
 
-// Strides of 4 and 8 elements would meet in the same banks: one element in 16 is left out.
+// One place stays unused after every 16 elements. Otherwise strides of 4 and 8 elements would hit the same banks.
 __host__ __device__ inline int padded(int i) { return i + i / 16; }
 
 __device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
@@ -82,7 +82,7 @@ template <int R> __device__ inline void dft(float2* a) {
   }
 }
 
-// y[q + s (R p + k)] = w^(p k) sum over j of x[q + s (p + m j)] e^(-2 pi i j k / R); a thread does one (p, q) at a time.
+// y[q + s (R p + k)] = w^(p k) sum over j of x[q + s (p + m j)] e^(-2 pi i j k / R). A thread does one (p, q) at a time.
 template <int R> __device__ inline void stage(const float2* x, float2* y, int m, int s, const float2* w) {
   for (int i = threadIdx.x; i < m * s; i += blockDim.x) {
     const int p = i / s, q = i % s, out = q + s * R * p;
@@ -96,7 +96,7 @@ template <int R> __device__ inline void stage(const float2* x, float2* y, int m,
   }
 }
 
-// An odd prime radix: a thread does outputs k and r - k of one (p, q), and k = 0 is the plain sum.
+// An odd prime radix. A thread does outputs k and r - k of one (p, q). k = 0 is the plain sum.
 __device__ inline void odd_stage(const float2* x, float2* y, int m, int s, const float2* w, int r, const float2* roots) {
   const int half = (r - 1) / 2, butterflies = m * s;
   for (int item = threadIdx.x; item < butterflies * (half + 1); item += blockDim.x) {
@@ -119,7 +119,7 @@ __device__ inline void odd_stage(const float2* x, float2* y, int m, int s, const
   }
 }
 
-// `n` elements of each signal, from x; the result lies in the array it returns, the other one is left as it is.
+// Transforms `n` elements of each signal, starting with x. Returns the array that holds the result.
 __device__ inline float2* stockham(const Plan& plan, int n, const float2* table, int signals, float2* x, float2* other) {
   for (int i = 0, s = signals, m = n; i < plan.stages; ++i) {
     const int r = plan.radices[i];
@@ -149,7 +149,7 @@ __device__ inline float2* stockham(const Plan& plan, int n, const float2* table,
   return x;
 }
 
-// DFT of each of the signals in x, which all threads see; so do they the result, in whichever array it returns.
+// The DFT of each signal in x. Returns the array that holds the result. All threads must see x; all see the result.
 __device__ inline float2* transform(const Plan& plan, int signals, float2* x, float2* other) {
   if (!plan.convolution) return stockham(plan, plan.n, plan.table, signals, x, other);
   const int n = plan.n * signals, length = plan.convolution * signals;

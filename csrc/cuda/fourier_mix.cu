@@ -1,13 +1,13 @@
 // fourier_mix on CUDA: y[s][n] = sum over a, b of x[a][b] cos(2 pi (s a / S + n b / N)), in two kernels.
 //
-// The maths is that of csrc/cpu/fourier_mix.cpp: rows 0 .. S / 2 of the even part of x are transformed, two of them as one
-// complex signal, and give w, real, (S, N / 2 + 1); along the sequence the columns of w take a Hartley transform, two of
-// them as one complex signal, and each number is stored at [s][k] and [-s][N - k].
+// The maths is explained in csrc/cpu/fourier_mix.cpp. The first kernel transforms rows 0 .. S / 2 of the even part of x, two of
+// them as one complex signal, and writes w, real, (S, N / 2 + 1). The second does a Hartley transform along the columns of w,
+// two of them as one complex signal, and stores each number at [s][k] and [-s][N - k].
 //
-// Moved: x read once, w (half of x's size in float32) written once and read once, y written once: (64, 512, 768) in
-// bfloat16 50 + 50 + 50 + 50 MB. Done: 5 n log2 n for S / 4 signals of n = N and N / 4 of n = S a sample, 9 MFLOP at 512 x 768;
-// bound by shared memory and latency, so a block holds little: one pair of rows, or 8 pairs of columns where they fit.
-// w lies by blocks of columns, (B, blocks, S, 2 C): a block of the second kernel reads one contiguous piece of it.
+// Reads x once, writes and reads w once (half as many elements, in float32) and writes y once: (64, 512, 768) in bfloat16 50 +
+// 50 + 50 + 50 MB. A sample takes 5 n log2 n FLOPs for each of S / 4 signals of n = N and N / 4 of n = S, 9 MFLOP at 512 x 768.
+// Shared memory and latency are the bound, so a block holds little: one pair of rows, or up to 8 pairs of columns. w is stored
+// by blocks of columns, (B, blocks, S, 2 C), so a block of the second kernel reads one contiguous piece.
 #include <pyfused/launch.h>
 
 #include "fft.cuh"
@@ -16,8 +16,8 @@
 namespace pyfused::cuda {
 namespace {
 
-constexpr int kLongest = 9216;                // two padded work arrays of it take 153 KiB; an A100's block may have 163
-constexpr int kWantedShared = 72 * 1024;      // three blocks to a multiprocessor
+constexpr int kLongest = 9216;                // its two padded work arrays take 153 KiB; an A100's block may have 163
+constexpr int kWantedShared = 72 * 1024;      // three blocks fit on a multiprocessor
 constexpr int kMaxThreads = 256, kMaxPairs = 8;
 
 int shared_bytes(const Plan& plan, int signals) { return 2 * (padded(plan.length() * signals) + 1) * (int)sizeof(float2); }
@@ -36,7 +36,7 @@ template <class T> struct Mix {
   __host__ __device__ int blocks() const { return (columns() + 2 * pairs_of_columns - 1) / (2 * pairs_of_columns); }
 };
 
-// One pair of rows at a time.
+// A block transforms one pair of rows at a time.
 template <class T> __global__ void __launch_bounds__(kMaxThreads, 3) features_kernel(const Mix<T> mix) {
   PYFUSED_SHARED_BYTES(bytes);
   float2* work0 = reinterpret_cast<float2*>(bytes);
@@ -52,7 +52,7 @@ template <class T> __global__ void __launch_bounds__(kMaxThreads, 3) features_ke
     const T *y0 = x + m0 * mix.row_stride, *y1 = x + m1 * mix.row_stride;
     for (int i = threadIdx.x; i < N; i += blockDim.x) {
       const int mirrored = i ? N - i : 0;
-      // An eighth: the even part's half, and that of both separations below.
+      // 1 / 8 is the even part's 1 / 2 times the 1 / 2 of each of the two separations below.
       work0[padded(i)] = {0.125f * widen(x0[i]) + 0.125f * widen(y0[mirrored]),
                           0.125f * widen(x1[i]) + 0.125f * widen(y1[mirrored])};
     }
@@ -60,7 +60,7 @@ template <class T> __global__ void __launch_bounds__(kMaxThreads, 3) features_ke
     const float2* z = transform(mix.along_n, 1, work0, work1);
     float* w = mix.w + b * mix.blocks() * S * width;
     for (int k = threadIdx.x; k < stored; k += blockDim.x) {
-      float2 u = {0, 0}, v = {0, 0};  // what is beyond shares complex signals with real columns: it must not be NaN
+      float2 u = {0, 0}, v = {0, 0};  // padding columns share complex signals with kept ones, so they must not be NaN
       if (k < mix.columns()) {
         u = z[padded(k)];
         v = z[padded(k ? N - k : 0)];
@@ -85,7 +85,7 @@ template <class T> __device__ inline void store_both(T* y, int s, int minus, int
   if (k > 0 && 2 * k < N) y[(int64_t)minus * N + N - k] = narrow<T>(value);
 }
 
-// One block of 2 C columns at a time.
+// A block transforms 2 C columns at a time.
 template <class T> __global__ void __launch_bounds__(kMaxThreads, 3) sequence_kernel(const Mix<T> mix) {
   PYFUSED_SHARED_BYTES(bytes);
   const int S = mix.S, N = mix.N, C = mix.pairs_of_columns;
@@ -125,14 +125,14 @@ Plan read_plan(addr plan, addr table) {
   return to;
 }
 
-// C: as many pairs of columns as leave room for other blocks, 16 columns or 64 bytes at most.
+// C: as many pairs of columns as leave room for other blocks on the multiprocessor, at most 16 columns or 64 bytes.
 int pairs_of_columns(const Plan& along_s, int64_t n) {
   int c = kMaxPairs;
   while (c > 1 && (shared_bytes(along_s, c) > kWantedShared || c > n / 2 + 1)) c /= 2;
   return c;
 }
 
-// About one butterfly of radix 8 a thread and stage.
+// A thread has about one radix-8 butterfly per stage.
 unsigned threads_for(int elements) { return row_threads(elements < kMaxThreads * 8 ? elements : kMaxThreads * 8, 8); }
 
 template <class T> void mix_rows_and_columns(const Launch& launch, const Mix<T>& mix, addr stream) {

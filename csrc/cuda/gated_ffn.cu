@@ -1,17 +1,17 @@
 // gated_ffn on CUDA: y = (activation(x W_gate^T) * (x W_up^T)) W_out^T (+ residual); x (R, N), W_gate and W_up (F, N),
 // W_out (M, F).
 //
-// Up to 16 rows, decoding: two launches of few_rows.cuh's kernels. The first streams W_gate and W_up, a gate and an up
-// column of the same feature in the same warp, and writes activation(gate) * up; the second is linear.cu's product
-// with residual. Each weight is read once: 2 F (2 N + M) bytes in 16 bits, 2 R F (2 N + M) FLOPs. T5-XL, 2048 -> 5120 ->
-// 2048: 63 MB, 21 us at 3.0 TB/s; T5-base, 768 -> 2048 -> 768: 9.4 MB, 3.1 us. Predicted for R = 1 and 16 in bf16: 25 us
-// (84% of the bandwidth) and 5.5 us, of which 2.4 are the starts of two launches. Not yet measured.
-// float16: the product may exceed 65504 (Flan-T5: 1e6), so those few rows are kept in float32, and the out-projection
-// runs on the CUDA cores: beyond 8 rows its FMAs, not its bytes, are the bound, about 1.7 times the floor.
+// Up to 16 rows, decoding: two launches of few_rows.cuh's kernels. The first streams W_gate and W_up, with a feature's gate
+// and up column in the same warp, and writes activation(gate) * up. The second is linear.cu's product with residual. Each
+// weight is read once: 2 F (2 N + M) bytes in 16 bits, 2 R F (2 N + M) FLOPs. T5-XL, 2048 -> 5120 -> 2048: 63 MB, 21 us at
+// 3.0 TB/s; T5-base, 768 -> 2048 -> 768: 9.4 MB, 3.1 us. Predicted for R = 1 and 16 in bf16: 25 us (84% of the bandwidth)
+// and 5.5 us, of which two launches take 2.4. Not yet measured.
+// float16: the product may exceed 65504 (Flan-T5: 1e6), so these few rows are kept in float32. The out-projection then runs
+// on the CUDA cores. Beyond 8 rows its FMAs are the bound, not its bytes: about 1.7 times the floor.
 //
-// More rows: the library's products around one pass, 6 R F bytes in 16 bits (R = 4096, F = 5120: 126 MB, 42 us beside
-// 322 us of products at 800 TFLOP/s). In float16 that pass gives each row a power-of-two scale, for which it reads the
-// row twice, the second time from the L2; unscale_kernel takes the scale off the result, 2 to 3 accesses to (R, M).
+// More rows: one pass between the library's products, 6 R F bytes in 16 bits (R = 4096, F = 5120: 126 MB, 42 us beside
+// 322 us of products at 800 TFLOP/s). In float16 the pass gives each row a power-of-two scale. It reads the row twice for
+// that, the second time from the L2. unscale_kernel multiplies the result by the scale, 2 to 3 accesses to (R, M).
 // Backward: one pass of 12 R F bytes, with hidden in float32 for float16. Not yet measured.
 #include "kernels.h"
 #include "pyfused/few_rows.cuh"
@@ -20,9 +20,9 @@ namespace pyfused::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLargest = 12;  // a scaled row stays below 2^12: sums of a few thousand such terms stay in float16's range
+constexpr int kLargest = 12;  // a scaled row stays below 2^12, so sums of a few thousand terms stay in float16's range
 
-// What activation(gate) * up is kept in.
+// The type of activation(gate) * up.
 template <class T> struct Hidden {
   using type = T;
 };
@@ -41,7 +41,7 @@ template <class T> struct Pass {
 // ---- kernels --------------------------------------------------------------------------------------------------------
 template <class T, int V, bool GRADIENT> __global__ void __launch_bounds__(kThreads) pass_kernel(Pass<T> a) {
   using H = typename Hidden<T>::type;
-  constexpr int H_V = V * sizeof(H) > 16 ? 16 / sizeof(H) : V;  // of one access to hidden
+  constexpr int H_V = V * sizeof(H) > 16 ? 16 / sizeof(H) : V;  // elements of one access to hidden
   const int64_t step = (int64_t)gridDim.x * kThreads * V;
   for (int64_t at = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * V; at < a.size; at += step) {
     Pack<T, V> gate = load<V>(a.gate + at), up = load<V>(a.up + at), grad{};
@@ -69,7 +69,7 @@ template <class T, int V, bool GRADIENT> __global__ void __launch_bounds__(kThre
   }
 }
 
-// A block owns a row: the largest |activation(gate) * up| first, then the row divided by a power of two.
+// A block owns a row. It finds the largest |activation(gate) * up|, then stores the row divided by a power of two.
 template <int V>
 __global__ void __launch_bounds__(kThreads)
     scaled_kernel(const __half* gates, const __half* ups, __half* hiddens, float* scale, int64_t f, int activation) {

@@ -10,11 +10,11 @@ namespace pyfused::cuda {
 using addr = std::uintptr_t;
 
 // ---- layer_norm and rms_norm ----------------------------------------------------------------------------------------
-// Both take the same; of rms_norm bias, mean and grad_bias are 0.
+// Both take the same arguments. rms_norm's bias, mean and grad_bias are 0.
 void layer_norm_forward(addr x, addr residual, addr weight, addr bias, addr y, addr total, addr mean, addr rstd,
                         int64_t rows, int64_t n, int64_t x_stride, int64_t residual_stride, double eps, int dtype,
                         int device, addr stream);
-// How many shares the rows fall into; `partial` holds that many times (2, n) floats, of rms_norm (1, n).
+// The number of shares of the rows. `partial` holds (2, n) floats for each share, (1, n) for rms_norm.
 int64_t layer_norm_backward_parts(int64_t rows, int64_t n, int multiprocessors);
 void layer_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr mean, addr rstd, addr grad_x,
                          addr grad_weight, addr grad_bias, addr partial, int64_t parts, int64_t rows, int64_t n,
@@ -28,38 +28,38 @@ void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr m
                        int64_t x_stride, int dtype, int device, addr stream);
 
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
-// y = activation(x weight^T + bias) + residual; pre, if not 0, gets what the activation is applied to. wide_x: x is
-// float32 beside float16 weights.
+// y = activation(x weight^T + bias) + residual. pre, if not 0, receives the activation's argument. wide_x: x is float32
+// and the weights are float16.
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, addr pre, int64_t rows, int64_t n, int64_t k,
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int activation, bool wide_x,
                     int dtype, int device, addr stream);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------
-// Up to 16 rows; `inner` holds (rows, f), `pre` the same or 0.
+// Up to 16 rows. `inner` is (rows, f); `pre` is (rows, f) or 0.
 void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream);
-// inner = activation(pre) and, if grad_inner is not 0, grad_pre = grad_inner activation'(pre); contiguous, in place
-// where the addresses say so.
+// inner = activation(pre). If grad_inner is not 0, grad_pre = grad_inner activation'(pre). All are contiguous; an output
+// may be its own input.
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
                     int device, addr stream);
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-// What every launcher takes. layout: an AttentionLayout in host memory. buckets: int32. cu_seqlens: int32 (B + 1), where packed
-// sequences begin, from 0 to Sq; lse is (H, Sq) then. All but layout are on the device.
+// Every launcher takes these. layout: an AttentionLayout in host memory. The rest is on the device. buckets: int32. cu_seqlens:
+// int32 (B + 1), where packed sequences begin, from 0 to Sq; lse is then (H, Sq).
 struct AttentionPointers {
   addr query, key, value, mask, bias, table, buckets, seed, cu_seqlens, out, lse, layout;
 };
-// A tile of queries looks at all keys; float16 and bfloat16 on the tensor cores, float32 on the ordinary ones.
+// A tile of queries visits all keys. float16 and bfloat16 use the tensor cores, float32 the ordinary ones.
 void attention_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets, addr seed,
                        addr cu_seqlens, addr out, addr lse, addr layout, int multiprocessors, int dtype, int device,
                        addr stream);
-// The same of packed sequences, which have neither mask nor bias.
+// The same for packed sequences, which have neither mask nor bias.
 void attention_packed_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
                               addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int multiprocessors,
                               int dtype, int device, addr stream);
-// At most 16 rows (queries of the heads that share a key head) look at `chunk` keys each; with more than one chunk, out
-// and lse are float32 parts (chunks, ...), which attention_combine adds up.
+// At most 16 rows (the queries of all heads that share a key head) visit `chunk` keys per block. With more than one chunk,
+// out and lse are float32 parts (chunks, ...), and attention_combine adds them up.
 void attention_decode_forward(addr query, addr key, addr value, addr mask, addr bias, addr table, addr buckets,
                               addr seed, addr cu_seqlens, addr out, addr lse, addr layout, int64_t chunk, int dtype,
                               int device, addr stream);
@@ -67,26 +67,26 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
                        addr stream);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
-// x (b, s, n), features contiguous; y contiguous. The plans are in host memory, the tables on the device (csrc/cpu/fft.h
-// lays them out). scratch: fourier_mix_scratch() floats.
+// x (b, s, n) has contiguous features; y is contiguous. The plans are in host memory, the tables on the device;
+// csrc/cpu/fft.h documents both. scratch: fourier_mix_scratch() floats.
 int64_t fourier_mix_scratch(addr plan_s, int64_t b, int64_t s, int64_t n);
-// The greatest transform, a convolution's included, that shared memory holds.
+// The longest transform or convolution that fits in shared memory.
 int64_t fourier_mix_longest();
 void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s, addr plan_n, addr table_n, int64_t b,
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype, int device,
                          addr stream);
 
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
-// Up to 16 rows; `hidden` holds (rows, f), float32 where the dtype is float16; gate and up hold (rows, f) or are 0.
+// Up to 16 rows. `hidden` is (rows, f), float32 if the dtype is float16. gate and up are (rows, f) or 0.
 void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr gate, addr up,
                        addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_gate_stride,
                        int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride, int activation, int dtype,
                        int device, addr stream);
-// hidden = activation(gate) * up, float32 where the dtype is float16, and, if grad_hidden is not 0, the gradients of
-// gate and up; contiguous, in place where the addresses say so.
+// hidden = activation(gate) * up, float32 if the dtype is float16. If grad_hidden is not 0, also the gradients of gate and
+// up. All are contiguous; an output may be an input.
 void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up, int64_t size,
                           int activation, int dtype, int device, addr stream);
-// The same forward in float16 with a power-of-two scale for each of the rows: hidden * scale[row] is the product.
+// The same forward in float16 with a power-of-two scale per row: hidden * scale[row] = activation(gate) * up.
 void gated_ffn_scaled(addr gate, addr up, addr hidden, addr scale, int64_t rows, int64_t f, int activation, int device,
                       addr stream);
 // y = y * scale[row] + residual in float16, in place; y (rows, m) contiguous.

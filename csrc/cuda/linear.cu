@@ -1,13 +1,13 @@
-// linear on CUDA, up to 16 rows: y = activation(x W^T + bias) + residual; x (R, K), W (N, K). The kernels are those of
-// few_rows.cuh, which says how and why; more rows are cuBLAS's (kernels/cuda/linear.py).
+// linear on CUDA, up to 16 rows: y = activation(x W^T + bias) + residual; x (R, K), W (N, K). few_rows.cuh has the kernels
+// and explains them. cuBLAS multiplies more rows (kernels/cuda/linear.py).
 //
-// Moves: the weights, once; x, bias, residual and y are small beside them. 2 R N K FLOPs. Floors at 3.0 TB/s in bf16,
+// Moves the weights once; x, bias, residual and y are small beside them. 2 R N K FLOPs. Floors at 3.0 TB/s in bf16,
 // R = 1 or 16: GPT-2's 768 -> 3072 4.7 MB, 1.6 us; its head, 768 -> 50257, 77 MB, 26 us; T5-XL's 2048 -> 2048 8.4 MB,
 // 2.8 us. Predicted: 80 to 90% of the bandwidth for the head, and about 1.5 us of launch and latency on top of the
 // floor for the small ones. Not yet measured.
 //
-// ffn and gated_ffn call this launcher for their projections: hence the activation, `pre` (what the activation is
-// applied to, kept for a backward), and wide_x (x in float32 beside float16 weights).
+// ffn and gated_ffn call this launcher for their projections. They need the activation, `pre` (its argument, kept for a
+// backward) and wide_x (x in float32, weights in float16).
 #include "kernels.h"
 #include "pyfused/few_rows.cuh"
 

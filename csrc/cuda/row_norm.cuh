@@ -1,16 +1,16 @@
-// What do layer_norm and rms_norm share on CUDA? The kernels and their launchers; CENTRED, layer_norm, has a mean.
+// What do layer_norm and rms_norm share on CUDA? The kernels and their launchers. CENTRED means layer_norm, with a mean.
 //
-// total = x + residual; y = (total - mean) * rstd * weight + bias, statistics in float32; rms_norm has neither mean nor
-// bias, and one sum over the row where layer_norm has three.
+// total = x + residual; y = (total - mean) * rstd * weight + bias. Statistics are float32. rms_norm has neither mean nor
+// bias and needs one sum over the row; layer_norm needs three.
 //
-// Moves: x (and residual) read once, y (and total) written once. Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet
-// measured: N = 768 alone 17 us, with residual 34; N = 1024 22 and 45. Backward, 4096 x 1024: 8.4 us, 1 for the sums.
+// Reads x (and residual) once, writes y (and total) once. Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured:
+// N = 768 alone 17 us, with residual 34; N = 1024 22 and 45. Backward, 4096 x 1024: 8.4 us, 1 for the sums.
 //
-// Tiling: up to N = 1024 a warp owns a row, four rows a block, so that short rows fill the chip and no barrier is met;
-// a lane holds 8, 16 or 32 elements in registers. Up to 8192 a block owns a row, 16 elements a thread. Beyond, a block
-// walks the row and reads it again from the L2. The variance is the two-pass one, corrected by the mean of the
-// deviations. Every access has 16 bytes where all addresses and strides allow it; else the kernels move one element at
-// a time, and a row walks through the L2 from N = 257 on: the addresses alone would fill the registers.
+// Tiling: up to N = 1024 a warp owns a row, and a block has four, so short rows fill the chip and need no barrier. A lane
+// holds 8, 16 or 32 elements in registers. Up to N = 8192 a block owns a row, 16 elements a thread. Longer rows are walked
+// by a block and read again from the L2. The variance takes two passes and is corrected by the mean of the deviations.
+// Every access has 16 bytes if all addresses and strides allow it. Otherwise the kernels move one element at a time, and
+// rows are read again from the L2 from N = 257 on, because the addresses alone would fill the registers.
 #pragma once
 
 #include "kernels.h"
@@ -20,11 +20,11 @@
 namespace pyfused::cuda {
 namespace {
 
-constexpr int kRowsPerBlock = 4;       // of rows that a warp owns, forward
-constexpr int kWarpRow = 1024;         // the longest of them
+constexpr int kRowsPerBlock = 4;       // rows of a block whose warps own a row each, forward
+constexpr int kWarpRow = 1024;         // the longest row that a warp owns
 constexpr int kBlockRow = 8192;        // the longest row that a block keeps in registers, 16 elements a thread
 
-template <class T> struct Tensors {  // bias and mean: of CENTRED rows alone
+template <class T> struct Tensors {  // only CENTRED rows have bias and mean
   const T *x, *residual, *weight, *bias;
   T *y, *total;
   float *mean, *rstd;
@@ -36,7 +36,7 @@ template <class T> struct Tensors {  // bias and mean: of CENTRED rows alone
 // The sum over the threads that own a row: a warp, or a block with its scratch.
 template <bool WARP> __device__ float row_sum(float v, float* f) { return WARP ? warp_sum(v) : block_sum(v, f); }
 
-// in += other, rounded and kept in `total`.
+// in += other, rounded and stored in `total`.
 template <class T, int V>
 __device__ void add(const Tensors<T>& a, int64_t row, int64_t at, const Pack<T, V>& other, Pack<T, V>& in) {
 #pragma unroll

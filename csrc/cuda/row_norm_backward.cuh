@@ -1,8 +1,8 @@
-// What do the gradients of layer_norm and rms_norm share on CUDA? Kernels, launchers; CENTRED, layer_norm, has a mean.
+// What do the gradients of layer_norm and rms_norm share on CUDA? Kernels and launchers. CENTRED means layer_norm.
 //
-// grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total, g = grad_y * weight, mean(g) only
-// where CENTRED. Weight gradients in two stages, bitwise repeatable, no atomics: a share of the rows each (in registers
-// up to N = 8192, by columns beyond), then the shares in order.
+// grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total, g = grad_y * weight, mean(g) only if CENTRED.
+// Weight gradients take two stages without atomics, so they are bitwise repeatable. Each block sums a share of the rows
+// (in registers up to N = 8192, by columns beyond); then the shares are added in order.
 #pragma once
 
 #include "row_norm.cuh"
@@ -10,10 +10,10 @@
 namespace pyfused::cuda {
 namespace {
 
-constexpr int kBackwardRows = 8;       // of rows that a warp owns: a block also adds up its warps' sums
-constexpr int kColumns = 128;          // of a block that sums columns
+constexpr int kBackwardRows = 8;       // rows of a block whose warps own a row each; it also adds its warps' sums
+constexpr int kColumns = 128;          // threads of a block that sums columns
 constexpr int kSums = 8;               // threads that share a column of partial sums
-template <bool CENTRED> constexpr int kGradients = CENTRED ? 2 : 1;  // of the weight, and of the bias
+template <bool CENTRED> constexpr int kGradients = CENTRED ? 2 : 1;  // weight, and bias if CENTRED
 
 template <class T> struct Gradients {
   const T *grad_y, *grad_total, *x, *weight;
@@ -28,7 +28,7 @@ template <bool CENTRED> __device__ float normalised(float x, float mean, float r
   return (CENTRED ? x - mean : x) * rstd;
 }
 
-// g is rounded before it is used: else, at N = 1, g - mean(g) would not be exactly zero.
+// g is rounded before it is used. Otherwise g - mean(g) would not be exactly zero at N = 1.
 template <bool CENTRED, class T, int V>
 __device__ void write_gradient(const Gradients<T>& a, int64_t row, int64_t at, const Pack<T, V>& dy,
                                const Pack<T, V>& x, float mean, float rstd, float mean_g, float mean_gx) {
@@ -45,7 +45,7 @@ __device__ void write_gradient(const Gradients<T>& a, int64_t row, int64_t at, c
 }
 
 // A block takes a share of the rows and keeps the sums of its weight gradients in registers. g and xhat are computed
-// twice from what was loaded: kept, they would halve the number of warps that fit.
+// twice from the loaded values: keeping them would halve the number of warps that fit.
 template <class T, int V, int ITEMS, bool WARP, bool CENTRED>
 __global__ void __launch_bounds__(WARP ? kBackwardRows * kWarp : 512) backward_kernel(Gradients<T> a) {
   __shared__ float scratch[kWarp];
@@ -136,7 +136,7 @@ template <class T, int V, bool CENTRED> __global__ void __launch_bounds__(1024) 
   }
 }
 
-// The first stage for long rows: a share of the rows (blockIdx.y) by kColumns vectors of columns.
+// The first stage for long rows. A block sums a share of the rows (blockIdx.y) in kColumns vectors of columns.
 template <class T, int V, bool CENTRED> __global__ void __launch_bounds__(kColumns) column_sums_kernel(Gradients<T> a) {
   const int64_t at = ((int64_t)blockIdx.x * kColumns + threadIdx.x) * V;
   if (at >= a.n) return;
@@ -159,7 +159,7 @@ template <class T, int V, bool CENTRED> __global__ void __launch_bounds__(kColum
   }
 }
 
-// The second stage: kSums threads share a column, each adds every kSums-th part; then those sums in order.
+// The second stage. kSums threads share a column. Each adds every kSums-th part; then their sums are added in order.
 template <class T, bool CENTRED>
 __global__ void __launch_bounds__(kWarp* kSums)
     reduce_kernel(const float* partial, T* grad_weight, T* grad_bias, int64_t parts, int64_t n) {
@@ -205,7 +205,7 @@ template <bool CENTRED, class T, int V> void backward(const Gradients<T>& a, int
   PYFUSED_LAUNCH(columns, tiles, kColumns, 0, stream, a);
 }
 
-// Two blocks on each multiprocessor; up to N = 1024 a share has a row for every warp of its block.
+// Two blocks per multiprocessor. Up to N = 1024 a share has a row for every warp of its block.
 inline int64_t backward_parts(int64_t rows, int64_t n, int multiprocessors) {
   const int64_t most = n <= kWarpRow ? up(rows, kBackwardRows) : rows, wanted = 2 * (int64_t)multiprocessors;
   const int64_t parts = most < wanted ? most : wanted;

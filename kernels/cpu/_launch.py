@@ -1,5 +1,5 @@
-"""How do the CPU kernels of layer_norm and rms_norm start, and torch's own norms in their place? kernels/shared/row_norm.py
-launches them."""
+"""How do the CPU kernels of layer_norm and rms_norm start, and when do torch's norms replace them? kernels/shared/row_norm.py
+launches the kernels."""
 
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
@@ -22,12 +22,12 @@ def begin_backward(norm):
 
 
 def slower(operator, *args):
-    """Why torch's norm runs in place of the kernel's forward, or None: for what a backward needs there is the kernel alone."""
+    """Why torch's norm runs instead of the kernel's forward, or None. Only the kernel saves the statistics for a backward."""
     return None if args[-1] else evidence.slower_call("cpu", operator, args)
 
 
 def library_norm(norm):
-    """A function of (parameters, x, residual) that gives (y, total) by a norm of torch: norm(x + residual, *parameters)."""
+    """A function of (parameters, x, residual). It returns (y, total) with y = norm(x + residual, *parameters) by torch."""
 
     def launch(parameters, x, residual):
         total = None if residual is None else (x + residual).contiguous()

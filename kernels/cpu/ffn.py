@@ -1,4 +1,4 @@
-"""ffn on the CPU: launches csrc/cpu/ffn.cpp, or its activation between library products where those are faster."""
+"""ffn on the CPU: launches csrc/cpu/ffn.cpp. Where library products are faster, only its activation runs between them."""
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def _activation(pre, grad_inner, inner, grad_pre, activation):
-    """inner = activation(pre), grad_pre = grad_inner activation'(pre); contiguous, in place if one is given twice."""
+    """inner = activation(pre), grad_pre = grad_inner activation'(pre). Contiguous; an output may be its own input."""
     cpu().ffn_activation(
         pre, grad_inner, inner, grad_pre, pre.numel(), ACTIVATIONS[activation].code, DTYPE_CODES[pre.dtype]
     )

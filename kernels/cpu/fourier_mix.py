@@ -20,7 +20,7 @@ def forward(x):
         return library.forward
     shape, dtype = x.shape, x.dtype
     (b, s, n), (batch_stride, row_stride, within) = shape, x.stride()
-    if n == 1:  # then the samples fill the vectors, and y is the same memory
+    if n == 1:  # swapping s and n fills the vectors; y has the same memory layout either way
         s, n, row_stride, within = n, s, within, row_stride
     if within != 1 and n != 1 and b:
         return None

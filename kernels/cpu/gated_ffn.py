@@ -13,7 +13,7 @@ from .linear import library_is_faster, would_copy
 
 
 def _hidden_dtype(x):
-    """What activation(gate) * up is kept in: float16 cannot hold it."""
+    """The dtype of activation(gate) * up, which overflows float16."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -57,7 +57,7 @@ def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
-    """hidden = activation(gate) * up and, from grad_hidden, the gradients of both; contiguous; may be in place."""
+    """hidden = activation(gate) * up. If grad_hidden is given, also both gradients. Contiguous; may be in place."""
     cpu().gated_ffn_activation(
         gate,
         up,

@@ -11,8 +11,8 @@ MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 
 
 def by_columns(rows, *weights):
-    """Whether csrc/include/pyfused/gemv_columns.h takes these weights: all of them are the transposed views of matrices
-    that are stored (K, N), as Hugging Face's Conv1D has them."""
+    """Whether csrc/include/pyfused/gemv_columns.h takes these weights. All must be transposed views of matrices stored as
+    (K, N), like the weights of Hugging Face's Conv1D."""
     return rows <= MOST_ROWS_BY_COLUMNS and all(w.stride()[1] != 1 and w.stride()[0] == 1 for w in weights)
 
 
@@ -23,7 +23,7 @@ def would_copy(*weights):
 
 
 def library_is_faster(rows, *weights):
-    """Why the library (MKL or oneDNN) does these products, or None where the kernels do."""
+    """Why the library (MKL or oneDNN) does these products. None if the kernels do."""
     reason = None if by_columns(rows, *weights) else would_copy(*weights)
     if reason:
         return reason

@@ -1,5 +1,5 @@
-"""What does a dense mask hold? csrc/cpu/mask_structure.cpp reads it at memory speed, which is cheap enough for every layer:
-so nothing that was seen is ever kept, and a mask may change in ways that no version counter counts."""
+"""What does a dense mask hold? csrc/cpu/mask_structure.cpp reads it at memory speed, cheap enough for every layer. No result
+is kept, because a mask can change without a change of its version counter."""
 
 import torch
 
@@ -14,7 +14,7 @@ def _bits(dtype):
     return tuple(hidden.view(_INTEGERS[dtype.itemsize]).tolist())
 
 
-# The bits of a visible key, and those that hide one, each of which may be the only one in a mask.
+# By dtype: (the bits of a visible key, the values that hide a key). One mask uses only one hiding value.
 _VALUES = {
     torch.bool: (1, (0,)),
     **{dtype: (0, _bits(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)},
@@ -22,9 +22,12 @@ _VALUES = {
 
 
 def structure(mask, all_see):
-    """(end, padded) of a mask (B, 1, Sq, Sk) that is only padding, with or without causality; None for any other one, and
-    for one that cannot be read here. end is 0 without causality, else the last query sees the first `end` keys, and each
-    query before it one less. padded: whether padding hides some of these. all_see: each query must see some key."""
+    """(end, padded) of a mask (B, 1, Sq, Sk) that holds only padding, with or without causality. None for other masks and
+    for masks that cannot be read here.
+
+    end is 0 without causality. Otherwise the last query sees the first `end` keys, and each query before it sees one key
+    less. padded says whether padding hides some of these keys. With all_see every query must see a key.
+    """
     visible, hidden = _VALUES.get(mask.dtype, (0, ()))
     if not _readable(mask) or mask.stride(3) != 1 or not mask.numel():
         return None
@@ -39,7 +42,7 @@ def structure(mask, all_see):
 
 
 def all_zero(tensor):
-    """Whether a tensor is known to hold nothing but zeros. The first other element ends the look."""
+    """Whether a tensor is known to hold only zeros. Reading stops at the first other element."""
     if not _readable(tensor) or not tensor.is_contiguous():
         return False
     return bool(cpu().all_zero(tensor, tensor.numel() * tensor.itemsize))

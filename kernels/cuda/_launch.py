@@ -1,6 +1,6 @@
-"""What does every CUDA launcher tell the kernels of its tensors? Addresses, the device and the stream.
+"""What does every CUDA launcher pass to its kernel besides sizes? The tensors' addresses, the device and the stream.
 
-On CPU tensors, which only the tests' host shim takes, there is one device with no streams and four multiprocessors.
+Only the tests' host shim takes CPU tensors. It has one device with four multiprocessors and no streams.
 """
 
 import functools
@@ -16,7 +16,7 @@ def pointers(*tensors):
 
 
 def where(device):
-    """A function that returns what each launcher takes last: the device's index and the current stream's handle."""
+    """A function that returns every kernel's last two arguments: the device's index and the current stream's handle."""
     if device.type == "cpu":
         return lambda: (0, 0)
     index = device.index

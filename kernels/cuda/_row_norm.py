@@ -1,5 +1,5 @@
-"""How do the CUDA kernels of layer_norm and rms_norm start? On the current stream of the tensors' device; see
-kernels/shared/row_norm.py."""
+"""How do the CUDA kernels of layer_norm and rms_norm start? On the current stream of the tensors' device.
+kernels/shared/row_norm.py launches them."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""attention on CUDA, the forward: launches csrc/cuda/attention.cu (many queries), attention_decode.cu (few) and
+"""attention's forward on CUDA: launches csrc/cuda/attention.cu (many queries), attention_decode.cu (few queries) and
 attention_packed.cu (packed sequences)."""
 
 import torch
@@ -11,12 +11,12 @@ from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._launch import multiprocessors, pointers, shared_memory, where
 
-_ROWS = 16  # of a decode block: queries of the heads that share a key head
+_ROWS = 16  # rows of a decode block: the queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
-_CHUNK = 256  # keys a block should at least have before the keys of its queries are split over several
+_CHUNK = 256  # keys are split over several blocks only if each block gets at least this many
 _MAX_CHUNKS = 64
-_MAX_SPAN = 255  # distances of a relative bias that a block keeps, for up to 16 heads
-_TILES = 84 * 1024  # bytes of shared memory beside those distances, at most, where heads share a block
+_MAX_SPAN = 255  # a block keeps this many distances of a relative bias on one side, for up to 16 heads
+_TILES = 84 * 1024  # bytes of shared memory for everything but those distances, at most, where heads share a block
 
 
 @taking(AttentionForward)
@@ -30,7 +30,7 @@ def unsupported_forward(a):
         return "more than 2^31 tiles of queries"
     if a.bias_table is None:
         return None
-    # The span is at most max_distance, which costs nothing to look at.
+    # The span is at most max_distance, and max_distance costs nothing to read.
     if a.max_distance > _MAX_SPAN and span(a) > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
     if group > 1 and group * sq <= _ROWS and _TILES + group * (2 * span(a) + 1) * 4 > shared_memory(a.query.device):
@@ -46,7 +46,7 @@ def _chunks(blocks: int, key_length: int, processors: int) -> tuple[int, int]:
 
 
 def _most_blocks(query, cu_seqlens):
-    """With the smallest tile: csrc/cuda/attention.cuh's tiles_of."""
+    """The number of blocks with the smallest tile: tiles_of() of csrc/cuda/attention.cuh."""
     b, h, sq = query.shape[:3]
     return h * (b * (sq // _ROWS + 1) if cu_seqlens is None else sq // _ROWS + cu_seqlens.shape[0] - 1)
 
@@ -57,7 +57,7 @@ def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     shape, strides = by_rows(a.query)
     layout, chunks, work = AttentionLayout.of(a, strides), 1, multiprocessors(device)
-    if a.cu_seqlens is not None:  # max_seqlen is of no use: the grid follows from how many rows and sequences there are
+    if a.cu_seqlens is not None:  # the grid depends on the numbers of rows and sequences, not on max_seqlen
         kernel = cuda().attention_packed_forward
     elif h // hkv * sq > _ROWS:
         kernel = cuda().attention_forward

@@ -1,7 +1,7 @@
-"""ffn on CUDA: launches csrc/cuda/ffn.cu for up to 16 rows, and its activation between cuBLAS products for more.
+"""ffn on CUDA: launches csrc/cuda/ffn.cu for up to 16 rows. With more rows its activation runs between cuBLAS products.
 
-cuBLAS adds a bias in its own epilogue, so the pass between the products is the activation alone, in place, and the
-backward's is one pass for the inner activations and the gradient through the activation.
+cuBLAS adds a bias in its own epilogue, so only the activation runs between the products, in place. In the backward one
+pass computes the inner activations and the gradient through the activation.
 """
 
 import torch.nn.functional as F
@@ -56,8 +56,8 @@ def _prepare_library_forward(size, activation, save, dtype, device):
 
 
 def prepare_activation(size, activation, dtype, device):
-    """A function of (pre, grad_inner, inner, grad_pre), contiguous, each of `size` elements: inner = activation(pre),
-    grad_pre = grad_inner activation'(pre); in place if one is given twice."""
+    """A function of contiguous (pre, grad_inner, inner, grad_pre) with `size` elements each. It sets inner = activation(pre)
+    and grad_pre = grad_inner activation'(pre). An output may be its own input."""
     numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().ffn_activation
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())

@@ -19,8 +19,10 @@ def _fourier_table(n):
 
 @functools.cache
 def _too_long(n, shared):
-    """Whether a transform of length n, or the convolution that it takes, does not fit in a block's shared memory, of which
-    an element takes 17 bytes: a complex number in two arrays, one in 16 of them left out (fft.cuh)."""
+    """Whether a transform of length n, or its convolution, does not fit in a block's shared memory.
+
+    An element takes 17 bytes: a complex number in two arrays, with one unused place after every 16 (fft.cuh).
+    """
     longest = min(cuda().fourier_mix_longest(), (shared - 16) // 17)
     return n > longest or int(plan(n)[0][1]) > longest
 

@@ -1,7 +1,8 @@
-"""gated_ffn on CUDA: launches csrc/cuda/gated_ffn.cu for up to 16 rows, and its pass between cuBLAS products for more.
+"""gated_ffn on CUDA: launches csrc/cuda/gated_ffn.cu for up to 16 rows. With more rows one of its passes runs between cuBLAS
+products.
 
-In float16 activation(gate) * up may exceed the range: for a few rows it is kept in float32, for more in float16 with
-a power-of-two scale for each row, so that cuBLAS multiplies in float16. The backward keeps it in float32.
+activation(gate) * up may exceed float16's range. For a few rows it is kept in float32. For more rows it is kept in float16
+with a power-of-two scale per row, so cuBLAS multiplies in float16. The backward keeps it in float32.
 """
 
 import torch
@@ -74,8 +75,8 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
 
 
 def prepare_activation(size, activation, dtype, device):
-    """A function of (gate, up, grad_hidden, hidden, grad_gate, grad_up), contiguous, each of `size` elements: hidden =
-    activation(gate) * up and, from grad_hidden, the gradients of both; may be in place."""
+    """A function of contiguous (gate, up, grad_hidden, hidden, grad_gate, grad_up) with `size` elements each. It sets hidden =
+    activation(gate) * up. If grad_hidden is given, it sets both gradients. It may run in place."""
     numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().gated_ffn_activation
     return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())

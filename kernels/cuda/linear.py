@@ -1,4 +1,4 @@
-"""linear on CUDA: launches csrc/cuda/linear.cu for up to 16 rows; more rows are a product of cuBLAS's."""
+"""linear on CUDA: launches csrc/cuda/linear.cu for up to 16 rows. cuBLAS multiplies more rows."""
 
 import torch.nn.functional as F
 
@@ -12,7 +12,7 @@ FEW_ROWS = 16  # kFewRows of few_rows.cuh
 
 
 def few(rows, *weights):
-    """Whether the streaming kernels take these products: they count a weight's rows and columns in 32 bits."""
+    """Whether the streaming kernels take these products. They count a weight's rows and columns in 32 bits."""
     return rows <= FEW_ROWS and all(max(w.shape) < 2**30 for w in weights)
 
 

@@ -1,7 +1,7 @@
 """Which probabilities does dropout keep? Philox4x32-10 (Salmon et al. 2011), the same bits on every backend.
 
-Query i, key j, flat head n = batch * H + head: the generator with key (seed mod 2^32, seed >> 32) and counter
-(j >> 2, i, n, 0) gives four words; word j & 3 belongs to (i, j), which is kept where word >= round(p * 2^32).
+For query i, key j and flat head n = batch * H + head, the generator has key (seed mod 2^32, seed >> 32) and counter
+(j >> 2, i, n, 0). It gives four words, and word j & 3 belongs to (i, j). Dropout keeps (i, j) if word >= round(p * 2^32).
 """
 
 import torch

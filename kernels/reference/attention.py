@@ -1,7 +1,7 @@
-"""attention in plain PyTorch: the definition of truth. Materialises the scores; every other backend must not.
+"""attention in plain PyTorch: the definition of truth. It materialises the scores; every other backend must not.
 
-The backward is written out: inside a registered operator (torch.compile, opcheck) autograd records nothing, so that
-differentiating the forward is not possible there. gradcheck holds the two together. Packed sequences are padded here.
+The backward is written out, because autograd records nothing inside a registered operator (torch.compile, opcheck). gradcheck
+compares it with the forward. Packed sequences are padded here.
 """
 
 import torch
@@ -13,12 +13,12 @@ from ._philox import keep_mask
 
 
 def group_of(query, key):
-    """How many query heads share a key head; any number of no heads."""
+    """How many query heads share a key head. Without heads any number will do."""
     return query.shape[1] // max(key.shape[1], 1)
 
 
 def hidden_pairs(is_causal, padding_mask, sq, sk, device):
-    """True where causality or padding hides a key from a query, broadcastable to (B, H, Sq, Sk); None: nowhere."""
+    """True where causality or padding hides a key from a query, broadcastable to (B, H, Sq, Sk). None hides nothing."""
     hidden = None
     if is_causal:
         i = torch.arange(sq, device=device)[:, None]
@@ -31,12 +31,12 @@ def hidden_pairs(is_causal, padding_mask, sq, sk, device):
 
 
 def zeroed(tensor, rows):
-    """(B, H, S, D) with zeros in these rows: what is not to be read may be NaN, and 0 * NaN would reach a sum."""
+    """(B, H, S, D) with zeros in these rows. Rows that must not count may hold NaN, and 0 * NaN would reach a sum."""
     return tensor if rows is None else tensor.masked_fill(rows, 0.0)
 
 
 def unread(query, key, is_causal, padding_mask):
-    """(blind, padding), rows as zeroed() takes them: queries that padding and causality leave no key, and keys of padding."""
+    """(blind, padding), rows for zeroed(): blind queries see no key, padding keys are not real."""
     sq, sk = query.shape[2], key.shape[2]
     blind = padding = None
     if padding_mask is not None:
@@ -74,7 +74,7 @@ def probabilities(s):
 
 
 def real_rows(cu_seqlens, max_seqlen):
-    """(N, max_seqlen): the rows of a padded batch that packed sequences fill."""
+    """(N, max_seqlen): True where the padded batch has a row of a packed sequence."""
     return torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
 
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from pyfused.activations import ACTIVATIONS
 
-_FAR = 1024.0  # further out every activation and every derivative is at its limit, in every dtype
+_FAR = 1024.0  # beyond it every activation and every derivative is at its limit, in every dtype
 
 
 def _kept_near(activation, x):
-    """Whether torch's formula, whose answer at infinity depends on the processor, is kept from it here. On a GPU that would be
-    three more passes over memory; there float64, the truth, is."""
+    """Whether x is clamped before torch's formula, whose result at infinity depends on the processor. On a GPU that takes three
+    more passes over memory, so only float64, the definition of truth, is clamped there."""
     return ACTIVATIONS[activation].gates and (not x.is_cuda or x.dtype == torch.float64)
 
 
@@ -22,7 +22,7 @@ def activate(activation, x):
 
 
 def activation_gradient(activation, grad_y, x, y):
-    """The gradient of x, of that of y = activate(activation, x)."""
+    """The gradient of x from grad_y, the gradient of y = activate(activation, x)."""
     near = x.clamp(-_FAR, _FAR) if _kept_near(activation, x) else x
     return ACTIVATIONS[activation].gradient(grad_y, near, y)
 
@@ -35,15 +35,15 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 
 def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
-    """(grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out), each None where `wants` says no."""
+    """(grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out); those not in `wants` are None."""
     inner = activate(activation, pre)
     grad_pre = activation_gradient(activation, grad_y @ w_out, pre, inner)
     return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
 
 
 def linear_gradients(grad_y, x, w_in, inner, grad_pre, wants):
-    """What remains of the backward once the activation is through: three library products and two sums. Frozen weights want
-    none of theirs."""
+    """The rest of the backward after the activation: three library products and two sums. Gradients not in `wants`, such as
+    those of frozen weights, are None."""
     wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = wants
     g, p, rows, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, x, inner))
     return (

@@ -1,6 +1,6 @@
 """gated_ffn in plain PyTorch: the definition of truth (Shazeer 2020, arXiv:2002.05202).
 
-In float16 what follows the two first products is computed in float32: activation(gate) * up overflows float16.
+For float16 inputs, everything after the first two products runs in float32: activation(gate) * up overflows float16.
 """
 
 import math
@@ -26,7 +26,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
-    """(grad_x, grad_w_gate, grad_w_up, grad_w_out), each None where `wants` says no."""
+    """(grad_x, grad_w_gate, grad_w_up, grad_w_out); those not in `wants` are None."""
     wide_gate, wide_up, wide_grad, wide_out = widened(gate, up, grad_y, w_out)
     grad_hidden = wide_grad @ wide_out
     active = activate(activation, wide_gate)
@@ -36,8 +36,8 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
 
 
 def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants):
-    """What remains of the backward once the activation is through: library products; `hidden` may be wider than x. Frozen
-    weights want none of theirs."""
+    """The rest of the backward after the activation: library products. `hidden` may have a wider dtype than x. Gradients not
+    in `wants`, such as those of frozen weights, are None."""
     wants_x, wants_gate, wants_up, wants_out = wants
     count = math.prod(x.shape[:-1])
     rows, g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (x, grad_y, grad_gate, grad_up, hidden))

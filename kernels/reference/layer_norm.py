@@ -17,7 +17,7 @@ def forward(x, weight, bias, eps, residual, save):
 
 
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):
-    """(grad_x, grad_weight, grad_bias); `x` is what was normalised, grad_total the gradient of x + residual, if any."""
+    """(grad_x, grad_weight, grad_bias). `x` is forward's x + residual; grad_total is that sum's own gradient or None."""
     wide = mean.dtype
     xhat = (x.to(wide) - mean[..., None]) * rstd[..., None]
     dy = grad_y.to(wide)

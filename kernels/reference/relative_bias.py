@@ -6,7 +6,7 @@ from pyfused.kernels.shared.buckets import buckets_of
 
 
 def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, query_offset, device):
-    """(Sq, Sk) int64: the bucket of key position j less query position i + query_offset."""
+    """(Sq, Sk) int64: the bucket of the distance j - (i + query_offset) of key j from query i."""
     i = torch.arange(query_length, device=device)[:, None] + query_offset
     after = torch.arange(key_length, device=device)[None] - i
     distance = after.abs() if bidirectional else (-after).clamp(min=0)
@@ -15,7 +15,7 @@ def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, 
 
 
 def sum_by_bucket(grad, bucket, num_buckets):
-    """(B, H, Sq, Sk) and (Sq, Sk) -> (num_buckets, H), in a fixed order on every device: no scatter."""
+    """(B, H, Sq, Sk) and (Sq, Sk) -> (num_buckets, H). Without scatter the order of the sums is fixed on every device."""
     grad = grad.sum(0)
     return torch.stack([grad.masked_fill(bucket != n, 0.0).sum((-2, -1)) for n in range(num_buckets)])
 

@@ -14,7 +14,7 @@ def forward(x, weight, eps, residual, save):
 
 
 def backward(grad_y, grad_total, x, weight, rstd):
-    """(grad_x, grad_weight); `x` is what was normalised, grad_total the gradient of x + residual, if any."""
+    """(grad_x, grad_weight). `x` is forward's x + residual; grad_total is that sum's own gradient or None."""
     wide = rstd.dtype
     xhat = x.to(wide) * rstd[..., None]
     dy = grad_y.to(wide)

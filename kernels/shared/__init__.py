@@ -1,1 +1,1 @@
-"""What several backends read: prepared launches, the layout of rows, distance buckets, Fourier factors, tables on a device."""
+"""Code that several backends use: prepared launches, row layouts, distance buckets, Fourier factors, tables on a device."""

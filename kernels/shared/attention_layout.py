@@ -1,6 +1,6 @@
-"""How do the native kernels of attention learn of a call? By one struct of sizes, strides and options, for CPU and CUDA alike.
+"""How do attention's CPU and CUDA kernels receive a call? As one struct of sizes, strides and options.
 
-Also what the launchers of several backends ask of a call: T5's buckets, and how a result is stored.
+Launchers of several backends also find T5's buckets and the strides of a result here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class AttentionLayout(ctypes.Structure):
-    """csrc/include/pyfused/attention_layout.h, which says what each field is. A launch that has its address keeps it too."""
+    """The struct of csrc/include/pyfused/attention_layout.h, which explains each field. A launch that holds its address must
+    hold the struct too."""
 
     _fields_ = (
         *_fields(ctypes.c_int64, "batch heads kv_heads query_length key_length head_size longest"),
@@ -31,7 +32,7 @@ class AttentionLayout(ctypes.Structure):
 
     @classmethod
     def of(cls, call: Any, out: Any, *, grad_out: Any = (0, 0, 0), chunk: int = 0) -> AttentionLayout:
-        """Of an AttentionForward or AttentionBackward, and the strides of what is no argument of the forward."""
+        """The layout of an AttentionForward or AttentionBackward. `out` and `grad_out` are strides."""
         (b, h, sq, d), packed, table = call.query.shape, call.cu_seqlens is not None, call.bias_table
         layout = cls(
             batch=call.cu_seqlens.shape[0] - 1 if packed else b,
@@ -65,7 +66,7 @@ class AttentionLayout(ctypes.Structure):
 
 
 def buckets(call: Any) -> Tensor | None:
-    """T5's buckets by distance on the table's device, as distance_buckets() makes them; None without a table."""
+    """The distance_buckets() of the call's T5 table, on the table's device. None without a table."""
     table = call.bias_table
     if table is None:
         return None
@@ -73,12 +74,12 @@ def buckets(call: Any) -> Tensor | None:
 
 
 def span(call: Any) -> int:
-    """How many distances on one side T5's bias tells apart; 0 without a table."""
+    """How many distances T5's bias tells apart on one side; 0 without a table."""
     found = buckets(call)
     return 0 if found is None else found.shape[0] // 2
 
 
 def by_rows(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of a (B, H, S, D) tensor that is stored as (B, S, H, D): so that merging the heads is a view."""
+    """Shape and strides of a (B, H, S, D) tensor stored as (B, S, H, D). Merging its heads is then a view."""
     b, h, s, d = tensor.shape
     return (b, h, s, d), (s * h * d, d, h * d, 1)

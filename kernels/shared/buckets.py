@@ -1,8 +1,8 @@
-"""Which bucket of T5's table does a distance fall into? One small array of integers, shared by the kernels of every backend.
+"""Which bucket of T5's table does a distance fall into? Every backend's kernels read one small array of integers.
 
-Raffel et al. 2020 (arXiv:1910.10683): with n buckets (half of them for each side where bidirectional) and exact = n // 2,
-a distance below exact has a bucket of its own; beyond, exact + floor(ln(distance / exact) / ln(max_distance / exact) *
-(n - exact)), at most n - 1. Evaluated in float32, as Hugging Face transformers and KerasHub do.
+Raffel et al. 2020 (arXiv:1910.10683): one side has n buckets (half of all when bidirectional), and exact = n // 2. A
+distance below exact has its own bucket. A longer one has bucket exact + floor(ln(distance / exact) / ln(max_distance /
+exact) * (n - exact)), at most n - 1. The formula runs in float32, as in Hugging Face transformers and KerasHub.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .tables import kept_on_device
 
 
 def exact_buckets(bidirectional: bool, num_buckets: int) -> int:
-    """How many distances on one side have a bucket of their own; the formula needs one, and max_distance beyond it."""
+    """How many distances on one side have their own bucket. The formula needs at least one, and a larger max_distance."""
     return (num_buckets // 2 if bidirectional else num_buckets) // 2
 
 
 def buckets_of(distance: torch.Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
-    """int64, of distance's shape: the bucket of each distance >= 0 on its side."""
+    """The bucket of each distance >= 0 within its side: int64, same shape."""
     side = num_buckets // 2 if bidirectional else num_buckets
     exact = exact_buckets(bidirectional, num_buckets)
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
@@ -33,7 +33,7 @@ def _by_distance(bidirectional: bool, num_buckets: int, max_distance: int) -> to
     with torch.inference_mode(False):
         side = num_buckets // 2 if bidirectional else num_buckets
         bucket = buckets_of(torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
-        span = int((bucket < side - 1).sum())  # never falls, so this is where it stays at its last value
+        span = int((bucket < side - 1).sum())  # buckets never decrease, so from here on all are the last one
         bucket = bucket[: span + 1]
         after = bucket[1:] + side if bidirectional else torch.zeros(span, dtype=bucket.dtype)
         return torch.cat((bucket.flip(0), after)).to(torch.int32)
@@ -47,7 +47,7 @@ def distance_buckets(
 ) -> torch.Tensor:
     """int32 (2 * span + 1,): element r + span is the bucket of r = key position - query position, for -span <= r <= span.
 
-    Every distance from span on has the bucket of span: clamp r. Kept; the first call for a device copies to it.
+    Every longer distance has the bucket of span, so clamp r. The array is kept; a device's first call copies it there.
     """
     if device is None or device.type == "cpu":
         return _by_distance(bidirectional, num_buckets, max_distance)

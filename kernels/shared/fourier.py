@@ -1,6 +1,6 @@
-"""How is a DFT of a length split into stages, and what are its tables? Computed in float64, once per length.
+"""How is a DFT split into stages, and what are its tables? Both are computed once per length, the tables in float64.
 
-For csrc/cpu/fft.h, which says how they are laid out, and csrc/cuda/fft.cuh.
+csrc/cpu/fft.h and csrc/cuda/fft.cuh read them; fft.h documents their layout.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import functools
 
 import torch
 
-LARGEST_DIRECT = 127  # a prime factor beyond it is cheaper as Bluestein's convolution; kLargestDirect of csrc/cpu/fft.h
+LARGEST_DIRECT = 127  # Bluestein's convolution is cheaper for larger prime factors; kLargestDirect of csrc/cpu/fft.h
 _RADICES = (8, 5, 4, 3, 2)
 
 
 @functools.cache
 def radices(n: int) -> tuple[int, ...]:
-    """The factors of n, in the order of the stages: 8 as often as it goes, 4 and 2 for the rest, odd primes."""
+    """The factors of n in stage order: 8 as often as possible, then 5, 4, 3, 2, then larger primes."""
     found = []
     for r in _RADICES:
         while n % r == 0:
@@ -31,7 +31,7 @@ def radices(n: int) -> tuple[int, ...]:
 
 
 def _roots(numerators: torch.Tensor, n: int) -> torch.Tensor:
-    """e^(-2 pi i j / n) as (..., 2) float64 for integers j, reduced before they are rounded."""
+    """e^(-2 pi i j / n) as (..., 2) float64 for integers j. j is reduced modulo n before it is rounded."""
     angles = (numerators % n).double() * (-2 * torch.pi / n)
     return torch.stack((angles.cos(), angles.sin()), -1)
 
@@ -50,7 +50,7 @@ def _stages(n: int) -> list[torch.Tensor]:
 
 
 def _convolution_length(n: int) -> int:
-    """The least length of at least 2 n - 1 with factors 2, 3 and 5 alone."""
+    """The least length >= 2 n - 1 whose only prime factors are 2, 3 and 5."""
     length = 2 * n - 1
     while any(r > 8 or r == 7 for r in radices(length)):
         length += 1
@@ -59,7 +59,7 @@ def _convolution_length(n: int) -> int:
 
 @functools.cache
 def plan(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan and the tables of a DFT of length n, as csrc/cpu/fft.h lays them out: int64 and float32, on the CPU."""
+    """(plan, tables) of a DFT of length n in the layout of csrc/cpu/fft.h: int64 and float32, on the CPU."""
     tables: list[torch.Tensor] = []
     length = convolution = 0
     if max(radices(n), default=1) > LARGEST_DIRECT:

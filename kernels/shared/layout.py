@@ -1,4 +1,4 @@
-"""How does a launcher see a tensor of any strides as rows? Shared by the launchers of every backend."""
+"""How does a launcher treat a tensor of any strides as rows? Every backend's launchers use this."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x (..., N) as (rows, N) with N contiguous, and the row stride; a copy only where one row stride will not do."""
+    """(x as (rows, N), row stride), with N contiguous. Copies only if x (..., N) has no single row stride."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if x.stride(1) != 1 and x.shape[1] != 1:
         x = x.contiguous()
@@ -16,8 +16,7 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def rows_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
-    """(rows, N, row stride) of x (..., N) as a kernel takes it, or None where no single stride leads from row to row. Zeros for
-    no tensor."""
+    """(rows, N, row stride) of x (..., N) for a kernel. None if x has no single row stride; zeros if x is None."""
     if x is None:
         return 0, 0, 0
     *outer, n = x.shape

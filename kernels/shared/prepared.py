@@ -1,8 +1,8 @@
-"""How does a kernel cost little Python? Its launch is prepared once for arguments of some shapes, and used again for others of
-the same: pyfused.ops finds it by the signature of a call (csrc/include/pyfused/python_call.h). Shared by every backend.
+"""How does a kernel call spend little time in Python? Its launch is prepared once and reused for every call of the same
+signature. pyfused.ops finds the launch (csrc/include/pyfused/python_call.h). Every backend uses this.
 
-A launch on a GPU holds numbers and a compiled kernel, no tensor. What it makes comes from torch's allocator and it waits for
-nothing, so a CUDA graph can capture it; it asks for the current stream each time.
+A launch on a GPU holds numbers and a compiled kernel, but no tensor. It allocates from torch's allocator, asks for the current
+stream each time and waits for nothing, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-CPU = torch.device("cpu")  # for every new tensor: torch.set_default_device may say something else
-_makers: Any = torch._C._dynamo.guards  # what torch.compile's programs make tensors with; no public names of torch
+CPU = torch.device("cpu")  # pass it for every new tensor: torch.set_default_device may have set another
+_makers: Any = torch._C._dynamo.guards  # torch.compile's own functions for new tensors; not public in torch
 _MAKERS = {kind: getattr(_makers, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
-# Both ask the runtime alone; torch.cuda's functions of the same purpose take 0.5 and 2 us.
+# Both only ask the runtime. The same functions of torch.cuda take 0.5 and 2 us.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 
-# Notes a thread's Triton starts down and runs nothing, for pyfused/compile_ahead.py. No launch is kept meanwhile.
+# pyfused/compile_ahead.py sets it to record a thread's Triton starts instead of running them. No launch is kept meanwhile.
 recorder: ContextVar[Callable[..., None] | None] = ContextVar("pyfused_recorder", default=None)
 
 
@@ -71,9 +71,9 @@ def on_device(launch: Callable[..., Any], index: int) -> Callable[..., Any]:
 def maker(
     shape: Any, dtype: torch.dtype, strides: Any = None, device: torch.device = CPU
 ) -> Callable[[], torch.Tensor]:
-    """A function that returns a new tensor, contiguous unless strides are given; a GPU's on the current device, which
-    prepares_launch() sees to. What torch.compile's programs make theirs with takes 1.0 us, where torch.empty, which parses and
-    dispatches, takes 1.8."""
+    """A function that returns a new tensor, contiguous unless strides are given. A GPU tensor is made on the current device;
+    prepares_launch() sets that one. torch.compile's function takes 1.0 us. torch.empty parses and dispatches, and takes 1.8.
+    """
     if strides is None:
         strides = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
     empty_strided = _MAKERS.get(device.type)
@@ -83,5 +83,5 @@ def maker(
 
 
 def dense(*tensors: torch.Tensor | None) -> bool:
-    """Whether all of them, None aside, are contiguous."""
+    """Whether all tensors are contiguous; None counts as contiguous."""
     return all(t is None or t.is_contiguous() for t in tensors)

@@ -1,8 +1,9 @@
-"""How are layer_norm and rms_norm launched? Once for every backend: its kernels take the same tensors for both operators.
+"""How are layer_norm and rms_norm launched? All backends share these launchers.
 
-What a backend adds is begin(norm), which prepares its kernel for such a call and returns a function of the tensors: of
-(x, residual, weight, bias, y, total, mean, rstd) forward, of (grad_y, grad_total, x, weight, mean, rstd, grad_x, grad_weight,
-grad_bias) backward. None stands for a tensor that is not there: bias and mean of rms_norm, say.
+A backend adds begin(norm). It prepares the backend's kernel and returns a function of the tensors:
+    forward   (x, residual, weight, bias, y, total, mean, rstd)
+    backward  (grad_y, grad_total, x, weight, mean, rstd, grad_x, grad_weight, grad_bias)
+A missing tensor is None, such as rms_norm's bias and mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .prepared import dense, maker
 
 
 class Norm(NamedTuple):
-    """A call beside its tensors' addresses; `residual` of a backward: whether there is a gradient of x + residual."""
+    """A call without its tensors. In a backward, `residual` says whether there is a gradient of x + residual."""
 
     operator: str
     dtype: torch.dtype
@@ -41,7 +42,7 @@ Prepared = tuple[Callable[..., None], Callable[[], Any], Callable[[], Any]]
 
 
 def layer_norm_forward(begin: Begin, x, weight, bias, eps, residual, save):
-    """A launch, as prepared.prepares_launch() takes it; as the three below."""
+    """A launch for prepared.prepares_launch(), like the next three functions."""
     prepared = _forward("layer_norm", begin, x, weight, bias, eps, residual, save)
     if prepared is None:
         return None
@@ -100,7 +101,7 @@ def rms_norm_backward(begin: Begin, grad_y, grad_total, x, weight, rstd):
 
 
 def _forward(operator, begin, x, weight, bias, eps, residual, save) -> Prepared | None:
-    """The kernel's start, and what makes y and total, and mean and rstd; None where strides do not fit."""
+    """(start of the kernel, maker of y and total, maker of mean and rstd); None if strides do not fit."""
     of_x, of_residual = rows_of(x), rows_of(residual)
     if of_x is None or of_residual is None or not dense(weight, bias):
         return None
@@ -110,7 +111,7 @@ def _forward(operator, begin, x, weight, bias, eps, residual, save) -> Prepared 
 
 
 def _backward(operator, begin, grad_y, grad_total, x, weight, mean, rstd, has_bias) -> Prepared | None:
-    """The kernel's start, and what makes grad_x, and grad_weight and grad_bias; None where strides do not fit."""
+    """(start of the kernels, maker of grad_x, maker of grad_weight and grad_bias); None if strides do not fit."""
     of_x = rows_of(x)
     if of_x is None or not dense(grad_y, grad_total, weight, mean, rstd):
         return None

@@ -1,4 +1,4 @@
-"""How does a table that kernels look things up in reach a device? Once, finished before anyone can read it, and never freed."""
+"""How does a lookup table reach a device? It is copied once, the copy ends before anyone reads it, and it is never freed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _making = threading.Lock()
 
 
 def kept_on_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """table(*key, device): make(*key), which is on the CPU, on that device. All callers get one tensor, whose address a
-    captured CUDA graph may hold.
+    """Returns table(*key, device): make(*key), a CPU tensor, copied to `device`. All callers get the same tensor, so a
+    captured CUDA graph may hold its address.
 
-    The first call of a key copies, and waits for the copy: later calls may come from any stream.
+    The first call of a key waits for the copy, because later calls may come from any stream.
 
     Raises:
-        RuntimeError: the first call of a key is inside a CUDA graph capture, where nothing can be waited for, and what is
-            allocated belongs to the graph.
+        RuntimeError: the first call of a key is inside a CUDA graph capture. A capture cannot wait, and its allocations
+            belong to the graph.
     """
     held: dict[Any, torch.Tensor] = {}
 

@@ -1,9 +1,9 @@
 """What are the activations and their derivatives, in float32, inside a Triton kernel?
 
-gelu_tanh is written with the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)): it keeps its digits where
-tanh u is near -1. tanh is a polynomial near zero, where 1 - 2 / (exp(2x) + 1) would lose them; its relative error is
-below one rounding. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a
-factor that has vanished gives zero, although infinity times zero is NaN.
+gelu_tanh uses the logistic function, 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)), which keeps its digits where tanh u is near
+-1. Near zero tanh is a polynomial with a relative error below one rounding; 1 - 2 / (exp(2x) + 1) would lose digits. NaN
+stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a factor of zero gives zero,
+although infinity times zero is NaN.
 GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415).
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _scaled(factor, x):
-    """factor x, and 0 where the factor has vanished, although x or what it was multiplied with may be infinite."""
+    """factor x, but 0 where the factor is 0, even if x is infinite."""
     return tl.where(factor == 0.0, 0.0, factor * x)
 
 
@@ -38,7 +38,7 @@ def _logistic(x):
 
 @triton.jit
 def _logistic_with_slope(x):
-    """(p, p (1 - p)) from the smaller of p and 1 - p: the larger, taken as a difference, loses nothing, and silu's errors
+    """(p, p (1 - p)) from the smaller of p and 1 - p. The larger is 1 minus the smaller and loses nothing. Then silu's errors
     cancel near the zero of its derivative."""
     e = tl.exp(-tl.abs(x))
     smaller = e / (1.0 + e)

@@ -1,9 +1,9 @@
-"""Which row of pyfused.tiles does an attention kernel use? By head size, by whether there is T5's bias, and by how many of a
-dense bias and dropout there are: each takes registers, so that a tile of the plain case would spill.
+"""Which row of pyfused.tiles does an attention kernel use? The row depends on the head size, on T5's bias, and on the number
+of extras (dense bias, dropout). Each takes registers, so the plain case's tile would spill.
 
-The rows and their reasons are in pyfused/evidence/triton_*.json, what `pyfused tune` found in the user's own file. Nothing is
-timed when a kernel is first called: candidates would take seconds a shape, and could not run inside a CUDA graph. Masked tiles
-(the diagonal, the tail, padding with holes) run unpipelined whatever the row says: MASKED_STAGES in _attention_tiles.py.
+The rows and their reasons are in pyfused/evidence/triton_*.json; `pyfused tune` writes its own to the user's file. Nothing is
+timed at a kernel's first call: that would take seconds a shape and could not run inside a CUDA graph. Masked tiles (the
+diagonal, the tail, padding with holes) always run unpipelined: MASKED_STAGES in _attention_tiles.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyfused import tiles
 
 
 def block_d(head_size: int) -> int:
-    """The power of two that holds a head; 16 is the least that a matrix instruction takes."""
+    """The least power of two that holds a head. A matrix instruction takes at least 16."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""How does attention's forward run on a GPU? One pass over the keys, a running maximum and sum (FlashAttention-2)."""
+"""How does attention's forward run on a GPU? In one pass over the keys with a running maximum and sum (FlashAttention-2)."""
 
 import triton
 import triton.language as tl
@@ -53,8 +53,8 @@ def _step(
     FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Folds one tile of keys into the running output. Not MASKED: every query of the tile sees every key of it. FAR: one
-    relative bias serves all of them, the one that distance_row points at."""
+    """Folds one tile of keys into the running output. Without MASKED every query sees every key of the tile. With FAR all
+    pairs have the relative bias that distance_row points at."""
     NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -90,7 +90,7 @@ def _step(
         if IS_CAUSAL:
             allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
         s = tl.where(allowed, s, -float("inf"))
-    # With a positive scale the maximum may be taken before scaling, and scaling becomes half of a multiply-add.
+    # With a positive scale the maximum may be taken before scaling. Then scaling is part of a multiply-add.
     peak = tl.max(s, 1)
     if not SCALE_FIRST:
         peak = peak * scale
@@ -159,18 +159,19 @@ def forward_kernel(
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads, chunks of keys). With cu_seqlens it is ((T // BLOCK_M + sequences) * heads, 1), where T
-    comes as query_length and key_length; lse is (1, heads, T). A program there moves the pointers to the first row of its
-    sequence, and is then one of a batch of that length.
+    """Grid (query tiles * B * heads, chunks of keys). Chunk c writes its own normalised output and log-sum-exp at
+    c * stride_oc and c * stride_lc.
 
-    PACKED (heads, never together with cu_seqlens): the rows of a tile are the queries of a whole group of heads that
-    share a key head, so that keys are read once for all of them. Chunk c writes its own normalised output and
-    log-sum-exp at c * stride_oc and c * stride_lc.
+    With cu_seqlens the grid is ((T // BLOCK_M + sequences) * heads, 1). query_length and key_length are both T, and lse is
+    (1, heads, T). A program moves the pointers to its sequence's first row and goes on as in a batch of that length.
+
+    PACKED: a tile's rows are the queries of all heads that share a key head, so keys are read once for the whole group.
+    PACKED and cu_seqlens never come together.
     """
     PACK: tl.constexpr = GROUP if PACKED else 1
     tiles = tl.cdiv(query_length * PACK, BLOCK_M)
     program = tl.program_id(0)
-    # Late query tiles have the most keys under a causal mask: they start first, so that the last wave is of short ones.
+    # Under a causal mask late query tiles have the most keys. They start first, so the last wave is short.
     if cu_seqlens_ptr is not None:
         total = query_length
         slots = total // BLOCK_M + sequences
@@ -206,7 +207,7 @@ def forward_kernel(
         key_ptr += row * stride_ks
         value_ptr += row * stride_vs
         out_ptr += row * stride_os
-        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
+        batch64 = row * 0  # the tensors have B = 1; only dropout counts the sequence as the batch
 
     query_rows = query_ptr + batch64 * stride_qb + head64 * stride_qh + queries64 * stride_qs
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
@@ -310,7 +311,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the chunks of one query up, weighted by their sums; one program per (batch, head, query), a fixed order."""
+    """Adds up the chunks of one query in a fixed order, weighted by their sums. One program per (batch, head, query)."""
     row = tl.program_id(0)
     row64 = row.to(tl.int64)
     parts, dims = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)

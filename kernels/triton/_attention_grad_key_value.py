@@ -1,6 +1,6 @@
-"""How do the gradients of key and value run on a GPU? One program per tile of keys, over all the queries that see it.
+"""How do the gradients of key and value run on a GPU? One program per tile of keys visits all queries that see the tile.
 
-The formulas are in _attention_grad_query.py, which runs first and leaves delta.
+The formulas are in _attention_grad_query.py. Its kernel runs first and writes delta.
 """
 
 import triton
@@ -57,9 +57,9 @@ def _key_step(
     FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of queries. Scores are computed transposed, (keys, queries): no operand of dK and dV needs turning.
+    """Adds one tile of queries. Scores are computed as (keys, queries), so dK and dV need no transposed operand.
 
-    Rows of hidden keys may hold anything, inf included: they reach no other row, and the kernel zeroes them at its end.
+    Rows of hidden keys may hold anything, even inf. They reach no other row, and the kernel zeroes them at its end.
     """
     NATURAL: tl.constexpr = key is None
     queries = start + tl.arange(0, BLOCK_M)
@@ -165,8 +165,8 @@ def grad_key_value_kernel(
     GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (key tiles * B * key heads); a program adds up the query heads of its group. stride_d*: both gradients.
-    With cu_seqlens the grid is ((T // BLOCK_N + sequences) * key heads), and the rest as in forward_kernel."""
+    """Grid (key tiles * B * key heads). A program adds up the query heads of its group. Both gradients have stride_d*.
+    With cu_seqlens the grid is ((T // BLOCK_N + sequences) * key heads); the rest is as in forward_kernel."""
     tiles = tl.cdiv(key_length, BLOCK_N)
     program = tl.program_id(0)
     total = query_length
@@ -195,8 +195,8 @@ def grad_key_value_kernel(
         delta_ptr += row
         if correction_ptr is not None:
             correction_ptr += row
-        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
-        grad_scale = tl.where(key_length == 1, 0.0, grad_scale)  # as in the other kernel
+        batch64 = row * 0  # the tensors have B = 1; only dropout counts the sequence as the batch
+        grad_scale = tl.where(key_length == 1, 0.0, grad_scale)  # as in grad_query_kernel
     visible = keys < key_length
     if mask_ptr is not None:
         visible = visible & (tl.load(mask_ptr + batch64 * key_length + keys, mask=visible, other=0) != 0)
@@ -212,7 +212,7 @@ def grad_key_value_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
-    # Tiles of queries: [front_start, full_start) cross the diagonal, the last one may reach past the end.
+    # Query tiles in [front_start, full_start) cross the diagonal. The last tile may reach past the end.
     limit = tl.cdiv(query_length, BLOCK_M) * BLOCK_M
     front_start = 0
     full_start = 0
@@ -258,7 +258,7 @@ def grad_key_value_kernel(
         if distance_ptr is not None:
             distance_row = distance_ptr + head * (2 * span + 1) + span
             for i in range(far_count):
-                # Early queries stand far before these keys, late ones far behind them.
+                # The first `before` tiles hold queries far before these keys, the others queries far after them.
                 start = tl.where(i < before, full_start + i * BLOCK_M, near_end + (i - before) * BLOCK_M)
                 far_row = distance_row + tl.where(i < before, span, -span)
                 grad_key, grad_value = _key_step(

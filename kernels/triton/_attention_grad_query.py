@@ -1,8 +1,8 @@
-"""How do the gradients of query and of the biases run on a GPU? One program per tile of queries, the probabilities recomputed.
+"""How do the gradients of query and the biases run on a GPU? One program per tile of queries recomputes the probabilities.
 
-With P the probabilities, M the dropout mask over 1 - p, and delta_i = sum_d dO_id O_id:
+P are the probabilities, M is the dropout mask divided by 1 - p, and delta_i = sum_d dO_id O_id:
     dV = (P M)^T dO,   dP = (dO V^T) M,   dS = P (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dbias = dS
-Each program owns the rows that it writes, so the sums have a fixed order and the result is bitwise repeatable.
+Only one program writes a row, so sums have a fixed order and the result is bitwise repeatable.
 """
 
 import triton
@@ -65,7 +65,7 @@ def _query_step(
     FAR: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile of keys. table_sum: the sums of dS by bucket, or where FAR, when all of the tile is one bucket, by row."""
+    """Adds one tile of keys. table_sum holds the sums of dS by bucket. With FAR the whole tile is one bucket: sums by row."""
     NATURAL: tl.constexpr = query is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
@@ -174,16 +174,18 @@ def grad_query_kernel(
     BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Grid (query tiles * B * heads), with cu_seqlens as forward_kernel's. Also stores what the other kernel reads, and
-    the gradients of the biases: that of T5's table as sums by bucket, one (BUCKETS,) row for each program that has a
-    tile; distances beyond span share the last bucket of their side, and their sums are kept apart, by row, until the end.
+    """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
+    and delta and correction for grad_key_value_kernel. grad_query has the strides of out.
 
-    grad_query has the strides of out. correction (float32 inputs only) is 1 over the sum of a row's recomputed
-    probabilities: lse, rounded to float32, makes them off by half a unit in its last place, all in the same direction.
+    The gradient of T5's table is stored as one (BUCKETS,) row of sums per program. Distances beyond span share the last
+    bucket of their side, so their sums are kept by row until the end.
+
+    correction (float32 inputs only) is 1 over the sum of a row's recomputed probabilities. lse is rounded to float32, so
+    all probabilities of a row are off in the same direction, by half a unit in lse's last place.
     """
     tiles = tl.cdiv(query_length, BLOCK_M)
     program = tl.program_id(0)
-    # The longest rows of a causal mask first.
+    # As in forward_kernel, late query tiles start first.
     if cu_seqlens_ptr is not None:
         total = query_length
         tiles = total // BLOCK_M + sequences
@@ -209,8 +211,8 @@ def grad_query_kernel(
         grad_out_ptr += row * stride_gs
         out_ptr += row * stride_os
         grad_query_ptr += row * stride_os
-        batch64 = row * 0  # of the tensors, whose B is 1; dropout knows the sequence as its batch
-        # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
+        batch64 = row * 0  # the tensors have B = 1; only dropout counts the sequence as the batch
+        # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
         grad_scale = tl.where(query_length == 1, 0.0, grad_scale)
 
     NATURAL: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
@@ -229,7 +231,7 @@ def grad_query_kernel(
     lse = in_units(lse, NATURAL)
     query = None
     if NATURAL:
-        grad_out = None  # both are read again, in pieces
+        grad_out = None  # dot_rows reads it and query in pieces
     else:
         query = load_tile(query_rows[:, None] + dims[None, :], live, dims, D, True)
 

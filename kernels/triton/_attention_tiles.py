@@ -1,5 +1,5 @@
-"""What do attention's forward and backward kernels share? Visible key ranges, guarded tile loads, the dropout bits, and
-which tile of which packed sequence a program has."""
+"""What do attention's forward and backward kernels share? Visible key ranges, guarded tile loads, dropout bits, and the
+choice of a program's packed sequence and tile."""
 
 import triton
 import triton.language as tl
@@ -13,10 +13,10 @@ MASKED_STAGES = tl.constexpr(1)
 
 @triton.jit
 def in_units(x, NATURAL: tl.constexpr):
-    """A log-probability in the units that scores have in the kernels: natural ones for float32, else powers of two.
+    """A log-probability in the units of the kernels' scores: base e for float32 (NATURAL), else base 2.
 
-    exp2 is the hardware's. Folding log2(e) into the scale saves a multiplication per score, but rounds each score and
-    its log-sum-exp apart before they are subtracted, which float32 results show.
+    The hardware has exp2. Folding log2(e) into the scale saves a multiplication per score. But it rounds each score and
+    its log-sum-exp separately before they are subtracted, and float32 results show that error.
     """
     if NATURAL:
         return x
@@ -34,9 +34,9 @@ def exponential(x, NATURAL: tl.constexpr):
 
 @triton.jit
 def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexpr):
-    """Rows x BLOCK_D; zeros past the head size, and where GUARD_ROWS in rows that row_mask hides.
+    """(rows, BLOCK_D): zeros past the head size. With GUARD_ROWS, also zeros in rows where row_mask is False.
 
-    Zeros, never what lies in memory there: 0 * NaN would reach a sum.
+    Memory there may hold NaN, and 0 * NaN would reach a sum.
     """
     EVEN: tl.constexpr = dims.shape[0] == D
     if GUARD_ROWS:
@@ -53,11 +53,10 @@ def load_tile(pointers, row_mask, dims, D: tl.constexpr, GUARD_ROWS: tl.constexp
 
 @triton.jit
 def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """a b^T for rows of float32 at the pointers a_rows (M) and b_rows (N), 32 columns at a time.
+    """a b^T for the float32 rows at the pointers a_rows (M) and b_rows (N), 32 columns at a time.
 
-    Without TF32 an NVIDIA product of float32 runs on the ordinary cores, and the compiler keeps the whole inner
-    dimension of both operands in registers: at D = 128 that spills, whatever the tile. The second read of a tile comes
-    from L1.
+    Without TF32, NVIDIA multiplies float32 on the ordinary cores. The compiler then keeps the whole inner dimension of
+    both operands in registers: at D = 128 every tile spills. The second read of a tile comes from L1.
     """
     total = tl.zeros((M, N), tl.float32)
     for start in tl.range(0, D, 32, num_stages=1):
@@ -70,12 +69,12 @@ def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N
 
 @triton.jit
 def sequence_tile(cu_seqlens_ptr, sequences, slot, BLOCK: tl.constexpr):
-    """(sequence, tile, start, length) of a slot: tile `tile` of the packed sequence that begins at row start.
+    """(sequence, tile, start, length) of a slot: tile number `tile` of the packed sequence that begins at row `start`.
 
-    Sequence n has the slots from cu_seqlens[n] // BLOCK + n on, which are as many as its tiles, or one more. So
-    T // BLOCK + N slots hold every tile, in the order of the rows; in a spare one, tile * BLOCK is length or more. A grid
-    of N times the longest sequence's tiles is mostly spare ones where lengths differ, and where nobody knows the
-    longest, in a trace, it grows as N T. Each step of the search reads _SEARCH rows at once: two do for 16,384 sequences.
+    The slots of sequence n begin at cu_seqlens[n] // BLOCK + n. It has as many slots as tiles, or one spare slot more; in a
+    spare slot tile * BLOCK >= length. So T // BLOCK + N slots hold every tile, in row order. A grid of N times the longest
+    sequence's tiles would be mostly spare when lengths differ. A trace does not know the longest, and its grid would grow
+    as N T. Each step of the search reads _SEARCH rows at once; two steps suffice for 16,384 sequences.
     """
     lanes = tl.arange(0, _SEARCH)
     sequence = 0
@@ -95,11 +94,10 @@ def sequence_tile(cu_seqlens_ptr, sequences, slot, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_range(mask_row, key_length):
-    """(first, end, whole): real keys lie in [first, end), and `whole` says that every key there is real.
+    """(first, end, whole): real keys lie in [first, end). `whole` says that every key there is real.
 
-    A padded batch is nearly always one run of real tokens, and then the tiles inside the run need no mask at all. The
-    scan reads key_length bytes per program, which stay in cache, and saves the launch that computing it once would
-    cost.
+    A padded row is nearly always one run of real tokens, and tiles inside the run need no mask. Each program scans
+    key_length bytes, which stay in cache. A separate kernel that scans once would cost a launch.
     """
     lanes = tl.arange(0, _SCAN)
     first = tl.full((_SCAN,), 2147483647, tl.int32)
@@ -128,10 +126,10 @@ def key_tiles(
     IS_CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Which key tiles do queries first_query to last_query need, of the keys [chunk_start, chunk_end)?
+    """The tiles of the keys [chunk_start, chunk_end) that queries first_query to last_query need.
 
-    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count): the tiles [full_start, full_end)
-    show every key to every query; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
+    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count). In the tiles [full_start, full_end)
+    every query sees every key; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
     """
     first = chunk_start
     end = tl.minimum(chunk_end, key_length)
@@ -157,10 +155,10 @@ def key_tiles(
 
 @triton.jit
 def near_tiles(start, end, first, last, span, BLOCK: tl.constexpr):
-    """(near_start, near_end): of the tiles [start, end) of positions, those with a position closer than span to one of
-    first to last. All pairs of an earlier tile are span or more apart, and so have one bias; of a later one too.
+    """(near_start, near_end): the tiles in [start, end) with a position closer than span to one of first to last.
 
-    start and end are multiples of BLOCK.
+    All pairs of an earlier tile are span or more apart, so they share one bias. So do all pairs of a later tile. start and
+    end are multiples of BLOCK.
     """
     near_start = tl.cdiv(tl.maximum(first - span - BLOCK + 2, 0), BLOCK) * BLOCK
     near_start = tl.minimum(tl.maximum(near_start, start), end)
@@ -170,7 +168,7 @@ def near_tiles(start, end, first, last, span, BLOCK: tl.constexpr):
 
 @triton.jit
 def relative_tile(distance_row, relative, span, PER_ROW: tl.constexpr):
-    """T5's bias of the distances `relative`, (rows, columns), from rows by distance whose middle is at distance_row."""
+    """T5's bias at the distances `relative`, (rows, columns). distance_row points at the bias of distance 0."""
     relative = tl.minimum(tl.maximum(relative, -span), span)
     if PER_ROW:
         return tl.load(distance_row[:, None] + relative).to(tl.float32)
@@ -180,10 +178,10 @@ def relative_tile(distance_row, relative, span, PER_ROW: tl.constexpr):
 
 @triton.jit
 def sum_by_bucket(ds, relative, buckets_ptr, span, M: tl.constexpr, N: tl.constexpr, BUCKETS: tl.constexpr):
-    """(BUCKETS,): the sums of ds (M, N) over the pairs of each bucket; `relative` is the distance of ds[0, 0].
+    """(BUCKETS,): the sum of ds (M, N) over the pairs of each bucket. `relative` is the distance of ds[0, 0].
 
-    Distances are constant along diagonals. Rows are shifted against each other so that a diagonal becomes a column,
-    N columns at a time, added up, and only those sums are sorted into buckets.
+    Each diagonal has one distance. Rows are shifted so that a diagonal becomes a column, N columns at a time. The columns
+    are summed, and only these sums are sorted into buckets.
     """
     total = tl.zeros((BUCKETS,), tl.float32)
     rows = tl.arange(0, M)
@@ -201,10 +199,10 @@ def sum_by_bucket(ds, relative, buckets_ptr, span, M: tl.constexpr, N: tl.conste
 
 @triton.jit
 def keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N): True where dropout keeps; bit for bit kernels/reference/_philox.keep_mask.
+    """(BLOCK_M, BLOCK_N): True where dropout keeps. Equals kernels/reference/_philox.keep_mask bit for bit.
 
-    One counter gives the words of four neighbouring keys, so a quarter of the columns is computed and then
-    interleaved: as one byte each, since interleaving moves them between threads.
+    One counter gives the words of four neighbouring keys, so a quarter of the columns is computed and the words are
+    interleaved. Interleaving moves values between threads, so each is one byte.
     """
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     quads = zero + (start // 4 + tl.arange(0, BLOCK_N // 4))[None, :]

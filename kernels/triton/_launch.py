@@ -1,9 +1,9 @@
-"""How does a Triton kernel start? Once through Triton, which compiles it; from then on with the compiled kernel's own launcher.
+"""How does a Triton kernel start? Triton compiles and runs the first call. Later calls use the compiled kernel's own launcher.
 
-`kernel[grid](...)` binds, checks and describes every argument at every start, attention's 50 too. What it hands the launcher in
-the end is the same for all calls of one signature, but for addresses and stream. Triton compiles by whether a number is 1 or a
-multiple of 16, and an address a multiple of 16: the signature of pyfused.ops holds the numbers, and that of each tensor given;
-what torch's allocator makes lies at multiples of 256.
+`kernel[grid](...)` binds, checks and describes every argument at every start; attention has 50. For calls of one signature
+the launcher then gets the same arguments, except for the addresses and the stream. Triton compiles separately for numbers that
+are 1 or multiples of 16 and for addresses that are multiples of 16. The signature of pyfused.ops holds the numbers and the
+alignment of each given tensor. torch's allocator aligns new tensors to 256 bytes.
 """
 
 import torch
@@ -13,20 +13,22 @@ from pyfused.kernels.shared.prepared import current_device, current_stream, reco
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
-_hands_over = None  # whether this Triton calls a launcher as `start` does; None until one start was watched
+_hands_over = None  # whether this Triton calls a launcher as `start` does; None until _watch() found out
 
 
 def on_gpu(device):
-    """Whether kernels on this device are compiled ones: elsewhere they run in Triton's interpreter."""
+    """Whether kernels on this device are compiled. Elsewhere they run in Triton's interpreter."""
     return device.type == "cuda"
 
 
 def starter(kernel, grid, device, *numbers, **options):
-    """Prepares kernel[grid](*tensors, *numbers, **options): a function of the tensors, None among them, whose shapes, strides,
-    dtypes and alignment are the same each time. `device` is where they are, and the current one when it runs.
+    """Prepares kernel[grid](*tensors, *numbers, **options) and returns it as a function of the tensors.
+
+    Tensors may be None. Their shapes, strides, dtypes and alignment must be the same each time. `device` holds the tensors
+    and must be the current device when the function runs.
 
     Raises:
-        ValueError: a grid beyond GRID_LIMITS, which a GPU would refuse without a name.
+        ValueError: the grid is beyond GRID_LIMITS. A GPU would refuse it without naming the kernel.
     """
     for blocks, most in zip(grid, GRID_LIMITS):
         if blocks > most:
@@ -58,15 +60,17 @@ def starter(kernel, grid, device, *numbers, **options):
 
 
 def _is_watched(kernel):
-    """Whether something asks to be called at each start, as Triton's profiler does, which Triton itself sees to."""
+    """Whether hooks must run at each start, such as those of Triton's profiler. Only a start through Triton runs them."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
 
 
 def _watch(compiled, begin, sizes, arguments):
-    """Calls begin(), which starts `compiled`, and finds out how this Triton calls the launcher: no public interface, but
-    Triton 3.6's. Where another one differs, every start goes through Triton."""
+    """Calls begin(), which starts `compiled`, and checks how Triton calls the launcher.
+
+    That call is no public interface; `start` imitates Triton 3.6's. If this Triton differs, every start goes through Triton.
+    """
     global _hands_over
     seen = ()
 
@@ -88,7 +92,7 @@ def _watch(compiled, begin, sizes, arguments):
         begin()
     finally:
         compiled._run = run
-    # The seventh argument is what Triton tells its hooks.
+    # The seventh argument differs: it is Triton's metadata for its hooks.
     pairs = zip(seen[:6] + seen[7:], expected[:6] + expected[7:])
     _hands_over = len(seen) == len(expected) and all(found is hoped or _equal(found, hoped) for found, hoped in pairs)
 

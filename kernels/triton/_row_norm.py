@@ -1,20 +1,19 @@
-"""What do layer_norm and rms_norm share in Triton? The kernels and their launchers; CENTRED, layer_norm, has a mean.
+"""What do layer_norm and rms_norm share in Triton? The kernels and their launchers. CENTRED means layer_norm, with a mean.
 
-total = x + residual; y = (total - mean) * rstd * weight + bias, statistics in float32; rms_norm has neither mean nor bias.
+total = x + residual; y = (total - mean) * rstd * weight + bias. Statistics are float32. rms_norm has neither mean nor bias.
 
-Moves: x (and residual) read once, y (and total) written once. Does 8 N float operations a row: bound by memory always.
+Reads x (and residual) once, writes y (and total) once. 8 N float operations a row: always bound by memory.
 Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and
 45 us. Backward, 4096 x 1024: three tensors, 8.4 us, plus a launch and 1 us for the partial sums.
 
-Tiling: a program holds ROWS whole rows in registers, so that at small N several rows are in flight and a warp owns a row
-(its sums are shuffles, no barrier). Beyond the longest row that has a tile (pyfused.tiles) a program walks one row in
-blocks, and the second and third pass over it come from the L2. The variance is the two-pass one, corrected by the mean of the
-deviations: a mean far from zero costs no digits.
+Tiling: a program holds ROWS whole rows in registers. At small N several rows are in flight and a warp owns a row, so its sums
+are shuffles without a barrier. A row longer than the tiles of pyfused.tiles is walked in blocks by one program; its second
+and third pass read from the L2. The variance takes two passes and is corrected by the mean of the deviations, so a mean far
+from zero costs no digits.
 
-Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only where
-CENTRED. Weight gradients in two stages without atomics, so bitwise repeatable: a fixed set of programs sums a fixed share
-of the rows each, a second kernel adds those sums in order. In blocks the sums need a second read of x and grad_y, by
-columns.
+Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only if
+CENTRED. Weight gradients take two stages without atomics, so they are bitwise repeatable: each program sums a fixed share of
+the rows, then a second kernel adds these sums in order. For rows in blocks x and grad_y are read again, by columns.
 """
 
 import torch
@@ -41,7 +40,7 @@ def forward_kernel(
     t = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
     if HAS_RESIDUAL:
         other = tl.load(residual_ptr + row * residual_stride + col, mask=live, other=0.0)
-        t = (t.to(tl.float32) + other.to(tl.float32)).to(t.dtype)  # rounded, as the rest of the network sees it
+        t = (t.to(tl.float32) + other.to(tl.float32)).to(t.dtype)  # rounded: the next layer reads this total
         tl.store(total_ptr + row * n + col, t, mask=live)
     t = t.to(tl.float32)
     if CENTRED:
@@ -137,7 +136,7 @@ def backward_kernel(
         if CENTRED:
             x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
         xhat = x * rstd
-        g = dy * weight  # zero where nothing is live, because dy is
+        g = dy * weight  # zero outside `live`, because dy is
         grad_weight += dy * xhat
         grad_bias += dy
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] / n
@@ -192,7 +191,7 @@ def column_sums_kernel(
     rows, n, x_stride, steps,
     HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A share of the rows by a block of columns: the first stage of the weight gradients of long rows."""
+    """The first stage of the weight gradients of long rows. A program sums a share of the rows in a block of columns."""
     share = tl.program_id(1).to(tl.int64)
     col = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -236,12 +235,12 @@ def reduce_kernel(
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def block_of(n):
-    """BLOCK of the kernels that keep rows of n whole."""
+    """BLOCK of the kernels that keep whole rows of n elements."""
     return max(triton.next_power_of_2(n), 16)
 
 
 def begin_forward(norm):
-    """The start of the forward's kernel, of the tensors that kernels/shared/row_norm.py names."""
+    """A function that starts the forward's kernel. kernels/shared/row_norm.py lists its tensors."""
     device, dtype, rows, n, strides = norm.device, norm.dtype, norm.rows, norm.n, (norm.x_stride, norm.residual_stride)
     flags = {"HAS_RESIDUAL": norm.residual, "HAS_BIAS": norm.bias, "SAVE": norm.save, "CENTRED": norm.centred}
     if tile := tiles.find("row_norm_forward", device, dtype, n):
@@ -254,9 +253,9 @@ def begin_forward(norm):
 
 
 def begin_backward(norm):
-    """The start of the backward's kernels, likewise."""
+    """A function that starts the backward's kernels, likewise."""
     device, dtype, rows, n, x_stride = norm.device, norm.dtype, norm.rows, norm.n, norm.x_stride
-    # Multiply and add stay apart, else g - mean(g) is not exactly zero at N = 1; memory sets the time anyway.
+    # With fused multiply-adds g - mean(g) is not exactly zero at N = 1. Memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
     tile = tiles.find("row_norm_backward", device, dtype, n)
     long = tile is None

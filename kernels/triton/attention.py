@@ -1,4 +1,4 @@
-"""attention in Triton: which tiles and how many warps, and the launches of the kernels in _attention_*.py."""
+"""attention in Triton: launches the kernels of _attention_*.py with the tiles and warps of pyfused.tiles."""
 
 import math
 
@@ -18,12 +18,12 @@ from ._attention_grad_query import grad_query_kernel
 from ._launch import starter
 
 _LOG2E = math.log2(math.e)
-_PACK_ROWS = 16  # query rows of a group of heads that share a key head are packed into one tile up to this many
-_MOST_CHUNKS = 64  # that combine_kernel adds up
+_PACK_ROWS = 16  # heads that share a key head share one query tile while it has at most this many rows
+_MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
 
 
 def _dropout(a):
-    """keep_scale, and the threshold of kernels/reference/_philox as the bits of an int32."""
+    """(keep_scale, threshold): the threshold is the one of kernels/reference/_philox, as the bits of an int32."""
     if a.seed is None:
         return 1.0, 0
     threshold = min(round(a.dropout_p * 2**32), 2**32 - 1)
@@ -31,7 +31,7 @@ def _dropout(a):
 
 
 def _in_units(scale, dtype):
-    """The factor that takes query key^T to the units of _attention_tiles.in_units."""
+    """The factor that turns query key^T into the units of _attention_tiles.in_units."""
     return scale if dtype == torch.float32 else scale * _LOG2E
 
 
@@ -40,7 +40,7 @@ def _bias_strides(attn_bias):
 
 
 def _by_distance(table, bidirectional, max_distance):
-    """The biases of a head by distance, (H, 2 * span + 1)."""
+    """(H, 2 * span + 1): the bias of each head at each distance."""
     return table.t().index_select(1, distance_buckets(bidirectional, table.shape[0], max_distance, table.device))
 
 
@@ -49,7 +49,7 @@ def _sequences(cu_seqlens: torch.Tensor | None) -> int | None:
 
 
 def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
-    """How many tiles of `block` rows the programs of one head have: see _attention_tiles.sequence_tile."""
+    """How many tiles of `block` rows one head has. Packed sequences: see _attention_tiles.sequence_tile."""
     return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
@@ -62,8 +62,8 @@ def _chunks(programs: int, key_length: int, c: tiles.Tile) -> tuple[int, int]:
 
 
 def block_c(chunks: int) -> int:
-    """BLOCK_C of combine_kernel: one of two, so that a text that grows compiles no kernel again for 2, 4, 8, ... chunks. What
-    there is no chunk for is masked and not read; 64 rows of D = 256 on four warps are 128 registers a thread."""
+    """BLOCK_C of combine_kernel, 16 or 64. With only two values, a growing text does not compile a new kernel for 2, 4, 8, ...
+    chunks. Rows without a chunk are masked and not read. 64 rows of D = 256 on four warps take 128 registers a thread."""
     return 16 if chunks <= 16 else 64
 
 
@@ -147,7 +147,7 @@ def forward(a):
 def backward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     sequences = _sequences(a.cu_seqlens)
-    # A softmax over one key is constant: its gradient is zero, exactly, and not the rounding error of dP - delta.
+    # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
     constant = sk == 1
     scalars = (0.0 if constant else a.scale, _in_units(a.scale, dtype), *_dropout(a), span(a))
     inputs = [stride for t in (a.grad_out, a.query, a.key, a.value) for stride in t.stride()[:3]]
@@ -155,7 +155,7 @@ def backward(a):
     extras, relative = (a.attn_bias is not None) + (a.seed is not None), a.bias_table is not None
     c = config("grad_query", d, dtype, device, extras, relative)
     slots = _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
-    # out comes from forward, but the registered operator may be called with any.
+    # The registered operator may be called with an `out` of any strides. launch() copies it to these.
     out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
     wants_bias, wants_table = a.wants_bias, a.wants_table
     num_buckets = triton.next_power_of_2(a.bias_table.shape[0]) if wants_table and not constant else None
@@ -193,8 +193,8 @@ def backward(a):
     )
     new_query, new_key = maker(out_like[0], dtype, out_like[1], device), maker(key_shape, dtype, key_strides, device)
     new_delta = maker((b, h, sq), torch.float32, None, device)
-    # Tiles that no query may see are skipped, so their zeros must be there already. So are those of a sequence's last slot
-    # where it has no tile, and then no program that writes.
+    # The kernels skip tiles that no query may see, so grad_bias must start as zeros there. With cu_seqlens, spare slots have
+    # no tile and write nothing, so the sums must start as zeros too.
     new_bias = torch.zeros if a.is_causal or a.padding_mask is not None else torch.empty
     new_sums = torch.empty if a.cu_seqlens is None else torch.zeros
     bidirectional, max_distance = a.bidirectional, a.max_distance

@@ -3,19 +3,19 @@
 Three ways, all with float32 accumulation (float32 inputs multiply in float32, not TF32):
 
 1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few
-   rows of a weight matrix; where those are too few programs to fill the chip, K is split over programs too, and the
+   rows of a weight matrix. If that gives too few programs to fill the chip, K is split over programs too, and the
    partial sums are added in a fixed order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches
    of about 1.3 us in a CUDA graph. Not yet measured.
-2. More rows, only when the Triton backend is forced: two products in tiles, bias, activation and residual in their
-   epilogues, tiles in groups so that a group's weights stay in the L2. It saves the activation's pass over (R, F),
-   4 R F bytes of 16-bit data: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at
+2. More rows, only when the Triton backend is forced: two tiled products with bias, activation and residual in their
+   epilogues. Tiles run in groups, so a group's weights stay in the L2. This saves the activation's pass over (R, F),
+   4 R F bytes in 16 bits: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at
    800 TFLOP/s) at N = M = 768. Not yet measured.
-3. More rows by default: declined_forward() hands them to the library products (cuBLAS) of kernels/reference. A Triton
-   product reaches about 80% of cuBLAS on an H100, which costs more than the pass it saves. That is an expectation from
-   published numbers: not yet measured here.
+3. More rows by default: declined_forward() hands them to the library products (cuBLAS) of kernels/reference. Published
+   numbers give a Triton product about 80% of cuBLAS's speed on an H100. That costs more than the saved pass. Not yet
+   measured here.
 
-Backward: library products around one kernel that reads `pre` and the gradient of the inner activations and gives the
-inner activations and grad_pre: one pass of 8 R F bytes in 16 bits instead of two.
+Backward: library products around one kernel. It reads `pre` and the gradient of the inner activations and writes the inner
+activations and grad_pre: one pass of 8 R F bytes in 16 bits instead of two.
 """
 
 import math
@@ -40,7 +40,7 @@ def _finish(
     total, row, col, live, bias_ptr, residual_ptr, y_ptr, pre_ptr, n, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a product: y = activation(total + bias) + residual; row (., 1) in int64, col (1, .)."""
+    """The epilogue of a product: y = activation(total + bias) + residual. row is int64 (., 1), col is (1, .)."""
     if HAS_BIAS:
         total += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)
     if SAVE:
@@ -58,8 +58,8 @@ def _linear_kernel(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y (rows, n) = activation(x (rows, k) w (n, k)^T + bias) + residual, a tile a program."""
-    # GROUP tiles of rows go through the columns together: their x and the columns' w are read from the L2.
+    """y (rows, n) = activation(x (rows, k) w (n, k)^T + bias) + residual, one tile per program."""
+    # GROUP tiles of rows go through the columns together, so x and w come from the L2.
     high, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
     first = program // (GROUP * wide) * GROUP
@@ -68,7 +68,7 @@ def _linear_kernel(
     row = (first + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = within // group * BLOCK_N + tl.arange(0, BLOCK_N)
     deep = tl.arange(0, BLOCK_K)
-    # Rows past the end wrap round instead of a mask in the loop; nothing of theirs is stored.
+    # Rows past the end wrap round, so the loop needs no mask for them. They are not stored.
     x_at = x_ptr + (row % rows).to(tl.int64)[:, None] * x_stride + deep[None, :]
     w_at = w_ptr + (col % n).to(tl.int64)[None, :] * w_stride_n + deep.to(tl.int64)[:, None] * w_stride_k
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -94,14 +94,14 @@ def _stream_kernel(
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same product for rows <= ROWS; with SPLIT, the part of it from `share` values of k, in float32."""
+    """The same product for rows <= ROWS. With SPLIT, a float32 partial sum over `share` values of k."""
     part = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     deep = tl.arange(0, BLOCK_K)
     end = tl.minimum(part * share + share, k)
     w_ptr += (col % n).to(tl.int64)[:, None] * w_stride_n
-    if ROWS == 1:  # no matrix unit has a use: products stay apart until the end
+    if ROWS == 1:  # a matrix unit has no use here; the products are summed at the end
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in range(part * share, end, BLOCK_K):
             at = start + deep
@@ -134,7 +134,7 @@ def _combine_kernel(
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts (parts, rows, n) of one row in order, then the epilogue."""
+    """Adds the parts (parts, rows, n) of one row in order, then runs the epilogue."""
     row = tl.program_id(1).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     col = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     live = col < n
@@ -149,7 +149,7 @@ def _combine_kernel(
 
 @triton.jit
 def _activation_backward_kernel(pre_ptr, grad_ptr, inner_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """inner = activation(pre); grad, which holds the gradient of inner, becomes that of pre."""
+    """inner = activation(pre). Replaces the gradient of inner in `grad` by the gradient of pre."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pre = tl.load(pre_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=at < size, other=0.0).to(tl.float32)
@@ -165,7 +165,7 @@ def stream_rows(rows):
 
 
 def share(n, k, tile):
-    """How many values of k a program of a stream kernel takes, so that there are about as many as fill the chip."""
+    """How many values of k a program of a stream kernel takes. The number of programs then about fills the chip."""
     deep = tile.options["BLOCK_K"]
     blocks = triton.cdiv(k, deep)
     split = min(max(tile.programs // triton.cdiv(n, tile.options["BLOCK_N"]), 1), blocks)
@@ -173,11 +173,11 @@ def share(n, k, tile):
 
 
 def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, save, dtype=None):
-    """A function of (x, w, bias, residual) that returns activation(x w^T + bias) + residual, and the same before the
-    activation if `save`.
+    """A function of (x, w, bias, residual). It returns (y, pre): y = activation(pre) + residual with pre = x w^T + bias. pre is
+    None without `save`.
 
-    x (*outer, k) with x_stride from row to row, w (n, k), residual (*outer, n) where residual_stride is not None. The result
-    (*outer, n) has w's dtype or another one.
+    x is (*outer, k) with x_stride from row to row, w is (n, k). residual is (*outer, n), or None if residual_stride is None.
+    y is (*outer, n) and has `dtype`, by default w's.
     """
     (n, k), rows, device = w.shape, math.prod(outer), w.device
     strides = (x_stride, *w.stride(), residual_stride or 0)

@@ -1,14 +1,14 @@
 """fourier_mix in Triton: y[s, n] = sum over a, b of x[a, b] cos(2 pi (s a / S + n b / N)) as two products with matrices of
 cas(t) = cos(t) + sin(t), the kernel of the Hartley transform.
 
-y depends on the even part of x alone, e[a, b] = (x[a, b] + x[-a, -b]) / 2. With v[a, n] the sum over b of e[a, b] cas(2 pi
-n b / N), w[-a, k] = v[a, k] and w[a, k] = v[a, -k]: rows 0 .. S / 2 of e give all of w, (B, S, N / 2 + 1) in float32. Then
-y[s, k] = y[-s, -k] = sum over a of cas(2 pi s a / S) w[a, k].
+y depends only on the even part of x, e[a, b] = (x[a, b] + x[-a, -b]) / 2. Let v[a, n] be the sum over b of e[a, b] cas(2 pi
+n b / N). Then w[-a, k] = v[a, k] and w[a, k] = v[a, -k], so rows 0 .. S / 2 of e give all of w, (B, S, N / 2 + 1) in float32.
+Finally y[s, k] = y[-s, -k] = sum over a of cas(2 pi s a / S) w[a, k].
 
-Work: (S N^2 + S^2 N) / 2 multiply-adds a sample, 0.5 GFLOP at 512 x 768 against 9 MFLOP of an FFT; no length is awkward.
-An entry of a matrix is looked up by (i j) mod the length in a table of one period, which stays in L1, so that no matrix is
-kept for each length that a server meets. The products are float32 throughout: the tolerance rule allows 3e-7 of the largest
-value, which float32 sums meet only when compensated, and no accumulator of a tensor core is known to.
+Work: (S N^2 + S^2 N) / 2 multiply-adds a sample, 0.5 GFLOP at 512 x 768. An FFT takes 9 MFLOP, but here no length is awkward.
+No matrix is kept per length: entry (i, j) is looked up at (i j) mod the length in a table of one period, which stays in L1.
+The products are float32 throughout. The tolerance rule allows 3e-7 of the largest value. Float32 sums meet it only when
+compensated, and no tensor core's accumulator is known to meet it.
 """
 
 import torch
@@ -25,7 +25,7 @@ from ._launch import GRID_LIMITS, starter
 # ---- kernels --------------------------------------------------------------------------------------------------------
 @triton.jit
 def _add(total, lost, term):
-    """total + term with what rounding lost, for the next addition (Kahan 1965): long plain sums miss torch.fft's error."""
+    """(total + term, its rounding error for the next addition) (Kahan 1965). Long plain sums miss torch.fft's error."""
     term = term - lost
     larger = total + term
     return larger, (larger - total) - term
@@ -67,7 +67,7 @@ def _features_kernel(
     w = w_ptr + batch * S * kept
     stored = (item < items)[:, None] & (n < kept)[None, :]
     tl.store((w + minus.to(tl.int64) * kept)[:, None] + n[None, :], v, mask=stored)
-    # A row that is its own mirror has been stored: a second value, rounded otherwise, must not race with the first.
+    # A row that is its own mirror is stored already. A second value, rounded differently, must not race with the first.
     stored = ((item < items) & (minus != a))[:, None] & (n < N)[None, :] & (minus_n < kept)[None, :]
     tl.store((w + a.to(tl.int64) * kept)[:, None] + minus_n[None, :], v, mask=stored)
 
@@ -110,7 +110,7 @@ def _cas(n):
 
 
 def _tiles(device):
-    """Of the two kernels."""
+    """The tiles of _features_kernel and _sequence_kernel."""
     return tuple(tiles.find(f"fourier_mix_{kernel}", device).options for kernel in ("features", "sequence"))
 
 

@@ -3,19 +3,19 @@
 Two ways, both with float32 accumulation (float32 inputs multiply in float32, not TF32):
 
 1. R <= 16 rows, decoding: bound by the weights, 2 F (2 N + M) bytes in 16 bits, each read once. A program streams the
-   same few rows of w_gate and w_up, so that the activation and the product are in its epilogue; where those are too few
-   programs to fill the chip, K is split over programs too, and the partial sums are added in a fixed order. The second
-   product is ffn's. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches. Not yet measured.
-2. More rows: the library's products (cuBLAS), as in ffn, around one kernel that reads gate and up and writes the hidden
-   features: 6 R F bytes in 16 bits, where plain PyTorch's activation and product move 10. Not yet measured.
+   same few rows of w_gate and w_up, so its epilogue does the activation and the product. If that gives too few programs
+   to fill the chip, K is split over programs too, and the partial sums are added in a fixed order. The second product is
+   ffn's. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches. Not yet measured.
+2. More rows: the library's products (cuBLAS), as in ffn. Between them one kernel reads gate and up and writes the hidden
+   features: 6 R F bytes in 16 bits. Plain PyTorch's activation and product move 10 R F. Not yet measured.
 
-float16, where activation(gate) * up may not fit: the hidden features of a row are divided by a power of two that brings
-the largest below 2^15, and is 1 unless they need it; the second product leaves float32 sums, which are multiplied by it
-again before the residual is added. Numbers far below a row's largest lose digits only from its 2^-29th on.
+In float16 activation(gate) * up may not fit. Each row of hidden features is divided by a power of two that brings its
+largest below 2^15; it is 1 if the row fits. The second product gives float32 sums. They are multiplied by that power before
+the residual is added. Only numbers below 2^-29 of a row's largest lose digits.
 
-Backward: library products around one kernel that reads gate, up and the gradient of the hidden features and gives the
-hidden features, in float32 for float16 inputs, and the gradients of gate and up. w_out's gradient is then a float32
-product too: float16 training is right, bfloat16 training is what is fast.
+Backward: library products around one kernel. It reads gate, up and the gradient of the hidden features. It writes the hidden
+features (float32 for float16 inputs) and the gradients of gate and up. w_out's gradient is then a float32 product too:
+float16 training is right, bfloat16 training is fast.
 """
 
 import math
@@ -39,7 +39,7 @@ def _finish(
     gate, up, at, live, gate_ptr, up_ptr, hidden_ptr,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Stores gate and up with FACTORS, activation(gate) * up with HIDDEN."""
+    """With FACTORS stores gate and up. With HIDDEN stores activation(gate) * up."""
     if FACTORS:
         tl.store(gate_ptr + at, gate, mask=live)
         tl.store(up_ptr + at, up, mask=live)
@@ -54,7 +54,7 @@ def stream_kernel(
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """gate and up (rows, n), rows <= ROWS; with SPLIT, the part of both from `share` values of k, in float32."""
+    """gate and up (rows, n), rows <= ROWS. With SPLIT, float32 partial sums over `share` values of k."""
     part = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
@@ -62,7 +62,7 @@ def stream_kernel(
     end = tl.minimum(part * share + share, k)
     w_gate_ptr += (col % n).to(tl.int64)[:, None] * w_gate_stride_n
     w_up_ptr += (col % n).to(tl.int64)[:, None] * w_up_stride_n
-    if ROWS == 1:  # no matrix unit has a use: products stay apart until the end
+    if ROWS == 1:  # a matrix unit has no use here; the products are summed at the end
         gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in range(part * share, end, BLOCK_K):
@@ -102,7 +102,7 @@ def combine_kernel(
     partial_ptr, gate_ptr, up_ptr, hidden_ptr, parts, rows, n,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts (parts, 2, rows, n) of one row in order, then the epilogue."""
+    """Adds the parts (parts, 2, rows, n) of one row in order, then runs the epilogue."""
     row = tl.program_id(1).to(tl.int64)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = col < n
@@ -128,7 +128,7 @@ def gate_kernel(gate_ptr, up_ptr, hidden_ptr, size, ACTIVATION: tl.constexpr, BL
 def gate_scaled_kernel(
     gate_ptr, up_ptr, hidden_ptr, scale_ptr, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """hidden * scale = activation(gate) * up, a row a program; scale is a power of two, 1 or more."""
+    """hidden * scale = activation(gate) * up, one row per program. scale is a power of two, 1 or more."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -137,12 +137,12 @@ def gate_scaled_kernel(
         gate = tl.load(gate_ptr + at, mask=start + col < n, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + at, mask=start + col < n, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(activate(gate, ACTIVATION) * up))
-    # The largest is below 2^(exponent - 126): what brings that to 2^15 is 2^(exponent - 141).
+    # The largest is below 2^(exponent - 126). Dividing by 2^(exponent - 141) brings it below 2^15.
     exponent = tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23
     surplus = tl.maximum(exponent - 141, 0)
     down = ((127 - surplus) << 23).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + row, ((127 + surplus) << 23).to(tl.float32, bitcast=True))
-    for start in range(0, n, BLOCK):  # again, from the L2
+    for start in range(0, n, BLOCK):  # the second read comes from the L2
         at = row * n + start + col
         gate = tl.load(gate_ptr + at, mask=start + col < n, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + at, mask=start + col < n, other=0.0).to(tl.float32)
@@ -153,7 +153,7 @@ def gate_scaled_kernel(
 def unscale_kernel(
     sums_ptr, scale_ptr, residual_ptr, y_ptr, n, residual_stride, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """y = sums * scale (+ residual), a block of a row a program: grid (rows * blocks), as only its first axis takes more than
+    """y = sums * scale (+ residual), one block of a row per program. Grid (rows * blocks): only the first axis takes more than
     65,535."""
     blocks = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -183,15 +183,15 @@ def gradients_kernel(
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def _wide_product(a, b):
-    """a @ b, of float16 matrices in float32: from the tensor cores on a GPU."""
+    """a @ b. For float16 matrices the result is float32; a GPU uses its tensor cores."""
     if a.dtype != torch.float16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
-    """A function of (x, w_gate, w_up) that returns (gate, up, hidden), each (*outer, F) for at most FEW_ROWS rows: the first
-    two with `factors`, the third with `hidden`, else None."""
+    """A function of (x, w_gate, w_up) for at most FEW_ROWS rows. It returns (gate, up, hidden), each (*outer, F). gate and up
+    are None without `factors`, hidden is None without `hidden`."""
     (n, k), rows, dtype, device = w_gate.shape, math.prod(outer), w_gate.dtype, w_gate.device
     flags = {"ACTIVATION": activation, "FACTORS": factors, "HIDDEN": hidden}
     precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
@@ -226,8 +226,8 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
 
 
 def _prepare_scaled(outer, f, activation, device):
-    """A function of float16 factors gate and up (*outer, F) that returns (hidden, scale): hidden * scale[:, None] =
-    activation(gate) * up."""
+    """A function of float16 gate and up (*outer, F). It returns (hidden, scale) with hidden * scale[:, None] = activation(gate)
+    * up."""
     rows, tile = math.prod(outer), tiles.find("gated_ffn_gate_scaled", device, size=f).options
     start = starter(gate_scaled_kernel, (rows,), device, f, ACTIVATION=activation, **tile)
     new_hidden, new_scale = maker((*outer, f), torch.float16, None, device), maker((rows,), torch.float32, None, device)

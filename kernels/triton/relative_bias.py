@@ -1,8 +1,8 @@
 """relative_bias in Triton: bias[h][i][j] = table[bucket of j - i - offset][h], and the gradient of the table.
 
-Forward: writes H Sq Sk elements, reads a table that stays in L1; bound by those writes. Backward: the distances of a
-bucket are one interval, so a bucket's elements are a band along the diagonals. A program adds up one band of one head in
-ROWS rows, reading no element of another bucket, and torch adds the parts: a fixed order, bitwise repeatable.
+Forward: writes H Sq Sk elements, and these writes are the bound; the table stays in L1. Backward: a bucket's distances are
+one interval, so its elements are a band along the diagonals. A program adds up one head's band in ROWS rows and reads no
+other bucket. torch adds the parts. The order is fixed, so the result is bitwise repeatable.
 """
 
 import torch
@@ -43,7 +43,7 @@ def _backward_kernel(
     grad_ptr, buckets_ptr, part_ptr, heads, num_buckets, query_length, key_length, offset, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles * num_buckets * H), as part is: (row tiles, num_buckets, H)."""
+    """Grid (row tiles * num_buckets * H), in the order of `part`, (row tiles, num_buckets, H)."""
     program = tl.program_id(0)
     tile, bucket, head = program // heads // num_buckets, program // heads % num_buckets, program % heads
     lanes = tl.arange(0, 256)

@@ -1,10 +1,9 @@
 // What are the activations and their derivatives on a GPU, in float32? The formulas of activation.h, on one number.
 //
-// activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. Formulas are chosen so that
-// little cancels. NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits: a factor
-// x that meets a zero is bounded first, since infinity times zero is NaN. fmaf is written out, so that the host's
-// rounding is the GPU's. The code is the same for a whole launch: the switch costs a few cycles, and saves five kernels
-// of each.
+// activate(code, x), and activate_gradient(code, x, g) = g times the derivative at x. The formulas avoid cancellation.
+// NaN stays NaN. At infinity, and where x^2 overflows, the results are the mathematical limits. Infinity times zero is
+// NaN, so a factor x that may meet a zero is bounded first. fmaf is written out, so the host rounds like the GPU. A
+// launch has one code: the switch costs a few cycles and saves a copy of each kernel per activation.
 #pragma once
 
 #include "pyfused/activation_codes.h"
@@ -12,7 +11,7 @@
 
 namespace pyfused {
 
-// x, kept within the numbers beyond which every activation is at its limit in float32; NaN stays NaN.
+// Bounds for x. Beyond them every activation is at its limit in float32. NaN stays NaN.
 constexpr float kFar = 128.0f;
 __device__ inline float not_below(float x) { return x < -kFar ? -kFar : x; }
 __device__ inline float bounded(float x) { return x > kFar ? kFar : not_below(x); }
@@ -21,7 +20,7 @@ __device__ inline float bounded(float x) { return x > kFar ? kFar : not_below(x)
 struct Logistic {
   float s, rest;
   __device__ explicit Logistic(float z) {
-    // Their sum is 1 in every bit: where silu's derivative is near its zero, errors of both would not cancel otherwise.
+    // Their sum is exactly 1. Otherwise their errors would not cancel near the zero of silu's derivative.
     const float e = expf(-fabsf(z)), far = e / (1.0f + e), near = 1.0f - far;
     s = z < 0 ? far : near;
     rest = z < 0 ? near : far;

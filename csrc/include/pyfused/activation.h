@@ -1,9 +1,9 @@
 // Which activations are there, and what are their derivatives? Each takes one exponential and one division at most.
 //
-// value(x), and gradient(x, g) = g times the derivative at x. Formulas are chosen so that little cancels: errors stay
-// within a few float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN. At infinity, and where x^2
-// overflows, the results are the mathematical limits: a factor x that meets a zero is bounded first, since infinity
-// times zero is NaN. Results below 1e-36 may be 0.
+// value(x), and gradient(x, g) = g times the derivative at x. The formulas avoid cancellation: errors stay within a few
+// float32 roundings (tests/ops/test_ffn.py walks a dense grid). NaN stays NaN. At infinity, and where x^2 overflows,
+// the results are the mathematical limits. Infinity times zero is NaN, so a factor x that may meet a zero is bounded
+// first. Results below 1e-36 may be 0.
 #pragma once
 
 #include "activation_codes.h"
@@ -24,7 +24,7 @@ namespace pyfused::PYFUSED_ISA {
 
 PYFUSED_INLINE vfloat magnitude(vfloat x) { return bits_as<vfloat>(bits_as<vuint>(x) & 0x7fffffffu); }
 
-// x, kept within the numbers beyond which every activation is at its limit in float32; NaN stays NaN.
+// Bounds for x. Beyond them every activation is at its limit in float32. NaN stays NaN.
 constexpr float kFar = 128.0f;
 PYFUSED_INLINE vfloat not_below(vfloat x) { return max(splat(-kFar), x); }
 PYFUSED_INLINE vfloat bounded(vfloat x) { return min(splat(kFar), not_below(x)); }
@@ -33,7 +33,7 @@ PYFUSED_INLINE vfloat bounded(vfloat x) { return min(splat(kFar), not_below(x));
 struct Logistic {
   vfloat s, rest;
   PYFUSED_INLINE explicit Logistic(vfloat z) {
-    // Their sum is 1 in every bit: where silu's derivative is near its zero, errors of both would not cancel otherwise.
+    // Their sum is exactly 1. Otherwise their errors would not cancel near the zero of silu's derivative.
     const vfloat e = exp(-magnitude(z)), far = e / (splat(1.0f) + e), near = splat(1.0f) - far;
     s = z < vfloat{} ? far : near;
     rest = z < vfloat{} ? near : far;
@@ -59,7 +59,7 @@ struct Silu {  // x s(x)
 };
 
 struct Tanh {
-  // Below 0.625 the odd polynomial of Cephes' tanhf, where 1 - 2 / (e^2x + 1) would cancel.
+  // Below 0.625 1 - 2 / (e^2x + 1) would cancel, so the odd polynomial of Cephes' tanhf is used.
   static PYFUSED_INLINE vfloat value(vfloat x) {
     const vfloat a = magnitude(x), z = x * x;
     vfloat p = splat(-5.70498872745e-3f);

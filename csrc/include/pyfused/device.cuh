@@ -1,5 +1,5 @@
 // What does every CUDA kernel need, whatever the operator? Vectors of 16 bytes, conversions, reductions in fixed order.
-// Framework-free. Kernels are started with PYFUSED_LAUNCH only, so that a host shim can run the same source.
+// Framework-free. All kernels start with PYFUSED_LAUNCH, so a host shim can run the same source.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
-// What a host compiler cannot parse: a launch, and the block's dynamic shared memory, PYFUSED_SHARED_BYTES(name).
-// The host shim has its own of both.
+// A host compiler cannot parse a launch or the block's dynamic shared memory, PYFUSED_SHARED_BYTES(name). The host shim
+// defines its own versions of both.
 #ifndef PYFUSED_CUDA_ON_CPU
 #define PYFUSED_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, (cudaStream_t)(stream)>>>(__VA_ARGS__)
@@ -44,7 +44,7 @@ template <> __device__ inline float narrow<float>(float v) { return v; }
 template <> __device__ inline __half narrow<__half>(float v) { return __float2half_rn(v); }
 template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
-// V elements that one instruction loads: V * sizeof(T) is 16 where the launcher found everything aligned, else V is 1.
+// V elements that one instruction loads. V * sizeof(T) is 16 if the launcher found everything aligned; else V is 1.
 template <class T, int V> struct alignas(V * sizeof(T)) Pack {
   T at[V];
 };
@@ -67,14 +67,14 @@ __device__ inline float fast_exp2(float x) {
 #endif
 }
 
-// The sum over a warp, the same in every lane: each step adds the same two values in both of its lanes.
+// The sum over a warp. Every lane gets the same bits, because both lanes of a step add the same two values.
 __device__ inline float warp_sum(float v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
   return v;
 }
 
-// The sum over a block of whole warps; every thread calls it and gets it. `scratch` holds a float for each warp.
+// The sum over a block of whole warps. Every thread calls it and gets the sum. `scratch` holds a float for each warp.
 __device__ inline float block_sum(float v, float* scratch) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   v = warp_sum(v);

@@ -1,18 +1,18 @@
-// How do up to 16 rows meet a weight matrix at the speed of memory? y = activation(x W^T + bias) + residual, and the
+// How are up to 16 rows multiplied by a weight matrix at memory speed? y = activation(x W^T + bias) + residual, and the
 // gated activation(x W^T) * (x U^T), for linear.cu and gated_ffn.cu; x (R, K), W and U (N, K). Not yet measured.
 //
-// Every weight is read once, 16 bytes a lane, past the L1; 3 TB/s at 700 ns need 2 MB under way, 16 KB on each of 132
-// multiprocessors, so a warp asks for 2 to 4 KB before it uses the first of it. x comes from the L1, where all
-// warps of a block find it. `splits` warps of a block share the sums of the same features, a stretch of K each, and
-// add them up in shared memory in a fixed order: few features fill the chip too, and the result repeats bit by bit.
+// Every weight is read once, 16 bytes a lane, past the L1. 3 TB/s at 700 ns need 2 MB under way, 16 KB on each of 132
+// multiprocessors, so a warp requests 2 to 4 KB before it uses the first. All warps of a block find x in the L1.
+// `splits` warps of a block share the sums of the same features. Each takes a stretch of K, and they add up in shared
+// memory in a fixed order. So few features fill the chip too, and the result is bitwise repeatable.
 //
-// One row or two: CUDA cores. A warp owns 4 columns (a feature each; gated: 2 features, a gate and an up column), and
-// each of x's elements that a lane widens serves all 4. A 16-bit weight costs R FMAs and a conversion: at 3 TB/s, 1.5 T
-// weights/s, that is 18% of the FMA rate (28.7 T/s) at 2 rows, 31% at 4, but over 85% at 16.
-// So 3 to 16 rows of 16 bits go to the tensor cores: x is mma's a (16 rows), W its b (8 columns); 8, 16 or 32 columns a
-// warp. K's order inside a product is free, so a lane takes 8 neighbours in K with one access, as pairs of two products
-// for W and x alike: no shared memory, no ldmatrix. 5% of the tensor cores' rate.
-// float32 stays on the CUDA cores, 16 rows too: 0.75 T weights/s times 16 are 42% of the FMA rate.
+// One or two rows run on the CUDA cores. A warp owns 4 columns (4 features; gated: a gate and an up column for each of
+// 2 features). A lane widens an element of x once for all 4. A 16-bit weight costs R FMAs and a conversion. At 3 TB/s,
+// 1.5 T weights/s, that is 18% of the FMA rate (28.7 T/s) at 2 rows, 31% at 4, but over 85% at 16.
+// So 3 to 16 rows of 16 bits go to the tensor cores: x is mma's a (16 rows), W is its b (8 columns), and a warp has 8,
+// 16 or 32 columns. A product may take K in any order, so a lane reads 8 neighbours in K of W and x with one access and
+// uses them in two products: no shared memory, no ldmatrix. This takes 5% of the tensor cores' rate.
+// float32 stays on the CUDA cores even with 16 rows: 0.75 T weights/s times 16 are 42% of the FMA rate.
 #pragma once
 
 #include "pyfused/activation.cuh"
@@ -22,33 +22,33 @@
 namespace pyfused {
 
 constexpr int kFewRows = 16;
-constexpr int kTensorWarps = 16;  // of a block at most, on the tensor cores
-constexpr int kColumns = 4;       // of a warp on the CUDA cores
-constexpr int kWindow = 32;       // values of K that a warp takes with one access on the tensor cores
+constexpr int kTensorWarps = 16;  // most warps of a block on the tensor cores
+constexpr int kColumns = 4;       // columns of a warp on the CUDA cores
+constexpr int kWindow = 32;       // values of K that a warp reads with one access on the tensor cores
 constexpr int kWarpsWanted = 132 * 16;  // a constant, so that the splits depend on the shape alone
 
-// Warps of a block at most: 16 leave a thread 128 registers, and the sums of 5 to 16 rows on CUDA cores need more.
+// The most warps of a block. 16 leave a thread 128 registers; the sums of 5 to 16 rows on CUDA cores need more.
 constexpr int most_warps(int rows) { return rows > 4 ? 8 : 16; }
-// Two such blocks on a multiprocessor where their registers do not spill for it: not with 16 rows of float beside half.
+// Two such blocks on a multiprocessor unless their registers would spill: with 16 rows of float x and half weights.
 template <class T, class X> constexpr int blocks_wanted(int rows) {
   return rows > 4 && (rows < 16 || sizeof(T) == sizeof(X)) ? 2 : 1;
 }
 
-// X: what x is held in (float beside half weights: an fp16 gated hidden row may exceed fp16). Y: likewise the result.
+// X is the type of x, Y of the result. X is float beside half weights if x is gated_ffn's hidden row, which may exceed fp16.
 template <class T, class X, class Y> struct FewRows {
   const X* x;
   const T *weight, *up, *bias, *residual;  // up: gated only; bias and residual may be null
   Y* y;
-  T *pre, *pre_up;  // what the activation is applied to, and up's column: kept for a backward, or null
+  T *pre, *pre_up;  // the activation's argument and up's column, kept for a backward; or null
   int rows, n, k, activation;
   int64_t x_stride, weight_stride, up_stride, residual_stride;
-  int splits, share;  // warps that share a column's sum, and K's stretch of each: set by few_rows()
+  int splits, share;  // warps that share a column's sum, and each one's stretch of K; set by few_rows()
 };
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 namespace {
 
-// A weight is read once: it takes no place in the L1, and the L2 fetches the whole line.
+// A weight is read once, so it bypasses the L1 and the L2 fetches the whole line.
 template <int V, class T> __device__ Pack<T, V> load_once(const T* p) {
 #ifndef PYFUSED_CUDA_ON_CPU
   if constexpr (V * sizeof(T) == 16) {
@@ -64,8 +64,8 @@ template <int V, class T> __device__ Pack<T, V> load_once(const T* p) {
   return load<V>(p);
 }
 
-// The sum over the warp of each of COUNT values (a power of two, 32 at most): lane l gets that of v[l * COUNT / 32].
-// Each step halves what a lane still holds: COUNT - 1 shuffles and a few, instead of 5 COUNT. Overwrites v.
+// Sums each of COUNT values over the warp (COUNT: a power of two, at most 32). Lane l gets the sum of v[l * COUNT / 32].
+// Each step halves the values a lane holds: COUNT - 1 shuffles and a few, instead of 5 COUNT. Overwrites v.
 template <int COUNT, int OFFSET = kWarp / 2> __device__ float spread_sum(float* v) {
   if constexpr (COUNT > 1) {
     const bool upper = threadIdx.x & OFFSET;
@@ -81,7 +81,7 @@ template <int COUNT, int OFFSET = kWarp / 2> __device__ float spread_sum(float* 
   else return v[0];
 }
 
-// The row of W or U of a warp's column; columns beyond the last feature repeat it and are dropped in the end.
+// The row of W or U for a warp's column. Columns past the last feature repeat it and are dropped in the end.
 template <int COLS, bool GATED, class A> __device__ auto weight_row(const A& a, int first, int column) {
   constexpr int FEATURES = GATED ? COLS / 2 : COLS;
   const int feature = min(first + column % FEATURES, a.n - 1);
@@ -116,12 +116,12 @@ __device__ void finish(const FewRows<T, X, Y>& a, const float* sums) {
   }
 }
 
-// On the CUDA cores; AHEAD accesses to each column are under way before the first is used.
+// Runs on the CUDA cores. AHEAD accesses to each column are under way before the first is used.
 template <class T, class X, class Y, int V, int ROWS, bool GATED>
 __global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(ROWS))
     stream_kernel(FewRows<T, X, Y> a) {
   constexpr int AHEAD = ROWS <= 4 ? 2 : 1, SUMS = ROWS * kColumns;
-  constexpr int X_V = V * sizeof(X) > 16 ? 16 / sizeof(X) : V;  // of one access to x
+  constexpr int X_V = V * sizeof(X) > 16 ? 16 / sizeof(X) : V;  // elements of one access to x
   __shared__ float sums[most_warps(ROWS) * SUMS];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int group = blockIdx.x * (blockDim.x / kWarp / a.splits) + warp / a.splits;
@@ -143,11 +143,11 @@ __global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(
       if (const int at = start + i * kWarp * V; at < end)
 #pragma unroll
         for (int half = 0; half < V; half += X_V) {
-          const X* row = a.x + at + half;  // walks on: sixteen addresses would fill 32 registers
+          const X* row = a.x + at + half;  // one moving pointer: sixteen addresses would fill 32 registers
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
             const Pack<X, X_V> x = load<X_V>(row);
-            if (r + 1 < a.rows) row += a.x_stride;  // rows beyond the last repeat it and are dropped in the end
+            if (r + 1 < a.rows) row += a.x_stride;  // rows past the last repeat it and are dropped in the end
 #pragma unroll
             for (int j = 0; j < X_V; ++j)
 #pragma unroll
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(most_warps(ROWS) * kWarp, blocks_wanted<T, X>(
   finish<ROWS, kColumns, GATED>(a, sums);
 }
 
-// On the tensor cores: TILES tiles of 8 columns a warp. Lane l, g = l / 4, t = l % 4, holds values 8 t to 8 t + 7 of a
-// window of K, of x's rows g and g + 8 and of column g: pairs 0 and 1 go into one product, 2 and 3 into another.
+// Runs on the tensor cores, with TILES tiles of 8 columns per warp. Lane l = 4 g + t holds values 8 t to 8 t + 7 of a
+// window of K, for x's rows g and g + 8 and for column g. Pairs 0 and 1 go into one product, pairs 2 and 3 into another.
 template <class T, class Y, int TILES, bool TALL, bool GATED>
 __global__ void __launch_bounds__(kTensorWarps* kWarp) tensor_kernel(FewRows<T, T, Y> a) {
   constexpr int V = 8, COLS = TILES * 8, ROWS = TALL ? 16 : 8, AHEAD = TILES == 4 ? 2 : 4;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kTensorWarps* kWarp) tensor_kernel(FewRows<T, 
         if (TALL) x8[i] = load<V>(high + at);
       }
     }
-    __syncwarp();  // else the compiler puts some of the loads behind the first products, which wait for the others
+    __syncwarp();  // otherwise the compiler moves some loads behind the first products, and those wait for the others
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       uint32_t p[4], q[4];
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kTensorWarps* kWarp) tensor_kernel(FewRows<T, 
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-// Splits K in pieces of `step` over the warps of a block while the chip is not full, and launches.
+// Launches. While the chip is not full, K is split in pieces of `step` over the warps of a block.
 template <class Kernel, class A>
 void launch_few_rows(Kernel* kernel, A a, int64_t features, int64_t step, int most, std::uintptr_t stream) {
   const int64_t groups = up(a.n, features), pieces = up(a.k, step);
@@ -242,7 +242,7 @@ void tensor_rows(const FewRows<T, T, Y>& a, std::uintptr_t stream) {
   launch_few_rows(kernel, a, features, kWindow, kTensorWarps, stream);
 }
 
-// Wide tiles save reading x again for every tile; narrow ones give every multiprocessor a tile.
+// Wide tiles read x less often. Narrow tiles give every multiprocessor a tile.
 template <bool GATED, class T, class Y> void tensor_tiles(const FewRows<T, T, Y>& a, std::uintptr_t stream) {
   const int64_t columns = (GATED ? 2 : 1) * (int64_t)a.n;
   if (columns >= 32 * 2 * 132) return tensor_rows<4, GATED>(a, stream);

@@ -1,15 +1,15 @@
-// How does y = x W^T + b run on a CPU? Two kernels that read W as nn.Linear stores it, row by row, and never pack it.
+// How does y = x W^T + b run on a CPU? Two kernels read W row by row, as nn.Linear stores it, and never pack it.
 //
-// gemv, few rows of x: dot products, MB rows of x times R rows of W in registers, vectors along K. W is fetched from
-//   memory once, however many rows x has, and sets the pace: K N elements. The rows of x stay in L1/L2 as float32.
-// gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth); each
-//   step broadcasts one element of 6 rows of W against the two vectors: 12 multiply-adds for 8 loads. It is the usual
-//   6x16 micro-kernel with the roles swapped, so what is packed is the small operand: 60-80 GFLOP/s of about 100.
+// gemv, few rows of x: dot products of MB rows of x with R rows of W in registers, vectors along K. W is fetched from
+//   memory once, however many rows x has. Its K N elements set the pace. The rows of x stay in L1/L2 as float32.
+// gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth). Each
+//   step multiplies one element of each of 6 rows of W by the two vectors: 12 multiply-adds for 8 loads. It is the
+//   usual 6x16 micro-kernel with the roles swapped, so the small operand is packed: 60-80 GFLOP/s of about 100.
 //   Half-precision rows of W are widened six at a time into L1, once for all panels.
 //
-// In both, the rows of W worked on together lie far apart in a block, so the block is read as a few long streams: the
-// prefetchers of one Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16), where one stream or four neighbouring rows
-// of 3 KB get 13-15. Software prefetch made every variant slower.
+// Both kernels work on rows of W that lie far apart, so a block is read as a few long streams. The prefetchers of one
+// Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16). One stream or four neighbouring rows of 3 KB get 13-15. Software
+// prefetch made every variant slower.
 //
 // A Product runs in two phases, pack and run, with a barrier between; several products can share one parallel region.
 #pragma once
@@ -24,12 +24,12 @@
 namespace pyfused::PYFUSED_ISA {
 
 constexpr int kGemvBlock = 96;      // outputs of a gemv finished together
-constexpr int kGemvUnit = 12;       // outputs that one share takes or leaves
+constexpr int kGemvUnit = 12;       // shares hold whole units of so many outputs
 constexpr int kGroup = 6;           // rows of W in the gemm's micro-kernel
 constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
 constexpr int64_t kBlockK = 384;    // a panel of 384 x 16 floats is 24 KB
-constexpr int64_t kChain = 128;     // products summed one after another in a register: longer chains lose bits
+constexpr int64_t kChain = 128;     // most products summed in one register: longer chains lose bits
 constexpr int64_t kBlockM = 128;    // rows of x: their panels for kBlockK, 192 KB, stay in L2 (512: 8% slower)
 constexpr int64_t kPairStep = 2 * kWidth;
 
@@ -37,8 +37,8 @@ constexpr int64_t kPairStep = 2 * kWidth;
 
 struct Pair { vfloat a, b; };
 
-// 2 kWidth consecutive elements as float32. For bfloat16 in the order even, odd: one load, one shift and one mask.
-// x is stored in the order of W's type, so a dot product need not know it.
+// 2 kWidth consecutive elements as float32. bfloat16 gives the even ones, then the odd ones: one load, shift and mask.
+// x is stored in the same order, so a dot product is right in either order.
 PYFUSED_INLINE Pair load_pair(const float* p) { return {load(p), load(p + kWidth)}; }
 PYFUSED_INLINE Pair load_pair(const f16* p) { return {load(p), load(p + kWidth)}; }
 PYFUSED_INLINE Pair load_pair(const bf16* p) {
@@ -54,9 +54,9 @@ template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) 
 
 // ---- one product ----------------------------------------------------------------------------------------------------
 
-// y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual; `pre`, if asked for, is the activation's argument.
+// y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual. `pre` receives the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
-// x has a type of its own where it does not fit into T, float with f16: gated_ffn's product of two float16 factors.
+// X is float for T = f16 if x does not fit into f16, as gated_ffn's product of two float16 factors.
 template <class T, class X = T> struct Product {
   const X* x;
   const T *weight, *bias, *residual;
@@ -66,8 +66,8 @@ template <class T, class X = T> struct Product {
   float* packed = nullptr;   // packed_size() floats
   float* scratch = nullptr;  // scratch_size() floats for each share
 
-  // Widening pays twice in a gemm (the rows go through L1 again), so half precision stays with gemv longer: at 16 rows
-  // 1.4 times faster, where float32 is as fast either way from 9 rows on.
+  // A gemm widens rows of W into L1 and reads them again, so half precision stays with gemv longer: 1.4 times faster at
+  // 16 rows. float32 is as fast either way from 9 rows on.
   static constexpr int64_t kGemvRows = sizeof(T) == 4 ? 8 : 16;
 
   bool by_gemv() const { return m <= kGemvRows; }
@@ -141,7 +141,7 @@ template <class T, class X = T> struct Product {
 
   // sums[i][r], rows kGemvBlock apart: the sum over k for row i and output j + r.
   void gemv_sums(int64_t j, int64_t count, float* sums) const {
-    switch (m) {  // the tile is what sixteen registers hold
+    switch (m) {  // the tile fills sixteen registers
       case 1: dots<1, 4>(j, count, sums); break;
       case 2: dots<2, 4>(j, count, sums); break;
       case 3: dots<3, 4>(j, count, sums); break;
@@ -157,7 +157,7 @@ template <class T, class X = T> struct Product {
     for (int64_t c = apart * R; c < count; ++c) every_row<MB, 1>(j + c, 0, sums + c);
   }
 
-  // R rows of W, `apart` rows from each other, with all rows of x, MB at a time: only the first MB wait for the memory.
+  // R rows of W, `apart` rows from each other, times all rows of x, MB at a time. Only the first MB wait for memory.
   template <int MB, int R> PYFUSED_INLINE void every_row(int64_t j, int64_t apart, float* sums) const {
     int64_t i = 0;
     for (; i + MB <= m; i += MB) dot_tile<MB, R>(i, j, apart, sums);
@@ -205,7 +205,7 @@ template <class T, class X = T> struct Product {
 
   // ---- gemm ---------------------------------------------------------------------------------------------------------
 
-  // A panel holds (k, width); the last is one vector wide if no more rows than that remain. Rows past m are zero.
+  // A panel holds (k, width). The last panel is one vector wide if its rows fit. Rows past m are zero.
   static int width_of(int64_t rows) { return rows > kWidth ? kPanel : kWidth; }
 
   void pack_panel(int64_t i) const {
@@ -318,14 +318,14 @@ template <class T, class X = T> struct Product {
   }
 };
 
-// Runs products, of whatever kinds, one after another in a single parallel region, each seeing what the one before wrote.
+// Runs products of any types in order in one parallel region. Each product sees the results of the one before.
 template <class... P> void run_in_order(P&... products) {
   int threads = 1;
   int64_t packed = 0, scratch = 0;
   auto most = [](auto& value, auto other) { value = other > value ? other : value; };
   ((most(threads, threads_for(products.run_items(), products.run_work())), most(packed, products.packed_size()),
     most(scratch, products.scratch_size())), ...);
-  // One allocation, on a cache line; a product packs only after every share of the one before has run.
+  // All products share one allocation: a product packs only after every share of the one before has run.
   packed = (packed + 15) / 16 * 16;
   scratch = (scratch + 15) / 16 * 16;
   void* memory = std::malloc((packed + threads * scratch) * sizeof(float) + 64);

@@ -1,9 +1,8 @@
-// How is y = x W^T + b computed for few rows where W is stored transposed, (K, N) as Hugging Face's Conv1D has it?
+// How is y = x W^T + b computed for few rows if W is stored transposed, (K, N), like the weights of Hugging Face's Conv1D?
 //
-// Row by row of what lies in memory: y[j] += x[c] stored[c][j], kStreams rows c at a time and kChunk outputs j, whose sums
-// stay in L1. The weights are fetched once, in kStreams long streams, and set the pace: K N elements. Speed relative to
-// F.linear, 768x2304, 768x3072 and 3072x768, one busy Zen 3 core: float32 1.0 at one row, 1.5 to 3 at 4, 1.3 to 1.8 at 8;
-// bfloat16 and float16, where torch has no fast product, 6 to 10 at one row, 17 to 40 at 4 and 8.
+// The stored rows are read in order: y[j] += x[c] stored[c][j], for kStreams rows c and kChunk outputs j at a time. The sums
+// stay in L1. The weights are fetched once, in kStreams long streams; their K N elements set the pace. In bfloat16 and float16
+// torch has no fast product for this layout.
 #pragma once
 
 #include "gemm.h"
@@ -15,11 +14,11 @@ template <class T> struct ColumnsProduct : Product<T> {
   using Base = Product<T>;
   using Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride, Base::x, Base::x_stride;
 
-  static constexpr int64_t kMost = 8;  // rows of x; with more the library's packed product is faster
+  static constexpr int64_t kMost = 8;  // most rows of x; for more the library's packed product is faster
   static constexpr int64_t kChunk = 512;
   static constexpr int64_t kUnit = 64;
   static constexpr int kStreams = 8;
-  static constexpr int64_t kDepth = 32 * kStreams;  // sums of so many products are added up: longer chains lose bits
+  static constexpr int64_t kDepth = 32 * kStreams;  // most products summed in one chain: longer chains lose bits
 
   int64_t packed_size() const { return m * k; }
   int64_t scratch_size() const { return 2 * m * kChunk; }
@@ -49,7 +48,7 @@ template <class T> struct ColumnsProduct : Product<T> {
     }
   }
 
-  // sums (+)= the products of R rows of what is stored, from c on, with every row of x, four of them at a time.
+  // sums (+)= the products of R stored rows, from c on, with every row of x, four rows of x at a time.
   template <int R> void rows(int64_t c, int64_t j, int64_t count, float* sums) const {
     int64_t i = 0;
     for (; i + 4 <= m; i += 4) tile<4, R>(i, c, j, count, sums);

@@ -18,13 +18,13 @@ struct Launch {
 
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // forgets it: the next launch is not to blame
+    cudaGetLastError();  // clears the error, so the next launch does not report it
     throw std::runtime_error(std::string(what) + " of shape (" + std::to_string(rows) + ", " + std::to_string(n) +
                              ") on cuda:" + std::to_string(device) + ": " + cudaGetErrorString(error));
   }
-  // A launch reports what is wrong with itself at once; what a running kernel does wrong is seen by a later call.
+  // Reports an error of the launch itself. A later call reports errors of the running kernel.
   void check() const { check(cudaGetLastError()); }
-  // The blocks of a grid's first dimension, of which a GPU takes 2^31 - 1; cast to unsigned, 2^32 more would look like few.
+  // The blocks of a grid's first dimension. A GPU takes 2^31 - 1, and a cast to unsigned would hide a count above 2^32.
   unsigned blocks(int64_t count) const {
     if (count > 0x7fffffff)
       throw std::runtime_error(std::string(what) + " of shape (" + std::to_string(rows) + ", " + std::to_string(n) +
@@ -33,7 +33,7 @@ struct Launch {
   }
 };
 
-// Makes `device` current for a scope: this library's static runtime has a current device of its own.
+// Makes `device` current for a scope. This library links its own static runtime, which has its own current device.
 class OnDevice {
  public:
   explicit OnDevice(const Launch& launch) {
@@ -54,7 +54,7 @@ class OnDevice {
   bool moved_ = false;
 };
 
-// Lets a kernel ask for `bytes` of dynamic shared memory: beyond 48 KiB that needs permission. Call before each launch.
+// Lets a kernel use `bytes` of dynamic shared memory. More than 48 KiB need permission. Call it before each launch.
 template <class Kernel> void allow_shared(const Launch& launch, Kernel* kernel, size_t bytes) {
   if (bytes > 48 * 1024)
     launch.check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -62,10 +62,10 @@ template <class Kernel> void allow_shared(const Launch& launch, Kernel* kernel, 
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of a grid: a kernel goes round again over what is beyond.
+// Blocks of a grid, at most 2^30. The kernel loops over the rest.
 inline unsigned capped(int64_t blocks) { return (unsigned)(blocks < (1 << 30) ? blocks : 1 << 30); }
 
-// Threads of a block that owns a row of n elements, `each` of them a thread: whole warps, 1024 at most.
+// Threads of a block that owns a row of n elements, `each` elements per thread: whole warps, at most 1024.
 inline unsigned row_threads(int64_t n, int each) {
   const int64_t warps = up(up(n, each), 32);
   return (unsigned)((warps < 32 ? warps : 32) * 32);

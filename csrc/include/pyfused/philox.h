@@ -1,4 +1,4 @@
-// Which probabilities does dropout keep? Philox4x32-10 for a vector of queries, as kernels/reference/_philox.py has it.
+// Which probabilities does dropout keep? Philox4x32-10 for a vector of queries, as in kernels/reference/_philox.py.
 #pragma once
 
 #include "pyfused/simd.h"

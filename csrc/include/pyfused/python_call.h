@@ -1,8 +1,8 @@
-// How does Python call a kernel in little time? Plain C functions that take tensors, and the signature of a call.
+// How does Python call a kernel in little time? Plain C functions take the tensors and compute the signature of a call.
 //
-// pybind11 takes 1.3 us to convert the 19 arguments of a kernel, and Python 0.13 us to ask a tensor for its address; here it is
-// 0.3 us for all of them. A tensor's address, sizes and strides come from the function table that torch.Tensor hands out for
-// DLPack (https://dmlc.github.io/dlpack, C exchange API): a stable ABI, so that no torch header is included. Without that
+// pybind11 takes 1.3 us to convert the 19 arguments of a kernel, and Python takes 0.13 us to ask a tensor for its address. Here
+// all of them take 0.3 us. A tensor's address, sizes and strides come from the function table that torch.Tensor offers for
+// DLPack (https://dmlc.github.io/dlpack, C exchange API). Its ABI is stable, so no torch header is included. Without that
 // table (torch 2.10) a tensor is asked for its data_ptr(), and no call has a signature.
 #pragma once
 
@@ -36,7 +36,7 @@ struct Exchange {
 inline const Exchange* exchange = nullptr;
 inline PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
-// use_tensors(capsule, Tensor, Parameter): from now on these two types are read by the capsule's function table.
+// use_tensors(capsule, Tensor, Parameter): from now on the capsule's function table reads these two types.
 inline PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) return PyErr_Format(PyExc_TypeError, "use_tensors takes 3 arguments, not %zd", count);
   auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
@@ -55,7 +55,7 @@ inline bool is_plain_tensor(PyObject* value) {
 }
 
 // ---- arguments of a kernel ------------------------------------------------------------------------------------------
-// A failed conversion leaves a Python exception behind, which the caller looks for once.
+// A failed conversion sets a Python exception. The caller checks for it once.
 
 inline std::uintptr_t address(PyObject* value) {
   if (value == Py_None) return 0;
@@ -82,7 +82,7 @@ T argument(PyObject* value) {
 }
 
 // ---- a kernel as a Python function ----------------------------------------------------------------------------------
-// Without the interpreter's lock while it runs: it touches no Python object.
+// A kernel touches no Python object, so it runs without the interpreter's lock.
 
 template <auto kernel>
 struct Function;
@@ -118,9 +118,9 @@ PyMethodDef function(const char* name) {
 }
 
 // ---- the signature of a call ----------------------------------------------------------------------------------------
-// signature(*args) -> bytes, the same for two calls exactly if they differ in nothing but the values in their tensors; or
-// None where that cannot be said: an argument that is neither None, bool, int, float, str nor a plain tensor on the CPU or a
-// GPU. A GPU's tensor is described by its device too, and by whether its address is a multiple of 16, by which Triton compiles.
+// signature(*args) -> bytes or None. Two calls have the same bytes exactly if they differ only in their tensors' values. It is
+// None if an argument is neither None, bool, int, float, str nor a plain tensor on the CPU or a GPU. A GPU tensor's signature
+// includes its device and whether its address is a multiple of 16, because Triton compiles separately for that.
 
 class Words {
  public:
@@ -145,7 +145,7 @@ class Words {
   int64_t words_[kMost];
 };
 
-// Each value begins with a word that says its kind and length, so that no two lists of values look the same.
+// Each value begins with a word for its kind and length, so different lists of values never look the same.
 inline bool describe(PyObject* value, Words& words) {
   enum : int64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kTensor };
   if (value == Py_None) return words.put(kNone);
@@ -192,11 +192,11 @@ inline PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // ---- a call whose launch is prepared --------------------------------------------------------------------------------
-// prepared(launches, forced, levels, otherwise, count, *watchers) -> run(*args): calls the launch that the dictionary
-// `launches` has under (value of the context variable `forced`, signature(*args)), and returns its first `count` outputs:
-// all of them for 0, one bare. Where there is none, or a watcher returns something true, or
-// levels["_current_level"] >= 0 (a forward-mode derivative is being taken): otherwise(*args), or None where that is None. In
-// Python the same takes 1 us more, and several in a program that has pushed it out of the caches.
+// prepared(launches, forced, levels, otherwise, count, *watchers) -> run(*args). run() finds a launch in the dictionary
+// `launches` under (value of the context variable `forced`, signature(*args)), calls it and returns its first `count` outputs:
+// all of them for 0, the bare output for 1. It calls otherwise(*args) instead, or returns None if `otherwise` is None, in three
+// cases: there is no launch, a watcher returns something true, or levels["_current_level"] >= 0 (a forward-mode derivative is
+// being taken). Python would take 1 us more, and several us if other code has pushed this out of the caches.
 
 inline PyObject* prepared_launch(PyObject* state, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 5; i < PyTuple_GET_SIZE(state); ++i) {

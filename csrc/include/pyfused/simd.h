@@ -1,7 +1,7 @@
 // What is a vector here? GCC/Clang vector extensions of one width per instruction set, with loads, stores and maths.
 //
-// The file is compiled once per instruction set. Everything lives in a namespace of that name, so that no inline function
-// built for AVX-512 can be picked by the linker for the baseline.
+// The file is compiled once per instruction set, each time in a namespace of that name. So the linker cannot use an inline
+// function built for AVX-512 in the baseline.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ template <class To, class From> PYFUSED_INLINE To bits_as(From x) {
 
 // ---- half precision <-> float32 -------------------------------------------------------------------------------------
 
-// The low 16 bits of each lane; what lies above is zero. GCC's own conversion takes each lane through memory on AVX2.
+// The low 16 bits of each lane; the high bits must be zero. GCC's own conversion takes each lane through memory on AVX2.
 PYFUSED_INLINE vhalf low_halves(vuint u) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i pairs = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // within each half of the register
@@ -182,7 +182,7 @@ PYFUSED_INLINE float max_lanes(vfloat v) {
   return m;
 }
 
-// v as it stands, kept from being contracted into a fused multiply-add with what follows.
+// v itself. The compiler cannot contract it into a fused multiply-add with a later operation.
 PYFUSED_INLINE vfloat rounded(vfloat v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));

@@ -10,12 +10,12 @@
 
 namespace pyfused {
 
-#ifndef PYFUSED_CUDA_ON_CPU  // there, tensor_core.h of the shim has them
+#ifndef PYFUSED_CUDA_ON_CPU  // the shim's tensor_core.h defines them there
 
 __device__ inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Four 8x8 matrices of 16-bit elements: lane l gives the address (16 bytes, aligned) of row l % 8 of matrix l / 8, and gets
-// in out[m] the elements (l / 4, l % 4 * 2) and the next of matrix m. All lanes of the warp call it.
+// Loads four 8x8 matrices of 16-bit elements. Lane l gives the aligned address of row l % 8 (16 bytes) of matrix l / 8.
+// out[m] gets matrix m's element (l / 4, l % 4 * 2) and the next one. All lanes of the warp call it.
 __device__ inline void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -52,8 +52,8 @@ __device__ inline void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Starts copying 16 bytes from global to shared memory, both aligned; where !inside, it writes zeros and reads nothing.
-// They have arrived for this thread after cp_async_wait, for the others after a barrier behind it.
+// Starts copying 16 bytes from global to shared memory, both aligned. If !inside, it writes zeros and reads nothing. The
+// bytes are there for this thread after cp_async_wait, for other threads after a later barrier.
 __device__ inline void cp_async16(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(inside ? 16 : 0)
@@ -66,7 +66,7 @@ template <int N> __device__ inline void cp_async_wait() { asm volatile("cp.async
 
 #endif
 
-// Two numbers as the 16-bit pair that mma takes, `low` at the lower index.
+// Two numbers as the 16-bit pair for mma, `low` at the lower index.
 template <class T> __device__ inline uint32_t pack2(float low, float high) {
   Pack<T, 2> pair;
   pair.at[0] = narrow<T>(low), pair.at[1] = narrow<T>(high);
