@@ -65,7 +65,7 @@ class Reads(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.found:
                 storage = tensor.untyped_storage()
-                self.made.setdefault(storage._cdata, (len(self.made), storage))  # keeps it alive, so no later one gets its address
+                self.made.setdefault(storage._cdata, (len(self.made), storage))  # kept alive, so none reuses its address
         return out
 
 
