@@ -42,7 +42,7 @@ def test_the_struct_is_the_header_s():
 
 
 def test_a_launch_gets_the_tensors_alone():
-    """Input tensors come in order, by position or without trailing defaults; then the output tensors."""
+    """In their order, by position or with trailing defaults left out; then what is written into."""
     forward = forward_launch(lambda *tensors: tensors)
     args = AttentionForward(*range(15))
     tensors = (*args[:3], args.padding_mask, args.attn_bias, args.seed, args.bias_table, args.cu_seqlens)

@@ -66,7 +66,7 @@ def test_dropout_bits_are_the_reference_s(kernel, b, h, sq, sk, p):
     ],
 )
 def test_few_queries_many_keys(kernel, pad, h, hkv, sq, d):
-    """Programs split the keys and add up their parts; a group's heads are packed if they fit; NaN in padding spreads nowhere."""
+    """Programs split the keys and add up their parts; a group's heads are packed if they fit; padding's NaN stays there."""
     sk = 777
     j = torch.arange(sk, device=DEVICE)
     mask = {
