@@ -135,7 +135,7 @@ def load(name: str = "_cuda", files: tuple[Path, ...] = ()) -> ModuleType:
 
 @contextmanager
 def order(module: ModuleType, which: int) -> Iterator[None]:
-    """Sets the order of threads and blocks inside the with block: 0 in turn, 1 backwards with long runs, else a seed."""
+    """Sets the order of threads and blocks inside the with block: 0 in turn, 1 backwards and far at once, else a seed."""
     assert module.__file__
     set_order = ctypes.CDLL(module.__file__).cuda_on_cpu_set_order
     set_order(ctypes.c_uint64(which))

@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def notices(monkeypatch):
-    """Records notices as in a process that has given none yet."""
+    """Forgets the notices given, as in a new process."""
     monkeypatch.setattr(fused_notices, "_said", set())
 
 

@@ -71,7 +71,7 @@ def batches(preset):
 
 
 def curve(model, preset, steps=STEPS):
-    """The loss of each step. A gradient whose true value is 0 is noise; without a larger eps, AdamW would scale it to 1."""
+    """The loss of each step. A gradient whose true value is 0 is noise; AdamW without eps would scale it to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-6, fused=True)
     losses = []
     for batch in batches(preset)[:steps]:

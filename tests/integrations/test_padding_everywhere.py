@@ -15,7 +15,7 @@ MASKS = {
     "middle": [[1, 1, 0, 0, 1, 1, 1, 1], [1] * 8, [0, 1, 0, 1, 1, 0, 1, 0]],
     "a row of padding": [[0, 0, 1, 1, 1, 1, 1, 1], [0] * 8, [1, 1, 1, 1, 1, 1, 0, 0]],
 }
-WIDE = {"n_embd": 264, "n_head": 1}  # larger than 256, the kernels' largest head size
+WIDE = {"n_embd": 264, "n_head": 1}  # heads above 256, the kernels' limit
 CASES = {
     **{
         f"upcast, scaled {scaled}, by layer {by_layer}": (

@@ -19,7 +19,7 @@ def call_of(inputs, *names):
 
 
 def truth_of(outputs):
-    """The float64 source with zeros in rows that see no key."""
+    """The float64 outputs, with zeros in rows that see no key."""
     return outputs.get("ref64_zero", outputs.get("ref64"))
 
 
