@@ -1,8 +1,8 @@
 """What do the masked-token examples share? The tokeniser, batches with masked tokens, the head, the loss and its baseline.
 
-Masked-token prediction as BERT was trained (Devlin et al. 2019, arXiv:1810.04805, section 3.1): of each window 15% of the
-tokens are chosen; of these 80% become [MASK], 10% a random token and 10% stay; the model is to say which they were. Windows
-are [CLS], tokens, [SEP], all of one length, and the same number of tokens is chosen in each, so that shapes never change.
+Masked-token prediction is BERT's training task (Devlin et al. 2019, arXiv:1810.04805, section 3.1). It chooses 15% of each
+window's tokens; 80% of these become [MASK], 10% a random token and 10% stay. The model predicts the original tokens. A window
+is [CLS], tokens, [SEP]. All windows have one length and one number of chosen tokens, so shapes never change.
 """
 
 from dataclasses import dataclass
@@ -39,14 +39,14 @@ def train_tokenizer(documents: list[str], vocabulary: int):
 
 
 def encode(tokenizer, documents: list[str]) -> Tensor:
-    """All documents in one row of token ids, each ended by [SEP]."""
+    """One row of token ids with all documents, each ended by [SEP]."""
     found = tokenizer.encode_batch(documents, add_special_tokens=False)
     return torch.tensor([t for e in found for t in [*e.ids, SEP]])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids (B, S), with masked tokens; places (B, K) of the chosen tokens; targets (B, K): which they were."""
+    """ids (B, S) with masked tokens; places (B, K) of the chosen tokens; targets (B, K), the chosen tokens' own ids."""
 
     ids: Tensor
     places: Tensor
@@ -72,8 +72,8 @@ def draw(tokens: Tensor, vocabulary: int, rows: int, length: int, generator: tor
 
 
 class Head(nn.Module):
-    """BERT's: logits = norm(gelu(W h + b)) E^T + c, with the token embedding E (V, width). Trained with the model, and no
-    part of the preset."""
+    """BERT's head: logits = norm(gelu(W h + b)) E^T + c, with the token embedding E (V, width). It trains with the model
+    but is not saved in the preset."""
 
     def __init__(self, hidden_dim: int, width: int, vocabulary: int):
         super().__init__()
@@ -95,7 +95,7 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(logits_of, tokens: Tensor, training: Tensor, vocabulary: int, rows: int, length: int) -> str:
-    """Held-out loss and accuracy in one line, beside those of the baseline that knows only how frequent a token is.
+    """Held-out loss and accuracy in one line, beside a baseline that knows only the tokens' frequencies.
 
     logits_of: Batch -> (B, K, V). tokens, training: held-out and training tokens.
     """

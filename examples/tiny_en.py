@@ -23,7 +23,7 @@ WARMUP = 100
 
 
 def chapters(path: Path) -> list[str]:
-    """The text as one document a chapter: its title, then its verses, unwrapped and without their numbers."""
+    """One document per chapter: its title, then its verses, unwrapped and without numbers."""
     documents: list[list[str]] = []
     for line in path.read_text().splitlines():
         if re.fullmatch(r"[1-3A-Z].* \d+", line) and not line.startswith(" "):
@@ -36,7 +36,7 @@ def chapters(path: Path) -> list[str]:
 
 
 def tokenizer_of(path: Path | None, train: Callable[[], Any]) -> Any:
-    """The tokenizer of a file, or a new one. (Training a unigram model twice gives two: compare providers on one file.)"""
+    """The tokenizer from a file, or a new one. (Two trainings of a unigram model differ: compare providers on one file.)"""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(path)) if path else train()
@@ -56,7 +56,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def adamw(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Weight decay on matrices alone."""
+    """AdamW with weight decay on matrices only."""
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -71,8 +71,8 @@ def train(
     steps: int,
     optimiser: torch.optim.Optimizer,
 ) -> list:
-    """Trains and returns the curve: (step, training loss, held-out loss or None). The functions draw a batch with the
-    generator and return its loss; the optimiser's rate is the peak."""
+    """Trains and returns the curve: (step, training loss, held-out loss or None). Each loss function draws a batch with the
+    generator and returns its loss. The optimiser's rate is the peak rate."""
     peak_rate = optimiser.param_groups[0]["lr"]
     generator = torch.Generator().manual_seed(1)
 
@@ -108,7 +108,7 @@ def write_curve(path: Path, curve: list) -> None:
 
 
 def plot(folder: Path) -> None:
-    """Both curves, and their difference, in loss.png of the folder."""
+    """Draws both curves and their difference into the folder's loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,7 @@ def plot(folder: Path) -> None:
 
 
 def arguments(description: str, preset: str, steps: int) -> argparse.Namespace:
-    """The command line of an example; --plot draws the curves that are there, and ends the program."""
+    """Parses an example's command line; --plot draws the existing curves and ends the program."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, help="what `bible` printed")
     parser.add_argument("--provider", choices=["pyfused", "torch"], default="pyfused")

@@ -2,13 +2,13 @@
 
     python examples/train_albert_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/albert_tiny_en
 
-Two tasks at once (Lan et al. 2019, arXiv:1909.11942, section 3.1): saying which tokens were masked (masked_tokens.py), and
-whether two halves of a window stand in their order, as segments 0 and 1: [CLS] one [SEP] other [SEP]. The heads of both are
-trained here and are no part of the preset. Nor is the pooler, through which the second head looks: in so few steps it stays at
-chance (49.5% of held-out windows), and a pooled output that says nothing had better be missing.
+Trains two tasks at once (Lan et al. 2019, arXiv:1909.11942, section 3.1): to predict masked tokens (masked_tokens.py), and to
+tell whether a window's halves, segments 0 and 1 of [CLS] one [SEP] other [SEP], are in order. The preset leaves out the heads
+of both tasks. It also leaves out the pooler, which feeds the second head: in so few steps that head stays at chance (49.5% of
+held-out windows), so the pooled output would mean nothing.
 
-No dropout, so that two providers are comparable step by step. The one layer is applied once at first and twice later: its
-weights are shared, so that depth can be added at any time.
+There is no dropout, so two providers are comparable step by step. The one layer is applied once at first and twice later. Its
+weights are shared, so depth can grow at any time.
 """
 
 import json
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import pyfused
 
-HALF = 62  # tokens of either half
-LENGTH = 2 * HALF + 2  # of a window as masked_tokens.py draws it; a second [SEP] follows
+HALF = 62  # tokens in each half
+LENGTH = 2 * HALF + 2  # of masked_tokens.py's windows; a second [SEP] is added
 VOCABULARY = 2048  # at most: a short text has fewer pieces
 CONFIG = {
     "num_layers": 2,
@@ -33,16 +33,16 @@ CONFIG = {
     "embedding_dim": 64,
     "hidden_dim": 160,
     "intermediate_dim": 640,
-    "max_sequence_length": LENGTH + 1,  # no position that was never trained
+    "max_sequence_length": LENGTH + 1,  # every position is trained
     "dropout": 0.0,
 }
 BATCH, PEAK_RATE = 6, 1.5e-3
-ALONE = 0.4  # of the steps, the layer is applied once: two applications, from the start, stay with frequencies alone
-ORDER_WEIGHT = 0.1  # of the second task's loss: it learns from 6 windows a step, the first from 114 tokens
+ALONE = 0.4  # share of steps with one application: with two from the start, the model learns only frequencies
+ORDER_WEIGHT = 0.1  # the second task's weight: it learns from 6 windows a step, the first from 114 tokens
 
 
 def train_tokenizer(documents: list[str]):
-    """masked_tokens.py's, with the normalisation of ALBERT's: neither case nor accents."""
+    """masked_tokens.py's tokenizer with ALBERT's normalisation, which drops case and accents."""
     from tokenizers import normalizers
 
     steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
@@ -54,7 +54,7 @@ def train_tokenizer(documents: list[str]):
 
 
 def order(batch: masked.Batch, generator: torch.Generator) -> tuple[masked.Batch, Tensor]:
-    """(the batch with the halves of some windows swapped and [SEP] between them, which were swapped (B,))."""
+    """(the batch with [SEP] between halves and some windows' halves swapped, which ones were swapped (B,))."""
     swapped = torch.rand(len(batch.ids), generator=generator) < 0.5
     first, second = batch.ids[:, 1:-1].chunk(2, 1)
     first, second = torch.where(swapped[:, None], second, first), torch.where(swapped[:, None], first, second)
@@ -77,7 +77,7 @@ class Pretraining(nn.Module):
         nn.init.zeros_(self.order.bias)
 
     def deepen(self, layers: int) -> None:
-        """From now on the shared layer is applied so often."""
+        """Applies the shared layer `layers` times from now on."""
         if isinstance(self.backbone, pyfused.AlbertBackbone):
             changed = pyfused.AlbertBackbone.from_config(self.backbone.get_config() | {"num_layers": layers})
             for name, module in self.backbone.named_children():
@@ -100,9 +100,9 @@ class Pretraining(nn.Module):
 
 @torch.no_grad()
 def initialise(backbone: pyfused.AlbertBackbone) -> None:
-    """What makes a few thousand steps enough. Matrices and tables get the spread that keeps a vector's size, 1 / sqrt(width),
-    positions sines of many frequencies, by which "the token before" is one rotation in every place, and each head's
-    queries and keys that rotation: it starts by looking one or two tokens to one side. Training may change all of it."""
+    """Makes a few thousand steps enough. Matrices and tables get a spread of 1 / sqrt(width), which keeps a vector's size.
+    Positions are sines of many frequencies, so "the token before" is the same rotation everywhere. Each head's queries and
+    keys start with that rotation and look one or two tokens to one side. Training may change all of it."""
     for parameter in backbone.parameters():
         if parameter.dim() == 2:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5)
@@ -184,7 +184,7 @@ def main() -> None:
             model.deepen(depth)
         return training_loss(generator)
 
-    with torch.no_grad():  # nothing is to be learned but what frequencies do not say
+    with torch.no_grad():  # the bias starts at the frequencies, so training need not learn them
         counts = torch.bincount(train_tokens, minlength=vocabulary) + 1.0
         model.head.bias.copy_((counts / counts.sum()).log())
     optimiser = adamw(model, PEAK_RATE)

@@ -2,9 +2,9 @@
 
     python examples/train_fnet_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/fnet_tiny_en
 
-Batches have windows of one length, which changes from batch to batch: a Fourier transform of another length is another one.
-What follows the end of a chapter in a window is segment 1. No dropout, so that the two runs are comparable step by step. The
-head is trained too and left out of the preset; there is no pooler, since nothing would train it.
+A batch's windows have one length, which changes from batch to batch: each length has its own Fourier transform. In a window,
+tokens after the end of a chapter are segment 1. There is no dropout, so the two runs are comparable step by step. The preset
+leaves out the head, and there is no pooler, because nothing would train it.
 """
 
 import json
@@ -27,7 +27,7 @@ CONFIG = {
     "dropout": 0.0,
     "pooler": False,
 }
-TOKENS, SHORTEST, LONGEST, PEAK_RATE = 1024, 8, 64, 2e-3  # tokens of a batch; of a window
+TOKENS, SHORTEST, LONGEST, PEAK_RATE = 1024, 8, 64, 2e-3  # tokens per batch; tokens per window
 
 
 def segments(ids: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@
     python examples/train_gpt2_tiny_en.py --text kjv.txt --provider torch
     python examples/train_gpt2_tiny_en.py --plot
 
-No dropout, so that the two runs are comparable step by step.
+There is no dropout, so the two runs are comparable step by step.
 """
 
 import json
@@ -31,7 +31,7 @@ BATCH, LENGTH, PEAK_RATE = 8, 256, 2e-3
 
 
 def train_tokenizer(documents: list[str], vocabulary_size: int):
-    """Byte-level BPE as GPT-2's, of our own size, trained on the documents."""
+    """Byte-level BPE like GPT-2's but smaller, trained on the documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -48,7 +48,7 @@ def train_tokenizer(documents: list[str], vocabulary_size: int):
 
 
 def encode(tokenizer, documents: list[str]) -> torch.Tensor:
-    """All documents in one row of token ids, each ended by the end-of-text token."""
+    """One row of token ids with all documents, each ended by the end-of-text token."""
     end = tokenizer.token_to_id(END)
     return torch.tensor([t for e in tokenizer.encode_batch(documents) for t in [*e.ids, end]])
 

@@ -2,8 +2,8 @@
 
     python examples/train_t5_tiny_en.py --text kjv.txt --provider pyfused --save pyfused/presets/t5_tiny_en
 
-Span corruption as T5 was trained (Raffel et al. 2020, section 3.3.4): one to four spans of a window, 3 tokens on average, are
-each replaced by a sentinel <extra_id_k>; the target is each sentinel with what it replaced, in order, and one more sentinel.
+Span corruption is T5's training task (Raffel et al. 2020, section 3.3.4). Sentinels <extra_id_k> replace one to four spans of
+a window, 3 tokens on average. The target is each sentinel with the tokens it replaced, in order, and one more sentinel.
 """
 
 import json
@@ -33,7 +33,7 @@ BATCH, LENGTH, SPANS, SPAN, PEAK_RATE = 8, 64, 4, 3.0, 2e-2
 
 
 def train_tokenizer(documents: list[str]):
-    """A SentencePiece unigram model as T5's, of our own size: pad, end, unknown, pieces, <extra_id_31> to <extra_id_0>."""
+    """A SentencePiece unigram model like T5's but smaller: pad, end, unknown, pieces, <extra_id_31> to <extra_id_0>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -54,12 +54,12 @@ def train_tokenizer(documents: list[str]):
 
 
 def encode(tokenizer, documents: list[str]) -> torch.Tensor:
-    """All documents in one row of token ids, each ended by the end token."""
+    """One row of token ids with all documents, each ended by the end token."""
     return torch.tensor([t for e in tokenizer.encode_batch(documents) for t in e.ids])
 
 
 def corrupt(window: list[int], vocabulary: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """(source, target) of one window: spans that do not touch, their number, lengths and places drawn at random."""
+    """(source, target) of one window. Spans do not touch; their number, lengths and places are random."""
     spans = int(torch.randint(1, SPANS + 1, (), generator=generator))
     lengths = torch.poisson(torch.full((spans,), SPAN - 1.0), generator=generator).int().add(1).clamp(max=8).tolist()
     free = len(window) - sum(lengths) - (spans - 1)
@@ -142,8 +142,8 @@ def main() -> None:
 
         return loss
 
-    # T5's own optimiser: its rate is relative to a parameter's size, and T5's differ by a factor of hundreds. It looks at
-    # whole matrices, of which pyfused keeps query, key and value in one: the two providers part after the first step.
+    # T5's own optimiser: its rate is relative to a parameter's size, and T5's sizes differ by a factor of hundreds. It scales
+    # whole matrices, and pyfused keeps query, key and value in one: the providers differ after the first step.
     optimiser = torch.optim.Adafactor(model.parameters(), lr=PEAK_RATE)
     curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)

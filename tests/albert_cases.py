@@ -1,4 +1,4 @@
-"""What do the ALBERT tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
+"""What do the ALBERT tests compare with? The golden cases, and transformers models with the same weights."""
 
 import torch
 from golden_cases import ROOT, case, manifest
@@ -25,7 +25,7 @@ LAYER = {
 
 
 def albert_state(state):
-    """transformers' ALBERT state dict, with or without its prefix, under pyfused's names, written down once more."""
+    """transformers' ALBERT state dict, with or without its prefix, under pyfused's names (independent of pyfused's map)."""
     state = {k.removeprefix("albert."): v for k, v in state.items()}
     out = {}
 
@@ -83,7 +83,7 @@ def albert_of_case(entry, dtype=torch.float32):
 
 
 def call_of(inputs):
-    """The inputs by pyfused's names; segments and mask None where there are none."""
+    """The inputs by pyfused's names; missing segments or masks are None."""
     call = {"segment_ids": None, "padding_mask": None}
     return call | {RENAMED[k]: v for k, v in inputs.items() if k in RENAMED}
 
@@ -95,14 +95,14 @@ def outputs_of(model, call):
 
 
 def reference_outputs(model, call):
-    """outputs_of with the operators in plain PyTorch, one of the plain implementations."""
+    """outputs_of with the reference operators, in plain PyTorch."""
     with backend("reference"):
         return outputs_of(model, call)
 
 
 def hf_albert(dtype=torch.float32, seed=0, spread=0.2, kind="AlbertModel", attention="sdpa", **config):
-    """A model of transformers' (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter:
-    biases and norms too, all of standard deviation `spread`."""
+    """A transformers model (toy sizes unless `config` says otherwise) in evaluation mode. All weights, biases and norms too,
+    are random with standard deviation `spread`."""
     import transformers
 
     toy = {"vocab_size": 61, "num_hidden_layers": 4, "num_attention_heads": 4, "embedding_size": 10, "hidden_size": 24}

@@ -8,7 +8,7 @@ from pyfused.bench.measure import measure
 
 
 def case(change=lambda y: y, dtype=torch.float32, **more):
-    """A product by pyfused, changed, beside torch's."""
+    """pyfused's product, altered by `change`, beside torch's."""
     x, w = (torch.randn(n, 96).to(dtype) for n in (33, 70))
     return Case("product", dtype, lambda: Calls(lambda x, w: change(F.linear(x, w)), F.linear, (x, w), **more))
 

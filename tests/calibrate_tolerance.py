@@ -2,9 +2,9 @@
 
     python tests/calibrate_tolerance.py [--seeds 1000] [--only NAME] [--save FILE]
 
-Each of pyfused's instruction sets runs beside plain PyTorch; torch's own is chosen before the start, by
-ATEN_CPU_CAPABILITY=default|avx2|avx512 and ONEDNN_MAX_CPU_ISA=SSE41|AVX2|AVX512_CORE. The figures are errors over what the rule
-allows: right kernels must stay at 1 or below in every seed, a planted fault must be above in every seed.
+Each of pyfused's instruction sets runs beside plain PyTorch. Choose torch's own set before the start, with
+ATEN_CPU_CAPABILITY=default|avx2|avx512 and ONEDNN_MAX_CPU_ISA=SSE41|AVX2|AVX512_CORE. A figure is an error divided by the
+allowed error. Right kernels must stay at 1 or below in every seed; a planted fault must be above 1 in every seed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
 
 
 def save(path, label, key, row):
-    """As soon as a row is there: a run of 1,000 seeds takes an hour."""
+    """Saves each row at once: a run of 1,000 seeds takes an hour."""
     rounded = {k: [round(x, 3) for x in v] if isinstance(v, list) else round(v, 2) for k, v in row.items()}
     saved = json.loads(path.read_text()) if path.exists() else {}
     saved.setdefault(label, {})[key] = rounded

@@ -1,4 +1,4 @@
-"""Which models, modules and operators are compiled, exported and trained? Tiny ones of each family, and their inputs."""
+"""Which models do the compile, export and training tests use? A tiny one of each family, and its inputs."""
 
 import torch
 
@@ -8,7 +8,7 @@ FAMILIES = ("gpt2", "albert", "t5", "fnet")
 
 
 def backbone(name, dtype=torch.float32, dropout=0.0, **options):
-    """A tiny backbone of a family, with weights that matter (seeded)."""
+    """A tiny backbone of a family, with seeded weights large enough to matter."""
     torch.manual_seed(3)
     sizes = {"vocabulary_size": 61, "num_layers": 2, "hidden_dim": 24, "intermediate_dim": 40, "dropout": dropout}
     if name != "fnet":
@@ -31,7 +31,7 @@ def backbone(name, dtype=torch.float32, dropout=0.0, **options):
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             elif name != "t5":
-                parameter.mul_(8.0)  # 0.02 leaves every score near 0, and a wrong mask unseen
+                parameter.mul_(8.0)  # a spread of 0.02 leaves every score near 0 and would hide a wrong mask
     return model.to(dtype)
 
 
@@ -62,7 +62,7 @@ def results(found):
 
 
 def loss_of(found):
-    """A scalar that depends on every output, and unevenly on each element; the mean over the batch's rows."""
+    """A scalar that depends on every element of every output, with uneven weights; a mean over the batch's rows."""
     total = torch.zeros((), dtype=torch.float64)
     for out in results(found):
         rows = out.double().flatten(1)
@@ -71,7 +71,7 @@ def loss_of(found):
 
 
 def gradients(model, found):
-    """{parameter name: gradient} of loss_of(found); the model's .grad are cleared before and after."""
+    """{parameter name: gradient} of loss_of(found); clears the model's .grad before and after."""
     model.zero_grad()
     loss_of(found).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

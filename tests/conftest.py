@@ -1,8 +1,8 @@
-"""What holds for every test: where there is no GPU, Triton in its interpreter and csrc/cuda on the host shim; poisoned
-memory, and a number of threads.
+"""What holds for every test? Poisoned memory and a fixed number of threads. Without a GPU, Triton runs in its interpreter and
+csrc/cuda on the host shim.
 
-PYFUSED_TEST_THREADS is that number, 1 by default. PYFUSED_TEST_PRODUCTS=library or kernels: as on a processor where that one
-is faster at every product; which it is here, the processor decides.
+PYFUSED_TEST_THREADS is the number of threads, 1 by default. PYFUSED_TEST_PRODUCTS=library or kernels computes every product
+that way, as on a processor where it is faster. By default this processor decides.
 """
 
 import os
@@ -11,14 +11,14 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any of them is imported
-# The tests are about what happens without these, and without what `pyfused tune` found here.
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel, so set it before importing any
+# The tests assume that these are unset, and that `pyfused tune` has found nothing.
 for name in ("PYFUSED_BACKEND", "PYFUSED_CHECK"):
     os.environ.pop(name, None)
 os.environ["PYFUSED_EVIDENCE"] = os.devnull
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# torch.compile finds programs on disk by the names of our operators, which stay when an operator changes.
+# torch.compile looks up cached programs by operator name, so it would reuse a stale one after an operator changes.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest  # noqa: E402
@@ -31,7 +31,7 @@ if not HAS_GPU:
     repair_interpreter()
     extensions.emulate_cuda(shim.load)
 THREADS = int(os.environ.get("PYFUSED_TEST_THREADS", "1"))
-if faster := os.environ.get("PYFUSED_TEST_PRODUCTS"):  # where nothing is forced
+if faster := os.environ.get("PYFUSED_TEST_PRODUCTS"):  # applies if no backend is forced
     evidence._by_library.set(faster == "library")
 
 
@@ -43,7 +43,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN, so that an output a kernel forgot to write fails the comparison."""
+    """torch.empty gives NaN, so an output that a kernel forgot to write fails the comparison."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -55,7 +55,7 @@ def seeded():
     torch.manual_seed(1234)
 
 
-# What takes a minute or more in one piece: begun first, so that no worker is left with it in the end.
+# These take a minute or more each. They start first, so that no worker runs one alone at the end.
 LONG = (
     "test_packaging.py",
     "test_gpu_script_dry.py",
@@ -69,8 +69,8 @@ ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generat
 
 
 def left_out_of_interpreter(item):
-    """Whether an `interpreted` marker leaves this case of Triton's to a GPU: the interpreter takes seconds where one takes
-    none, and the same kernel runs in the cases that stay."""
+    """Whether an `interpreted` marker leaves this Triton case to a GPU. The interpreter would take seconds for it, and the
+    remaining cases run the same kernel."""
     marker, case = item.get_closest_marker("interpreted"), getattr(item, "callspec", None)
     if HAS_GPU or marker is None or case is None or case.params.get("each_backend") != "triton":
         return False
@@ -78,8 +78,8 @@ def left_out_of_interpreter(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The long files first. Where there is a GPU, what takes its device from conftest or runs every backend is a GPU test
-    too: `-m gpu`."""
+    """Runs the long files first. On a machine with a GPU, a test that uses conftest's device or every backend also gets the
+    marker `gpu`."""
     if dropped := [item for item in items if left_out_of_interpreter(item)]:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not left_out_of_interpreter(item)]

@@ -1,4 +1,4 @@
-"""How are few numbers judged? By one draw where the tolerance rule holds for it, else by several draws together."""
+"""How does a test judge a few numbers? By one draw if it meets the tolerance rule, else by several draws together."""
 
 import torch
 
@@ -6,14 +6,14 @@ from pyfused.testing import judge
 
 
 def check(once, draws=8):
-    """once() -> {what: (actual, plain, truth)}, of new random numbers at every call; plain may be a list, as judge takes it.
+    """once() -> {name: (actual, plain, truth)} from new random numbers at every call; plain may be a list, as for `judge`.
 
-    Errors that share a cause (the log-sum-exp of a row, the only row of a product) are fewer than their elements, so that one
-    draw may break the rule by chance. Draws together do not, and what is wrong in each of them stays wrong.
+    Elements may share one cause of error (the log-sum-exp of a row, the only row of a product). Then one draw may break the
+    rule by chance. Several draws together do not, and a real fault still shows.
     """
     drawn = {}
     for draw in range(draws):
-        if draw:  # other numbers, even where once() sets a seed
+        if draw:  # new numbers, even if once() sets a seed
             torch.manual_seed(torch.initial_seed() + draw)
         for what, tensors in once().items():
             drawn.setdefault(what, []).append(tensors)
@@ -25,19 +25,19 @@ def check(once, draws=8):
 
 
 def together(found):
-    """[(actual, plain, truth), ...] of several draws in one tensor each."""
+    """Joins [(actual, plain, truth), ...] of several draws into one tensor each."""
     actual, plain, truth = zip(*found)
     plain = torch.stack(plain) if isinstance(plain[0], torch.Tensor) else list(map(torch.stack, zip(*plain)))
     return torch.stack(actual), plain, torch.stack(truth)
 
 
 def check_modules(modules, inputs, run):
-    """Values, and gradients of parameters and inputs.
+    """Judges values, and gradients of parameters and inputs.
 
     Args:
-        modules: pyfused's, the plain one, and that in float64.
-        inputs: tensors, in whose shapes random ones are made; one that is given twice stays one.
-        run: (module, leaves, convert) -> output. `convert` makes other floats float64 for the last module.
+        modules: pyfused's, the plain one, and the plain one in float64.
+        inputs: tensors that give the shapes of random inputs; a tensor given twice stays one tensor.
+        run: (module, leaves, convert) -> output. For the last module, `convert` makes other floats float64.
     """
 
     def once():

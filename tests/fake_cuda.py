@@ -1,5 +1,5 @@
-"""What would torch.cuda's calls do on a machine with two GPUs? A stand-in for its devices, streams and captures, which
-writes down what happens where; for tests without a GPU."""
+"""What would torch.cuda's calls do on a machine with two GPUs? A stand-in for devices, streams and captures logs each call,
+for tests without a GPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Stream:
 
 
 class Machine:
-    """Two GPUs of which device 0 is current, as in a process that has not chosen.
+    """Two GPUs; device 0 is current, as by default.
 
     Attributes:
-        log: what happened, in order: ("capture", device of the stream, current device), ("synchronize", device), ...
-        capturing: whether the current stream is.
+        log: the events in order: ("capture", device of the stream, current device), ("synchronize", device), ...
+        capturing: whether the current stream is capturing.
     """
 
     def __init__(self, monkeypatch):
@@ -68,14 +68,14 @@ class Machine:
     @contextlib.contextmanager
     def _graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
         self.log.append(("synchronize", self.device))
-        with self._stream(stream or Stream(self)):  # torch makes its own on the device that is current
+        with self._stream(stream or Stream(self)):  # torch makes a default stream on the current device
             self.capturing = True
             yield
             self.capturing = False
 
 
 class Pointer:
-    """A tensor as a launcher sees it, on a GPU that is not there."""
+    """A tensor on an imaginary GPU, as a launcher sees it."""
 
     is_cuda, is_cpu = True, False
 

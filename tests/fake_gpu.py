@@ -1,7 +1,7 @@
 """How much of a GPU does a launch need? A stand-in for Triton's driver and torch's streams, for processes without
-TRITON_INTERPRET: kernels compile for sm_90, CPU tensors pass for a GPU's, and what would start is written down.
+TRITON_INTERPRET. Kernels compile for sm_90, CPU tensors pass as GPU tensors, and each start is recorded instead of run.
 
-Triton's own code is all there: what it hands the launcher, and when, is as on a GPU.
+Triton's own code runs unchanged, so the launcher gets the same arguments at the same time as on a GPU.
 """
 
 import torch
@@ -42,7 +42,7 @@ class Driver:
 
 
 class Launcher:
-    """As triton.backends.nvidia.driver.CudaLauncher, which is called with these arguments."""
+    """Takes the same arguments as triton.backends.nvidia.driver.CudaLauncher."""
 
     def __init__(self, driver, name):
         self.driver, self.name = driver, name
@@ -56,10 +56,10 @@ class Launcher:
 
 
 def install():
-    """From now on this process has that GPU. Call it before any operator runs."""
+    """Gives this process the fake GPU. Call it before any operator runs."""
     driver = Driver()
     triton.runtime.driver.set_active(driver)
-    dispatch.interpreting = lambda: True  # Triton's kernels take CPU tensors
+    dispatch.interpreting = lambda: True  # lets Triton's kernels take CPU tensors
     _launch.on_gpu = lambda device: True
     for module in (_launch, prepared):
         module.current_device, module.current_stream = lambda: 0, lambda index: driver.stream
@@ -70,7 +70,7 @@ def install():
 
 
 def compiled_by(kernel):
-    """How many variants of a kernel this process has compiled."""
+    """The number of variants of a kernel that this process has compiled."""
     return sum(len(caches[0]) for caches in kernel.device_caches.values())
 
 

@@ -8,8 +8,8 @@ STREAM = 99_000.0
 
 
 def flan_like(gated=True, tied=False, layers=3):
-    """A float32 T5 with weights that float16 holds exactly. One feature of the residual stream reaches 99,000 behind the
-    first layer of each stack, as a sum of one sign: in one that cancels, rounding errors would be all there is."""
+    """A float32 T5 with weights that float16 holds exactly. One feature of the residual stream reaches 99,000 after the first
+    layer of each stack. Its terms have one sign: a sum that cancels would leave only rounding errors."""
     model = T5Backbone(
         97, layers, 4, 48, 96, key_value_dim=12, use_gated_activation=gated, activation="relu",
         tie_embedding_weights=tied, dtype="float32",
@@ -22,7 +22,7 @@ def flan_like(gated=True, tied=False, layers=3):
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
         for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
             for norm in [module for module in stack.modules() if hasattr(module, "eps")]:
-                norm.weight[3] = 0.01  # what training does to the norms' weights of such a feature
+                norm.weight[3] = 0.01  # training makes the norm's weight of such a feature small
             feed_forward = stack.layers[0].feed_forward
             if gated:
                 feed_forward.up.weight.copy_(feed_forward.gate.weight)
@@ -47,7 +47,7 @@ def inputs_of(rows=3, source=21, target=9):
 
 
 def fnet_with_large_sums():
-    """A float32 FNet whose texts have something in common, as all have: the sum of it over positions and features."""
+    """A float32 FNet whose hidden states share an offset, as real texts' do. Summed over positions and features it is large."""
     model = FNetBackbone(97, 2, 512, 64, max_sequence_length=512, dtype="float32").eval()
     with torch.no_grad():
         model.projection.bias.fill_(0.5)
@@ -57,5 +57,5 @@ def fnet_with_large_sums():
 
 
 def off(actual, truth):
-    """The relative error of a tensor, by norms."""
+    """The relative error of a tensor: norm of the difference over norm of the truth."""
     return ((actual.double() - truth.double()).norm() / truth.double().norm()).item()

@@ -1,4 +1,4 @@
-"""What do the FNet tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
+"""What do the FNet tests compare with? The golden cases, and transformers models with the same weights."""
 
 import torch
 from golden_cases import ROOT, case, manifest
@@ -28,7 +28,7 @@ NAMES = {
 
 
 def fnet_state(state):
-    """transformers' FNet state dict under pyfused's names, written down once more."""
+    """transformers' FNet state dict under pyfused's names (independent of pyfused's map)."""
     out = {}
     for key, tensor in state.items():
         short = key.removeprefix("fnet.")
@@ -71,7 +71,7 @@ def fnet_of_case(entry, dtype=torch.float32):
 
 
 def call_of(inputs):
-    """The inputs by pyfused's names; segment ids None where there are none."""
+    """The inputs by pyfused's names; missing segment ids are None."""
     return {"segment_ids": None} | {RENAMED[name]: value for name, value in inputs.items()}
 
 
@@ -81,14 +81,14 @@ def outputs_of(model, call):
 
 
 def reference_outputs(model, call):
-    """outputs_of with the operators in plain PyTorch, one of the plain implementations."""
+    """outputs_of with the reference operators, in plain PyTorch."""
     with backend("reference"):
         return outputs_of(model, call)
 
 
 def hf_fnet(dtype=torch.float32, seed=0, spread=0.2, **config):
-    """transformers' FNetModel (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter: norms
-    and biases too, all of standard deviation `spread`."""
+    """transformers' FNetModel (toy sizes unless `config` says otherwise) in evaluation mode. All weights, norms and biases
+    too, are random with standard deviation `spread`."""
     from transformers import FNetConfig, FNetModel
 
     toy = {"vocab_size": 61, "num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 56}
@@ -99,7 +99,7 @@ def hf_fnet(dtype=torch.float32, seed=0, spread=0.2, **config):
         for name, parameter in model.named_parameters():
             centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
-    return (model if dtype == torch.float32 else model.to(dtype)).eval()  # .to() makes complex buffers real
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()  # .to() would make complex buffers real
 
 
 def like_hf(hf, dtype=None):

@@ -11,7 +11,7 @@ import pyfused
 class Trio:
     """One model three times: fused, plain, and plain in float64 (the truth).
 
-    dtype None leaves what the model has. `vary` makes norms and biases other than ones and zeros, so that none is missed.
+    dtype None keeps the model's. `vary` moves norms and biases away from ones and zeros, so that a missing one shows.
     """
 
     def __init__(self, model, dtype=torch.float32, filter_fn=None):
@@ -30,7 +30,7 @@ class Trio:
         return [tensors(model(**like(model, inputs))) for model in self.models]
 
     def check(self, live=None, **inputs):
-        """The tolerance rule for every tensor of the output; `live` (B, S) picks the rows that are compared."""
+        """Applies the tolerance rule to every tensor of the output; `live` (B, S) picks the rows to compare."""
 
         def once():
             with torch.no_grad():
@@ -43,7 +43,7 @@ class Trio:
         return self._judge(once)
 
     def check_gradients(self, loss, **inputs):
-        """The tolerance rule for the gradients of all parameters; `loss` makes a number of an output."""
+        """Applies the tolerance rule to the gradients of all parameters; `loss` maps an output to a number."""
 
         def once():
             for model in self.models:
@@ -59,7 +59,7 @@ class Trio:
         return self._judge(once)
 
     def check_autocast(self, **inputs):
-        """Outputs have the plain model's dtype, and with the gradients are as near to float64's."""
+        """Outputs have the plain model's dtype. Outputs and gradients meet the tolerance rule."""
 
         def once():
             found = []
@@ -76,7 +76,7 @@ class Trio:
         return self._judge(once)
 
     def _judge(self, once):
-        """The models are small, so the rule is for several draws of the weights; returns the first draw's fused results."""
+        """The models are small, so the rule judges several draws of the weights. Returns the first draw's fused results."""
         first = {}
 
         def moved():
@@ -100,7 +100,7 @@ class Trio:
 
 
 def counted(monkeypatch, file, *names):
-    """How often the functions of these names are called in one of pyfused's files from now on."""
+    """Counts the calls of the named functions in one of pyfused's files from now on."""
     counts = dict.fromkeys(names, 0)
 
     def counting(name, function):
@@ -116,7 +116,7 @@ def counted(monkeypatch, file, *names):
 
 
 def gradients(model, loss, reentrant):
-    """Of a model's parameters, with each of its layers computed again in the backward (checkpointing)."""
+    """The parameters' gradients with checkpointing: the backward computes each layer again."""
     model.train()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.zero_grad()
@@ -127,7 +127,7 @@ def gradients(model, loss, reentrant):
 
 
 def vary(model):
-    """Vectors (norms, biases) get noise on top of their ones and zeros."""
+    """Adds noise to vectors (norms, biases), which are ones and zeros at first."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -136,7 +136,7 @@ def vary(model):
 
 
 def like(model, inputs):
-    """The inputs, floats in the model's dtype; what has a state (a cache) is copied."""
+    """The inputs with floats in the model's dtype and caches copied."""
 
     def one(x):
         if isinstance(x, torch.Tensor):
@@ -149,7 +149,7 @@ def like(model, inputs):
 
 
 def tensors(output, prefix=""):
-    """Every tensor of an output, caches too, by its place."""
+    """Every tensor of an output, caches too, by its path."""
     if isinstance(output, torch.Tensor):
         return {prefix or "output": output}
     if output is None or isinstance(output, (int, float, str)):
@@ -169,7 +169,7 @@ def rows(tensor, live):
 
 
 def padded(batch, length, vocabulary, side="right", seed=0):
-    """Token ids (B, S) and the mask of samples that are shorter and shorter, padded on one side."""
+    """Token ids (B, S) and the mask; each sample is shorter than the one before, padded on one side."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocabulary, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)

@@ -15,7 +15,7 @@ def manifest():
 
 
 def case(name):
-    """(the manifest's entry, in/..., out/<source>/...), the tensors by the names behind the slashes."""
+    """(the manifest's entry, in/..., out/<source>/...); the tensors' keys lack these prefixes."""
     entry = next(c for c in manifest()["cases"] if c["id"] == name)
     inputs, outputs = {}, {}
     for key, tensor in load_file(ROOT / entry["file"]).items():

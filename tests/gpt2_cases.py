@@ -1,4 +1,4 @@
-"""What do the GPT-2 tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
+"""What do the GPT-2 tests compare with? The golden cases, and transformers models with the same weights."""
 
 import torch
 from golden_cases import ROOT, case, manifest
@@ -64,8 +64,8 @@ def gpt2_of_case(entry, dtype=torch.float32):
 
 
 def hf_gpt2(state=None, dtype=torch.float32, seed=0, spread=0.05, attention="sdpa", **config):
-    """transformers' GPT2Model (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter:
-    random biases and norms too, all of standard deviation `spread`."""
+    """transformers' GPT2Model (toy sizes unless `config` says otherwise) in evaluation mode. All weights, biases and norms
+    too, are random with standard deviation `spread`."""
     from transformers import GPT2Config, GPT2Model
 
     toy = {"vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 24, "n_inner": 56, "n_positions": 40}

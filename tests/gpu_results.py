@@ -1,4 +1,4 @@
-"""Where do the tests of benchmarks/gpu.py get its modules from, and how do they read its results?"""
+"""How do the tests of benchmarks/gpu.py import its modules and read its results?"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Tiny transformers models with weights that make attention matter, and their outputs in three ways."""
+"""Which tiny transformers models do tests use, and how do they compare "pyfused" with "eager"?"""
 
 import copy
 
@@ -39,7 +39,7 @@ ENCODERS = ["bert", "roberta", "distilbert", "albert"]
 
 
 def livened(model):
-    """Weights with which the softmax is far from uniform; a fresh model's attend to everything alike."""
+    """Scales the weights so that the softmax is far from uniform; a fresh model attends to every key alike."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             norm = p.dim() == 1 and name.endswith("weight")
@@ -56,7 +56,7 @@ def tokens(*shape):
 
 
 def padding(rows, length, side):
-    """(rows, length) of ones; the first row has three padded tokens on that side, the second one."""
+    """(rows, length) mask of ones; the first row has three padded tokens on that side, the second row has one."""
     mask = torch.ones(rows, length, dtype=torch.long)
     if side:
         for row, count in enumerate((3, 1)[:rows]):
@@ -75,10 +75,10 @@ def with_implementation(model, name):
 
 @torch.no_grad()
 def check_against_eager(model, inputs, live=..., call=None, eager_inputs=None):
-    """The output with "pyfused" by the tolerance rule: plain is "eager", the truth "eager" in float64 (or "sdpa" for models
-    whose eager softmax is float32 whatever the dtype).
+    """Judges the "pyfused" output by the tolerance rule. Plain is "eager"; the truth is "eager" in float64 ("sdpa" for models
+    whose eager softmax is always float32).
 
-    call: (model, inputs) -> the tensor to compare; live: an index of the rows that count.
+    call: (model, inputs) -> the tensor to compare; live: an index of the rows to compare.
     """
     call = call or (lambda m, x: m(**x)[0])
     eager_inputs = eager_inputs or inputs

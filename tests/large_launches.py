@@ -1,5 +1,5 @@
-"""What would a Triton kernel touch for tensors of tens of gigabytes? Launchers get tensors without memory; of each grid a few
-programs run in the interpreter, where addresses are looked at and nothing is read or written."""
+"""Which addresses would a Triton kernel touch for tensors of tens of gigabytes? Launchers get tensors without memory. A few
+programs of each grid run in the interpreter, which checks addresses and reads or writes nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ APART = 1 << 44  # bytes from one tensor's address to the next
 
 
 def _ends(*bounds):
-    """range, of which a kernel's loop takes the first, the second and the last: between them nothing new is touched."""
+    """A range cut to its first, second and last step: the steps between touch no new kind of address."""
     whole = range(*map(operator.index, bounds))
     return whole if len(whole) <= 3 else (whole[0], whole[1], whole[-1])
 
 
 class Pointer:
-    """A tensor as the interpreter sees it: `number` times APART is where it begins."""
+    """A tensor as the interpreter sees it; its address is `number` times APART."""
 
     def __init__(self, number, tensor):
         self.number, self.dtype = number, tensor.dtype
@@ -36,7 +36,7 @@ class Pointer:
 
 
 class Launches:
-    """Every launch that happened, (kernel, grid), and what was wrong with its addresses."""
+    """Every launch, (kernel, grid), and the faults in its addresses."""
 
     def __init__(self, run):
         self.run, self.grids, self.faults = run, [], []
@@ -51,7 +51,7 @@ class Launches:
             return
         names = inspect.getfullargspec(kernel.fn).args
         bound = inspect.getcallargs(kernel.fn, *args, **{k: v for k, v in options.items() if k in names})
-        numbers = {}  # of storages: an output may be given twice, where an input is not there
+        numbers = {}  # by storage: a launcher passes an output twice if an input is missing
         pointers = []
         for key, value in bound.items():
             if isinstance(value, torch.Tensor):

@@ -1,11 +1,11 @@
-"""Which layer does each file of pyfused stand in, and whom does it import? `python -m tests.layout` prints the drawing."""
+"""Which layer does each pyfused file belong to, and what does it import? `python -m tests.layout` prints the drawing."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the bottom to the top. A file imports its own layer and those before it. A name stands for a file or a folder.
+# From bottom to top. A file imports only its own layer and earlier ones. A name stands for a file or a folder.
 LAYERS: dict[str, tuple[str, ...]] = {
     "facts": ("_version", "families", "activations", "arguments", "notices", "tracing", "timing", "own_forward"),
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),
@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 
 def files() -> dict[str, Path]:
-    """Every file of the package by its module's name."""
+    """{module name: path} of every file in the package."""
     found = {}
     for path in [*(ROOT / "pyfused").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -30,13 +30,13 @@ def files() -> dict[str, Path]:
 
 
 def layer_of(module: str) -> str | None:
-    """The package itself, pyfused, has none: it is what users import."""
+    """None for the package itself, pyfused, which users import."""
     name = module.split(".")[1] if "." in module else ""
     return next((layer for layer, names in LAYERS.items() if name in names), None)
 
 
 def imports() -> dict[str, set[str]]:
-    """Module -> the modules of pyfused that it imports anywhere in its file, but for type checkers."""
+    """Module -> the pyfused modules that it imports anywhere in its file, except for type checkers."""
     modules = files()
     return {name: _imported(name, path, modules.keys()) for name, path in modules.items()}
 

@@ -1,7 +1,7 @@
 """Are the results right on older and newer processors? `python tests/machines.py` runs `pyfused verify` and the operators'
-tests as they run there: with the instructions that torch and its libraries may use, numbers of threads, and pyfused's own sets.
+tests with fewer instructions for torch and its libraries, several numbers of threads, and each of pyfused's instruction sets.
 
-On the CPU kernels alone: Triton's interpreter and the CUDA sources do not ask the processor.
+Only the CPU kernels run: Triton's interpreter and the CUDA sources do not depend on the processor.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from pyfused import extensions
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = "gpt2_tiny_en", "t5_tiny_en", "albert_tiny_en", "fnet_tiny_en"
 
-# What torch, oneDNN and MKL may use. oneDNN's AVX512_CORE lacks the products of half precisions that newer processors have.
+# Limits for torch, oneDNN and MKL. oneDNN's AVX512_CORE lacks the half-precision products of newer processors.
 LIBRARIES = {
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -39,38 +39,38 @@ sys.exit(not all(report["passed"] for report in reports))
 
 
 def libraries():
-    """The names in LIBRARIES that this processor can play, and that differ on it."""
+    """The names in LIBRARIES that this processor supports and that differ on it."""
     return [*LIBRARIES] if "avx512" in extensions.cpu_supported() else ["default", "avx2"]
 
 
 def machines():
-    """(library, threads, instruction set of pyfused) to run: the two first in all combinations; the third, which every
-    operator's test varies by itself, each once more."""
+    """(library, threads, instruction set of pyfused) to run: all combinations of the first two, then each instruction set
+    once. Every operator's test varies the instruction set by itself."""
     isas = extensions.cpu_supported() or [""]
     found = [(*pair, isas[-1]) for pair in itertools.product(libraries(), THREADS)]
     return found + [(libraries()[-1], 1, isa) for isa in isas[:-1]]
 
 
 def environment(library, threads, isa):
-    """A shell's variables on such a machine. Whether the library or a kernel computes a product hangs on the processor too:
-    with one thread it is always the one, with two the other."""
+    """Environment variables that imitate such a machine. The processor would choose between library and kernel for each
+    product; here one thread always takes the kernels, two threads the library."""
     chosen = {name for names in LIBRARIES.values() for name in names} | {"PYFUSED_BACKEND", "TRITON_INTERPRET"}
     kept = {name: value for name, value in os.environ.items() if name not in chosen}
     named = {"PYFUSED_ISA": isa, "PYFUSED_TEST_THREADS": str(threads)}
     named["PYFUSED_TEST_PRODUCTS"] = "kernels" if threads == 1 else "library"
-    # Passive: a thread that spins while it waits for another takes minutes where cores are shared.
+    # Passive: threads that spin while they wait take minutes on shared cores.
     named |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     return kept | LIBRARIES[library] | named
 
 
 def verified(machine):
-    """The finished process that verifies the bundled presets on a machine."""
+    """Runs `pyfused verify` on the bundled presets as on this machine; returns the finished process."""
     command = [sys.executable, "-c", VERIFY, str(machine[1]), *PRESETS]
     return subprocess.run(command, cwd=ROOT, env=environment(*machine), capture_output=True, text=True)
 
 
 def tested(machine, tests):
-    """The finished process that runs tests on a machine."""
+    """Runs tests as on this machine; returns the finished process."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not triton and not cuda", *tests]
     return subprocess.run(command, cwd=ROOT, env=environment(*machine), capture_output=True, text=True)
 

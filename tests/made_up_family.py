@@ -1,4 +1,4 @@
-"""A family that nobody publishes, in one file: a token's vector, normed, and a feed-forward network. See test_families."""
+"""What does a new model family need? A made-up one in one file: embedding, norm, feed-forward network. See test_families."""
 
 import torch
 
@@ -63,7 +63,7 @@ class BigramDecoding:
         pass
 
 
-# What pyfused reads and writes of its checkpoints, as pyfused/checkpoints/gpt2.py has it for GPT-2.
+# How pyfused reads and writes its checkpoints, as pyfused/checkpoints/gpt2.py does for GPT-2.
 HF_SAVED_PREFIX, HF_BUFFERS, HF_HEAD, HF_EMBEDDING, HF_COPIES, HF_BARE = "", (), None, "embedding.weight", (), ""
 DEFAULTS, DEPTHS = {}, ()
 

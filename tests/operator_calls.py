@@ -1,5 +1,5 @@
-"""Small calls of every operator that together reach every path of its kernels: what is run again and again to see whether
-a result stays the same, bit for bit, when something about the running changes (thread order, stream, CUDA graph)."""
+"""Which small calls reach every path of every operator's kernels? Tests repeat them with another thread order, stream or CUDA
+graph and compare the results bit for bit."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ class Numbers:
 
 
 def calls(name):
-    """Registers a function of Numbers under a name: it makes the inputs and returns the call, which gives what to compare."""
+    """Registers a function of Numbers under a name. It makes the inputs and returns a call, whose result tests compare."""
 
     def register(function):
         CALLS[name] = function
@@ -101,7 +101,7 @@ def attention(b, h, hkv, sq, sk, d, **options):
 
     @calls(f"attention {b}x{h}/{hkv}x{sq}/{sk}x{d}{tag}")
     def _(new):
-        def heads(heads, length):  # as a projection gives them: (B, S, H, D) in memory
+        def heads(heads, length):  # in memory (B, S, H, D), as from a projection
             return new(b, length, heads, d).transpose(1, 2)
 
         given = {}

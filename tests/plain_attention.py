@@ -1,4 +1,4 @@
-"""What is attention in plain PyTorch, the yardstick of every test of attention?"""
+"""What is attention in plain PyTorch? Every attention test compares with this."""
 
 import torch
 
@@ -6,10 +6,10 @@ from pyfused.kernels.reference._philox import keep_mask
 
 
 def plain(inputs, options, seed=None, logarithm=False):
-    """Softmax attention as one writes it in PyTorch, every step in the dtype of the inputs; dead rows are zeros.
+    """Softmax attention in plain PyTorch, every step in the inputs' dtype; rows that see no key are zeros.
 
-    logarithm: softmax is written exp(s - logsumexp(s)). It is the yardstick of gradients: whoever keeps one log-sum-exp per
-    row for the backward, as SDPA's flash kernels do too, and not the probabilities, has the rounding of that number in them.
+    logarithm: computes softmax as exp(s - logsumexp(s)), for comparing gradients. A kernel that keeps one log-sum-exp per
+    row for the backward instead of the probabilities, as SDPA's flash kernels do, has that number's rounding in its gradients.
     """
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     group, (sq, d), sk = query.shape[1] // key.shape[1], query.shape[2:], key.shape[2]

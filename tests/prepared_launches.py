@@ -1,5 +1,5 @@
-"""What do prepared Triton launches do on a GPU that is not there? Prints facts as JSON, for test_prepared_launches.py: kernels
-compile for real here, which a process whose kernels are interpreted cannot."""
+"""What do prepared Triton launches do on an imaginary GPU? Prints facts as JSON for test_prepared_launches.py. Kernels compile
+for real here, which a process with interpreted kernels cannot do."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ def new(*shape, dtype=BF16):
 
 
 def counted(call):
-    """Python functions, C functions and bytecode instructions of one call."""
+    """Counts the Python functions, C functions and bytecode instructions of one call."""
     counts = {"call": 0, "c_call": 0, "opcode": 0}
 
     def profile(frame, event, argument):
@@ -69,7 +69,7 @@ def same(found, expected):
 
 
 def starts(driver):
-    """Each start has the stream that is current then, and otherwise what Triton itself handed over at the first."""
+    """Each start uses the current stream; its other arguments equal those that Triton passed at the first start."""
     x, residual, weight = new(5, 64), new(5, 64), new(64)
     facts = []
     for stream in range(4):
@@ -77,7 +77,7 @@ def starts(driver):
         pyfused.layer_norm(x, weight, None, residual=residual)
         facts.append((_launch._hands_over, driver.started[-1]))
     first = facts[0][1]
-    inputs = [0, 1, 2, 3, *range(8, len(first[3]))]  # 4 to 7 are results, made anew
+    inputs = [0, 1, 2, 3, *range(8, len(first[3]))]  # 4 to 7 are results, which each call allocates
     return {
         "through Triton until": [known for known, _ in facts],
         "streams": [start[2] for _, start in facts],
@@ -90,7 +90,7 @@ def starts(driver):
 
 
 def watched(driver):
-    """Triton's hooks, which a profiler sets, are called; without them launches are prepared ones again."""
+    """Triton's hooks, which a profiler sets, are called; once they are gone, launches are prepared again."""
     call, seen = calls()["layer_norm"], []
     call()
     knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
@@ -105,11 +105,11 @@ def watched(driver):
 
 
 def forgotten(driver):
-    """After forget() the tiles are asked for again."""
+    """After forget() a launch looks up its tiles again."""
     call = calls()["layer_norm"]
     call(), call()
     grids = [driver.started[-1][1]]
-    tiles._trial["row_norm_forward"] = {"ROWS": 1, "num_warps": 4}  # as where evidence has changed
+    tiles._trial["row_norm_forward"] = {"ROWS": 1, "num_warps": 4}  # as if evidence had changed
     call()
     grids.append(driver.started[-1][1])
     dispatch.forget()
@@ -139,7 +139,7 @@ def held(driver):
 
 
 def variants(driver):
-    """Kernels compiled while a text grows: the names of those that recording() finds."""
+    """The names of the kernels that recording() sees compiled while a text grows."""
 
     def names(call):
         with compile_ahead.recording() as launches:
@@ -176,7 +176,7 @@ def variants(driver):
 
 
 def times(driver):
-    """Microseconds of a call that starts nothing: prepared, and through Triton. For people, not for tests."""
+    """Microseconds of a call that starts nothing, prepared and through Triton. For readers; no test uses it."""
     found = {}
     for way in (True, False):
         dispatch.forget()
@@ -193,7 +193,7 @@ def times(driver):
 def main(wanted):
     driver, facts = fake_gpu.install(), {}
     with torch.no_grad(), pyfused.backend("triton"):
-        facts["variants"] = variants(driver)  # first: recording() leaves out what is compiled already
+        facts["variants"] = variants(driver)  # first: recording() leaves out kernels that are compiled already
         facts["starts"], facts["counts"] = starts(driver), {}
         for name, call in calls().items():
             for _ in range(3):

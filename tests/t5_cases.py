@@ -1,4 +1,4 @@
-"""What do the T5 tests compare with? The golden cases, and transformers' models with the weights of pyfused's."""
+"""What do the T5 tests compare with? The golden cases, and transformers models with the same weights."""
 
 import torch
 from golden_cases import ROOT, case, manifest
@@ -19,7 +19,7 @@ RENAMED_OUTPUTS = {
 
 
 def t5_state(state):
-    """transformers' T5 state dict under pyfused's names, written down once more."""
+    """transformers' T5 state dict under pyfused's names (independent of pyfused's map)."""
     out = {"token_embedding.weight": state["shared.weight"]}
     head = state.get("lm_head.weight")
     if head is not None and not torch.equal(head, state["shared.weight"]):
@@ -88,7 +88,7 @@ def t5_of_case(entry, dtype=torch.float32):
 
 
 def call_of(inputs):
-    """The inputs by pyfused's names; padding masks None where there are none."""
+    """The inputs by pyfused's names; missing padding masks are None."""
     call = {"encoder_padding_mask": None, "decoder_padding_mask": None}
     return call | {RENAMED[k]: v for k, v in inputs.items() if k in RENAMED}
 
@@ -101,14 +101,14 @@ def outputs_of(model, call):
 
 
 def reference_outputs(model, call):
-    """outputs_of with the operators in plain PyTorch, one of the plain implementations."""
+    """outputs_of with the reference operators, in plain PyTorch."""
     with backend("reference"):
         return outputs_of(model, call)
 
 
 def live(inputs, name):
-    """(B, S) bool: the rows of an output that look at a key in every attention they depend on. In the others pyfused
-    gives zeros where the libraries give means, and those disagree among themselves."""
+    """(B, S) bool: the rows of an output that see a key in every attention they depend on. In the other rows pyfused gives
+    zeros; the libraries give means and disagree among themselves."""
     ids = inputs["input_ids" if name.startswith("encoder") else "decoder_input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     rows = (mask.sum(1, keepdim=True) > 0).expand(ids.shape)
@@ -118,8 +118,8 @@ def live(inputs, name):
 
 
 def hf_t5(dtype=torch.float32, seed=0, spread=0.2, head=True, attention="sdpa", **config):
-    """transformers' T5 (toy sizes unless `config` says otherwise) in evaluation mode, with weights that matter: norms and
-    tables too, all of standard deviation `spread`."""
+    """transformers' T5 (toy sizes unless `config` says otherwise) in evaluation mode. All weights, norms and tables too, are
+    random with standard deviation `spread`."""
     from transformers import T5Config, T5ForConditionalGeneration, T5Model
 
     toy = {"vocab_size": 61, "num_layers": 2, "num_heads": 4, "d_model": 24, "d_ff": 56, "d_kv": 7}

@@ -1,4 +1,4 @@
-"""Is what an activation is called, and by which number, said once? The C header and torch's own modules against the table."""
+"""Do the C header and torch's modules agree with the table of activations on names and numbers?"""
 
 import re
 from pathlib import Path

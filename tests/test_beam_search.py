@@ -1,4 +1,4 @@
-"""Does beam search return the texts that transformers' returns, for T5 and for GPT-2?"""
+"""Does beam search return the same texts as transformers', for T5 and GPT-2?"""
 
 from collections import Counter
 
@@ -21,8 +21,8 @@ STOPS = list(range(0, 97, 12))
 
 @pytest.fixture(scope="module")
 def pairs():
-    """transformers' language models, and pyfused's with the same weights. Not so spread out that one token has it all. In
-    float64: of hundreds of beams some are so close that float32's rounding would choose."""
+    """transformers' language models, and pyfused's with the same weights, spread so that no token takes all probability. In
+    float64: among hundreds of beams some are so close that float32's rounding would choose."""
     from transformers import GPT2LMHeadModel
 
     t5 = hf_t5(spread=0.25, vocab_size=97)
@@ -42,7 +42,7 @@ def prompts():
 
 
 def theirs(hf, prompt, count, stops, **options):
-    """The texts of transformers' generate, cut behind their stop token."""
+    """The texts of transformers' generate, cut after their stop token."""
     ids = torch.tensor([prompt])
     options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 96, **options}
     out = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stops or None, **options)
@@ -66,7 +66,7 @@ OPTIONS = [
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_transformers(pairs, prompts, name, options):
-    """Stop tokens that the model likes, so that texts end early, at different steps; then none, so that none does."""
+    """First with stop tokens that the model likes, so texts end early at different steps; then with none, so no text ends."""
     hf, model = pairs[name]
     generator = Generator(model)
     liked = Counter(token for new in generator.generate(prompts, NEW) for token in set(new[3:]))
@@ -109,7 +109,7 @@ def test_modules_with_hooks_give_the_same(pairs, prompts):
 
 
 def test_only_what_differs_is_copied(pairs, prompts, monkeypatch):
-    """Reordering starts at the first token that differs, never in the prompt; and gives what a full copy gives."""
+    """Reordering starts at the first token that differs, never in the prompt, and equals a full copy."""
     _, model = pairs["gpt2"]
     starts, lengths = [], []
     reorder = KVCache.reorder

@@ -1,4 +1,4 @@
-"""Does a run of benchmarks keep its rows, mark noisy and slow ones, and take its options from a shell?"""
+"""Does a benchmark run keep its rows, mark noisy and slow ones, and take options from a shell?"""
 
 import json
 import os
@@ -204,7 +204,7 @@ def test_a_killed_run_loses_nothing(tmp_path):
 
 
 def test_the_installed_benchmarks_need_no_source_tree():
-    """What the wheel takes of benchmarks/: tests/test_packaging.py builds it."""
+    """tests/test_packaging.py builds the wheel, which holds part of benchmarks/."""
     folder = Path(engine.__file__).resolve().parents[2] / "benchmarks"
     for path in folder.glob("bench_*.py"):
         assert "parents[" not in path.read_text()

@@ -1,4 +1,4 @@
-"""Do the peers compute what transformers' model does, and is a missing one named?"""
+"""Do the peers compute the same as transformers' model, and does a report name missing ones?"""
 
 import importlib.util
 
@@ -24,7 +24,7 @@ def relative_error(found, exact):
 
 
 def agree(made, exact, calls=1):
-    """The first and the calls-th result of a peer are those of transformers' model; those in int8 roughly so."""
+    """A peer's first result and its result number `calls` equal transformers' model; int8 peers only roughly."""
     for name, make in made.items():
         call = make()
         results = [call() for _ in range(calls)]

@@ -1,4 +1,4 @@
-"""Does a row of a benchmark refuse a wrong answer, name what is left out, and know what an operator costs?"""
+"""Does a benchmark row refuse a wrong answer, name the providers left out, and know an operator's cost?"""
 
 import math
 
@@ -26,7 +26,7 @@ def test_a_right_answer_is_timed():
 
 
 def test_a_compiled_model_is_timed(monkeypatch):
-    """The benchmark has no small case, as inductor takes half a minute whatever the sizes; here it is the tracing alone."""
+    """Traces only: inductor takes half a minute whatever the sizes, so the benchmark has no small case."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
     make = dict(bench_compile.models())["fnet tiny"]

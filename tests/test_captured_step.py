@@ -1,7 +1,7 @@
-"""Does a captured generation step find its memory again? It is replayed with the addresses and numbers of its capture.
+"""Does a captured generation step find its memory again? A replay uses the addresses and numbers of the capture.
 
-Without a GPU the step runs operator by operator, and a dispatch mode writes down what each one reads: a tensor that the
-step did not make must be the same one, alive and in the same place, whenever the step runs.
+Without a GPU the step runs operator by operator, and a dispatch mode logs each operator's inputs. Any tensor from outside the
+step must be the same tensor, alive and at the same address, in every run of the step.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def model(kind):
 
 
 class Replayed(GraphSteps):
-    """Runs the step where a GPU would replay it."""
+    """Runs the step instead of replaying it as a GPU would."""
 
     def _capture(self):
         self.replay = self._step
@@ -43,7 +43,7 @@ class Replayed(GraphSteps):
 
 
 class Reads(TorchDispatchMode):
-    """Writes down every operator and what it is given: a tensor made since by its number, another by where it lies."""
+    """Logs every operator and its inputs: tensors made since the start by number, other tensors by address."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Reads(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.found:
                 storage = tensor.untyped_storage()
-                self.made.setdefault(storage._cdata, (len(self.made), storage))  # held: no later one has its address
+                self.made.setdefault(storage._cdata, (len(self.made), storage))  # kept alive, so none reuses its address
         return out
 
 
@@ -81,15 +81,15 @@ def test_every_step_reads_the_same_memory(model, kind, sampler):
     seen, elsewhere = [], []
     for seed in range(3):
         steps.start(prompts(seed), torch.rand(3, dtype=torch.float64))
-        elsewhere.append([torch.empty(n, dtype=torch.int64) for n in (1, 3, 61) * 50])  # what was freed is used again
+        elsewhere.append([torch.empty(n, dtype=torch.int64) for n in (1, 3, 61) * 50])  # reuses freed memory
         for _ in range(2):
             with Reads() as reads:
                 steps.next(torch.rand(3, dtype=torch.float64))
             seen.append(reads)
     assert any("pyfused.attention" in call for call in seen[0].calls)
-    assert len(seen[0].found) > 20  # weights, caches and what else outlives a step
+    assert len(seen[0].found) > 20  # weights, caches and everything else that outlives a step
     for reads in seen[1:]:
-        # The first operator copies the caller's draws into their place, which no graph holds.
+        # The first operator copies the caller's random draws into a fixed place; no graph contains that copy.
         assert reads.calls[1:] == seen[0].calls[1:]
     _draws, *read = seen[0].found.values()
     assert not any(storage.expired() for storage in read)
@@ -97,7 +97,7 @@ def test_every_step_reads_the_same_memory(model, kind, sampler):
 
 @torch.inference_mode()
 def test_weights_written_in_place_are_read(model, kind):
-    """As a training step between two calls writes them: what a step reads must not have been computed of the old ones."""
+    """A training step between two calls writes weights in place. The step must not read values derived from old weights."""
 
     def logits(decoding):
         decoding.start(prompts(1))
@@ -117,7 +117,7 @@ def test_weights_written_in_place_are_read(model, kind):
 
 @torch.inference_mode()
 def test_a_capture_happens_on_the_models_device(model, kind, monkeypatch):
-    """Not on the current one, on which torch makes its own stream for captures."""
+    """Not on the current device, where torch would make its capture stream."""
     machine = Machine(monkeypatch)
     steps = GraphSteps(model, SHAPES[kind], Sampler())
     steps.start(prompts(0), torch.zeros(3, dtype=torch.float64))
@@ -129,14 +129,14 @@ def test_a_capture_happens_on_the_models_device(model, kind, monkeypatch):
     default = machine.streams[1]
     steps.next(torch.zeros(3, dtype=torch.float64))
     assert [(device, capturing) for device, _, capturing in where] == [(1, False), (1, False), (1, True)]
-    assert all(stream is not default for _, stream, _ in where)  # neither the warm-up nor the capture takes part in it
+    assert all(stream is not default for _, stream, _ in where)  # neither warm-up nor capture uses the default stream
     assert ("wait", 1, 1) in machine.log
     assert ("synchronize", 0) not in machine.log
     assert machine.device == 0
 
 
 def test_a_graph_is_kept_for_weights_of_one_dtype(model, kind):
-    """Memory that float32 weights left may hold those of another dtype next."""
+    """Weights of another dtype may reuse the memory of freed float32 weights."""
     key = GraphSteps.key(model, SHAPES[kind], Sampler())
     assert GraphSteps.key(model, SHAPES[kind], Sampler()) == key
     for parameter in model.parameters():

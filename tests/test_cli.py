@@ -67,7 +67,7 @@ def test_generate_matches_transformers(capsys):
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    """verify on what a user's machine has: in the tests Triton's interpreter and the host shim are backends too, and slow."""
+    """Limits verify to a user's backends: in the tests Triton's interpreter and the host shim count too, and are slow."""
     module = importlib.import_module("pyfused.verify")
     native = [name for name in module.available() if name.partition(":")[0] not in ("triton", "cuda")]
     monkeypatch.setattr(module, "available", lambda device: native)

@@ -1,4 +1,4 @@
-"""Does torch.compile take backbones, modules and operators whole, once for all batches and lengths, with eager's results?"""
+"""Does torch.compile compile backbones, modules and operators whole, once for all sizes, with eager's results?"""
 
 import copy
 
@@ -12,14 +12,14 @@ import pyfused
 from pyfused import nn as fused
 from pyfused.testing.tolerance import assert_close
 
-# No size of one kind equals one of another: torch takes what is equal in the first call for the same.
+# All sizes differ: torch treats sizes that are equal in the first call as one size.
 SIZES = ((7, 11), (3, 17), (5, 29))
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Nothing compiled before; and numbers such as eps as constants at once: with dynamic=True torch traces them as unknowns
-    first, finds that the operators want constants, and compiles again, which takes the double time and changes nothing."""
+    """Clears earlier compilations, and makes numbers such as eps constants at once. With dynamic=True torch first traces them
+    as unknowns, finds that the operators want constants, and compiles again: twice the time, the same program."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(specialize_float=True):
         yield
@@ -27,7 +27,7 @@ def fresh_compiler():
 
 
 def compiled(function, dynamic=True, backend="aot_eager"):
-    """The function compiled whole, and the counter of its compilations."""
+    """The function, compiled whole, and a counter of its compilations."""
     counter = CompileCounterWithBackend(backend)
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter), counter
 
@@ -38,7 +38,7 @@ def assert_like_eager(actual, eager, truth, what):
 
 
 def check_backbone(name, call, model, exact, given):
-    """Outputs and every parameter's gradient, compiled beside eager, by the tolerance rule."""
+    """Judges the compiled outputs and parameter gradients beside eager's, by the tolerance rule."""
     found, eager, truth = call(given), model(given), exact(given)
     assert_like_eager(results(found), results(eager), results(truth), f"{name}'s output")
     grads, of_eager, of_truth = gradients(model, found), gradients(model, eager), gradients(exact, truth)
@@ -58,8 +58,8 @@ def test_a_backbone_is_one_graph_for_all_sizes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_how_often_a_model_is_compiled(name):
-    """Without dynamic=True, a first change of batch and length is what tells torch.compile that they change. backend="eager":
-    the tracing alone, which is what decides."""
+    """Without dynamic=True, torch.compile learns from the first change of batch and length that they vary. backend="eager":
+    tracing alone decides this."""
     model = backbone(name, num_layers=1).eval()
     for dynamic, masked, expected in ((None, True, [1, 2, 2, 2, 2]), (True, False, [1, 1, 1, 1, 1])):
         torch._dynamo.reset()
@@ -76,7 +76,7 @@ def test_how_often_a_model_is_compiled(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_decoding_with_a_cache_is_two_graphs(name):
-    """One for the prompt and one for a token, whatever the cache holds already."""
+    """One graph for the prompt and one for a token, whatever the cache holds already."""
     model = backbone(name, num_layers=1, **({"cross_attention": True} if name == "gpt2" else {})).eval()
     call, counter = compiled(model)
     mine, eager = model.new_cache(3, 40), model.new_cache(3, 40)
@@ -140,7 +140,7 @@ def masks(batch, length):
 
 
 def cross_attention(dtype):
-    """With its projection of the encoder's states."""
+    """Includes its projection of the encoder's states."""
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -310,7 +310,7 @@ def test_dropout_is_drawn_anew_in_every_call_of_a_graph():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_trace_without_gradients_holds_the_forms_without_them(name):
-    """The others cost four times as much a call. With gradients it is those, and no form without."""
+    """The forms with gradients cost four times as much a call. A trace with gradients holds only those."""
     model = backbone(name, num_layers=1).eval()
     held = []
 

@@ -1,4 +1,4 @@
-"""Does the table choose what it says, and can a user force and understand it?"""
+"""Does dispatch choose the backend that its table names, and can a user force and understand the choice?"""
 
 import os
 import subprocess
@@ -90,7 +90,7 @@ def test_environment_variables(name, value, said):
 
 
 def test_the_best_instruction_set_is_used(monkeypatch):
-    """The weakest comes first, as the extension lists them."""
+    """The extension lists the weakest first."""
     monkeypatch.delenv("PYFUSED_ISA", raising=False)
     for supported in ([], ["baseline"], ["baseline", "avx2"], ["baseline", "avx2", "avx512"]):
         monkeypatch.setattr(extensions, "cpu_supported", lambda found=supported: found)
@@ -98,7 +98,7 @@ def test_the_best_instruction_set_is_used(monkeypatch):
 
 
 def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
-    """Forced strictly too: its forward runs, and the next backend's backward."""
+    """Even if forced strictly, its forward runs and the next backend's backward."""
     monkeypatch.delattr(dispatch.kernel("cpu", "layer_norm"), "backward")
     dispatch.forget()
     try:
@@ -115,7 +115,7 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
 
 
 def test_threads_follow_torch():
-    """The kernels use torch's OpenMP pool: the answer is the same, and torch.set_num_threads is honoured."""
+    """The kernels use torch's OpenMP pool and honour torch.set_num_threads; the answer stays the same."""
     x, w = torch.randn(2048, 1024), torch.randn(1024)
     torch.set_num_threads(1)
     one = pyfused.layer_norm(x, w)
@@ -124,7 +124,7 @@ def test_threads_follow_torch():
 
 
 def test_one_openmp_runtime():
-    """The extension brings none of its own. In a process of its own: other tests' packages may bring theirs."""
+    """The extension brings no OpenMP of its own. Runs in a separate process: other tests' packages may bring theirs."""
     code = "import torch, pyfused; pyfused.layer_norm(torch.ones(64, 8), torch.ones(8)); print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1
@@ -148,7 +148,7 @@ def test_tensor_subclasses_go_through_the_registered_operator():
         ((9, 0), "80-real 90a-real", True),
         ((12, 0), "80-real 90a-real", False),
         ((12, 0), "80-real 90a-real 90-virtual", True),  # PTX serves all later chips
-        ((9, 1), "90a-real 90a-virtual", False),  # "a" is that chip alone
+        ((9, 1), "90a-real 90a-virtual", False),  # "a" means that chip alone
         ((10, 3), "100f-real", True),
         ((12, 0), "100f-real", False),
         ((7, 5), "80-real 90-virtual", False),
@@ -157,7 +157,7 @@ def test_tensor_subclasses_go_through_the_registered_operator():
     ],
 )
 def test_cuda_is_held_to_the_cards_that_are_there(monkeypatch, capability, built, runs):
-    """A card without code for it is a reason that explain() gives, not a launch that fails."""
+    """For a card without machine code, explain() gives the reason and no launch fails."""
     extension = type("Extension", (), {"architectures": built})
     monkeypatch.setattr(extensions, "_emulated", None)
     monkeypatch.setattr(extensions, "_load", lambda name: (extension, ""))

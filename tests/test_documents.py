@@ -25,7 +25,7 @@ PUBLIC = "pyfused", "pyfused.nn", "pyfused.bench", "pyfused.checkpoints", "pyfus
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch, tmp_path):
-    """What a document's code writes goes into a folder of its own, and its pictures are not shown."""
+    """A document's code writes into its own folder and shows no pictures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
 
@@ -68,7 +68,7 @@ def test_the_readme_is_short():
 
 
 def test_the_readme_names_both_commands():
-    """And CI's script runs the second of them."""
+    """CI's script runs the second one."""
     commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert commands[:2] == ["run", "test"]
     assert "make test" in (ROOT / ".ci" / "run").read_text()
@@ -76,7 +76,7 @@ def test_the_readme_names_both_commands():
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_exist(path):
-    """So do the files that a document links to, and those of this repository that it names."""
+    """So do the files that a document links to and the repository files that it names."""
     text = path.read_text()
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= {*targets}
@@ -120,7 +120,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
-    """As `make docs` does."""
+    """Builds as `make docs` does."""
     pytest.importorskip("mkdocs", reason="pip install --group docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Are encoded texts the model's hidden states, text by text, whatever else is in the batch?"""
+"""Does encoding give each text the model's hidden states, whatever else is in the batch?"""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def prepared(preset):
 
 
 def alone(model, text):
-    """(S, D): the text as the only one, by the model's own call."""
+    """(S, D): the model's own call on this text alone."""
     ids = torch.tensor([text])
     with torch.no_grad():
         if isinstance(model, pyfused.T5Backbone):
@@ -35,8 +35,8 @@ def alone(model, text):
 
 
 def check(model, encoded, expected):
-    """The tolerance rule for encoded(texts). Plain and true is what expected(states) makes of each text's own states, by the
-    reference operators in the model's dtype, and in float64."""
+    """Judges encoded(texts) by the tolerance rule. Plain and truth are expected(states) of each text alone, on the reference
+    operators in the model's dtype and in float64."""
     wide = copy.deepcopy(model).double().eval()
 
     def once():

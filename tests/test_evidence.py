@@ -1,4 +1,4 @@
-"""Does what was measured decide which backend runs, and does a bad file do no harm?"""
+"""Do measurements decide which backend runs, and does a bad file do no harm?"""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def row(operator="linear", dtype="float32", shapes="small", threads=1, function=
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder of the user's; returns a function that writes this machine's file into it."""
+    """An empty user cache folder; returns a function that writes this machine's file into it."""
     monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
     dispatch.forget()
 
@@ -59,7 +59,7 @@ def test_explain_names_the_line(cache):
 
 @pytest.mark.parametrize("name, tensors", [("linear", (X, W)), ("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
 def test_what_explain_says_is_what_runs(cache, monkeypatch, name, tensors):
-    """linear's evidence is about the products inside other operators too."""
+    """linear's evidence covers the products inside other operators too."""
     calls = []
     library = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
@@ -117,7 +117,7 @@ def test_threads(cache):
 
 
 def test_a_launch_follows_the_number_of_threads(cache, monkeypatch):
-    """One that was prepared under another number must not stay; where the lines agree it is one for all."""
+    """A launch prepared for another number of threads must not stay. If the lines agree, one launch serves all numbers."""
     calls = []
     library = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
@@ -140,7 +140,7 @@ def test_a_launch_follows_the_number_of_threads(cache, monkeypatch):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """CPU tensors are judged as a GPU's are; returns a function that puts lines of this GPU in force."""
+    """Dispatch treats CPU tensors as GPU tensors; returns a function that sets this GPU's evidence lines."""
     monkeypatch.setitem(dispatch.PREFERENCES, "cpu", dispatch.PREFERENCES["cuda"])
 
     def use(speeds, operator="layer_norm", shapes="plain"):
@@ -226,7 +226,7 @@ def test_classes_of_attention():
 
 @pytest.mark.parametrize("name", ["attention", "ffn", "gated_ffn", "layer_norm", "rms_norm", "relative_bias"])
 def test_backwards_have_classes_too(monkeypatch, name):
-    """By the arguments that autograd calls them with."""
+    """The class follows from the arguments that autograd passes."""
     import operator_calls
 
     asked = []
@@ -255,7 +255,7 @@ def test_backwards_have_classes_too(monkeypatch, name):
 
 
 def test_own_file_before_shipped_ones_line_by_line(cache):
-    """What the own file says nothing about comes from the next file."""
+    """Lines that the user's own file lacks come from the next file."""
     before = {line[:5]: line for line in evidence.lines()}
     assert before
     cache(row(**{"16": 123.0}))
@@ -298,7 +298,7 @@ def test_shipped_files_are_whole():
 
 
 class Clock:
-    """Time that passes by the calls of the kernels alone: each read of it is a tick."""
+    """Time that advances only with kernel calls: each read is a tick."""
 
     now = 0.0
 

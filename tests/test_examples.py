@@ -1,4 +1,4 @@
-"""Do the training examples train, on both providers alike, and save presets that load and write?"""
+"""Do the training examples train alike on both providers and save presets that load and generate?"""
 
 import csv
 import importlib
@@ -27,7 +27,7 @@ def losses(path):
 
 @pytest.fixture(scope="module", params=[*PROMPTS, *ENCODERS])
 def runs(request, tmp_path_factory):
-    """The name of a preset, and a folder with four steps of both providers."""
+    """A preset's name, and a folder with four steps of both providers."""
     folder = tmp_path_factory.mktemp("training")
     script = ROOT / "examples" / f"train_{request.param}.py"
     for provider in ("pyfused", "torch"):
@@ -43,10 +43,10 @@ def runs(request, tmp_path_factory):
 
 
 def test_both_providers_have_the_same_curve(runs):
-    """T5's only before the first update: Adafactor scales whole matrices, and pyfused keeps query, key and value in one."""
+    """T5's curves agree only before the first update: Adafactor scales whole matrices, and pyfused has one for Q, K and V."""
     name, folder = runs
     mine, theirs = losses(folder / "pyfused.csv"), losses(folder / "torch.csv")
-    assert len(set(mine)) == 4  # four steps of a warm-up need not fall; the recorded curves do
+    assert len(set(mine)) == 4  # the loss need not fall in four warm-up steps; the recorded curves fall
     same = 1 if name == "t5_tiny_en" else 4
     assert mine[:same] == pytest.approx(theirs[:same], abs=1e-4)
 
@@ -75,8 +75,8 @@ def test_saved_preset_loads_and_writes(runs):
 
 @pytest.mark.parametrize("name", [*PROMPTS, *ENCODERS])
 def test_recorded_curves_fall(name):
-    """For masked tokens, whose frequencies alone give three quarters of FNet's first loss, to well below that; ALBERT starts
-    with the frequencies."""
+    """Masked-token losses must fall well below the loss of guessing by frequency. That is three quarters of FNet's first loss;
+    ALBERT starts at it."""
     mine = losses(ROOT / "examples" / name / "pyfused.csv")
     assert len(mine) >= 1000
     assert sum(mine[-20:]) < {"albert_tiny_en": 0.7, "fnet_tiny_en": 0.6}.get(name, 0.5) * 20 * mine[0]
@@ -90,7 +90,7 @@ def test_bundled_encoders_are_verified(name):
 
 
 def test_masked_batches(monkeypatch):
-    """15% of each window's tokens are chosen; of these 80% are masked, 10% random, 10% as they were; [CLS] and [SEP] stay."""
+    """15% of each window's tokens are chosen; of these 80% are masked, 10% random, 10% unchanged; [CLS] and [SEP] stay."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     masked = importlib.import_module("masked_tokens")
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def test_masked_batches(monkeypatch):
     assert all((windows == row).all(1).any() for row in restored[:20])
     states = torch.randn(400, 64, 3, generator=generator)
     assert torch.equal(whole.chosen(states)[7, 4], states[7, whole.places[7, 4]])
-    # Knowing the answer costs nothing; knowing nothing costs the logarithm of the vocabulary
+    # A perfect answer has loss 0; uniform logits have the logarithm of the vocabulary size.
     sure = torch.nn.functional.one_hot(whole.targets, 500) * 100.0
     assert masked.loss_of(sure, whole) < 1e-6
     said = masked.evaluate(lambda batch: torch.zeros(*batch.places.shape, 500), tokens, tokens, 500, 4, 64)
@@ -120,7 +120,7 @@ def test_masked_batches(monkeypatch):
 
 
 def test_recorded_curves_lie_on_each_other():
-    """The two runs that the repository shows: close at every step, and held-out losses that agree."""
+    """The two runs in the repository are close at every step, and their held-out losses agree."""
     folder = ROOT / "examples" / "gpt2_tiny_en"
     mine, theirs = losses(folder / "pyfused.csv"), losses(folder / "torch.csv")
     assert len(mine) == len(theirs) >= 1000

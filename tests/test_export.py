@@ -1,4 +1,4 @@
-"""Do torch.export and torch.jit.trace take the models with any batch and length, and does what they save run?"""
+"""Do torch.export and torch.jit.trace take the models with any batch and length, and do the saved programs run?"""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_an_exported_model_runs_at_other_sizes(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_torch_jit_recorded_runs_at_other_sizes(name):
-    """Recorded with nothing masked: what the masks hold must not become part of the program."""
+    """Recorded with nothing masked: the masks' values must not become part of the program."""
     model = backbone(name, num_layers=1).eval()
     given = inputs(name, 2, 6)
     given |= {
@@ -79,7 +79,7 @@ print(all(torch.equal(found[name], expected[name]) for name in expected))
 
 
 def test_the_saved_program_and_the_package_run_in_a_process_that_imports_pyfused(tmp_path):
-    """Both name the operators, which importing pyfused registers: without it, loading says which one is missing."""
+    """Both name operators that importing pyfused registers. Without the import, loading names the missing operator."""
     model = backbone("fnet", num_layers=1).eval()
     program = exported("fnet", model)
     given = inputs("fnet", 4, 7)

@@ -1,4 +1,4 @@
-"""Is a model one row of families.py and its own files? A made-up fifth one is, and everything knows it."""
+"""Is a model one row of families.py plus its own files? A made-up fifth family works everywhere."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 
 import pyfused
 from pyfused import cli, families
-from pyfused.bench.run import bench  # noqa: F401 - a reader of the table, imported before the row is there
+from pyfused.bench.run import bench  # noqa: F401 - it reads the table; import it before adding the row
 from pyfused.checkpoints import open_checkpoint, resolve_preset, save_hf
 from pyfused.verify import verify
 
@@ -36,7 +36,7 @@ def test_from_preset(preset):
     assert type(made_up_family.BigramBackbone.from_preset(preset)) is made_up_family.BigramBackbone
     with pytest.raises(ValueError, match="is a bigram checkpoint; GPT2Backbone takes gpt2"):
         pyfused.GPT2Backbone.from_preset(preset)
-    (preset / "config.json").write_text(json.dumps({"vocab_size": 5, "bigram_width": 3}))  # as old files are
+    (preset / "config.json").write_text(json.dumps({"vocab_size": 5, "bigram_width": 3}))  # in the form of old files
     assert open_checkpoint(preset, weights=False).model == "bigram"
     (preset / "config.json").write_text(json.dumps({"model_type": "trigram"}))
     with pytest.raises(ValueError, match="pyfused reads gpt2, albert, t5, mt5, fnet, bigram"):

@@ -1,4 +1,4 @@
-"""Is float16 right where what a model computes exceeds 65,504? T5 with Flan-T5's residual stream, FNet with large sums."""
+"""Is float16 right if a model's values exceed 65,504? T5 with Flan-T5's residual stream, FNet with large sums."""
 
 import copy
 
@@ -12,8 +12,8 @@ from pyfused.checkpoints import save_hf
 from pyfused.generation.t5 import T5Decoding
 from pyfused.generation.t5_bound import bindable
 
-# Four times the most that rounding the result itself can take: what goes wrong here is a large part of everything. How exact
-# the kernels are is judged beside the reference operators.
+# Four times the largest error from rounding the result itself. A fault here changes much more than that. Other tests judge
+# the kernels' exactness beside the reference operators.
 BOUND = 4 * 2.0**-11
 KINDS = {"gated, untied": (True, False), "gated, tied": (True, True), "plain, tied": (False, True)}
 
@@ -31,7 +31,7 @@ def outputs(model, **more):
 
 
 def judge_beside_reference(half, found, run):
-    """The tolerance rule: the reference operators in float16 are plain PyTorch, in float64 the truth."""
+    """Applies the tolerance rule: plain is the reference operators in float16, the truth the same in float64."""
     with backend("reference"):
         plain, truth = run(half), run(copy.deepcopy(half).double())
     for name in truth:
@@ -83,7 +83,7 @@ def test_t5_compiled_packed_and_from_embeddings(pair):
 @torch.no_grad()
 @pytest.mark.parametrize("bound", [True, False])
 def test_t5_steps_through_the_cache(pair, bound):
-    """Logits of each step, of the step with bound parameters and of the modules."""
+    """Compares the logits of each step, both with bound parameters and through the modules."""
     wide, half = pair
     prompts = [ids.numpy() for ids in inputs_of()["encoder_token_ids"]]
     prompts[1] = prompts[1][:9]
@@ -120,7 +120,7 @@ def test_t5_answers_as_likely_as_float32(pair):
 
 
 def test_t5_trains(pair):
-    """Gradients behind a norm that divides by 14,000 are below what float16 holds; the others are those of float32."""
+    """Gradients behind a norm that divides by 14,000 are too small for float16; the others match float32's."""
     wide, half = copy.deepcopy(pair[0]), copy.deepcopy(pair[1])
     for model in (wide, half):
         out = model(**inputs_of())

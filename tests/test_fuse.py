@@ -1,4 +1,4 @@
-"""Does fuse_ change this instance alone, and nothing but its forward?"""
+"""Does fuse_ change only this instance, and only its forward?"""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ class Doubled(nn.LayerNorm):
 
 
 class Named(nn.LayerNorm):
-    """A subclass that computes what its base does."""
+    """A subclass that computes the same as its base."""
 
 
 def small():
@@ -56,12 +56,12 @@ def test_report_and_what_stays():
 
 def test_same_output_and_back():
     model, x = small(), torch.randn(3, 6)
-    del model[2][0]  # takes (2, 4), which no other module gives
+    del model[2][0]  # it takes (2, 4), a shape that no other module returns
     before = model(x)
     pyfused.fuse_(model)
     with pyfused.backend("reference", strict=True):
         torch.testing.assert_close(model(x), before)
-    assert pyfused.fuse_(model).replaced  # twice is once
+    assert pyfused.fuse_(model).replaced  # a second call changes nothing
     assert pyfused.unfuse_(model) is model
     assert forwards_of(model) == []
     assert torch.equal(model(x), before)
@@ -116,7 +116,7 @@ def test_a_forward_of_someone_else_stays():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_that_torch_takes_still_run(dtype):
-    """float64, and bfloat16 beside float32 weights: torch's own function."""
+    """float64, and bfloat16 beside float32 weights, run torch's own function."""
     norm, x = nn.LayerNorm(6), torch.randn(3, 6, dtype=dtype)
     norm = norm.double() if dtype == torch.float64 else norm
     expected = norm(x)

@@ -1,4 +1,4 @@
-"""Does generation give the right tokens? Greedy against transformers and no cache, sampling against the formula."""
+"""Does generation give the right tokens? Greedy equals transformers and runs without a cache; sampling fits the formula."""
 
 import copy
 
@@ -23,7 +23,7 @@ CLEAR = 0.02  # a thousand times the error of float32 logits here
 
 @pytest.fixture(scope="module")
 def hf():
-    """Weights so spread out that the two best logits are far apart."""
+    """Has weights spread so widely that the two best logits are far apart."""
     return hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)
 
 
@@ -34,8 +34,8 @@ def model(hf):
 
 @pytest.fixture(scope="module")
 def texts(hf):
-    """100 prompts with the greedy tokens of transformers' generate, in float64: those without a near tie, which rounding could
-    decide."""
+    """100 prompts with the greedy tokens of transformers' generate in float64. Prompts with a near tie are left out, because
+    rounding could decide it."""
     from transformers import GPT2LMHeadModel
 
     lm = GPT2LMHeadModel(hf.config).double().eval()
@@ -76,7 +76,7 @@ def logits_of(model, tokens):
 
 @torch.no_grad()
 def test_the_best_two_logits_are_further_apart_than_noise(hf, prompts, expected, model):
-    """What makes the equalities below meaningful: no tie that rounding could decide."""
+    """The equalities below need this: no tie that rounding could decide."""
     wide, errors = like_hf(hf, torch.float64).to(DEVICE), []
     for prompt, new in zip(prompts, expected):
         truth, mine = (logits_of(m, prompt + new[:-1])[len(prompt) - 1 :] for m in (wide, model))
@@ -111,7 +111,7 @@ def test_greedy_equals_a_run_without_cache(model, prompts, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs(hf, prompts, dtype):
-    """Together as alone, but for two tokens between which rounding decides."""
+    """A batch gives the same tokens as each prompt alone, except where rounding decides between two tokens."""
     model = like_hf(hf, torch.float32).to(DEVICE, dtype)
     wide = copy.deepcopy(model).double()
 
@@ -157,7 +157,7 @@ def test_stop_tokens_end_a_row_and_are_returned(model, prompts, expected):
 
 
 def test_rows_of_one_length_that_remain_need_no_mask(model, prompts, expected):
-    """The longest row stops first; the two that remain are equally long."""
+    """The longest row stops first; the two remaining rows are equally long."""
     equal = [i for i, p in enumerate(prompts) if len(p) == 5][:2]
     longest = max(range(100), key=lambda i: len(prompts[i]))
     rows = [equal[0], longest, equal[1]]
@@ -193,7 +193,7 @@ def test_on_token_hears_a_token_before_the_next_is_made(model, prompts):
 
 
 def filtered(logits, temperature, top_k, top_p):
-    """The distribution that the docstring promises, one row, in plain numpy."""
+    """The distribution that the docstring promises for one row, in plain numpy."""
     scores = np.asarray(logits, np.float64) / temperature
     p = np.exp(scores - scores.max())
     p /= p.sum()
@@ -211,7 +211,7 @@ def filtered(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_the_distribution_is_the_one_promised(temperature, top_k, top_p):
-    """Inverting the cumulative sum on a grid of n draws gives every token p * n times, give or take its two ends."""
+    """Inverting the cumulative sum on a grid of n draws gives each token p * n times, to within its two ends."""
     logits, n = 2 * torch.randn(40), 20000
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens = Sampler(temperature, top_k, top_p)(logits.expand(n, -1), grid)
@@ -323,7 +323,7 @@ def test_a_generator_takes_a_backbone():
 
 
 def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
-    """The step that calls no module gives way where that would pass something over, with the same tokens."""
+    """The fast step calls no module. It gives way if it would skip a hook or a replacement, with the same tokens."""
     heard: list[int] = []
     other = like_hf(hf).to(DEVICE)
     assert bindable(other)
@@ -341,7 +341,7 @@ def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
 
 
 class Replayed(GraphSteps):
-    """The graph's step with its fixed shapes, run operator by operator where there is no GPU to capture it."""
+    """The graph's step with its fixed shapes, run operator by operator if no GPU can capture it."""
 
     def _capture(self):
         self.replay = self._step
@@ -352,7 +352,7 @@ class Replayed(GraphSteps):
     "sampling", [{}, {"temperature": 3.0, "top_k": 9, "top_p": 0.8, "seed": 2}], ids=["greedy", "drawn"]
 )
 def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, monkeypatch, sampling):
-    """Positions on the device, the whole capacity read behind a mask, stopped rows that run on, and a second call."""
+    """Positions lie on the device, a mask hides unused capacity, stopped rows run on; then a second call."""
     stop = Generator(model).generate(prompts[:1], 3, **sampling)[0][2]
     calls = [(prompts[:6], NEW, []), (prompts[:6], NEW, [stop]), (prompts[6:12], NEW - 3, [])]
     want = [Generator(model).generate(p, n, **sampling, stop_token_ids=s) for p, n, s in calls]

@@ -1,4 +1,4 @@
-"""Does T5 answer with the right tokens? Greedy against transformers' generate, with sources of any length."""
+"""Does T5 generate the right tokens? Greedy equals transformers' generate, with sources of any length."""
 
 import copy
 
@@ -14,13 +14,13 @@ from pyfused.generation.t5_bound import bindable
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 45
 
-# Of the decoder's buckets (16, up to distance 30) every one begins within NEW steps, and 15 steps are past the last.
+# NEW steps reach each of the decoder's buckets (16, up to distance 30), and 15 steps lie past the last.
 BUCKETS = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 30}
 
 
 @pytest.fixture(scope="module", params=["gated, untied", "plain, tied"])
 def hf(request):
-    """Weights so spread out that the two best logits are far apart."""
+    """Has weights spread so widely that the two best logits are far apart."""
     if request.param == "gated, untied":
         made = hf_t5(
             spread=0.5, seed=1, vocab_size=97, num_layers=3, num_decoder_layers=2, tie_word_embeddings=False, **BUCKETS
@@ -38,8 +38,8 @@ def model(hf):
 
 @pytest.fixture(scope="module")
 def chosen(hf):
-    """100 of 130 prompts with the greedy tokens of transformers' generate in float64: those whose two best logits are never
-    near each other. Then every right implementation gives these tokens, on any processor."""
+    """100 of 130 prompts with the greedy tokens of transformers' generate in float64. Their two best logits are never close,
+    so every right implementation gives these tokens on any processor."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 41, (130,), generator=generator).tolist()
     prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
@@ -77,7 +77,7 @@ def greedy(hf, prompts):
 
 @torch.no_grad()
 def logits_of(model, prompt, tokens):
-    """Logits behind the start token and each of `tokens`, without a cache."""
+    """Logits after the start token and after each of `tokens`, without a cache."""
     start = model.get_config()["decoder_start_token_id"]
     out = model(
         encoder_token_ids=torch.tensor([prompt]), encoder_padding_mask=None,
@@ -88,7 +88,7 @@ def logits_of(model, prompt, tokens):
 
 @torch.no_grad()
 def test_the_best_two_logits_are_further_apart_than_noise(hf, prompts, expected, model):
-    """What makes the equalities below meaningful: no tie that rounding could decide."""
+    """The equalities below need this: no tie that rounding could decide."""
     wide = like_hf(hf, torch.float64).to(DEVICE)
     for prompt, new in zip(prompts, expected):
         truth, mine = (logits_of(m, prompt, new[:-1]) for m in (wide, model))
@@ -132,7 +132,7 @@ def test_sampling_of_a_row_does_not_depend_on_the_other_rows(model, prompts):
 
 
 def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
-    """The step that calls no module gives way where that would pass something over, with the same tokens."""
+    """The fast step calls no module. It gives way if it would skip a hook or a replacement, with the same tokens."""
     heard: list[int] = []
     other = like_hf(hf).to(DEVICE)
     assert bindable(other)
@@ -148,7 +148,7 @@ def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
 
 
 class Replayed(GraphSteps):
-    """The graph's step with its fixed shapes, run operator by operator where there is no GPU to capture it."""
+    """The graph's step with its fixed shapes, run operator by operator if no GPU can capture it."""
 
     def _capture(self):
         self.replay = self._step
@@ -156,7 +156,7 @@ class Replayed(GraphSteps):
 
 
 def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, expected, monkeypatch):
-    """Positions on the device, whole capacities read behind masks, stopped rows that run on, and further calls."""
+    """Positions lie on the device, masks hide unused capacity, stopped rows run on; then further calls."""
     stop = expected[0][2]
     calls = [(prompts[:6], NEW, []), (prompts[:6], NEW, [stop]), (prompts[6:12], NEW - 3, [])]
     want = [Generator(model).generate(p, n, stop_token_ids=s) for p, n, s in calls]
@@ -195,4 +195,4 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         Generator(model).generate([[1], []], 3)
     assert Generator(model).generate([], 3) == []
-    assert len(Generator(model).generate([[1]], 200)[0]) == 200  # there is no longest text
+    assert len(Generator(model).generate([[1]], 200)[0]) == 200  # no limit on the length

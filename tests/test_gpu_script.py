@@ -1,6 +1,6 @@
-"""Does the script that runs on a GPU keep its deadline and its results, choose its items, and take its files along?
+"""Does the GPU script keep its deadline and its results, choose its items, and take its files along?
 
-Here, without a GPU: the session runs small processes, with a clock that runs ahead.
+Runs without a GPU: the session starts small processes and uses a fast clock.
 """
 
 import os
@@ -26,7 +26,7 @@ def python(name, code, seconds=60.0, **options):
 
 
 def fast():
-    """A clock of which 20 seconds take one. A limit of 100 is five: time for a process to start where others work."""
+    """A clock 20 times as fast. A limit of 100 s is 5 s: time enough for a process to start on a busy machine."""
     return time.monotonic() * 20
 
 
@@ -39,7 +39,7 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
     assert ends(rows) == {"hangs": "timeout", "next": "ok"}
     first, second, end = of(rows, "hangs")
     assert first == {"x": 1}
-    assert 100 <= end["seconds"] < 500  # of the 2000 it would sleep
+    assert 100 <= end["seconds"] < 500  # it would sleep for 2000
     assert of(rows, "next")[0] == {"y": 2}
     for _ in range(50):
         if (
@@ -81,7 +81,7 @@ for i in range(int(start[1]) if start else 0, 5):
 
 
 def test_a_case_that_ends_the_process_or_hangs_loses_no_other(tmp_path):
-    """As an illegal access on a GPU does, behind which nothing works."""
+    """An illegal access on a GPU ends the process this way: nothing works after it."""
     item = python("correct", CASES, 900, patience=100, resumes=True)
     assert Session(tmp_path, 1000, clock=fast).run([item]) == 1
     *rows, end = of(rows_of(tmp_path), "correct")
@@ -105,7 +105,7 @@ def test_a_wrong_result_fails_its_item(tmp_path):
 
 
 def test_want_of_time_skips_and_says_so(tmp_path):
-    """Of 60 seconds the first takes what is left of them, not the 900 it may have."""
+    """The first item gets the rest of the 60 seconds, not its own 900."""
     session = Session(tmp_path, 60, clock=fast)
     assert session.run([python("first", "time.sleep(100)", 900, alone=True), python("second", "pass")]) == 1
     rows = rows_of(tmp_path)
@@ -147,7 +147,7 @@ sys.exit(gpu.main(["--call", "first", "--budget", "100", "--results", {str(tmp_p
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     results = tmp_path / "results.jsonl"
-    for _ in range(200):  # the row is there while the item still runs
+    for _ in range(200):  # the row appears while the item still runs
         if results.exists() and results.read_text():
             break
         time.sleep(0.05)
@@ -203,7 +203,7 @@ def test_command_lines_are_those_that_pyfused_takes(command):
 
 
 def test_extensions_of_this_python_are_taken_along(tmp_path):
-    """Those of another Python, and a newer one that is there, stay."""
+    """Extensions for another Python stay behind; a newer one already there is kept."""
     suffix = gpu.sysconfig.get_config_var("EXT_SUFFIX")
     built, package = tmp_path / "built" / "pyfused", tmp_path / "package"
     built.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Does each item of the script that runs on a GPU run end to end? Both of its calls, as a dry run without a GPU."""
+"""Does each item of the GPU script run end to end? Both of its calls, as a dry run without a GPU."""
 
 import json
 import os
@@ -31,7 +31,7 @@ echo '========= ERROR SUMMARY: 0 errors'
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The folder of results of both calls, with tools that say what they are asked for and run what they are given."""
+    """The results folder of both calls, with stand-in tools that print their arguments and run the given command."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     folder, tools = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("tools")
@@ -40,7 +40,7 @@ def dry(tmp_path_factory):
         (tools / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry", "--results", str(folder), "--budget", "900"]
-    second = ["bench", "profile", "memcheck", "streams"]  # racecheck differs in a word; the others are the first call's
+    second = ["bench", "profile", "memcheck", "streams"]  # racecheck differs in one word; the first call runs the others
     for call in (["first"], ["second", "--only", *second]):
         done = subprocess.run([*script, "--call", *call], env=environment, capture_output=True, text=True)
         assert "Traceback" not in done.stderr, done.stderr
@@ -105,7 +105,7 @@ def test_the_rows_of_generation(rows):
         assert row["ok"]
         assert row["same_again"]
         assert row["as_reference"] == 2
-        assert isinstance(row["us_per_token"], float)  # a difference of two times, which here are two single calls
+        assert isinstance(row["us_per_token"], float)  # the difference of two times, here of single calls
         assert row["ms_first_token"] > 0
 
 
@@ -118,7 +118,7 @@ def test_the_rows_of_transformers(rows):
 
 
 def test_the_rows_of_peers(rows):
-    """pyfused's backends and FlexAttention are timed; SDPA's by name are not there on a CPU, and say so."""
+    """Times pyfused's backends and FlexAttention; a CPU lacks SDPA's named backends, and their rows say so."""
     found = of(rows, "peers")[:-1]
     assert {row["case"] for row in found} == {
         f"1x1x16x16 {way}".strip()
@@ -149,7 +149,7 @@ def test_the_rows_of_the_hosts_time(rows):
 
 
 def test_the_rows_of_other_commands(monkeypatch):
-    """What a command saved counts even where it fails behind that."""
+    """A command's saved rows count even if it fails afterwards."""
     asked = []
 
     def run(content, code):
@@ -189,7 +189,7 @@ def test_the_rows_of_the_profiler(rows):
 
 
 def test_the_sanitizers_see_each_tensor_by_itself(dry, rows):
-    """torch's allocator would give it one large allocation, inside which nothing is out of bounds."""
+    """torch's caching allocator would show them one large allocation, in which no access is out of bounds."""
     log = (dry / "log.txt").read_text()
     assert f"said 1 --tool memcheck --error-exitcode 9 {sys.executable} {gpu.CUDA_CALLS} rms_norm 37" in log
     assert "6 calls ran on cpu; left to other backends: none" in of(rows, "memcheck rms_norm 37")[-1]["said"]

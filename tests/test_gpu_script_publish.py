@@ -72,7 +72,7 @@ def test_what_was_wrong_or_not_judged_gets_no_evidence(tmp_path):
 
 
 def test_a_second_run_adds_to_the_first(tmp_path):
-    """Once ffn's CUDA kernel is right, its line has both; what was not run again stays."""
+    """Once ffn's CUDA kernel is right, its line has both backends; lines that were not run again stay."""
     run = a_run(tmp_path / "run")
     gpu_publish.publish([run], tmp_path)
     text = (run / "results.jsonl").read_text()

@@ -11,7 +11,7 @@ KEEPERS = {"ContextVar", "Lock", "RLock", "Library", "WeakKeyDictionary", "local
 
 
 def kept(path: Path) -> set[str]:
-    """Names at the top of a file that hold something between calls: caches, empty tables, context variables, locks."""
+    """A file's module-level names that hold state between calls: caches, empty tables, context variables, locks."""
     tree, found = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):

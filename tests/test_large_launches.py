@@ -1,4 +1,4 @@
-"""Do launches fit a GPU, and offsets their integers, for tensors as large as a GPU's memory? No memory is needed to see."""
+"""Do launches and offsets fit for tensors as large as a GPU's memory? The tests allocate no such memory."""
 
 import ast
 import inspect
@@ -42,7 +42,7 @@ def planted_kernel(x_ptr, y_ptr, n, beyond, BLOCK: tl.constexpr):
 
 @pytest.fixture
 def record(monkeypatch):
-    """launches of a call, on a GPU of 132 multiprocessors; `run` looks at what a few programs of each touch."""
+    """The launches of a call on a GPU of 132 multiprocessors; `run` checks the addresses of a few programs of each."""
 
     def recorded(call, run=True):
         launches = Launches(run)
@@ -102,7 +102,7 @@ def feed_forward(rows, n, f, dtype=BF16):
 
 
 def few(rows, product):
-    """Of few rows with a wide matrix."""
+    """A product of few rows with a wide matrix."""
     n, k = 2**24, 256
     x, w = new(rows, k), new(n, k)
     if product is ffn:
@@ -112,7 +112,7 @@ def few(rows, product):
 
 
 def split(rows, n, k):
-    """Of few rows with a matrix so narrow that its products are split over programs."""
+    """A product of few rows with a matrix so narrow that several programs share each sum."""
     x, w = new(rows, k), new(n, k)
     ffn.prepare_product((rows,), k, w, False, "gelu", None, True)(x, w, None, None)
 
@@ -128,7 +128,7 @@ def distances(h, sq, sk):
     relative_bias.backward(new(1, h, sq, sk), 32, True, 128, 0)
 
 
-CALLS = {  # more than 2^31 elements in a tensor each
+CALLS = {  # each has a tensor of more than 2^31 elements
     "layer_norm": lambda: norm(layer_norm, 2**20, 8192, True),
     "layer_norm short": lambda: norm(layer_norm, 2**24, 768, True),
     "layer_norm long": lambda: norm(layer_norm, 2**18, 20000, True),
@@ -217,7 +217,7 @@ def test_what_is_looked_for_is_found():
 
 @pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.name)
 def test_kernels_start_through_one_function(path):
-    """kernel[grid](...) is written in starter() alone."""
+    """Only starter() contains kernel[grid](...)."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     started = [node.lineno for node in calls if isinstance(node.func, ast.Subscript)]
     assert bool(started) == (path.name == "_launch.py")

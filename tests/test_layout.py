@@ -1,4 +1,4 @@
-"""Is every operator findable in every folder, and does data flow one way?"""
+"""Does every folder have every operator, and do imports go one way?"""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 import pyfused
 
-# The files that import something by its name, and what.
+# The files that import modules by name, and which modules.
 LATE = {
     "pyfused/families.py",  # a family's classes and files
     "pyfused/__init__.py",  # pyfused.nn
@@ -24,7 +24,7 @@ LATE = {
 }
 ROOT = Path(__file__).resolve().parents[1]
 
-# Places an operator does without, each for a reason.
+# Places that lack an operator, each with the reason.
 EXCEPTIONS = {
     "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
@@ -74,7 +74,7 @@ def test_imports_go_one_way():
 
 
 def test_nothing_is_imported_by_name_behind_the_layers():
-    """importlib and pkgutil load what is optional, or stands in the table of families, or is a kernel."""
+    """importlib and pkgutil load only optional modules, families in the table, and kernels."""
     uses = {p for m, p in layout.files().items() if re.search(r"import_module\(|resolve_name\(", p.read_text())}
     assert {p.relative_to(ROOT).as_posix() for p in uses} == LATE
 
@@ -85,16 +85,16 @@ def test_the_drawing():
     assert "operators: " in "\n".join(lines)
 
 
-# What says how large a tile is and how it runs: pyfused/tiles.py finds it in evidence.
+# Names for a tile's size and launch options; pyfused/tiles.py reads them from evidence.
 TILE = re.compile(
     r"(\w+_)?(num_warps|num_stages|(BLOCK|TILE|ROWS|COLUMNS|INNER|PARTS|GROUP|PROGRAM|WARP|STAGE|CHUNK)S?(_\w+)?)",
     re.IGNORECASE,
 )
 CHIP = re.compile(r"sm_\d+|gfx\d+|[AHBV]\d00|MI\d+|RTX", re.IGNORECASE)
-# Constants that are what a kernel can do, whatever the machine.
+# Constants that limit a kernel on every machine.
 CAPABILITIES = {
-    "kernels/triton/_attention_tiles.py": {"MASKED_STAGES"},  # what its loops can hide; see the file
-    "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # a tile of decode, what combine_kernel adds up
+    "kernels/triton/_attention_tiles.py": {"MASKED_STAGES"},  # the latency its loops can hide; see the file
+    "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # decode's tile; the parts that combine_kernel adds up
     "kernels/triton/ffn.py": {"FEW_ROWS"},
     "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
     "kernels/cuda/linear.py": {"FEW_ROWS"},  # kFewRows of few_rows.cuh
@@ -109,8 +109,8 @@ CAPABILITIES = {
 
 
 def machine_numbers(tree):
-    """(line, name) of each tile's size or count that launcher code writes as a number, and of each chip that it names. Inside a
-    @triton.jit function a number is part of the kernel's program."""
+    """(line, name) of each tile size or count that launcher code writes as a number, and of each chip that it names. Numbers
+    inside a @triton.jit function are part of the kernel and do not count."""
 
     def is_jit(node):
         return isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(d) for d in node.decorator_list)
@@ -163,7 +163,7 @@ def machine_numbers(tree):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: "/".join(path.parts[-2:]))
 def test_kernels_have_no_number_of_a_machine(path):
-    """Tiles, warps, stages and crossovers are evidence: measured, and other numbers on another chip."""
+    """Tiles, warps, stages and crossovers are evidence: measured, and different on each chip."""
     found = {name for _, name in machine_numbers(ast.parse(path.read_text()))}
     assert found - CAPABILITIES.get(str(path.relative_to(ROOT)), set()) == set()
 
@@ -208,5 +208,5 @@ def test_import_is_light():
 
 
 def test_the_version_is_one():
-    """What torch.compile keeps on disk is found by it."""
+    """torch.compile finds its programs on disk by the version."""
     assert f'\nversion = "{pyfused.__version__}"\n' in (ROOT / "pyproject.toml").read_text()

@@ -1,4 +1,4 @@
-"""Are the results right with two threads, and where torch and its libraries lack this processor's newest instructions? The
+"""Are the results right with two threads, and without this processor's newest instructions in torch and its libraries? The
 short form of `make test-machines`."""
 
 import machines
@@ -6,7 +6,7 @@ import pytest
 
 from pyfused import extensions
 
-# What a product of the library, a sum in another order or another formula of torch would show in.
+# Tests that would notice another library product, order of summation or torch formula.
 TESTS = (
     "test_ffn.py::test_far_inputs_give_the_limits",
     "test_ffn.py::test_strides",

@@ -1,4 +1,4 @@
-"""Does a copy of a module run on its own parameters? nn.DataParallel's replicas, copy.copy, copies made by hand, torch.func."""
+"""Does a module's copy use its own parameters? nn.DataParallel's replicas, copy.copy, copies made by hand, torch.func."""
 
 import copy
 import pickle
@@ -62,7 +62,7 @@ def call(model):
 
 
 def outputs_and_gradients(models, parameters, call):
-    """Of some modules, and the gradients of all their outputs together."""
+    """The modules' outputs, and the gradients of all outputs together."""
     outs = [call(model) for model in models]
     loss = sum((out * torch.linspace(-1.0, 1.0, out.shape[-1])).sum() for out in outs)
     return [*outs, *torch.autograd.grad(loss, parameters, allow_unused=True)]
@@ -81,7 +81,7 @@ def fused_names(model):
 
 @pytest.fixture
 def replicated(monkeypatch):
-    """torch's own replicate(), but that a broadcast stays on the CPU. Replica j has 1 + j / 4 times the parameters."""
+    """torch's own replicate() with a broadcast on the CPU. Replica j has 1 + j / 4 times the parameters."""
     code = sys.modules["torch.nn.parallel.replicate"]
 
     def broadcast(tensors, devices, detach=False):
@@ -151,7 +151,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_that_share_until_something_is_replaced(kind, how):
-    """Each fused module is copied into a tree of its own, whose parameters are then other ones; the originals' stay."""
+    """Each fused module is copied into its own tree and gets new parameters; the originals keep theirs."""
 
     def other(model):
         copies = {module: COPIES[how](module) for module in model.modules()}
@@ -169,7 +169,7 @@ def test_copies_that_share_until_something_is_replaced(kind, how):
 
 
 def test_a_copied_block_with_another_child():
-    """On the copy and on the original, as people who edit models do."""
+    """Replaces a child on the copy and on the original, as people do who edit models."""
     blocks = []
     for model in (plain_model("GPT2"), fused_model("GPT2")):
         block = model.h[0]
@@ -192,7 +192,7 @@ class Doubled(nn.Module):
 
 
 def test_what_rebinds_stays_fused():
-    """Deep copies and pickles, of copies and of parametrized modules too; what users keep beside the forward comes along."""
+    """Deep copies and pickles stay fused, also of copies and parametrized modules; users' own attributes come along."""
     norm, x = nn.LayerNorm(6), torch.randn(3, 6)
     pyfused.fuse_(norm)
     norm.mine = {"kept": [norm]}
@@ -216,7 +216,7 @@ def test_what_rebinds_stays_fused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_functional_tools(kind):
-    """functional_call, an averaged model, and weights that are loaded in place of a model's own."""
+    """functional_call, an averaged model, and loaded weights that replace a model's own."""
     plain, fused = plain_model(kind), fused_model(kind)
     state = {name: t * 1.25 if t.is_floating_point() else t for name, t in plain.state_dict().items()}
     changed = copy.deepcopy(plain)

@@ -13,7 +13,7 @@ from pyfused import extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Without what leads to another pyfused, or tells the installed one which kernels to use
+# The environment without variables that lead to another pyfused or choose the installed one's kernels
 SHELL = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("PYFUSED_")}
 
 CALL = """
@@ -31,8 +31,8 @@ print(pyfused.explain("layer_norm", x, w, b).backend, pathlib.Path(pyfused.__fil
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Settings for a build in an eighth of the time: no CUDA, two instruction sets at most, and a compiler that does not
-    optimise. What the environment of these tests was installed with has it all; here it is about packaging."""
+    """Settings for a build in an eighth of the time: no CUDA, two instruction sets at most, no compiler optimisation. These
+    tests check packaging only."""
     compiler = tmp_path_factory.mktemp("compiler") / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or shutil.which("c++")} "$@" -O0\n')
     compiler.chmod(0o755)
@@ -48,7 +48,7 @@ def run(*command, cwd, **env):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the tracked and untracked files, so that a build leaves nothing in the tree under test."""
+    """A copy of the tracked and untracked files, so that builds leave nothing in the tree under test."""
     target = tmp_path_factory.mktemp("source") / "pyfused"
     skip = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, target, ignore=skip)
@@ -59,7 +59,7 @@ def source(tmp_path_factory):
 def wheel(source, quick, tmp_path_factory):
     """Built as users build it: sdist first, then the wheel from that sdist."""
     out = tmp_path_factory.mktemp("dist")
-    # The build tools of this environment are used: an isolated build would only download the same ones again.
+    # Uses this environment's build tools: an isolated build would download the same ones again.
     run(
         sys.executable,
         "-m",
@@ -84,7 +84,7 @@ def environment(path, *packages, **env):
     site = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True
     )
-    # pip and torch come from the outer environment, at the end of the path: an installed pyfused there must not win.
+    # The outer environment supplies pip and torch. It comes last in the path, so a pyfused installed there does not win.
     target = Path(site.stdout.strip())
     (target / "outer.pth").write_text(f"import sys; sys.path.append({str(outer_site())!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -108,7 +108,7 @@ def test_wheel_away_from_the_source(wheel, tmp_path):
         "pyfused/bench/benchmarks/bench_attention.py",
     ):
         assert need in names
-    assert "pyfused/bench/benchmarks/publish.py" not in names  # for a source tree alone
+    assert "pyfused/bench/benchmarks/publish.py" not in names  # only for a source tree
     assert any(n.startswith("pyfused/_cpu") for n in names)
     assert not any(n.startswith("kernels/") for n in names), "a top-level `kernels` would shadow another package"
     python = environment(tmp_path / "env", wheel)

@@ -1,5 +1,5 @@
-"""Is a second call on a GPU only an allocation and a start? Facts of a process in which Triton compiles for a GPU that is not
-there (prepared_launches.py), and the parts that need no compiler."""
+"""Is a second call on a GPU only an allocation and a start? Checks facts from prepared_launches.py, a process in which Triton
+compiles for an imaginary GPU, and the parts that need no compiler."""
 
 import ctypes
 import json
@@ -32,7 +32,7 @@ def facts():
 
 
 def test_a_prepared_start_is_the_one_that_triton_makes(facts):
-    """The first two go through Triton, the second of them is watched; the others hand the launcher the same."""
+    """The first two starts go through Triton, and pyfused records the second. Later starts pass the launcher the same."""
     found = facts["starts"]
     assert found["through Triton until"] == [None, True, True, True]
     assert found["same"] == [True] * 4
@@ -41,8 +41,8 @@ def test_a_prepared_start_is_the_one_that_triton_makes(facts):
 
 
 def test_a_call_is_a_few_functions(facts):
-    """What the host does for a call: bounds that this reached, with some room for other Pythons. What a GPU's driver and
-    allocator add is not yet measured."""
+    """Bounds on the host's work for a call: the measured counts, with room for other Python versions. The cost of a GPU's
+    driver and allocator is not yet measured."""
     for name, count in facts["counts"].items():
         starts = count["starts"]
         assert starts == (2 if name in ("attention chunks", "ffn", "gated_ffn") else 1), name
@@ -64,7 +64,7 @@ def test_no_launch_keeps_a_tensor(facts):
 
 
 def test_a_text_that_grows_compiles_nothing_again(facts):
-    """Triton compiles by whether a size is 1 or a multiple of 16, where it is not told that the size does not matter."""
+    """Triton compiles anew if a size is 1 or a multiple of 16, unless the kernel declares that the size does not matter."""
     most = {
         "growing keys": {"forward_kernel": 2, "combine_kernel": 0},
         "growing cache": {"forward_kernel": 2, "combine_kernel": 0},
@@ -81,7 +81,7 @@ def test_a_text_that_grows_compiles_nothing_again(facts):
 
 # ---- without a compiler ---------------------------------------------------------------------------------------------
 class Compiled:
-    """A compiled kernel whose launcher is called as `hand_over` says."""
+    """A compiled kernel; `hand_over` gives its launcher's calling convention."""
 
     function, packed_metadata = 5, (4, 1, 0)
 
@@ -95,7 +95,7 @@ class Compiled:
 
 
 class Kernel:
-    """A @triton.jit function of a Triton whose launchers take their arguments in some order."""
+    """A @triton.jit function of a Triton version with its own order of launcher arguments."""
 
     arg_names, pre_run_hooks = ["x", "n", "BLOCK"], []
 
@@ -247,7 +247,7 @@ def test_a_signature_tells_devices_and_alignment_apart():
 
 
 class OnGPU:
-    """What Python reads of a tensor on a GPU."""
+    """The attributes that Python reads from a GPU tensor."""
 
     is_cuda, dtype = True, torch.float32
 

@@ -1,4 +1,4 @@
-"""Is every number of speed in the documents from a results file, and none typed by hand?"""
+"""Does every speed in the documents come from a results file, and is none typed by hand?"""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ _spec.loader.exec_module(publish)
 UNITS = "us|µs|ms|seconds|MiB|GiB|GB/s|GFLOP/s|TFLOP/s|tokens/s|tok/s"
 MEASURED = re.compile(rf"\d[\d.,]*\s*({UNITS})\b|\b\d[\d.]* times (as fast|faster|slower)|\bx\d\.\d")
 
-PREDICTED = ROOT / "docs" / "performance" / "h100_predicted.md"  # says itself that it is no measurement
+PREDICTED = ROOT / "docs" / "performance" / "h100_predicted.md"  # it states that it is no measurement
 GENERATED = {publish.SITE / "index.md", publish.SITE / "rows.md"}
 BY_HAND = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
@@ -32,7 +32,7 @@ def runs():
 
 
 def test_the_documents_show_the_results_files(runs):
-    """Where this fails: python benchmarks/publish.py."""
+    """If this fails, run python benchmarks/publish.py."""
     for path, text in publish.written(runs).items():
         assert path.read_text() == text, path
     for found in runs:
@@ -66,7 +66,7 @@ def test_a_readme_without_marks_is_refused():
 
 
 def test_the_front_page_is_of_the_quietest_run():
-    """One CPU thread before several, and a CPU before a GPU, whatever the files are called."""
+    """One CPU thread comes before several, and a CPU before a GPU, whatever the files' names."""
 
     def run(device, threads, rows):
         return {"device": device, "threads": threads, "rows": [{}] * rows}
@@ -102,7 +102,7 @@ def test_the_picture_has_a_bar_for_each_ratio(runs):
 
 
 def test_the_readme_has_room_for_every_headline(runs):
-    """The models may not be measured yet; with them it may be no longer than tests/test_documents.py allows."""
+    """Even with headlines for models not measured yet, it stays within the length that tests/test_documents.py allows."""
     readme = publish.README.read_text().splitlines()
     shown = sum(line.startswith("| ") for line in publish.block(runs).splitlines()) - 1
     assert len(readme) + len(publish.HEADLINES) - shown <= 130

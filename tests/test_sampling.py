@@ -1,4 +1,4 @@
-"""Does the sampler draw what the probabilities say, for every temperature, and say so where logits choose no token?"""
+"""Does the sampler follow the probabilities at every temperature, and raise if the logits allow no token?"""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def expected(logits, temperature, top_k=None, top_p=None):
 @pytest.mark.parametrize("top_k, top_p", [(None, None), (48, None), (None, 0.99), (500, 0.9)])
 def test_draws_are_the_softmax_of_float64(temperature, top_k, top_p):
     logits = 2.0 * torch.randn(50, generator=torch.Generator().manual_seed(1))
-    logits[[3, 11, 49]] = -torch.inf  # never: of probability 0
+    logits[[3, 11, 49]] = -torch.inf  # never drawn: probability 0
     found = frequencies(Sampler(temperature, top_k, top_p), logits)
     assert (found - expected(logits, temperature, top_k, top_p)).abs().max() <= 2.0 / DRAWS
     assert found[[3, 11, 49]].sum() == 0
@@ -113,7 +113,7 @@ def made(kind):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 1}, {"num_beams": 3}, {"steps": "fixed"}], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_generation_raises_where_logits_are_not_finite(kind, options, bad, monkeypatch):
-    """In the third step, of the second prompt alone."""
+    """The bad logits come in the third step, in the second prompt only."""
     model = made(kind)
     if options.get("steps"):
         options = {}
@@ -136,7 +136,7 @@ def test_generation_raises_where_logits_are_not_finite(kind, options, bad, monke
     monkeypatch.setattr(decoding, "step", broken(step))
     monkeypatch.setattr(decoding, "fixed_step", broken(fixed))
     prompts = [[1, 2, 3], [4, 5, 6]]
-    at = 2 if kind == "t5" else 3  # T5's first token comes of a step too
+    at = 2 if kind == "t5" else 3  # T5's first token also takes a step
     said = rf"^the logits of new token {at} of prompts\[1\] choose none: they hold NaN or inf; the model's weights"
     with pytest.raises(FloatingPointError, match=said):
         Generator(model).generate(prompts, 8, **options)
@@ -154,7 +154,7 @@ def test_the_hint_is_about_float16(monkeypatch):
 
 @pytest.mark.parametrize("penalty", [-16.0, -6.0, 6.0, 16.0])
 def test_extreme_length_penalties_rank_as_float64_does(penalty):
-    """Texts may end from the 21st token on, each length with its own score; the best by float64 arithmetic comes first."""
+    """Texts may end from the 21st token on, and each length has its own score. The best in float64 comes first."""
     stop = 0
 
     def odds_of(t):

@@ -1,4 +1,4 @@
-"""Is a table on a device finished before another stream can read it, one tensor for all, and never part of a capture?"""
+"""Is a device table finished before another stream reads it, shared by all threads, and never part of a capture?"""
 
 import ast
 import threading
@@ -39,7 +39,7 @@ def test_the_copy_is_waited_for_on_its_device_and_happens_once(machine, index):
 
 
 def test_a_capture_has_no_part_in_it(machine):
-    """What a capture allocates belongs to its graph, and is filled when that is replayed."""
+    """A capture's allocations belong to its graph and are filled only in a replay."""
     device = torch.device("cuda", 1)
     table = kept_on_device(torch.arange)
     machine.capturing = True
@@ -76,7 +76,7 @@ def test_threads_get_one_tensor():
 
 
 def test_no_other_cache_holds_tensors_of_a_device():
-    """functools.cache by device is for numbers: a tensor in it is copied on whatever stream asks first."""
+    """functools.cache by device is for numbers: it would fill a tensor on whichever stream asks first."""
     for folder in pyfused.kernels.__path__:
         for path in Path(folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -24,7 +24,7 @@ ENCODE = ["encode", "albert_tiny_en", "--pool", "mean", "--text"]
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A stdout of an encoding; call it to get what was written."""
+    """A stdout with an encoding; call the result to get the written text."""
 
     def of(encoding, errors="strict"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
@@ -65,7 +65,7 @@ def test_the_users_own_choice_of_errors_counts(terminal):
 
 @pytest.mark.parametrize("command", [GENERATE, ENCODE], ids=["generate", "encode"])
 def test_bytes_that_the_locale_cannot_read(terminal, command):
-    """os.fsdecode makes lone surrogates of them: UTF-8 is read as such, the rest replaced."""
+    """os.fsdecode turns such bytes into lone surrogates. UTF-8 among them is decoded, the rest replaced."""
     for raw, shown in (("na\u00efve".encode(), "na\u00efve"), (b"na\xefve", "na\ufffdve")):
         _, written = terminal("utf-8")
         assert main([*command, raw.decode("ascii", "surrogateescape")]) == 0

@@ -1,4 +1,4 @@
-"""May threads share a model and a Generator? Each gets what it would get alone, and the model stays as it was."""
+"""May threads share a model and a Generator? Each gets the same result as alone, and the model does not change."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ def t5():
 
 
 def together(*calls):
-    """Runs the calls in threads that overlap; their results."""
+    """Runs the calls in overlapping threads; returns their results."""
     found = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
@@ -45,7 +45,7 @@ def modes(model):
 
 
 def partly_trained(model):
-    """In training mode, but for a part that its owner has frozen."""
+    """Puts the model in training mode except for a frozen part."""
     model.train()
     next(m for name, m in model.named_modules() if name.endswith("layers.0")).eval()
     return model
@@ -69,7 +69,7 @@ def test_a_generator_in_several_threads(make):
 
 
 def test_the_first_call_to_end_leaves_the_others_in_evaluation_mode():
-    """Two calls that overlap for certain: the second goes on when the first has ended."""
+    """Two calls that always overlap: the second continues after the first has ended."""
     model = gpt2().train()
     model.layers[0].eval()
     before = modes(model)
@@ -84,7 +84,7 @@ def test_the_first_call_to_end_leaves_the_others_in_evaluation_mode():
     def second(row, token):
         outer.set()
         if not seen:
-            thread.join(60)  # the first call has begun before this one, and ends now
+            thread.join(60)  # the first call began before this one and ends now
         seen.append(any(modes(model).values()))
 
     thread = threading.Thread(target=lambda: generator.generate([[1, 2]], 1, on_token=first))
@@ -110,7 +110,7 @@ def test_encode_leaves_a_model_as_it_was():
     assert modes(model) == before
     assert set(vars(model)) == names
     assert seen
-    assert not any(seen)  # another thread's own call of the model would leave padding out too
+    assert not any(seen)  # otherwise another thread's own call of the model would leave padding out too
 
 
 def test_a_generator_is_still_copied_and_pickled():

@@ -19,7 +19,7 @@ def row(kernel="attention_forward", dtype="half", tile=None, **more):
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    """Returns a function that writes this machine's own file, of the interpreter."""
+    """Returns a function that writes this machine's own file, for the interpreter."""
     monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
     dispatch.forget()
 
@@ -40,7 +40,7 @@ def attention(where, size=64, dtype=torch.bfloat16, cases=("0", "")):
 
 @pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
 def test_shipped_rows_serve_every_kernel_everywhere(architecture):
-    """What a launcher asks for is there, without a warning, in every dtype; and nobody measured it."""
+    """Every launcher finds its tile in every dtype, without a warning; the shipped rows are not measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kernel in tiles.KERNELS:
@@ -58,7 +58,7 @@ def test_a_special_case_before_a_general_one_and_the_nearest_size_above():
     assert (plain.row.case, relative.row.case) == ("0", "relative 0")
     assert [attention("sm_90", size).row.up_to for size in (1, 64, 65, 128, 129, 256)] == [64, 64, 128, 128, 256, 256]
     assert attention("sm_90", 257) is None
-    assert attention("sm_86").row.case == ""  # whose rows leave room for a bias
+    assert attention("sm_86").row.case == ""  # sm_86's rows leave room for a bias
 
 
 def test_own_file_before_shipped_ones_row_by_row(own):
@@ -68,7 +68,7 @@ def test_own_file_before_shipped_ones_row_by_row(own):
     assert attention(CPU).row.date == "2026-01-02"
     assert attention(CPU, 128) == before[1]
     assert attention(CPU, dtype=torch.float32) == before[0]._replace(row=attention(CPU, dtype=torch.float32).row)
-    assert attention("sm_90") == attention("sm_90")  # an architecture's rows alone
+    assert attention("sm_90") == attention("sm_90")  # only the architecture's own rows
 
 
 def test_a_kernel_runs_with_the_tile_of_the_file(own, monkeypatch):
@@ -138,7 +138,7 @@ def test_bad_tiles_leave_the_lines_of_their_file(own):
 
 
 def test_a_tile_that_cannot_fit_is_refused():
-    """Of keys and values of 256 elements and a tile of 128, four stages have at least three on their way."""
+    """With heads of 256 elements and a tile of 128 keys, four stages hold at least three tiles in flight."""
     large = row(tile={**TILE, "BLOCK_N": 128, "num_stages": 4}, up_to=256)
     least = 3 * 2 * 128 * 256 * 2
     assert tiles.least_shared(tiles.row_from(large, "", least)) == least
@@ -158,7 +158,7 @@ def test_trying_is_over_at_the_end_of_the_block():
 
 
 def test_a_question_is_answered_once():
-    """A launch asks each time: 0.36 us where this was written, as reading a table in code cost."""
+    """Every launch asks: 0.36 us where this was written, as much as reading a table in code."""
     attention(CPU)
     before = tiles.find.cache_info()
     attention(CPU)

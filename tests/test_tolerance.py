@@ -1,4 +1,4 @@
-"""Does the tolerance rule find what is wrong, and only that? Right kernels, planted faults, and the rule's own corners."""
+"""Does the tolerance rule find faults and nothing else? Right kernels, planted faults, and the rule's edge cases."""
 
 import draws
 import pytest
@@ -52,7 +52,7 @@ def test_one_element_far_off_is_too_much():
 
 @pytest.mark.parametrize("count, factor", [(1, 100.0), (4, 10.0), (16, 3.0), (100, 1.9)])
 def test_few_elements_may_differ_more_by_chance(count, factor):
-    """One error in so many numbers, twice at random: never an alarm; with ever more numbers the same factor is one."""
+    """Two random draws of one error distribution raise no alarm; with more and more numbers the same factor does."""
     for _ in range(200):
         truth = torch.randn(count, dtype=torch.float64)
         assert judge((truth + noise(count)).float(), (truth + noise(count)).float(), truth).ok
@@ -71,7 +71,7 @@ def test_few_elements_of_plain_pytorch_may_be_exact_by_luck():
 
 
 def test_a_few_large_errors_count_as_few():
-    """Where plain PyTorch's error is that of three elements, its size is a matter of chance, however many are beside them."""
+    """If three elements cause all of plain PyTorch's error, its size is chance, however many other elements there are."""
     truth = torch.ones(10_000, dtype=torch.float64)
     plain, actual = truth.clone(), truth.clone()
     plain[:3] += 1e-4 * torch.tensor([1.0, -0.2, 0.5])
@@ -81,7 +81,7 @@ def test_a_few_large_errors_count_as_few():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rounding_step_belongs_to_its_element(dtype):
-    """An error of a small element is not hidden by the step of a large one."""
+    """A large element's rounding step does not hide a small element's error."""
     truth = torch.cat([torch.full((1000,), 1.5), torch.full((1000,), 1.5 * 2.0**-9)]).double()
     exact, step = truth.to(dtype), torch.finfo(dtype).eps
     assert judge(exact, exact, truth).ratio == 0
@@ -111,7 +111,7 @@ NAN, INF = float("nan"), float("inf")
         (65504.0, INF, INF, False),
         (NAN, NAN, 1.0, False),  # plain PyTorch is no excuse
         (INF, INF, 1.0, False),
-        (1.0, NAN, 1.0, True),  # right where plain PyTorch alone is not
+        (1.0, NAN, 1.0, True),  # right although plain PyTorch is wrong
         (1.1, NAN, 1.0, False),
         (INF, INF, 1e5, True),  # float16 cannot hold it
         (-INF, INF, 1e5, False),
@@ -148,7 +148,7 @@ def dtype(request):
 
 
 def test_draws_together_excuse_one_by_chance_and_no_fault():
-    """The first draw's error would be too much; with the others' it is none. One as large in every draw is a fault."""
+    """The first draw's error alone would be a fault; together with the others it is not. If every draw has it, it is."""
 
     def drawn(*factors):
         factors = iter(factors)

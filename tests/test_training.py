@@ -1,7 +1,7 @@
-"""Do models that are made of pyfused, or fused, train with what PyTorch users train with?
+"""Do pyfused models and fused models train with PyTorch's usual tools?
 
 Checkpointing, accumulation, functional_call, copies and pickles, autocast with a GradScaler, accelerate, DDP and FSDP2; and
-what the backward keeps in memory.
+the memory that the backward needs.
 """
 
 import copy
@@ -57,7 +57,7 @@ def test_checkpointing_gives_the_same_gradients(name, dropout, reentrant):
     given = inputs(name, 2, 9)
     torch.manual_seed(5)
     expected = gradients(model, model(given))
-    anchor = torch.zeros((), requires_grad=True)  # the reentrant form wants an input with a gradient
+    anchor = torch.zeros((), requires_grad=True)  # the reentrant form needs an input with a gradient
 
     def call(anchor):
         return results(model(given))
@@ -121,7 +121,7 @@ def test_a_copy_computes_the_same_and_is_a_model_of_its_own(name, copied, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*FAMILIES, FUSED])
 def test_autocast_with_a_scaler_trains(name, dtype):
-    """Gradients of float32 parameters beside those of the reference backend under the same autocast, by the tolerance rule."""
+    """Compares float32 parameters' gradients with the reference backend's under the same autocast, by the tolerance rule."""
     model, exact = model_of(name), model_of(name, torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=dtype == torch.float16)
@@ -168,7 +168,7 @@ CASES = (("ddp", "t5"), ("fsdp2", "gpt2"), ("ddp", FUSED), ("fsdp2", FUSED))
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The folder with what two processes computed of each case: one pair for all, as importing takes longest."""
+    """A folder with two processes' results for each case. One pair runs all cases, because importing takes longest."""
     folder, here = tmp_path_factory.mktemp("ranks"), Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here), *sys.path)), "OMP_NUM_THREADS": "1"}
     cases = [f"{kind}:{name}" for kind, name in CASES]
@@ -188,7 +188,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, name", CASES)
 def test_two_processes_compute_the_step_of_one(kind, name, two_processes):
-    """DDP and FSDP2 with gloo: each process takes half of the batch, and gradients and step are those of the whole."""
+    """DDP and FSDP2 with gloo: each process takes half of the batch; gradients and step equal the whole batch's."""
     found = torch.load(two_processes / f"{kind}:{name}.pt")
     model, exact = model_of(name), model_of(name, torch.float64)
     assert_by_the_rule(found["grads"], gradients_of(model, name), gradients_of(exact, name))
@@ -200,7 +200,7 @@ def test_two_processes_compute_the_step_of_one(kind, name, two_processes):
 
 
 def kept(call):
-    """The outputs of a call, and what autograd keeps of it for the backward."""
+    """A call's outputs, and the tensors that autograd keeps for the backward."""
     tensors = []
 
     def pack(t):
@@ -218,7 +218,7 @@ def storages(tensors):
 
 @pytest.mark.parametrize("kind", ["relative bias", "causal", "dropout", "padding mask"])
 def test_attention_keeps_nothing_of_the_size_of_its_scores(kind):
-    b, h, s, d = 2, 3, 96, 8  # H S S is the largest size by far
+    b, h, s, d = 2, 3, 96, 8  # H * S * S is by far the largest size
     query, key, value = (torch.randn(b, s, h, d).transpose(1, 2).requires_grad_() for _ in range(3))
     options = {
         "relative bias": {"relative_bias": pyfused.RelativeBias(torch.randn(32, h, requires_grad=True), True)},

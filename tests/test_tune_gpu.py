@@ -1,5 +1,5 @@
-"""Does `pyfused tune --device cuda` run from end to end, keep what it knows, and is it what dispatch then goes by? On Triton's
-interpreter and the CUDA kernels' host shim, with tiny sizes and a clock that knows which tile is fast."""
+"""Does `pyfused tune --device cuda` run end to end and keep its results, and does dispatch then follow them? Uses Triton's
+interpreter, the CUDA kernels' host shim, tiny sizes and a clock that makes one tile fast."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run, wh
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    """The file of this machine, in an empty folder."""
+    """This machine's file in an empty folder."""
     monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
     dispatch.forget()
     yield tune_gpu.own_file()
@@ -46,7 +46,7 @@ def tune(work, **options):
 
 
 def test_every_operator_runs():
-    """Without a search: every tile is as fast."""
+    """No search: all tiles are equally fast."""
     listed = [case for case in cases(quick=True, tiny=True) if "many" not in case.name]
     assert {case.operator for case in listed} == set(pyfused.ops.NAMES)
     found = tune(listed, compile_ahead=lambda run, kernel, tiles: tiles.clear())
@@ -63,7 +63,7 @@ def test_every_operator_runs():
 
 
 def test_the_fastest_tile_is_found_and_then_used(own):
-    """A kernel with two warps takes half the time; what does not compile is left out."""
+    """A kernel with two warps takes half the time; tiles that do not compile are left out."""
 
     def seconds():
         tile = tiles.find("row_norm_forward", torch.device("cpu"), size=16).options
@@ -81,7 +81,7 @@ def test_the_fastest_tile_is_found_and_then_used(own):
     after = tiles.find("row_norm_forward", torch.device("cpu"), torch.bfloat16, 16)
     assert after.row.source == own.name
     assert after.options["num_warps"] == 2
-    # A row of the same class for another dtype is as it was.
+    # A row of the same class for another dtype does not change.
     assert tiles.find("row_norm_forward", torch.device("cpu"), torch.float16, 16).options == before.options
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_kernel_is_refused_and_never_first(monkeypatch):
 
 
 def test_the_limit_keeps_what_is_known(own):
-    """Every look at the time is a second later."""
+    """Every read of the clock is a second later."""
     ticks = iter(range(10**6))
     found = tune(
         work("rms_norm", "layer_norm"),
@@ -151,7 +151,7 @@ def test_candidates_are_tiles_that_a_kernel_takes():
 
 
 def test_norms_of_few_rows_judge_too():
-    """The rule on a sample of the outputs still sees a row that was not written."""
+    """The rule judges a sample of the outputs and still sees an unwritten row."""
 
     def forgetful(x, weight, eps, residual, save):
         y = dispatch.kernel("reference", "rms_norm").forward(x, weight, eps, residual, save)[0]

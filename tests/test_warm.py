@@ -1,4 +1,4 @@
-"""Is what a model needs compiled before it is needed, and found by the calls? Triton compiles for a GPU that is not there."""
+"""Are a model's kernels compiled ahead, and do its calls find them? Triton compiles for an imaginary GPU."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_a_model_loads_what_was_compiled_ahead(tmp_path):
     assert facts["started while recording"] == 0
     assert facts["by another thread"] == facts["after recording"] == 1
     assert facts["launches"] == facts["told"] > 5
-    # On disk under the names that Triton itself looks for: the calls compile nothing, and a second time no process starts.
+    # The files have the names that Triton looks for: the calls compile nothing, and a second run starts no process.
     assert facts["starts"] > 0
     assert len(facts["found"]) == facts["launches"]
     assert all(hit for _, hit in facts["found"]), facts["found"]

@@ -1,4 +1,4 @@
-"""Do the files for GitHub and pre-commit fit the project? They run commands that exist, with the versions that it names."""
+"""Do the files for GitHub and pre-commit fit the project? They run existing commands, with the project's versions."""
 
 import re
 from pathlib import Path

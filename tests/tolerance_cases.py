@@ -12,7 +12,7 @@ from pyfused.kernels.reference import relative_bias
 from pyfused.testing import running
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Rows, features and tokens that fit no tile; small, since a thousand seeds are run.
+# Numbers of rows, features and tokens that fit no tile; small, because calibration runs a thousand seeds.
 ROWS, WIDTH, INNER = 11, 45, 70
 BUCKETS, MOST = 16, 20
 DRAWS = 8
@@ -22,7 +22,7 @@ DRAWS = 8
 class Case:
     """inputs: (shape, scale, offset) of each tensor; fused and plain: calls on a dict of tensors.
 
-    gradients: what plain is for gradients, where that is another way to write it.
+    gradients: replaces plain when gradients are compared, if they need another formula.
     """
 
     inputs: dict[str, tuple[tuple[int, ...], float, float]]
@@ -61,7 +61,7 @@ def plain_ffn(x, w_in, b_in, w_out):
 
 
 def padding(batch, length):
-    """The last sample has a third of padding."""
+    """A mask; a third of the last sample is padding."""
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[-1, length - length // 3 :] = False
     return mask
@@ -133,7 +133,7 @@ CASES = {
     "attention, causal": attention(27, 27, is_causal=True),
     "attention, padded": attention(19, 27, padding_mask=padding(2, 27)),
     "attention, biased": attention(20, 27, hkv=2, bias=True),
-    # Gradients of less than 9 float32 queries are left to plain PyTorch (kernels/cpu/attention.py).
+    # Plain PyTorch computes the gradients of fewer than 9 float32 queries (kernels/cpu/attention.py).
     "attention, one query": attention(1, 70, h=8, hkv=4, forward_only=True),
     "attention, T5": t5_attention(27),
     "relative_bias": Case(
@@ -158,7 +158,7 @@ def draw(inputs, dtype, seed):
 
 
 def results(case, function, gradients, dtype, wide, seed):
-    """Outputs of one call, and the gradients of all inputs through another, by name, computed in `wide`."""
+    """Outputs of `function` and gradients of all inputs through `gradients`, by name, computed in `wide`."""
     leaves = {name: t.to(wide).requires_grad_(not case.forward_only) for name, t in draw(case.inputs, dtype, seed).items()}
     out = as_tuple(function(leaves))
     found = {f"output {i}": o.detach() for i, o in enumerate(out)}
@@ -177,7 +177,7 @@ def as_tuple(out):
 
 
 def plain_and_truth(case, dtype, seed):
-    """({what: plain PyTorch's}, {what: the truth}), each of DRAWS draws in one tensor."""
+    """({name: plain PyTorch's result}, {name: the truth}); each tensor holds DRAWS draws."""
     gradients = case.gradients or case.plain
     return [together(lambda s, w=w: results(case, case.plain, gradients, dtype, w, s), seed) for w in (dtype, torch.float64)]
 
@@ -188,6 +188,6 @@ def fused(case, dtype, seed, backend):
 
 
 def together(run, seed):
-    """Small tensors whose errors share causes are few numbers: see pyfused/testing/tolerance.py."""
+    """Joins several draws: errors of small tensors share causes, so one draw has few independent errors."""
     drawn = [run(DRAWS * seed + i) for i in range(DRAWS)]
     return {what: torch.stack([found[what] for found in drawn]) for what in drawn[0]}

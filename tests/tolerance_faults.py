@@ -1,4 +1,4 @@
-"""Which faults must the tolerance rule find? Each is the exact result with one thing done wrong, rounded to the dtype."""
+"""Which faults must the tolerance rule find? Each result is exact except for one fault, then rounded to the dtype."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def softmax_by(exponential, query, key, value):
 
 
 def looking_at(query, key, value, diagonal):
-    """Causal, with the last key of each row moved by `diagonal`."""
+    """Causal attention whose last visible key is moved by `diagonal`."""
     s = scores(query, key)
     seen = torch.ones(s.shape[-2:], dtype=torch.bool).tril(diagonal)
     seen[:, 0] = True
@@ -96,7 +96,7 @@ def looking_at(query, key, value, diagonal):
 
 
 def without_rescale(query, key, value, block=16):
-    """The online softmax of one block of keys after another; a new maximum rescales the sum, but not the output so far."""
+    """Online softmax, block by block of keys. A new maximum rescales the sum but, wrongly, not the output so far."""
     out, total = torch.zeros_like(query), torch.zeros(*query.shape[:-1], 1, dtype=torch.float64)
     most = torch.full_like(total, -torch.inf)
     for k, v in zip(key.split(block, -2), value.split(block, -2)):
@@ -116,7 +116,7 @@ def values_in_bfloat16_sums(query, key, value, block=16):
 
 
 def with_bias(query, key, value, table, shift=False):
-    """T5's attention; shift: the first distance of one bucket counts to the bucket before."""
+    """T5's attention; with shift, one bucket's first distance counts to the bucket before."""
     bucket = buckets(query.shape[-2], key.shape[-2])
     if shift:
         last = bucket[0, BUCKETS // 2 :].max()
@@ -154,7 +154,7 @@ FAULTS = {
     "rms_norm's statistic in half precision": Fault(
         NORM, lambda x, weight: F.rms_norm(x, (768,), weight, 1e-5), rms_norm_half_statistics
     ),
-    # The shortest polynomial but one whose error a dtype's own rounding does not hide.
+    # The dtype's own rounding does not hide this polynomial's error, with one degree to spare.
     "a short polynomial for exp": Fault(QKV, attention(), polynomial(4), FLOAT32),
     "a shorter polynomial for exp": Fault(QKV, attention(), polynomial(1)),
     "gelu by tanh": Fault(
@@ -170,7 +170,7 @@ FAULTS = {
         lambda query, key, value: attention()(query=query, key=key[..., :-1, :], value=value[..., :-1, :]),
         lambda query, key, value: attention()(query=query, key=key, value=value),
     ),
-    # In bfloat16, whose rounding is as large, one seed in a hundred hides it (0.88); kernels have one source for all dtypes.
+    # Not in bfloat16: its rounding is as large, so one seed in a hundred hides it (0.88). All dtypes share a kernel's source.
     "one bucket off": Fault(T5, with_bias, lambda **t: with_bias(**t, shift=True), DTYPES[:2]),
     "a missing rescale": Fault(QKV, attention(), without_rescale),
 }

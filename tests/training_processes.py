@@ -1,7 +1,7 @@
 """One process of a distributed training step on the CPU: `python training_processes.py RANK FOLDER KIND:MODEL ...`.
 
-Each rank computes the gradients of its half of a batch with DDP or FSDP2 over gloo; of each case rank 0 writes those of the
-whole batch, and the parameters after one step of SGD, into FOLDER.
+Each rank computes the gradients of its half of a batch with DDP or FSDP2 over gloo. For each case, rank 0 writes the whole
+batch's gradients and the parameters after one step of SGD into FOLDER.
 """
 
 import os
@@ -16,7 +16,7 @@ RATE = 0.1
 
 
 def model_of(name):
-    """A backbone by its family, or a model of transformers, fused."""
+    """A family's backbone, or a fused transformers model."""
     if name in FAMILIES:
         return backbone(name).train()
     import transformers
@@ -41,19 +41,19 @@ def loss_for(model, name, rows):
 
 
 def blocks_of(model, name):
-    """What FSDP2 gathers at a time: the layers."""
+    """The layers: FSDP2 gathers one at a time."""
     if name == "t5":
         return [*model.encoder.layers, *model.decoder.layers]
     return list(model.layers) if name in FAMILIES else list(model.h)
 
 
 def whole(tensor):
-    """Of a parameter or gradient that may be spread over the ranks."""
+    """The full tensor of a parameter or gradient that may be sharded over the ranks."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def step(kind, name, rank):
-    """Gradients and parameters behind one step, whole."""
+    """The full gradients and parameters after one step."""
     model = model_of(name)
     if kind == "ddp":
         call = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)

@@ -1,4 +1,4 @@
-"""Does a model find what was compiled ahead? On a GPU that is not there; prints facts as JSON, for test_warm.py."""
+"""Does a model find the kernels compiled ahead? Uses an imaginary GPU; prints facts as JSON for test_warm.py."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from pyfused.models import Backbone
 
 
 def elsewhere(driver=None):
-    """A call as of another thread, which starts its kernel; with a driver, how many starts that was."""
+    """Makes a call, as another thread would; it starts its kernel. With a driver, returns the number of starts."""
     before = len(driver.started) if driver else 0
     with torch.no_grad(), pyfused.backend("triton"):
         pyfused.rms_norm(torch.ones(3, 40), torch.ones(40))

@@ -1,1 +1,1 @@
-"""How do other libraries' modules run on pyfused? One file a library: the forwards that fuse_ gives to their instances."""
+"""How do other libraries' modules run on pyfused? Each library has a file with the forwards that fuse_ installs."""

@@ -1,4 +1,4 @@
-"""Which of torch.nn's modules does fuse_ know, and what do they compute instead?"""
+"""Which torch.nn modules does fuse_ replace, and with which operators?"""
 
 from __future__ import annotations
 

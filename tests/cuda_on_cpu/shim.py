@@ -1,7 +1,7 @@
 """How do the CUDA sources become a module that runs on the CPU? Compiles csrc/cuda/*.cu and cuda_bindings.cpp with the host
-compiler against include/, into build/cuda_on_cpu/; objects and modules are named by what they were made of, and made once.
+compiler against include/, into build/cuda_on_cpu/. File names contain a hash of the inputs, so each file is built once.
 
-    python tests/cuda_on_cpu/shim.py            # prints where the module lies
+    python tests/cuda_on_cpu/shim.py            # prints the module's path
     python tests/cuda_on_cpu/shim.py --sanitize # the same under AddressSanitizer and UBSan, for use with sanitized()
 """
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
 INCLUDES = (HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")
-# No contraction: __fmul_rn must round. The kernels' NaN poison must survive, so no fast maths.
+# No contraction: __fmul_rn must round. No fast maths: the kernels' NaN poison must survive.
 FLAGS = [
     "-std=c++17",
     "-fPIC",
@@ -47,7 +47,7 @@ SANITIZE = [
     "-O1",
     "-g1",
     "-fsanitize=address,undefined",
-    # AddressSanitizer finds what these would, and they take a third of the compiling.
+    # AddressSanitizer finds the same faults, and these checks take a third of the compile time.
     "-fno-sanitize=null,object-size,pointer-overflow,return,vptr",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
@@ -56,7 +56,7 @@ SANITIZE = [
 
 @functools.cache
 def compiler() -> str:
-    """The host compiler; raises RuntimeError where there is none."""
+    """The host compiler; raises RuntimeError if there is none."""
     found = os.environ.get("CXX") or shutil.which("g++")
     if not found:
         raise RuntimeError("the CUDA kernels' tests need g++")
@@ -69,7 +69,7 @@ def sources() -> list[Path]:
 
 @contextmanager
 def _only_here(target: Path) -> Iterator[bool]:
-    """Holds a file's lock among processes; whether the file has still to be made."""
+    """Holds a file's lock among processes; yields whether the file must still be made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -94,7 +94,7 @@ def _compile(source: Path, flags: Sequence[str], headers: str) -> Path:
                 raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr[:6000]}")
             if (
                 source.suffix == ".cu"
-            ):  # its statics are the kernels' shared memory: the engine must know where they lie
+            ):  # its statics are the kernels' shared memory: the engine needs their addresses
                 section = ".bss=cuda_shared,alloc,load,data,contents"
                 subprocess.run(["objcopy", "--rename-section", section, str(half_made)], check=True)
             half_made.rename(target)
@@ -106,7 +106,7 @@ def build(name: str, files: Sequence[Path], *, sanitize: bool = False) -> Path:
     headers = _digest([path.read_bytes() for folder in (HERE, *INCLUDES) for path in sorted(folder.rglob("*.*h"))])
 
     def compiled(source: Path) -> Path:
-        checks = sanitize and not source.stem.endswith("_bindings")  # there is nothing to check in bindings
+        checks = sanitize and not source.stem.endswith("_bindings")  # bindings need no checks
         return _compile(source, [*FLAGS, *(SANITIZE if checks else ["-O2"])], headers)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -123,7 +123,7 @@ def build(name: str, files: Sequence[Path], *, sanitize: bool = False) -> Path:
 
 @functools.cache
 def load(name: str = "_cuda", files: tuple[Path, ...] = ()) -> ModuleType:
-    """The module, built if need be; PYFUSED_SANITIZE=1 takes the one under AddressSanitizer and UBSan."""
+    """The module, built if necessary; PYFUSED_SANITIZE=1 takes the AddressSanitizer and UBSan build."""
     path = build(name, files or sources(), sanitize=os.environ.get("PYFUSED_SANITIZE") == "1")
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -135,7 +135,7 @@ def load(name: str = "_cuda", files: tuple[Path, ...] = ()) -> ModuleType:
 
 @contextmanager
 def order(module: ModuleType, which: int) -> Iterator[None]:
-    """Runs threads and blocks another way inside the block: 0 in turn, 1 backwards and as far as each gets, else a seed."""
+    """Sets the order of threads and blocks inside the with block: 0 in turn, 1 backwards and far at once, else a seed."""
     assert module.__file__
     set_order = ctypes.CDLL(module.__file__).cuda_on_cpu_set_order
     set_order(ctypes.c_uint64(which))
@@ -147,7 +147,7 @@ def order(module: ModuleType, which: int) -> Iterator[None]:
 
 @dataclass
 class Seen:
-    """A launch that was not run: its kernel's expression, grid, threads of a block and bytes of dynamic shared memory."""
+    """A launch that did not run: kernel expression, grid, threads per block, bytes of dynamic shared memory."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -157,7 +157,7 @@ class Seen:
 
 @contextmanager
 def looking(module: ModuleType) -> Iterator[list[Seen]]:
-    """Launches inside the block are held to a GPU's limits and written down; no kernel runs, so that addresses may be any."""
+    """Checks launches inside the with block against a GPU's limits and records them. No kernel runs: any address will do."""
     assert module.__file__
     library, launches = ctypes.CDLL(module.__file__), []
     library.cuda_on_cpu_seen.restype = ctypes.c_char_p
@@ -173,7 +173,7 @@ def looking(module: ModuleType) -> Iterator[list[Seen]]:
 
 
 def sanitized(command: Sequence[str], **options) -> subprocess.CompletedProcess:
-    """Runs a Python command with the sanitizers' runtime loaded first, as the sanitized module needs it."""
+    """Runs a Python command with the sanitizers' runtime loaded first, which the sanitized module needs."""
     runtimes = []
     for library in ("libasan.so", "libubsan.so", "libstdc++.so"):
         found = subprocess.run([compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True)

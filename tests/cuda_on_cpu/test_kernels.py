@@ -1,4 +1,4 @@
-"""Do the CUDA kernels give the same bits whatever order their threads and blocks run in, and touch only what is theirs?"""
+"""Do the CUDA kernels give the same bits in every order of threads and blocks, and touch only their own memory?"""
 
 import os
 import re
@@ -20,9 +20,9 @@ SANITIZED = os.environ.get("PYFUSED_SANITIZE") == "1"
 
 
 def on_cuda_kernels(name, dtype):
-    """The call's results by csrc/cuda, or None where these kernels lack the case, as explain() says."""
+    """The call's results by csrc/cuda, or None if explain() says that these kernels lack the case."""
     try:
-        torch.manual_seed(3)  # of dropout
+        torch.manual_seed(3)  # for dropout
         with running("cuda"):
             return operator_calls.prepared(name, "cpu", FLOAT_TYPES[dtype])()
     except dispatch.BackendError:
@@ -43,12 +43,12 @@ def test_every_order_gives_the_same_bits(name, dtype):
     assert all(torch.isfinite(t).all() for t in expected)
 
 
-# What csrc/cuda leaves to the other backends: the materialised bias is a gather, which the Triton kernel does as well.
+# Operators that csrc/cuda lacks: the materialised bias is a gather, which the Triton kernel does as well.
 LACKING = ("relative_bias",)
 
 
 def test_a_cuda_error_names_operator_shape_and_device(monkeypatch):
-    """There is no cuda:1 on the shim; and a launch that fails is not blamed on the next one."""
+    """The shim has no cuda:1; and the next launch does not get a failed launch's error."""
     from pyfused.kernels.cuda import _row_norm
 
     x, weight = torch.ones(3, 768), torch.ones(768)
@@ -59,14 +59,14 @@ def test_a_cuda_error_names_operator_shape_and_device(monkeypatch):
             pytest.raises(RuntimeError, match=r"layer_norm .*shape \(3, 768\) on cuda:1: invalid argument"),
         ):
             pyfused.layer_norm(x, weight)
-    dispatch.forget()  # the launch that was prepared for cuda:1
+    dispatch.forget()  # the launch prepared for cuda:1
     with running("cuda"):
         assert pyfused.layer_norm(x, weight).isfinite().all()
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
 def test_no_access_out_of_bounds_and_no_undefined_behaviour():
-    """The calls above once more, in a process under AddressSanitizer and UBSan."""
+    """Runs the calls above again, in a process under AddressSanitizer and UBSan."""
     options = ["-x", "--capture=sys", "-p", "no:cacheprovider", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, __file__]
     done = shim.sanitized(command, cwd=shim.ROOT)

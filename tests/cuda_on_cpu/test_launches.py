@@ -1,4 +1,4 @@
-"""Does every CUDA launch fit a GPU's limits, for tensors as large as its memory? The shim looks at launches and runs none."""
+"""Does every CUDA launch fit a GPU's limits for tensors as large as its memory? The shim checks launches and runs none."""
 
 import os
 
@@ -16,8 +16,8 @@ from pyfused.testing import running
 if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
 
-P = 1 << 40  # an address that nothing lies at, aligned for the widest accesses
-SHARED = 99 * 1024  # of a block: what sm_86, sm_89 and sm_120 have; an A100 163 KB, an H100 227
+P = 1 << 40  # an unused address, aligned for the widest accesses
+SHARED = 99 * 1024  # per block on sm_86, sm_89 and sm_120; an A100 has 163 KB, an H100 227
 CODES = (0, 1, 2)
 
 
@@ -129,7 +129,7 @@ def test_a_gpu_takes_the_largest(name, dtype):
 
 
 def test_what_a_small_chip_cannot_hold_is_left_to_others(monkeypatch):
-    """The same calls fit an H100, and the longest that fits a small chip asks for no more than it has."""
+    """The same calls fit an H100; the longest call that fits a small chip asks for no more than its shared memory."""
 
     def reasons():
         bias = (torch.randn(32, 16), True, 300)
@@ -150,7 +150,7 @@ def test_what_a_small_chip_cannot_hold_is_left_to_others(monkeypatch):
 
 @pytest.mark.parametrize("dtype", CODES)
 def test_a_grid_that_no_gpu_takes_is_refused_by_name(dtype):
-    """2^32 blocks and a few more: as 32 bits they would be a few."""
+    """2^32 blocks and a few more: cut to 32 bits they would be a few."""
     with pytest.raises(RuntimeError, match=r"gated_ffn scaled of shape \(4294967301, 8\): a grid of 4294967301 blocks"):
         launches(lambda cuda: cuda.gated_ffn_scaled(P, P, P, P, 2**32 + 5, 8, 4, 0, 0))
     with pytest.raises(RuntimeError, match=r"attention forward .*: a grid of \d+ blocks; a GPU takes 2147483647"):

@@ -1,4 +1,4 @@
-"""Does the host shim do what CUDA does, and does it find what is wrong in a kernel? planted.cu has both kinds."""
+"""Does the host shim behave like CUDA and find faults in kernels? planted.cu has right and faulty kernels."""
 
 import sys
 
@@ -29,7 +29,7 @@ def test_barriers_hold_in_every_order(planted):
 
 
 def test_a_missing_barrier_shows(planted):
-    """Some order gives another result: within a block, threads no longer wait for each other."""
+    """Some order gives another result, because a block's threads no longer wait for each other."""
     x = torch.randint(1, 9, (1, 256)).float()
     results = []
     for order in ORDERS:
@@ -61,12 +61,12 @@ def test_a_missing_syncwarp_shows(planted, sync):
 def test_a_divergent_barrier_is_an_error(planted, flaw, message):
     with pytest.raises(RuntimeError, match=message):
         sums(planted, torch.ones(2, 256), flaw)
-    assert torch.equal(sums(planted, torch.ones(2, 256)), torch.full((2,), 256.0))  # the next launch is not harmed
+    assert torch.equal(sums(planted, torch.ones(2, 256)), torch.full((2,), 256.0))  # the next launch works
 
 
 def test_shared_memory_starts_as_nan_in_every_block(planted):
     out = torch.zeros(32)
-    planted.read_unwritten(out.data_ptr())  # the second block must not see what the first one wrote
+    planted.read_unwritten(out.data_ptr())  # the second block must not see the first one's values
     assert out.isnan().all()
 
 
@@ -171,7 +171,7 @@ def counts(planted, blocks, barrier=True, cooperative=True):
 
 
 def test_grid_barrier(planted):
-    expected = 64 * sum(range(1, 8)) + 1000 * torch.arange(1, 8, dtype=torch.int32)  # own shared memory in each block
+    expected = 64 * sum(range(1, 8)) + 1000 * torch.arange(1, 8, dtype=torch.int32)  # each block has its own shared memory
     for order in ORDERS:
         with shim.order(planted, order):
             assert torch.equal(counts(planted, 7), expected)

@@ -1,5 +1,5 @@
-"""Which calls does compute-sanitizer look at? Every small one of operator_calls.py that CUDA kernels take, in three dtypes,
-with each result read back. Without a GPU they run on the host shim. Arguments: what the calls' names begin with.
+"""Which calls does compute-sanitizer check? Every small call of operator_calls.py that CUDA kernels take, in three dtypes, with
+each result read back. Without a GPU they run on the host shim. Arguments: prefixes of the calls' names.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/cuda_calls.py ["rms_norm 37" ...]
 """

@@ -1,4 +1,4 @@
-"""Do the kernels of a GPU work from any stream, together on several, and inside a CUDA graph?"""
+"""Do the GPU kernels work on any stream, on several at once, and inside a CUDA graph?"""
 
 import operator_calls
 import pytest
@@ -18,11 +18,11 @@ def backend(request):
 
 @pytest.fixture(params=DTYPES)
 def call(request, name, backend):
-    """The call on one backend, warmed up (a Triton kernel compiles), and its results; skipped where it lacks the case."""
+    """A call on one backend, warmed up (Triton kernels compile), and its results; skipped if the backend lacks the case."""
     prepared = operator_calls.prepared(name, "cuda", DTYPES[request.param])
 
     def run():
-        torch.manual_seed(3)  # of dropout
+        torch.manual_seed(3)  # for dropout
         with running(backend):
             return [t.clone() for t in prepared()]
 

@@ -1,4 +1,4 @@
-"""Does attention compile for the GPUs it is meant for: no spills, shared memory that fits, matrix instructions?"""
+"""Does attention compile for its target GPUs: no spills, shared memory that fits, matrix instructions?"""
 
 import inspect
 
@@ -22,8 +22,8 @@ FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
-    """One kernel as the launcher would ask for it; `given` names the options that are on, causal mask bias dropout
-    relative (T5's bias), table (its gradient too) and packed (sequences)."""
+    """One kernel with the launcher's options; `given` names those that are on: causal, mask, bias, dropout, relative (T5's
+    bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
     c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
     numbers = dict(c.options)
@@ -62,7 +62,7 @@ def case(kernel, d, kind, target, given="causal"):
     return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages)
 
 
-LEAST: dict[tuple[str, str], int] = {}  # bytes of shared memory that pyfused.tiles says a case takes at least
+LEAST: dict[tuple[str, str], int] = {}  # the least bytes of shared memory for a case, by pyfused.tiles
 EVERYTHING = "causal mask bias dropout"
 
 
@@ -82,7 +82,7 @@ def cases(target):
 
 
 def relative_cases(target):
-    """With T5's bias: what an encoder trains with, and everything at once."""
+    """Cases with T5's bias: an encoder's training, and all options at once."""
     yield case("forward", 64, "bf16", target, "causal mask relative table")
     yield case("grad_query", 64, "bf16", target, "causal mask relative table")
     yield case("grad_key_value", 64, "bf16", target, "causal mask relative table")

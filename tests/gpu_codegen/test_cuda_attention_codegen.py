@@ -8,7 +8,7 @@ from pyfused.testing.cuda_compile import ARCHITECTURES, check_kernel, compile_so
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
-SOURCES = {"attention": 22, "attention_packed": 22, "attention_decode": 9, "attention_float32": 10}  # kernels of each
+SOURCES = {"attention": 22, "attention_packed": 22, "attention_decode": 9, "attention_float32": 10}  # number of kernels
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -20,7 +20,7 @@ def test_kernels(source, architecture):
         check_kernel(kernel)
         if kernel.template == "attention_kernel":
             head_size = int(kernel.arguments[1])
-            # Both products of a tile: scores, and probabilities times values.
+            # A tile's two products: the scores, and probabilities times values.
             assert kernel.count("HMMA.16816.F32") >= head_size // 8, kernel.name
             assert kernel.count("LDSM") >= head_size // 16, kernel.name
             assert kernel.count("LDSM.16.MT88") >= head_size // 16, kernel.name
@@ -36,7 +36,7 @@ def test_kernels(source, architecture):
 
 
 def tile_bytes(arguments):
-    """Dynamic shared memory of an attention_kernel<T, D, MR, WM, WN, BN, STAGES, EXTRAS, SEQUENCES>, without T5's bias."""
+    """Bytes of dynamic shared memory of attention_kernel<T, D, MR, WM, WN, BN, STAGES, EXTRAS, SEQUENCES>, no T5 bias."""
     d, mr, wm, _, bn, stages = map(int, arguments[1:7])
     return (wm * mr * 16 + 2 * stages * bn) * d * 2
 
@@ -44,7 +44,7 @@ def tile_bytes(arguments):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", ["attention", "attention_packed", "attention_decode"])
 def test_tiles_fit_the_chip(source, architecture):
-    """With room for the biases by distance of 16 heads, 511 each. Two blocks share a multiprocessor up to D = 128."""
+    """Leaves room for 16 heads' biases by distance, 511 each. Up to D = 128 two blocks share a multiprocessor."""
     for kernel in compile_source(source, architecture):
         if kernel.template == "attention_kernel":
             bytes_ = tile_bytes(kernel.arguments) + kernel.shared

@@ -1,4 +1,4 @@
-"""Is the built pyfused._cuda what it should be: no spills, code for every chip, no driver needed?"""
+"""Does the built pyfused._cuda have no spills, code for every chip, and no need of a driver?"""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def test_imports_without_torch_or_a_driver(extension):
 
 
 def test_an_error_names_operator_shape_and_device(extension):
-    """Device 99 is on no machine, nor is a driver on most."""
+    """No machine has a device 99, and most have no driver."""
     with pytest.raises(RuntimeError, match=r"^layer_norm forward of shape \(4, 8\) on cuda:99: "):
         _load("_cuda")[0].layer_norm_forward(0, 0, 0, 0, 0, 0, 0, 0, 4, 8, 8, 0, 1e-5, 0, 99, 0)
 
@@ -50,7 +50,7 @@ def test_it_has_the_code_that_it_says_it_has(extension):
 
 
 def test_an_install_has_code_for_the_chips_of_today_and_tomorrow(monkeypatch):
-    """Machine code for those of today, and PTX, which a driver compiles, for others. make test builds less of it."""
+    """Today's chips get machine code, later ones PTX, which a driver compiles. make test builds less."""
     text = (ROOT / "CMakeLists.txt").read_text()
     names = " ".join(re.findall(r"CMAKE_CUDA_ARCHITECTURES ([\w -]+)\)", text))
     assert names == "80-real 90a-real 100-real 120-real 90-virtual"
@@ -67,4 +67,4 @@ def test_nothing_spills(extension, architecture):
     assert len(usage) >= 30, f"{len(usage)} kernels for {architecture}"
     spilled = [row for row in usage if int(row[2]) or int(row[4])]
     assert not spilled
-    assert all(int(shared) <= 48 * 1024 for _, _, _, shared, _ in usage)  # static
+    assert all(int(shared) <= 48 * 1024 for _, _, _, shared, _ in usage)  # static shared memory

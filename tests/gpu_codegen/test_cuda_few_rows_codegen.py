@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 
 def under_way(kernel, product):
-    """How many weights' loads, of 16 bytes and past the L1, are asked for before the first product waits for one."""
+    """The number of 16-byte weight loads past the L1 that are in flight before the first product waits for one."""
     return len(re.findall(r"LDG\.E\.NA\.\S*128", kernel.sass[: kernel.sass.index(product)]))
 
 
@@ -29,7 +29,7 @@ def test_weights_are_streamed(name, architecture):
             ahead = 2 if rows <= 4 else 1
             assert under_way(kernel, "FFMA") == (4 * ahead if vector > 1 else 0), kernel
             assert kernel.count("HMMA") == 0
-            # Two blocks of 256 threads on a multiprocessor; the one case that spills for it has one.
+            # Two blocks of 256 threads share a multiprocessor; the one case that would spill gets one block.
             assert kernel.registers <= (255 if "float, __half, 8, 16" in kernel.name else 128), kernel
         elif kernel.template == "tensor_kernel":
             tiles = int(kernel.arguments[2])

@@ -1,4 +1,4 @@
-"""Does the CUDA fourier_mix compile without spills: a butterfly of radix 8 and its twiddles stay in registers?"""
+"""Does the CUDA fourier_mix compile without spills? A radix-8 butterfly and its twiddles must stay in registers."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Does the CUDA layer_norm compile to what its tiling assumes: nothing spills, vector kernels move 16 bytes at a time?"""
+"""Does the CUDA layer_norm compile as its tiling assumes: no spills, 16 bytes at a time in vector kernels?"""
 
 import shutil
 
@@ -17,5 +17,5 @@ def test_cuda_layer_norm(architecture):
     assert {k.template for k in kernels} == {*walked, "reduce_kernel"}
     for kernel in kernels:
         check_kernel(kernel)
-        if kernel.template in walked:  # the second argument is the number of elements of one access
+        if kernel.template in walked:  # the second argument is the number of elements per access
             assert (kernel.count("LDG.E.128") > 0) == (kernel.arguments[1] != "1"), kernel

@@ -1,4 +1,4 @@
-"""Does ffn compile for the GPUs it is meant for: no spills, tensor cores, 16-byte loads of the streamed weights?"""
+"""Does ffn compile for its target GPUs: no spills, tensor cores, 16-byte loads of the streamed weights?"""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True}
 
 
 def options(kernel, target, kind="bf16", size=0):
-    """What the launcher passes on, warps and stages among it."""
+    """The launcher's options, with warps and stages."""
     return dict(tiles.find(kernel, target, DTYPES[kind], size).options)
 
 
 def product(name, kernel, kind, tile, scalars, pointers="", **constants):
-    """A case of one of the two product kernels; weights as nn.Linear has them, so w_stride_k is 1."""
+    """A case of one of the two product kernels; weights are laid out as in nn.Linear, so w_stride_k is 1."""
     types = {f"{p}_ptr": f"*{kind}:16" for p in ("x", "w", "bias", "residual", "y", "pre")}
     types |= {f"{p}_ptr": "*fp32:16" for p in pointers.split()}
     types |= dict.fromkeys(("n", "k", "x_stride", "w_stride_n", "residual_stride", *scalars), "i32:16")

@@ -1,4 +1,4 @@
-"""Does fourier_mix compile for the GPUs it is meant for: no spills, products in float32?"""
+"""Does fourier_mix compile for its target GPUs: no spills, products in float32?"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Does gated_ffn compile for the GPUs it is meant for: no spills, tensor cores, 16-byte loads of the streamed weights?"""
+"""Does gated_ffn compile for its target GPUs: no spills, tensor cores, 16-byte loads of the streamed weights?"""
 
 import pytest
 import torch
@@ -12,18 +12,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def tensors(kind, names, wide=""):
-    """Aligned pointers: of the tensors' dtype, and of float32."""
+    """Aligned pointers to the tensors' dtype and to float32."""
     return {f"{p}_ptr": f"*{kind}:16" for p in names.split()} | {f"{p}_ptr": "*fp32:16" for p in wide.split()}
 
 
 def options(kernel, target, kind="bf16", size=0):
-    """What the launcher passes on, without the warps, and those."""
+    """(the launcher's options without the warps, the warps)"""
     tile = dict(tiles.find(kernel, target, DTYPES[kind], size).options)
     return tile, tile.pop("num_warps")
 
 
 def stream(kind, rows, split, activation, target):
-    """Weights as nn.Linear has them, so their strides along k are 1; float16 keeps gate and up, the others hidden."""
+    """Weights are laid out as in nn.Linear: strides along k are 1. float16 keeps gate and up; other dtypes keep hidden."""
     tile, warps = options("gated_ffn_stream", target, kind, rows)
     stages = tile.pop("num_stages")
     types = tensors(kind, "x w_gate w_up gate up hidden", "partial") | {"rows": "i32"}

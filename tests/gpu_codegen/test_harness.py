@@ -1,4 +1,4 @@
-"""Does the compile harness see what it claims to see: spills, vector loads, a kernel that does not compile?"""
+"""Does the compile harness detect spills, vector loads and a kernel that does not compile?"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Does layer_norm compile for the GPUs it is meant for: no spills, 16-byte accesses?"""
+"""Does layer_norm compile for its target GPUs: no spills, 16-byte accesses?"""
 
 import pytest
 
@@ -11,13 +11,13 @@ FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True, "CENTRED": True}
 
 
 def signature(pointers, kind, scalars):
-    """Aligned pointers of the tensor's dtype, float32 ones for what ends in *, and scalars that are multiples of 16."""
+    """Aligned pointers to the tensor's dtype (float32 for names that end in *), and scalars that are multiples of 16."""
     types = {f"{p.rstrip('*')}_ptr": "*fp32:16" if p.endswith("*") else f"*{kind}:16" for p in pointers.split()}
     return types | {s: "i32" if s in ("rows", "parts", "steps") else "i32:16" for s in scalars.split()}
 
 
 def options(kernel, target, n=0):
-    """What the launcher passes on, without the warps, and those."""
+    """(the launcher's options without the warps, the warps)"""
     tile = dict(tiles.find(f"row_norm_{kernel}", target, size=n).options)
     return tile, tile.pop("num_warps")
 

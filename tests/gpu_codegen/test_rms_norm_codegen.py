@@ -1,4 +1,4 @@
-"""Does rms_norm compile for the GPUs it is meant for: no spills, 16-byte accesses?"""
+"""Does rms_norm compile for its target GPUs: no spills, 16-byte accesses?"""
 
 import dataclasses
 

@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def notices(monkeypatch):
-    """As in a process that has said nothing yet."""
+    """Forgets the notices given, as in a new process."""
     monkeypatch.setattr(fused_notices, "_said", set())
 
 
@@ -192,7 +192,7 @@ def test_head_mask(per_layer):
     with pytest.warns(fused_notices.FallbackWarning) if not fused_notices._said else torch.no_grad():
         weights = model(ids, head_mask=keep, output_attentions=True)
     assert not weights.attentions[0][:, 0 if per_layer and keep[0, 0] == 0 else 1].any()
-    with torch.no_grad():  # masking a head is scaling its rows of the projection behind it
+    with torch.no_grad():  # masking a head scales its rows of the next projection
         for index, block in enumerate(model.h):
             rows = (keep[index] if per_layer else keep).repeat_interleave(8)
             block.attn.c_proj.weight.mul_(rows[:, None])
@@ -215,7 +215,7 @@ def test_head_sizes_the_kernels_do_not_have(keys_too, notices):
 
 @pytest.mark.parametrize("side", [None, "right"])
 def test_upcast_attention(side, notices):
-    """GPT-2's own function, which another name than "eager" bypasses in transformers."""
+    """Uses GPT-2's own function, which transformers itself bypasses unless the name is "eager"."""
     model = build("gpt2", reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True).bfloat16()
     mask = padding(2, 6, side)
     inputs = {"input_ids": tokens(2, 6), "attention_mask": mask}
@@ -226,7 +226,7 @@ def test_upcast_attention(side, notices):
 
 
 def test_biases_of_positions():
-    """T5's, from its table or dense; zeros of cross-attention are no bias."""
+    """T5's bias, from its table or dense; cross-attention's zeros are no bias."""
     query, key, value = (torch.randn(2, 4, n, 8) for n in (3, 7, 7))
     bias = pyfused.RelativeBias(torch.randn(32, 4), False)
     dense = pyfused.relative_bias(bias.table, 3, 7, bidirectional=False, query_offset=4)
@@ -352,7 +352,7 @@ def masks_of(causal, queries, keys, real, room=0):
     "causal, queries, keys, room", [(False, 5, 7, 0), (True, 6, 6, 0), (True, 3, 6, 0), (True, 3, 6, 4)]
 )
 def test_masks_are_recognised(causal, queries, keys, room, side):
-    """Whoever made them: as bools, and as eager's floats where every query sees some key."""
+    """Recognises bool masks from any source, and eager's float masks if every query sees some key."""
     real = torch.ones(2, keys, dtype=torch.bool) if side is None else padding(2, keys, side).bool()
     mask = masks_of(causal, queries, keys, real, room)
     query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 4, keys + room, 8)
@@ -363,7 +363,7 @@ def test_masks_are_recognised(causal, queries, keys, room, side):
         if given is floats and dead:
             assert seen.attn_bias is floats
             continue
-        if room and side == "right":  # which keys are the queries' own cannot be seen
+        if room and side == "right":  # the mask does not show which keys are the queries' own
             assert torch.equal(seen.attn_bias == 0, mask)
             continue
         assert seen.is_causal == causal
@@ -398,6 +398,6 @@ def test_an_old_transformers_is_refused(monkeypatch):
 
     from pyfused.integrations import transformers as integration
 
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # which is not always what `hf` is
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # `hf` may be another module
     with pytest.raises(ImportError, match=r"transformers 5\.16 and later; this is 4\.57\.1"):
         importlib.reload(integration)

@@ -1,4 +1,4 @@
-"""Is a mask, or a bias, taken as it is at each call? Nothing of an earlier call is kept on it, however it was changed."""
+"""Does each call read a mask or bias anew? Nothing from an earlier call is kept, however the mask was changed."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ import pyfused
 from pyfused.integrations.transformers import attend, make_mask, masks
 
 CAUSAL = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
-HIDDEN = torch.tensor([[0, 0], [1, 1]])  # (row, key) that is hidden afterwards
+HIDDEN = torch.tensor([[0, 0], [1, 1]])  # (row, key) pairs that are hidden afterwards
 
 
 def change(array, value):
@@ -51,7 +51,7 @@ CHANGES = [through_numpy, through_data, through_a_view_of_the_memory, copied_aft
 @pytest.mark.parametrize("kind", ["bool", "float", "bias"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_changed_mask(kind, mode, changed):
-    """bool: recognised as causal, then not; float: the same in eager's values; bias: a window, converted for each layer."""
+    """bool: causal at first, then not; float: the same with eager's values; bias: a window, converted for each layer."""
     base, ids = CAUSAL.clone(), tokens(2, 6)
     if kind == "bias":
         base = base.triu(-4)
@@ -78,7 +78,7 @@ def test_a_changed_mask(kind, mode, changed):
 
 @pytest.mark.parametrize("changed", CHANGES, ids=lambda f: f.__name__)
 def test_a_changed_position_bias(changed):
-    """T5's cross-attention passes zeros, which are no bias until someone writes there."""
+    """T5's cross-attention passes zeros, which are no bias until someone writes into them."""
     module, query = torch.nn.Module(), torch.randn(2, 2, 6, 8)
     bias = torch.zeros(2, 1, 6, 6)
     arguments = {"position_bias": bias, "is_causal": False}
@@ -114,7 +114,7 @@ def test_what_changes_between_two_layers():
 
 
 def brute_force(mask, all_see):
-    """What kernels/cpu/mask_structure.py says, by trying everything."""
+    """Computes the answer of kernels/cpu/mask_structure.py by trying everything."""
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     queries, keys = seen.shape[1:]
     if all_see and not seen.any(-1).all():
@@ -133,7 +133,7 @@ def brute_force(mask, all_see):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_look_sees_the_whole_mask(dtype):
-    """Thousands of small masks, each also with one element turned over."""
+    """Tries thousands of small masks, each also with one element flipped."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(low, high):
@@ -164,7 +164,7 @@ def test_a_look_sees_the_whole_mask(dtype):
 
 
 def test_masks_that_no_one_reads():
-    """Values that are neither, other strides, sizes of 0, other dtypes: they stay dense."""
+    """Other values, strides, sizes of 0 and other dtypes stay dense."""
     mask = torch.zeros(2, 1, 3, 4).masked_fill(~torch.ones(3, 4, dtype=torch.bool).tril(1), -torch.inf)
     assert masks.structure(mask, False) == (4, 0)
     for odd in (-1.0, -0.0, torch.nan, torch.finfo(torch.float32).min):

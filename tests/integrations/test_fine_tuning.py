@@ -1,8 +1,8 @@
-"""Does fine-tuning a fused model of transformers follow the loss curve of the unfused one?
+"""Does fine-tuning a fused transformers model follow the unfused model's loss curve?
 
-200 steps of AdamW from each bundled preset on the book of Genesis. By the tolerance rule the fused curve in float32 is at most
-twice as far from the unfused curve in float64 as the unfused one in float32 is. The curve in float64 takes long and never
-changes: tests/data/fine_tuning.json holds it, and running this file writes it anew.
+200 steps of AdamW from each bundled preset on the book of Genesis. By the tolerance rule, the fused curve in float32 is at most
+twice as far from the unfused float64 curve as the unfused float32 curve is. The float64 curve takes long and never changes:
+tests/data/fine_tuning.json holds it, and running this file writes it anew.
 """
 
 import json
@@ -26,11 +26,11 @@ CLASSES = {
     "t5_tiny_en": ("T5ForConditionalGeneration", "T5ForConditionalGeneration"),
     "albert_tiny_en": ("AlbertForMaskedLM", "AlbertModel"),
     "fnet_tiny_en": ("FNetForMaskedLM", "FNetModel"),
-}  # what is trained, and what the preset holds
+}  # the trained class, and the preset's class
 
 
 def model_of(preset):
-    """The preset's weights; what they lack, a masked language model's head, is drawn."""
+    """A model with the preset's weights; a masked language model's head is missing there, so it is random."""
     trained, held = (getattr(transformers, name) for name in CLASSES[preset])
     weights = held.from_pretrained(ROOT / "pyfused" / "presets" / preset)
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def fused_of(preset):
 
 
 def batches(preset):
-    """The same for every run: windows of the text, in an order drawn once."""
+    """Windows of the text in one random order, the same for every run."""
     text = (ROOT / "tests" / "data" / "genesis.txt").read_text()
     tokenizer = Tokenizer.from_file(str(ROOT / "pyfused" / "presets" / preset / "tokenizer.json"))
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -71,7 +71,7 @@ def batches(preset):
 
 
 def curve(model, preset, steps=STEPS):
-    """The loss of each step. A gradient whose true value is 0 is noise, which AdamW divides by itself but for eps."""
+    """The loss of each step. A gradient whose true value is 0 is noise; AdamW without eps would scale it to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-6, fused=True)
     losses = []
     for batch in batches(preset)[:steps]:

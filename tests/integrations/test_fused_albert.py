@@ -1,4 +1,4 @@
-"""Does a fused ALBERT of transformers compute what it did, with every head, option and dtype?"""
+"""Does transformers' ALBERT compute the same after fuse_, with every head, option and dtype?"""
 
 import pytest
 import torch
@@ -67,15 +67,15 @@ def test_no_mask_embeddings_positions_and_tuples():
 
 
 def test_attentions():
-    """The plain model with eager attention has them."""
+    """Compares with the plain model's eager attentions."""
     trio = Trio(albert(attn_implementation="eager"))
     outputs = trio.check(**inputs(), output_attentions=True, output_hidden_states=True)
     assert sum(name.startswith("attentions") for name in outputs) == 8
-    trio.check(**inputs())  # after the hooks are there
+    trio.check(**inputs())  # now with the hooks in place
 
 
 def test_what_runs(monkeypatch):
-    """Four layers of two inner layers."""
+    """Four layers with two inner layers each."""
     trio, counts = Trio(albert()), counted(monkeypatch, albert_integration, "ffn", "linear")
     trio.fused(**inputs())
     assert counts == {"ffn": 8, "linear": 8}
@@ -95,7 +95,7 @@ def test_chunked_feed_forward(chunk):
 
 
 class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which take a layer's place after fuse_."""
+    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -141,7 +141,7 @@ def test_autocast():
 
 
 def test_dropout():
-    """The mean over many masks is near the plain model's, as near as two of those; p = 0 is exact."""
+    """Means over many masks differ from the plain model's no more than two plain means do; p = 0 is exact."""
     options = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "num_hidden_layers": 2}
     trio = Trio(albert(**options))
     x = torch.randint(2, 61, (1, 9)).repeat(512, 1)

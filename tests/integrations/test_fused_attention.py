@@ -1,4 +1,4 @@
-"""Do models whose attention layers fuse_ put on the interface compute what they did, with the masks they make themselves?"""
+"""Do models compute the same after fuse_ switched their attention layers, with masks that they make themselves?"""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_two_models_with_one_config():
     assert fused.config.hidden_size == config.hidden_size
     fused.config.name_or_path = "through"
     assert config.name_or_path == "through"
-    first.set_attn_implementation("eager")  # the user's word counts
+    first.set_attn_implementation("eager")  # the user's choice counts
     assert fused.config._attn_implementation == "eager"
     pyfused.unfuse_(first)
     assert fused.config is config
@@ -42,16 +42,16 @@ def test_two_models_with_one_config():
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS, "bart", "t5"])
 def test_fused_models(name):
-    """Whose masks are transformers' own for sdpa or eager, whichever the model had."""
+    """Masks stay transformers' own, for sdpa or eager as before."""
     for had in ("sdpa", "eager"):
         plain = build(name, attn_implementation=had)
         inputs = {"input_ids": tokens(2, 9), "attention_mask": padding(2, 9, "left")}
         if plain.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = tokens(2, 7)
         if name not in ENCODERS:
-            inputs["use_cache"] = False  # whose keys at padding nobody reads
+            inputs["use_cache"] = False  # nobody reads the cache's keys at padding
         trio = Trio(plain)
-        if name in DECODERS[1:]:  # eager softmax is float32 there, where the least float64 is -inf
+        if name in DECODERS[1:]:  # their eager softmax is float32, where float64's minimum becomes -inf
             trio.truth.set_attn_implementation("sdpa")
         assert any("attention" in e.note for e in trio.report.replaced)
         trio.check(live=inputs["attention_mask"], **inputs)
@@ -72,7 +72,7 @@ def test_fused_models_on_a_static_cache():
 
 
 def test_a_causal_layer_that_does_not_say_so():
-    """NLLB-MoE's decoder has is_causal False and runs on eager alone in transformers; its masks are never left out."""
+    """NLLB-MoE's decoder has is_causal False and runs only on eager in transformers; its masks are never left out."""
     sizes = {k: v for k, v in BART.items() if k != "dropout"}
     model = livened(hf.NllbMoeForConditionalGeneration(hf.NllbMoeConfig(**sizes, num_experts=4)))
     inputs = {"input_ids": tokens(2, 6), "decoder_input_ids": tokens(2, 7), "use_cache": False}
@@ -82,7 +82,7 @@ def test_a_causal_layer_that_does_not_say_so():
 
 @pytest.mark.parametrize("had", ["sdpa", "eager"])
 def test_a_layer_without_a_mask(had):
-    """sdpa takes a causal layer's queries for the first keys; eager code lets them see every key."""
+    """sdpa matches a causal layer's queries with the first keys; eager code lets them see every key."""
     model = build("gpt2", attn_implementation=had)
     plain, wide = model.h[0].attn, copy.deepcopy(model).double().h[0].attn
     fused = copy.deepcopy(model)
@@ -101,7 +101,7 @@ def test_a_layer_without_a_mask(had):
 
 @pytest.mark.parametrize("side", [None, "left"])
 def test_an_encoder_that_says_nothing_of_causality(side):
-    """Splinter runs on eager code alone in transformers: that it has no is_causal never mattered."""
+    """Splinter runs only on eager code in transformers, where its missing is_causal never mattered."""
     config = {
         "vocab_size": 50,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Does torch.compile take a fused model of transformers whole, once for all batches and lengths?"""
+"""Does torch.compile compile a fused transformers model whole, once for all batches and lengths?"""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import pyfused
 
 transformers = pytest.importorskip("transformers")
 
-# No size of one kind equals one of another: torch takes what is equal in the first call for the same.
+# All sizes differ: torch treats sizes that are equal in the first call as one size.
 SIZES = ((7, 11), (3, 17), (5, 29))
 MODELS = {
     "gpt2": lambda t: t.GPT2Model(
@@ -48,7 +48,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fused_model_is_one_graph_for_all_sizes(name):
-    """backend="eager": the tracing alone, which is what can break; test_compile.py compiles the same operators further."""
+    """backend="eager": only tracing can break here; test_compile.py compiles the same operators further."""
     torch._dynamo.reset()
     model = MODELS[name](transformers).eval()
     assert pyfused.fuse_(model).replaced
@@ -100,7 +100,7 @@ def test_a_fused_model_is_exported_for_all_sizes(name):
 def test_compiled_generation_on_a_static_cache(kind):
     torch._dynamo.reset()
     small = MODELS["gpt2" if kind == "GPT2LMHeadModel" else "t5"](transformers).config
-    plain = getattr(transformers, kind)(small).double().eval()  # where no rounding decides between two tokens
+    plain = getattr(transformers, kind)(small).double().eval()  # no rounding decides between two tokens
     ids, mask = padded(2, 6, 61, "left")
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = plain.generate(ids, **options)

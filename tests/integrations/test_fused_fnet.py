@@ -1,4 +1,4 @@
-"""Does a fused FNet of transformers compute what it did, with every head, option and dtype?"""
+"""Does transformers' FNet compute the same after fuse_, with every head, option and dtype?"""
 
 import copy
 import functools
@@ -54,7 +54,7 @@ def test_heads(head):
 
 
 def test_what_runs(monkeypatch):
-    """Three layers: one mixing, one norm with a residual, and one feed-forward each; again in the backward if checkpointed."""
+    """Each of three layers runs one mixing, one norm with a residual and one feed-forward; checkpointing runs them again."""
     trio, counts = Trio(fnet()), counted(monkeypatch, fnet_integration, "fourier_mix", "ffn", "layer_norm", "linear")
     trio.fused(ids())
     assert counts == {"fourier_mix": 3, "ffn": 3, "layer_norm": 3, "linear": 0}
@@ -81,7 +81,7 @@ def test_activations(activation):
 
 
 def test_bfloat16_which_torch_fft_refuses():
-    """The truth is float64; plain PyTorch's own bfloat16 computes the transform in float32."""
+    """The truth is float64; plain PyTorch in bfloat16 computes the transform in float32."""
     trio = Trio(fnet(), torch.bfloat16)
     x = ids()
     with pytest.raises(RuntimeError, match="BFloat16"):
@@ -129,7 +129,7 @@ def test_a_transform_changed_later_is_used():
 
 
 class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which take a layer's place after fuse_."""
+    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -166,7 +166,7 @@ def test_autocast():
 
 
 def test_dropout():
-    """The mean over many masks is near the output without, as near as the plain model's; p = 0 is exact."""
+    """The mean over many masks is as near to the output without dropout as the plain model's; p = 0 is exact."""
     torch.manual_seed(0)
     trio, x = Trio(fnet(hidden_dropout_prob=0.1, num_hidden_layers=1)), ids(shape=(1,)).repeat(512, 1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Does a fused GPT-2 do everything that transformers documents for it, with the same results?"""
+"""Does a fused GPT-2 do everything that transformers documents, with the same results?"""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ def gpt2(head="model", **more):
 
 
 def pair(head="model", **more):
-    """The same model twice: as it is, and fused."""
+    """The same model twice: plain and fused."""
     plain = gpt2(head, **more)
     fused = copy.deepcopy(plain)
     pyfused.fuse_(fused)
@@ -40,12 +40,12 @@ def pair(head="model", **more):
 
 
 def check(plain, fused, inputs, outputs=(0,), live=...):
-    """These outputs of the fused model by the tolerance rule."""
+    """Judges these outputs of the fused model by the tolerance rule."""
     exact = copy.deepcopy(plain).double()
     exact.set_attn_implementation("eager")
     plain.set_attn_implementation("eager")
     for module in exact.modules():
-        module.reorder_and_upcast_attn = False  # it takes no float64, and upcasts nothing there
+        module.reorder_and_upcast_attn = False  # it refuses float64, which needs no upcast
     with torch.no_grad():
         actual, same, truth = fused(**inputs), plain(**inputs), exact(**in_double(inputs))
     for index in outputs:
@@ -59,7 +59,7 @@ def test_what_is_replaced():
     assert names == {*layers, "transformer.ln_f"}
     attentions = [getattr(layer, name) for layer in fused.transformer.h for name in ("attn", "crossattention")]
     assert {a.config._attn_implementation for a in attentions} == {"pyfused"}
-    assert fused.config._attn_implementation == "sdpa"  # what the model says of itself stays
+    assert fused.config._attn_implementation == "sdpa"  # the model's own config does not change
     pyfused.unfuse_(fused)
     assert not any(is_fused(m) for m in fused.modules())
     assert {a.config._attn_implementation for a in attentions} == {"sdpa"}
@@ -98,7 +98,7 @@ def test_options(options):
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_inputs(side):
-    """Everything that goes in, at once: ids or embeddings, segments, positions, masks, an encoder with its own mask."""
+    """All inputs at once: ids or embeddings, segments, positions, masks, an encoder with its own mask."""
     plain, fused = pair(add_cross_attention=True)
     mask = padding(2, 7, side)
     inputs = {"token_type_ids": tokens(2, 7), "position_ids": torch.randint(0, 60, (2, 7)), "attention_mask": mask}
@@ -156,7 +156,7 @@ def test_hidden_states_and_attentions(monkeypatch):
 
 
 def test_head_mask_is_refused_beside_cross_attention():
-    """transformers does not hand it to cross-attention; without that it is honoured (test_attention_interface)."""
+    """transformers does not pass it to cross-attention. Other models honour it (test_attention_interface)."""
     _, fused = pair(add_cross_attention=True)
     with pytest.raises(ValueError, match="head_mask"):
         fused(tokens(1, 4), head_mask=torch.ones(4))
@@ -197,7 +197,7 @@ GENERATE = {
 
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate(how):
-    """The same tokens, from prompts padded on the left; in float64, where no rounding decides between two tokens."""
+    """The same tokens from prompts padded on the left, in float64, so no rounding decides between two tokens."""
     plain, fused = (model.double() for model in pair("language model"))
     inputs = {"input_ids": tokens(2, 5), "attention_mask": padding(2, 5, "left"), "max_new_tokens": 12, **GENERATE[how]}
     results = []
@@ -270,7 +270,7 @@ def test_gradients(checkpointing):
 
 
 def test_dropout_is_everywhere():
-    """Each site alone makes two calls in training differ, and none of them touches evaluation."""
+    """Each site alone makes two training calls differ; no site changes evaluation."""
     ids = tokens(2, 6)
     for site in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         plain, fused = pair(**{site: 0.5})
@@ -280,7 +280,7 @@ def test_dropout_is_everywhere():
 
 
 def test_residual_dropout_is_the_plain_models():
-    """It is drawn by the same modules in the same order, so that one seed gives both models one mask."""
+    """The same modules draw it in the same order, so one seed gives both models the same mask."""
     plain, fused = pair(resid_pdrop=0.5)
     ids, results = tokens(2, 6), []
     for model in (plain.train(), fused.train()):
@@ -290,7 +290,7 @@ def test_residual_dropout_is_the_plain_models():
 
 
 class Halved(nn.Module):
-    """Stands for what LoRA or quantisation puts in a layer's place."""
+    """Stands for a LoRA or quantised layer that replaces another."""
 
     def __init__(self, inner):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Does a fused T5 of transformers compute what it did, with every head, cache, mask and dtype?"""
+"""Does transformers' T5 compute the same after fuse_, with every head, cache, mask and dtype?"""
 
 import copy
 
@@ -28,7 +28,7 @@ def t5(head="T5Model", **options):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "relative_attention_bias" in name:
-                parameter.mul_(5)  # to the size of the scores
+                parameter.mul_(5)  # to the scores' size
     return model
 
 
@@ -62,7 +62,7 @@ def test_encoder_decoder_heads(head):
 def test_encoder_heads(head):
     given = {name: t for name, t in inputs().items() if "decoder" not in name}
     if head == "T5ForSequenceClassification":
-        given["input_ids"][:, 3] = 1  # one end of sequence each
+        given["input_ids"][:, 3] = 1  # each text has one end-of-sequence token
     Trio(t5(head)).check(**given, output_hidden_states=True)
 
 
@@ -74,7 +74,7 @@ def test_loss_from_labels():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_padding_and_dtypes(side, dtype):
-    """Only rows that see a token have a meaning; in the encoder those of padding do."""
+    """Only rows that see a token have a meaning; the encoder's padding rows see tokens."""
     trio, given = Trio(t5(), dtype), inputs(side, side)
     trio.check(live=given["decoder_attention_mask"], **given, use_cache=False)
 
@@ -87,7 +87,7 @@ def test_activations(activation):
 
 
 def test_float16_with_wo_in_float32(tmp_path):
-    """As from_pretrained makes it: `wo` has another dtype than its input."""
+    """from_pretrained gives `wo` another dtype than its input."""
     t5().save_pretrained(tmp_path)
     plain = transformers.T5Model.from_pretrained(tmp_path, dtype=torch.float16).eval()
     assert plain.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
@@ -103,17 +103,17 @@ def test_embeddings_and_tuples():
 
 
 def test_attentions():
-    """The plain model with eager attention has them."""
+    """Compares with the plain model's eager attentions."""
     trio = Trio(t5(attn_implementation="eager"))
     given = inputs()
     outputs = trio.check(**given, output_attentions=True)
     kinds = ("encoder_attentions", "decoder_attentions", "cross_attentions")
     assert [sum(name.startswith(kind) for name in outputs) for kind in kinds] == [3, 2, 2]
-    trio.check(**given)  # after the hooks are there
+    trio.check(**given)  # now with the hooks in place
 
 
 def test_what_runs(monkeypatch):
-    """No tensor of the bias, in either stack; everything in the kernels."""
+    """Neither stack makes a bias tensor; the kernels compute everything."""
     trio = Trio(t5())
     counts, attended = counted(monkeypatch, t5_integration, "ffn", "gated_ffn", "linear", "rms_norm"), []
     dense = counted(monkeypatch, pyfused.nn.t5, "relative_bias")
@@ -143,7 +143,7 @@ def cache_of(kind):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_caches(kind, side):
-    """A prompt, three tokens at once, then one: each as the plain model with its cache."""
+    """A prompt, three tokens at once, then one: each equals the plain model with its cache."""
     trio, given = Trio(t5()), inputs(decoder_side=side)
     caches, mask = [cache_of(kind) for _ in range(3)], given["decoder_attention_mask"]
     encoded = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
@@ -175,7 +175,7 @@ def test_caches(kind, side):
     ids=["greedy", "sampled", "beams", "static", "no cache", "sampled beams"],
 )
 def test_generate(options):
-    """In float64, where no rounding decides between two tokens; values in float32 are compared above."""
+    """In float64 no rounding decides between two tokens; tests above compare float32 values."""
     trio = Trio(t5("T5ForConditionalGeneration"), torch.float64)
     given = {name: t for name, t in inputs("left").items() if "decoder" not in name}
     tokens = []
@@ -186,14 +186,14 @@ def test_generate(options):
 
 
 class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which take a layer's place after fuse_."""
+    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Block(t5_integration.modeling_t5.T5Block):
-    """Stands for the classes that FSDP gives to blocks."""
+    """Stands for the block subclasses that FSDP makes."""
 
 
 PLACES = [
@@ -254,7 +254,7 @@ def test_another_attention_implementation_later():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_gradients_and_checkpointing(gated):
-    """Of the tables too, which every layer reads."""
+    """Includes the gradients of the bias tables, which every layer reads."""
     trio, given = Trio(t5("T5ForConditionalGeneration", feed_forward_proj="gated-gelu" if gated else "relu")), inputs()
     weights = torch.randn(3, 9, 61) * given["decoder_attention_mask"][..., None]
     loss = lambda output: (output.logits * weights.to(output.logits.dtype)).sum()  # noqa: E731
@@ -271,7 +271,7 @@ def test_autocast():
 
 
 def test_dropout():
-    """The mean over many masks is near the plain model's, as near as two of those; p = 0 is exact."""
+    """Means over many masks differ from the plain model's no more than two plain means do; p = 0 is exact."""
     trio = Trio(t5(dropout_rate=0.1, num_layers=1, num_decoder_layers=1))
     x = {name: torch.randint(2, 61, (1, 7)).repeat(512, 1) for name in ("input_ids", "decoder_input_ids")}
     with torch.no_grad():

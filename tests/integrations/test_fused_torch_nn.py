@@ -1,4 +1,4 @@
-"""Does fuse_ keep what torch.nn's transformers compute? Encoders with padding, nn.Transformer, a model written by hand; the
+"""Do torch.nn's transformers compute the same after fuse_? Encoders with padding, nn.Transformer, a handwritten model; the
 report, hooks, filters, copies."""
 
 import copy
@@ -39,7 +39,7 @@ def fused(model, **options):
 
 
 def no_torch_layers(patch):
-    """From here on torch's own forward of a layer is an error."""
+    """From now on a call of torch's own layer forward is an error."""
     for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         patch.setattr(kind, "forward", lambda *_, **__: pytest.fail("the call was left to torch"))
 
@@ -67,7 +67,7 @@ def test_report_of_a_transformer():
 )
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_padding_gives_what_torch_gives(options, mode):
-    """Zeros in front of the final norm exactly where torch's nested tensors leave them; elsewhere the same numbers."""
+    """Before the final norm, zeros stand exactly where torch's nested tensors leave them; all other numbers are equal."""
     model = encoder(**options).train(mode == "train")
     copied, _ = fused(model)
 
@@ -102,7 +102,7 @@ def test_masks_of_an_encoder(case):
         "mask": {"mask": torch.randn(S, S), "src_key_padding_mask": PADDED.float().mul(-1e4)},
         "empty row": {"src_key_padding_mask": PADDED | (torch.arange(B) == 1)[:, None]},
     }[case]
-    with torch.set_grad_enabled(case == "mask"):  # torch's inference path makes float masks bool, whatever is in them
+    with torch.set_grad_enabled(case == "mask"):  # torch's inference path turns float masks into bool, whatever their values
         expected = model(x, **options)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         no_torch_layers(patch)
@@ -142,7 +142,7 @@ def test_exports_with_dynamic_sizes():
         assert {f"pyfused.{name}_inference.default" for name in ("attention", "ffn", "layer_norm")} <= targets
         x, mask = torch.randn(2, 5, E), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
         actual, expected = (m(x, src_key_padding_mask=mask) for m in (program.module(), model))
-    torch.testing.assert_close(actual[~mask], expected[~mask])  # at padding a trace has torch's values, not zeros
+    torch.testing.assert_close(actual[~mask], expected[~mask])  # a trace has torch's values at padding, not zeros
 
 
 def test_there_and_back():
@@ -166,7 +166,7 @@ def test_copies(clone):
 
 
 def test_hooks_of_layers_and_children_run():
-    """Once per call each, with padding too; a hook on a child sends its layer, and no other, to torch's forward."""
+    """Each hook runs once per call, also with padding. A hook on a child sends only its layer to torch's forward."""
     model = encoder(3).eval()
     copied, _ = fused(model)
     x, seen = torch.randn(B, S, E), []
@@ -270,7 +270,7 @@ def test_a_model_by_hand(way):
             out.double().square().mean().backward()
             found.append({"output": out, **{name: p.grad for name, p in module.named_parameters()}})
         assert all(found[0][what].dtype == found[1][what].dtype for what in found[0])
-        if way == "autocast":  # gradients of float32 parameters went through bfloat16
+        if way == "autocast":  # float32 parameters' gradients went through bfloat16
             found[:2] = [{what: t.bfloat16() for what, t in one.items()} for one in found[:2]]
         return {what: [one[what] for one in found] for what in found[0]}
 

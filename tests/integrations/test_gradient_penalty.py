@@ -1,4 +1,4 @@
-"""Can a fused model be trained with a gradient penalty? The gradients of gradients of whole models, as the plain model's."""
+"""Can a fused model train with a gradient penalty? Whole models' second-order gradients equal the plain model's."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_of_transformers(family):
 
 
 class Layers(nn.Module):
-    """torch.nn's, with padding."""
+    """torch.nn's layers, with padding."""
 
     def __init__(self, norm_first):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Does what stands in padding stay there? NaN in a fused model's padded embeddings changes no bit of real tokens' outputs."""
+"""Do padding's values stay there? NaN in a fused model's padded embeddings changes no bit of real tokens' outputs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def albert():
 
 
 def t5():
-    """The decoder's output: its cross-attention reads the encoder's, which is NaN at padding."""
+    """The decoder's output: its cross-attention reads the encoder's states, which are NaN at padding."""
     sizes = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
     return transformers.T5Model(transformers.T5Config(**sizes))
 

@@ -1,4 +1,4 @@
-"""Do all ways of computing attention in a transformers model agree on real tokens, wherever the padding is, and give no NaN?"""
+"""Do all ways to compute a transformers model's attention agree on real tokens, wherever padding is, and give no NaN?"""
 
 import copy
 
@@ -15,7 +15,7 @@ MASKS = {
     "middle": [[1, 1, 0, 0, 1, 1, 1, 1], [1] * 8, [0, 1, 0, 1, 1, 0, 1, 0]],
     "a row of padding": [[0, 0, 1, 1, 1, 1, 1, 1], [0] * 8, [1, 1, 1, 1, 1, 1, 0, 0]],
 }
-WIDE = {"n_embd": 264, "n_head": 1}  # the kernels take heads of 256
+WIDE = {"n_embd": 264, "n_head": 1}  # heads above 256, the kernels' limit
 CASES = {
     **{
         f"upcast, scaled {scaled}, by layer {by_layer}": (
@@ -55,7 +55,7 @@ def call(model, inputs, live):
 
 
 def ways(name, options):
-    """How the model runs on pyfused."""
+    """The ways to run the model on pyfused."""
     for had in ("eager", "sdpa"):
         model = build(name, attn_implementation=had, **options)
         yield f"fused from {had}", model, lambda m: pyfused.fuse_(m)
@@ -63,7 +63,7 @@ def ways(name, options):
 
 
 def in_double(model):
-    """transformers' own code in float64, which scores in float32 would not be."""
+    """transformers' own code with all of it in float64, the scores too."""
     name = "sdpa" if model.config.model_type in ("llama", "mistral") else "eager"
     truth = with_implementation(copy.deepcopy(model).double(), name)
     for module in truth.modules():

@@ -1,4 +1,4 @@
-"""The axes that the models' tests run over."""
+"""Over which axes do the models' tests run?"""
 
 from contextlib import ExitStack
 
@@ -14,8 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=available(DEVICE))
 def each_backend(request):
-    """The test runs once on every backend of this machine; where it lacks an operator the next one steps in, since the
-    operators' own tests are strict."""
+    """Runs the test once on every backend of this machine. If a backend lacks an operator, the next one runs; the operators'
+    own tests are strict."""
     name, _, isa = request.param.partition(":")
     with ExitStack() as stack:
         if isa:

@@ -28,7 +28,7 @@ def ids_of(shape, limit=61, seed=0):
 
 
 def inputs_of(rows=3, length=17, padding="none", limit=61):
-    """By transformers' names."""
+    """Inputs by transformers' names."""
     inputs = {"input_ids": ids_of((rows, length), limit), "token_type_ids": ids_of((rows, length), 2, 1)}
     if padding != "none":
         mask = torch.ones(rows, length, dtype=torch.int64)
@@ -50,7 +50,7 @@ def test_equals_transformers(dtype, padding, device):
     uneven = {"num_hidden_layers": 5, "inner_group_num": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
     for config in ({}, uneven, {"num_hidden_groups": 1, "hidden_act": "relu", "type_vocab_size": 3}):
         rounded = hf_albert(**config).to(dtype)
-        # Same weights, rounded to dtype: pyfused in float64, transformers in dtype, pyfused in dtype
+        # Same weights rounded to dtype: pyfused in float64, transformers in dtype, pyfused in dtype
         truth = outputs_of(like_hf(rounded, torch.float64), call_of(inputs))
         plain = hf_outputs(rounded, inputs)
         mine = like_hf(rounded).to(device)
@@ -76,7 +76,7 @@ def test_equals_transformers_at_base_size(device):
 
 
 def from_keras(backbone):
-    """The state dict of KerasHub's AlbertBackbone under pyfused's names, by its attributes."""
+    """The state dict of KerasHub's AlbertBackbone under pyfused's names, read from its attributes."""
 
     def array(variable, transposed=False):
         value = variable.value.detach().cpu().clone()
@@ -117,7 +117,7 @@ def from_keras(backbone):
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [4, 5])
 def test_equals_keras_hub(heads, device):
-    """Also with a head size that does not divide the width, which transformers refuses: 5 heads of 4 out of 24."""
+    """Also with 5 heads of 4 in a width of 24, which transformers refuses because 5 does not divide 24."""
     import keras_hub
 
     sizes = SIZES | {"num_heads": heads}
@@ -144,7 +144,7 @@ def test_equals_keras_hub(heads, device):
 
 @torch.no_grad()
 def test_layers_of_groups():
-    """Which group each application takes, transformers' rule, against its own model's attentions."""
+    """Each application's group follows transformers' rule; compares with its own model's attentions."""
     for layers, groups in ((5, 2), (7, 3), (4, 4), (6, 1), (2, 3), (12, 7)):
         config = {"num_hidden_layers": layers, "num_hidden_groups": groups, "inner_group_num": 1}
         hf = hf_albert(torch.float64, attention="eager", **config)
@@ -252,7 +252,7 @@ def test_initial_weights_are_those_of_transformers():
 
 
 def test_parameter_counts_of_published_models():
-    """Sizes from the presets' configurations; counts from KerasHub's metadata."""
+    """Sizes come from the presets' configurations, counts from KerasHub's metadata."""
     sizes = {"albert_base_en_uncased": (12, 12, 768), "albert_extra_extra_large_en_uncased": (12, 64, 4096)}
     for name, (layers, heads, width) in sizes.items():
         with torch.device("meta"):
@@ -262,7 +262,7 @@ def test_parameter_counts_of_published_models():
 
 
 def test_dropout_sites(device):
-    """With every site's mask taken to be whole, training is evaluation; with a rate, the sites are those of the paper."""
+    """If no site drops anything, training equals evaluation; with a rate, the sites are the paper's."""
     call = call_of(inputs_of())
     embedded, wide = ("dropout", 0.3, (3, 17, 10)), ("dropout", 0.3, (3, 17, 24))
     for options, attention_rate, behind in (
@@ -301,7 +301,7 @@ def seeded(call):
 
 
 def losses(model, forward, steps=30):
-    """Telling the ids apart by a linear readout of the first dimensions, with AdamW; the loss of each step."""
+    """The loss of each AdamW step; the task is to tell the ids apart by a linear readout of the first dimensions."""
     generator = torch.Generator().manual_seed(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     out = []
@@ -317,7 +317,7 @@ def losses(model, forward, steps=30):
 
 
 def test_training_follows_transformers(device):
-    """Shared weights get the gradients of all their applications."""
+    """Shared weights get the gradients from all their applications."""
     hf = hf_albert(spread=0.1)
 
     def ours(model):

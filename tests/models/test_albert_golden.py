@@ -1,4 +1,4 @@
-"""Does ALBERT give what KerasHub and transformers gave, on every recorded case?"""
+"""Does ALBERT reproduce KerasHub's and transformers' outputs in every recorded case?"""
 
 import copy
 
@@ -24,13 +24,13 @@ def test_every_recorded_albert_case_is_tested():
 
 
 def compare(name, inputs, outputs, actual):
-    """With zeros in rows that see no key, that is the truth and every source which gives zeros there too; else all."""
+    """If rows that see no key are zeros, compares only with the truth and the sources that give zeros too; else with all."""
     truth = outputs.pop("ref64")
     if "ref64_zero" in outputs:
         truth = outputs.pop("ref64_zero")
         outputs = {source: outputs[source] for source in ("hf_sdpa", "keras_drop1")}
     assert actual.keys() == truth.keys()
-    assert len(outputs) >= 2  # transformers eager and sdpa, and KerasHub where it can say the configuration
+    assert len(outputs) >= 2  # transformers eager and sdpa, and KerasHub if it supports the configuration
     for what, value in actual.items():
         assert_close(value, [source[what] for source in outputs.values()], truth[what], f"{name} {what}")
 
@@ -55,7 +55,7 @@ def test_float64_is_the_truth(device):
         entry, inputs, outputs = case(name)
         truth = outputs.get("ref64_zero", outputs["ref64"])
         for what, value in outputs_of(albert_of_case(entry, torch.float64).to(device), call_of(inputs)).items():
-            # nothing beside the rounding of float32, for which such outputs are the truth
+            # negligible beside float32's rounding, so such outputs serve as the truth
             error = (value.cpu() - truth[what]).abs().max()
             assert error <= 1e-6 * torch.finfo(torch.float32).eps * truth[what].abs().max(), (name, what)
 
@@ -107,14 +107,14 @@ def test_gradients(device):
     assert abs(value.item() - loss.item()) < 1e-4 * abs(loss.item())
     truths = grads[torch.float64]
     assert truths.keys() == grads[torch.float32].keys()
-    assert recorded.keys() - truths.keys() == {"pooler.weight", "pooler.bias"}  # which the loss does not see: zeros
+    assert recorded.keys() - truths.keys() == {"pooler.weight", "pooler.bias"}  # the loss does not depend on them: zeros
     for name, truth in truths.items():
         # The record is float64 rounded to float32.
         assert (truth - recorded[name]).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max(), name
 
     def together(found):
-        """All gradients, each in units of its own size: the errors of one share their causes, so that one is a draw. That
-        of the keys' bias is zero, since it moves all scores of a query alike, and left out."""
+        """All gradients, each divided by its own size. The errors within one share causes, so each counts as one draw. The
+        keys' bias is left out: it shifts all scores of a query alike, so its gradient is zero."""
         units = {name: truth.square().mean().sqrt() for name, truth in truths.items()}
         return torch.cat([(live_rows(name, found[name].detach()) / units[name]).flatten() for name in truths])
 

@@ -62,7 +62,7 @@ def test_empty_states_and_zero_gradients(name, b, s):
 
 
 def test_a_decoder_of_an_empty_text():
-    """The encoder gives nothing to look at: what cross-attention adds is zeros, as of a text of padding alone."""
+    """The encoder gives no keys: cross-attention adds zeros, as for a text of padding alone."""
     model = MODELS["t5 decoder"][0]().to(DEVICE).eval()
     empty, padding = (
         model(

@@ -16,7 +16,7 @@ SIZES = {"vocabulary_size": 61, "num_layers": 2, "hidden_dim": 24, "intermediate
 
 
 def inputs_of(rows=3, length=17, vocabulary=61, segments=4):
-    """By transformers' names."""
+    """Inputs by transformers' names."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator)
     return {"input_ids": ids, "token_type_ids": torch.randint(segments, (rows, length), generator=generator)}
@@ -41,7 +41,7 @@ def test_equals_transformers(config, length, device):
 
 @torch.no_grad()
 def test_equals_transformers_at_base_size(device):
-    """fnet-base's shape, with fewer layers and words; no power of two in sight."""
+    """fnet-base's shape with fewer layers and words; no size is a power of two."""
     hf = hf_fnet(
         spread=0.03, vocab_size=200, num_hidden_layers=3, hidden_size=768, intermediate_size=3072,
         max_position_embeddings=100,
@@ -71,7 +71,7 @@ def test_positions_segments_and_embeddings_given(device):
 
 
 def test_tpu_option_of_transformers_is_the_same_transform():
-    """transformers multiplies by Fourier matrices then, and takes texts of one length alone."""
+    """With it, transformers multiplies by Fourier matrices and takes texts of one length only."""
     pytest.importorskip("scipy")
     plain = hf_fnet()
     theirs = hf_fnet(use_tpu_fourier_optimizations=True, tpu_short_seq_length=17)
@@ -83,7 +83,7 @@ def test_tpu_option_of_transformers_is_the_same_transform():
 
 
 def from_keras(backbone):
-    """The state dict of KerasHub's FNetBackbone under pyfused's names, by its attributes."""
+    """The state dict of KerasHub's FNetBackbone under pyfused's names, read from its attributes."""
 
     def array(variable, transpose=False):
         value = variable.value.detach().cpu().clone()
@@ -111,7 +111,7 @@ def from_keras(backbone):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_equals_keras_hub(dtype, device):
-    """KerasHub transforms in float32 whatever the dtype, as pyfused does; transformers cannot do 16 bits on a CPU."""
+    """KerasHub transforms in float32 for every dtype, as pyfused does; transformers cannot do 16 bits on a CPU."""
     import keras_hub
 
     keras = keras_hub.models.FNetBackbone(**SIZES, dtype=dtype)
@@ -230,7 +230,7 @@ def test_initial_weights_are_those_of_transformers():
 
 
 def test_parameter_counts_of_published_models():
-    """Sizes from the presets' configurations; counts from KerasHub's metadata."""
+    """Sizes come from the presets' configurations, counts from KerasHub's metadata."""
     with torch.device("meta"):
         base, large = FNetBackbone(32000, 12, 768, 3072), FNetBackbone(32000, 24, 1024, 4096)
     for model, name in ((base, "f_net_base_en"), (large, "f_net_large_en")):
@@ -243,7 +243,7 @@ def seeded(call):
 
 
 def test_dropout_sites(device):
-    """With every site's mask taken to be whole, training is evaluation; with a rate, the sites are those of the paper."""
+    """If no site drops anything, training equals evaluation; with a rate, the sites are the paper's."""
     model = FNetBackbone(**SIZES, dropout=0.3).to(device)
     call = call_of(inputs_of())
     model.train()
@@ -261,13 +261,13 @@ def test_dropout_sites(device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "dropout", counted)
         whole = model(call)["sequence_output"]
-    assert calls == [((3, 17, 24), 0.3)] * 3  # behind the projection, and behind each feed-forward network
+    assert calls == [((3, 17, 24), 0.3)] * 3  # after the projection and after each feed-forward network
     with torch.no_grad():
         torch.testing.assert_close(whole, model.eval()(call)["sequence_output"])
 
 
 def losses(model, forward, steps=30):
-    """Telling which of ten words comes first, with AdamW; the loss of each step."""
+    """The loss of each AdamW step; the task is to tell which of ten words comes first."""
     generator = torch.Generator().manual_seed(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     out = []

@@ -1,4 +1,4 @@
-"""Does FNet give what KerasHub and transformers gave, on every recorded case?"""
+"""Does FNet reproduce KerasHub's and transformers' outputs in every recorded case?"""
 
 import copy
 
@@ -95,7 +95,7 @@ def test_gradients(each_backend, device):
         assert (truth - recorded[name]).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max(), name
 
     def together(found):
-        """All gradients, each in units of its own size: the errors of one share their causes, so that one is a draw."""
+        """All gradients, each divided by its own size. The errors within one share causes, so each counts as one draw."""
         return torch.cat(
             [(found[name].detach() / truth.square().mean().sqrt()).flatten() for name, truth in truths.items()]
         )

@@ -19,7 +19,7 @@ def ids_of(shape, vocabulary=61, seed=0):
 
 
 def against_hf(hf, ids, mask, dtype, device, **call):
-    """Same weights, rounded to dtype: transformers in float64, transformers in dtype, pyfused in dtype."""
+    """Same weights rounded to dtype: transformers in float64, transformers in dtype, pyfused in dtype."""
     rounded = copy.deepcopy(hf).to(dtype)
     wide = copy.deepcopy(rounded).double()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_query_that_sees_no_key_gets_zeros(device):
     dead = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool, device=device)
     assert out.attentions[0].transpose(1, 2)[dead].abs().max() == 0
     layer = model.layers[0]
-    with torch.no_grad():  # attention gives zeros, so its output projection gives its bias, which is zero here
+    with torch.no_grad():  # attention gives zeros, and its output projection's bias is zero here
         x = out.hidden_states[0]
         alone = model.final_norm(x + layer.feed_forward(layer.feed_forward_norm(x)))
     torch.testing.assert_close(out.last_hidden_state[dead], alone[dead])
@@ -313,7 +313,7 @@ def test_a_cache_carries_no_gradient(device):
 
 
 def test_dropout_sites(device):
-    """In training every rate alone changes the output, repeatably by the seed; in evaluation none does."""
+    """In training each rate alone changes the output, repeatably for a seed; in evaluation none does."""
     for site in ("embedding_dropout", "attention_dropout", "residual_dropout"):
         model = GPT2Backbone(**SIZES, dropout=0.0, **{site: 0.5}).to(device)
         expected = model.eval()(GOOD)
@@ -327,7 +327,7 @@ def test_dropout_sites(device):
 
 
 def test_training_follows_transformers(device):
-    """Ten steps of SGD without dropout: the losses lie within the rule of those of transformers in float64."""
+    """Ten steps of SGD without dropout: the losses meet the tolerance rule against transformers in float64."""
     hf = hf_gpt2(spread=0.1, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0).train()
     data = ids_of((4, 12)).expand(10, -1, -1)
     mine = GPT2Backbone(**gpt2_arguments(hf.config.to_dict())).train()

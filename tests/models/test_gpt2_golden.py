@@ -1,4 +1,4 @@
-"""Does GPT-2 give what KerasHub and transformers gave, on every recorded case?"""
+"""Does GPT-2 reproduce KerasHub's and transformers' outputs in every recorded case?"""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ SPECIAL = {"gpt2_a_mask4d", "gpt2_a_states_attn", "gpt2_cross_t7"}
 
 
 def call_of(inputs, *names):
-    """The inputs by pyfused's names; padding_mask None where there is none."""
+    """The inputs by pyfused's names; a missing padding_mask is None."""
     call = {RENAMED.get(k, k): v for k, v in inputs.items() if not names or k in names}
     return {"padding_mask": None, **call}
 
 
 def truth_of(outputs):
-    """Zeros from rows that see no key; in float64."""
+    """The float64 outputs, with zeros in rows that see no key."""
     return outputs.get("ref64_zero", outputs.get("ref64"))
 
 
@@ -38,7 +38,7 @@ def test_last_hidden_state(name, device):
     references = {k: v["last_hidden_state"] for k, v in outputs.items() if not k.startswith("ref64")}
     live = [
         v for v in references.values() if (v.double() - truth).abs().max() < 1e-3
-    ]  # the others give means in dead rows
+    ]  # the others give means in rows that see no key
     assert live
     for plain in live:
         assert_close(actual, plain, truth, name)

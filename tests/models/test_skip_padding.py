@@ -1,4 +1,4 @@
-"""Do models that leave padding out give real tokens what they give with it, zeros elsewhere, and gradients alike?"""
+"""Do models that skip padding give real tokens the same outputs and gradients as with it, and zeros elsewhere?"""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ MODELS = {"gpt2": (gpt2, gpt2_inputs), "t5": (t5, t5_inputs), "albert": (albert,
 
 
 def mask_of(kind, device):
-    """(4, 11): lengths 11, 4, 1 and, but for "right", a row of padding alone."""
+    """(4, 11): lengths 11, 4, 1 and, except for "right", a row of padding alone."""
     places = torch.arange(11, device=device)
     if kind == "right":
         return places < torch.tensor([11, 4, 1, 7], device=device)[:, None]
@@ -54,7 +54,7 @@ def mask_of(kind, device):
 
 
 def states(name, output):
-    """(the states whose padding is skipped, what else comes of real tokens)"""
+    """(states whose padding is skipped, other outputs of real tokens)"""
     if name == "t5":
         return output["encoder_sequence_output"], [output["decoder_sequence_output"]]
     if name == "gpt2":
@@ -91,7 +91,7 @@ def test_real_tokens_and_gradients(each_backend, device, name, kind):
         truth, true_gradients = run(exactly(model), False)
     assert_close(found[mask], plain[mask], truth[mask])
     assert [a is None for a in gradients] == [t is None for t in true_gradients]
-    # One comparison: the largest error of a few numbers is an accident. Each gradient counts by its own size.
+    # One comparison for all: the largest error of a few numbers is chance. Each gradient is divided by its own size.
     sizes = [t.abs().max() for t in true_gradients if t is not None]
     flat = [
         torch.cat([g.double().flatten() / size for g, size in zip((g for g in given if g is not None), sizes)])
@@ -102,7 +102,7 @@ def test_real_tokens_and_gradients(each_backend, device, name, kind):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_and_attentions(device, name):
-    """Hidden states are unpacked; attentions, which are materialised, are of the padded batch."""
+    """Hidden states are unpacked; attentions are materialised for the padded batch."""
     make, inputs_of = MODELS[name]
     model, mask = make().eval().to(device), mask_of("right", device)
     inputs = inputs_of(torch.randint(61, mask.shape, device=device), mask)
@@ -148,7 +148,7 @@ def test_nothing_real_and_nothing_padded(device, name):
 
 
 def test_work_is_that_of_the_real_tokens(monkeypatch):
-    """What the feed-forward networks get: 16 rows of the 44."""
+    """The feed-forward networks get 16 of the 44 rows."""
     model = gpt2().eval()
     seen = []
     model.layers[0].feed_forward.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
@@ -160,7 +160,7 @@ def test_work_is_that_of_the_real_tokens(monkeypatch):
 
 
 def test_prefill_fills_the_cache(device):
-    """A cache filled with padding left out goes on as one filled with it."""
+    """Decoding from a cache filled without padding equals decoding from one filled with it."""
     model, mask = gpt2().eval().to(device), mask_of("right", device)
     tokens, new = torch.randint(61, mask.shape, device=device), torch.randint(61, (4, 1), device=device)
     longer = torch.cat((mask, mask.new_ones(4, 1)), 1)
@@ -216,7 +216,7 @@ def test_packing(device):
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_nothing_at_all(device, shape):
-    """A GPU's masks are not looked at, so that empty ones come as they are."""
+    """pyfused does not read a GPU's masks, so empty ones get this far."""
     visible = Visibility(padding_mask=torch.zeros(shape, dtype=torch.bool, device=device)).skip_padding(unbroken=True)
     x = torch.randn(*shape, 3, device=device)
     assert visible.packing is None

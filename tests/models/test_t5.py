@@ -20,7 +20,7 @@ def ids_of(shape, vocabulary=61, seed=0):
 
 
 def inputs_of(rows=3, source=17, target=9, padding="none", vocabulary=61):
-    """By transformers' names."""
+    """Inputs by transformers' names."""
     inputs = {
         "input_ids": ids_of((rows, source), vocabulary),
         "decoder_input_ids": ids_of((rows, target), vocabulary, 1),
@@ -53,8 +53,8 @@ def test_equals_transformers(dtype, padding, device):
     alone |= {"relative_attention_max_distance": 11, "layer_norm_epsilon": 1e-3}
     for config in ({}, {"tie_word_embeddings": False, "feed_forward_proj": "gelu"}, alone):
         rounded = hf_t5(**config).to(dtype)
-        # Same weights, rounded to dtype: pyfused in float64, transformers in dtype, pyfused in dtype. transformers' norm
-        # is not of float64 quality in float64; the golden cases show that pyfused in float64 is the truth.
+        # Same weights rounded to dtype: pyfused in float64, transformers in dtype, pyfused in dtype. transformers' norm
+        # loses precision in float64; the golden cases show that pyfused in float64 is the truth.
         truth = outputs_of(like_hf(rounded, torch.float64), call_of(inputs))
         plain = hf_outputs(rounded, inputs)
         mine = like_hf(rounded).to(device)
@@ -82,7 +82,7 @@ def test_equals_transformers_at_base_size(device):
 
 
 def from_keras(backbone):
-    """The state dict of KerasHub's T5Backbone under pyfused's names, by its attributes."""
+    """The state dict of KerasHub's T5Backbone under pyfused's names, read from its attributes."""
 
     def array(variable, transpose=False):
         value = variable.value.detach().cpu().clone()
@@ -124,7 +124,7 @@ def test_equals_keras_hub(kind, device):
     import keras_hub
     from keras_hub.src.utils.keras_utils import gelu_approximate
 
-    # Their defaults, which are ours too; and the other of every choice.
+    # Their defaults, the same as ours; then every choice the other way.
     options = (
         {} if kind == "tied" else {"activation": gelu_approximate, "key_value_dim": 7, "tie_embedding_weights": False}
     )
@@ -213,7 +213,7 @@ def test_any_dtype_of_mask(kind, device):
 
 
 def test_only_the_pass_writes_to_a_cache(device):
-    """A call that fails before the decoder runs leaves it as it was."""
+    """A call that fails before the decoder runs does not change the cache."""
     model = T5Backbone(**SIZES).to(device).eval()
     cache, call = model.new_cache(3, 12), call_of(inputs_of(padding="right"))
 
@@ -267,7 +267,7 @@ def test_initial_weights_are_those_of_transformers():
     mine = T5Backbone(400, 2, 8, 256, 512, key_value_dim=24, activation="gelu_new").state_dict()
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        for part, (a, b) in enumerate(zip(mine[name].chunk(3), tensor.chunk(3))):  # queries have a spread of their own
+        for part, (a, b) in enumerate(zip(mine[name].chunk(3), tensor.chunk(3))):  # queries have their own spread
             if name.endswith("norm.weight"):
                 assert torch.equal(a, b)
             else:
@@ -275,7 +275,7 @@ def test_initial_weights_are_those_of_transformers():
 
 
 def test_parameter_counts_of_published_models():
-    """Sizes from the presets' configurations; counts from KerasHub's metadata."""
+    """Sizes come from the presets' configurations, counts from KerasHub's metadata."""
     with torch.device("meta"):
         small = T5Backbone(32128, 6, 8, 512, 2048, 64, use_gated_activation=False)
         flan = T5Backbone(32128, 12, 12, 768, 2048, 64, activation="gelu_new", tie_embedding_weights=False)
@@ -290,14 +290,14 @@ def seeded(call):
 
 
 def test_dropout_sites(device):
-    """With every site's mask taken to be whole, training is evaluation; with a rate, the sites are those of the paper."""
+    """If no site drops anything, training equals evaluation; with a rate, the sites are the paper's."""
     model = T5Backbone(**SIZES, dropout=0.3, num_decoder_layers=1).to(device)
     call = call_of(inputs_of())
     model.train()
     first, second = (seeded(lambda: model(call)["decoder_sequence_output"]) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, model(call)["decoder_sequence_output"])
-    assert (first == 0).float().mean() > 0.2  # behind the final norm
+    assert (first == 0).float().mean() > 0.2  # after the final norm
 
     calls = []
     original, attention = F.dropout, pyfused.nn.attention.attention
@@ -324,7 +324,7 @@ def test_dropout_sites(device):
 
 
 def losses(model, forward, logits, steps=30):
-    """Copying ten of the words, with AdamW; the loss of each step."""
+    """The loss of each AdamW step; the task is to copy ten of the words."""
     generator = torch.Generator().manual_seed(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     out = []

@@ -1,4 +1,4 @@
-"""Does T5 give what KerasHub and transformers gave, on every recorded case?"""
+"""Does T5 reproduce KerasHub's and transformers' outputs in every recorded case?"""
 
 import copy
 
@@ -30,7 +30,7 @@ def test_outputs(name, device):
     actual = outputs_of(t5_of_case(entry).to(device), call_of(inputs))
     truth = outputs.pop("ref64")
     assert actual.keys() == truth.keys()
-    assert len(outputs) >= 2  # transformers eager and sdpa, and KerasHub where it can say the configuration
+    assert len(outputs) >= 2  # transformers eager and sdpa, and KerasHub if it supports the configuration
     for what, value in actual.items():
         rows = live(inputs, what)
         assert rows.any()
@@ -132,7 +132,7 @@ def test_gradients(device):
         assert (truth - recorded[name]).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max(), name
 
     def together(found):
-        """All gradients, each in units of its own size: the errors of one share their causes, so that one is a draw."""
+        """All gradients, each divided by its own size. The errors within one share causes, so each counts as one draw."""
         return torch.cat(
             [(found[name].detach() / truth.square().mean().sqrt()).flatten() for name, truth in truths.items()]
         )

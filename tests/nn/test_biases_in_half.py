@@ -26,7 +26,7 @@ def test_a_layer(dtype):
     x = torch.randn(2, 5, 16).to(dtype)
 
     def call(least):
-        padding = torch.stack([torch.zeros_like(least), least]).expand(5, 2).t()  # the second text is padding alone
+        padding = torch.stack([torch.zeros_like(least), least]).expand(5, 2).t()  # the second text is all padding
         return layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
 
     assert torch.equal(call(torch.tensor(LEAST)), call(torch.tensor(torch.finfo(dtype).min, dtype=dtype)))

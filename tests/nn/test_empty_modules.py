@@ -1,5 +1,5 @@
-"""Do modules take a batch of 0 and a length of 0? As torch.nn's own do; the others give empty results, or what is left where
-no key is there, and zero gradients."""
+"""Do modules take a batch of 0 and a length of 0? torch.nn drop-ins do as torch.nn. Other modules give empty results, or their
+results without any key, and zero gradients."""
 
 import copy
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def new(*shape):
 
 
 def run(module, *inputs, **options):
-    """The result, and the gradients of inputs and parameters by name; of what was not reached, zeros."""
+    """The result, and the gradients of inputs and parameters by name; zeros for unused ones."""
     module.zero_grad()
     inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
     y = module(*inputs, **options)
@@ -89,7 +89,7 @@ def test_empty_results_and_zero_gradients(name, b, s):
 @pytest.mark.parametrize("memory", [0, 5])
 @pytest.mark.parametrize(("b", "s"), [*SIZES, (3, 4)])
 def test_cross_attention(b, s, memory):
-    """Of no memory it gives what its output makes of zeros."""
+    """Without memory it gives its output projection of zeros."""
     module = CrossAttention(WIDTH, HEADS).to(DEVICE)
     x, seen = new(b, s, WIDTH), new(b, memory, WIDTH)
     y = module(x, module.project(seen))
@@ -120,7 +120,7 @@ PAIRS = {
 @each_size
 @pytest.mark.parametrize("name", PAIRS)
 def test_as_torch_nn(name, b, s):
-    """The drop-ins, and torch's own after fuse_."""
+    """Both the drop-ins and torch's own modules after fuse_."""
     theirs, ours, arguments, options = PAIRS[name]
     module = theirs(*arguments, **options).to(DEVICE)
     width = 0 if "no features" in name else WIDTH

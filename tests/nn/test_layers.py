@@ -26,7 +26,7 @@ from pyfused.testing import assert_close
 
 
 def both(mine, theirs, *inputs):
-    """mine in float32, theirs in float32 and float64, on the same weights."""
+    """mine in float32, theirs in float32 and float64, with the same weights."""
     mine.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         plain = theirs(*inputs)
@@ -82,7 +82,7 @@ def test_rms_norm(shape, eps, affine):
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_rms_norm_without_eps(dtype, autocast):
-    """Of numbers so small that the epsilon decides: torch takes that of the dtype it computes in."""
+    """The numbers are so small that the epsilon decides: torch takes the epsilon of the dtype it computes in."""
     theirs = nn.RMSNorm(64, dtype=dtype)
     mine, fused = RMSNorm(64, dtype=dtype), copy.deepcopy(theirs)
     pyfused.fuse_(fused)
@@ -144,7 +144,7 @@ def test_gated_feed_forward(activation, function):
 @pytest.mark.parametrize("kind", [Mlp, GatedMlp])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh"])
 def test_dropout_inside_a_feed_forward_network(kind, activation, monkeypatch):
-    """In training what is dropped lies behind the activation, and with nothing dropped the formula is the operator's."""
+    """Training drops values after the activation; if it drops nothing, the result is the operator's."""
     mine, x, residual = kind(24, 56, activation, dropout=0.5), torch.randn(30, 24), torch.randn(30, 24)
     expected = mine.eval()(x, residual)
     dropped = mine.train()(x, residual)

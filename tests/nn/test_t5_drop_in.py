@@ -1,5 +1,5 @@
-"""Do T5Attention, FeedForward, GatedFeedForward and FourierMixing take the places of transformers' modules? By their
-configs, state dicts, values, gradients and caches, alone and inside transformers' own T5."""
+"""Can T5Attention, FeedForward, GatedFeedForward and FourierMixing replace transformers' modules? Compares configs, state
+dicts, values, gradients and caches, alone and inside transformers' own T5."""
 
 import copy
 
@@ -34,7 +34,7 @@ def config(implementation="sdpa", **options):
 
 
 def twin(mine, theirs):
-    """The two with the same weights, not those that they start with, and theirs in float64."""
+    """Both modules with the same new weights, and theirs in float64."""
     with torch.no_grad():
         for p in theirs.parameters():
             p.normal_(0.0, 0.3)
@@ -50,7 +50,7 @@ def attentions(implementation="eager", table=True, is_decoder=False, **options):
 
 
 def compare(twins, run):
-    """run(module, leaf, convert) -> output, of a random (B, S, 24): values and all gradients by the tolerance rule."""
+    """Judges values and all gradients of run(module, leaf, convert) -> output on a random (B, S, 24), by the tolerance rule."""
     draws.check_modules(twins, [torch.empty(B, S, 24)], lambda module, leaves, convert: run(module, *leaves, convert))
 
 
@@ -106,7 +106,7 @@ def test_cross_attention(mask):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "encoder-decoder"])
 def test_caches(kind):
-    """A prompt, then tokens one by one: outputs are transformers', and the cache holds what it would."""
+    """A prompt, then tokens one by one: outputs and cache equal transformers'."""
     mine, theirs, _ = attentions("sdpa", True, True, is_causal=True)
     x = torch.randn(B, S, 24)
     steps, outs, caches = [3, 1, 1, 2], [], []
@@ -131,7 +131,7 @@ def test_caches(kind):
 
 
 def test_a_table_that_is_handed_on_where_the_cache_has_room():
-    """The kernel would take the last key for the last query's; it gets the dense bias."""
+    """Given a table, the kernel would match the last key with the last query, so it gets the dense bias."""
     mine, theirs, _ = attentions("sdpa", False, True)
     x, table, outs = torch.randn(B, 3, 24), torch.randn(8, 4), []
     dense = relative_bias(table, 3, 10, bidirectional=False, max_distance=9)
@@ -153,7 +153,7 @@ def test_a_cached_encoder_is_projected_once():
 
 
 def test_inside_autocast():
-    """As transformers' under the same autocast, by errors against float64; the table stays float32."""
+    """Errors against float64 match transformers' under the same autocast; the table stays float32."""
     mine, theirs, wide = attentions("sdpa", True, False)
     x = torch.randn(B, S, 24)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_probabilities_on_request():
 
 
 def test_dropout_of_the_probabilities():
-    """The mean over many draws is the result without dropout."""
+    """The mean over many draws equals the result without dropout."""
     mine, _, _ = attentions("sdpa", True, False)
     x = torch.randn(1, S, 24).expand(2000, -1, -1)
     expected = mine(x[:1])[0]
@@ -221,7 +221,7 @@ def test_feed_forward_by_hand(name):
 
 @pytest.mark.parametrize("name", ["FeedForward", "GatedFeedForward"])
 def test_wo_may_stay_in_float32(name):
-    """As transformers keeps it in a float16 model."""
+    """transformers keeps it so in a float16 model."""
     mine = getattr(pyfused.nn, name)(config())
     theirs = getattr(modeling_t5, "T5DenseActDense" if name == "FeedForward" else "T5DenseGatedActDense")(config())
     mine, theirs, _ = twin(mine, theirs)
@@ -258,7 +258,7 @@ def test_fourier_mixing():
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_inside_transformers_own_t5(implementation, gated):
-    """Written in by hand for each of their counterparts: the model's outputs, gradients and generated tokens stay."""
+    """Replaces each counterpart by hand; the model's outputs, gradients and generated tokens do not change."""
     made = config(implementation, feed_forward_proj="gated-gelu" if gated else "relu")
     theirs = T5ForConditionalGeneration._from_config(made, attn_implementation=implementation).eval()
     mine = copy.deepcopy(theirs)
@@ -284,7 +284,7 @@ def test_inside_transformers_own_t5(implementation, gated):
     again = {name: p.grad for name, p in mine.named_parameters()}
     mine.zero_grad()
     mine.gradient_checkpointing_enable()
-    mine.train()(**inputs).loss.backward()  # nothing drops out; a RelativeBias goes through the checkpoints
+    mine.train()(**inputs).loss.backward()  # no dropout; a RelativeBias goes through the checkpoints
     for name, p in mine.named_parameters():
         torch.testing.assert_close(p.grad, again[name], msg=name)
     mine.gradient_checkpointing_disable()

@@ -1,5 +1,5 @@
-"""Are the drop-ins for torch.nn's attention and layers what they replace? State dicts, values, gradients, masks, dropout,
-and what is left to torch."""
+"""Do the drop-ins for torch.nn's attention and layers equal the originals? State dicts, values, gradients, masks, dropout, and
+the cases left to torch."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ E, H, B, SQ, SK = 24, 4, 3, 7, 5
 
 
 def twin(kind, *args, **options):
-    """pyfused's module, torch's with the same weights, and that in float64; biases and norms as if trained."""
+    """pyfused's module, torch's with the same weights, and torch's in float64; biases and norms are random."""
     theirs = getattr(nn, kind)(*args, **options)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -31,8 +31,8 @@ def twin(kind, *args, **options):
 
 
 def compare(mine, theirs, wide, inputs, options, training=False):
-    """Values and gradients by the tolerance rule, of new inputs in the shapes of these; with mine nothing may reach torch's
-    forward. Inputs that are one tensor stay one tensor, as torch's and pyfused's paths ask for that."""
+    """Judges values and gradients by the tolerance rule, on new inputs of the same shapes; mine must not reach torch's
+    forward. A tensor given twice stays one tensor, because torch's and pyfused's paths depend on that."""
 
     def run(module, leaves, convert):
         module.train(training)
@@ -55,7 +55,7 @@ def causal(size):
 
 
 def hidden(*shape):
-    """A bool mask that hides about a third, and never everything of a row."""
+    """A bool mask that hides about a third, but never a whole row."""
     mask = torch.rand(shape) < 0.35
     mask[..., 0] = False
     return mask
@@ -65,7 +65,7 @@ def added(*shape):
     return torch.randn(shape).masked_fill(hidden(*shape), float("-inf"))
 
 
-ATTENTION = {  # constructor, what is key and value, masks
+ATTENTION = {  # constructor, key and value, masks
     "self": ({}, "self", {}),
     "self, no bias": ({"bias": False}, "self", {}),
     "encoder": ({}, "memory", {}),
@@ -160,7 +160,7 @@ def test_bad_masks_raise_torchs_errors(options, message):
 
 @pytest.mark.parametrize("case", ["float64", "head size", "mixed", "nested"])
 def test_what_is_left_to_torch(case):
-    """As torch computes it, bit for bit."""
+    """Equals torch bit for bit."""
     heads, width = (1, 264) if case == "head size" else (H, E)
     kinds = ["MultiheadAttention", "TransformerEncoderLayer"]
     for kind in kinds:
@@ -227,7 +227,7 @@ def test_decoder_layer(case, norm_first):
 
 @pytest.mark.parametrize("mode", ["no_grad", "grad", "train"])
 def test_inside_torchs_encoder_and_decoder(mode):
-    """Written by hand into torch's stacks, which in inference turn padding into nested tensors, and fused on top."""
+    """Puts the layers into torch's stacks by hand, which in inference turn padding into nested tensors, then fuses them."""
     options = {"dropout": 0.0, "batch_first": True}
     models = []
     for kinds in (pyfused.nn, nn):
@@ -252,7 +252,7 @@ def test_compiles_once_without_a_break(kind):
     compiled = torch.compile(mine, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (SQ, SQ + 4):
         x, memory, mask = torch.randn(B, length, E), torch.randn(B, SK, E), hidden(B, length)
-        x.requires_grad_(kind != "TransformerEncoderLayer")  # whose backward is that of the other two
+        x.requires_grad_(kind != "TransformerEncoderLayer")  # its backward is the same as in the other two
         inputs, options = {
             "MultiheadAttention": ((x, x, x), {"key_padding_mask": mask, "need_weights": False}),
             "TransformerEncoderLayer": ((x,), {"src_key_padding_mask": mask}),
@@ -269,7 +269,7 @@ def test_compiles_once_without_a_break(kind):
 
 @pytest.mark.parametrize("site", ["self_attn", "dropout", "dropout1", "dropout2", "none"])
 def test_dropout_has_the_right_mean_at_every_site(site):
-    """Norm first, and behind the attention nothing but linear maps, so that the mean over draws is what eval gives."""
+    """Norm first, and only linear maps after the attention, so the mean over draws equals evaluation."""
     layer, _, _ = twin("TransformerEncoderLayer", E, H, 40, dropout=0.0, batch_first=True, norm_first=True)
     if site in ("self_attn", "dropout1"):
         nn.init.zeros_(layer.linear2.weight)
@@ -291,9 +291,9 @@ def test_dropout_has_the_right_mean_at_every_site(site):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_each_dropout_is_at_its_place(kind, norm_first, monkeypatch):
-    """With the same masks, drawn for the same shapes in the same order, the result is torch's."""
+    """With the same masks for the same shapes in the same order, the result equals torch's."""
 
-    def dropout(x, p=0.5, training=True, inplace=False):  # whatever the strides
+    def dropout(x, p=0.5, training=True, inplace=False):  # ignores the strides
         return x * (torch.rand(x.shape) >= p) / (1 - p) if training and p else x
 
     monkeypatch.setattr(F, "dropout", dropout)
@@ -301,7 +301,7 @@ def test_each_dropout_is_at_its_place(kind, norm_first, monkeypatch):
     for module in (mine, theirs):
         for child in module.modules():
             if isinstance(child, nn.MultiheadAttention):
-                child.dropout = 0.0  # the kernel draws its own
+                child.dropout = 0.0  # the kernel draws its own mask
     inputs = [torch.randn(B, SQ, E)] + ([torch.randn(B, SK, E)] if kind == "TransformerDecoderLayer" else [])
     outs = []
     for module in (mine, theirs):
@@ -310,7 +310,7 @@ def test_each_dropout_is_at_its_place(kind, norm_first, monkeypatch):
     torch.testing.assert_close(*outs)
     torch.manual_seed(4)
     assert not torch.allclose(mine(*inputs), outs[0])
-    mine.dropout1.eval()  # a child's own mode counts, as for Monte-Carlo dropout
+    mine.dropout1.eval()  # a child's own mode counts, as in Monte-Carlo dropout
     theirs.dropout1.eval()
     outs = []
     for module in (mine, theirs):
@@ -321,7 +321,7 @@ def test_each_dropout_is_at_its_place(kind, norm_first, monkeypatch):
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_inside_autocast(norm_first):
-    """As torch's under the same autocast: dtypes, and errors against float64."""
+    """Dtypes, and errors against float64, match torch's under the same autocast."""
     mine, theirs, wide = twin("TransformerDecoderLayer", E, H, 40, dropout=0.0, batch_first=True, norm_first=norm_first)
     inputs = torch.randn(B, SQ, E), torch.randn(B, SK, E)
     options = {"tgt_mask": added(SQ, SQ), "memory_key_padding_mask": hidden(B, SK)}
@@ -352,7 +352,7 @@ class OwnBlock(pyfused.nn.TransformerEncoderLayer):
 
 @pytest.mark.parametrize("case", ["hook", "class", "block", "norm", "forward"])
 def test_children_are_never_bypassed(case):
-    """What someone changed in a child counts: then torch's forward calls it."""
+    """A user's change to a child counts: torch's forward then calls the child."""
     mine, theirs, _ = twin("TransformerEncoderLayer", E, H, 40, dropout=0.0, batch_first=True)
     x = torch.randn(B, SQ, E)
     if case == "block":
@@ -375,7 +375,7 @@ def test_children_are_never_bypassed(case):
 @pytest.mark.parametrize("float_mask", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 def test_probabilities_with_a_row_of_padding_alone(average, float_mask):
-    """The other rows, and the gradients that they give, are torch's without that row; in it nothing is NaN."""
+    """The other rows and their gradients equal torch's without that row; the padding row has no NaN."""
     theirs = nn.MultiheadAttention(E, 4, batch_first=True)
     mine = pyfused.nn.MultiheadAttention(E, 4, batch_first=True)
     mine.load_state_dict(theirs.state_dict())

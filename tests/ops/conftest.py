@@ -1,4 +1,4 @@
-"""The axes that every operator's test runs over."""
+"""Over which axes does every operator's test run?"""
 
 import pathlib
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(params=available(DEVICE))
 def each_backend(request):
-    """The test runs once on every backend of this machine, strictly: no silent fall-through."""
+    """Runs the test once on every backend of this machine, strictly: no silent fall-through."""
     with running(request.param):
         yield request.param
 
@@ -30,8 +30,8 @@ def device():
 
 
 def lacks(item, backend):
-    """Whether csrc/cuda has no such operator, or a test_backward would run some other backend's on what this one's forward
-    kept: the CPU kernels', on the shim, which no GPU's forward ever meets."""
+    """Whether csrc/cuda lacks the operator, or test_backward would run another backend's backward after this forward. On the
+    shim that would be the CPU kernels' backward, which never follows a GPU's forward."""
     if backend != "cuda":
         return False
     stem = item.path.stem.removeprefix("test_")
@@ -43,7 +43,7 @@ def lacks(item, backend):
 
 
 def left_to_plain_pytorch(item, parameters):
-    """Whether these are attention's float32 gradients of up to 8 queries, which no other backend has on the CPU
+    """Whether these are attention's float32 gradients of up to 8 queries. On the CPU only plain PyTorch computes them
     (declined_backward of kernels/cpu/attention.py)."""
     if DEVICE != "cpu" or (item.path.name, item.originalname) != ("test_attention.py", "test_backward"):
         return False
@@ -52,9 +52,9 @@ def left_to_plain_pytorch(item, parameters):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what a backend is not asked: cases marked seldom in Triton's interpreter, which would take minutes,
-    operators and gradients that a backend has not, and what is about the CPU kernels alone, on the others. pytest hands
-    over the whole suite's tests: those of other folders are kept."""
+    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes; operators and gradients that a backend
+    lacks; and tests of the CPU kernels on other backends. pytest passes the whole suite's tests: those of other folders are
+    kept."""
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:

@@ -1,12 +1,12 @@
-"""torch.library.opcheck of a differentiable operator in all its registered forms, and whether they say the same."""
+"""Do an operator's registered forms pass torch.library.opcheck and agree with each other?"""
 
 import torch
 
 
 def check_registered(name, arguments, *, save=None, summed=False):
-    """pyfused::<name> for these arguments, and its form without gradients for the same, detached.
+    """Checks pyfused::<name> for these arguments, and its form without gradients for the same arguments, detached.
 
-    save: the position of the argument that asks for what a gradient needs. summed: whether x + residual is a result.
+    save: the position of the argument that asks for the backward's tensors. summed: whether x + residual is a result.
     """
     operator = getattr(torch.ops.pyfused, name)
     torch.library.opcheck(operator, arguments)
@@ -17,7 +17,7 @@ def check_registered(name, arguments, *, save=None, summed=False):
     inference = getattr(torch.ops.pyfused, f"{name}_inference" + ("_sum" if summed else ""))
     torch.library.opcheck(
         inference, plain, test_utils=("test_schema", "test_faketensor")
-    )  # the rest is test_compile.py's
+    )  # test_compile.py tests the rest
     found, expected = inference(*plain), operator(*plain)
     found = found if isinstance(found, tuple) else (found,)
     expected = expected if isinstance(expected, tuple) else (expected,)

@@ -18,7 +18,7 @@ from pyfused.testing import assert_close
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B, H, Hkv, Sq, Sk, D and the options of one comparison; seldom says that an interpreter is too slow for it."""
+    """B, H, Hkv, Sq, Sk, D and the options of one comparison; seldom: too slow for an interpreter."""
 
     sizes: tuple[int, int, int, int, int, int]
     is_causal: bool = False
@@ -55,16 +55,16 @@ CASES = [
     Case((1, 1, 1, 1025, 1025, 64), is_causal=True, seldom=True),
     Case((1, 2, 1, 2, 1025, 80), is_causal=True, padding="right", seldom=True),
 ]
-# One query against a cache, which nobody differentiates, and cases that only the forward kernels tell apart.
+# One query against a cache, which needs no gradient, and cases that only the forward kernels distinguish.
 FORWARD_ONLY = [
     Case((4, 8, 2, 1, 1025, 40), bias="full", seldom=True),
     Case((2, 4, 4, 1, 137, 64), is_causal=True, padding="left", seldom=True),
     Case((2, 2, 2, 3, 70, 80), is_causal=True, padding="right"),
-    # Long enough for their keys to be split, in every size of head that a GPU's kernels tell apart.
+    # Long enough to split the keys, in every head size that a GPU's kernels distinguish.
     Case((2, 8, 2, 2, 777, 64), padding="all", bias="head", seldom=True),
     Case((1, 4, 2, 3, 777, 128), is_causal=True, padding="random", bias="full", dropout_p=0.2, seldom=True),
     Case((1, 4, 1, 1, 600, 256), padding="random", dropout_p=0.1, scale=-0.1, seldom=True),
-    # Prefill, for which they choose by the size of the head, the number of tiles, and whether there is a bias.
+    # Prefill: the kernels choose by head size, number of tiles, and whether there is a bias.
     Case((1, 3, 1, 70, 150, 64), is_causal=True, padding="random", seldom=True),
     Case((2, 2, 2, 40, 60, 80), is_causal=True, seldom=True),
     Case((2, 2, 1, 40, 70, 200), is_causal=True, padding="left", seldom=True),
@@ -97,7 +97,7 @@ def make(case, dtype, device):
 
 
 def drawn_seed(options, device):
-    """The seed that attention will draw next, with the generator left as it was."""
+    """The seed that attention will draw next; the generator does not advance."""
     if not options["dropout_p"]:
         return None
     generator = torch.cuda if device == "cuda" else torch
@@ -122,7 +122,7 @@ def test_forward(each_backend, dtype, device, case):
 
 
 def gradients(fused, plain, inputs, cotangent):
-    """{what: (fused, plain, truth)} of every input; plain takes `logarithm` too, which is left out for the truth."""
+    """{name: (fused, plain, truth)} of every input's gradient; only plain gets `logarithm`, the truth does not."""
 
     def run(function, wide):
         leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
@@ -136,7 +136,7 @@ def gradients(fused, plain, inputs, cotangent):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """Without float32's of few queries: test_few_queries_have_the_gradients_of_softmax."""
+    """test_few_queries_have_the_gradients_of_softmax covers float32 with few queries."""
 
     def once():
         inputs, options = make(case, dtype, device)
@@ -151,7 +151,7 @@ def test_backward(each_backend, dtype, device, case):
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
 def test_few_queries_have_the_gradients_of_softmax(device, sizes):
-    """With no backend forced, and against ordinary softmax: no log-sum-exp rounded to float32 in between."""
+    """Forces no backend and compares with ordinary softmax, which rounds no log-sum-exp to float32."""
 
     def once():
         inputs, options = make(Case(sizes), torch.float32, device)
@@ -171,7 +171,7 @@ def test_agrees_with_sdpa(each_backend, dtype, device):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 20, 20, 8), (2, 2, 1, 2, 40, 8)], ids=str)
 def test_what_padding_hides_does_not_matter(each_backend, device, sizes):
-    """Keys and values of padding hold garbage: 1e30 on every backend, NaN where hidden rows are not even read."""
+    """Keys and values at padding hold garbage: 1e30 on every backend, NaN if the backend never reads hidden rows."""
     inputs, options = make(Case(sizes, is_causal=True, padding="random", bias="full"), torch.float32, device)
     options["padding_mask"][:, 0] = True
     hidden = ~options["padding_mask"][:, None, :, None]
@@ -210,7 +210,7 @@ def test_dead_rows_are_zero(each_backend, dtype, device):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 20, 20, 8), (2, 2, 2, 1, 40, 8)], ids=str)
 def test_views_go_through_without_a_copy(each_backend, device, sizes):
-    """Views of one (B, S, 3, H, D) tensor arrive at the kernel with their own pointers and strides."""
+    """Views of one (B, S, 3, H, D) tensor reach the kernel with their own pointers and strides."""
     from pyfused.ops.attention import bind
 
     b, h, _, sq, sk, d = sizes
@@ -241,7 +241,7 @@ def test_bias_of_any_strides(each_backend, device):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 19, 23, 32), (1, 2, 1, 1, 30, 32)], ids=str)
 def test_dropout_keeps_what_philox_says(each_backend, device, sizes):
-    """With value = identity the output is the probabilities themselves, and 0 exactly where the generator drops."""
+    """With value = identity the output is the probabilities, exactly 0 where the generator drops one."""
     b, h, hkv, sq, sk, d = sizes
     query, key = torch.randn(b, h, sq, d, device=device), torch.randn(b, hkv, sk, d, device=device)
     value = torch.eye(sk, d, device=device).expand(b, hkv, sk, d)
@@ -267,7 +267,7 @@ def test_dropout_is_reproducible_and_fair(each_backend, device):
 
 
 def test_dropout_is_the_same_backwards(each_backend, device):
-    """grad_value for a cotangent of ones is the sum over the queries of the probabilities that the forward kept."""
+    """With a cotangent of ones, grad_value sums the probabilities that the forward kept over the queries."""
     query, key = torch.randn(1, 2, 20, 8, device=device), torch.randn(1, 2, 24, 8, device=device)
     value = torch.eye(24, device=device).expand(1, 2, 24, 24).contiguous()
     padded = [F.pad(t, (0, 16)).requires_grad_() for t in (query, key)]
@@ -322,7 +322,7 @@ def test_threads_do_not_change_the_result(each_backend, sizes):
 
 
 def check_threads(once):
-    """Right for every number of threads, and for each repeatable bit by bit."""
+    """Checks that results are right and repeatable bit for bit with every number of threads."""
     for threads in (1, 2, 5):
         check(functools.partial(once, threads))
     first, again = (torch.manual_seed(7) and once(2) for _ in range(2))

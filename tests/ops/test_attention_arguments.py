@@ -1,4 +1,4 @@
-"""Do the schema, the named arguments, the launches and the C struct of attention agree on what a call is, and in what order?"""
+"""Do attention's schema, named arguments, launches and C struct agree on the arguments and their order?"""
 
 import ctypes
 import re
@@ -27,7 +27,7 @@ def test_arguments_are_the_schema_s(name, arguments):
 
 
 def test_the_struct_is_the_header_s():
-    """Every field is a multiple of 8 bytes, so that there is no padding."""
+    """Every field is a multiple of 8 bytes, so the struct has no padding."""
     struct = re.search(r"struct AttentionLayout \{(.*?)\n\};", HEADER.read_text(), re.S).group(1)
     declared = []
     for kind, names in re.findall(r"(int64_t|double) ([^;]*);", re.sub(r"//.*", "", struct)):

@@ -1,4 +1,4 @@
-"""Is attention of packed sequences right on every backend? As a padded batch's real rows, values and all gradients."""
+"""Is attention of packed sequences right on every backend? Values and all gradients equal a padded batch's real rows."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ def fused(inputs, options, case):
 
 
 def plain(inputs, options, case, seed=None, logarithm=False):
-    """Sequences padded to the longest, and attention as one writes it with a mask; then the real rows."""
+    """Pads the sequences to the longest, computes masked attention in plain PyTorch, and returns the real rows."""
     device, longest = inputs["query"].device, max(case.lengths)
     real = torch.arange(longest, device=device) < torch.tensor(case.lengths, device=device)[:, None]
 
@@ -105,7 +105,7 @@ def test_forward(each_backend, dtype, device, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The yardstick keeps one log-sum-exp a row, as test_attention's."""
+    """As in test_attention, plain PyTorch keeps one log-sum-exp per row."""
 
     def once():
         inputs, options = make(case, dtype, device)
@@ -118,7 +118,7 @@ def test_backward(each_backend, dtype, device, case):
 
 
 def test_views_and_a_longer_maximum(each_backend, device):
-    """Views of one (1, T, 3, H, D) tensor, as a projection gives them, and a max_seqlen that is only a bound."""
+    """Views of one (1, T, 3, H, D) tensor, as from a projection, and a max_seqlen that is only a bound."""
     lengths, (h, d) = (5, 20, 12), (2, 16)
     stacked = torch.randn(1, sum(lengths), 3, h, d, device=device)
     views = stacked.permute(2, 0, 3, 1, 4).unbind(0)
@@ -129,7 +129,7 @@ def test_views_and_a_longer_maximum(each_backend, device):
 
 
 def test_other_sequences_do_not_matter(each_backend, device):
-    """NaN in one sequence stays there, forward and backward."""
+    """NaN in one sequence reaches no other, forward or backward."""
     case = Case((2, 2, 16), (9, 21, 14), is_causal=True)
     inputs, options = make(case, torch.float32, device)
     cotangent = torch.randn(inputs["query"].shape, device=device)

@@ -1,4 +1,4 @@
-"""Is what padding holds never read? NaN and infinities behind the masks change no bit, forward or backward, on any backend."""
+"""Does attention ignore padding? NaN and infinities behind the masks change no bit, forward or backward, on any backend."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CASES = [
 
 
 def masked_places(case, options, device):
-    """(B, 1, S, 1) of the queries that see no key, and of the keys of padding."""
+    """Two (B, 1, S, 1) masks: queries that see no key, and keys at padding."""
     b, _, _, sq, sk, _ = case.sizes
     real = options.get("padding_mask", torch.ones(b, sk, dtype=torch.bool, device=device))
     seen = real[:, None].expand(b, sq, sk)
@@ -30,7 +30,7 @@ def masked_places(case, options, device):
 
 
 def filled(case, inputs, options, junk):
-    """The inputs with junk wherever padding and causality leave nothing to read; the places of queries and keys."""
+    """The inputs with junk wherever padding and causality hide everything; and the masks of these places."""
     blind, padding = masked_places(case, options, inputs["query"].device)
     inputs = dict(inputs, query=inputs["query"].masked_fill(blind, junk))
     inputs |= {name: inputs[name].masked_fill(padding, junk) for name in ("key", "value")}
@@ -59,7 +59,7 @@ def test_forward(each_backend, dtype, device, case, table):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("table", [False, True], ids=["", "table"])
 def test_backward(each_backend, dtype, device, case, table):
-    """Gradients at these places are exactly zero, and the others are what they are with zeros there."""
+    """Gradients at these places are exactly zero; the others do not change when zeros stand there."""
     inputs, options = make(case, dtype, device)
     upstream = torch.randn_like(inputs["query"])
     distances = torch.randn(8, case.sizes[1], device=device, requires_grad=True)
@@ -83,7 +83,7 @@ def test_backward(each_backend, dtype, device, case, table):
 
 @pytest.mark.interpreted(dtype=torch.float32)
 def test_packed_neighbours(each_backend, dtype, device):
-    """A sequence of NaN is its own."""
+    """NaN in one sequence reaches no other."""
     starts = torch.tensor([0, 5, 9, 9, 30, 31], device=device)
     tensors = [torch.randn(1, 4, 31, 8, device=device).to(dtype) for _ in range(3)]
     spoilt = [t.clone() for t in tensors]
@@ -114,7 +114,7 @@ def test_backward_of_packed_neighbours(each_backend, dtype, device):
 
 
 def test_second_order(device):
-    """And in plain PyTorch, where create_graph=True has the backward run."""
+    """The same in plain PyTorch, which runs the backward under create_graph=True."""
     case = Case((2, 2, 1, 7, 9, 8), is_causal=True, padding="left")
     inputs, options = make(case, torch.float64, device)
     found = []

@@ -70,7 +70,7 @@ def fused(inputs, options, table):
 
 
 def plain(inputs, options, table, seed=None, logarithm=False):
-    """With the bias as a dense tensor of the inputs' dtype."""
+    """Attention with the bias as a dense tensor of the inputs' dtype."""
     sq, sk = inputs["query"].shape[2], inputs["key"].shape[2]
     bias = test_relative_bias.plain(inputs["table"], sq, sk, table[2], table[1], sk - sq).to(inputs["query"].dtype)
     bias = bias + inputs["attn_bias"] if "attn_bias" in inputs else bias
@@ -94,7 +94,7 @@ def test_forward(each_backend, dtype, device, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """The yardstick is that of attention's own test."""
+    """Compares with the same plain PyTorch as attention's own test."""
     case, table = case.attention, case.table
 
     def once():
@@ -118,7 +118,7 @@ def test_gradients_are_bitwise_repeatable(each_backend, device):
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 40, 40, 16), (2, 4, 2, 1, 40, 16)], ids=str)
 def test_float32_table_beside_half_tensors(each_backend, device, sizes):
-    """The table of a model that keeps its parameters in float32; its gradient is float32 too."""
+    """A model may keep its parameters in float32: the table and its gradient are float32."""
 
     def once():
         inputs, options = make_biased(Case(sizes, is_causal=True), DECODER, torch.bfloat16, device)

@@ -1,5 +1,5 @@
-"""Are the paths right that only the Triton attention has? Packed heads, split keys, skipped tiles, dropout bits, and how a
-program finds its tile of packed sequences."""
+"""Are the paths right that only Triton's attention has? Packed heads, split keys, skipped tiles, dropout bits, and a program's
+search for its tile of packed sequences."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def make(b, h, hkv, sq, sk, d, dtype=torch.float32):
 
 
 def check(kernel, qkv, is_causal, mask, bias=None, scale=0.3, p=0.0, seed=None, poisoned=None):
-    """forward and lse against the reference in float64; returns what the kernel gave."""
+    """Compares forward and lse with the reference in float64; returns the kernel's results."""
     rest = (is_causal, mask, bias, scale, p, seed, True)
     out, lse = kernel.forward(*(poisoned or qkv), *rest)
     plain, _ = reference.forward(*qkv, *rest)
@@ -47,7 +47,7 @@ def check(kernel, qkv, is_causal, mask, bias=None, scale=0.3, p=0.0, seed=None, 
 
 @pytest.mark.parametrize("b, h, sq, sk, p", [(2, 2, 37, 70, 0.3), (1, 3, 1, 255, 0.75), (1, 1, 70, 130, 0.5)])
 def test_dropout_bits_are_the_reference_s(kernel, b, h, sq, sk, p):
-    """Equal scores and one value dimension per key: output (i, j) is zero exactly where (i, j) is dropped."""
+    """Scores are equal and each key has its own value dimension: output (i, j) is zero exactly if (i, j) is dropped."""
     query, key = torch.zeros(b, h, sq, 256, device=DEVICE), torch.randn(b, h, sk, 256, device=DEVICE)
     value = torch.eye(sk, 256, device=DEVICE).expand(b, h, sk, 256)
     seed = torch.randint(0, 2**63 - 1, (1,), device=DEVICE)
@@ -66,7 +66,7 @@ def test_dropout_bits_are_the_reference_s(kernel, b, h, sq, sk, p):
     ],
 )
 def test_few_queries_many_keys(kernel, pad, h, hkv, sq, d):
-    """Keys split over programs and added up, heads of a group packed where they fit; NaN in padding reaches nothing."""
+    """Programs split the keys and add up their parts; a group's heads are packed if they fit; padding's NaN stays there."""
     sk = 777
     j = torch.arange(sk, device=DEVICE)
     mask = {
@@ -106,7 +106,7 @@ def test_backward_is_bitwise_repeatable_and_skips_padding(kernel):
 
 
 def test_one_key_has_zero_gradient(kernel):
-    """The softmax of one score is 1, whatever the score."""
+    """The softmax of one score is always 1."""
     query, key, value = make(2, 2, 2, 5, 1, 24)
     bias = torch.randn(2, 2, 5, 1, device=DEVICE)
     out, lse = kernel.forward(query, key, value, False, None, bias, 0.3, 0.0, None, True)
@@ -131,7 +131,7 @@ def sequences(*lengths):
 
 @pytest.mark.parametrize("n", [1, 7, 130, 40_000])
 def test_a_slot_s_sequence(kernel, n):
-    """Every tile of every sequence has one slot, and no slot stands for anything else, whatever N."""
+    """For any N, every tile of every sequence has one slot, and there are no other slots."""
     cu_seqlens = sequences(*torch.randint(0, 14, (n,)).tolist())
     ends = cu_seqlens.tolist()
     total = ends[-1] // 4 + n
@@ -152,7 +152,7 @@ def test_a_slot_s_sequence(kernel, n):
 
 
 def packed(kernel, lengths, seed=None):
-    """What the kernel gives for packed sequences of one group of two heads with T5's bias: lse, and the gradients."""
+    """The kernel's lse and gradients for packed sequences with one group of two heads and T5's bias."""
     cu_seqlens = sequences(*lengths)
     query, key, value = make(1, 2, 1, sum(lengths), sum(lengths), 8)
     table = torch.randn(8, 2, device=DEVICE)
@@ -171,12 +171,12 @@ def packed(kernel, lengths, seed=None):
 
 
 def test_packed_sequences_are_bitwise_repeatable(kernel):
-    """The table's gradient too, although spare programs write no sums; and lse is the reference's, row by row."""
+    """So is the table's gradient, although spare programs write no sums; and lse equals the reference's in each row."""
     packed(kernel, (33, 0, 3, 40, 1), torch.tensor([9], device=DEVICE))
 
 
 def test_packed_sequences_of_one_token_have_zero_gradient(kernel):
-    """The softmax of one score is 1, in a sequence among others as in a batch of nothing else."""
+    """The softmax of one score is 1, whether or not longer sequences are packed beside it."""
     grads = packed(kernel, (1, 5, 1, 0, 1))
     alone = torch.tensor([0, 6, 7], device=DEVICE)
     for name in ("query", "key"):

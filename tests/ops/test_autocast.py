@@ -1,4 +1,4 @@
-"""Inside torch.autocast, does every operator do what the torch functions do that it stands for?"""
+"""Inside torch.autocast, does every operator behave like the torch functions that it replaces?"""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def with_table_in_torch(x, w, b):
 
 
 def total_and_norm(norm):
-    """The sum is an output too, as the residual stream that the next layer takes."""
+    """The sum is an output too: the residual stream for the next layer."""
     return lambda *args: torch.cat(norm(*args))
 
 
 def layer_norm_after_linear(x, w, b, r):
-    y = F.linear(x, w)  # of the autocast dtype, beside a float32 residual
+    y = F.linear(x, w)  # in the autocast dtype, beside a float32 residual
     return (F.layer_norm(y + r, (32,), b, b), y + r)
 
 
@@ -165,7 +165,7 @@ def test_the_table_of_a_bias_and_fourier_mix_keep_their_dtype(half, device):
 
 
 def test_products_inside_a_kernel_keep_the_width_they_ask_for(device):
-    """float16's gated_ffn multiplies in float32, and its gradients too: autocast would have them overflow."""
+    """float16's gated_ffn and its gradients multiply in float32; under autocast's dtype they would overflow."""
     x, w, w_out = (torch.full(s, v, device=device) for s, v in [((1, 64), 4.0), ((8, 64), 1.0), ((4, 8), 1e-4)])
     for t in (x, w):
         t.requires_grad_()
@@ -191,7 +191,7 @@ def test_one_step_with_a_gradient_scaler(device):
         scaler.step(optimizer)
         after.append([weight, bias])
     scaler.update()
-    assert scaler.get_scale() == 2.0**12  # no overflow was seen, and no step was left out
+    assert scaler.get_scale() == 2.0**12  # no overflow was seen and no step skipped
     optimizer = torch.optim.SGD(wide, lr=0.1)
     CASES["ffn residual"][1](x.detach().double(), *wide, r.detach().double()).square().mean().backward()
     optimizer.step()

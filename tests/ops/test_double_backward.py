@@ -1,5 +1,5 @@
-"""Are the gradients of gradients right? Every operator after a forward on every backend, and what stands between it and the
-caller: its registered form, dispatch modes, checkpointing, autocast, torch.compile."""
+"""Are the gradients of gradients right? Every operator after a forward on every backend, called directly, as a registered
+operator, and under dispatch modes, checkpointing, autocast and torch.compile."""
 
 import functools
 import itertools
@@ -60,9 +60,9 @@ def relative_bias(table):
 
 
 def plain_relative_bias(table):
-    """Of 8 buckets and distances up to 5: 0, 1, 2 and more, then the same behind the query."""
+    """With 8 buckets and distances up to 5: distances 0, 1, 2 and more, then the same on the query's other side."""
     distance = torch.arange(7, device=table.device) - torch.arange(7, device=table.device)[:, None]
-    # Of 4 buckets a side 2 are exact; the next begins at 2 (5 / 2)^(1/2) = 3.2.
+    # Each side has 4 buckets, 2 of them exact; the next begins at 2 (5 / 2)^(1/2) = 3.2.
     far = 2 + (distance.abs() >= 4)
     return table[torch.where(distance.abs() < 2, distance.abs(), far) + 4 * (distance > 0)].permute(2, 0, 1)[None]
 
@@ -107,7 +107,7 @@ def packed_attention():
     return fused, plain, ((1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8), (8, 4))
 
 
-# Operator, the same in plain PyTorch, the shapes of its inputs.
+# Operator, the same in plain PyTorch, the inputs' shapes.
 CASES = {
     "layer_norm": (pyfused.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), ((4, 5, 32), (32,), (32,))),
     "layer_norm-residual": (
@@ -154,14 +154,14 @@ def outputs_of(function, inputs):
 
 
 def second_order(function, inputs, upstream, weights):
-    """First gradients, and those of their weighted sum with respect to inputs and upstream gradients."""
+    """First gradients, then the gradients of their weighted sum by inputs and upstream gradients."""
     first = torch.autograd.grad(outputs_of(function, inputs), inputs, upstream, create_graph=True)
     second = torch.autograd.grad(first, (*inputs, *upstream), weights, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in (*first, *second)]
 
 
 def runs():
-    """The backward is the same after every forward, so what is slow to emulate goes through one dtype."""
+    """The backward is the same after every forward, so slow emulated backends run one dtype."""
     for backend in available(DEVICE):
         emulated = DEVICE == "cpu" and backend in ("triton", "cuda")
         for dtype in (torch.float32,) if emulated else (torch.float32, torch.float16, torch.bfloat16):
@@ -199,9 +199,9 @@ def test_gradgradcheck(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_third_order(name):
-    """Of the mean of sines, whose third derivative is not zero, against plain torch in float64."""
+    """Uses the mean of sines, whose third derivative is not zero, against plain torch in float64."""
     fused, plain, shapes = CASES[name]
-    if name.startswith("layer_norm"):  # that of torch 2.13's layer_norm is wrong
+    if name.startswith("layer_norm"):  # torch 2.13's layer_norm has a wrong third derivative
         plain = {3: composed_layer_norm, 4: lambda x, w, b, r: (composed_layer_norm(x + r, w, b), x + r)}[len(shapes)]
     inputs = tensors(shapes, torch.float64)
 
@@ -226,7 +226,7 @@ def norms(x, weight):
 
 
 def penalty(function, x, weight):
-    """The gradient of a gradient penalty with respect to the weight."""
+    """The gradient of a gradient penalty by the weight."""
     (g,) = torch.autograd.grad(function(x, weight).sin().sum(), x, create_graph=True)
     return torch.autograd.grad(g.square().sum(), weight)[0]
 
@@ -258,13 +258,13 @@ def test_routes(route):
 
 
 def test_under_a_dispatch_mode():
-    """Something that looks on sends the calls through torch's dispatcher, in the backward too."""
+    """A dispatch mode sends the calls through torch's dispatcher, in the backward too."""
     with FlopCounterMode(display=False):
         check_penalty(norms)
 
 
 def test_torch_compile_refuses():
-    """As of any compiled function: torch says so, and nothing comes back wrong."""
+    """torch refuses this for every compiled function with an error; no result is wrong."""
     x, weight = tensors(((4, 32), (32,)), torch.float32)
     with pytest.raises(RuntimeError, match="double backward"):
         penalty(torch.compile(norms, backend="aot_eager"), x, weight)
@@ -272,7 +272,7 @@ def test_torch_compile_refuses():
 
 @pytest.mark.parametrize("name", ["layer_norm-residual", "ffn-gelu", "gated_ffn-silu", "attention-few"])
 def test_of_each_input_alone(name):
-    """The others need no gradient."""
+    """Only one input needs a gradient."""
     fused, plain, shapes = CASES[name]
 
     def second(function, given, i):
@@ -300,7 +300,7 @@ def test_of_the_sum_alone():
 
 
 def test_a_plain_backward_runs_the_kernels(monkeypatch):
-    """Only create_graph=True has the gradients computed in plain PyTorch."""
+    """Only create_graph=True computes the gradients in plain PyTorch."""
     from pyfused.kernels.reference import layer_norm
 
     x, weight = tensors(((4, 32), (32,)), torch.float32)

@@ -1,5 +1,5 @@
-"""Does every operator take sizes of 0 as plain PyTorch does? Empty results, zero gradients, a bias alone where K is 0; on
-every backend, in every form, and visibly: such a call runs on the reference."""
+"""Does every operator take sizes of 0 like plain PyTorch? Results are empty, gradients zero, and only the bias is left if K is
+0. On every backend and in every form such a call visibly runs on the reference."""
 
 import pytest
 import torch
@@ -77,14 +77,14 @@ for lead in ((0,), (2, 0), (0, 300)):
 
 
 def attention(b, h, hkv, sq, sk, d, tag="", extra=(), **options):
-    """extra: shapes of further inputs, which options turn into arguments."""
+    """extra: shapes of further inputs; options turn them into arguments."""
 
     def fused(q, k, v, *rest):
         given = {name: make(*rest) if callable(make) else make for name, make in options.items()}
         return pyfused.attention(q, k, v, **given)
 
     def expected(q, k, v, *rest):
-        # Either nothing to see or nobody to look: zeros, which depend on every input as a product with zero does.
+        # No keys or no queries: zeros that depend on every input, like a product with zero.
         return q.new_zeros(q.shape) + sum(t.sum() * 0 for t in (q, k, v, *rest))
 
     shapes = [(b, h, sq, d), (b, hkv, sk, d), (b, hkv, sk, d), *extra]
@@ -117,7 +117,7 @@ for h, sq, sk in ((2, 0, 5), (2, 5, 0), (0, 3, 5), (2, 0, 0)):
     )
 CASES["fourier_mix"] = [(0, 5, 8)], pyfused.fourier_mix, lambda x: x * 1
 
-# What has no rows where a batch is empty
+# The inputs without rows when a batch is empty
 ONE_OF_EACH = {
     "layer_norm": "layer_norm (0, 8)", "rms_norm": "rms_norm (0, 8)", "linear": "linear (0,) 4 6 5", "ffn": "ffn (0,) 4 6 5",
     "gated_ffn": "gated_ffn (0,) 4 6 5", "attention": "attention 0 4/2 3/3 8", "relative_bias": "relative_bias 2 0 5",
@@ -158,7 +158,7 @@ def test_forward_and_backward(operator, backend):
     for name in of(operator):
         for dtype in DTYPES if backend == "reference" else (torch.float32,):
             inputs, fused, expected = made(name, dtype)
-            with running(backend, strict=operator != "relative_bias"):  # of its sizes no tensor tells
+            with running(backend, strict=operator != "relative_bias"):  # no tensor has its sizes
                 same(name, with_gradients(fused, inputs), with_gradients(expected, inputs))
                 with torch.inference_mode():
                     same(name, parts(fused(*inputs)), parts(expected(*inputs)))
@@ -166,7 +166,7 @@ def test_forward_and_backward(operator, backend):
 
 @pytest.mark.parametrize("operator", ONE_OF_EACH)
 def test_autocast(operator):
-    """As plain PyTorch: shapes and values, and gradients of the inputs' own dtype."""
+    """Shapes and values equal plain PyTorch's; gradients have the inputs' own dtype."""
     for name in of(operator):
         inputs, fused, expected = made(name, torch.float32)
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -176,7 +176,7 @@ def test_autocast(operator):
 
 
 def test_compiled_with_a_batch_that_becomes_empty():
-    """A program for many batch sizes gives way to one for 0, forward and backward."""
+    """torch.compile replaces the program for many batch sizes by one for 0, forward and backward."""
 
     def chain(x, weight, square, heads):
         y, total = pyfused.layer_norm(x, weight, residual=pyfused.rms_norm(x, weight))
@@ -230,7 +230,7 @@ def test_explain_says_that_nothing_is_left_for_a_kernel(backend):
 
 
 def test_a_full_batch_after_an_empty_one_runs_the_kernel():
-    """What is remembered of one signature is not used for another."""
+    """A launch kept for one signature does not serve another."""
     query = torch.randn(2, 4, 3, 8, device=DEVICE)
     expected = pyfused.attention(query, query, query)
     for batch in (0, 2, 0, 2):

@@ -1,5 +1,5 @@
-"""Does every native kernel live with a size of 0? Each is called as its header declares it, in another process, with every
-integer at 0 in turn and with all of them: what dispatch keeps from them must not end the process either."""
+"""Does every native kernel survive a size of 0? Another process calls each as its header declares it, with each integer at 0
+in turn and with all at 0. Even calls that dispatch keeps away must not end the process."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIM = "import shim; kernels = shim.load()"
 CPU = "from pyfused import _cpu; kernels = _cpu."
 
-# Sizes are 4, but for a head size of 8; strides too. Every address is one of a buffer of zeros, larger than anything asks for.
+# Sizes and strides are 4; head sizes are 8. Every address lies in a buffer of zeros that is larger than any kernel needs.
 SCRIPT = """
 import sys, torch
 from pyfused.kernels.shared.attention_layout import AttentionLayout

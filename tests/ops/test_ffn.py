@@ -21,10 +21,10 @@ PLAIN = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-# (N, F, M), each with every number of rows, and biases and residual in turn.
+# (N, F, M), each with every number of rows, with biases and residual in turn.
 SIZES = [(1, 5, 1), (5, 1, 7), (96, 131, 40)]
 ROWS = [1, 2, 7, 16, 17, 129]
-# Sizes worth tiling, with all options on; the interpreter of Triton is too slow for more of them.
+# Sizes worth tiling, with all options on; Triton's interpreter is too slow for more.
 LARGE = [(2, 768, 1000, 96), (16, 96, 768, 1000), (17, 1000, 96, 768), (200, 64, 96, 64)]
 
 
@@ -35,7 +35,7 @@ def plain(x, w_in, b_in, w_out, b_out, activation, residual, linear=F.linear):
 
 def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws=1, chained=False):
     """Judges outputs and gradients of several draws together: plain PyTorch's error in one number says little. `chained`: a
-    kernel for GPUs runs on the CPU, where plain PyTorch's float32 products add up blocks, which a GPU's do not."""
+    GPU kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
 
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -62,8 +62,8 @@ def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(each_backend, dtype, device, activation):
-    """An activation enters where a product is done: of one of them a GPU's kernels on the CPU run every size, of the others
-    few. What values they give, test_activation_on_a_dense_grid says."""
+    """The activation follows a finished product, so emulated GPU kernels run every size with one activation and few sizes
+    with the others. test_activation_on_a_dense_grid checks the activations' values."""
     emulated = each_backend in ("triton", "cuda") and device == "cpu"
     interpreted = emulated and each_backend == "triton"
     options = list(itertools.product([(True, True), (False, True), (True, False), (False, False)], [True, False]))
@@ -95,17 +95,17 @@ def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
 
 
 def scalar(x, activation):
-    """activation(x) elementwise, through an ffn of one feature whose weights are one."""
+    """activation(x) elementwise, through an ffn with one feature and weights of one."""
     one = torch.ones(1, 1, dtype=x.dtype, device=x.device)
     return pyfused.ffn(x[:, None], one, None, one, None, activation=activation)[:, 0]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_on_a_dense_grid(each_backend, dtype, device, activation):
-    """Chunk by chunk, so that a small value next to large ones is held to its own scale."""
+    """Judges chunk by chunk, so that small values next to large ones are judged at their own scale."""
     points, chunks = (2000, 20) if each_backend == "triton" and device == "cpu" else (200000, 40)
     fine = torch.logspace(-6, 0, points // 10)
-    # Far to the left, where the formulas of gelu cancel even in float64, one scale holds for the whole tail.
+    # Far to the left gelu's formulas cancel even in float64, so one scale serves the whole tail.
     grids = [
         (torch.linspace(-5.5, 15, points), chunks),
         (fine, chunks),
@@ -137,7 +137,7 @@ def test_large_and_tiny_inputs(each_backend, dtype, device, activation, rows):
 
 
 def check_limits(activation, dtype, device, rows):
-    """Far out a value is x, zero or a sign, and a derivative one or zero; torch's own answer at infinity differs between
+    """Far out, a value is x, zero or a sign, and a derivative is one or zero. torch's own answer at infinity differs between
     processors."""
     far = torch.tensor([800.0, 2e4, 1e13, 1e30, 3e38, float("inf")], device=device).to(dtype)
     x = torch.cat([far, -far, far.new_tensor([float("nan")])]).repeat(-(-rows // 13))
@@ -194,7 +194,7 @@ def test_gradcheck_reference(activation):
 
 
 def test_frozen_weights_cost_no_product(each_backend, device):
-    """Each subset of what wants a gradient gets the same ones; the flags of the backward are what saves the products."""
+    """Every subset of the inputs gets the same gradients; the backward's flags save the unneeded products."""
     shapes = [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
     tensors = [torch.randn(s, device=device) for s in shapes]
 
@@ -230,7 +230,7 @@ def test_opcheck(each_backend, device, full):
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
 def test_weights_stored_transposed(each_backend, dtype, device, rows):
-    """As Hugging Face's Conv1D has them: one alone, and both."""
+    """As in Hugging Face's Conv1D: one weight alone, and both."""
     n, f, m = 40, 140, 24
     x, b_in, b_out = (torch.randn(s, device=device).to(dtype) for s in ((rows, n), (f,), (m,)))
     stored_in, stored_out = (torch.randn(s, device=device).mul(s[0] ** -0.5).to(dtype) for s in ((n, f), (f, m)))

@@ -9,14 +9,14 @@ from opchecks import check_registered
 import pyfused
 from pyfused.testing import assert_close, available, running
 
-# (B, S, N): FNet's own; 1; primes; powers and products of 2, 3, 5; a factor each that is large (137, 257, 1021).
+# (B, S, N): FNet's own; 1; primes; powers and products of 2, 3, 5; sizes with a large factor (137, 257, 1021).
 SHAPES = [(2, 512, 768), (1, 31, 768), (2, 1, 1), (3, 1, 768), (2, 127, 1), (3, 2, 5), (5, 7, 96), (1, 60, 1000)]
 SHAPES += [(1, 129, 40), (1, 137, 64), (1, 45, 274), (2, 3, 1021), (1, 257, 12)]
 
 
 class Large(NamedTuple):
     shape: tuple[int, int, int]
-    seldom: bool = True  # products of matrices take minutes in Triton's interpreter
+    seldom: bool = True  # matrix products take minutes in Triton's interpreter
 
 
 def make(shape, dtype, device):
@@ -50,7 +50,7 @@ def test_large(each_backend, dtype, device, case):
 
 @pytest.mark.parametrize("length", range(1, 34))
 def test_every_short_length(each_backend, device, length):
-    """Both ways round: radices, remainders and the middle element of even lengths, in each of the two transforms."""
+    """Tests radices, remainders and the middle element of even lengths, in each of the two transforms."""
     check(make((1, length, 3), torch.float32, device))
     check(make((2, 6, length), torch.float32, device))
 
@@ -66,7 +66,7 @@ def test_backward_is_forward(each_backend, dtype, device, shape):
 
 
 def test_a_broadcast_gradient(each_backend, device):
-    """The gradient of a sum over rows has strides of zero: all of it lands in x[0] of each sample."""
+    """The gradient of a sum over rows has strides of zero, and its transform lies in x[0] of each sample."""
     x = torch.randn(2, 6, 10, device=device, requires_grad=True)
     weights = torch.randn(2, 10, device=device)
     (pyfused.fourier_mix(x).sum(1) * weights).sum().backward()
@@ -97,7 +97,7 @@ def test_one_by_one_is_the_identity(each_backend, dtype, device):
 
 
 def test_twice_gives_the_even_part(each_backend, device):
-    """Applied twice: S N / 2 times x plus its mirror image, for any S and N."""
+    """Two applications give S N / 2 times (x plus its mirror image), for any S and N."""
     for s, n in [(9, 14), (8, 15)]:
         x = torch.randn(2, s, n, device=device)
         mirrored = torch.roll(x.double().flip(1, 2), (1, 1), (1, 2))
@@ -114,7 +114,7 @@ def test_no_samples(each_backend, device):
 
 
 def test_samples_do_not_mix(each_backend, device):
-    """NaN fills its own sample and no other, whatever shares a vector with it; so does infinity."""
+    """NaN or infinity fills only its own sample, even if another sample shares a vector register with it."""
     for bad in ("nan", "inf"):
         x = torch.randn(5, 3, 6, device=device)
         alone = pyfused.fourier_mix(x)
@@ -126,7 +126,7 @@ def test_samples_do_not_mix(each_backend, device):
 
 
 def test_wide_sums_in_half_precision(each_backend, device):
-    """float16 whose partial sums exceed float16: float32 inside; what does not fit itself becomes infinite."""
+    """Partial sums may exceed float16, because they are float32; only results that exceed it become infinite."""
     x = torch.zeros(1, 64, 64, device=device, dtype=torch.float16)
     x[0, :, 0], x[0, :, 1] = 2000, -2000
     check(x)
@@ -145,7 +145,7 @@ def test_threads_change_nothing(each_backend):
 
 
 def test_too_long_for_shared_memory(device):
-    """9216 fits and 9217 does not, nor does a prime whose convolution is as long; the table says so."""
+    """9216 fits; 9217 does not, nor does a prime whose convolution is as long. explain() says so."""
     if "cuda" not in available(device):
         pytest.skip("needs the CUDA kernels")
     with running("cuda"):

@@ -21,10 +21,10 @@ PLAIN = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-# (N, F, M), each with every number of rows, with and without residual.
+# (N, F, M), each with every number of rows, with and without a residual.
 SIZES = [(1, 5, 1), (5, 1, 7), (96, 131, 40)]
 ROWS = [1, 2, 7, 16, 17, 129]
-# Sizes worth tiling; the interpreter of Triton is too slow for more of them.
+# Sizes worth tiling; Triton's interpreter is too slow for more.
 LARGE = [(2, 768, 1000, 96), (16, 96, 768, 1000), (17, 1000, 96, 768), (200, 64, 96, 64)]
 
 
@@ -34,15 +34,15 @@ def plain(x, w_gate, w_up, w_out, activation, residual, linear=F.linear):
 
 
 def gradients(function, tensors, activation, cotangent, wide):
-    """The result of a function, and the gradients of all the tensors that it is given, in the dtype `wide`."""
+    """A function's result and the gradients of all its tensors, in the dtype `wide`."""
     leaves = [None if t is None else t.to(wide).requires_grad_() for t in tensors]
     y = function(*leaves[:4], activation=activation, residual=leaves[4])
     return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), [t for t in leaves if t is not None])]
 
 
 def check(activation, dtype, device, lead, n, f, m, with_residual, chained=False):
-    """Judges outputs and gradients; of one output, plain PyTorch's error says little, so there are up to 20 draws. `chained`:
-    a kernel for GPUs runs on the CPU, where plain PyTorch's float32 products add up blocks, which a GPU's do not."""
+    """Judges outputs and gradients, of up to 20 draws: plain PyTorch's error in one output says little. `chained`: a GPU
+    kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
 
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -65,7 +65,7 @@ def check(activation, dtype, device, lead, n, f, m, with_residual, chained=False
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(each_backend, dtype, device, activation):
-    """As of ffn: one activation with every size, on the CPU a GPU's kernels with few of the others."""
+    """As in test_ffn, emulated GPU kernels run every size with one activation and few sizes with the others."""
     emulated = each_backend in ("triton", "cuda") and device == "cpu"
     interpreted = emulated and each_backend == "triton"
     for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
@@ -87,7 +87,7 @@ def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
 
 @pytest.mark.parametrize("rows", [5, 13])
 def test_many_features(each_backend, dtype, device, rows):
-    """Where a kernel takes wider tiles because there are enough of them."""
+    """Enough features for a kernel to take wider tiles."""
     shapes = [(rows, 64), (4232, 64), (4232, 64), (8, 4232)]
     tensors = [(torch.randn(s, device=device) * s[1] ** -0.5).to(dtype) for s in shapes]
     truth = plain(*(t.double() for t in tensors), "gelu_tanh", None)
@@ -96,7 +96,7 @@ def test_many_features(each_backend, dtype, device, rows):
 
 
 def plain_with_wide_product(x, w_gate, w_up, w_out, activation, residual):
-    """Plain PyTorch as Hugging Face's T5 runs it in float16, where w_out stays float32, and the product with it here."""
+    """Plain PyTorch as in Hugging Face's float16 T5: w_out and its product stay float32."""
     if x.dtype != torch.float16:
         return plain(x, w_gate, w_up, w_out, activation, residual)
     hidden = PLAIN[activation](F.linear(x, w_gate).float()) * F.linear(x, w_up).float()
@@ -135,7 +135,7 @@ def test_products_beyond_float16_stay_finite(each_backend, device, activation, r
 
 
 def test_small_rows_beside_large_ones(each_backend, device):
-    """A row of float16's ordinary size keeps its digits next to one whose product is 1e6."""
+    """A row of ordinary float16 size keeps its digits next to a row whose product is 1e6."""
 
     def once():
         x, w_gate, w_up, w_out, _ = flan_like(6, device)
@@ -153,7 +153,7 @@ def test_small_rows_beside_large_ones(each_backend, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_far_gates_give_the_limits(each_backend, dtype, device, activation, rows):
-    """A gate beyond every dtype's range beside an `up` of one: the activation's limits, and no NaN."""
+    """A gate beyond every dtype's range and an `up` of one give the activation's limits and no NaN."""
     far = 1e4 if dtype == torch.float16 else 1e30
     x = torch.tensor([[far], [-far]], device=device).to(dtype).repeat(rows // 2, 1).requires_grad_()
     w_gate, w_up, w_out = (torch.tensor([[w]], device=device).to(dtype) for w in (far, 1 / far, 1.0))
@@ -167,7 +167,7 @@ def test_far_gates_give_the_limits(each_backend, dtype, device, activation, rows
 
 
 def test_overflow_and_nan_are_passed_on(each_backend, dtype, device):
-    """What the output itself cannot hold is infinite, and NaN in a row is NaN in that row alone."""
+    """A value that the output cannot hold becomes infinite; NaN stays in its own row."""
     x = torch.ones(3, 8, device=device).to(dtype)
     x[1, 2] = float("nan")
     w = torch.ones(4, 8, device=device).to(dtype)

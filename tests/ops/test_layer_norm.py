@@ -57,7 +57,7 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_bias, wit
 
 
 def test_rows_too_long_for_one_tile(each_backend, device):
-    """Longer than a Triton program keeps in registers: the blocks of a row, and the column sums of the backward."""
+    """Such rows exceed a Triton program's registers: tests a row's blocks and the backward's column sums."""
     inputs = [make(s, torch.float32, device) for s in [(3, 16400), (16400,), (16400,), (3, 16400)]]
     cotangents = [make((3, 16400), torch.float32, device) for _ in range(2)]
 
@@ -89,7 +89,7 @@ def test_strided_rows(each_backend, device):
 
 
 def test_large_offset_keeps_variance(each_backend, device):
-    """A mean far from zero: a one-pass sum of squares in float32 would lose the variance."""
+    """The mean is far from zero: a one-pass sum of squares in float32 would lose the variance."""
     x = torch.randn(4, 768, device=device) + 3000
     w, b = torch.ones(768, device=device), torch.zeros(768, device=device)
     assert_close(
@@ -136,7 +136,7 @@ def test_bad_input_names_the_argument(change, error, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("trains", [False, True])
 def test_results_are_contiguous_whatever_the_strides(name, dtype, trains):
-    """As the registered operator says, on the reference, by the kernels and by the library: compiled programs rely on it."""
+    """Compiled programs rely on the registered operator's strides, on the reference, the kernels and the library alike."""
     x = torch.randn(33, 16, dtype=dtype).t().requires_grad_(trains)
     residual, weight = torch.randn(16, 33, dtype=dtype), torch.randn(33, dtype=dtype)
 

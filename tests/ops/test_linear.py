@@ -17,12 +17,12 @@ BACKENDS = [
     for name in available("cuda" if torch.cuda.is_available() else "cpu")
     if dispatch.kernel(name.partition(":")[0], "linear") is not None
 ]
-# (rows, K, N): every kernel and every edge of its tiles; 8 and 16 rows are where gemv ends, 513 rows are two blocks.
+# (rows, K, N): every kernel and every edge of its tiles; gemv ends at 8 and 16 rows, 513 rows are two blocks.
 SHAPES = [
     *itertools.product([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 129], [(1, 5), (5, 1), (96, 768), (131, 97)]),
     *itertools.product([1, 2, 7, 16, 17, 129], [(768, 1000), (1000, 96), (800, 51)]),
     (513, (40, 50)),
-    *itertools.product([5, 13], [(40, 2130), (264, 8460)]),  # on CUDA's tensor cores, columns by 16 and by 32
+    *itertools.product([5, 13], [(40, 2130), (264, 8460)]),  # on CUDA's tensor cores, 16 and 32 columns at a time
     (0, (8, 8)),
     (3, (16, 0)),
 ]
@@ -140,7 +140,7 @@ def test_opcheck(each_backend, device, full):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 9])
 def test_stored_transposed(each_backend, dtype, device, rows):
-    """As Hugging Face's Conv1D has it; more outputs and products than are summed at a time."""
+    """As in Hugging Face's Conv1D, with more outputs and products than a kernel sums at a time."""
     for k, n, start in [(531, 577, 0), (5, 3, 2), (64, 128, 8)]:
         weight = make(dtype, device, k, n + start, scale=k**-0.5)[:, start:].t()
         x, bias, residual = make(dtype, device, rows, k), make(dtype, device, n), make(dtype, device, rows, n)

@@ -46,13 +46,13 @@ QUICK = [
     Case((4, 300, True), (2, 6, 500)),
 ]
 
-# The thresholds of 32 buckets and 128, as they are published for T5: the first distance of each bucket.
+# T5's published thresholds for 32 buckets and distance 128: the first distance of each bucket.
 BIDIRECTIONAL = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
 CAUSAL = [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
 
 
 def bucket_of(r, num_buckets, max_distance, bidirectional):
-    """The definition, one distance at a time, in float64."""
+    """The definition for one distance, in float64."""
     side, first = num_buckets, 0
     if bidirectional:
         side //= 2

@@ -1,4 +1,4 @@
-"""Is a call that repeats an earlier one's signature, which skips the checks, the same call? And is any other one checked?"""
+"""Does a call with a known signature, which skips the checks, give the same result? And is every other call checked?"""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ CALLS = {
 }  # fmt: skip
 
 
-# What the checks or the kernel replace by another tensor
+# Inputs that the checks or the kernel replace by another tensor
 CONVERTED = ("copies", "transposed", "floats")
 
 
@@ -79,7 +79,7 @@ def parts(outputs):
 def test_same_as_when_every_call_is_checked(name, dtype, library, checks):
     call, inputs = CALLS[name], [torch.randn(2, 3, 4, 8).to(dtype) for _ in range(3)]
     with evidence.one_way(library):
-        expected = [parts(call(x)) for x in inputs]  # with gradients enabled, which checks each
+        expected = [parts(call(x)) for x in inputs]  # enabled gradients check each call
         assert len(checks) == 3
         with torch.no_grad():
             actual = [parts(call(x)) for x in inputs]
@@ -118,7 +118,7 @@ def test_the_backend_that_is_forced_runs(forced, monkeypatch):
 
 
 def noting(forward, name, ran):
-    """The same kernel, which notes where it runs and with which instruction set it was prepared."""
+    """The same kernel; it notes where it runs and the instruction set it was prepared for."""
 
     def noted(*args):
         ran.append((name, extensions.isa()))
@@ -207,7 +207,7 @@ def test_gradients_after_a_call_without():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients_as_when_every_call_is_checked(name, dtype, checks):
-    """A call that autograd records skips the checks too, from its second time on."""
+    """A call that autograd records also skips the checks, from the second time on."""
     call, inputs = CALLS[name], [torch.randn(2, 3, 4, 8).to(dtype) for _ in range(3)]
 
     def gradients(x):
@@ -287,7 +287,7 @@ def test_signatures():
 
 
 def test_without_torchs_private_names():
-    """The short ways to an operator and to a new tensor are no public names of torch: without them the long ways remain."""
+    """The fast ways to call an operator and make a tensor use private torch names; without them the slow ways remain."""
     code = (
         "import torch; del torch._C._dynamo.guards._empty_strided_cpu\n"
         "init = torch._ops.OpOverload.__init__\n"
@@ -307,7 +307,7 @@ def test_without_torchs_private_names():
 
 
 def test_without_dlpack_tensors_are_asked_for_their_address():
-    """As with a torch that has no table of C functions for DLPack."""
+    """Imitates a torch without a table of C functions for DLPack."""
     code = (
         "import torch; del torch.Tensor.__dlpack_c_exchange_api__; import pyfused\n"
         "x, w = torch.ones(2, 8), torch.nn.Parameter(torch.ones(3, 8))\n"

@@ -26,7 +26,7 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_residual)
     if each_backend == "triton" and device == "cpu" and len(shape) == 3:
         shape = (shape[0], min(shape[1], 5), shape[2])  # the interpreter takes 20 ms a row
     inputs = {"x": make(shape, dtype, device), "weight": make(shape[-1:], dtype, device)}
-    if shape[-1] == 1:  # all of a gradient cancels there, and what is left is divided by x: one tiny x would decide
+    if shape[-1] == 1:  # the gradient cancels and its rest is divided by x: one tiny x would decide
         inputs["x"] += inputs["x"].sign()
     inputs["residual"] = make(shape, dtype, device) if with_residual else None
     cotangents = [make(shape, dtype, device), make(shape, dtype, device)]
@@ -54,7 +54,7 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_residual)
 
 
 def test_rows_too_long_for_one_tile(each_backend, device):
-    """Longer than a Triton program keeps in registers: the blocks of a row, and the column sums of the backward."""
+    """Such rows exceed a Triton program's registers: tests a row's blocks and the backward's column sums."""
     inputs = [make(s, torch.float32, device) for s in [(3, 16400), (16400,), (3, 16400)]]
     cotangents = [make((3, 16400), torch.float32, device) for _ in range(2)]
 
@@ -84,7 +84,7 @@ def test_strided_rows(each_backend, device):
 
 
 def test_squares_beyond_float16(each_backend, device):
-    """Values whose squares overflow float16, and ones whose squares vanish in it: the statistics are in float32."""
+    """Squares of these values overflow or vanish in float16; the statistics are in float32."""
     for scale in (3e4, 1e-6):
         x = (torch.randn(4, 768, device=device) * scale).clamp(-6e4, 6e4).half()
         w = torch.ones(768, device=device).half()
@@ -100,7 +100,7 @@ def test_nan_stays_in_its_row(each_backend, device):
 
 
 def test_t5s_formula(each_backend, device):
-    """The layer norm of Hugging Face's T5, written out, in float32."""
+    """Compares with the layer norm of Hugging Face's T5, written out in float32."""
     x, w = torch.randn(5, 64, device=device), torch.randn(64, device=device)
 
     def t5(x, w):
@@ -127,7 +127,7 @@ def test_opcheck(each_backend, device, residual):
 
 
 def test_only_the_sum_has_a_gradient(each_backend, device):
-    """A loss that uses x + residual alone: the gradient passes, the weight's is zero."""
+    """If a loss uses only x + residual, its gradient passes through and the weight's gradient is zero."""
     x, w = torch.randn(2, 8, device=device, requires_grad=True), torch.ones(8, device=device, requires_grad=True)
     total = pyfused.rms_norm(x, w, residual=torch.ones_like(x))[1]
     grads = torch.autograd.grad(total.sum(), (x, w))

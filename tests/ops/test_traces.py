@@ -1,4 +1,4 @@
-"""What do torch.compile and torch.export hold of a public function, and is that right?"""
+"""What do traces by torch.compile and torch.export contain for a public function, and are they right?"""
 
 import pytest
 import torch
@@ -73,8 +73,8 @@ ROWS = {"a kernel's": 3, "the library's": 200}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_products_and_norms(rows, dtype, backend):
-    """Of a compiled program's memory: each result from a kernel or from the library, by the number of rows, and from whatever
-    backend the program is run on."""
+    """A compiled program owns the results' memory. The number of rows decides between kernel and library, and the program may
+    run on any backend."""
     x = torch.randn(2, rows, 24, dtype=dtype)
     weights = [torch.randn(shape, dtype=dtype) / 5 for shape in ((48, 24), (48, 24), (24, 48), (24, 24))]
     bias, weight = torch.randn(24, dtype=dtype), torch.rand(24, dtype=dtype) + 0.5

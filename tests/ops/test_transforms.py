@@ -1,4 +1,4 @@
-"""Are torch.func's transforms, forward-mode derivatives and recorded traces right with every operator?"""
+"""Are torch.func's transforms, forward-mode derivatives and recorded traces right for every operator?"""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import pyfused
 
 
 def tensors(*shapes):
-    return [0.4 * torch.randn(shape) for shape in shapes]  # small: sines of large numbers would magnify a rounding
+    return [0.4 * torch.randn(shape) for shape in shapes]  # small: sines of large numbers would magnify rounding errors
 
 
 W, B, G, U, D, TABLE = tensors((8,), (8,), (6, 8), (6, 8), (8, 6), (8, 2))
@@ -55,7 +55,7 @@ def test_grad_and_forward_mode(call):
 
 
 def test_compiled(call):
-    """torch.compile runs the function inside the transform's levels: the operators must see them there too."""
+    """torch.compile runs the function inside the transform's levels; the operators must see them there too."""
     x, direction = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 
     def derivatives(x, direction):
@@ -69,7 +69,7 @@ def test_compiled(call):
 
 @pytest.mark.parametrize("grad_mode", [False, True])
 def test_recorded_by_torch_jit(call, grad_mode):
-    """Its check records the function a second time, without gradients: both must be the same graph."""
+    """torch.jit's check records the function again without gradients; both graphs must be equal."""
     x = torch.randn(2, 5, 8, requires_grad=grad_mode)
     with torch.set_grad_enabled(grad_mode):
         call(x)  # prepares a launch, which must not run past the tracer
@@ -104,7 +104,7 @@ def test_a_profile_names_every_operator(call, grad_mode):
                 found.sin().sum().backward()
     names = {event.name for event in profile.events() if event.name.startswith("pyfused::")}
     assert any("backward" not in name for name in names)
-    library = ("fourier", "linear")  # their gradients are themselves, and torch's products
+    library = ("fourier", "linear")  # fourier's gradient is itself; linear's are torch's products
     if grad_mode and not any(word in name for name in names for word in library):
         assert any("backward" in name for name in names)
 

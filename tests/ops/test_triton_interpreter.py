@@ -1,4 +1,4 @@
-"""Are the repairs of Triton's interpreter right, and is the fault that they repair still there?"""
+"""Are the repairs of Triton's interpreter right, and does it still have the fault that they repair?"""
 
 import numpy as np
 import pytest

@@ -1,11 +1,11 @@
-"""How do Hugging Face transformers' models run on pyfused? Registers attn_implementation="pyfused", and what fuse_ replaces."""
+"""How do Hugging Face transformers' models run on pyfused? Registers attn_implementation="pyfused" and fuse_'s adapters."""
 
 from __future__ import annotations
 
 import transformers
 from packaging.version import Version
 
-OLDEST = "5.16"  # from here on T5 attends by the interface
+OLDEST = "5.16"  # the first release whose T5 uses the attention interface
 if Version(transformers.__version__) < Version(OLDEST):
     raise ImportError(
         f"pyfused works with transformers {OLDEST} and later; this is {transformers.__version__}", name="transformers"

@@ -1,4 +1,4 @@
-"""Which of the kernels' activations is the function that a module of torch.nn or transformers computes?"""
+"""Which kernel activation matches an activation module of torch.nn or transformers?"""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BY_CLASS: dict[type, str] = {
 
 
 def kernel_activation(activation: Any) -> str | None:
-    """The kernels' name (of pyfused.ffn's `activation`) for an activation module or function as it is now; None: not theirs.
+    """The name, for pyfused.ffn's `activation`, of an activation module or function. None if the kernels lack it.
 
-    A module with a hook is None too: the kernels would not run the hook.
+    A module with a hook also gives None: the kernels would not run the hook.
     """
     if isinstance(activation, nn.Module) and not is_bare(activation):
         return None

@@ -1,6 +1,6 @@
 """What does fuse_ replace in transformers' ALBERT? The feed-forward, and the residuals before the norms.
 
-The attention itself goes through the attention interface, in the class's own forward as in this one.
+The attention itself still goes through transformers' attention interface.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def layer(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    """With its residual. Each row is a token's own, so that the residual may be added in each chunk."""
+    """The feed-forward network plus its residual. Tokens are independent, so each chunk can add its own residual."""
     w_in, w_out, activation = module.ffn, module.ffn_output, kernel_activation(module.activation)
     if activation is None or not is_plain_linear(x, w_in, w_out):
         return module.ff_chunk(x) + x

@@ -1,4 +1,4 @@
-"""What does attn_implementation="pyfused" compute in a layer of transformers? pyfused.attention, as the layer means it."""
+"""What does attn_implementation="pyfused" compute in a transformers layer? pyfused.attention with the layer's arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
 from .masks import may_look, read_mask
 
-# What changes the result and is not computed here; a model passes these only where it has such a thing.
+# Arguments that change the result and are not supported. A model passes one only if it has that feature.
 REFUSED = {
     "softcap": "scores with a soft cap",
     "s_aux": "attention sinks",
@@ -50,26 +50,26 @@ def attend(
     """transformers' AttentionInterface "pyfused".
 
     Args:
-        module: the attention layer. Of it are read is_causal, layer_idx and config, where it has them.
+        module: the attention layer. Its is_causal, layer_idx and config are read if present.
         query: (B, H, Tq, D). key, value: (B, Hkv, Sk, D); Hkv divides H.
-        attention_mask: None, or one that broadcasts to (B, H, Tq, Sk): bool, True where a query sees a key, or added to the
-            scores. With None a query sees all keys, or those up to its own place if the layer is causal and there is
-            more than one query.
-        dropout: the chance by which a probability becomes 0.
+        attention_mask: None, or a mask that broadcasts to (B, H, Tq, Sk). A bool mask is True where a query sees a key; a
+            float mask is added to the scores. With None a query sees all keys. If the layer is causal and there is
+            more than one query, it sees the keys up to its own position.
+        dropout: the chance that a probability becomes 0.
         scaling: multiplies the scores; 1 / sqrt(D) if None.
-        is_causal: instead of the module's own; both count only where attention_mask is None. A layer that fuse_ fused has the
-            masks of the model's own implementation, and reads None as that does: with sdpa the queries' own keys are the
-            first Tq, with eager code every key is visible.
-        relative_bias: T5's, from its table; query i has position i + Sk - Tq.
+        is_causal: overrides the module's own. Both count only if attention_mask is None. A layer that fuse_ fused gets the
+            masks of the model's own implementation and reads None the same way: with sdpa the queries' own keys are the
+            first Tq; with eager code every key is visible.
+        relative_bias: T5's bias table; query i has position i + Sk - Tq.
         position_bias: added to the scores, broadcasts to (B, H, Tq, Sk).
-        **kwargs: what else the model passes on. head_mask, cu_seq_lens_q with cu_seq_lens_k, and output_attentions are
-            honoured; what would change the result is refused by its name, the rest does not concern attention.
+        **kwargs: the model's other arguments. head_mask, cu_seq_lens_q with cu_seq_lens_k, and output_attentions are
+            honoured. An argument in REFUSED raises; the rest does not concern attention.
 
     Returns:
-        (output (B, Tq, H, D), the probabilities (B, H, Tq, Sk) if the model collects attentions, else None).
+        (output (B, Tq, H, D), probabilities (B, H, Tq, Sk) or None if the model does not collect attentions).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or asks for something else than the kernels compute.
+        TypeError, ValueError: an argument does not fit or is not supported.
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
@@ -110,8 +110,8 @@ def _without_mask(module, query, key, is_causal, window):
         queries == 1 or not causal or masks == "eager"
     ):  # eager code sees every key without a mask; Splinter's says no is_causal
         return EVERYTHING
-    # Without a mask of ours, transformers leaves it out in the first call with a static cache, whose keys behind the queries'
-    # own are empty. With ours a model has cut its queries (Gemma 4 does), and their own keys are the last.
+    # sdpa masks: transformers passes no mask in the first call with a static cache; the keys after the queries' own are empty.
+    # Our masks: the model has cut its queries (Gemma 4 does), and their own keys come last.
     if queries > keys or (queries < keys and masks != "sdpa"):
         raise ValueError(
             f"attention_mask is None in a causal layer with {queries} queries and {keys} keys, which does not say which of "
@@ -163,7 +163,7 @@ def _compute(module, query, key, value, visible, packed, dropout, scaling, head_
 
 
 def _with_weights(query, key, value, dense, dropout, scaling, head_mask):
-    """The same in plain PyTorch, softmax in float32. The probabilities are those after dropout and head mask, as eager's."""
+    """The same in plain PyTorch, softmax in float32. As in eager code, the probabilities include dropout and head mask."""
     bias, dead = dense
     group = query.shape[1] // key.shape[1]
     key, value = (t if group == 1 else t.repeat_interleave(group, 1) for t in (key, value))
@@ -181,8 +181,8 @@ def _with_weights(query, key, value, dense, dropout, scaling, head_mask):
 
 
 def _dense_bias(query, key, visible, packed):
-    """What the fallbacks add to the scores, (B or 1, H or 1, Tq, Sk), and which queries see no key, (..., Tq, 1); None for
-    nothing. Such a query is given every key here, as a softmax over -inf alone is NaN: its result is then to be zeros."""
+    """(bias (B or 1, H or 1, Tq, Sk) for the fallbacks, mask (..., Tq, 1) of queries that see no key), or (None, None).
+    A softmax over -inf alone is NaN, so such a query gets every key here. The caller sets its result to zero."""
     bias, (tq, sk) = visible.attn_bias, (query.shape[2], key.shape[2])
     hidden = None
     if visible.is_causal:
@@ -212,12 +212,12 @@ def _sum(a, b):
 
 
 def _is_zero(bias):
-    """T5's cross-attention passes one tensor of zeros to all layers. Looked at where that waits for no device."""
+    """T5's cross-attention passes one tensor of zeros to all layers. Reads the values only if no device has to wait."""
     return not bias.requires_grad and may_look() and all_zero(bias)
 
 
 def _read_head_mask(module, head_mask, heads):
-    """(H,): what the output of each head is multiplied by."""
+    """(H,): the factor for each head's output."""
     if head_mask is None:
         return None
     if not isinstance(head_mask, Tensor):
@@ -247,7 +247,7 @@ def _read_head_mask(module, head_mask, heads):
 
 
 def _read_packing(kwargs, query, key):
-    """(cu_seqlens, max_seqlen) of several texts one behind the other in a single row."""
+    """(cu_seqlens, max_seqlen) of several texts packed into one row."""
     of_query, of_key = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if of_query is None and of_key is None:
         return None

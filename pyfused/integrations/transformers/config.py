@@ -1,8 +1,8 @@
-"""How does the attention of a transformers model come to run on "pyfused", and on its own again? Layer by layer.
+"""How does fuse_ switch a transformers model's attention layers to "pyfused" and back?
 
-transformers looks the implementation up in the config that a layer holds, which is the model's, and which other models may
-hold too. A fused layer holds a FusedConfig instead, which differs in that one answer: the model's config stays as it is, says
-what it said, and is saved as it was.
+transformers reads the attention implementation from the layer's config. All layers share that config, and other models may
+share it too. So a fused layer holds a FusedConfig instead, which differs only in the implementation's name. The model's own
+config does not change and is saved as before.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ READABLE = (None, "eager", "sdpa", NAME)  # the implementations whose masks `att
 
 
 class FusedConfig:
-    """A layer's config as it is, but for the name of the attention implementation.
+    """A layer's config with another attention implementation: "pyfused".
 
-    That is "pyfused" for as long as the config has the implementation that it had when the layer was fused: what a user sets
-    afterwards counts. Loading a pickled one imports this file, which registers the name.
+    If a user sets another implementation on the config afterwards, that one counts. Loading a pickled FusedConfig imports
+    this file, which registers the name.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -47,11 +47,11 @@ class FusedConfig:
 
     @property
     def masks(self) -> str:
-        """The implementation whose masks the model makes, which tells `attend` what it means that there is none."""
+        """The implementation whose masks the model makes. It tells `attend` how to read a mask of None."""
         return self._fused._attn_implementation or "eager"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_fused", "_had") or name.startswith("__"):  # not there yet, while it is being copied or loaded
+        if name in ("_fused", "_had") or name.startswith("__"):  # not set yet while a copy or pickle is loaded
             raise AttributeError(name)
         return getattr(self._fused, name)
 
@@ -60,7 +60,7 @@ class FusedConfig:
 
 
 def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
-    """Puts "pyfused" into each layer of `model` that attends by transformers' interface, and says what it did."""
+    """Switches each layer that uses transformers' attention interface to "pyfused"; returns (switched, left alone)."""
     done, left = [], []
     layers = list(_layers(model))
     for name, layer, owner in layers:
@@ -80,7 +80,7 @@ def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[l
 
 
 def leave(model: nn.Module) -> None:
-    """Gives back the configs that enter replaced."""
+    """Restores the configs that `enter` replaced."""
     for module in model.modules():
         if isinstance(vars(module).get("config"), FusedConfig):
             vars(module)["config"] = vars(module)["config"]._fused
@@ -103,7 +103,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any, PreTrainedModel | None
 
 
 def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
-    """Why this layer's attention stays; empty if it need not."""
+    """Why this layer keeps its own attention; empty if "pyfused" can replace it."""
     reason = "" if owner is None else reason_against(type(owner))
     now = layer.config._attn_implementation
     if reason or now not in READABLE:
@@ -116,7 +116,7 @@ def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
 
 
 def _interface_source(module: nn.Module) -> str:
-    """The source of the module's class, if that calls transformers' attention interface, else an empty string."""
+    """The source of the module's class if it calls transformers' attention interface, else an empty string."""
     kind: Any = type(module)
     return _source_of_class(kind)
 
@@ -133,7 +133,7 @@ def _source_of_class(kind: Any) -> str:
 
 
 def _value(layer: nn.Module, expression: str) -> Any:
-    """What such a layer passes: its own attribute, or something that it computes."""
+    """The value that a layer passes for an argument: None, its own attribute, or else the expression's text."""
     if expression == "None":
         return None
     owner, _, attribute = expression.partition(".")

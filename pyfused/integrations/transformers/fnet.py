@@ -29,8 +29,8 @@ def fourier_transform(module: Any, hidden_states: Tensor) -> Any:
     if not takes(hidden_states):
         return original(module, hidden_states)
     if hidden_states.is_cpu and torch.is_autocast_enabled("cpu"):
-        hidden_states = hidden_states.float()  # as autocast runs torch.fft there
-    return (fourier_mix(hidden_states),)  # in float16 and bfloat16 too, which torch.fft refuses
+        hidden_states = hidden_states.float()  # autocast runs torch.fft in float32 on the CPU
+    return (fourier_mix(hidden_states),)  # also in float16 and bfloat16, which torch.fft refuses
 
 
 @fused_forward
@@ -54,7 +54,7 @@ def output(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
 @fused_forward
 def layer(module: Any, hidden_states: Tensor) -> Any:
     """pyfused.ffn with the residual, then the norm"""
-    if module.gradient_checkpointing and module.training:  # transformers checkpoints in the forward of the class
+    if module.gradient_checkpointing and module.training:  # the forward that this one replaces does the checkpointing
         return module._gradient_checkpointing_func(functools.partial(_layer_forward, module), hidden_states)
     return _layer_forward(module, hidden_states)
 

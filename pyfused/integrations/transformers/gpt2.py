@@ -1,7 +1,7 @@
-"""What do transformers' GPT-2 modules compute on pyfused? The MLP in one operator, each residual sum inside the next one.
+"""What do transformers' GPT-2 modules compute on pyfused? The MLP is one operator; each residual sum joins the next operator.
 
-What a block bypasses, it reads the parameters of: only while such a module is fused itself and nothing hangs on it (hooks,
-another class put in its place by LoRA, quantisation or FSDP). Else it calls the module.
+A fused block may read a child's parameters instead of calling the child. It does so only if the child is fused too, has no
+hooks, and was not replaced (by LoRA, quantisation or FSDP). Otherwise it calls the child.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def block_forward(
     checkpoints = getattr(module, "gradient_checkpointing", False) and module.training
     cannot_attend = encoder_hidden_states is not None and not hasattr(module, "crossattention")
     if checkpoints or cannot_attend or torch.is_autocast_enabled(hidden_states.device.type):
-        # Under autocast the residual stream stays in float32 between products in half precision.
+        # Under autocast the residual stream stays in float32 while the products are in half precision.
         return original(
             *(module, hidden_states, past_key_values, attention_mask, encoder_hidden_states),
             encoder_attention_mask=encoder_attention_mask,
@@ -75,7 +75,7 @@ def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, 
 
 
 def _plain_mlp(mlp: GPT2MLP, x: Tensor) -> bool:
-    """Whether its parts are what they were made as, and one operator takes them together."""
+    """Whether the MLP's parts are unchanged and one operator can compute them."""
     expand, contract = mlp.c_fc, mlp.c_proj
     plain = type(expand) is type(contract) is Conv1D and go_together(expand, x) and go_together(contract, x)
     return plain and is_bare(expand, contract) and kernel_activation(mlp.act) is not None
@@ -89,7 +89,7 @@ def _ffn(mlp: GPT2MLP, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
-    """For the signature that this file was written for; another release of transformers may have another."""
+    """Gives `forward` only to a class with the signature written here; another transformers release may differ."""
     known = list(inspect.signature(forward).parameters)[1:]
 
     def adapter(module):

@@ -1,8 +1,8 @@
-"""What does a mask of transformers say, in the terms of pyfused.attention? And the function that makes such masks.
+"""How does a transformers mask become arguments of pyfused.attention? Also makes the masks.
 
-Every model gets what transformers' sdpa gets, a 4-D bool mask or None, which its code may slice, combine or move. A mask in
-the host's memory that is nothing but padding and causality needs no dense bias. Each layer looks for itself, and nothing is
-kept: masks are changed through numpy, shared memory or .data, which no version counter counts.
+Every model gets the mask that sdpa would get: a 4-D bool mask or None. The model's code may slice, combine or move it. A CPU
+mask that holds only padding and causality needs no dense bias. Each layer reads the mask anew and caches nothing, because
+numpy, shared memory and .data change a mask without changing its version counter.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def make_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' AttentionMaskInterface "pyfused": the mask of a call, (B, 1, Tq, Sk) bool where True is visible.
+    """transformers' AttentionMaskInterface "pyfused": a (B, 1, Tq, Sk) bool mask, True where a key is visible.
 
-    Arguments and result are those of transformers' sdpa_mask, but that it is None less often: with fewer queries than keys a
-    causal mask never is, as that would not say which of the keys are the queries' own.
+    Takes and returns the same as transformers' sdpa_mask, but returns None less often. A causal mask with fewer queries than
+    keys is never None, because None would not say which keys are the queries' own.
 
     Raises:
-        ValueError: a model of this config does not use the attention interface, so that its code would misread the mask.
+        ValueError: models of this config do not use the attention interface, so their code would misread the mask.
     """
     plain = True
     if config is not None:
@@ -61,10 +61,10 @@ def make_mask(
 
 
 def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
-    """Which keys a query sees by a mask that an attention layer got: bool (True is visible) or added to the scores.
+    """Which keys a query sees. The mask is bool (True is visible) or a float that is added to the scores.
 
     Raises:
-        TypeError: a mask of integers, which could mean either.
+        TypeError: the mask holds integers, which could mean either.
     """
     if not mask.is_floating_point() and mask.dtype != torch.bool:
         raise TypeError(
@@ -83,10 +83,10 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
 
 
 def _recognised(mask: Tensor) -> Visibility | None:
-    """What a (B, 1, Tq, Sk) mask is made of, if it is only padding, with or without causality.
+    """The padding and causality of a (B, 1, Tq, Sk) mask; None if it holds anything else.
 
-    On a GPU a look waits for the device, once a layer, so masks there are dense. Of eager's float masks, whose hidden keys are
-    finite, a query that sees no key sees all of them alike: such a mask is dense too.
+    On a GPU, reading the mask would wait for the device in every layer, so masks there stay dense. Eager's float masks hide
+    keys with finite numbers: a query that sees no key attends to all keys alike. Such a mask stays dense too.
     """
     found = structure(mask, all_see=mask.dtype != torch.bool)
     if found is None:
@@ -100,5 +100,5 @@ def _recognised(mask: Tensor) -> Visibility | None:
 
 
 def may_look() -> bool:
-    """Whether what a tensor holds may decide what is computed: not in a trace, nor in torch.func's transforms."""
+    """Whether code may branch on a tensor's values: not in a trace, nor in torch.func's transforms."""
     return not (tracing() or torch._C._are_functorch_transforms_active())

@@ -10,28 +10,28 @@ from ..torch_nn import takes
 
 
 def is_plain_linear(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether each of these is an nn.Linear and no more, whose product with such an x the kernels compute.
+    """Whether each module is exactly an nn.Linear and the kernels can multiply x by its weight.
 
-    No: a subclass (LoRA, quantised, parametrized, sharded), hooks, weights that are a tensor subclass (torchao, DTensor) or
-    of another dtype (T5 keeps `wo` in float32 beside float16; under autocast dtypes may differ).
+    False for subclasses (LoRA, quantised, parametrized, sharded), hooks, weights of a tensor subclass (torchao, DTensor) and
+    weights of another dtype (T5 keeps `wo` in float32 beside float16; under autocast dtypes may differ).
     """
     return all(type(m) is nn.Linear and go_together(m, x) for m in modules) and is_bare(*modules)
 
 
 def is_fused_norm(x: Tensor, *norms: nn.Module) -> bool:
-    """Whether fuse_ gave each of these its forward, which then runs on the kernels for such an x, and calling does no more."""
+    """Whether fuse_ fused each of these norms, the kernels take x, and no hook would be skipped."""
     return all(is_fused(m) and go_together(m, x) for m in norms) and is_bare(*norms)
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether calling this dropout module may change its input (or runs a hook)."""
+    """Whether calling this dropout module may change its input or run a hook."""
     if type(module) is nn.Dropout:
         return (module.training and module.p > 0.0) or not is_bare(module)
     return not (type(module) is nn.Identity and is_bare(module))
 
 
 def overridden(module: nn.Module, base: type, *methods: str) -> str:
-    """Why a subclass keeps its own forward: it inherits base's but changes what that calls. "" if it does not."""
+    """Why a subclass keeps its own forward: it overrides a method that base's forward calls. "" if it overrides none."""
     for method in methods:
         if getattr(type(module), method) is not getattr(base, method) or method in module.__dict__:
             return f"its class has a {method} other than {base.__name__}'s"
@@ -39,7 +39,7 @@ def overridden(module: nn.Module, base: type, *methods: str) -> str:
 
 
 def go_together(module: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels take this module's weight and bias beside such an x: dtypes, device, and no tensor subclass."""
+    """Whether the kernels take this module's weight and bias together with x: dtypes, device, no tensor subclass."""
     weight, bias = module.weight, getattr(module, "bias", None)
     return (
         takes(x, weight, bias)  # type: ignore[arg-type]

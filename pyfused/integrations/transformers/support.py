@@ -1,4 +1,4 @@
-"""Which of transformers' models use its attention interface? To the others a registered name means nothing."""
+"""Which transformers models use its attention interface? Other models ignore a registered implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _reasons: dict[type, str] = {}  # by the type of a config
 _vouched: dict[type, bool] = {}
 
 
-# Code that adds a mask to scores, or fills them by one.
+# Code that adds a mask to scores or fills scores where a mask says so.
 _USES_MASK = re.compile(r"(\+=?\s*|masked_fill_?\(\s*~?)\w*mask\b")
 
 
@@ -24,7 +24,7 @@ def reason_against(model_class: type[PreTrainedModel]) -> str:
     """Why models of this class must keep their own attention; empty if they use the interface, or have no attention."""
     if not model_class._can_set_attn_implementation():
         return f"{model_class.__name__} has attention code of its own, which transformers' attention interface does not reach"
-    # Where transformers says that neither sdpa nor a registered function suits a model, part of it may be such code.
+    # If transformers allows the model neither sdpa nor a registered function, part of it may have its own attention code.
     if not (model_class._supports_sdpa or model_class._supports_attention_backend):
         for name in _own_attention(model_class.__module__):
             return f"{name} has attention code of its own, beside layers that use transformers' attention interface"
@@ -40,7 +40,7 @@ def _own_attention(module: str) -> list[str]:
 
 
 def check_interface(config: Any) -> None:
-    """Refuses the models whose own code would misread the masks of "pyfused".
+    """Refuses models whose own code would misread "pyfused" masks.
 
     Raises:
         ValueError: no model of this config uses the attention interface.
@@ -56,8 +56,8 @@ def check_interface(config: Any) -> None:
 
 
 def may_leave_out_masks(config: Any) -> bool:
-    """Whether the layers of this config's models say by is_causal what a mask that is None means. Where transformers says
-    that neither sdpa nor a registered function suits a model, nobody has seen to that: NLLB-MoE's decoder says False."""
+    """Whether is_causal tells what a mask of None means in this config's models. It may be wrong if transformers allows the
+    model neither sdpa nor a registered function: NLLB-MoE's causal decoder says False."""
     kind = type(config)
     if kind not in _vouched:
         _vouched[kind] = _vouches(kind)

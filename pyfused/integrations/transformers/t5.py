@@ -1,8 +1,8 @@
 """What does fuse_ replace in transformers' T5? Norm, feed-forward, attention with its bias, and the residuals.
 
-The bias by relative position is never a tensor of (1, H, S, S) where every layer of a stack is fused: the first layer's
-attention hands on its table as a RelativeBias, which the kernel reads. Where some layer cannot read that (filter_fn left it,
-a sharded stack, a StaticCache, whose keys are longer than what they hold), it hands on the tensor, as the original does.
+If every layer of a stack is fused, the relative position bias is never a (1, H, S, S) tensor. The first layer's attention
+passes its table on as a RelativeBias, which the kernel reads. If some layer cannot read the table, it passes the tensor on, as
+the original does. That happens with a layer that filter_fn left out, a sharded stack, or a StaticCache with unused room.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def feed_forward_layer(module: Any, hidden_states: Tensor) -> Any:
 
 
 def _feed_forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """None where the kernels do not have it: dropout inside, `wo` in float32 beside float16, layers that were replaced."""
+    """None if the kernels cannot compute it: active dropout, `wo` in float32 beside float16, replaced layers."""
     activation = kernel_activation(module.act)
     if activation is None or drops(module.dropout) or (residual is not None and residual.dtype != x.dtype):
         return None
@@ -135,7 +135,7 @@ def cross_attention_layer(
 
 
 def _adds_residual(module: Any, inner: Any, hidden_states: Tensor) -> bool:
-    """Whether the layer may call the attention's inside, and add to its projection what the layer adds."""
+    """Whether the layer may bypass the attention module's forward and add the residual in its output projection."""
     return (
         is_fused(inner)
         and is_bare(inner)
@@ -165,7 +165,7 @@ def _attended(
     hands_on_table: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """T5Attention's forward but for its output projection: (B, S, H * d), the bias for the next layer, the weights."""
+    """T5Attention's forward without the output projection: (B, S, H * d), the bias for the next layer, the weights."""
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, modeling_t5.eager_attention_forward
     )
@@ -195,9 +195,9 @@ def stack(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _all_read_tables(stack: Any) -> bool:
-    """Whether every layer's attention is ours, and the first one's table can be read outside of it.
+    """Whether every layer's attention is ours and other layers can read the first layer's table.
 
-    A block of a subclass is none of those: FSDP makes them, and its parameters are there only while the block runs.
+    Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
     """
     if any(type(block) is not modeling_t5.T5Block for block in stack.block):
         return False
