@@ -1,4 +1,4 @@
-// Which CUDA kernels may Python call? The list below: pyfused._cuda.<kernel>. It imports where there is no driver.
+// Which CUDA kernels may Python call? The list below: pyfused._cuda.<kernel>. It imports without a driver.
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"

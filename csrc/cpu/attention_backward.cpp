@@ -31,7 +31,7 @@ template <class T> struct Backward {
     float *query_lanes, *grad_out_lanes, *grad_query_lanes;  // (d, kGroup) for each group of the block
     float *query_rows, *grad_out_rows;                       // (kBlockQueries, width)
     float *weights, *grad_scores;                            // (kTileKeys, kBlockQueries)
-    float* distances;                                        // sums of one block, as a row of p.relative
+    float* distances;                                        // sums of one block, laid out like a row of p.relative
     float* base;
 
     explicit Scratch(const Backward& f) {

@@ -89,7 +89,7 @@ template <class T> void Mix<T>::features(int64_t first_batch, int64_t batches, i
     pair = pair < last ? pair : last;
     const int64_t b = pair / pairs();
     int64_t a = pair % pairs() + i / W * pairs();
-    a = a < rows() ? a : a - pairs();  // the middle row is its own partner: no other lane writes where it does
+    a = a < rows() ? a : a - pairs();  // the middle row is its own partner; no other lane writes to its place
     const int64_t minus = a ? S - a : 0;
     const T* base = x + (first_batch + b) * batch_stride;
     float* out = w + b * sample();

@@ -1,8 +1,8 @@
 // attention on CUDA in float32, many queries or few. It runs on the ordinary cores: TF32 would lose 13 bits of every factor.
 //
 // 4 B H Sq Sk D FLOPs at no more than 67 TFLOP/s on an H100: B4 H16 S2048 D64 has 69 GFLOP, 1.0 ms at that peak, 134
-// MB or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds, which
-// takes 12 of their 16 clocks: predicted 60% of the peak, 1.7 ms. With few rows memory is the limit, as in
+// MB or 45 us of memory. A fragment of 4 x 4 scores reads 8 vectors of shared memory for 64 multiply-adds. The reads
+// take 12 of the 16 clocks: predicted 60% of the peak, 1.7 ms. With few rows memory is the limit, as in
 // attention_decode.cu. Not yet measured.
 //
 // Tiling: 256 threads as 16 x 16. A thread has TR rows. In each row it computes every 16th key of a tile of scores and

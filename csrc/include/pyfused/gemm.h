@@ -1,4 +1,4 @@
-// How does y = x W^T + b run on a CPU? Two kernels read W row by row, as nn.Linear stores it, and never pack it.
+// How does y = x W^T + b run on a CPU? Two kernels read W row by row, the way nn.Linear stores it. They never pack it.
 //
 // gemv, few rows of x: dot products of MB rows of x with R rows of W in registers, vectors along K. W is fetched from
 //   memory once, however many rows x has. Its K N elements set the pace. The rows of x stay in L1/L2 as float32.
