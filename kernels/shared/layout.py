@@ -7,14 +7,6 @@ import math
 import torch
 
 
-def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(x as (rows, N), row stride), with N contiguous. Copies only if x (..., N) has no single row stride."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
-
-
 def rows_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
     """(rows, N, row stride) of x (..., N) for a kernel. None if x has no single row stride; zeros if x is None."""
     if x is None:
