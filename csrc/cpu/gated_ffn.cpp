@@ -47,7 +47,7 @@ template <class T> struct GatedProduct {
 
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float *other = own + second_size(), *widened = other + second_size();
-    float *sums = widened + kGroup * (kBlockK + kWidth), *others = sums + kWidth * kGemmBlock;
+    float *sums = widened + kWeightRows * (kBlockK + kWidth), *others = sums + kWidth * kGemmBlock;
     for (int64_t i0 = 0; i0 < gate.m; i0 += kBlockM) {
       const int64_t rows = gate.m - i0 < kBlockM ? gate.m - i0 : kBlockM, ld = gate.padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {

@@ -25,11 +25,11 @@ namespace pyfused::PYFUSED_ISA {
 
 constexpr int kGemvBlock = 96;      // outputs of a gemv finished together
 constexpr int kGemvUnit = 12;       // shares hold whole units of so many outputs
-constexpr int kGroup = 6;           // rows of W in the gemm's micro-kernel
+constexpr int kWeightRows = 6;      // rows of W in the gemm's micro-kernel
 constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
 constexpr int64_t kBlockK = 384;    // a panel of 384 x 16 floats is 24 KB
-constexpr int64_t kChain = 128;     // most products summed in one register: longer chains lose bits
+constexpr int64_t kSumChain = 128;  // most products summed in one register: longer chains lose bits
 constexpr int64_t kBlockM = 128;    // rows of x: their panels for kBlockK, 192 KB, stay in L2 (512: 8% slower)
 constexpr int64_t kPairStep = 2 * kWidth;
 
@@ -38,9 +38,8 @@ constexpr int64_t kPairStep = 2 * kWidth;
 struct Pair { vfloat a, b; };
 
 // 2 kWidth consecutive elements as float32. bfloat16 gives the even ones, then the odd ones: one load, shift and mask.
-// x is stored in the same order, so a dot product is right in either order.
-PYFUSED_INLINE Pair load_pair(const float* p) { return {load(p), load(p + kWidth)}; }
-PYFUSED_INLINE Pair load_pair(const f16* p) { return {load(p), load(p + kWidth)}; }
+// x is stored in the order of the weights' pairs, so a dot product is right in either order.
+template <class T> PYFUSED_INLINE Pair load_pair(const T* p) { return {load(p), load(p + kWidth)}; }
 PYFUSED_INLINE Pair load_pair(const bf16* p) {
   vuint u;
   std::memcpy(&u, p, sizeof(u));
@@ -52,23 +51,35 @@ template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) 
   return load_pair(lanes);
 }
 
+// 2 kWidth elements of x in the order of load_pair(W*).
+template <class W, class X> PYFUSED_INLINE Pair pair_for(const X* p) { return {load(p), load(p + kWidth)}; }
+template <int... I> PYFUSED_INLINE Pair even_and_odd(Pair p, Lanes<I...>) {
+  return {__builtin_shufflevector(p.a, p.b, (2 * I)...), __builtin_shufflevector(p.a, p.b, (2 * I + 1)...)};
+}
+template <> PYFUSED_INLINE Pair pair_for<bf16>(const bf16* p) { return load_pair(p); }
+template <> PYFUSED_INLINE Pair pair_for<bf16>(const float* p) { return even_and_odd({load(p), load(p + kWidth)}, AllLanes{}); }
+
 // ---- one product ----------------------------------------------------------------------------------------------------
 
 // y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual. `pre` receives the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
-// X is float for T = f16 if x does not fit into f16, as gated_ffn's product of two float16 factors.
-template <class T, class X = T> struct Product {
+// X is float for T = f16 if x does not fit into f16, as gated_ffn's product of two float16 factors. W is int8_t for weights
+// that are scale[j] times an integer in row j.
+template <class T, class X = T, class W = T> struct Product {
   const X* x;
-  const T *weight, *bias, *residual;
+  const W* weight;
+  const T *bias, *residual;
   T *y, *pre;
   int64_t m, n, k, x_stride, weight_stride, residual_stride;
   int activation;
+  const float* scale = nullptr;  // (n), only for W = int8_t
   float* packed = nullptr;   // packed_size() floats
   float* scratch = nullptr;  // scratch_size() floats for each share
 
   // A gemm widens rows of W into L1 and reads them again, so half precision stays with gemv longer: 1.4 times faster at
   // 16 rows. float32 is as fast either way from 9 rows on.
-  static constexpr int64_t kGemvRows = sizeof(T) == 4 ? 8 : 16;
+  static constexpr int64_t kGemvRows = sizeof(W) == 4 ? 8 : 16;
+  static constexpr bool kScaled = sizeof(W) == 1;
 
   bool by_gemv() const { return m <= kGemvRows; }
   int64_t padded_k() const { return (k + kPairStep - 1) / kPairStep * kPairStep; }
@@ -76,7 +87,7 @@ template <class T, class X = T> struct Product {
   int64_t block_m() const { return padded_m(m < kBlockM ? m : kBlockM); }
   int64_t packed_size() const { return by_gemv() ? m * padded_k() : padded_m(m) * k; }
   int64_t scratch_size() const {
-    return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kGroup * (kBlockK + kWidth) + kWidth * kGemmBlock;
+    return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kWeightRows * (kBlockK + kWidth) + kWidth * kGemmBlock;
   }
 
   int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
@@ -125,7 +136,10 @@ template <class T, class X = T> struct Product {
     const X* from = x + i * x_stride;
     float* to = packed + i * padded_k();
     for (int64_t c = 0; c < k; c += kPairStep) {
-      Pair p = c + kPairStep <= k ? load_pair(from + c) : load_pair_partial(from + c, k - c);
+      X lanes[2 * kWidth] = {};
+      if (c + kPairStep > k)
+        for (int64_t q = c; q < k; ++q) lanes[q - c] = from[q];
+      const Pair p = pair_for<W>(c + kPairStep <= k ? from + c : lanes);
       store(to + c, p.a);
       store(to + c + kWidth, p.b);
     }
@@ -142,7 +156,7 @@ template <class T, class X = T> struct Product {
   // sums[i][r], rows kGemvBlock apart: the sum over k for row i and output j + r.
   void gemv_sums(int64_t j, int64_t count, float* sums) const {
     switch (m) {  // the tile fills sixteen registers
-      case 1: dots<1, 4>(j, count, sums); break;
+      case 1: dots<1, kScaled ? 6 : 4>(j, count, sums); break;
       case 2: dots<2, 4>(j, count, sums); break;
       case 3: dots<3, 4>(j, count, sums); break;
       case 5: dots<5, 2>(j, count, sums); break;
@@ -171,7 +185,7 @@ template <class T, class X = T> struct Product {
   template <int MB, int R> void dot_tile(int64_t i, int64_t j, int64_t apart, float* sums) const {
     const int64_t ldx = padded_k(), stream = apart * weight_stride;
     const float* px = packed + i * ldx;
-    const T* w = weight + j * weight_stride;
+    const W* w = weight + j * weight_stride;
     vfloat acc[MB][R];
 #pragma GCC unroll 8
     for (int a = 0; a < MB; ++a)
@@ -195,12 +209,15 @@ template <class T, class X = T> struct Product {
       }
     };
     int64_t c = 0;
-    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const T* p) { return load_pair(p); });
-    if (c < k) step(c, [rest = k - c](const T* p) { return load_pair_partial(p, rest); });
+    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return load_pair(p); });
+    if (c < k) step(c, [rest = k - c](const W* p) { return load_pair_partial(p, rest); });
 #pragma GCC unroll 8
     for (int a = 0; a < MB; ++a)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[(i + a) * kGemvBlock + r * apart] = sum_lanes(acc[a][r]);
+      for (int r = 0; r < R; ++r) {
+        const float sum = sum_lanes(acc[a][r]);
+        sums[(i + a) * kGemvBlock + r * apart] = kScaled ? sum * scale[j + r * apart] : sum;
+      }
   }
 
   // ---- gemm ---------------------------------------------------------------------------------------------------------
@@ -228,7 +245,7 @@ template <class T, class X = T> struct Product {
 
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float* widened = own + kGemmBlock * block_m();
-    float* sums = widened + kGroup * (kBlockK + kWidth);
+    float* sums = widened + kWeightRows * (kBlockK + kWidth);
     for (int64_t i0 = 0; i0 < m; i0 += kBlockM) {
       const int64_t rows = m - i0 < kBlockM ? m - i0 : kBlockM, ld = padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
@@ -246,6 +263,9 @@ template <class T, class X = T> struct Product {
   void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
     for (int64_t c = 0; c < k || c == 0; c += kBlockK)
       block(i0, rows, j, count, c, k - c < kBlockK ? k - c : kBlockK, own, ld, widened);
+    if constexpr (kScaled)
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = 0; i < ld; i += kWidth) store(own + r * ld + i, load(own + r * ld + i) * scale[j + r]);
   }
 
   // kWidth rows of those sums as rows, kGemmBlock apart.
@@ -261,10 +281,10 @@ template <class T, class X = T> struct Product {
   // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i; rows past `count` are not used.
   void block(int64_t i0, int64_t rows, int64_t j, int64_t count, int64_t c, int64_t depth, float* own, int64_t ld,
              float* widened) const {
-    const int64_t groups = (count + kGroup - 1) / kGroup;
+    const int64_t groups = (count + kWeightRows - 1) / kWeightRows;
     for (int64_t g = 0; g < groups; ++g) {
-      const float* w[kGroup];
-      for (int64_t q = 0; q < kGroup; ++q) {
+      const float* w[kWeightRows];
+      for (int64_t q = 0; q < kWeightRows; ++q) {
         const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
         w[q] = as_float(weight + (j + r) * weight_stride + c, depth, widened + q * (kBlockK + kWidth));
       }
@@ -290,24 +310,24 @@ template <class T, class X = T> struct Product {
     const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *w4 = w[4], *w5 = w[5];
     int64_t c = 0;
     do {
-      const int64_t stop = depth - c < kChain ? depth : c + kChain;
-      vfloat acc[kGroup][V];
+      const int64_t stop = depth - c < kSumChain ? depth : c + kSumChain;
+      vfloat acc[kWeightRows][V];
 #pragma GCC unroll 8
-      for (int r = 0; r < kGroup; ++r)
+      for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = vfloat{};
       for (; c < stop; ++c) {
-        const float s[kGroup] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
+        const float s[kWeightRows] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
         vfloat u[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) u[v] = load(panel + (c * V + v) * kWidth);
 #pragma GCC unroll 8
-        for (int r = 0; r < kGroup; ++r)
+        for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[r][v] += splat(s[r]) * u[v];
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kGroup; ++r)
+      for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           float* p = out + r * ld + v * kWidth;

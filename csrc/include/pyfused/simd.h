@@ -27,6 +27,7 @@ constexpr int kWidth = 4;
 typedef float vfloat __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vint __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vuint __attribute__((vector_size(kWidth * 4)));
+typedef int8_t vbyte __attribute__((vector_size(kWidth)));
 typedef uint16_t vhalf __attribute__((vector_size(kWidth * 2)));
 
 struct f16 { uint16_t bits; };
@@ -119,6 +120,17 @@ PYFUSED_INLINE vhalf narrow_f16(vfloat x) {
 PYFUSED_INLINE vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof(v)); return v; }
 PYFUSED_INLINE vfloat load(const f16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_f16(v); }
 PYFUSED_INLINE vfloat load(const bf16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_bf16(v); }
+PYFUSED_INLINE vfloat load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vbyte v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, vfloat);
+#endif
+}
 PYFUSED_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 PYFUSED_INLINE void store(f16* p, vfloat v) { vhalf h = narrow_f16(v); std::memcpy(p, &h, sizeof(h)); }
 PYFUSED_INLINE void store(bf16* p, vfloat v) { vhalf h = narrow_bf16(v); std::memcpy(p, &h, sizeof(h)); }
