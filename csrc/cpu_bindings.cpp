@@ -36,6 +36,7 @@ namespace python = pyfused::python;
         KERNEL(isa, linear_forward),         \
         KERNEL(isa, ffn_forward),            \
         KERNEL(isa, ffn_activation),         \
+        KERNEL(isa, decode_forward),         \
         KERNEL(isa, fourier_mix_scratch),    \
         KERNEL(isa, fourier_mix_forward),    \
         KERNEL(isa, gated_ffn_forward),      \

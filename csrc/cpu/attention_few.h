@@ -12,10 +12,11 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-template <class T> struct Few {
+// The result has type O: float in decode.
+template <class T, class O = T> struct Few {
   static constexpr int64_t kMost = kWidth / 2, kTile = 64, kLeastSplit = 256;
   Problem<T> p;
-  T* out;
+  O* out;
   float* lse;
 
   static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout && !p.starts; }
@@ -129,7 +130,7 @@ template <class T> struct Few {
         for (int64_t k = 1; k < size; ++k) own[k] = own[k] * mine + other[k] * theirs;
       }
       const float factor = own[1] == 0 ? 0 : 1 / own[1];
-      T* to = out + ((b * p.sq + i) * p.h + head) * p.d;
+      O* to = out + ((b * p.sq + i) * p.h + head) * p.d;
       for (int64_t k = 0; k < p.d; k += kWidth) {
         const vfloat x = own[1] == 0 ? vfloat{} : load(own + 2 + k) * factor;
         if (p.d - k >= kWidth) store(to + k, x);

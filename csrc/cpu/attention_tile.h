@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cmath>
-#include <utility>
 
 #include "pyfused/attention_layout.h"
 #include "pyfused/parallel.h"
@@ -81,7 +80,6 @@ template <class T> struct Problem {
 
 // ---- vector helpers -------------------------------------------------------------------------------------------------
 
-using Lanes = std::make_integer_sequence<int, kWidth>;
 #if defined(__clang__)
 #define PYFUSED_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
 #else  // GCC has __builtin_shufflevector only from version 12 on
@@ -98,7 +96,7 @@ template <int S = 1> PYFUSED_INLINE void transpose(vfloat (&v)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) {
     if (i & S) continue;
-    vfloat low = mix_low<S>(v[i], v[i + S], Lanes{}), high = mix_high<S>(v[i], v[i + S], Lanes{});
+    vfloat low = mix_low<S>(v[i], v[i + S], AllLanes{}), high = mix_high<S>(v[i], v[i + S], AllLanes{});
     v[i] = low, v[i + S] = high;
   }
   if constexpr (2 * S < kWidth) transpose<2 * S>(v);
@@ -107,7 +105,7 @@ template <int S = 1> PYFUSED_INLINE void transpose(vfloat (&v)[kWidth]) {
 template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; i += 2 * S)
-    v[i] = mix_low<S>(v[i], v[i + S], Lanes{}) + mix_high<S>(v[i], v[i + S], Lanes{});
+    v[i] = mix_low<S>(v[i], v[i + S], AllLanes{}) + mix_high<S>(v[i], v[i + S], AllLanes{});
   if constexpr (2 * S < kWidth) return sums<2 * S>(v);
   return v[0];
 }

@@ -44,6 +44,10 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                  int64_t w_out_stride, int64_t residual_stride, bool transposed, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
 
+// ---- decode ---------------------------------------------------------------------------------------------------------
+// plan: a DecodePlan, call: a DecodeCall; see decode_plan.h.
+void decode_forward(addr plan, addr call, int dtype);
+
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous rows; y is contiguous. fft.h documents the plans and tables of s and n.
 // scratch: fourier_mix_scratch() bytes, aligned to 64. Both calls must see the same number of threads.

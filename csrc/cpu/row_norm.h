@@ -18,10 +18,11 @@
 
 namespace pyfused::PYFUSED_ISA {
 
-// Only CENTRED has bias and mean.
-template <class T, bool CENTRED> struct Forward {
-  const T *x, *residual, *weight, *bias;
-  T *y, *total;
+// Only CENTRED has bias and mean. X is float for decode, whose activations are float32 beside weights of any dtype.
+template <class T, bool CENTRED, class X = T> struct Forward {
+  const X *x, *residual;
+  const T *weight, *bias;
+  X *y, *total;
   float *mean, *rstd;
   int64_t n, x_stride, residual_stride;
   float eps;
@@ -45,17 +46,17 @@ template <class T, bool CENTRED> struct Forward {
 
   int64_t block_end(int64_t begin) const { return begin + kBlock < n ? begin + kBlock : n; }
 
-  // Writes x + residual, rounded to T because the next layer reads it, and returns the row to normalise.
-  const T* add_residual(int64_t r) const {
-    const T *px = x + r * x_stride, *pr = residual + r * residual_stride;
-    T* pt = total + r * n;
+  // Writes x + residual, rounded to X because the next layer reads it, and returns the row to normalise. total may be x.
+  const X* add_residual(int64_t r) const {
+    const X *px = x + r * x_stride, *pr = residual + r * residual_stride;
+    X* pt = total + r * n;
     const int64_t i = vectors([&](int, int64_t i) { store(pt + i, load(px + i) + load(pr + i)); });
     if (i < n) store_partial(pt + i, load_partial(px + i, n - i) + load_partial(pr + i, n - i), n - i);
     return pt;
   }
 
   void row(int64_t r) const {
-    const T* px = residual ? add_residual(r) : x + r * x_stride;
+    const X* px = residual ? add_residual(r) : x + r * x_stride;
     const float mu = CENTRED ? row_mean(px) : 0.0f;
     vfloat squares{}, rests{};
     int64_t i = 0;
@@ -85,7 +86,7 @@ template <class T, bool CENTRED> struct Forward {
     }
   }
 
-  float row_mean(const T* px) const {
+  float row_mean(const X* px) const {
     vfloat sums{};
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       vfloat sum[4] = {};
@@ -98,9 +99,9 @@ template <class T, bool CENTRED> struct Forward {
   }
 
   // y of a row whose statistics are known.
-  void finish(int64_t r, const T* px, float mu, float rs) const {
+  void finish(int64_t r, const X* px, float mu, float rs) const {
     auto scaled = [&](vfloat v, vfloat w) __attribute__((always_inline)) { return (CENTRED ? v - mu : v) * rs * w; };
-    T* py = y + r * n;
+    X* py = y + r * n;
     int64_t i;
     if (CENTRED && bias) {
       i = vectors([&](int, int64_t i) { store(py + i, scaled(load(px + i), load(weight + i)) + load(bias + i)); });

@@ -10,7 +10,7 @@ from ..models import inputs as model_inputs
 from ..models.call import Call
 from ..models.gpt2 import GPT2Backbone
 from ..nn import CAUSAL, KVCache, Visibility
-from .gpt2_bound import BoundStep, bindable
+from .decoder import Decoder, chosen
 
 
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
@@ -40,7 +40,7 @@ class GPT2Decoding:
         self._places = torch.arange(capacity, device=model.device)
         self._lengths: list[int] = []
         self._times = 1
-        self._bound = BoundStep(model) if not fixed and bindable(model) else None
+        self._decoder = None if fixed else Decoder.of(model, self._cache)
         self._positions: Tensor | None = None
         if fixed:
             self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
@@ -77,25 +77,19 @@ class GPT2Decoding:
         else:
             self._cache.at_positions(torch.tensor(self._lengths, device=self._places.device), max(self._lengths) + 1)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        cache, mask = self._cache, None
-        if cache.positions is None:
-            position_ids = self._places.narrow(0, cache.length, 1)
-        else:
-            extent = max(self._lengths) + 1
-            cache.at_positions(cache.positions, extent)
-            mask = self._places[:extent] <= cache.positions[:, None]
-            position_ids = cache.positions[:, None]
-        if self._bound is not None:
-            logits = self._bound(tokens[:, None], position_ids, cache, mask)
-        else:
-            logits = self._called(tokens, position_ids, mask)
-        if cache.positions is None:
-            cache.length += 1
-        else:
-            cache.positions += 1
+    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
+        cache = self._cache
+        found = None if self._decoder is None else self._decoder(tokens, choose)
+        if found is None:
+            if cache.positions is None:
+                mask, position_ids = None, self._places.narrow(0, cache.length, 1)
+            else:
+                mask = self._places[: cache.extent] <= cache.positions[:, None]
+                position_ids = cache.positions[:, None]
+            found = chosen(self._called(tokens, position_ids, mask), choose)
+        cache.advance()
         self._lengths = [n + 1 for n in self._lengths]
-        return logits
+        return found
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
         assert self._positions is not None

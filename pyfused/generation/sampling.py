@@ -42,11 +42,15 @@ class Sampler:
             if not 0.0 < self.top_p <= 1.0:
                 raise ValueError(f"top_p is {self.top_p}; it takes 0 < top_p <= 1")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the likeliest token."""
+        return self.temperature < _COLDEST
+
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """logits (B, V), uniform (B,) float64 in [0, 1) -> tokens (B,) int64; NO_TOKEN if the logits choose none."""
-        if self.temperature < _COLDEST:
-            token = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
-            return _or_none(token, logits.gather(-1, token))
+        if self.is_greedy:
+            return likeliest_token(logits)
         top, likeliest = logits.max(-1, keepdim=True)
         # Subtract the maximum before dividing: a tiny temperature then gives -inf, not inf - inf.
         scores = (logits.float() - top) / float(min(self.temperature, _HOTTEST))
@@ -66,6 +70,12 @@ class Sampler:
         token = pick if order is None else order.gather(-1, pick)
         # In a parallel sum rounding may add to the total at a token of probability 0, and the draw may pick it.
         return _or_none(torch.where(probabilities.gather(-1, pick) > 0.0, token, likeliest), top)
+
+
+def likeliest_token(logits: Tensor) -> Tensor:
+    """logits (B, V) -> the first of the largest, (B,) int64; NO_TOKEN where the largest is not finite."""
+    token = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
+    return _or_none(token, logits.gather(-1, token))
 
 
 def _or_none(token: Tensor, top: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ class Decoding(Protocol):
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         """The logits of the first new token of each prompt, (B, V)."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Feeds one token to each row, (B,), and returns the next logits, (B, V)."""
+    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
+        """Feeds one token to each row, (B,), and returns the next logits, (B, V). With `choose` it returns the likeliest next
+        tokens (B,), or NO_TOKEN."""
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
         """As step, for a CUDA graph: shapes and addresses never change, and the host reads nothing."""
@@ -91,7 +92,10 @@ class EagerSteps:
         return self._tokens
 
     def next(self, uniform: Tensor) -> Tensor:
-        self._tokens = self._sampler(self._decoding.step(self._tokens), uniform)
+        if self._sampler.is_greedy:
+            self._tokens = self._decoding.step(self._tokens, choose=True)
+        else:
+            self._tokens = self._sampler(self._decoding.step(self._tokens), uniform)
         return self._tokens
 
     def keep(self, slots: list[int]) -> bool:

@@ -17,7 +17,7 @@ from ..models.call import Call
 from ..models.t5 import T5Backbone
 from ..nn import Visibility
 from ..ops import relative_bias
-from .t5_bound import BoundStep, bindable
+from .decoder import Decoder, chosen
 
 
 class T5Decoding:
@@ -30,7 +30,7 @@ class T5Decoding:
         self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._places = torch.arange(capacity, device=model.device)
         self._bias = self._last_bias()
-        self._bound = BoundStep(model) if not fixed and bindable(model) else None
+        self._decoder = None if fixed else Decoder.of(model, self._cache)
 
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
@@ -85,15 +85,14 @@ class T5Decoding:
         else:
             cache.encoder_mask = mask
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
         cache = self._cache
-        bias = self._bias[..., cache.capacity - 1 - cache.length :]
-        if self._bound is not None:
-            logits = self._bound(tokens, bias, cache)
-        else:
-            logits = self._called(tokens, Visibility(attn_bias=bias))
-        cache.length += 1
-        return logits
+        found = None if self._decoder is None else self._decoder(tokens, choose)
+        if found is None:
+            bias = self._bias[..., cache.capacity - 1 - cache.length :]
+            found = chosen(self._called(tokens, Visibility(attn_bias=bias)), choose)
+        cache.advance()
+        return found
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
         capacity = self._cache.capacity

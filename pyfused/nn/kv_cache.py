@@ -19,6 +19,7 @@ class KVCache:
 
     Attributes:
         length: tokens in every row.
+        tensors: each layer's keys, then its values, (B, H, capacity, D).
         cross: each layer's keys and values (B, H, Se, D) of the encoder, once cross-attention has computed them.
         encoder_mask: (B, Se), which encoder tokens are real, or None.
     """
@@ -45,6 +46,7 @@ class KVCache:
         self._buffers = buffers
         self._layers = [_views(kv) for kv in buffers]
         self._rows = torch.arange(self.batch_size, device=buffers[0].device)
+        self.tensors = [t for _, keys, values in self._layers for t in (keys, values)]
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's places to write to, its keys and its values. A trace makes these views from the buffer: with dynamic
@@ -71,6 +73,19 @@ class KVCache:
         beyond its position. positions: (B,) int64 on the cache's device, which every append reads again. A CUDA graph may
         hold this tensor: it is not copied."""
         self.positions, self._extent = positions, extent
+
+    @property
+    def extent(self) -> int:
+        """How many places the next token's attention reads, its own included."""
+        return self.length + 1 if self.positions is None else self._extent
+
+    def advance(self) -> None:
+        """Counts one more token in every row."""
+        if self.positions is None:
+            self.length += 1
+        else:
+            self.positions += 1
+            self._extent += 1
 
     def append(self, layer: int, key_value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key_value (B, S, 2, H, D) into a layer; returns its keys and values so far, views (B, H, Sk, D)."""

@@ -3,10 +3,11 @@
 import importlib
 
 # `pyfused.ops.attention` is the function; MODULES holds the modules, for explain() and the tests.
-NAMES = ("attention", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
+NAMES = ("attention", "decode", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 MODULES = {name: importlib.import_module(f".{name}", __name__) for name in NAMES}
 
 from .attention import attention  # noqa: E402
+from .decode import decode  # noqa: E402
 from .ffn import ffn  # noqa: E402
 from .fourier_mix import fourier_mix  # noqa: E402
 from .gated_ffn import gated_ffn  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "NAMES",
     "RelativeBias",
     "attention",
+    "decode",
     "ffn",
     "fourier_mix",
     "gated_ffn",

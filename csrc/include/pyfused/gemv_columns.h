@@ -10,8 +10,8 @@
 namespace pyfused::PYFUSED_ISA {
 
 // A Product whose weight is (k, n), weight_stride elements from row to row.
-template <class T> struct ColumnsProduct : Product<T> {
-  using Base = Product<T>;
+template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
+  using Base = Product<T, X>;
   using Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride, Base::x, Base::x_stride;
 
   static constexpr int64_t kMost = 8;  // most rows of x; for more the library's packed product is faster
@@ -36,15 +36,20 @@ template <class T> struct ColumnsProduct : Product<T> {
     const int64_t last = end * kUnit < n ? end * kUnit : n;
     for (int64_t j = begin * kUnit; j < last; j += kChunk) {
       const int64_t count = last - j < kChunk ? last - j : kChunk;
-      std::memset(totals, 0, m * kChunk * sizeof(float));
-      for (int64_t c = 0; c < k;) {
-        const int64_t stop = k - c < kDepth ? k : c + kDepth;
-        std::memset(sums, 0, m * kChunk * sizeof(float));
-        for (; c + kStreams <= stop; c += kStreams) rows<kStreams>(c, j, count, sums);
-        for (; c < stop; ++c) rows<1>(c, j, count, sums);
-        for (int64_t q = 0; q < m * kChunk; q += kWidth) store(totals + q, load(totals + q) + load(sums + q));
-      }
+      column_sums(j, count, totals, sums);
       for (int64_t i = 0; i < m; ++i) this->finish(i, j, count, totals + i * kChunk);
+    }
+  }
+
+  // totals[i][r], rows kChunk apart: the sum over k for row i and output j + r. `sums` is scratch of the same size.
+  void column_sums(int64_t j, int64_t count, float* totals, float* sums) const {
+    std::memset(totals, 0, m * kChunk * sizeof(float));
+    for (int64_t c = 0; c < k;) {
+      const int64_t stop = k - c < kDepth ? k : c + kDepth;
+      std::memset(sums, 0, m * kChunk * sizeof(float));
+      for (; c + kStreams <= stop; c += kStreams) rows<kStreams>(c, j, count, sums);
+      for (; c < stop; ++c) rows<1>(c, j, count, sums);
+      for (int64_t q = 0; q < m * kChunk; q += kWidth) store(totals + q, load(totals + q) + load(sums + q));
     }
   }
 

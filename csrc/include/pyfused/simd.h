@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -226,14 +227,8 @@ PYFUSED_INLINE vfloat exp(vfloat x) {
 
 // ---- transposition --------------------------------------------------------------------------------------------------
 
-template <int... I> struct Lanes {};
-#if defined(__AVX512F__)
-typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
-#elif defined(__AVX2__)
-typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
-#else
-typedef Lanes<0, 1, 2, 3> AllLanes;
-#endif
+template <int... I> using Lanes = std::integer_sequence<int, I...>;
+using AllLanes = std::make_integer_sequence<int, kWidth>;
 
 // Swaps the off-diagonal blocks of size S of a matrix whose rows are v.
 template <int S, int... I> PYFUSED_INLINE void transpose_step(vfloat* v, Lanes<I...> lanes) {

@@ -1,0 +1,57 @@
+"""decode on the CPU: launches csrc/cpu/decode.cpp."""
+
+import ctypes
+
+import torch
+
+from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed
+from pyfused.kernels.shared.prepared import CPU
+
+from .linear import MOST_ROWS_BY_COLUMNS
+
+MOST_ROWS = 16  # for more rows the products of whole batches are faster
+
+
+def unsupported_forward(like, plan, step):
+    rows = step.tokens.shape[0]
+    layout = plan.prepared.get("cpu layout")
+    if layout is None:
+        layout = plan.prepared["cpu layout"] = _layout(plan)
+    reason, by_columns = layout
+    if reason:
+        return reason
+    if rows > (MOST_ROWS_BY_COLUMNS if by_columns else MOST_ROWS):
+        return f"takes at most {MOST_ROWS} rows, {MOST_ROWS_BY_COLUMNS} if weights are stored by columns"
+    for tensors in (step.caches, step.cross):
+        strides = {t.stride() for t in tensors}
+        if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
+            return "takes caches of equal strides whose last dimension is contiguous"
+    return None
+
+
+def _layout(plan):
+    """Why no call runs here, or "", and whether a matrix is stored by columns."""
+    by_columns = [is_transposed(m) for m in plan.matrices()]
+    for matrix, transposed in zip(plan.matrices(), by_columns):
+        if not transposed and matrix.weight.stride()[1] != 1:
+            return "takes weights whose rows or columns are contiguous", False
+        if matrix.scale is not None and transposed:
+            return "takes int8 weights by rows", False
+    for layer in plan.layers:
+        kinds = {(is_transposed(m), m.scale is None) for m in (layer.gate, layer.inner)}
+        if layer.gate.weight is not None and len(kinds) > 1:
+            return "takes gate and inner weights that are stored alike", False
+    return "", any(by_columns)
+
+
+def forward(like, plan, step):
+    c_plan = plan.prepared.get("cpu")
+    if c_plan is None:
+        c_plan = plan.prepared["cpu"] = CPlan.of(plan)
+    rows = step.tokens.shape[0]
+    logits = torch.empty(rows, plan.head.weight.shape[0], dtype=like.dtype, device=CPU)
+    chosen = torch.empty(rows, dtype=torch.int64, device=CPU) if step.choose else None
+    call = CCall.of(step, logits, chosen)
+    cpu().decode_forward(ctypes.addressof(c_plan), ctypes.addressof(call), DTYPE_CODES[like.dtype])
+    return logits, chosen

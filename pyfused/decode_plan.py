@@ -1,0 +1,148 @@
+"""What is a decoder as data? Layers of norms and matrices, in the form that the operator `decode` reads.
+
+    x = token_embedding[tokens] + position_embedding[positions]
+    for each layer:  x += attention(norm(x));  x += cross_attention(norm(x));  x += feed_forward(norm(x))
+    logits = logits_scale * head(norm(x))
+
+pyfused.generation.plans makes plans of GPT-2 and T5. A plan holds the weights' memory as it is: it sees a later change in place,
+but not a model that moved to another device or dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """x weight^T + bias. Without a weight the layer has no such matrix."""
+
+    weight: Tensor | None = None  # (N, K), or int8 with a scale
+    bias: Tensor | None = None  # (N,)
+    scale: Tensor | None = None  # (N,) float32: row j of the weight is scale[j] times the integers
+
+
+class Norm(NamedTuple):
+    """A layer norm, or an RMS norm, which has no bias. Without a weight the layer has no such norm."""
+
+    weight: Tensor | None = None  # (D,)
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+class DecodeLayer(NamedTuple):
+    """One layer. H heads and Hkv key heads of size d."""
+
+    attention_norm: Norm
+    query: Matrix  # (H d, D)
+    key: Matrix  # (Hkv d, D), as value
+    value: Matrix
+    output: Matrix  # (D, H d)
+    feed_forward_norm: Norm
+    inner: Matrix  # (F, D)
+    outer: Matrix  # (D, F)
+    gate: Matrix = Matrix()  # with it activation(gate(x)) * inner(x), else activation(inner(x))
+    cross_norm: Norm = Norm()
+    cross_query: Matrix = Matrix()  # (H d, D)
+    cross_output: Matrix = Matrix()
+    scale: float = 1.0  # of self-attention's scores
+    cross_scale: float = 1.0
+
+
+_NESTED: dict[str, Any] = {"Matrix": Matrix, "Norm": Norm}
+
+
+@dataclass(eq=False)
+class DecodePlan:
+    """A decoder. All tensors but scales have one dtype and one device."""
+
+    layers: tuple[DecodeLayer, ...]
+    token_embedding: Matrix  # (V, D)
+    head: Matrix  # (V, D)
+    final_norm: Norm
+    heads: int
+    kv_heads: int
+    head_size: int
+    is_rms: bool
+    activation: str
+    position_embedding: Matrix = Matrix()  # (P, D)
+    logits_scale: float = 1.0
+    bias_table: Tensor | None = None  # (num_buckets, H), T5's bias of a decoder
+    max_distance: int = 128
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by backend: what it made of the plan
+
+    @property
+    def dtype_and_device(self) -> Tensor:
+        """A tensor with the plan's dtype and device."""
+        assert self.final_norm.weight is not None
+        return self.final_norm.weight
+
+    def matrices(self) -> Iterator[Matrix]:
+        """All matrices of the layers and the head that exist."""
+        for layer in self.layers:
+            yield from (m for m in layer if isinstance(m, Matrix) and m.weight is not None)
+        yield self.head
+
+    def leaves(self) -> tuple[list[Tensor | None], list[float], str]:
+        """Its tensors and its numbers as flat lists, and the activation: the form that torch.library takes."""
+        tensors: list[Tensor | None] = []
+        numbers: list[float] = []
+        _flatten([getattr(self, f.name) for f in fields(self) if f.init], tensors, numbers)
+        return tensors, numbers, self.activation
+
+    @classmethod
+    def of_leaves(cls, tensors: list[Tensor | None], numbers: list[float], activation: str) -> DecodePlan:
+        """The inverse of leaves()."""
+        rest, figures = iter(tensors), iter(numbers)
+        values: dict[str, Any] = {}
+        for f in fields(cls):
+            if f.name == "layers":
+                values[f.name] = tuple(_rebuilt(DecodeLayer, rest, figures) for _ in range(int(next(figures))))
+            elif f.name == "activation":
+                values[f.name] = activation
+            elif f.init:
+                values[f.name] = _leaf(f.type, rest, figures)
+        return cls(**values)
+
+
+def _flatten(value: Any, tensors: list[Tensor | None], numbers: list[float]) -> None:
+    if value is None or isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, (list, tuple)):
+        if type(value) is tuple:
+            numbers.append(len(value))
+        for item in value:
+            _flatten(item, tensors, numbers)
+    elif not isinstance(value, str):
+        numbers.append(float(value))
+
+
+def _leaf(kind: Any, tensors: Iterator[Tensor | None], numbers: Iterator[float]) -> Any:
+    if kind in _NESTED:
+        return _rebuilt(_NESTED[kind], tensors, numbers)
+    if kind == "Tensor | None":
+        return next(tensors)
+    return {"int": int, "bool": bool, "float": float}[kind](next(numbers))
+
+
+def _rebuilt(kind: Any, tensors: Iterator[Tensor | None], numbers: Iterator[float]) -> Any:
+    kinds = (getattr(k, "__forward_arg__", k) for k in kind.__annotations__.values())
+    return kind(*[_leaf(k, tensors, numbers) for k in kinds])
+
+
+class DecodeStep(NamedTuple):
+    """One call. B rows get one token each; row b writes its key and value at its place and sees the places up to it."""
+
+    tokens: Tensor  # (B,) int64
+    places: Tensor | None  # (B,) int64; None: `place` for all rows
+    position_ids: Tensor | None  # (B,) int64; None: the places
+    mask: Tensor | None  # (B, >= most) bool, True for a visible key
+    place: int
+    most: int  # the largest place + 1
+    caches: list[Tensor]  # each layer's keys, then its values, (B, Hkv, capacity, d)
+    cross: list[Tensor]  # the same of the encoder, (sources, H, Se, d); B / sources rows share a source
+    cross_mask: Tensor | None  # (sources, Se) bool
+    choose: bool  # whether to return the likeliest tokens too

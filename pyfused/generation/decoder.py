@@ -1,0 +1,42 @@
+"""How does generation use the operator `decode`? With a plan of the model as it is now, where a kernel runs it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..decode_plan import DecodePlan
+from ..models.backbone import Backbone
+from ..nn import KVCache
+from ..ops.decode import is_native, run, step_of
+from .plans import plan_of
+from .sampling import likeliest_token
+
+
+class Decoder:
+    """Steps of one generation, all on the same cache."""
+
+    def __init__(self, plan: DecodePlan, cache: KVCache):
+        self._plan, self._cache = plan, cache
+        self._rows, self._is_native = -1, False
+
+    @classmethod
+    def of(cls, model: Backbone, cache: KVCache) -> Decoder | None:
+        """None if the model has no plan."""
+        plan = plan_of(model)
+        return None if plan is None else cls(plan, cache)
+
+    def __call__(self, tokens: Tensor, choose: bool) -> Tensor | None:
+        """tokens (B,) -> logits (B, V), or with `choose` the likeliest tokens (B,). It does not count the token in the cache.
+        None where no kernel of `decode` runs this: the model's modules are faster than its plain form."""
+        step = step_of(tokens, self._cache, choose=choose)
+        if self._rows != len(tokens):  # whether a kernel runs depends on the rows
+            self._rows, self._is_native = len(tokens), is_native(self._plan, step)
+        if not self._is_native:
+            return None
+        logits, token = run(self._plan, step)
+        return token if choose else logits
+
+
+def chosen(logits: Tensor, choose: bool) -> Tensor:
+    """The logits, or the likeliest tokens."""
+    return likeliest_token(logits) if choose else logits

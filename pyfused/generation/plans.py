@@ -1,0 +1,130 @@
+"""What is a backbone's decoder as data? The plan that the operator `decode` reads (pyfused/decode_plan.py).
+
+A plan skips the modules, so it exists only for a model whose modules are as pyfused made them: no hook, nothing replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..decode_plan import DecodeLayer, DecodePlan, Matrix, Norm
+from ..models.backbone import Backbone
+from ..models.gpt2 import GPT2Backbone
+from ..models.pre_norm import PreNormLayer
+from ..models.t5 import T5Backbone, T5Stack
+from ..nn import (
+    CrossAttention,
+    Embedding,
+    GatedMlp,
+    LayerNorm,
+    Linear,
+    Mlp,
+    RelativeSelfAttention,
+    ReversibleEmbedding,
+    RMSNorm,
+    SelfAttention,
+)
+
+_KNOWN = {
+    GPT2Backbone, T5Backbone, T5Stack, PreNormLayer, nn.ModuleList, LayerNorm, RMSNorm, Linear, SelfAttention,
+    RelativeSelfAttention, CrossAttention, Mlp, GatedMlp, Embedding, ReversibleEmbedding,
+}  # fmt: skip
+
+
+def plan_of(model: Backbone) -> DecodePlan | None:
+    """The plan of a GPT2Backbone or a T5Backbone with its present weights, for pyfused.decode. None where modules have hooks or
+    were replaced, and for GPT-2 with cross-attention. TypeError, ValueError: a model that cannot generate."""
+    if not isinstance(model, (GPT2Backbone, T5Backbone)):
+        raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone or a T5Backbone")
+    model.check_decoder("plan_of")
+    if not _is_plain(model):
+        return None
+    if isinstance(model, GPT2Backbone):
+        if any(layer.cross_attention is not None for layer in _layers(model)):
+            return None
+        return _plan(model, model, position_embedding=_matrix(model.position_embedding))
+    first = _layers(model.decoder)[0].attention
+    return _plan(
+        *(model, model.decoder),
+        logits_scale=model.logits_scale,
+        bias_table=first.relative_bias.detach(),
+        max_distance=first.max_distance,
+    )
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether skipping the modules changes nothing: no hook, no replaced or patched module, no tensor subclass."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    for m in model.modules():
+        if type(m) not in _KNOWN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+            return False
+    return all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def _layers(stack: Any) -> list[Any]:
+    return list(stack.layers)
+
+
+def _plan(model: Any, stack: Any, **options: Any) -> DecodePlan:
+    layers, embedding = _layers(stack), model.token_embedding
+    tokens = _matrix(embedding)
+    attention = layers[0].attention
+    return DecodePlan(
+        layers=tuple(map(_layer, layers)),
+        token_embedding=tokens,
+        head=tokens if embedding.tie_weights else Matrix(embedding.reverse_weight.detach()),
+        final_norm=_norm(stack.final_norm),
+        heads=attention.num_heads,
+        kv_heads=attention.num_heads,
+        head_size=attention.head_size,
+        is_rms=isinstance(stack.final_norm, RMSNorm),
+        activation=layers[0].feed_forward.activation,
+        **options,
+    )
+
+
+def _layer(layer: Any) -> DecodeLayer:
+    attention, cross, feed_forward = layer.attention, layer.cross_attention, layer.feed_forward
+    query, key, value = _thirds(_matrix(attention.query_key_value))
+    gated = isinstance(feed_forward, GatedMlp)
+    found = DecodeLayer(
+        attention_norm=_norm(layer.attention_norm),
+        query=query,
+        key=key,
+        value=value,
+        output=_matrix(attention.output),
+        feed_forward_norm=_norm(layer.feed_forward_norm),
+        inner=_matrix(feed_forward.up if gated else feed_forward.inner),
+        outer=_matrix(feed_forward.outer),
+        gate=_matrix(feed_forward.gate) if gated else Matrix(),
+        scale=attention.scale,
+    )
+    if cross is None:
+        return found
+    return found._replace(
+        cross_norm=_norm(layer.cross_attention_norm),
+        cross_query=_matrix(cross.query),
+        cross_output=_matrix(cross.output),
+        cross_scale=cross.scale,
+    )
+
+
+def _matrix(module: Any) -> Matrix:
+    """A Linear's or an Embedding's weight. Detached, so that the plan keeps this memory if the module gets another."""
+    bias = getattr(module, "bias", None)
+    return Matrix(module.weight.detach(), None if bias is None else bias.detach())
+
+
+def _thirds(matrix: Matrix) -> list[Matrix]:
+    """The three matrices that lie one below the other."""
+    parts: list[Any] = [(t.chunk(3) if isinstance(t, Tensor) else (None,) * 3) for t in matrix]
+    return [Matrix(*row) for row in zip(*parts)]
+
+
+def _norm(norm: Any) -> Norm:
+    bias = getattr(norm, "bias", None)
+    return Norm(norm.weight.detach(), None if bias is None else bias.detach(), norm.eps)

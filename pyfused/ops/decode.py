@@ -1,0 +1,175 @@
+"""decode: one generation step of a whole decoder. Token ids in, logits or the likeliest tokens out.
+
+It is one call of one kernel, without Python between the layers. A plan (pyfused/decode_plan.py) says what the layers are. It
+gives no gradient. Each backend's `forward` takes a tensor of the plan's dtype and device, which dispatch looks at, the plan and
+a DecodeStep.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..decode_plan import DecodePlan, DecodeStep
+from .call import WATCHERS
+from .checks import may_look, name_of
+from .cost import COSTS, Cost, size
+from .registration import LIBRARY
+
+if TYPE_CHECKING:
+    from ..nn import KVCache
+
+
+def decode(
+    plan: DecodePlan,
+    tokens: Tensor,
+    cache: KVCache,
+    *,
+    padding_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    choose: bool = False,
+) -> Tensor:
+    """Feeds one token to each row and counts it in the cache.
+
+    Args:
+        plan: from pyfused.generation.plan_of(model).
+        tokens: (B,) int64 in [0, V), on the plan's device.
+        cache: a KVCache of the model, with room for one token. For a model with cross-attention it holds the encoder's keys.
+            A row writes at cache.length, or at cache.positions if its rows have places of their own, and sees the places
+            up to that one.
+        padding_mask: (B, Sk), nonzero for a key that a row sees; Sk counts the new token. None hides none.
+        position_ids: (B,) int64, the rows of the position table; None takes the places in the cache.
+        choose: return the likeliest tokens instead of the logits.
+
+    Returns:
+        Logits (B, V) of the plan's dtype, or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
+        largest is not finite.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. IndexError: an id out of range, where the host
+        holds it.
+    """
+    logits, chosen = run(plan, bind(plan, tokens, cache, padding_mask, position_ids, choose)[2])
+    cache.advance()
+    return chosen if choose else logits  # type: ignore[return-value]
+
+
+def run(plan: DecodePlan, step: DecodeStep) -> tuple[Tensor, Tensor | None]:
+    """The logits and the chosen tokens, or None. The arguments fit."""
+    if any(watcher() for watcher in WATCHERS):
+        logits, chosen = torch.ops.pyfused.decode(*plan.leaves(), *step)
+        return logits, chosen if step.choose else None
+    like = plan.dtype_and_device
+    return dispatch.choose("decode", "forward", (like, plan, step))(like, plan, step)  # type: ignore[return-value]
+
+
+def is_native(plan: DecodePlan, step: DecodeStep) -> bool:
+    """Whether a kernel runs the call. The reference is slower than the model's own modules."""
+    args = plan.dtype_and_device, plan, step
+    return next(row.backend for row, reason in dispatch.judged("decode", "forward", args) if not reason) != "reference"
+
+
+def step_of(
+    tokens: Tensor, cache: KVCache, mask: Tensor | None = None, position_ids: Tensor | None = None, choose: bool = False
+) -> DecodeStep:
+    """The call that feeds tokens (B,) to a cache."""
+    cross: list[Tensor] = [] if cache.cross[0] is None else [t for pair in cache.cross for t in pair or ()]
+    place, most = cache.length, cache.extent
+    return DecodeStep(
+        *(tokens, cache.positions, position_ids, mask, place, most, cache.tensors, cross, cache.encoder_mask, choose)
+    )
+
+
+def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False) -> tuple[Any, ...]:
+    """Checks the arguments. Returns what dispatch and the backends take."""
+    if not isinstance(plan, DecodePlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.generation.plan_of(model)")
+    like = plan.dtype_and_device
+    if not hasattr(cache, "advance"):
+        raise TypeError(f"cache is a {type(cache).__name__}; it takes what the model's new_cache() returns")
+    wanted = len(plan.layers), plan.kv_heads, plan.head_size, like.dtype, like.device
+    if cache.signature != wanted:
+        raise ValueError(f"cache is for {cache.signature}; it takes this plan's {wanted}: layers, heads, head size, dtype, device")
+    b = cache.batch_size
+    _check_ids(tokens, "tokens", b, plan.token_embedding, like)
+    if position_ids is not None:
+        if plan.position_embedding.weight is None:
+            raise ValueError("position_ids is given; a plan without a position table takes None")
+        _check_ids(position_ids, "position_ids", b, plan.position_embedding, like)
+    if cache.extent > cache.capacity:
+        raise ValueError(f"cache holds {cache.length} tokens and has no room for another; its capacity is {cache.capacity}")
+    places = plan.position_embedding.weight
+    if places is not None and position_ids is None and cache.extent > places.shape[0]:
+        raise ValueError(f"cache holds {cache.extent - 1} tokens; a model of {places.shape[0]} positions takes no more")
+    if any(layer.cross_query.weight is not None for layer in plan.layers) and cache.cross[0] is None:
+        raise ValueError("cache has no keys of an encoder; this plan has cross-attention and takes a cache with them")
+    if padding_mask is not None:
+        if not isinstance(padding_mask, Tensor):
+            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; it takes a torch.Tensor or None")
+        if tuple(padding_mask.shape) != (b, cache.extent):
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; it takes (B, Sk) = {(b, cache.extent)}")
+        padding_mask = (padding_mask != 0).to(like.device)
+    if not isinstance(choose, bool):
+        raise TypeError(f"choose is {choose!r}; it takes True or False")
+    return like, plan, step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
+
+
+def _check_ids(ids: Any, name: str, rows: int, table: Any, like: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is a {type(ids).__name__}; it takes a torch.Tensor")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} is {name_of(ids.dtype)}; it takes int64")
+    if tuple(ids.shape) != (rows,):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it takes (B,) = {(rows,)}, the rows of the cache")
+    if ids.device != like.device:
+        raise ValueError(f"{name} is on {ids.device}; it takes the plan's device, {like.device}")
+    if may_look(ids) and rows:
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= table.weight.shape[0]:
+            raise IndexError(f"{name} holds {low if low < 0 else high}; it takes 0 to {table.weight.shape[0] - 1}")
+
+
+# ---- the registered operator: a plan as lists ---------------------------------------------------------------------------
+
+_SCHEMA = (
+    "decode(Tensor?[] weights, float[] numbers, str activation, Tensor tokens, Tensor? places, Tensor? position_ids, "
+    "Tensor? mask, SymInt place, SymInt most, Tensor(a!)[] caches, Tensor[] cross, Tensor? cross_mask, bool choose) "
+    "-> (Tensor logits, Tensor chosen)"
+)
+
+
+def _registered(weights, numbers, activation, *step):
+    plan = DecodePlan.of_leaves(weights, numbers, activation)
+    like = plan.dtype_and_device
+    args = like, plan, DecodeStep(*step)
+    logits, chosen = dispatch.choose("decode", "forward", args)(*args)
+    return logits, args[2].tokens.new_empty(0) if chosen is None else chosen
+
+
+def _fake(weights, numbers, activation, *step):
+    plan, call = DecodePlan.of_leaves(weights, numbers, activation), DecodeStep(*step)
+    like, rows = plan.dtype_and_device, call.tokens.shape[0]
+    assert plan.head.weight is not None
+    return like.new_empty(rows, plan.head.weight.shape[0]), call.tokens.new_empty(rows if call.choose else 0)
+
+
+def _cost(weights, numbers, activation, *step):
+    """Each weight is read once, also where the head is the token embedding, and each visible key and value."""
+    plan, call = DecodePlan.of_leaves(weights, numbers, activation), DecodeStep(*step)
+    rows, matrices = call.tokens.shape[0], list(plan.matrices())
+    read = sum(size(*matrix) for matrix in matrices)
+    keys = sum(t[:, :, : call.most].numel() for t in call.caches) + sum(t.numel() for t in call.cross)
+    element = plan.dtype_and_device.element_size()
+    written = rows * matrices[-1].weight.shape[0] * element
+    flops = 2 * rows * sum(m.weight.numel() for m in matrices)
+    group = plan.heads // plan.kv_heads
+    return Cost(read + keys * element + written, flops + 2 * keys * group)
+
+
+LIBRARY.define(_SCHEMA)
+LIBRARY.impl("decode", _registered, "CompositeExplicitAutograd")
+torch.library.register_fake("pyfused::decode", _fake, lib=LIBRARY)
+COSTS["decode"] = _cost
