@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .dispatch import BackendError, backend
 from .families import FAMILIES, load
-from .ops import RelativeBias, attention, decode, ffn, fourier_mix, gated_ffn, layer_norm, linear, relative_bias, rms_norm
+from .ops import (
+    RelativeBias,
+    attention,
+    decode,
+    ffn,
+    fourier_mix,
+    gated_ffn,
+    layer_norm,
+    linear,
+    relative_bias,
+    rms_norm,
+)
 from .ops.explain import explain
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
     for each layer:  x += attention(norm(x));  x += cross_attention(norm(x));  x += feed_forward(norm(x))
     logits = logits_scale * head(norm(x))
 
-pyfused.generation.plans makes plans of GPT-2 and T5. A plan holds the weights' memory as it is: it sees a later change in place,
-but not a model that moved to another device or dtype.
+pyfused.generation.plans makes plans of GPT-2 and T5. A plan holds the weights' memory: it sees a later change in place, but
+not a model that moved to another device or dtype.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class DecodeLayer(NamedTuple):
     cross_scale: float = 1.0
 
 
+_NO_MATRIX = Matrix()
 _NESTED: dict[str, Any] = {"Matrix": Matrix, "Norm": Norm}
 
 
@@ -61,14 +62,14 @@ class DecodePlan:
 
     layers: tuple[DecodeLayer, ...]
     token_embedding: Matrix  # (V, D)
-    head: Matrix  # (V, D)
+    head: Matrix  # (V, D); without it `decode` returns the final norm, (B, D), in place of logits
     final_norm: Norm
     heads: int
     kv_heads: int
     head_size: int
     is_rms: bool
     activation: str
-    position_embedding: Matrix = Matrix()  # (P, D)
+    position_embedding: Matrix = _NO_MATRIX  # (P, D)
     logits_scale: float = 1.0
     bias_table: Tensor | None = None  # (num_buckets, H), T5's bias of a decoder
     max_distance: int = 128
@@ -80,11 +81,20 @@ class DecodePlan:
         assert self.final_norm.weight is not None
         return self.final_norm.weight
 
+    @property
+    def hidden(self) -> int:
+        """D."""
+        return self.dtype_and_device.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """The width of the result: V, or D without a head."""
+        return self.hidden if self.head.weight is None else self.head.weight.shape[0]
+
     def matrices(self) -> Iterator[Matrix]:
         """All matrices of the layers and the head that exist."""
-        for layer in self.layers:
+        for layer in (*self.layers, (self.head,)):
             yield from (m for m in layer if isinstance(m, Matrix) and m.weight is not None)
-        yield self.head
 
     def leaves(self) -> tuple[list[Tensor | None], list[float], str]:
         """Its tensors and its numbers as flat lists, and the activation: the form that torch.library takes."""

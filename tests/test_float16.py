@@ -10,7 +10,6 @@ import pyfused
 from pyfused import Backbone, Generator, backend, testing
 from pyfused.checkpoints import save_hf
 from pyfused.generation.t5 import T5Decoding
-from pyfused.generation.t5_bound import bindable
 
 # Four times the largest error from rounding the result itself. A fault here changes much more than that. Other tests judge
 # the kernels' exactness beside the reference operators.
@@ -81,16 +80,16 @@ def test_t5_compiled_packed_and_from_embeddings(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bound", [True, False])
-def test_t5_steps_through_the_cache(pair, bound):
-    """Compares the logits of each step, both with bound parameters and through the modules."""
+@pytest.mark.parametrize("planned", [True, False])
+def test_t5_steps_through_the_cache(pair, planned):
+    """Compares the logits of each step, both through the operator decode and through the modules."""
     wide, half = pair
     prompts = [ids.numpy() for ids in inputs_of()["encoder_token_ids"]]
     prompts[1] = prompts[1][:9]
     shape = T5Decoding.shape(prompts, 6)
     expected, found = T5Decoding(wide, shape), T5Decoding(half, shape)
-    assert bindable(half)
-    found._bound = found._bound if bound else None
+    assert found._decoder is not None
+    found._decoder = found._decoder if planned else None
     a, b = expected.start(prompts), found.start(prompts)
     for _ in range(5):
         assert b.dtype == torch.float16

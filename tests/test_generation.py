@@ -10,8 +10,7 @@ from gpt2_cases import hf_gpt2, like_hf
 import pyfused
 from pyfused import Generator
 from pyfused.bench.beside_transformers import same
-from pyfused.generation.gpt2 import GPT2Decoding
-from pyfused.generation.gpt2_bound import bindable
+from pyfused.generation import plan_of
 from pyfused.generation.sampling import Sampler, uniforms
 from pyfused.generation.steps import GraphSteps
 from pyfused.testing import running
@@ -326,18 +325,16 @@ def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
     """The fast step calls no module. It gives way if it would skip a hook or a replacement, with the same tokens."""
     heard: list[int] = []
     other = like_hf(hf).to(DEVICE)
-    assert bindable(other)
+    assert plan_of(other) is not None
     handle = other.layers[1].feed_forward.register_forward_hook(lambda *_: heard.append(1))
-    assert not bindable(other)
-    assert GPT2Decoding(other, (1, 4))._bound is None
-    assert GPT2Decoding(model, (1, 4))._bound is not None
+    assert plan_of(other) is None
     assert Generator(other).generate(prompts[:3], NEW) == expected[:3]
     if DEVICE == "cpu":  # a replayed CUDA graph calls no Python
         assert len(heard) == NEW
     handle.remove()
-    assert bindable(other)
+    assert plan_of(other) is not None
     other.layers[0].feed_forward.inner = torch.nn.Linear(24, 56)
-    assert not bindable(other)
+    assert plan_of(other) is None
 
 
 class Replayed(GraphSteps):

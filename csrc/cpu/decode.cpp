@@ -348,6 +348,10 @@ template <class T> struct Decode {
     norm(plan.final_norm, plan.layers > 0, o);
     T* to = (T*)call.logits;
     const int64_t n = plan.head.n;
+    if (!n) {  // each share has all rows
+      if (share == 0) each(to, m * hidden, [&](int64_t c, auto get) { return get(o.y + c); });
+      return;
+    }
     const float scale = (float)plan.logits_scale;
     for (int64_t b = 0; b < m; ++b) tops()[share * m + b] = -INFINITY, winners()[share * m + b] = 0;
     product(plan.head, o.y, share, o, [&](int64_t b, int64_t j, int64_t count, float* sums) {

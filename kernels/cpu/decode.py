@@ -50,7 +50,7 @@ def forward(like, plan, step):
     if c_plan is None:
         c_plan = plan.prepared["cpu"] = CPlan.of(plan)
     rows = step.tokens.shape[0]
-    logits = torch.empty(rows, plan.head.weight.shape[0], dtype=like.dtype, device=CPU)
+    logits = torch.empty(rows, plan.outputs, dtype=like.dtype, device=CPU)
     chosen = torch.empty(rows, dtype=torch.int64, device=CPU) if step.choose else None
     call = CCall.of(step, logits, chosen)
     cpu().decode_forward(ctypes.addressof(c_plan), ctypes.addressof(call), DTYPE_CODES[like.dtype])

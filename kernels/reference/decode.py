@@ -42,6 +42,8 @@ def forward(like, plan, step):
         y = _norm(plan, layer.feed_forward_norm, x, like.dtype)
         x = x + _feed_forward(plan, layer, y)
     y = _norm(plan, plan.final_norm, x, like.dtype)
+    if plan.head.weight is None:
+        return y, None
     logits = (_product(plan.head, y) * plan.logits_scale).to(like.dtype)
     if not step.choose:
         return logits, None
@@ -80,13 +82,15 @@ def _feed_forward(plan, layer, y):
 
 
 def _attention(query, key, value, scale, mask, bias):
-    """query (B, H, 1, d), key and value (B, Hkv, Sk, d), mask (B, Sk), bias (B, H, 1, Sk). A row that sees no key gives zeros."""
+    """query (B, H, 1, d), key and value (B, Hkv, Sk, d), mask (B, Sk), bias (B, H, 1, Sk). A row that sees no key gives
+    zeros."""
     wide = torch.promote_types(query.dtype, torch.float32)
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1).to(wide) for t in (key, value))
     scores = query.to(wide) @ key.transpose(2, 3) * scale
     scores = scores if bias is None else scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        value = value.masked_fill(~mask[:, None, :, None], 0.0)  # hidden places may hold NaN
     return (torch.softmax(scores, -1).nan_to_num(0.0) @ value).to(query.dtype)
 
 

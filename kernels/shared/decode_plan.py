@@ -1,4 +1,4 @@
-"""How do decode's CPU and CUDA kernels receive a plan and a call? As C structs, csrc/include/pyfused/decode_plan.h, which explains
+"""How do decode's CPU and CUDA kernels receive a plan and a call? As C structs. csrc/include/pyfused/decode_plan.h explains
 each field."""
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CPlan(ctypes.Structure):
         layers = (CLayer * len(plan.layers))(*map(CLayer.of, plan.layers))
         made = cls(
             layers=len(layers),
-            hidden=_sizes(plan.head)[1],
+            hidden=plan.hidden,
             heads=plan.heads,
             kv_heads=plan.kv_heads,
             head_size=plan.head_size,

@@ -45,7 +45,7 @@ def decode(
         choose: return the likeliest tokens instead of the logits.
 
     Returns:
-        Logits (B, V) of the plan's dtype, or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
+        Logits (B, V) of the plan's dtype (of a plan without a head the hidden states behind the final norm, (B, D)), or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
         largest is not finite.
 
     Raises:
@@ -92,7 +92,8 @@ def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False
         raise TypeError(f"cache is a {type(cache).__name__}; it takes what the model's new_cache() returns")
     wanted = len(plan.layers), plan.kv_heads, plan.head_size, like.dtype, like.device
     if cache.signature != wanted:
-        raise ValueError(f"cache is for {cache.signature}; it takes this plan's {wanted}: layers, heads, head size, dtype, device")
+        meaning = "layers, heads, head size, dtype, device"
+        raise ValueError(f"cache is for {cache.signature}; it takes this plan's {wanted}: {meaning}")
     b = cache.batch_size
     _check_ids(tokens, "tokens", b, plan.token_embedding, like)
     if position_ids is not None:
@@ -114,6 +115,8 @@ def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False
         padding_mask = (padding_mask != 0).to(like.device)
     if not isinstance(choose, bool):
         raise TypeError(f"choose is {choose!r}; it takes True or False")
+    if choose and plan.head.weight is None:
+        raise ValueError("choose is True; a plan without a head gives hidden states and takes False")
     return like, plan, step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
 
 
@@ -152,8 +155,7 @@ def _registered(weights, numbers, activation, *step):
 def _fake(weights, numbers, activation, *step):
     plan, call = DecodePlan.of_leaves(weights, numbers, activation), DecodeStep(*step)
     like, rows = plan.dtype_and_device, call.tokens.shape[0]
-    assert plan.head.weight is not None
-    return like.new_empty(rows, plan.head.weight.shape[0]), call.tokens.new_empty(rows if call.choose else 0)
+    return like.new_empty(rows, plan.outputs), call.tokens.new_empty(rows if call.choose else 0)
 
 
 def _cost(weights, numbers, activation, *step):
@@ -163,8 +165,8 @@ def _cost(weights, numbers, activation, *step):
     read = sum(size(*matrix) for matrix in matrices)
     keys = sum(t[:, :, : call.most].numel() for t in call.caches) + sum(t.numel() for t in call.cross)
     element = plan.dtype_and_device.element_size()
-    written = rows * matrices[-1].weight.shape[0] * element
-    flops = 2 * rows * sum(m.weight.numel() for m in matrices)
+    written = rows * plan.outputs * element
+    flops = 2 * rows * sum(m.weight.numel() for m in matrices if m.weight is not None)
     group = plan.heads // plan.kv_heads
     return Cost(read + keys * element + written, flops + 2 * keys * group)
 

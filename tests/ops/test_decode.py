@@ -48,7 +48,9 @@ def t5(**options):
 
 MODELS = {
     "gpt2": lambda: gpt2(),
-    "gpt2 relu, own head": lambda: gpt2(activation="relu", tie_embedding_weights=False, scale_attention_by_inverse_layer_index=True),
+    "gpt2 relu, own head": lambda: gpt2(
+        activation="relu", tie_embedding_weights=False, scale_attention_by_inverse_layer_index=True
+    ),
     "gpt2 gelu, one wide head": lambda: gpt2(activation="gelu", num_heads=1, hidden_dim=136, intermediate_dim=500),
     "gpt2 silu": lambda: gpt2(activation="silu", num_heads=8, hidden_dim=64),
     "t5 gated": lambda: t5(activation="gelu_new"),
@@ -128,12 +130,9 @@ def compare(model, dtype, rows, length, *, uneven=False, mask=None, sources=0, p
     places = cache.positions if uneven else torch.full((rows,), length, device=device)
     tokens = torch.randint(0, model.get_config()["vocabulary_size"], (rows,), device=device)
     wide, plain = converted(cache, torch.float64), converted(cache, dtype)
-    truth = states(wide, by_modules(truth_model, tokens, wide, mask, position_ids), places)
-    forced = dispatch._forced.set(("reference", False))
-    try:
+    with running("reference"):
+        truth = states(wide, by_modules(truth_model, tokens, wide, mask, position_ids), places)
         yardstick = states(plain, by_modules(half, tokens, plain, mask, position_ids), places)
-    finally:
-        dispatch._forced.reset(forced)
     before = places.clone()
     logits = pyfused.decode(plan_of(half), tokens, cache, padding_mask=mask, position_ids=position_ids)
     assert logits.dtype == dtype
@@ -238,7 +237,13 @@ def all_int8(plan):
     return plan
 
 
+def without_head(plan):
+    plan.head = Matrix()
+    return plan
+
+
 VARIANTS = {
+    "no head": without_head,
     "grouped queries": fewer_key_heads,
     "weights by columns": lambda plan: with_matrices(plan, by_columns),
     "int8": all_int8,
@@ -259,7 +264,7 @@ def test_other_plans(each_backend, dtype, device, name, variant):
         filled = filled_cache(model, rows, length, dtype, sources)
         cache.cross, cache.length = filled.cross, length
         cache._set([b[:, :, : plan.kv_heads].contiguous() for b in filled._buffers])
-        tokens = torch.randint(0, plan.head.weight.shape[0], (rows,), device=device)
+        tokens = torch.randint(0, plan.token_embedding.weight.shape[0], (rows,), device=device)
         wide, plain, places = converted(cache, torch.float64), converted(cache, dtype), torch.full_like(tokens, length)
         with running("reference"):
             truth = states(wide, pyfused.decode(plan_in(plan, torch.float64), tokens, wide), places)
@@ -362,6 +367,7 @@ def full(given):
         ({"padding_mask": [1]}, TypeError, "padding_mask is a list"),
         ({"position_ids": torch.tensor([0, 50])}, IndexError, "position_ids holds 50; it takes 0 to 49"),
         ({"choose": 1}, TypeError, "choose is 1"),
+        ({"choose": True, "plan": lambda given: without_head(given["plan"])}, ValueError, "choose is True; a plan without"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, error, message):

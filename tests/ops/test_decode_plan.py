@@ -57,5 +57,5 @@ def test_a_plan_survives_its_flat_form():
     )  # fmt: skip
     again = DecodePlan.of_leaves(*plan.leaves())
     assert again.layers == plan.layers  # the same tensors, compared by identity first
-    assert {k: v for k, v in vars(again).items()} == vars(plan)
+    assert vars(again) == vars(plan)
     assert [type(v) for v in vars(again).values()] == [type(v) for v in vars(plan).values()]

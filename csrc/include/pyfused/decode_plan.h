@@ -38,7 +38,8 @@ struct DecodePlan {
   int64_t layers, hidden, heads, kv_heads, head_size, intermediate;
   int64_t is_rms;      // 1: RMS norms, 0: layer norms
   int64_t activation;  // a code of activation_codes.h
-  DecodeMatrix token_embedding, position_embedding, head;
+  DecodeMatrix token_embedding, position_embedding;
+  DecodeMatrix head;  // without it the result is the final norm, (B, hidden), in place of logits
   DecodeNorm final_norm;
   double logits_scale;
   std::uintptr_t table, buckets;  // T5's bias: T or float (num_buckets, heads); int32, see kernels/shared/buckets.py
