@@ -48,7 +48,7 @@ def first(setup, length, dtype):
 
     def fill():
         cache.length = 0
-        return prefill(mine, cache, prompt)
+        return mine.logits(prefill(mine, cache, prompt))
 
     def their_prompt(model):
         return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
