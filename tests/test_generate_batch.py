@@ -19,7 +19,9 @@ NEW = 9
 def model(request):
     """Weights so large that logits are far apart; rounding changes no token."""
     torch.manual_seed(5)
-    return like_hf_gpt2(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)) if request.param == "gpt2" else like_hf(hf_t5(spread=0.5))
+    if request.param == "gpt2":
+        return like_hf_gpt2(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64))
+    return like_hf(hf_t5(spread=0.5))
 
 
 @pytest.fixture(scope="module")
