@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .encoding import encode
     from .fuse import FuseReport, fuse_, unfuse_
     from .generation.generator import Generator
+    from .generation.plans import plan_of
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "gated_ffn",
     "layer_norm",
     "linear",
+    "plan_of",
     "relative_bias",
     "rms_norm",
     "unfuse_",
@@ -55,6 +57,7 @@ __all__ = [
 
 # Imported at first use, so that users of the operators do not wait for the models.
 _LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation:Generator"}
+_LAZY |= {"plan_of": "pyfused.generation:plan_of"}
 _LAZY |= {"encode": "pyfused.encoding:encode"}
 _LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}
 _LAZY |= {family.class_name: family.backbone for family in FAMILIES.values()}
