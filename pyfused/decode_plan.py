@@ -56,7 +56,7 @@ _NO_MATRIX = Matrix()
 _NESTED: dict[str, Any] = {"Matrix": Matrix, "Norm": Norm}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, frozen=True)
 class DecodePlan:
     """A decoder. All tensors but scales have one dtype and one device."""
 
