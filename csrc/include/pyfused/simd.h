@@ -198,6 +198,8 @@ PYFUSED_INLINE float max_lanes(vfloat v) {
 PYFUSED_INLINE vfloat rounded(vfloat v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   return v;
 }
