@@ -2,8 +2,9 @@
 // writes what each left in memory. emulated.py compiles it for aarch64, runs it in qemu, and writes the calls.
 //
 // A call is a row of 8-byte words and the memory it uses:
-//   number of the kernel, threads, number of memories, number of arguments; the size of each memory; their bytes; then for each
-//   argument a pair. (number of a memory, offset) is an address in it. (-1, value) is a number, or the bits of a double.
+//   number of the kernel, threads, and how many memories, arguments and pointers follow; the size of each memory; their bytes;
+//   for each argument a pair: (number of a memory, offset) is an address in it, (-1, value) a number, or the bits of a double;
+//   for each pointer four words: memory and offset of the pointer, then memory and offset of what it points to.
 // The answer: the kernel's result, 0 for void, and the bytes of every memory.
 #include <omp.h>
 
@@ -112,9 +113,9 @@ class Memory {
 }  // namespace
 
 int main() {
-  for (int64_t head[4]; std::fread(head, sizeof(head), 1, stdin) == 1;) {
-    const auto [kernel, threads, memories, count] = head;
-    std::vector<int64_t> sizes(memories), pairs(2 * count), words(count);
+  for (int64_t head[5]; std::fread(head, sizeof(head), 1, stdin) == 1;) {
+    const auto [kernel, threads, memories, count, pointers] = head;
+    std::vector<int64_t> sizes(memories), pairs(2 * count), words(count), links(4 * pointers);
     read(sizes.data(), 8 * memories);
     std::vector<Memory> memory;
     for (int64_t size : sizes) {
@@ -122,6 +123,11 @@ int main() {
       read(memory.back().bytes(), size);
     }
     read(pairs.data(), 16 * count);
+    read(links.data(), 32 * pointers);
+    for (int64_t* link = links.data(); link < links.data() + links.size(); link += 4) {
+      const char* target = memory[link[2]].bytes() + link[3];
+      std::memcpy(memory[link[0]].bytes() + link[1], &target, sizeof(target));
+    }
     for (int64_t i = 0; i < count; ++i)
       words[i] = pairs[2 * i] < 0 ? pairs[2 * i + 1] : (int64_t)memory[pairs[2 * i]].bytes() + pairs[2 * i + 1];
     omp_set_num_threads((int)threads);

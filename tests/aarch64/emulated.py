@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -99,46 +100,91 @@ class Kernels:
 
     def _call(self, number: int, declared: list[tuple[str, str]], *given: Any) -> int:
         assert len(given) == len(declared)
-        memories: dict[int, Any] = {}  # address -> bytes, once for tensors that share them
-        order: list[int] = []
-        words: list[int] = []
-
-        def remember(address: int, size: int) -> int:
-            if address not in memories:
-                memories[address] = (ctypes.c_char * size).from_address(address) if size else b""
-                order.append(address)
-            return order.index(address)
-
+        sent, words = Memories(), []
         for (kind, name), value in zip(declared, given):
             if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                memory = remember(storage.data_ptr(), storage.nbytes())
-                words += memory, value.storage_offset() * value.element_size()
+                words += sent.tensor(value), value.storage_offset() * value.element_size()
             elif name == "layout":
-                words += remember(value, ctypes.sizeof(AttentionLayout)), 0
-            elif kind == "addr":
-                assert value is None, f"{name} is {value!r}: only a tensor's memory can be sent"
-                words += -1, 0
+                words += sent.structure(value, ctypes.sizeof(AttentionLayout)), 0
+            elif kind == "addr" and value is not None:
+                words += sent.structure(value), 0
+            elif kind == "double":
+                words += -1, struct.unpack("q", struct.pack("d", value))[0]
             else:
-                words += -1, struct.unpack("q", struct.pack("d", value))[0] if kind == "double" else int(value)
-        sizes = [len(memories[address]) for address in order]
-        head = [number, torch.get_num_threads(), len(sizes), len(given), *sizes]
+                words += -1, int(value or 0)
+        sizes, pointers = [len(memory) for memory in sent.bytes], sent.pointers
+        head = [number, torch.get_num_threads(), len(sizes), len(given), len(pointers) // 4, *sizes]
         with self._one_at_a_time:
             to, back = self._process.stdin, self._process.stdout
             assert to
             assert back
             to.write(struct.pack(f"{len(head)}q", *head))
-            for address in order:
-                to.write(memories[address])
-            to.write(struct.pack(f"{len(words)}q", *words))
+            for memory in sent.bytes:
+                to.write(memory)
+            to.write(struct.pack(f"{len(words) + len(pointers)}q", *words, *pointers))
             to.flush()
             answer = back.read(8)
             if len(answer) < 8:
                 raise RuntimeError(f"the emulated kernels ended with code {self._process.wait()}")
-            for address, size in zip(order, sizes):
-                if size and back.readinto(memories[address]) != size:
+            for memory in sent.bytes:
+                if len(memory) and back.readinto(memory) != len(memory):
                     raise RuntimeError("the emulated kernels' answer ends too early")
         return struct.unpack("q", answer)[0]
+
+
+class Memories:
+    """The memory that a call uses: tensors, and structs with what they point to."""
+
+    def __init__(self) -> None:
+        self.bytes: list[Any] = []
+        self.pointers: list[int] = []  # memory and offset of each, then memory and offset of what it points to
+        self._numbers: dict[int, int] = {}  # by address: tensors may share memory
+        self._found: tuple[dict[int, int], dict[int, torch.Tensor]] | None = None
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        """The number of its memory."""
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self._numbers:
+            self._add(address, (ctypes.c_char * size).from_address(address) if size else bytearray())
+        return self._numbers[address]
+
+    def structure(self, address: int, size: int = 0) -> int:
+        """The number of a ctypes struct's or array's memory. Without its size, it is one of Python's, and so is what it points
+        to, or a tensor. A copy is sent, because its pointers change."""
+        if address in self._numbers:
+            return self._numbers[address]
+        memory = bytearray(ctypes.string_at(address, size or self._known()[0][address]))
+        number = self._add(address, memory)
+        for i, word in enumerate([] if size else struct.unpack_from(f"{len(memory) // 8}q", memory)):
+            structures, tensors = self._known()
+            if word in structures:
+                self.pointers += number, 8 * i, self.structure(word), 0
+                continue
+            for start, tensor in tensors.items():
+                if start <= word < start + tensor.untyped_storage().nbytes():
+                    self.pointers += number, 8 * i, self.tensor(tensor), word - start
+        return number
+
+    def _known(self) -> tuple[dict[int, int], dict[int, torch.Tensor]]:
+        """The sizes of all structs and arrays of ctypes, and all tensors with different memory, by address."""
+        if self._found is None:
+            structures: dict[int, int] = {}
+            tensors = {}
+            for found in gc.get_objects():
+                if issubclass(type(found), (ctypes.Structure, ctypes.Array)):
+                    address = ctypes.addressof(found)
+                    structures[address] = max(ctypes.sizeof(found), structures.get(address, 0))
+                elif type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
+                    tensors[found.untyped_storage().data_ptr()] = found
+            tensors.pop(0, None)
+            self._found = structures, tensors
+        return self._found
+
+    def _add(self, address: int, memory: Any) -> int:
+        self._numbers[address] = len(self.bytes)
+        self.bytes.append(memory)
+        return self._numbers[address]
 
 
 class Extension:

@@ -1,8 +1,8 @@
 """Are the CPU kernels right on ARM? `python tests/aarch64/run.py` runs the operators' tests, and those of this folder, with the
 kernels in an emulator of aarch64.
 
-No ARM processor has run the kernels. An emulator shows what is right, not what is fast. It takes about a minute for a selection
-that has every kernel in every dtype. With arguments for pytest it runs what they say:
+No ARM processor has run the kernels. An emulator shows what is right, not what is fast. Compiling takes about a minute of one
+core, once. So does a selection of the tests, with every kernel in every dtype. With arguments for pytest it runs what they say:
 
     python tests/aarch64/run.py tests/ops       # every operator's test: several minutes
     python tests/aarch64/run.py tests/ops/test_ffn.py -k "gelu and float16"
@@ -26,12 +26,18 @@ IN_ANOTHER_PROCESS = "test_memory_is_linear", "test_empty_kernels.py"
 
 def takes_long(name):
     """Whether these parts of a test take as long as all the rest: the selection leaves them out."""
-    if "ops/test_ffn.py::test_forward_and_backward" in name:
+    if "ffn.py::test_forward_and_backward" in name or "ffn.py::test_activation_on_a_dense_grid" in name:
         return "gelu_tanh" not in name
-    if "ops/test_ffn.py::test_activation_on_a_dense_grid" in name:
-        return "float32" not in name
     # test_products of aarch64_cases.py has linear's kernels with fewer sizes.
-    return any(part in name for part in ("test_opcheck", "1025x1025", "ops/test_linear.py::test_forward"))
+    several = (
+        "test_linear.py::test_forward",
+        "test_attention_padding.py::test_backward",
+        "test_double_backward",
+        "test_opcheck",
+        "test_decode.py::test_other_plans",
+        "test_decode.py::test_the_likeliest_token",
+    )
+    return "1025x1025" in name or any(part in name for part in several)
 
 
 class Selection:
