@@ -97,6 +97,7 @@ CAPABILITIES = {
     "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # decode's tile; the parts that combine_kernel adds up
     "kernels/triton/ffn.py": {"FEW_ROWS"},
     "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
+    "kernels/shared/int8.py": {"FEW_ROWS"},  # torch._int_mm takes more rows on every GPU
     "kernels/cuda/linear.py": {"FEW_ROWS"},  # kFewRows of few_rows.cuh
     "kernels/cuda/attention.py": {
         "_ROWS",

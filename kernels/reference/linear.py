@@ -2,7 +2,24 @@
 
 import torch.nn.functional as F
 
+from pyfused.kernels.shared import int8
 
-def forward(x, weight, bias, residual):
+
+def forward(x, weight, bias, residual, scale=None, dynamic=False):
+    if scale is not None:
+        return (_int8(x, weight, bias, residual, scale, dynamic),)
     y = F.linear(x, weight, bias)
     return (y if residual is None else y + residual,)
+
+
+def _int8(x, weight, bias, residual, scale, dynamic):
+    """Half precision is widened, so that neither the weights nor the sums are rounded to it."""
+    reason = int8.in_float(x, weight, x.device.type) if dynamic else ""
+    if reason is None:
+        y = int8.product(x, weight, scale)
+    else:
+        int8.say_once(reason)
+        wide = int8.wide(x.dtype)
+        y = F.linear(x.to(wide), int8.dequantized(weight, scale, wide))
+    y = y if bias is None else y + bias
+    return (y if residual is None else y + residual).to(x.dtype)
