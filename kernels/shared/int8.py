@@ -45,7 +45,8 @@ def say_once(reason):
 
 
 def product(x, weight, scale):
-    """x (..., K) weight^T of integers -> (..., N) in wide(x.dtype). Each row of x is rounded to 127 steps of its largest value."""
+    """x (..., K) weight^T of integers -> (..., N) in wide(x.dtype). Each row of x is rounded to 127 steps of its largest
+    value."""
     rows = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
     steps = (rows.abs().amax(-1, keepdim=True) / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
     integers = (rows / steps).round_().clamp_(-127, 127).to(torch.int8)

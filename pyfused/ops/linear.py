@@ -31,7 +31,7 @@ def linear(
     torch.autocast casts all tensors but an int8 weight and its scale. A wider residual is not cast: it is added to the result,
     which is float32.
 
-    With an int8 weight the result is (x weight^T) * scale + bias + residual. It is summed in float32 and rounded once. Gradients
+    With an int8 weight the result is (x weight^T) * scale + bias + residual, summed in float32 and rounded once. Gradients
     reach x, bias and residual; weight and scale get none.
 
     Args:
@@ -129,7 +129,8 @@ def _backward(ctx, grad_y):
     wants_x, wants_weight, wants_bias, wants_residual, *of_int8 = ctx.needs_input_grad
     if ctx.is_int8:
         weight, scale = ctx.saved_tensors
-        x, shape, wants_weight = None, ctx.shape, False
+        shape, wants_weight = ctx.shape, False
+        x: Any = None
         weight = dequantized(weight, scale, grad_y.dtype) if wants_x else weight
     else:
         x, weight = ctx.saved_tensors

@@ -13,7 +13,9 @@ from pyfused import dispatch, evidence, notices
 from pyfused.kernels.shared import int8
 from pyfused.testing import assert_close, available, running
 
-BACKENDS = [name for name in available("cuda" if torch.cuda.is_available() else "cpu") if name not in ("cuda", "triton")]
+BACKENDS = [
+    name for name in available("cuda" if torch.cuda.is_available() else "cpu") if name not in ("cuda", "triton")
+]
 # (rows, K, N): the gemv ends at 16 rows, 513 rows are several blocks of the gemm.
 SHAPES = [
     *itertools.product([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 129], [(1, 5), (5, 1), (96, 768), (131, 97)]),
@@ -131,7 +133,11 @@ def test_second_derivatives_and_transforms(device):
 def test_strides(each_backend, dtype, device):
     base, (weights, scales) = make(dtype, device, 4, 6, 80), quantised(device, 50, 90)
     wide = make(dtype, device, 4, 6, 100)
-    for rows, columns in [(slice(0, 50), slice(0, 40)), (slice(0, 40), slice(20, 60)), (slice(0, 50, 2), slice(0, 80, 2))]:
+    for rows, columns in [
+        (slice(0, 50), slice(0, 40)),
+        (slice(0, 40), slice(20, 60)),
+        (slice(0, 50, 2), slice(0, 80, 2)),
+    ]:
         weight, scale = weights[rows, columns], scales[rows]
         n = weight.shape[0]
         for x in (base[..., :40], base[..., ::2], base.transpose(0, 1)[..., 7:47], base[:1, :1, :40].expand(4, 6, 40)):
@@ -154,7 +160,11 @@ def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows):
 
 
 def test_autocast(device):
-    x, (weight, scale), bias = torch.randn(5, 33, device=device), quantised(device, 12, 33), torch.randn(12, device=device)
+    x, (weight, scale), bias = (
+        torch.randn(5, 33, device=device),
+        quantised(device, 12, 33),
+        torch.randn(12, device=device),
+    )
     residual = torch.randn(5, 12, device=device)
     with torch.autocast(device, torch.bfloat16):
         y, total = (pyfused.linear(x, weight, bias, residual=r, scale=scale) for r in (None, residual))
@@ -207,7 +217,10 @@ def test_rows_that_int8_holds_lose_nothing(of_integers, dtype):
 
 
 def test_rows_are_rounded_to_their_own_steps(of_integers, dtype):
-    x, (weight, scale) = make(dtype, "cpu", 40, 200) * torch.logspace(-3, 3, 40)[:, None].to(dtype), quantised("cpu", 30, 200)
+    x, (weight, scale) = (
+        make(dtype, "cpu", 40, 200) * torch.logspace(-3, 3, 40)[:, None].to(dtype),
+        quantised("cpu", 30, 200),
+    )
     x[7] = 0
     y = pyfused.linear(x, weight, scale=scale, dynamic=True)
     exact = plain(*double(x, weight, scale))
