@@ -52,6 +52,11 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
     return evidence.slower("cpu", "linear", "forward", "cpu", x.dtype, shapes, size)
 
 
+def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    reason = in_float(x, weight) if dynamic else None
+    return reason and f"dynamic=True keeps x in floating point: {reason}"
+
+
 @prepares_launch
 def forward(x, weight, bias, residual, scale=None, dynamic=False):
     if dynamic and (reason := in_float(x, weight)):

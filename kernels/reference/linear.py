@@ -12,6 +12,11 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
     return (y if residual is None else y + residual,)
 
 
+def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    reason = int8.in_float(x, weight, x.device.type) if dynamic else None
+    return reason and f"dynamic=True keeps x in floating point: {reason}"
+
+
 def _int8(x, weight, bias, residual, scale, dynamic):
     """Half precision is widened, so that neither the weights nor the sums are rounded to it."""
     reason = int8.in_float(x, weight, x.device.type) if dynamic else ""

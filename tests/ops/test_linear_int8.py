@@ -191,6 +191,18 @@ def test_repeated_calls_have_launches(device):
         pyfused.linear(x, float_weight, dynamic=True)
 
 
+def test_two_threads_agree_with_one(each_backend, dtype, device):
+    x, (weight, scale), bias = make(dtype, device, 33, 512), quantised(device, 700, 512), make(dtype, device, 700)
+    for rows in (1, 5, 33):
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(pyfused.linear(x[:rows], weight, bias, scale=scale))
+        given = x[:rows], weight, scale, bias
+        for y in found:
+            assert_close(y, plain(*given), plain(*double(*given)))
+
+
 # ---- rows in int8 too -------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +261,10 @@ def test_dynamic_that_cannot_be_is_said(monkeypatch):
         with pytest.warns(notices.FallbackWarning, match="no instructions for products of int8"):
             y = pyfused.linear(x, weight, scale=scale, dynamic=True)
         assert torch.equal(y, pyfused.linear(x, weight, scale=scale))
+        assert "no instructions" in str(pyfused.explain("linear", x, weight, scale=scale, dynamic=True))
     dispatch.forget()
+    few = pyfused.explain("linear", x[:16], weight, scale=scale, dynamic=True)
+    assert "keeps x in floating point" in str(few)
     assert "multiples of 8" in int8.in_float(torch.randn(40, 60), torch.empty(30, 60, dtype=torch.int8), "cuda")
     assert int8.in_float(torch.randn(40, 64), torch.empty(32, 64, dtype=torch.int8), "cuda") is None
 
