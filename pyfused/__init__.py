@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .generation.generator import Generator
     from .generation.plans import plan_of
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
+    from .quantize import QuantizeReport, quantize_, unquantize_
 
 __all__ = [
     "AlbertBackbone",
@@ -35,6 +36,7 @@ __all__ = [
     "FuseReport",
     "GPT2Backbone",
     "Generator",
+    "QuantizeReport",
     "RelativeBias",
     "T5Backbone",
     "__version__",
@@ -50,9 +52,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "plan_of",
+    "quantize_",
     "relative_bias",
     "rms_norm",
     "unfuse_",
+    "unquantize_",
 ]
 
 # Imported at first use, so that users of the operators do not wait for the models.
@@ -60,6 +64,7 @@ _LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation
 _LAZY |= {"plan_of": "pyfused.generation:plan_of"}
 _LAZY |= {"encode": "pyfused.encoding:encode"}
 _LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}
+_LAZY |= {name: f"pyfused.quantize:{name}" for name in ("QuantizeReport", "quantize_", "unquantize_")}
 _LAZY |= {family.class_name: family.backbone for family in FAMILIES.values()}
 
 

@@ -13,6 +13,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 from torch import nn
@@ -32,6 +33,30 @@ class Entry:
     name: str
     kind: str
     note: str
+
+
+def summary(replaced: tuple[Entry, ...], left: tuple[Entry, ...]) -> str:
+    """A report as text."""
+    lines = [f"replaced: {len(replaced)}", *_rows(replaced), f"left: {len(left)}", *_rows(left)]
+    return "\n".join(lines)
+
+
+def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
+    """One row for modules whose names differ only in their numbers, such as the layers of a model."""
+
+    def pattern(entry):
+        parts = entry.name.split(".")
+        return ".".join("*" if p.isdigit() else p for p in parts) or "(the model)", entry.kind, entry.note
+
+    for (name, kind, note), group in groupby(sorted(entries, key=pattern), pattern):
+        count = len(list(group))
+        yield f"  {name} ({kind}){f' x{count}' if count > 1 else ''}: {note}"
+
+
+def check_module(model: Any) -> None:
+    """Raises TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
 
 
 def fused_forward(function: F) -> F:

@@ -14,7 +14,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "modules": ("nn",),
     "checkpoints": ("checkpoints",),
     "models": ("models", "encoding", "generation"),
-    "fused models": ("integrations", "fuse"),
+    "fused models": ("integrations", "fuse", "quantize"),
     "tools": ("testing", "verify", "environment", "tune", "bench", "cli", "__main__"),
 }
 
