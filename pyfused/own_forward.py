@@ -86,7 +86,7 @@ def changes() -> int:
 
 
 def kept(module: nn.Module) -> WeakKeyDictionary[Any, Any] | None:
-    """Where a fused forward may keep things for as long as the keys live. Nobody else sees them, and copies, pickles and unfuse_
+    """Where a fused forward may keep things for as long as the keys live. Nobody else sees them. Copies, pickles and unfuse_
     leave them behind. None if this module is not fused."""
     attributes = vars(module)
     if not isinstance(attributes, _Attributes):

@@ -21,10 +21,10 @@ from ...own_forward import kept
 from ...tracing import profiler_is_on, tracing
 from .unchanged import Watch
 
-_LAYERS: dict[type, type] = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}
+_LAYERS: dict[type, Any] = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}
 _CACHES = {*_LAYERS, EncoderDecoderCache}
 _MORE = ("output_attentions", "output_hidden_states", "output_cross_attentions")
-_PLAIN_ARGUMENTS = {"return_dict": (None, True), **{name: (None, False) for name in _MORE}}
+_PLAIN_ARGUMENTS = {"return_dict": (None, True), **dict.fromkeys(_MORE, (None, False))}
 
 
 class Ready(NamedTuple):
@@ -32,6 +32,17 @@ class Ready(NamedTuple):
 
     plan: DecodePlan
     watch: Watch
+
+    @classmethod
+    def of(cls, plan: DecodePlan, watch: Watch) -> Ready | None:
+        """None if the sizes do not fit together, as after pruning a layer: kernels trust them."""
+        own, keys, hidden = plan.heads * plan.head_size, plan.kv_heads * plan.head_size, plan.hidden
+        wide = _shape(plan.layers[0].inner)[0]
+        sizes = {"query": (own, hidden), "key": (keys, hidden), "value": (keys, hidden), "output": (hidden, own)}
+        sizes |= {"inner": (wide, hidden), "gate": (wide, hidden), "outer": (hidden, wide)}
+        sizes |= {"cross_query": (own, hidden), "cross_output": (hidden, own)}
+        fit = all(_shape(getattr(layer, name)) in (size, ()) for layer in plan.layers for name, size in sizes.items())
+        return cls(plan, watch) if fit else None
 
 
 def one_token(
@@ -47,9 +58,9 @@ def one_token(
 ) -> Any:
     """What the forward of transformers' decoder stack returns for one token per row, or None if its modules must run.
 
-    They run for prompts; where a gradient is wanted; in training mode; under torch.compile, a trace, a dispatch mode, the profiler,
-    torch.func or autocast; if attentions or hidden states are asked for; for modules with hooks, of other classes, or not fused;
-    for caches other than a filled DynamicCache or StaticCache; for masks other than padding.
+    They run for prompts; where a gradient is wanted; in training mode; under torch.compile, a trace, a dispatch mode, the
+    profiler, torch.func or autocast; if attentions or hidden states are asked for; for modules with hooks, of other classes, or
+    not fused; for caches other than a filled DynamicCache or StaticCache; for masks other than padding.
 
     Args:
         make: makes the plan of this module; None if it has none.
@@ -69,10 +80,13 @@ def one_token(
     if ready is None and native_rows == rows:
         return None
     if ready is None:
-        ready = next((other for other, _ in plans.values() if other is not None), None)
+        of_other_caches = list(plans.data.values())  # type: ignore[attr-defined]  # values() could meet another thread's change
+        ready = next((other for other, _ in of_other_caches if other is not None), None)
     if ready is None or not ready.watch.holds():
         plans.clear()
-        ready, native_rows = None if module.training else make(module), -1
+        ready, native_rows = make(module), -1
+        if ready is not None and not ready.watch.holds():  # in training mode
+            ready = None
     if ready is None:
         plans[past_key_values] = None, rows
         return None
@@ -116,8 +130,8 @@ class _Call(NamedTuple):
     is_static: bool
 
     @classmethod
-    def of(cls, ready: Ready, input_ids: Tensor, cache: Any, mask: Any, position_ids: Any, encoder: Any) -> _Call | None:
-        """The call with the cache as it is. None for what `decode` does not take."""
+    def of(cls, ready: Ready, input_ids: Tensor, cache: Any, mask: Any, position_ids: Any, encoder: Any) -> Any:
+        """The _Call with the cache as it is. None for what `decode` does not take."""
         plan, rows = ready.plan, input_ids.shape[0]
         crosses = None
         if type(cache) is EncoderDecoderCache:
@@ -168,7 +182,8 @@ class _Call(NamedTuple):
             for layer in self.layers:
                 layer.cumulative_length.add_(1)
         else:
-            # The keys and values so far belong to whoever holds them. `decode` fills the last place of copies, as `update` does.
+            # The old keys and values may have another owner. As in `update`, a longer copy takes their place; `decode` writes
+            # the new token's into it.
             like = step.caches[0]
             room = like.new_empty(*like.shape[:2], 1, like.shape[3])
             grown = [torch.cat((t, room), -2) for t in step.caches]
@@ -185,6 +200,7 @@ def _filled(cache: Any, plan: DecodePlan, rows: int, length: int | None = None) 
         return [], []
     tensors, device = [], like.device
     shape = None if length is None else (rows, plan.heads, length, plan.head_size)
+    layer: Any
     for layer in layers:
         if type(layer) is not kind or not layer.is_initialized:
             return [], []
@@ -216,14 +232,14 @@ _UNKNOWN: Any = object()  # a mask that holds more than padding
 
 
 def _padding(mask: Any, rows: int, most: int, length: int) -> Tensor | None:
-    """(rows, most) bool of a mask (rows, most), or of a bool mask (rows or 1, 1, 1, length) that hides the places from `most` on."""
+    """(rows, most) bool. Takes such a mask of numbers, or a bool mask (rows or 1, 1, 1, length) that hides what is behind."""
     if mask is None:
         return None
     if type(mask) is not Tensor or mask.is_floating_point():
         return _UNKNOWN
     if mask.shape == (rows, most):
         return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, 1, length):
+    if mask.dtype != torch.bool or mask.shape not in ((1, 1, 1, length), (rows, 1, 1, length)):
         return _UNKNOWN
     flat = mask[:, 0, 0]
     if length > most and bool(flat[:, most:].any()):
@@ -241,6 +257,10 @@ def norm_of(module: Any) -> Norm:
     """A layer norm's or T5's norm's weight, bias and epsilon."""
     bias, eps = getattr(module, "bias", None), vars(module).get("eps")
     return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps or module.variance_epsilon)
+
+
+def _shape(matrix: Matrix) -> tuple[int, ...]:
+    return () if matrix.weight is None else tuple(matrix.weight.shape)
 
 
 def same(values: Any) -> bool:

@@ -21,7 +21,7 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, o
 from .activations import activation_reason, kernel_activation
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
-from .unchanged import Kind, Watch, is_plain
+from .unchanged import Kind, Kinds, Watch
 
 
 @fused_forward
@@ -123,7 +123,7 @@ def model_forward(
     )
 
 
-_KINDS = {
+_KINDS: Kinds = {
     GPT2Block: Kind(is_fused=True),
     GPT2MLP: Kind(True, "act"),
     GPT2Attention: Kind(
@@ -137,8 +137,8 @@ _KINDS = {
 
 def _plan(model: Any) -> Ready | None:
     """The plan of a GPT2Model whose modules nobody changed."""
-    blocks = list(model.h)
-    if not blocks or not is_plain(model, _KINDS) or any(hasattr(block, "crossattention") for block in blocks):
+    blocks, watch = list(model.h), Watch.of(model, _KINDS)
+    if watch is None or not blocks or any(hasattr(block, "crossattention") for block in blocks):
         return None
     first = blocks[0].attn
     activations = {kernel_activation(block.mlp.act) for block in blocks}
@@ -163,12 +163,13 @@ def _plan(model: Any) -> Ready | None:
         is_rms=False,
         activation=activations.pop() or "",
     )
-    return Ready(plan, Watch(model, _KINDS))
+    return Ready.of(plan, watch)
 
 
 def _layer(block: Any) -> DecodeLayer:
-    weights, bias = matrix_of(block.attn.c_attn, transposed=True)[:2]
-    query, key, value = map(Matrix, weights.chunk(3), bias.chunk(3))  # type: ignore[union-attr]
+    weight, bias, _ = matrix_of(block.attn.c_attn, transposed=True)
+    assert weight is not None
+    query, key, value = map(Matrix, weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3))
     return DecodeLayer(
         attention_norm=norm_of(block.ln_1),
         query=query,

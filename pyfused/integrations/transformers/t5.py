@@ -25,7 +25,7 @@ from .activations import activation_reason, kernel_activation
 from .config import NAME
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
-from .unchanged import Kind, Watch, is_plain
+from .unchanged import Kind, Kinds, Watch
 
 
 @fused_forward
@@ -218,15 +218,13 @@ def _one_token(
 ) -> Any:
     encoder = None if encoder_hidden_states is None else (encoder_hidden_states, encoder_attention_mask)
     others = {"inputs_embeds": inputs_embeds, **kwargs}
-    return one_token(
-        *(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), encoder=encoder
-    )
+    return one_token(*(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), encoder=encoder)
 
 
 _LEAVES = (modeling_t5.T5Block, nn.Linear, nn.Dropout, nn.ModuleList)
 _FUSED = (modeling_t5.T5LayerSelfAttention, modeling_t5.T5LayerCrossAttention, modeling_t5.T5LayerFF)
 _DENSE = (modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
-_KINDS = {
+_KINDS: Kinds = {
     **dict.fromkeys(_LEAVES, Kind()),
     **dict.fromkeys(_FUSED, Kind(is_fused=True)),
     **dict.fromkeys(_DENSE, Kind(True, "act")),
@@ -242,14 +240,13 @@ _KINDS = {
 
 def _plan(stack: Any) -> Ready | None:
     """The plan of a decoder with cross-attention whose modules nobody changed."""
-    blocks = list(stack.block)
-    if not blocks or not is_plain(stack, _KINDS) or not _all_read_tables(stack):
+    blocks, watch = list(stack.block), Watch.of(stack, _KINDS)
+    if watch is None or not blocks or not _all_read_tables(stack):
         return None
     if any(len(block.layer) != 3 for block in blocks) or stack.embed_tokens.max_norm is not None:
         return None
-    attentions = [block.layer[i] for block in blocks for i in (0, 1)]
-    attentions = [getattr(layer, "SelfAttention", None) or getattr(layer, "EncDecAttention", None) for layer in attentions]
-    if any(a is None or a.layer_idx != i // 2 or not a.is_decoder for i, a in enumerate(attentions)):
+    attentions = [a for block in blocks for a in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention)]
+    if any(a.layer_idx != i // 2 or not a.is_decoder for i, a in enumerate(attentions)):
         return None
     if any(a.has_relative_attention_bias != (i == 0) for i, a in enumerate(attentions)):
         return None
@@ -272,7 +269,7 @@ def _plan(stack: Any) -> Ready | None:
         bias_table=first.relative_attention_bias.weight.detach(),
         max_distance=first.relative_attention_max_distance,
     )
-    return Ready(plan, Watch(stack, _KINDS))
+    return Ready.of(plan, watch)
 
 
 def _layer(block: Any) -> DecodeLayer:

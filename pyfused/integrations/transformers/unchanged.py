@@ -1,20 +1,19 @@
 """Is a model still as it was when a plan of it was made? Asked before every step, so that the plan may skip the modules.
 
-A step skips a hundred modules, each of which may have got a hook, a forward, another weight or another memory since. All of it
-is looked at anew, in C: one `map` over all modules for each question. 12 layers of GPT-2 take 40 us on a quiet core.
+A step skips a hundred modules, each of which may have got a hook, a forward, another weight or other memory since. All of it is
+looked at anew: for each question one `map` over all modules, which runs in C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain, repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ... import extensions
 from ...own_forward import changes, is_bare, is_fused
 from .activations import kernel_activation
 from .config import NAME, FusedConfig
@@ -28,6 +27,7 @@ class Kind(NamedTuple):
 
 
 _LEAF = Kind()
+_get: Any = dict.get
 Kinds = Mapping[type, Kind]
 
 
@@ -37,72 +37,78 @@ def kind_of(module: nn.Module, kinds: Kinds) -> Kind | None:
     return _LEAF if found is None and kernel_activation(module) else found
 
 
-def is_plain(root: nn.Module, kinds: Kinds) -> bool:
-    """Whether every module below `root` is of a known class, runs on pyfused if that is needed, and nothing looks at it."""
-    for module in list(root.modules())[1:]:
-        kind = kind_of(module, kinds)
-        if kind is None or not is_bare(module) or (kind.is_fused and not is_fused(module)):
-            return False
-        config = vars(module).get("config")
-        if config is not None and not (type(config) is FusedConfig and config._attn_implementation == NAME):
-            return False
-    parameters = list(root.parameters())
-    like = parameters[0]
-    return all(type(p) is nn.Parameter and p.dtype == like.dtype and p.device == like.device for p in parameters)
-
-
 class Watch:
-    """The state of the modules below `root`, which is_plain said to be plain."""
+    """The state of the modules below `root`, which are all plain."""
 
-    def __init__(self, root: nn.Module, kinds: Kinds):
-        modules = list(root.modules())
-        self._attributes = list(map(vars, modules))
-        self._below = self._attributes[1:]  # the root itself is called as ever
-        self._modules = modules[1:]
-        self._types = list(map(type, self._modules))
+    def __init__(self, root: nn.Module, modules: list[nn.Module], kinds: Kinds):
+        self._modules = modules
+        self._below = list(map(vars, modules))
+        self._attributes = [vars(root), *self._below]  # the root itself is called as ever, so its own hooks run
         self._with_parts = [d for d in self._attributes if d["_modules"]]
         self._with_weights = [d for d in self._attributes if d["_parameters"]]
-        named = [(vars(m), name) for m in self._modules for name in (kind_of(m, kinds) or _LEAF).settings.split()]
-        self._owners, self._names = [d for d, _ in named], [name for _, name in named]
+        names = [(kind_of(m, kinds) or _LEAF).settings.split() for m in modules]
+        self._owners = [d for d, read in zip(self._below, names) for _ in read]
+        self._names = [name for read in names for name in read]
         configs = (d["config"] for d in self._below if "config" in d)
         self._configs = list({(id(c._fused), c._had): c for c in configs}.values())
-        self._parts, self._weights = self._now("_modules", self._with_parts), self._now("_parameters", self._with_weights)
+        self._parts, self._weights = (
+            self._now("_modules", self._with_parts),
+            self._now("_parameters", self._with_weights),
+        )
         self.parameters: list[Tensor] = [w for w in self._weights if w is not None]
-        self._signature_of = extensions.signature()
-        if self._signature_of(*self.parameters) is None:
-            self._signature_of = _layouts
-        self._state = self._read()
+        # Address, strides, number of elements and dtype tell a tensor from every other view of the same memory.
+        self._tensors = [list(map(look, self.parameters)) for look in _LOOKS]
+        self._changes = changes()
+        self._types = list(map(type, self._modules))
+        self._forwards = list(map(_get, self._below, repeat("forward")))
+        self._settings = list(map(_get, self._owners, self._names))
+
+    @classmethod
+    def of(cls, root: nn.Module, kinds: Kinds) -> Watch | None:
+        """None unless every module below `root` is of a known class, runs on pyfused if that is needed, and has no hooks, and
+        the parameters have one dtype and one device."""
+        modules = list(root.modules())[1:]
+        for module in modules:
+            kind = kind_of(module, kinds)
+            if kind is None or not is_bare(module) or (kind.is_fused and not is_fused(module)):
+                return None
+            attributes = vars(module)
+            if (
+                "weight" in attributes or "bias" in attributes
+            ):  # no parameter: pruning and FSDP leave a tensor in its place
+                return None
+            config = attributes.get("config")
+            if config is not None and not (type(config) is FusedConfig and config._attn_implementation == NAME):
+                return None
+        watch = cls(root, modules, kinds)
+        for p in watch.parameters:
+            like = watch.parameters[0]
+            if type(p) is not nn.Parameter or p.dtype != like.dtype or p.device != like.device:
+                return None
+        return watch
 
     @staticmethod
     def _now(name: str, owners: list[dict[str, Any]]) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, map(dict.get, owners, repeat(name)))))
-
-    def _read(self) -> tuple[Any, ...]:
-        """All that is compared with ==."""
-        return (
-            changes(),
-            list(map(type, self._modules)),
-            list(map(dict.get, self._below, repeat("forward"))),
-            list(map(dict.get, self._owners, self._names)),
-            list(map(Tensor.data_ptr, self.parameters)),
-            self._signature_of(*self.parameters),
-        )
+        return list(chain.from_iterable(map(dict.values, map(_get, owners, repeat(name)))))
 
     def holds(self) -> bool:
         """Whether nothing changed that a plan depends on."""
         weights = self._now("_parameters", self._with_weights)
         return (
-            len(weights) == len(self._weights)
-            and all(map(is_, weights, self._weights))
-            and self._now("_modules", self._with_parts) == self._parts
-            and not any(map(dict.get, self._attributes, repeat("training")))
-            and not any(map(dict.get, self._below, repeat("_forward_hooks")))
-            and not any(map(dict.get, self._below, repeat("_forward_pre_hooks")))
+            changes() == self._changes
             and not torch_module._has_any_global_hook()
             and all(config._attn_implementation == NAME for config in self._configs)
-            and self._read() == self._state
+            and len(weights) == len(self._weights)
+            and all(map(is_, weights, self._weights))
+            and all(list(map(look, self.parameters)) == known for look, known in zip(_LOOKS, self._tensors))
+            and self._now("_modules", self._with_parts) == self._parts
+            and list(map(type, self._modules)) == self._types
+            and list(map(_get, self._below, repeat("forward"))) == self._forwards
+            and list(map(_get, self._owners, self._names)) == self._settings
+            and not any(map(_get, self._attributes, repeat("training")))
+            and not any(map(_get, self._below, repeat("_forward_hooks")))
+            and not any(map(_get, self._below, repeat("_forward_pre_hooks")))
         )
 
 
-def _layouts(*tensors: Tensor) -> Any:
-    return [(t.dtype, t.shape, t.stride()) for t in tensors]
+_LOOKS: tuple[Any, ...] = Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype")
