@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -24,6 +25,7 @@ Adapter = Callable[[nn.Module], "Forward | str"]  # returns the forward for this
 F = TypeVar("F", bound=Forward)
 
 _REPLICATE = "_replicate_for_data_parallel"
+_changes = 0
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,43 @@ def has_another_forward(module: nn.Module) -> bool:
     return forward is not None and not is_own(forward)
 
 
+def changes() -> int:
+    """How often a module has got another __dict__ here. While the number stays, a held __dict__ is still the module's."""
+    return _changes
+
+
+def kept(module: nn.Module) -> WeakKeyDictionary[Any, Any] | None:
+    """Where a fused forward may keep things for as long as the keys live. Nobody else sees them. Copies, pickles and unfuse_
+    leave them behind. None if this module is not fused."""
+    attributes = vars(module)
+    if not isinstance(attributes, _Attributes):
+        return None
+    try:
+        return attributes.kept
+    except AttributeError:
+        attributes.kept = WeakKeyDictionary()
+        return attributes.kept
+
+
 def give(module: nn.Module, function: Forward) -> None:
     """Makes module.forward(...) run function(module, ...)."""
+    global _changes
+    _changes += 1
     _attach(module, _Attributes(vars(module)), {"forward": function, _REPLICATE: _replicate})
 
 
 def take_back(module: nn.Module) -> None:
     """Undoes `give`."""
+    global _changes
+    _changes += 1
     object.__setattr__(module, "__dict__", dict(vars(module)))
 
 
 class _Attributes(dict[str, Any]):
     """A module's __dict__. Iterating over it skips the functions bound to the module. Python and torch copy a dict that way."""
 
-    __slots__ = ()
+    __slots__ = ("kept",)
+    kept: WeakKeyDictionary[Any, Any]
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, value in dict.items(self) if not is_own(value)])
