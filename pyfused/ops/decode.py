@@ -87,6 +87,9 @@ def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False
     """Checks the arguments. Returns what dispatch and the backends take."""
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.plan_of(model)")
+    if "checked" not in plan.prepared:
+        plan.check()
+        plan.prepared["checked"] = True
     like = plan.dtype_and_device
     if not hasattr(cache, "advance"):
         raise TypeError(f"cache is a {type(cache).__name__}; it takes what the model's new_cache() returns")

@@ -373,6 +373,14 @@ def test_bad_input_is_refused_by_name(change, error, message):
         pyfused.decode(**bad(**change))
 
 
+def test_matrices_that_do_not_fit_together_are_refused():
+    model = gpt2()
+    plan, other = plan_of(model), plan_of(gpt2(intermediate_dim=50))
+    mixed = replace(plan, layers=(plan.layers[0], other.layers[1]))
+    with pytest.raises(ValueError, match=r"plan: inner of layer 1 has shape \(50, 51\); it takes \(77, 51\)"):
+        pyfused.decode(mixed, torch.tensor([1]), model.new_cache(1, 4))
+
+
 def test_a_decoder_without_its_encoder_s_keys_is_refused():
     model = t5()
     with pytest.raises(ValueError, match="cache has no keys of an encoder"):

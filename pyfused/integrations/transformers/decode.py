@@ -35,14 +35,12 @@ class Ready(NamedTuple):
 
     @classmethod
     def of(cls, plan: DecodePlan, watch: Watch) -> Ready | None:
-        """None if the sizes do not fit together, as after pruning a layer: kernels trust them."""
-        own, keys, hidden = plan.heads * plan.head_size, plan.kv_heads * plan.head_size, plan.hidden
-        wide = _shape(plan.layers[0].inner)[0]
-        sizes = {"query": (own, hidden), "key": (keys, hidden), "value": (keys, hidden), "output": (hidden, own)}
-        sizes |= {"inner": (wide, hidden), "gate": (wide, hidden), "outer": (hidden, wide)}
-        sizes |= {"cross_query": (own, hidden), "cross_output": (hidden, own)}
-        fit = all(_shape(getattr(layer, name)) in (size, ()) for layer in plan.layers for name, size in sizes.items())
-        return cls(plan, watch) if fit else None
+        """None if the sizes do not fit together, as after pruning a layer."""
+        try:
+            plan.check()
+        except ValueError:
+            return None
+        return cls(plan, watch)
 
 
 def one_token(
@@ -257,10 +255,6 @@ def norm_of(module: Any) -> Norm:
     """A layer norm's or T5's norm's weight, bias and epsilon."""
     bias, eps = getattr(module, "bias", None), vars(module).get("eps")
     return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps or module.variance_epsilon)
-
-
-def _shape(matrix: Matrix) -> tuple[int, ...]:
-    return () if matrix.weight is None else tuple(matrix.weight.shape)
 
 
 def same(values: Any) -> bool:
