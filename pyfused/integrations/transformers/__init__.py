@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import transformers
 from packaging.version import Version
+from torch import nn
 
 OLDEST = "5.16"  # the first release whose T5 uses the attention interface
 if Version(transformers.__version__) < Version(OLDEST):
@@ -12,12 +15,22 @@ if Version(transformers.__version__) < Version(OLDEST):
     )
 
 from ...families import FAMILIES, load  # noqa: E402
-from ...own_forward import Adapter  # noqa: E402
+from ...own_forward import Adapter, Entry  # noqa: E402
+from . import config  # noqa: E402
 from .attention import attend  # noqa: E402
-from .config import NAME, enter, leave  # noqa: E402
+from .config import NAME, leave  # noqa: E402
+from .heads import fuse_heads  # noqa: E402
 from .masks import make_mask  # noqa: E402
 
 __all__ = ["ADAPTERS", "NAME", "attend", "enter", "leave", "make_mask"]
+
+
+def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
+    """What fuse_ does to a model as a whole, attention layers and heads; returns (replaced, left)."""
+    done, left = config.enter(model, wanted)
+    more, others = fuse_heads(model, wanted)
+    return done + more, left + others
+
 
 ADAPTERS: dict[str, Adapter] = {}
 for _family in FAMILIES.values():
