@@ -66,6 +66,19 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
 void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout, int64_t chunks, int dtype, int device,
                        addr stream);
 
+// ---- decode ---------------------------------------------------------------------------------------------------------
+// plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. plan.layer points to device memory, as all addresses
+// but call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
+// The blocks of a launch, 0 if the device has no cooperative launch, -1 if a block does not fit on a multiprocessor.
+int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device);
+// Bytes of scratch memory.
+int64_t decode_scratch(addr plan, addr call, int blocks);
+// The most caches: keys and values of all layers, and the encoder's.
+int decode_most_addresses();
+// wide: 16-byte accesses to the rows of all weights are aligned and end with the row.
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device,
+                    addr stream);
+
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous features; y is contiguous. The plans are in host memory, the tables on the device;
 // csrc/cpu/fft.h documents both. scratch: fourier_mix_scratch() floats.
