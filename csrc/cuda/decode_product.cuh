@@ -246,6 +246,7 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
 #pragma unroll
           for (int quad = 0; quad < V / 4; ++quad) {
             const float* row = x + quad * kWarp * 4;
+            if (ROWS == 8 && quad > 0) __syncwarp();  // otherwise the reads of all quads come first, and registers spill
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
               const Pack<float, 4> four = load<4>(row);
