@@ -1,24 +1,26 @@
 // decode on CUDA: one token per row through a whole decoder, at most 8 rows, in one persistent kernel.
 //
-// One block of 512 threads on each multiprocessor takes part in every phase; a barrier for the grid ends a phase. Per layer:
-//   query, key, value   norm, one product; keys and values go into the cache
-//   attention           chunks of keys (decode_attention.cuh)
-//   output              adds the chunks, one product
-//   cross query, cross attention, cross output   the same, if there is an encoder
-//   up                  norm, gate and inner product, activation
-//   down                one product
-// then the logits, and the choice of a token by block 0. Every block keeps the whole residual stream in its shared memory and
-// computes the norms for itself: 3 KB a row are read from the L2, which costs less than a barrier. Activations are float32 from
-// the embedding to the logits; caches and logits have the weights' dtype. Weights of the next phase are on their way while a
-// block waits (decode_product.cuh). No atomics on floats: the result is bitwise repeatable, with any number of blocks.
+// One block of 256 threads on each multiprocessor takes part in every phase. A barrier for the grid ends a phase and has its
+// name. Per layer:
+//   "query, key and value"   norm, one product; keys and values go into the cache
+//   "attention"              chunks of keys (decode_attention.cuh)
+//   "output"                 adds the chunks, one product
+//   "cross query", "cross attention", "cross output"   the same, if there is an encoder
+//   "up"                     norm, product with gate and inner, activation
+//   "down"                   one product
+// then "logits", and block 0 chooses a token. Every block keeps the residual stream in its shared memory and computes the norms
+// for itself: it reads 3 KB a row from the L2, which takes less time than a barrier. Activations are float32 from the embedding
+// to the logits; caches and logits have the weights' dtype. The next product's weights are on their way while a block waits
+// (decode_product.cuh). No atomics on floats: the result is the same to the last bit, with any number of blocks.
 //
-// Floors and predictions on an H100, one row, bfloat16, 128 keys; 3.0 TB/s; not yet measured:
-//                     weights          barriers   a phase's chain (barrier 1.2, operand 0.7, product and rest 0.6 us)   in all
-//   GPT-2 124M        249 MB, 83 us    60         60 x 2.5 = 150 us, its 172 MB hidden behind it; logits 77 MB, 26 us    180 us
-//   T5 1.1 base       248 MB, 83 us    96         96 x 2.5 = 240 us; logits 49 MB, 16 us                                 260 us
-// (the decoder alone, its cross keys and values projected before). With `choose` one barrier more, 1.5 us. Barriers, not bytes,
-// set the pace of small models: at 1.2 to 2 us each they alone are 72 to 120 us of GPT-2's step. With int8 only the logits get
-// shorter. GPT-2 XL, 3.1 GB, 1040 us, and 240 barriers, is bound by memory.
+// Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
+//   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the operand
+//                 from the L2 and 0.6 us for norm, product and sums: 60 x 2.5 = 150 us, behind which the layers' 170 MB hide.
+//                 The head's 77 MB take 26 us. In all about 180 us.
+//   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
+//                 In all about 260 us.
+// `choose` adds a barrier. So barriers, not bytes, set the pace of small models, and int8 shortens only the head there. Of
+// GPT-2 XL's 3.1 GB (1,040 us, 240 barriers) about 60% hide behind barriers.
 #include "kernels.h"
 
 #include "decode_attention.cuh"
@@ -47,10 +49,11 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
     __syncthreads();
     const bool has_cross = count && layers[0].cross_query.n;
     Phase phase = count ? Phase::kQueryKeyValue : Phase::kLogits;
-    this->request(phase, layers);
+    announce(phase, layers[0]);
     embed();
     for (int i = 0;;) {
       const DecodeLayer& layer = layers[i % 2];
+      const char* ended = name_of(phase);
       if (phase == Phase::kAttend || phase == Phase::kCrossAttend) {
         const bool cross = phase == Phase::kCrossAttend;
         this->attend(i, cross, cross ? layer.cross_scale : layer.scale);
@@ -66,12 +69,27 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
         const bool attends = phase == Phase::kQueryKeyValue || phase == Phase::kCrossQuery;
         if (phase == Phase::kDown) ++i;
         phase = next_product(phase, has_cross, i == count);
-        this->request(phase, &layers[i % 2]);
+        announce(phase, layers[i % 2]);
         if (attends) phase = attention;
       }
-      grid_barrier(a.barrier, "the end of a phase of decode");
+      grid_barrier(a.barrier, ended);
     }
     if (a.call.chosen) choose();
+  }
+
+  // A barrier has the name of the phase that it ends.
+  __device__ static const char* name_of(Phase phase) {
+    switch (phase) {
+      case Phase::kQueryKeyValue: return "query, key and value";
+      case Phase::kAttend: return "attention";
+      case Phase::kOutput: return "output";
+      case Phase::kCrossQuery: return "cross query";
+      case Phase::kCrossAttend: return "cross attention";
+      case Phase::kCrossOutput: return "cross output";
+      case Phase::kUp: return "up";
+      case Phase::kDown: return "down";
+      default: return "logits";
+    }
   }
 
   __device__ static Phase next_product(Phase phase, bool has_cross, bool is_last) {
@@ -115,19 +133,37 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
     return id < 0 || table.n == 0 ? 0 : id < table.n ? id : table.n - 1;
   }
 
+  // The norm that makes a phase's operand, or null.
+  __device__ const DecodeNorm* norm_of(Phase phase, const DecodeLayer& layer) const {
+    switch (phase) {
+      case Phase::kQueryKeyValue: return &layer.attention_norm;
+      case Phase::kCrossQuery: return &layer.cross_norm;
+      case Phase::kUp: return &layer.feed_forward_norm;
+      case Phase::kLogits: return &a.plan.final_norm;
+      default: return nullptr;
+    }
+  }
+
+  // Has the weights of a product and of its norm sent before the barrier that its operand waits for.
+  __device__ void announce(Phase phase, const DecodeLayer& layer) {
+    this->request(phase, &layer);
+    constexpr int LINE = 128 / sizeof(T);
+    if (const DecodeNorm* norm = norm_of(phase, layer))
+      for (int c = threadIdx.x * LINE; c < hidden; c += blockDim.x * LINE) {
+        prefetch_l2((const T*)norm->weight + c);
+        if (norm->bias) prefetch_l2((const T*)norm->bias + c);
+      }
+  }
+
   // The product's operand, from what the phases before wrote.
   __device__ void prepare(Phase phase, const DecodeLayer& layer, int i) {
-    switch (phase) {
-      case Phase::kQueryKeyValue: return normalise(layer.attention_norm, i > 0);
-      case Phase::kCrossQuery: return normalise(layer.cross_norm, true);
-      case Phase::kUp: return normalise(layer.feed_forward_norm, true);
-      case Phase::kLogits: return normalise(a.plan.final_norm, a.plan.layers > 0);
-      case Phase::kDown:
-        return fill((int)a.plan.intermediate, [&](int row, int c) { return __ldcg(a.active + (int64_t)row * a.plan.intermediate + c); });
-      default: {
-        const bool cross = phase == Phase::kCrossOutput;
-        return fill(inner, [&](int row, int c) { return this->attended(cross, row, c); });
-      }
+    if (const DecodeNorm* norm = norm_of(phase, layer)) {
+      normalise(*norm, phase == Phase::kLogits ? a.plan.layers > 0 : phase != Phase::kQueryKeyValue || i > 0);
+    } else if (phase == Phase::kDown) {
+      const int f = (int)a.plan.intermediate;
+      fill(f, [&](int row, int c) { return __ldcg(a.active + (int64_t)row * f + c); });
+    } else {
+      fill(inner, [&](int row, int c) { return this->attended(phase == Phase::kCrossOutput, row, c); });
     }
   }
 
@@ -232,7 +268,7 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
         }
       a.top[blockIdx.x * m + threadIdx.x] = best.value, a.winner[blockIdx.x * m + threadIdx.x] = best.token;
     }
-    grid_barrier(a.barrier, "the choice of decode");
+    grid_barrier(a.barrier, name_of(Phase::kLogits));
     if (blockIdx.x > 0) return;
     for (int row = warp; row < m; row += warps) {
       Top best{-INFINITY, 0x7fffffff};

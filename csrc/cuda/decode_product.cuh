@@ -6,7 +6,7 @@
 //
 // A step of a warp is 16 bytes of each of four rows of W per lane: 2 KB. Each lane copies its own pieces into its own slots of
 // a ring in shared memory (cp.async), kDepth steps ahead, and nobody else reads them: no barrier, no registers. The first
-// kDepth steps are requested before the grid barrier that the operand waits for. With 256 threads that is 32 KB on each
+// kDepth steps are requested before the grid barrier that the operand waits for. With 256 threads that is 64 KB on each
 // multiprocessor, all that a phase of GPT-2 124M reads there (9 to 36 KB).
 //
 // Shared memory serves 4 FMAs with one float of x. With 8 rows and 16-bit weights at 3 TB/s that is 52 FMAs a cycle of 128,
