@@ -14,7 +14,7 @@ from pyfused.bench.peers import compiled
 from pyfused.bench.peers_models import INT8, gpt2_prompt, gpt2_token
 from pyfused.generation.gpt2 import GPT2Decoding, prefill
 
-from .models import cost_of_a_token, model_calls, pair, train_calls
+from .models import model_calls, pair, train_calls
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 101}
@@ -48,7 +48,7 @@ def first(setup, length, dtype):
 
     def fill():
         cache.length = 0
-        return prefill(mine, cache, prompt)
+        return mine.logits(prefill(mine, cache, prompt))
 
     def their_prompt(model):
         return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
@@ -73,8 +73,7 @@ def token(setup, cached, dtype):
         return logits
 
     peers = gpt2_token(theirs, ids)
-    options = {"peers": peers, "loose": (INT8,), "cost": cost_of_a_token(mine.parameters())}
-    return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step, **options)
+    return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step, peers=peers, loose=(INT8,))
 
 
 def train(setup, length, dtype):

@@ -14,7 +14,7 @@ from pyfused.bench.peers import compiled
 from pyfused.bench.peers_models import INT8, t5_encoder, t5_token
 from pyfused.generation.t5 import T5Decoding
 
-from .models import cost_of_a_token, model_calls, pair, train_calls
+from .models import model_calls, pair, train_calls
 
 SIZES = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
 SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2, "vocab_size": 101}
@@ -90,10 +90,7 @@ def token(setup, length, cached, dtype):
         return out.logits[:, -1]
 
     peers = t5_token(theirs, ids, cached)
-    # The source's keys and values are projected once, before the first token.
-    read = [p for name, p in mine.decoder.named_parameters() if ".key_value" not in name]
-    options = {"peers": peers, "loose": (INT8,), "cost": cost_of_a_token([*read, *mine.token_embedding.parameters()])}
-    return model_calls(mine, theirs, last_logits, their_token, run=step, **options)
+    return model_calls(mine, theirs, last_logits, their_token, run=step, peers=peers, loose=(INT8,))
 
 
 def train(setup, length, dtype):

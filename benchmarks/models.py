@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from pyfused.bench import Calls, Cost
+from pyfused.bench import Calls
 from pyfused.testing import running
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -60,9 +60,3 @@ def train_calls(mine, theirs, my_call, their_call):
         return torch.autograd.grad(out, parameters, weights[out.dtype], allow_unused=True)[embeddings]
 
     return model_calls(mine, theirs, partial(step, my_call), partial(step, their_call), trains=True)
-
-
-def cost_of_a_token(parameters):
-    """The Cost of reading every matrix once and multiplying each of its numbers once."""
-    matrices = [p for p in parameters if p.dim() == 2]
-    return Cost(sum(p.numel() * p.element_size() for p in matrices), 2 * sum(map(torch.numel, matrices)))

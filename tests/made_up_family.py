@@ -6,6 +6,7 @@ from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.options import SILENT
 from pyfused.checkpoints.plan import whole
 from pyfused.families import Family
+from pyfused.generation.sampling import likeliest_token
 from pyfused.models.backbone import Backbone, resolve_dtype
 from pyfused.nn import Mlp, ReversibleEmbedding, RMSNorm
 
@@ -56,8 +57,9 @@ class BigramDecoding:
     def start(self, prompts):
         return self.step(torch.tensor([prompt[-1] for prompt in prompts]))
 
-    def step(self, tokens):
-        return self.model.logits(self.model(token_ids=tokens))
+    def step(self, tokens, choose=False):
+        logits = self.model.logits(self.model(token_ids=tokens))
+        return likeliest_token(logits) if choose else logits
 
     def select(self, texts):
         pass

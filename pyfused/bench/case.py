@@ -59,8 +59,7 @@ class Calls:
         loose: peers of lower precision (int8). Their RMS error may be a tenth of the result's RMS.
         baseline: the name of `plain` in the row.
         trains: whether the calls differentiate, so that they need gradient mode.
-        cost: the least bytes and FLOPs of pyfused's call, if it calls no operators that declare them (a bound step of
-            generation).
+        cost: the least bytes and FLOPs of pyfused's call, if it calls no operators that declare them (a compiled model).
     """
 
     pyfused: Function

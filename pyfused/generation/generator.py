@@ -13,6 +13,7 @@ from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from .beam_search import BeamSearch
+from .queue import run_queue
 from .sampling import NO_TOKEN, Sampler, no_token, uniforms
 from .steps import EagerSteps, GraphSteps, Steps, decoding_of
 from .warm import warm as make_ready
@@ -83,16 +84,9 @@ class Generator:
             FloatingPointError: logits that hold NaN or inf, such as a float16 model's that overflows, or only -inf. (A token
                 with -inf is never chosen.)
         """
-        arrays = model_inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
-        self._decoding.check_room(self.model, arrays, max_new_tokens)
-        sampler = Sampler(temperature, top_k, top_p)
-        stops = self._check_stops(stop_token_ids)
-        if on_token is not None and not callable(on_token):
-            raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
+        arrays = self._texts(prompts, max_new_tokens)
+        sampler, stops = Sampler(temperature, top_k, top_p), self._stops(stop_token_ids)
+        _check_listener(on_token)
         search = BeamSearch(num_beams, length_penalty, early_stopping, num_return_sequences)
         self._check_search(search, max_new_tokens, sampler, on_token, len(stops))
         draws = uniforms(seed, len(arrays), max_new_tokens)
@@ -108,6 +102,51 @@ class Generator:
                 return _run(steps, arrays, max_new_tokens, draws, stops, on_token, self.model.dtype)
             finally:
                 self._keep(steps)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        rows: int = 8,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """New tokens of many prompts, `rows` of them at a time. A row whose text ends takes the next prompt, so texts of mixed
+        lengths leave no row idle. Tokens are those of generate() on each prompt alone, up to rounding in ties.
+
+        Args:
+            rows: how many texts advance together, at least 1. On a CPU a step of up to 16 rows reads the weights once.
+            The others, and what it raises: as generate(). It captures no CUDA graph.
+        """
+        arrays = self._texts(prompts, max_new_tokens)
+        sampler, stops = Sampler(temperature, top_k, top_p), self._stops(stop_token_ids)
+        if isinstance(rows, bool) or not isinstance(rows, int):
+            raise TypeError(f"rows is {rows!r}; it takes an int")
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; it takes at least 1")
+        _check_listener(on_token)
+        draws = uniforms(seed, len(arrays), max_new_tokens)
+        if not arrays:
+            return []
+        rows = min(rows, len(arrays))
+        with evaluating(self.model), torch.inference_mode():
+            shape = rows, *self._decoding.shape(arrays, max_new_tokens)[1:]
+            decoding, draws = self._decoding(self.model, shape), draws.to(self.model.device)
+            return run_queue(decoding, arrays, rows, max_new_tokens, sampler, draws, stops, on_token)
+
+    def _texts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
+        """The prompts, checked."""
+        arrays = model_inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        self._decoding.check_room(self.model, arrays, max_new_tokens)
+        return arrays
 
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
         """The steps of one call. While a call uses a graph, the graph is not in `_graphs`, so no other call can."""
@@ -140,7 +179,7 @@ class Generator:
         if search.candidates(stops) > search.num_beams * vocabulary:
             raise ValueError(f"stop_token_ids has {stops} tokens of {vocabulary}; beams need another one to go on")
 
-    def _check_stops(self, stop_token_ids: Collection[int]) -> frozenset[int]:
+    def _stops(self, stop_token_ids: Collection[int]) -> frozenset[int]:
         if isinstance(stop_token_ids, (str, bytes)) or not isinstance(stop_token_ids, Collection):
             raise TypeError(f"stop_token_ids is {stop_token_ids!r}; it takes a collection of token ids")
         vocabulary = self.model.get_config()["vocabulary_size"]
@@ -150,6 +189,11 @@ class Generator:
             if not 0 <= token < vocabulary:
                 raise IndexError(f"stop_token_ids holds {token}; it takes token ids 0 to {vocabulary - 1}")
         return frozenset(int(token) for token in stop_token_ids)
+
+
+def _check_listener(on_token: object) -> None:
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
 
 
 def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token, dtype) -> list[list[int]]:

@@ -14,7 +14,7 @@ from .decoder import Decoder, chosen
 
 
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
-    """Fills the cache and returns the logits behind each prompt, (B, V).
+    """Fills the cache and returns the hidden states at the end of each prompt, (B, D).
 
     Prompts of several lengths are packed. In the cache they are padded on the right; later steps overwrite or mask this
     padding.
@@ -27,7 +27,7 @@ def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> T
         real = torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]).to(device)
         visible = Visibility(is_causal=True, padding_mask=real).skip_padding()
     call = Call(torch.from_numpy(ids).to(device), positions, visible=visible, cache=cache)
-    return model.logits(model.run(call, torch.from_numpy(lengths).to(device) - 1))
+    return model.run(call, torch.from_numpy(lengths).to(device) - 1)
 
 
 class GPT2Decoding:
@@ -62,13 +62,30 @@ class GPT2Decoding:
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         self._cache.positions, self._cache.length = None, 0
         self._lengths = [len(p) for p in prompts]
-        logits = prefill(self.model, self._cache, prompts)
+        logits = self.model.logits(prefill(self.model, self._cache, prompts))
         if self._positions is None:
             self._settle()
         else:
             self._positions.copy_(torch.tensor(self._lengths))
             self._cache.at_positions(self._positions, self._cache.capacity)
         return logits
+
+    def begin(self) -> None:
+        self._lengths = [0] * self._cache.batch_size
+        self._cache.at_positions(torch.zeros(len(self._lengths), dtype=torch.int64, device=self._places.device), 1)
+
+    def admit(self, row: int, prompt: np.ndarray) -> int:
+        cache, length = self._cache, len(prompt) - 1  # the last token is fed, and gives the logits
+        assert cache.positions is not None
+        if length:
+            own = self.model.new_cache(1, length)
+            prefill(self.model, own, [prompt[:-1]])
+            own.length = length
+            cache.put(row, own)
+        self._lengths[row] = length
+        cache.positions[row] = length
+        cache.at_positions(cache.positions, max(self._lengths) + 1)
+        return int(prompt[-1])
 
     def _settle(self) -> None:
         """Rows of equal length share one position; otherwise each row gets its own."""

@@ -40,6 +40,12 @@ class Decoding(Protocol):
         """Feeds one token to each row, (B,), and returns the next logits, (B, V). With `choose` it returns the likeliest next
         tokens (B,), or NO_TOKEN."""
 
+    def begin(self) -> None:
+        """Makes all rows empty, for admit(). It takes the place of start()."""
+
+    def admit(self, row: int, prompt: np.ndarray) -> int:
+        """Puts a text into a row, in place of the one before. Returns the first token to feed to it."""
+
     def fixed_step(self, tokens: Tensor) -> Tensor:
         """As step, for a CUDA graph: shapes and addresses never change, and the host reads nothing."""
 

@@ -30,6 +30,7 @@ class T5Decoding:
         self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._places = torch.arange(capacity, device=model.device)
         self._bias = self._last_bias()
+        self._lengths: list[int] = []  # of rows that differ in length
         self._decoder = None if fixed else Decoder.of(model, self._cache)
 
     @staticmethod
@@ -61,6 +62,32 @@ class T5Decoding:
         self._cache.at_positions(self._position.expand(len(prompts)), self._cache.capacity)
         return self.fixed_step(first)
 
+    def begin(self) -> None:
+        cache, device = self._cache, self._places.device
+        layers, heads, size, dtype, _ = cache.signature
+        rows, sources = cache.batch_size, self._source_capacity
+        keys = torch.zeros(2, layers, rows, heads, sources, size, dtype=dtype, device=device)
+        cache.cross = list(zip(*keys))
+        cache.encoder_mask = torch.zeros(rows, sources, dtype=torch.bool, device=device)
+        cache.at_positions(torch.zeros(rows, dtype=torch.int64, device=device), 1)
+        self._lengths = [0] * rows
+
+    def admit(self, row: int, prompt: np.ndarray) -> int:
+        cache, length = self._cache, len(prompt)
+        assert cache.positions is not None
+        assert cache.encoder_mask is not None
+        call = Call(torch.from_numpy(prompt)[None].to(self._places.device), visible=Visibility())
+        memory = self.model.encoder(self.model.token_embedding(call.token_ids), call)
+        layers: Any = self.model.decoder.layers
+        for layer, held in zip(layers, cache.cross):
+            assert held is not None
+            for old, new in zip(held, layer.cross_attention.project(memory)):
+                old[row, :, :length] = new[0]
+        cache.encoder_mask[row] = torch.arange(self._source_capacity, device=self._places.device) < length
+        cache.positions[row] = self._lengths[row] = 0
+        cache.at_positions(cache.positions, max(self._lengths) + 1)
+        return int(self.model.get_config()["decoder_start_token_id"])
+
     def _encode(self, prompts: list[np.ndarray]) -> None:
         """Fills the cache with cross-attention's keys and values. Each head's are one stretch of memory."""
         cache, device = self._cache, self._places.device
@@ -89,10 +116,19 @@ class T5Decoding:
         cache = self._cache
         found = None if self._decoder is None else self._decoder(tokens, choose)
         if found is None:
-            bias = self._bias[..., cache.capacity - 1 - cache.length :]
-            found = chosen(self._called(tokens, Visibility(attn_bias=bias)), choose)
+            found = chosen(self._called(tokens, self._visible(cache.positions)), choose)
         cache.advance()
+        self._lengths = [n + 1 for n in self._lengths]
         return found
+
+    def _visible(self, positions: Tensor | None) -> Visibility:
+        """What the next token of each row sees. positions: (B,), or None where all rows are equally long."""
+        last, extent = self._cache.capacity - 1, self._cache.extent
+        if positions is None:
+            return Visibility(attn_bias=self._bias[..., last - self._cache.length :])
+        distance = (last - positions[:, None] + self._places[:extent]).clamp(max=last)
+        bias = self._bias[0, :, 0][:, distance].transpose(0, 1)[:, :, None]  # (B, H, 1, extent)
+        return Visibility(padding_mask=self._places[:extent] <= positions[:, None], attn_bias=bias)
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
         capacity = self._cache.capacity
@@ -121,6 +157,9 @@ class T5Decoding:
         times = self._cache.batch_size // cross[0].shape[0]
         rows = sources[:, None] * times + torch.arange(times, device=sources.device)
         self._cache.select(rows.flatten(), sources)
+        if self._cache.positions is not None:
+            self._lengths = [self._lengths[text] for text in texts]
+            self._cache.at_positions(self._cache.positions, max(self._lengths) + 1)
 
     def reorder(self, rows: list[int], new: int, first: int) -> None:
         self._cache.reorder(rows, 1 + first)

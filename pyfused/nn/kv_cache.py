@@ -99,6 +99,11 @@ class KVCache:
             places[self._rows, self.positions] = key_value[:, 0]
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
+    def put(self, row: int, other: KVCache) -> None:
+        """Copies the tokens of another cache's only row to the front of a row of this one."""
+        for mine, its in zip(self._buffers, other._buffers):
+            mine[:, row, :, : other.length] = its[:, 0, :, : other.length]
+
     def keys(self, layer: int) -> Tensor:
         """The keys of a layer so far, a view (B, H, length, D)."""
         return self._layer(layer)[1][:, :, : self.length]
@@ -112,6 +117,8 @@ class KVCache:
         step reads. sources: the encoder's rows to keep, if they are not `rows`; slice(None) keeps all without a copy.
         """
         self._set([kv.index_select(1, rows) for kv in self._buffers])
+        if self.positions is not None:
+            self.positions = self.positions[rows]
         kept = rows if sources is None else sources
         self.cross = [None if kv is None else (kv[0][kept], kv[1][kept]) for kv in self.cross]
         self.encoder_mask = None if self.encoder_mask is None else self.encoder_mask[kept]

@@ -45,8 +45,8 @@ def decode(
         choose: return the likeliest tokens instead of the logits.
 
     Returns:
-        Logits (B, V) of the plan's dtype (of a plan without a head the hidden states behind the final norm, (B, D)), or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
-        largest is not finite.
+        Logits (B, V) of the plan's dtype, or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
+        largest is not finite. A plan without a head gives the hidden states behind the final norm, (B, D).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. IndexError: an id out of range, where the host
