@@ -336,23 +336,25 @@ bool wide_keys(const DecodePlan& p, const DecodeCall& c, const DecodeArguments& 
 
 }  // namespace
 
+int64_t decode_shared(addr plan, addr call, int threads, int dtype) {
+  return (int64_t)shared_bytes(*(const DecodePlan*)plan, *(const DecodeCall*)call, threads, dtype == 0 ? 4 : 2);
+}
+
 int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device) {
   const auto& p = *(const DecodePlan*)plan;
   const auto& c = *(const DecodeCall*)call;
   const Launch launch{"decode", c.rows, p.hidden, device};
   const OnDevice guard(launch);
-  int cooperative = 0, most = 0, fit = 0;
+  int cooperative = 0, fit = 0;
   launch.check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
   if (!cooperative) return 0;
-  launch.check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   const size_t bytes = shared_bytes(p, c, threads, dtype == 0 ? 4 : 2);
-  if (bytes > (size_t)most) return -1;
   PYFUSED_BY_DTYPE(dtype, {
     auto kernel = kernel_of<T>(c.rows);
     allow_shared(launch, kernel, bytes);
     launch.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, bytes));
   })
-  return fit > 0 ? multiprocessors : -1;
+  return fit > 0 ? multiprocessors : 0;
 }
 
 int64_t decode_scratch(addr plan, addr call, int blocks) {

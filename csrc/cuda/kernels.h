@@ -69,7 +69,10 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
 // ---- decode ---------------------------------------------------------------------------------------------------------
 // plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. plan.layer points to device memory, as all addresses
 // but call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
-// The blocks of a launch, 0 if the device has no cooperative launch, -1 if a block does not fit on a multiprocessor.
+// Bytes of shared memory of a block.
+int64_t decode_shared(addr plan, addr call, int threads, int dtype);
+// The blocks of a launch, if a block may have that much: one for each multiprocessor. 0 if the device launches none of them
+// together.
 int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device);
 // Bytes of scratch memory.
 int64_t decode_scratch(addr plan, addr call, int blocks);

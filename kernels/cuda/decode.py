@@ -8,7 +8,7 @@ import torch
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed
 
-from ._launch import multiprocessors, where
+from ._launch import multiprocessors, shared_memory, where
 
 MOST_ROWS = 8  # kernel_of() of decode.cu
 _MOST_HEAD_SIZE = 256  # kMostHeadSize of decode_attention.cuh
@@ -20,7 +20,7 @@ class _Prepared(NamedTuple):
     c_plan: CPlan
     layers: torch.Tensor
     wide: bool  # whether 16-byte accesses to every weight's rows are aligned and end with the row
-    blocks: dict[tuple[int, ...], int]  # of a launch, by rows and sources; see decode_blocks in kernels.h
+    blocks: dict[tuple[int, int], int]  # of a launch, by rows and sources; -1 where shared memory is too small
 
 
 def unsupported_forward(like, plan, step):
@@ -39,11 +39,9 @@ def unsupported_forward(like, plan, step):
         if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
             return "takes caches of equal strides whose last dimension is contiguous"
     blocks = _blocks(like, plan, step)
-    if blocks == 0:
-        return "the device has no cooperative launch"
     if blocks < 0:
-        return f"{rows} rows of this model do not fit into a multiprocessor's shared memory"
-    return None
+        return f"{rows} rows of this model do not fit into a block's shared memory"
+    return None if blocks else "the device has no cooperative launch"
 
 
 def _layout(plan):
@@ -54,9 +52,10 @@ def _layout(plan):
         if matrix.weight is not None and (is_transposed(matrix) or matrix.weight.stride()[1] != 1):
             return "takes weights whose rows are contiguous"  # the lanes of a warp share a row
     for layer in plan.layers:
-        for name, shared in {"query, key and value": (layer.query, layer.key, layer.value), "gate and inner": (layer.gate, layer.inner)}.items():
-            if len({m.scale is None for m in shared if m.weight is not None}) > 1:
-                return f"takes {name} weights that are all int8 or all not"
+        for names in ("query, key and value", "gate and inner"):  # in one product
+            matrices = [getattr(layer, name) for name in names.replace(" and ", ", ").split(", ")]
+            if len({m.scale is None for m in matrices if m.weight is not None}) > 1:
+                return f"takes {names} weights that are all int8 or all not"
     return ""
 
 
@@ -82,9 +81,12 @@ def _blocks(like, plan, step):
     rows, sources = step.tokens.shape[0], step.cross[0].shape[0] if step.cross else 0
     found = prepared.blocks.get((rows, sources))
     if found is None:
-        call, c_plan = CCall(rows=rows, sources=sources), ctypes.addressof(prepared.c_plan)
-        numbers = threads(like.device), multiprocessors(like.device), DTYPE_CODES[like.dtype], like.device.index or 0
-        found = prepared.blocks[rows, sources] = cuda().decode_blocks(c_plan, ctypes.addressof(call), *numbers)
+        call, device, dtype = CCall(rows=rows, sources=sources), like.device, DTYPE_CODES[like.dtype]
+        structs = ctypes.addressof(prepared.c_plan), ctypes.addressof(call), threads(device)
+        found = -1
+        if cuda().decode_shared(*structs, dtype) <= shared_memory(device):
+            found = cuda().decode_blocks(*structs, multiprocessors(device), dtype, device.index or 0)
+        prepared.blocks[rows, sources] = found
     return found
 
 

@@ -12,6 +12,7 @@ from draws import check
 from pyfused import dispatch, extensions
 from pyfused.decode_plan import DecodePlan
 from pyfused.kernels.cuda import decode
+from pyfused.kernels.shared.decode_plan import CCall, CPlan
 from pyfused.ops.decode import run
 from pyfused.testing import running
 
@@ -73,6 +74,27 @@ def test_many_keys_and_all_threads_of_a_block(name, dtype, threads):
     check(once, 20)
 
 
+# GPT-2 124M and XL, T5 1.1 base: hidden, heads, inner
+SIZES = {"gpt2": (768, 12, 3072), "gpt2 xl": (1600, 25, 6400), "t5 base": (768, 12, 2048)}
+
+
+@pytest.mark.parametrize("dtype", [0, 2])
+@pytest.mark.parametrize("name", SIZES)
+def test_shared_memory_of_real_models(name, dtype):
+    """All rows fit into a Hopper chip's 227 KB, but for GPT-2 XL, which fits with 5; on an A100 with 163 KB four and two do."""
+    hidden, heads, inner = SIZES[name]
+    plan = CPlan(layers=12, hidden=hidden, heads=heads, kv_heads=heads, head_size=64, intermediate=inner)
+
+    def most(limit):
+        def fits(rows):
+            call = CCall(rows=rows, sources=rows if name == "t5 base" else 0)
+            return shim.load().decode_shared(ctypes.addressof(plan), ctypes.addressof(call), 256, dtype) <= limit * 1024
+
+        return max(filter(fits, range(1, 9)))
+
+    assert (most(227), most(163)) == {"gpt2": (8, 6), "gpt2 xl": (4, 2), "t5 base": (8, 8)}[name]
+
+
 def test_a_graph_needs_no_number_of_the_host():
     """With `places` neither `place` nor `most` is read."""
     plan, step = case("uneven", torch.float32)
@@ -96,7 +118,7 @@ def reason(plan, step):
 def test_what_it_refuses(monkeypatch):
     new = operator_calls.Numbers("cpu", torch.float32)
     assert reason(*decode_cases.made(new, 9, 3)) == "takes at most 8 rows"
-    assert "do not fit into a multiprocessor's shared memory" in reason(*decode_cases.made(new, 8, 3, inner=8192))
+    assert "do not fit into a block's shared memory" in reason(*decode_cases.made(new, 8, 3, inner=8192))
     assert not reason(*decode_cases.made(new, 1, 3, inner=8192))
     assert reason(*decode_cases.made(new, 1, 3, head_size=264)) == "takes heads of at most 256"
     plan, step = decode_cases.made(new, 1, 3)
@@ -110,7 +132,8 @@ def test_what_it_refuses(monkeypatch):
         assert why in reason(plan, step)
     plan.layers = (layer,) * 101
     plan.prepared.clear()
-    assert "takes at most 400 keys and values" in reason(plan, step._replace(caches=step.caches[:2] * 101, cross=step.caches * 50))
+    many = step._replace(caches=step.caches[:2] * 101, cross=step.caches * 50)
+    assert "takes at most 400 keys and values" in reason(plan, many)
     plan, step = decode_cases.made(new, 1, 3)
     monkeypatch.setattr(shim.load(), "decode_blocks", lambda *args: 0)
     assert reason(plan, step) == "the device has no cooperative launch"
