@@ -14,8 +14,8 @@
 // (decode_product.cuh). No atomics on floats: the result is the same to the last bit, with any number of blocks.
 //
 // Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
-//   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the operand
-//                 from the L2 and 0.6 us for norm, product and sums: 60 x 2.5 = 150 us, behind which the layers' 170 MB hide.
+//   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the
+//                 operand from the L2 and 0.6 us for norm, product and sums: 60 x 2.5 = 150 us. The layers' 170 MB hide behind.
 //                 The head's 77 MB take 26 us. In all about 180 us.
 //   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
 //                 In all about 260 us.
@@ -169,7 +169,7 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
 
   // operand = value(row, c) for c < k, and zeros up to the end of a step. Four reads are under way at once.
   template <class Value> __device__ void fill(int k, const Value& value) {
-    const int bits = this->vector_bits(this->int8), width = ((k - 1) >> (bits + 5)) + 1 << (bits + 5), all = m * width;
+    const int bits = this->vector_bits(this->int8), width = this->steps_of(k, bits) << (bits + 5), all = m * width;
     constexpr int AT_ONCE = 4;
     for (int start = threadIdx.x; start < all; start += AT_ONCE * blockDim.x) {
       float found[AT_ONCE];
@@ -186,8 +186,8 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
     }
   }
 
-  // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the mean
-  // of squared deviations. The warps of a row compute its statistics each for itself: no barrier between.
+  // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the
+  // mean of squared deviations. The warps of a row compute its statistics each for itself: no barrier between.
   __device__ void normalise(const DecodeNorm& norm, bool adds) {
     if (adds) {
 #pragma unroll 4
@@ -196,7 +196,7 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
     __syncthreads();
     const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
     const int sharing = m >= warps ? 1 : (warps - 1 - warp % m) / m + 1, part = m >= warps ? 0 : warp / m;
-    const int bits = this->vector_bits(this->int8), width = ((hidden - 1) >> (bits + 5)) + 1 << (bits + 5);
+    const int bits = this->vector_bits(this->int8), width = this->steps_of(hidden, bits) << (bits + 5);
     for (int row = warp % m; row < m; row += warps) {
       const float* x = stream + row * hidden;
       float mean = 0, squares = 0;
@@ -234,16 +234,17 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
   __device__ void put_in_cache(int i, int row, int feature, float value) {
     const int d = (int)a.plan.head_size, keys = (int)a.plan.kv_heads * d, is_value = feature >= keys;
     const int c = feature - is_value * keys;
-    T* cache = (T*)a.address[2 * i + is_value];
-    cache[row * a.call.batch_stride + c / d * a.call.head_stride + this->place(row) * a.call.row_stride + c % d] = narrow<T>(value);
+    T* at = (T*)a.address[2 * i + is_value] + row * a.call.batch_stride + this->place(row) * a.call.row_stride;
+    at[c / d * a.call.head_stride + c % d] = narrow<T>(value);
   }
 
   // Without a head the last norm, in place of logits.
   __device__ void put_hidden() const {
     if (blockIdx.x > 0) return;
+    const int bits = this->vector_bits(this->int8);
     for (int row = 0; row < m; ++row)
       for (int c = threadIdx.x; c < hidden; c += blockDim.x)
-        ((T*)a.call.logits)[row * hidden + c] = narrow<T>(operand[row * a.pitch + operand_place(c, this->vector_bits(this->int8))]);
+        ((T*)a.call.logits)[row * hidden + c] = narrow<T>(operand[row * a.pitch + operand_place(c, bits)]);
   }
 
   __device__ void put_logit(int row, int feature, float value) {
@@ -304,7 +305,8 @@ size_t shared_bytes(const DecodePlan& p, const DecodeCall& c, int threads, int e
   const int64_t widest = larger(larger(p.hidden, p.heads * p.head_size), p.intermediate);
   const int64_t queries = larger(p.heads / p.kv_heads, c.sources ? c.rows / c.sources : 1);
   const int64_t attention = attention_floats(queries, padded_head((int)p.head_size, 16 / element), threads / kWarp);
-  return decode_shared(threads, rows_kept(c.rows), c.rows, p.hidden, larger(c.rows * up(widest, kPitchUnit) * kPitchUnit, attention));
+  const int64_t operand = c.rows * up(widest, kPitchUnit) * kPitchUnit;
+  return block_bytes(threads, rows_kept(c.rows), c.rows, p.hidden, larger(operand, attention));
 }
 
 int cross_chunks(const DecodePlan& p, const DecodeCall& c) { return c.sources ? most_chunks(c.sources * p.heads) : 1; }
@@ -364,7 +366,8 @@ int64_t decode_scratch(addr plan, addr call, int blocks) {
 
 int decode_most_addresses() { return kMostAddresses; }
 
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device, addr stream) {
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device,
+                    addr stream) {
   DecodeArguments a{*(const DecodePlan*)plan, *(const DecodeCall*)call};
   const DecodePlan& p = a.plan;
   const DecodeCall& c = a.call;

@@ -100,9 +100,10 @@ template <class T, int ROWS> struct DecodeAttention : DecodeProduct<T, ROWS> {
       const int chunk = item % k.chunks, head = item / k.chunks % k.heads, source = item / k.chunks / k.heads;
       const int begin = chunk * k.size, end = min(begin + k.size, extent(cross, source));
       if (begin >= end) continue;
-      if (k.queries == 1) visit<1>(k, cross, source, head, chunk, 0, begin, end, (float)scale);
+      const float by = (float)scale;
+      if (k.queries == 1) visit<1>(k, cross, source, head, chunk, 0, begin, end, by);
       else
-        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, cross, source, head, chunk, q, begin, end, (float)scale);
+        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, cross, source, head, chunk, q, begin, end, by);
     }
   }
 

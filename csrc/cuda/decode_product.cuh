@@ -90,7 +90,7 @@ template <class T, int ROWS> struct DecodeBlock {
 };
 
 // Bytes of all that. Host code.
-inline size_t decode_shared(int threads, int rows_kept, int64_t rows, int64_t hidden, int64_t operand_floats) {
+inline size_t block_bytes(int threads, int rows_kept, int64_t rows, int64_t hidden, int64_t operand_floats) {
   const int64_t sums = 2 * threads / kWarp * rows_kept * kColumns, stream = (rows * hidden + 3) / 4 * 4;
   return kDepth * kColumns * 16 * threads + 2 * sizeof(DecodeLayer) + 2 * sizeof(DecodeMatrix) +
          4 * (sums + stream + operand_floats);
@@ -113,7 +113,9 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
 
   __device__ explicit DecodeProduct(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
+  // A lane reads 2^bits elements of a row of W at once. k elements fill whole steps of a warp.
   __device__ static int vector_bits(bool is_int8) { return is_int8 ? 4 : sizeof(T) == 2 ? 3 : 2; }
+  __device__ static int steps_of(int k, int bits) { return ((k - 1) >> (bits + 5)) + 1; }
 
   // The matrix that a feature belongs to, and its row there. `second`: inner's row for a gated feature.
   __device__ const DecodeMatrix& matrix_of(int feature, bool second, int& row) const {
@@ -152,7 +154,7 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     first = (int)((int64_t)n * blockIdx.x / gridDim.x), last = (int)((int64_t)n * (blockIdx.x + 1) / gridDim.x);
     ahead_round = 0, ahead_step = begin = end = rounds = filled = 0;
     if (n == 0) return;  // a plan without a head
-    const int steps = ((k - 1) >> (vector_bits(int8) + 5)) + 1;
+    const int steps = steps_of(k, vector_bits(int8));
     splits = max(1, min(kTilesWanted * width / n, min(steps, warps)));
     const int share = (steps - 1) / splits + 1;
     splits = (steps - 1) / share + 1, groups = warps / splits, group = warp / splits;

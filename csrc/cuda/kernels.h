@@ -67,8 +67,8 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
                        addr stream);
 
 // ---- decode ---------------------------------------------------------------------------------------------------------
-// plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. plan.layer points to device memory, as all addresses
-// but call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
+// plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. All addresses in them, plan.layer too, are on the
+// device, but not call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
 // Bytes of shared memory of a block.
 int64_t decode_shared(addr plan, addr call, int threads, int dtype);
 // The blocks of a launch, if a block may have that much: one for each multiprocessor. 0 if the device launches none of them

@@ -81,7 +81,7 @@ SIZES = {"gpt2": (768, 12, 3072), "gpt2 xl": (1600, 25, 6400), "t5 base": (768, 
 @pytest.mark.parametrize("dtype", [0, 2])
 @pytest.mark.parametrize("name", SIZES)
 def test_shared_memory_of_real_models(name, dtype):
-    """All rows fit into a Hopper chip's 227 KB, but for GPT-2 XL, which fits with 5; on an A100 with 163 KB four and two do."""
+    """How many rows fit into the 227 KB of a Hopper chip's block, and into the 163 KB of an A100's."""
     hidden, heads, inner = SIZES[name]
     plan = CPlan(layers=12, hidden=hidden, heads=heads, kv_heads=heads, head_size=64, intermediate=inner)
 
