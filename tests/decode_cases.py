@@ -44,10 +44,9 @@ def made(new, rows, keys, **options):
     layers, tokens = (layer(), layer()), matrix(VOCABULARY, hidden)._replace(bias=None)
     plan = DecodePlan(
         layers, tokens, tokens, norm(), heads, kv_heads, d, has["rms"], "gelu_tanh",
+        position_embedding=Matrix() if has["relative"] else Matrix(new(keys + 9, hidden)),
         bias_table=new(16, heads) if has["relative"] else None, max_distance=40,
     )  # fmt: skip
-    if not has["relative"]:
-        plan.position_embedding = Matrix(new(keys + 9, hidden))
     device, capacity = new.device, keys + 9
     places = torch.tensor([(keys - 1) * (row + 1) // rows for row in range(rows)], device=device) if has["uneven"] else None
     sources = given.get("sources", 0)

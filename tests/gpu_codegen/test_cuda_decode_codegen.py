@@ -18,7 +18,7 @@ def test_kernels(architecture):
     for kernel in kernels:
         check_kernel(kernel)
         assert kernel.template == "decode_kernel"
-        assert kernel.shared == 0, kernel  # all of it is dynamic; test_decode_blocks.py counts it
+        assert kernel.shared <= 1024, kernel  # the chip's own; the rest is dynamic, and test_decode_blocks.py counts it
         assert kernel.registers <= 255, kernel  # for one block of 256 threads on a multiprocessor
         # A step copies 16 bytes of four rows; the ring is filled before the barrier and refilled in the product.
         assert kernel.count("LDGSTS.E.BYPASS.128") >= 8, kernel
