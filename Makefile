@@ -4,6 +4,7 @@
 # make run            env, verify, generate and encode on the bundled presets, with tokens per second beside transformers
 # make test           every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify`, as on older and newer processors
+# make test-aarch64   the operators' tests with the CPU kernels cross-compiled for ARM, in an emulator
 # make lint           ruff and mypy
 # make docs           builds the site into build/site, with warnings as errors
 # make bench          every benchmark on the CPU; updates benchmarks/results, the README and docs/performance
@@ -23,9 +24,9 @@ BUDGET ?= 390
 RESULTS ?= build/gpu-results
 
 # The tests read code for these two chips. A build for every chip (CMakeLists.txt) takes three times as long.
-run test test-machines lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
+run test test-machines test-aarch64 lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
-.PHONY: run test test-machines lint docs bench gpu gpu-build gpu-publish clean
+.PHONY: run test test-machines test-aarch64 lint docs bench gpu gpu-build gpu-publish clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -45,6 +46,10 @@ test: $(VENV)/test.stamp
 
 test-machines: $(VENV)/test.stamp
 	$(BIN)/python tests/machines.py
+
+# Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and says so.
+test-aarch64: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/aarch64/run.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ def cases(setup):
         yield Case(f"prompt of {prompt}", dtype, partial(first, setup, prompt, dtype))
         if setup.device == "cpu":
             yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))
+            if dtype == torch.float32:
+                yield Case(f"int8 token, {cached} cached", dtype, partial(token, setup, cached, dtype, weights="int8"))
         yield Case(f"train 1x{prompt}", dtype, partial(train, setup, prompt, dtype))
 
 
@@ -57,8 +59,11 @@ def first(setup, length, dtype):
     return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers, loose=(INT8,))
 
 
-def token(setup, cached, dtype):
+def token(setup, cached, dtype, weights=None):
+    """weights="int8": beside the peers with int8 weights. The truth is that of our own rounded weights."""
     mine, theirs, ids = models(setup, dtype, cached + 1)
+    if weights:
+        pyfused.quantize_(mine, weights)
     decoding, last = GPT2Decoding(mine, (1, cached + 64)), ids[:, cached:]
     decoding.start([ids[0, :cached].cpu().numpy()])
     past = theirs(ids[:, :cached], use_cache=True).past_key_values
@@ -73,6 +78,7 @@ def token(setup, cached, dtype):
         return logits
 
     peers = gpt2_token(theirs, ids)
+    peers = {INT8: peers[INT8]} if weights else peers
     return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step, peers=peers, loose=(INT8,))
 
 

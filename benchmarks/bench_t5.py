@@ -27,6 +27,8 @@ def cases(setup):
         if setup.device == "cpu":
             name = f"token, {cached} cached, source of {short}"
             yield Case(name, dtype, partial(token, setup, short, cached, dtype))
+            if dtype == torch.float32:
+                yield Case(f"int8 {name}", dtype, partial(token, setup, short, cached, dtype, weights="int8"))
         yield Case(f"train 1x{short} + {short}", dtype, partial(train, setup, short, dtype))
 
 
@@ -60,10 +62,13 @@ def encoder(setup, length, dtype):
     return model_calls(mine, theirs, states, their_states, peers=peers, loose=(INT8,))
 
 
-def token(setup, length, cached, dtype):
+def token(setup, length, cached, dtype, weights=None):
+    """weights="int8": beside the peers with int8 weights. The truth is that of our own rounded weights."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     mine, theirs, ids = models(setup, dtype, length)
+    if weights:
+        pyfused.quantize_(mine, weights)
     last = torch.zeros(1, dtype=torch.int64, device=setup.device)
 
     def last_logits(model):
@@ -90,6 +95,7 @@ def token(setup, length, cached, dtype):
         return out.logits[:, -1]
 
     peers = t5_token(theirs, ids, cached)
+    peers = {INT8: peers[INT8]} if weights else peers
     return model_calls(mine, theirs, last_logits, their_token, run=step, peers=peers, loose=(INT8,))
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .encoding import encode
     from .fuse import FuseReport, fuse_, unfuse_
     from .generation.generator import Generator
+    from .generation.plans import plan_of
     from .models import AlbertBackbone, Backbone, FNetBackbone, GPT2Backbone, T5Backbone
+    from .quantize import QuantizeReport, quantize_, unquantize_
 
 __all__ = [
     "AlbertBackbone",
@@ -34,6 +36,7 @@ __all__ = [
     "FuseReport",
     "GPT2Backbone",
     "Generator",
+    "QuantizeReport",
     "RelativeBias",
     "T5Backbone",
     "__version__",
@@ -48,15 +51,20 @@ __all__ = [
     "gated_ffn",
     "layer_norm",
     "linear",
+    "plan_of",
+    "quantize_",
     "relative_bias",
     "rms_norm",
     "unfuse_",
+    "unquantize_",
 ]
 
 # Imported at first use, so that users of the operators do not wait for the models.
 _LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation:Generator"}
+_LAZY |= {"plan_of": "pyfused.generation:plan_of"}
 _LAZY |= {"encode": "pyfused.encoding:encode"}
 _LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}
+_LAZY |= {name: f"pyfused.quantize:{name}" for name in ("QuantizeReport", "quantize_", "unquantize_")}
 _LAZY |= {family.class_name: family.backbone for family in FAMILIES.values()}
 
 

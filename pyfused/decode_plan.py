@@ -56,7 +56,7 @@ _NO_MATRIX = Matrix()
 _NESTED: dict[str, Any] = {"Matrix": Matrix, "Norm": Norm}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, frozen=True)
 class DecodePlan:
     """A decoder. All tensors but scales have one dtype and one device."""
 
@@ -90,6 +90,19 @@ class DecodePlan:
     def outputs(self) -> int:
         """The width of the result: V, or D without a head."""
         return self.hidden if self.head.weight is None else self.head.weight.shape[0]
+
+    def check(self) -> None:
+        """Raises ValueError if matrices do not fit together, as in a model with a pruned layer. Kernels trust the sizes."""
+        own, keys, hidden = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
+        wide = next((m.weight.shape[0] for m in (layer.inner for layer in self.layers) if m.weight is not None), 0)
+        sizes = {"query": (own, hidden), "key": (keys, hidden), "value": (keys, hidden), "output": (hidden, own)}
+        sizes |= {"inner": (wide, hidden), "gate": (wide, hidden), "outer": (hidden, wide)}
+        sizes |= {"cross_query": (own, hidden), "cross_output": (hidden, own)}
+        for i, layer in enumerate(self.layers):
+            for name, size in sizes.items():
+                weight = getattr(layer, name).weight
+                if weight is not None and weight.shape != size:
+                    raise ValueError(f"plan: {name} of layer {i} has shape {tuple(weight.shape)}; it takes {size}")
 
     def matrices(self) -> Iterator[Matrix]:
         """All matrices of the layers and the head that exist."""

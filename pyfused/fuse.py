@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
-from .own_forward import Adapter, Entry, Forward, give, has_another_forward, is_fused, take_back
+from .own_forward import Adapter, Entry, Forward, check_module, give, has_another_forward, is_fused, summary, take_back
 
 # From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
 # table by the full name of a class. It may have enter(model, wanted) and leave(model), for changes to a model as a whole.
@@ -33,20 +31,7 @@ class FuseReport:
     left: tuple[Entry, ...]
 
     def __str__(self) -> str:
-        rows = [f"replaced: {len(self.replaced)}", *_rows(self.replaced), f"left: {len(self.left)}", *_rows(self.left)]
-        return "\n".join(rows)
-
-
-def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
-    """One row for modules whose names differ only in their numbers, such as the layers of a model."""
-
-    def pattern(entry):
-        parts = entry.name.split(".")
-        return ".".join("*" if p.isdigit() else p for p in parts) or "(the model)", entry.kind, entry.note
-
-    for (name, kind, note), group in groupby(sorted(entries, key=pattern), pattern):
-        count = len(list(group))
-        yield f"  {name} ({kind}){f' x{count}' if count > 1 else ''}: {note}"
+        return summary(self.replaced, self.left)
 
 
 def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FuseReport:
@@ -68,7 +53,7 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
     Raises:
         TypeError: model is not a torch.nn.Module, or filter_fn is not callable.
     """
-    _check_module(model)
+    check_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
     wanted = filter_fn or (lambda name, module: True)
@@ -103,7 +88,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    _check_module(model)
+    check_module(model)
     for module in model.modules():
         if is_fused(module):
             take_back(module)
@@ -111,11 +96,6 @@ def unfuse_(model: nn.Module) -> nn.Module:
         if hasattr(library, "leave"):
             library.leave(model)
     return model
-
-
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
 
 
 def _integrations(model: nn.Module) -> list[ModuleType]:

@@ -13,7 +13,9 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -23,6 +25,7 @@ Adapter = Callable[[nn.Module], "Forward | str"]  # returns the forward for this
 F = TypeVar("F", bound=Forward)
 
 _REPLICATE = "_replicate_for_data_parallel"
+_changes = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,30 @@ class Entry:
     name: str
     kind: str
     note: str
+
+
+def summary(replaced: tuple[Entry, ...], left: tuple[Entry, ...]) -> str:
+    """A report as text."""
+    lines = [f"replaced: {len(replaced)}", *_rows(replaced), f"left: {len(left)}", *_rows(left)]
+    return "\n".join(lines)
+
+
+def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
+    """One row for modules whose names differ only in their numbers, such as the layers of a model."""
+
+    def pattern(entry):
+        parts = entry.name.split(".")
+        return ".".join("*" if p.isdigit() else p for p in parts) or "(the model)", entry.kind, entry.note
+
+    for (name, kind, note), group in groupby(sorted(entries, key=pattern), pattern):
+        count = len(list(group))
+        yield f"  {name} ({kind}){f' x{count}' if count > 1 else ''}: {note}"
+
+
+def check_module(model: Any) -> None:
+    """Raises TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
 
 
 def fused_forward(function: F) -> F:
@@ -78,20 +105,43 @@ def has_another_forward(module: nn.Module) -> bool:
     return forward is not None and not is_own(forward)
 
 
+def changes() -> int:
+    """How often a module has got another __dict__ here. While the number stays, a held __dict__ is still the module's."""
+    return _changes
+
+
+def kept(module: nn.Module) -> WeakKeyDictionary[Any, Any] | None:
+    """Where a fused forward may keep things for as long as the keys live. Nobody else sees them. Copies, pickles and unfuse_
+    leave them behind. None if this module is not fused."""
+    attributes = vars(module)
+    if not isinstance(attributes, _Attributes):
+        return None
+    try:
+        return attributes.kept
+    except AttributeError:
+        attributes.kept = WeakKeyDictionary()
+        return attributes.kept
+
+
 def give(module: nn.Module, function: Forward) -> None:
     """Makes module.forward(...) run function(module, ...)."""
+    global _changes
+    _changes += 1
     _attach(module, _Attributes(vars(module)), {"forward": function, _REPLICATE: _replicate})
 
 
 def take_back(module: nn.Module) -> None:
     """Undoes `give`."""
+    global _changes
+    _changes += 1
     object.__setattr__(module, "__dict__", dict(vars(module)))
 
 
 class _Attributes(dict[str, Any]):
     """A module's __dict__. Iterating over it skips the functions bound to the module. Python and torch copy a dict that way."""
 
-    __slots__ = ()
+    __slots__ = ("kept",)
+    kept: WeakKeyDictionary[Any, Any]
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, value in dict.items(self) if not is_own(value)])

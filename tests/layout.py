@@ -11,7 +11,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),
     "kernels": ("kernels",),  # dispatch loads them by name, when an operator is first called
     "operators": ("ops", "compile_ahead"),
-    "modules": ("nn",),
+    "modules": ("nn", "quantize"),
     "checkpoints": ("checkpoints",),
     "models": ("models", "encoding", "generation"),
     "fused models": ("integrations", "fuse"),

@@ -35,7 +35,8 @@ void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
 // transposed: the weight (ffn: both weights) is stored as (k, n), weight_stride from row to row, and rows is at most 8.
-void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
+// scale: float32 (n) beside an int8 weight, else 0.
+void linear_forward(addr x, addr weight, addr scale, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int dtype);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------

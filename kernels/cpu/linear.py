@@ -1,13 +1,16 @@
 """linear on the CPU: launches csrc/cpu/linear.cpp, or the library's product where that was measured to be faster."""
 
+import torch
 import torch.nn.functional as F
 
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
+from pyfused.kernels.shared import int8
 from pyfused.kernels.shared.layout import rows_of
-from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
+from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
+_PART = 1 << 18  # elements of an int8 weight that are widened at a time: their float32 form stays in a cache
 
 
 def by_columns(rows, *weights):
@@ -31,30 +34,75 @@ def library_is_faster(rows, *weights):
     return evidence.slower("cpu", "linear", "forward", "cpu", weights[0].dtype, shapes, size)
 
 
-def left_to_library_forward(x, weight, bias, residual):
-    return library_is_faster(x.shape[:-1].numel(), weight)
+def in_float(x, weight):
+    """Why the integer product of dynamic=True does not run; None if it does. Without integer instructions it takes 30 times as
+    long as a product in float32."""
+    if not torch.cpu._is_vnni_supported():
+        return "this processor has no instructions for products of int8"
+    return int8.in_float(x, weight, "cpu")
+
+
+def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    rows = x.shape[:-1].numel()
+    if scale is None:
+        return library_is_faster(rows, weight)
+    if dynamic and in_float(x, weight) is None:
+        return "dynamic=True asks for torch._int_mm"
+    shapes, size = evidence.product_shapes(rows, weight)
+    return evidence.slower("cpu", "linear", "forward", "cpu", x.dtype, shapes, size)
+
+
+def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    reason = in_float(x, weight) if dynamic else None
+    return reason and f"dynamic=True keeps x in floating point: {reason}"
 
 
 @prepares_launch
-def forward(x, weight, bias, residual):
-    if left_to_library_forward(x, weight, bias, residual):
-        return _library_forward
+def forward(x, weight, bias, residual, scale=None, dynamic=False):
+    if dynamic and (reason := in_float(x, weight)):
+        int8.say_once(reason)
+        dynamic = False
+    if left_to_library_forward(x, weight, bias, residual, scale, dynamic):
+        return _library_forward if scale is None else _int8_by_library
     of_x, of_residual = rows_of(x), rows_of(residual)
-    transposed = by_columns(x.shape[:-1].numel(), weight)
+    transposed = scale is None and by_columns(x.shape[:-1].numel(), weight)
     of_weight = rows_of(weight.t() if transposed else weight)
-    if of_x is None or of_weight is None or of_residual is None or not dense(bias):
+    if of_x is None or of_weight is None or of_residual is None or not dense(bias, scale):
         return None
     (rows, k, x_stride), n, weight_stride, residual_stride = of_x, weight.shape[0], of_weight[2], of_residual[2]
     shape, dtype = (*x.shape[:-1], n), x.dtype
     numbers = rows, n, k, x_stride, weight_stride, residual_stride, transposed, DTYPE_CODES[dtype]
     kernel, new = cpu().linear_forward, maker(shape, dtype)
 
-    def launch(x, weight, bias, residual):
+    def launch(x, weight, bias, residual, scale=None, dynamic=False):
         y = new()
-        kernel(x, weight, bias, residual, y, *numbers)
+        kernel(x, weight, scale, bias, residual, y, *numbers)
         return (y,)
 
     return launch
+
+
+def _int8_by_library(x, weight, bias, residual, scale, dynamic):
+    if dynamic and in_float(x, weight) is None:
+        y = int8.product(x, weight, scale)
+    else:
+        y = _widened(x, weight, scale)
+    y = y if bias is None else y.add_(bias)
+    y = y if residual is None else y.add_(residual)
+    return (y.to(x.dtype),)
+
+
+def _widened(x, weight, scale):
+    """The library's product with parts of the weight in float32, or in x's dtype where the processor multiplies that."""
+    n, k = weight.shape
+    dtype = x.dtype if evidence.multiplies_itself(x.dtype) else torch.float32
+    rows = x.reshape(-1, k).to(dtype)
+    y = torch.empty(rows.shape[0], n, dtype=torch.float32, device=CPU)
+    step = max(1, _PART // max(k, 1))
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        y[:, part] = F.linear(rows, int8.dequantized(weight[part], scale[part], dtype))
+    return y.view(*x.shape[:-1], n)
 
 
 def _library_forward(x, weight, bias, residual):

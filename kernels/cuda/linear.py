@@ -16,6 +16,10 @@ def few(rows, *weights):
     return rows <= FEW_ROWS and all(max(w.shape) < 2**30 for w in weights)
 
 
+def unsupported_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    return None if scale is None else "has no product with int8 weights"
+
+
 @prepares_launch
 def forward(x, weight, bias, residual):
     outer, (m, n), device = x.shape[:-1], weight.shape, x.device

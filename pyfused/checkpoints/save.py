@@ -34,6 +34,8 @@ def save_hf(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = backbone.get_config()
     state = model.state_dict()
     plan = maps.hf_plan(maps.DEFAULTS | config)
+    if any(tensor.dtype == torch.int8 for tensor in state.values()):
+        raise ValueError("model: its weights are int8, which this format does not hold; call unquantize_ first")
     if differ := sorted(state.keys() ^ plan.keys()):
         raise ValueError(f"model: its tensors are not those of its configuration: {differ}")
     dtypes = {tensor.dtype for tensor in state.values()}

@@ -27,8 +27,10 @@ def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str,
 
 def product_shapes(rows: int, *weights: torch.Tensor) -> tuple[str, int]:
     """x W^T by the smallest weight, "large" or "small". Weights are stored by rows, as in nn.Linear, or by columns, as in
-    Conv1D. The size is how many rows x has."""
+    Conv1D. Those in int8 are classes of their own. The size is how many rows x has."""
     extent = "large" if min(w.numel() for w in weights) >= _LARGE else "small"
+    if weights[0].dtype == torch.int8:
+        return f"{extent}, int8", rows
     by_rows = all(w.stride()[1] == 1 for w in weights)
     return extent if by_rows else f"{extent}, by columns", rows
 
@@ -47,7 +49,7 @@ def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
     return f"{kind}, D {64 if d <= 64 else 128 if d <= 128 else 256}{bias}", b * h * sq * sk
 
 
-def _linear(x, weight, bias, residual):
+def _linear(x, weight, bias, residual, scale=None, dynamic=False):
     return product_shapes(x.shape[:-1].numel(), weight)
 
 

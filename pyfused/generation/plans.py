@@ -22,6 +22,8 @@ from ..nn import (
     LayerNorm,
     Linear,
     Mlp,
+    QuantizedEmbedding,
+    QuantizedLinear,
     RelativeSelfAttention,
     ReversibleEmbedding,
     RMSNorm,
@@ -30,7 +32,8 @@ from ..nn import (
 
 _KNOWN = {
     GPT2Backbone, T5Backbone, T5Stack, PreNormLayer, nn.ModuleList, LayerNorm, RMSNorm, Linear, SelfAttention,
-    RelativeSelfAttention, CrossAttention, Mlp, GatedMlp, Embedding, ReversibleEmbedding,
+    RelativeSelfAttention, CrossAttention, Mlp, GatedMlp, Embedding, ReversibleEmbedding, QuantizedLinear,
+    QuantizedEmbedding,
 }  # fmt: skip
 
 
@@ -62,7 +65,7 @@ def _is_plain(model: nn.Module) -> bool:
     for m in model.modules():
         if type(m) not in _KNOWN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
             return False
-    return all(type(p) is nn.Parameter for p in model.parameters())
+    return all(type(p) is nn.Parameter for p in model.parameters()) and all(type(b) is Tensor for b in model.buffers())
 
 
 def _layers(stack: Any) -> list[Any]:
@@ -76,7 +79,7 @@ def _plan(model: Any, stack: Any, **options: Any) -> DecodePlan:
     return DecodePlan(
         layers=tuple(map(_layer, layers)),
         token_embedding=tokens,
-        head=tokens if embedding.tie_weights else Matrix(embedding.reverse_weight.detach()),
+        head=tokens if embedding.tie_weights else _own_head(embedding),
         final_norm=_norm(stack.final_norm),
         heads=attention.num_heads,
         kv_heads=attention.num_heads,
@@ -113,10 +116,16 @@ def _layer(layer: Any) -> DecodeLayer:
     )
 
 
+def _own_head(embedding: Any) -> Matrix:
+    if isinstance(embedding, QuantizedEmbedding):
+        return _matrix(embedding.reverse)
+    return Matrix(embedding.reverse_weight.detach())
+
+
 def _matrix(module: Any) -> Matrix:
-    """A Linear's or an Embedding's weight. Detached, so that the plan keeps this memory if the module gets another."""
-    bias = getattr(module, "bias", None)
-    return Matrix(module.weight.detach(), None if bias is None else bias.detach())
+    """The weight of a linear layer or an embedding. Detached, so that the plan keeps this memory if the module gets another."""
+    found = (getattr(module, name, None) for name in Matrix._fields)
+    return Matrix(*[None if t is None else t.detach() for t in found])
 
 
 def _thirds(matrix: Matrix) -> list[Matrix]:

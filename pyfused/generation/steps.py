@@ -125,7 +125,7 @@ class GraphSteps:
     @staticmethod
     def key(model: Backbone, shape: tuple[int, ...], sampler: Sampler) -> object:
         """A captured graph depends on these: shapes, sampling, the weights' addresses and dtypes, a forced backend."""
-        weights = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
+        weights = tuple((p.data_ptr(), p.dtype) for p in (*model.parameters(), *model.buffers()))
         return _rounded(shape), sampler, weights, dispatch._forced.get()
 
     def start(self, prompts: list[np.ndarray], uniform: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class AlbertBackbone(Backbone):
             yield from groups[int(i / (depth / len(groups)))]
 
     def _read(self, given: dict[str, Any]) -> Call:
-        read = Reader(given, self._config, self.token_embedding.weight)
+        read = Reader(given, self._config, self.embedding_norm.weight)
         call = read.segmented()
         call.visible = Visibility(padding_mask=read.padding("padding_mask", "(B, S)", call.size))
         if self.pooler is not None and not call.size[1]:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import open_checkpoint, presets_of
 from ..families import FAMILIES, families_of, load
+from ..nn.quantized import dtype_of
 from .mixed_precision import compute_in
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Backbone(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of computation and outputs. It is the parameters' dtype, except under a mixed policy of Keras."""
-        return self.token_embedding.weight.dtype
+        return dtype_of(self.token_embedding)
 
     @property
     def device(self) -> torch.device:

@@ -67,7 +67,7 @@ class Reader:
     """Checks the inputs of one call; each error names the input and what it takes (inputs.py).
 
     Args:
-        given: the inputs by name. config: the model's. like: one of its parameters; gives dtype and device.
+        given: the inputs by name. config: the model's. like: one of its norms' weights; gives dtype and device.
     """
 
     def __init__(self, given: Mapping[str, Any], config: Mapping[str, Any], like: Tensor):

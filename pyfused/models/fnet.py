@@ -139,7 +139,7 @@ class FNetBackbone(Backbone):
                 "padding_mask is given; FNet mixes every position into every other, padding too, and has no mask: it takes "
                 "None, and texts of equal length, or one at a time"
             )
-        call = Reader(given, self._config, self.token_embedding.weight).segmented()
+        call = Reader(given, self._config, self.embedding_norm.weight).segmented()
         x = self.run(call)
         found: dict[str, Any] = {"sequence_output": x}
         if self.pooler is not None:

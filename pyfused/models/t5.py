@@ -234,7 +234,7 @@ class T5Backbone(Backbone):
         return self._encoded(self._read_encoder(self._reader(model_inputs.gather(inputs, keywords, ENCODER_INPUTS))))
 
     def _reader(self, given: dict[str, Any]) -> Reader:
-        return Reader(given, self._config, self.token_embedding.weight)
+        return Reader(given, self._config, self.encoder.final_norm.weight)
 
     def _read(self, read: Reader) -> tuple[Call | None, Any]:
         """The encoder's call and the decoder's. The encoder's is None if its states are given or the cache has its keys; the

@@ -6,6 +6,7 @@ from .kv_cache import KVCache
 from .layers import Embedding, FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
 from .multihead import MultiheadAttention
 from .packing import Packing
+from .quantized import QuantizedEmbedding, QuantizedLinear
 from .t5 import FeedForward, GatedFeedForward, T5Attention
 from .torch_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -24,6 +25,8 @@ __all__ = [
     "Mlp",
     "MultiheadAttention",
     "Packing",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RMSNorm",
     "RelativeSelfAttention",
     "ReversibleEmbedding",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, canonical
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.rms_norm import default_eps
+from .quantized import QuantizedLinear
 from .wide import wide_norm, wide_product
 
 
@@ -80,10 +81,25 @@ def dropped(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
 
 
+def any_int8(*modules: nn.Module) -> bool:
+    """Whether one of these layers is quantised. The operators of several products take no int8 weights, so layers are called
+    one by one then."""
+    return any(isinstance(m, QuantizedLinear) for m in modules)
+
+
+def wide_call(outer: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """outer(hidden) + residual in float32 for a float16 layer, quantised or not."""
+    if isinstance(outer, QuantizedLinear):
+        return outer.wide(hidden, residual)
+    return wide_product(hidden, outer.weight, outer.bias, residual)
+
+
 def feed_forward(
-    x: Tensor, inner: nn.Linear, outer: nn.Linear, activation: str, dropout: float, residual: Tensor | None = None
+    x: Tensor, inner: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout."""
+    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout and int8 weights."""
+    if any_int8(inner, outer):
+        return outer(dropped(ACTIVATIONS[activation].function(inner(x)), dropout), residual)
     if dropout:
         hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
         return linear(hidden, outer.weight, outer.bias, residual=residual)
@@ -91,19 +107,25 @@ def feed_forward(
 
 
 def gated_feed_forward(
-    x: Tensor,
-    gate: nn.Linear,
-    up: nn.Linear,
-    outer: nn.Linear,
-    activation: str,
-    dropout: float,
-    residual: Tensor | None = None,
+    x: Tensor, gate: Any, up: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout."""
+    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout and int8
+    weights."""
+    if any_int8(gate, up, outer):
+        if x.dtype == torch.float16:  # as in the operator, float32 holds the product of two float16 factors
+            return wide_call(outer, dropped(_gated(x, gate, up, activation), dropout), residual).to(x.dtype)
+        hidden = ACTIVATIONS[activation].function(gate(x)) * up(x)
+        return outer(dropped(hidden, dropout), residual)
     if dropout:
         hidden = ACTIVATIONS[activation].function(linear(x, gate.weight)) * linear(x, up.weight)
         return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)
     return gated_ffn(x, gate.weight, up.weight, outer.weight, activation=activation, residual=residual)
+
+
+def _gated(x: Tensor, gate: nn.Module, up: nn.Module, activation: str) -> Tensor:
+    """activation(gate(x)) * up(x) in float32."""
+    hidden: Tensor = ACTIVATIONS[activation].function(gate(x).float()) * up(x).float()
+    return hidden
 
 
 class Mlp(nn.Module):
@@ -142,8 +164,8 @@ class Mlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
-        hidden = ACTIVATIONS[self.activation].function(linear(x, self.inner.weight, self.inner.bias).float())
-        return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, self.outer.bias, residual)
+        hidden = ACTIVATIONS[self.activation].function(self.inner(x).float())
+        return wide_call(self.outer, dropped(hidden, dropout), residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
@@ -183,9 +205,7 @@ class GatedMlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
-        gate, up = linear(x, self.gate.weight).float(), linear(x, self.up.weight).float()
-        hidden = ACTIVATIONS[self.activation].function(gate) * up
-        return wide_product(F.dropout(hidden, dropout) if dropout else hidden, self.outer.weight, None, residual)
+        return wide_call(self.outer, dropped(_gated(x, self.gate, self.up, self.activation), dropout), residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")

@@ -17,6 +17,7 @@ from ..kernels.reference.relative_bias import buckets
 from ..ops import RelativeBias, relative_bias
 from .attention import Visibility, additive
 from .layers import Linear, feed_forward, gated_feed_forward
+from .quantized import dtype_of
 
 # Keywords that transformers' layers pass to every attention and that do not change it
 _INERT = frozenset({
@@ -277,7 +278,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., D), and a residual (..., D) to add, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
-        if self.wo.weight.dtype != self.wi.weight.dtype:
+        if dtype_of(self.wo) != dtype_of(self.wi):
             hidden = ACTIVATIONS[self.activation].function(self.wi(hidden_states))
             return _wide(hidden, self.wo, dropout, residual)
         return feed_forward(hidden_states, self.wi, self.wo, self.activation, dropout, residual)
@@ -318,7 +319,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., D), and a residual (..., D) to add, or None -> (..., D)."""
         dropout = self.dropout if self.training else 0.0
-        if self.wo.weight.dtype != self.wi_0.weight.dtype:
+        if dtype_of(self.wo) != dtype_of(self.wi_0):
             hidden = ACTIVATIONS[self.activation].function(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
             return _wide(hidden, self.wo, dropout, residual)
         maps = self.wi_0, self.wi_1, self.wo
@@ -328,8 +329,8 @@ class GatedFeedForward(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
 
-def _wide(hidden: Tensor, wo: Linear, dropout: float, residual: Tensor | None) -> Tensor:
+def _wide(hidden: Tensor, wo: nn.Module, dropout: float, residual: Tensor | None) -> Tensor:
     """In float16 models transformers keeps T5's wo in float32. Its input is converted, and its result is float32."""
     hidden = nn.functional.dropout(hidden, dropout) if dropout else hidden
-    out = wo(hidden.to(wo.weight.dtype))
+    out: Tensor = wo(hidden.to(dtype_of(wo)))
     return out if residual is None else out + residual

@@ -41,7 +41,7 @@ _forced = dispatch._forced.get
 _signature = extensions.signature()
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     return _in_transform() or forward_ad._current_level >= 0
 
 
@@ -97,7 +97,7 @@ class Call:
         prepared for that view. Autograd would miss the view, so its record is kept only if the tensors are the same.
         """
         outputs = self(*bound)
-        if _is_compiling() or _transformed() or any(watcher() for watcher in WATCHERS):
+        if _is_compiling() or transformed() or any(watcher() for watcher in WATCHERS):
             return outputs
         signature = _signature(*given)
         if signature is None or list(map(_address, given)) != list(map(_address, bound[: len(given)])):
@@ -133,7 +133,7 @@ class Call:
             outputs = self.call_prepared(args)
             if outputs is not None:
                 return outputs
-        if _transformed() or jit_is_tracing():
+        if transformed() or jit_is_tracing():
             return self._in_plain_torch(args)
         if self.autograd is None and _wants_gradient(args):
             return self.plainly(*args)  # create_graph=True: this gradient will be differentiated

@@ -35,7 +35,7 @@ def decode(
     """Feeds one token to each row and counts it in the cache.
 
     Args:
-        plan: from pyfused.generation.plan_of(model).
+        plan: from pyfused.plan_of(model).
         tokens: (B,) int64 in [0, V), on the plan's device.
         cache: a KVCache of the model, with room for one token. For a model with cross-attention it holds the encoder's keys.
             A row writes at cache.length, or at cache.positions if its rows have places of their own, and sees the places
@@ -86,7 +86,10 @@ def step_of(
 def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False) -> tuple[Any, ...]:
     """Checks the arguments. Returns what dispatch and the backends take."""
     if not isinstance(plan, DecodePlan):
-        raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.generation.plan_of(model)")
+        raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.plan_of(model)")
+    if "checked" not in plan.prepared:
+        plan.check()
+        plan.prepared["checked"] = True
     like = plan.dtype_and_device
     if not hasattr(cache, "advance"):
         raise TypeError(f"cache is a {type(cache).__name__}; it takes what the model's new_cache() returns")

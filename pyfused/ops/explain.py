@@ -48,6 +48,8 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
                     dispatch.kernel(name, operator), f"left_to_library_{function}", lambda *args: None
                 )(*args)
                 more = f"by the library: {by_library}" if by_library else more
+                remark = getattr(dispatch.kernel(name, operator), f"remark_{function}", lambda *args: None)(*args)
+                more = "; ".join(filter(None, (more, remark)))
             reason = f"{reason}; {more}" if more else reason
         found = found or runs
         rows.append(Verdict(name, runs, reason))

@@ -1,4 +1,5 @@
-"""linear: y = x weight^T + bias (+ residual), torch.nn.functional.linear with the residual inside the kernel."""
+"""linear: y = x weight^T + bias (+ residual), torch.nn.functional.linear with the residual inside the kernel. The weight may be
+int8, with a scale for each output."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from typing import Any
 
 import torch
 
+from ..kernels.shared.int8 import dequantized
+from ..tracing import jit_is_tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision
-from .checks import check_floating, check_like, check_shape
+from .call import transformed
+from .checks import check_floating, check_like, check_shape, name_of
 from .cost import Cost, size
 from .registration import Operator
 
@@ -19,15 +23,25 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    dynamic: bool = False,
 ) -> torch.Tensor:
     """The affine map of nn.Linear, plus a residual.
 
-    torch.autocast casts all tensors to its dtype. A wider residual is not cast: it is added to the result, which is float32.
+    torch.autocast casts all tensors but an int8 weight and its scale. A wider residual is not cast: it is added to the result,
+    which is float32.
+
+    With an int8 weight the result is (x weight^T) * scale + bias + residual, summed in float32 and rounded once. Gradients
+    reach x, bias and residual; weight and scale get none.
 
     Args:
         x: (..., K), float32, float16, bfloat16 (float64 runs on the reference).
-        weight, bias: (N, K) as nn.Linear stores it, and (N,) or None; of x's dtype and device, as is residual.
+        weight, bias: (N, K) as nn.Linear stores it, and (N,) or None; of x's dtype and device, as is residual. The weight may
+            also be int8.
         residual: (..., N), added to the result, or None.
+        scale: (N,) float32, exactly if the weight is int8: row j of the weight stands for scale[j] times its integers.
+        dynamic: with an int8 weight, lets a backend round each row of x to int8 too, so that the products are of integers. It
+            is faster for many rows where the processor has such products, and less exact. Up to 16 rows stay as they are.
 
     Returns:
         (..., N) of x's dtype, contiguous.
@@ -36,63 +50,108 @@ def linear(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     if autocast_is_on() and autocasts(x):
-        return in_lower_precision(linear, x, weight, bias, residual=residual)
-    given = x, weight, bias, residual
+        more: dict[str, Any] = {} if scale is None and not dynamic else {"scale": scale, "dynamic": dynamic}
+        return in_lower_precision(linear, x, weight, bias, residual=residual, **more)
+    given: tuple[Any, ...] = (x, weight, bias, residual)
+    if scale is not None or dynamic is not False:
+        # Torch's transforms cannot differentiate a product of integers.
+        given = (*given, scale, False if dynamic is True and (transformed() or jit_is_tracing()) else dynamic)
     outputs = _LINEAR.call_prepared(given)
     if outputs is None:
-        outputs = _LINEAR.call_checked(given, bind(x, weight, bias, residual=residual))
+        outputs = _LINEAR.call_checked(given, _bound(*given))
     return outputs[0]
 
 
-def bind(x, weight, bias=None, *, residual=None) -> tuple[Any, ...]:
+def bind(x, weight, bias=None, *, residual=None, scale=None, dynamic=False) -> tuple[Any, ...]:
     """Checks the arguments and puts them in the registered operator's order."""
+    return _bound(x, weight, bias, residual, *(() if scale is None and dynamic is False else (scale, dynamic)))
+
+
+def _bound(x, weight, bias, residual, *of_int8) -> tuple[Any, ...]:
+    """of_int8: scale and dynamic, or nothing where both have their defaults."""
     check_floating(x, "x")
     shape = x.shape
     if not shape:
         raise ValueError("x has shape (); it takes (..., K)")
-    check_like(weight, "weight", x, "x")
+    is_int8 = isinstance(weight, torch.Tensor) and weight.dtype is torch.int8
+    if not is_int8:
+        check_like(weight, "weight", x, "x")
+    elif weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}; it takes x's device, {x.device}")
     of_weight = weight.shape
     if len(of_weight) != 2 or of_weight[1] != shape[-1]:
         raise ValueError(f"weight has shape {tuple(of_weight)}; it takes (N, K) with x's K = {shape[-1]}")
     n = of_weight[0]
+    if is_int8 or of_int8:
+        _check_int8(x, weight, *(of_int8 or (None, False)))
     if bias is not None:
         check_like(bias, "bias", x, "x")
         check_shape(bias, "bias", (n,), "(N,)")
     if residual is not None:
         check_like(residual, "residual", x, "x")
         check_shape(residual, "residual", (*shape[:-1], n), "(..., N)")
-    return x, weight, bias, residual
+    return x, weight, bias, residual, *of_int8
 
 
-def _fake(x, weight, bias, residual):
+def _check_int8(x, weight, scale, dynamic) -> None:
+    if not isinstance(dynamic, bool):
+        raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
+    if weight.dtype != torch.int8:
+        name, value = ("dynamic", "True") if scale is None else ("scale", "given")
+        raise ValueError(f"{name} is {value} beside a weight of {name_of(weight.dtype)}; it is for int8 weights")
+    if scale is None:
+        raise ValueError("scale is None; beside an int8 weight it takes float32 (N,)")
+    if not isinstance(scale, torch.Tensor):
+        raise TypeError(f"scale is a {type(scale).__name__}; it takes a torch.Tensor")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale is {name_of(scale.dtype)}; it takes float32")
+    if scale.device != x.device:
+        raise ValueError(f"scale is on {scale.device}; it takes x's device, {x.device}")
+    check_shape(scale, "scale", (weight.shape[0],), "(N,)")
+
+
+def _fake(x, weight, bias, residual, scale=None, dynamic=False):
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, _ = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, _, _, *of_int8 = inputs
+    if of_int8 and of_int8[0] is not None:
+        ctx.save_for_backward(weight, of_int8[0])  # not x: only the weight's gradient would need it
+        ctx.shape, ctx.is_int8 = x.shape, True
+    else:
+        ctx.save_for_backward(x, weight)
+        ctx.is_int8 = False
 
 
 def _backward(ctx, grad_y):
     """Library products: these are plain matrix products, which cuBLAS and MKL do well."""
-    x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+    wants_x, wants_weight, wants_bias, wants_residual, *of_int8 = ctx.needs_input_grad
+    if ctx.is_int8:
+        weight, scale = ctx.saved_tensors
+        shape, wants_weight = ctx.shape, False
+        x: Any = None
+        weight = dequantized(weight, scale, grad_y.dtype) if wants_x else weight
+    else:
+        x, weight = ctx.saved_tensors
+        shape = x.shape
     n, k = weight.shape
-    rows = grad_y.reshape(math.prod(x.shape[:-1]), n)
-    grad_x = (rows @ weight).view(x.shape) if wants_x else None
+    rows = grad_y.reshape(math.prod(shape[:-1]), n)
+    grad_x = (rows @ weight).view(shape) if wants_x else None
     grad_weight = rows.t() @ x.reshape(rows.shape[0], k) if wants_weight else None
-    return grad_x, grad_weight, rows.sum(0) if wants_bias else None, grad_y if wants_residual else None
+    grad_bias = rows.sum(0) if wants_bias else None
+    return grad_x, grad_weight, grad_bias, grad_y if wants_residual else None, *[None] * len(of_int8)
 
 
-def _cost(x, weight, bias, residual):
+def _cost(x, weight, bias, residual, scale=None, dynamic=False):
     rows = x.shape[:-1].numel()
     written = rows * weight.shape[0] * x.element_size()
-    return Cost(size(x, weight, bias, residual) + written, 2 * rows * weight.numel())
+    return Cost(size(x, weight, bias, residual, scale) + written, 2 * rows * weight.numel())
 
 
 _LINEAR = Operator(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor y",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale=None, bool dynamic=False) -> Tensor y",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch, evidence, ops
+from ..kernels.shared.int8 import dequantized
 from ..testing import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,24 +36,38 @@ _SPECTRA = (
 
 
 class Point(NamedTuple):
-    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch."""
+    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. scale: that of an int8
+    weight."""
 
     operator: str
     plain: Callable[..., torch.Tensor]
     tensors: tuple[torch.Tensor, ...]
     residual: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Point:
-        tensors = tuple(t.to(dtype) for t in self.tensors)
-        return Point(self.operator, self.plain, tensors, None if self.residual is None else self.residual.to(dtype))
+        tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in self.tensors)
+        return self._replace(tensors=tensors, residual=None if self.residual is None else self.residual.to(dtype))
 
     def options(self) -> dict[str, Any]:
-        return {} if self.residual is None else {"residual": self.residual}
+        given = {"residual": self.residual, "scale": self.scale}
+        return {name: value for name, value in given.items() if value is not None}
 
     def in_plain_torch(self) -> torch.Tensor:
         """The result without pyfused."""
         x, *rest = self.tensors
         return self.plain(x if self.residual is None else x + self.residual, *rest)
+
+
+def _int8(rows: int, width: int) -> Point:
+    """A product with an int8 weight. Plain PyTorch multiplies by what the integers stand for, in x's dtype."""
+    weight = torch.randint(-127, 128, (width, width), dtype=torch.int8)
+    scale = torch.rand(width) / width**0.5 / 64.0
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, dequantized(weight, scale, x.dtype))
+
+    return Point("linear", plain, (torch.randn(rows, width), weight), scale=scale)
 
 
 def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +84,8 @@ def points(quick: bool = False) -> Iterator[Point]:
             yield Point("linear", F.linear, (torch.randn(rows, width), weight))
         for rows in (1, 8) if quick else (1, 2, 4, 8):
             yield Point("linear", F.linear, (torch.randn(rows, width), weight.t()))
+        for rows in (1, 128) if quick else (1, 16, 64, 512):
+            yield _int8(rows, width)
     for rows in (1, 128) if quick else (1, 16, 128, 1024):
         x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
         for added in (None, residual):

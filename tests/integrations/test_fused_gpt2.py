@@ -56,7 +56,7 @@ def test_what_is_replaced():
     _, fused = pair("language model", add_cross_attention=True)
     names = {n for n, m in fused.named_modules() if is_fused(m)}
     layers = {f"transformer.h.{i}{part}" for i in (0, 1) for part in ("", ".ln_1", ".ln_cross_attn", ".ln_2", ".mlp")}
-    assert names == {*layers, "transformer.ln_f"}
+    assert names == {"transformer", *layers, "transformer.ln_f"}
     attentions = [getattr(layer, name) for layer in fused.transformer.h for name in ("attn", "crossattention")]
     assert {a.config._attn_implementation for a in attentions} == {"pyfused"}
     assert fused.config._attn_implementation == "sdpa"  # the model's own config does not change

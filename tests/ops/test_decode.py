@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,27 +220,24 @@ def fewer_key_heads(plan):
         layer._replace(**{n: Matrix(*[t[:d] if t is not None else None for t in getattr(layer, n)]) for n in ("key", "value")})
         for layer in plan.layers
     ]
-    plan.layers, plan.kv_heads = tuple(cut), 1
-    return plan
+    return replace(plan, layers=tuple(cut), kv_heads=1)
 
 
 def with_matrices(plan, change):
-    plan.layers = tuple(
+    layers = [
         layer._replace(**{n: change(m) for n, m in layer._asdict().items() if isinstance(m, Matrix) and m.weight is not None})
         for layer in plan.layers
-    )
-    return plan
+    ]
+    return replace(plan, layers=tuple(layers))
 
 
 def all_int8(plan):
-    with_matrices(plan, quantised)
-    plan.token_embedding = plan.head = quantised(plan.head)
-    return plan
+    head = quantised(plan.head)
+    return replace(with_matrices(plan, quantised), token_embedding=head, head=head)
 
 
 def without_head(plan):
-    plan.head = Matrix()
-    return plan
+    return replace(plan, head=Matrix())
 
 
 VARIANTS = {
@@ -291,7 +289,7 @@ def test_the_likeliest_token(each_backend, dtype, device, threads):
     logits = pyfused.decode(plan, tokens, copy.deepcopy(cache))
     assert torch.equal(pyfused.decode(plan, tokens, copy.deepcopy(cache), choose=True), logits.argmax(-1))
     head = plan.head.weight.clone()
-    plan.head, plan.prepared = Matrix(head), {}
+    plan = replace(plan, head=Matrix(head))
     best = int(logits[0].argmax())
     head[(best + 500) % 1003] = head[best]
     chosen = pyfused.decode(plan, tokens, copy.deepcopy(cache), choose=True)
@@ -299,7 +297,7 @@ def test_the_likeliest_token(each_backend, dtype, device, threads):
     for bad, place in itertools.product((torch.nan, torch.inf), (0, 700, 1002)):
         broken = head.clone()
         broken[place] = bad
-        plan.head, plan.prepared = Matrix(broken), {}
+        plan = replace(plan, head=Matrix(broken))
         chosen = pyfused.decode(plan, tokens, copy.deepcopy(cache), choose=True)
         logits = pyfused.decode(plan, tokens, copy.deepcopy(cache))
         expected = logits.argmax(-1).masked_fill(~logits.amax(-1).isfinite(), -1)
@@ -375,6 +373,14 @@ def full(given):
 def test_bad_input_is_refused_by_name(change, error, message):
     with pytest.raises(error, match=message):
         pyfused.decode(**bad(**change))
+
+
+def test_matrices_that_do_not_fit_together_are_refused():
+    model = gpt2()
+    plan, other = plan_of(model), plan_of(gpt2(intermediate_dim=50))
+    mixed = replace(plan, layers=(plan.layers[0], other.layers[1]))
+    with pytest.raises(ValueError, match=r"plan: inner of layer 1 has shape \(50, 51\); it takes \(77, 51\)"):
+        pyfused.decode(mixed, torch.tensor([1]), model.new_cache(1, 4))
 
 
 def test_a_decoder_without_its_encoder_s_keys_is_refused():

@@ -192,6 +192,17 @@ template <class T, class X = T, class W = T> struct Product {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[a][r] = vfloat{};
     auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
+      if constexpr (kScaled) {  // widened bytes take registers: with all rows of W at once some sums would be in memory
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Pair v = get(w + r * stream + c);
+#pragma GCC unroll 8
+          for (int a = 0; a < MB; ++a) acc[a][r] += load(px + a * ldx + c) * v.a;
+#pragma GCC unroll 8
+          for (int a = 0; a < MB; ++a) acc[a][r] += load(px + a * ldx + c + kWidth) * v.b;
+        }
+        return;
+      }
       Pair v[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) v[r] = get(w + r * stream + c);

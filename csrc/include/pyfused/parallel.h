@@ -1,9 +1,24 @@
 // How is work spread over threads? A static split over torch's own OpenMP pool; small work stays on the calling thread.
+//
+// On Linux torch uses libgomp, and so does code of gcc. clang's code uses libomp, which would be a second pool:
+// torch.set_num_threads would not govern it. With PYFUSED_LIBGOMP the calls that gcc makes are written out, for any compiler.
 #pragma once
 
 #include <cstdint>
-#if defined(_OPENMP)
+#if defined(PYFUSED_LIBGOMP)
+extern "C" {
+int omp_in_parallel(void);
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+void GOMP_parallel(void (*body)(void*), void* argument, unsigned threads, unsigned flags);
+void GOMP_barrier(void);
+}
+#elif defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(PYFUSED_LIBGOMP) || defined(_OPENMP)
+#define PYFUSED_THREADS
 #endif
 
 namespace pyfused::PYFUSED_ISA {
@@ -13,7 +28,7 @@ constexpr int64_t kWorkPerThread = 1 << 18;
 
 // Threads for `items` pieces of `work` float operations each; never more than torch.set_num_threads allows.
 inline int threads_for(int64_t items, int64_t work) {
-#if defined(_OPENMP)
+#if defined(PYFUSED_THREADS)
   if (omp_in_parallel()) return 1;
   int64_t n = omp_get_max_threads(), by_work = 1 + items * work / kWorkPerThread;
   n = n < by_work ? n : by_work;
@@ -25,6 +40,27 @@ inline int threads_for(int64_t items, int64_t work) {
 #endif
 }
 
+#if defined(PYFUSED_THREADS)
+// Calls body() on each of at most `threads` threads.
+template <class Body> inline void in_parallel(int threads, const Body& body) {
+#if defined(PYFUSED_LIBGOMP)
+  GOMP_parallel([](void* argument) { (*static_cast<const Body*>(argument))(); }, const_cast<Body*>(&body), threads, 0);
+#else
+#pragma omp parallel num_threads(threads)
+  body();
+#endif
+}
+
+// Waits inside body() for the other threads.
+inline void barrier() {
+#if defined(PYFUSED_LIBGOMP)
+  GOMP_barrier();
+#else
+#pragma omp barrier
+#endif
+}
+#endif
+
 // Calls body(thread, begin, end) on `threads` contiguous shares of [0, items). The split depends only on the arguments,
 // so sums combined in thread order are repeatable for a given thread count.
 template <class Body> inline void parallel_chunks(int threads, int64_t items, const Body& body) {
@@ -32,13 +68,12 @@ template <class Body> inline void parallel_chunks(int threads, int64_t items, co
     body(0, int64_t{0}, items);
     return;
   }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  {
+#if defined(PYFUSED_THREADS)
+  in_parallel(threads, [&] {
     // The runtime may grant fewer threads than asked for; then a thread runs several shares.
     for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads())
       body(share, items * share / threads, items * (share + 1) / threads);
-  }
+  });
 #endif
 }
 
@@ -49,12 +84,13 @@ template <class Body> inline void parallel_phases(int threads, int phases, const
     for (int phase = 0; phase < phases; ++phase) body(phase, 0);
     return;
   }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  for (int phase = 0; phase < phases; ++phase) {
-    for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads()) body(phase, share);
-#pragma omp barrier
-  }
+#if defined(PYFUSED_THREADS)
+  in_parallel(threads, [&] {
+    for (int phase = 0; phase < phases; ++phase) {
+      for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads()) body(phase, share);
+      barrier();
+    }
+  });
 #endif
 }
 

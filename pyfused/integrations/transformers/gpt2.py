@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
+from ...decode_plan import DecodeLayer, DecodePlan, Matrix
 from ...ops import ffn, layer_norm
+from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from .activations import activation_reason, kernel_activation
+from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
+from .unchanged import Kind, Kinds, Watch
 
 
 @fused_forward
@@ -88,6 +92,97 @@ def _ffn(mlp: GPT2MLP, x: Tensor, residual: Tensor | None) -> Tensor:
     return ffn(x, w_in, expand.bias, w_out, contract.bias, activation=activation, residual=residual)
 
 
+@fused_forward
+def model_forward(
+    module: GPT2Model,
+    input_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """pyfused.decode for steps of one token"""
+    others = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds, **kwargs}
+    others |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+    found = one_token(
+        *(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), position_ids=position_ids
+    )
+    if found is not None:
+        module.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        return found
+    return original(
+        *(module, input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds),
+        *(encoder_hidden_states, encoder_attention_mask),
+        use_cache=use_cache,
+        **kwargs,
+    )
+
+
+_KINDS: Kinds = {
+    GPT2Block: Kind(is_fused=True),
+    GPT2MLP: Kind(True, "act"),
+    GPT2Attention: Kind(
+        settings="config layer_idx num_heads head_dim scaling is_causal is_cross_attention reorder_and_upcast_attn"
+    ),
+    nn.LayerNorm: Kind(True, "eps"),
+    nn.Embedding: Kind(settings="max_norm"),
+    **dict.fromkeys((Conv1D, nn.Dropout, nn.ModuleList), Kind()),
+}
+
+
+def _plan(model: Any) -> Ready | None:
+    """The plan of a GPT2Model whose modules nobody changed."""
+    blocks, watch = list(model.h), Watch.of(model, _KINDS)
+    if watch is None or not blocks or any(hasattr(block, "crossattention") for block in blocks):
+        return None
+    first = blocks[0].attn
+    activations = {kernel_activation(block.mlp.act) for block in blocks}
+    for i, attention in enumerate(block.attn for block in blocks):
+        if attention.reorder_and_upcast_attn or attention.is_cross_attention or attention.layer_idx != i:
+            return None
+        if not hasattr(attention, "scaling"):  # an older transformers
+            return None
+    if not same((block.attn.num_heads, block.attn.head_dim) for block in blocks) or first.head_dim > MAX_HEAD_SIZE:
+        return None
+    if len(activations) > 1 or model.wte.max_norm is not None or model.wpe.max_norm is not None:
+        return None
+    plan = DecodePlan(
+        layers=tuple(map(_layer, blocks)),
+        token_embedding=matrix_of(model.wte),
+        position_embedding=matrix_of(model.wpe),
+        head=Matrix(),
+        final_norm=norm_of(model.ln_f),
+        heads=first.num_heads,
+        kv_heads=first.num_heads,
+        head_size=first.head_dim,
+        is_rms=False,
+        activation=activations.pop() or "",
+    )
+    return Ready.of(plan, watch)
+
+
+def _layer(block: Any) -> DecodeLayer:
+    weight, bias, _ = matrix_of(block.attn.c_attn, transposed=True)
+    assert weight is not None
+    query, key, value = map(Matrix, weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3))
+    return DecodeLayer(
+        attention_norm=norm_of(block.ln_1),
+        query=query,
+        key=key,
+        value=value,
+        output=matrix_of(block.attn.c_proj, transposed=True),
+        feed_forward_norm=norm_of(block.ln_2),
+        inner=matrix_of(block.mlp.c_fc, transposed=True),
+        outer=matrix_of(block.mlp.c_proj, transposed=True),
+        scale=block.attn.scaling,
+    )
+
+
 def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
     """Gives `forward` only to a class with the signature written here; another transformers release may differ."""
     known = list(inspect.signature(forward).parameters)[1:]
@@ -103,4 +198,5 @@ def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
 ADAPTERS: dict[str, Adapter] = {
     "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _adapter(GPT2MLP, mlp_forward),
     "transformers.models.gpt2.modeling_gpt2.GPT2Block": _adapter(GPT2Block, block_forward),
+    "transformers.models.gpt2.modeling_gpt2.GPT2Model": _adapter(GPT2Model, model_forward),
 }

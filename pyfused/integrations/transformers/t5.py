@@ -14,14 +14,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5 import modeling_t5
 
+from ...decode_plan import DecodeLayer, DecodePlan, Matrix
 from ...kernels.shared.buckets import exact_buckets
 from ...nn.t5 import attend
 from ...ops import RelativeBias, ffn, gated_ffn, linear, rms_norm
+from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .config import NAME
+from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
+from .unchanged import Kind, Kinds, Watch
 
 
 @fused_forward
@@ -194,6 +198,102 @@ def stack(module: Any, *args: Any, **kwargs: Any) -> Any:
     return original(module, *args, **kwargs)
 
 
+@fused_forward
+def decoder_stack(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.decode for steps of one token; else hands the table of the bias from layer to layer"""
+    found = _one_token(module, *args, **kwargs)
+    return stack(module, *args, **kwargs) if found is None else found
+
+
+def _one_token(
+    module: Any,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Any = None,
+    inputs_embeds: Any = None,
+    past_key_values: Any = None,
+    use_cache: Any = None,
+    **kwargs: Any,
+) -> Any:
+    encoder = None if encoder_hidden_states is None else (encoder_hidden_states, encoder_attention_mask)
+    others = {"inputs_embeds": inputs_embeds, **kwargs}
+    return one_token(*(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), encoder=encoder)
+
+
+_LEAVES = (modeling_t5.T5Block, nn.Linear, nn.Dropout, nn.ModuleList)
+_FUSED = (modeling_t5.T5LayerSelfAttention, modeling_t5.T5LayerCrossAttention, modeling_t5.T5LayerFF)
+_DENSE = (modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
+_KINDS: Kinds = {
+    **dict.fromkeys(_LEAVES, Kind()),
+    **dict.fromkeys(_FUSED, Kind(is_fused=True)),
+    **dict.fromkeys(_DENSE, Kind(True, "act")),
+    modeling_t5.T5LayerNorm: Kind(True, "variance_epsilon"),
+    nn.Embedding: Kind(settings="max_norm"),
+    modeling_t5.T5Attention: Kind(
+        True,
+        "config layer_idx n_heads key_value_proj_dim scaling is_decoder has_relative_attention_bias "
+        "relative_attention_num_buckets relative_attention_max_distance",
+    ),
+}
+
+
+def _plan(stack: Any) -> Ready | None:
+    """The plan of a decoder with cross-attention whose modules nobody changed."""
+    blocks, watch = list(stack.block), Watch.of(stack, _KINDS)
+    if watch is None or not blocks or not _all_read_tables(stack):
+        return None
+    if any(len(block.layer) != 3 for block in blocks) or stack.embed_tokens.max_norm is not None:
+        return None
+    attentions = [a for block in blocks for a in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention)]
+    if any(a.layer_idx != i // 2 or not a.is_decoder for i, a in enumerate(attentions)):
+        return None
+    if any(a.has_relative_attention_bias != (i == 0) for i, a in enumerate(attentions)):
+        return None
+    if not same((a.n_heads, a.key_value_proj_dim) for a in attentions):
+        return None
+    dense = [block.layer[2].DenseReluDense for block in blocks]
+    first = attentions[0]
+    if not same((type(d), kernel_activation(d.act)) for d in dense) or first.key_value_proj_dim > MAX_HEAD_SIZE:
+        return None
+    plan = DecodePlan(
+        layers=tuple(map(_layer, blocks)),
+        token_embedding=matrix_of(stack.embed_tokens),
+        head=Matrix(),
+        final_norm=norm_of(stack.final_layer_norm),
+        heads=first.n_heads,
+        kv_heads=first.n_heads,
+        head_size=first.key_value_proj_dim,
+        is_rms=True,
+        activation=kernel_activation(dense[0].act) or "",
+        bias_table=first.relative_attention_bias.weight.detach(),
+        max_distance=first.relative_attention_max_distance,
+    )
+    return Ready.of(plan, watch)
+
+
+def _layer(block: Any) -> DecodeLayer:
+    own, cross, feed_forward = block.layer
+    attention, other, dense = own.SelfAttention, cross.EncDecAttention, feed_forward.DenseReluDense
+    gated = isinstance(dense, modeling_t5.T5DenseGatedActDense)
+    return DecodeLayer(
+        attention_norm=norm_of(own.layer_norm),
+        query=matrix_of(attention.q),
+        key=matrix_of(attention.k),
+        value=matrix_of(attention.v),
+        output=matrix_of(attention.o),
+        cross_norm=norm_of(cross.layer_norm),
+        cross_query=matrix_of(other.q),
+        cross_output=matrix_of(other.o),
+        feed_forward_norm=norm_of(feed_forward.layer_norm),
+        gate=matrix_of(dense.wi_0) if gated else Matrix(),
+        inner=matrix_of(dense.wi_1 if gated else dense.wi),
+        outer=matrix_of(dense.wo),
+        scale=attention.scaling,
+        cross_scale=other.scaling,
+    )
+
+
 def _all_read_tables(stack: Any) -> bool:
     """Whether every layer's attention is ours and other layers can read the first layer's table.
 
@@ -234,5 +334,5 @@ ADAPTERS: dict[str, Adapter] = {
     f"{_PREFIX}.T5Attention": _attention,
     f"{_PREFIX}.T5LayerSelfAttention": lambda module: self_attention_layer,
     f"{_PREFIX}.T5LayerCrossAttention": lambda module: cross_attention_layer,
-    f"{_PREFIX}.T5Stack": lambda module: stack,
+    f"{_PREFIX}.T5Stack": lambda module: decoder_stack if module.is_decoder else stack,
 }

@@ -1,0 +1,54 @@
+"""How is a product with int8 weights computed in plain PyTorch? In floating point, or of integers with rows of x in int8 too.
+
+Row j of an int8 weight (N, K) stands for scale[j] times its integers.
+"""
+
+import torch
+
+from pyfused.notices import once
+
+# Up to so many rows the weights set the pace, and integer rows of x would gain nothing. torch._int_mm on CUDA takes more rows.
+FEW_ROWS = 16
+_FEW = f"up to {FEW_ROWS} rows stay in floating point: reading the weights takes the time"
+
+
+def wide(dtype):
+    """The dtype of the sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dequantized(weight, scale, dtype):
+    """The weight (N, K) that the integers stand for."""
+    return (weight.to(wide(dtype)) * scale[:, None]).to(dtype)
+
+
+def in_float(x, weight, device):
+    """Why a call with dynamic=True keeps x in floating point all the same; None if the integer product takes it.
+
+    device: the one whose limits count. The reference passes x's; torch._int_mm takes any sizes on a CPU.
+    """
+    n, k = weight.shape
+    rows = x.shape[:-1].numel()
+    if rows <= FEW_ROWS:
+        return _FEW
+    if device == "cuda" and (n % 8 or k % 8):
+        return f"torch._int_mm takes multiples of 8 on a GPU, not a weight of ({n}, {k})"
+    if device not in ("cpu", "cuda"):
+        return f"torch._int_mm is not known to work on {device}"
+    return None
+
+
+def say_once(reason):
+    """Tells the user that dynamic=True has no effect. Few rows are meant to stay in floating point and need no notice."""
+    if reason and reason != _FEW:
+        once(f"linear: dynamic=True keeps x in floating point: {reason}")
+
+
+def product(x, weight, scale):
+    """x (..., K) weight^T of integers -> (..., N) in wide(x.dtype). Each row of x is rounded to 127 steps of its largest
+    value."""
+    rows = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
+    steps = (rows.abs().amax(-1, keepdim=True) / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
+    integers = (rows / steps).round_().clamp_(-127, 127).to(torch.int8)
+    sums = torch._int_mm(integers, weight.t()).to(rows.dtype)
+    return (sums * steps * scale).view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,295 @@
+"""How does an existing model get int8 weights? quantize_ gives its linear layers and token tables another class, in place.
+
+The modules stay the same objects: names, hooks, training flags, biases and other attributes remain, and whoever holds a module
+holds the quantised one. unquantize_ gives the class back. Modules that shared one weight share one int8 copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, ReversibleEmbedding
+from .nn.quantized import int8_of
+from .own_forward import Entry, check_module, has_another_forward, summary
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # by name, so that transformers is not imported
+_LINEARS = {f"{c.__module__}.{c.__qualname__}" for c in (nn.Linear, Linear)} | {_CONV1D}
+_TABLES = {f"{c.__module__}.{c.__qualname__}" for c in (nn.Embedding, Embedding, ReversibleEmbedding)}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_QUANTIZED = (QuantizedLinear, QuantizedEmbedding)
+# Their forwards read the weights of their children.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class Original(NamedTuple):
+    """What unquantize_ restores: the module's class, and whether its weight wanted gradients."""
+
+    kind: type
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What quantize_ did; print() it. Modules in `replaced` now have int8 weights. Those in `left` do not; their notes say why.
+
+    bytes_before, bytes_after: of the model's parameters and buffers, each counted once.
+    """
+
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        size = f"bytes: {self.bytes_before:,} before, {self.bytes_after:,} after"
+        return f"{summary(self.replaced, self.left)}\n{size}"
+
+
+class _Found(NamedTuple):
+    """A layer that may be quantised, or the reason why it may not."""
+
+    name: str
+    module: Any
+    reason: str
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str = "int8",
+    *,
+    dynamic: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> QuantizeReport:
+    """Stores a model's weights in int8, in place: nn.Linear, transformers' Conv1D, and tables of token embeddings.
+
+    Each output has one scale, max|w| / 127. Sums are in float32. It takes pyfused's backbones and any model, fused or not.
+    Modules that share a weight, such as a token table and the head, share one int8 copy. The int8 weights take no gradients;
+    biases, norms and inputs do.
+
+    Args:
+        model: any module. Layers that are already quantised stay as they are.
+        scheme: "int8".
+        dynamic: lets products of many rows round the rows to int8 too; see pyfused.linear.
+        filter_fn: takes (name in the model, module) and returns whether to quantise it. It is called for every module that
+            could be quantised.
+
+    Returns:
+        The modules that were replaced, those that were not, with the reasons, and the bytes before and after.
+
+    Raises:
+        TypeError: an argument of a wrong type. ValueError: an unknown scheme.
+    """
+    check_module(model)
+    if scheme != "int8":
+        raise ValueError(f"scheme is {scheme!r}; it takes 'int8'")
+    if not isinstance(dynamic, bool):
+        raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    before = _bytes(model)
+    replaced, left = [], []
+    for group in _groups(model, filter_fn or (lambda name, module: True)):
+        reason = _together(group)
+        notes = [found.reason or reason for found in group]
+        kinds = [type(found.module).__name__ for found in group]
+        if not any(notes):
+            _replace([found.module for found in group], dynamic)
+            notes = [
+                _note(found.module) + (f", shared with {group[0].name}" if i else "") for i, found in enumerate(group)
+            ]
+            replaced += [Entry(found.name, kind, note) for found, kind, note in zip(group, kinds, notes)]
+        else:
+            left += [Entry(found.name, kind, note) for found, kind, note in zip(group, kinds, notes)]
+    return QuantizeReport(tuple(replaced), tuple(left), before, _bytes(model))
+
+
+def unquantize_(model: nn.Module) -> nn.Module:
+    """Undoes quantize_: gives the modules their classes back, with the weights that the integers stand for. What rounding to
+    int8 took does not come back. The dtype is the module's, the original one unless the model was cast since.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    check_module(model)
+    shared: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        if isinstance(module, _QUANTIZED):
+            _restore(module, shared)
+    return model
+
+
+# ---- which modules ----------------------------------------------------------------------------------------------------
+
+
+def _groups(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> list[list[_Found]]:
+    """The layers of the model, those that share a weight together."""
+    owners: dict[int, list[str]] = {}
+    parents: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+        parents |= {id(child): module for child in module.children() if isinstance(module, _READERS)}
+    tables = _token_tables(model)
+    groups: dict[int, list[_Found]] = {}
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if kind:
+            reason = _reason(module, kind, parents.get(id(module)), tables)
+            reason = reason or ("" if wanted(name, module) else "filter_fn says no")
+            weight = module._parameters.get("weight")
+            groups.setdefault(id(module if weight is None else weight), []).append(_Found(name, module, reason))
+    for key, group in groups.items():
+        others = set(owners.get(key, ())) - {f"{found.name}.weight" if found.name else "weight" for found in group}
+        if others:
+            reason = f"its weight is {' and '.join(sorted(others))} too"
+            groups[key] = [found._replace(reason=found.reason or reason) for found in group]
+    return list(groups.values())
+
+
+def _kind(module: nn.Module) -> str:
+    """The full name of the class that makes this a layer which could be quantised; "" if there is none."""
+    if isinstance(module, _QUANTIZED):
+        return "quantised"
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+    return next((name for name in names if name in _LINEARS or name in _TABLES), "")
+
+
+def _token_tables(model: nn.Module) -> set[int]:
+    """The ids of the parameters that embed tokens: the models' own input embeddings, and weights that a linear layer shares.
+    Tables of positions or of a relative bias are small, and some are read directly."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, ReversibleEmbedding) or _kind(module) in _LINEARS:
+            found.append(module)
+        elif callable(getter := getattr(module, "get_input_embeddings", None)):
+            try:
+                found.append(getter())
+            except (NotImplementedError, AttributeError):
+                continue
+    return {id(module._parameters.get("weight")) for module in found if isinstance(module, nn.Module)}
+
+
+def _reason(module: Any, kind: str, reader: nn.Module | None, tables: set[int]) -> str:
+    """Why a layer must stay as it is; "" if it may be quantised."""
+    if kind == "quantised":
+        return "is quantised already"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed at every call"
+    if module.weight is not weight:
+        return "reads its weight in another dtype (a mixed policy)"
+    cls = type(module)
+    if f"{cls.__module__}.{cls.__qualname__}" != kind:
+        return f"its class is {cls.__name__}, which may compute something else than {kind.rpartition('.')[2]}"
+    if reader is not None:
+        return f"{type(reader).__name__} reads its weight directly"
+    if has_another_forward(module):
+        return "this instance has a forward of its own already"
+    if kind in _TABLES and id(weight) not in tables:
+        return "only tables of tokens are quantised"
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes its table"
+    if module._buffers:
+        return f"has the buffers {', '.join(module._buffers)}"
+    for parameter in module._parameters.values():
+        if reason := "" if parameter is None else _unfit(parameter):
+            return reason
+    return ""
+
+
+def _unfit(parameter: Tensor) -> str:
+    if type(parameter) is not nn.Parameter:
+        return f"has a parameter of class {type(parameter).__name__}, such as sharded models have"
+    if parameter.dtype not in _DTYPES:
+        return f"is {str(parameter.dtype).removeprefix('torch.')}; int8 replaces float32, float16 and bfloat16"
+    if parameter.is_meta:
+        return "is on the meta device and has no values"
+    if not parameter.numel():
+        return "is empty"
+    return "" if parameter.isfinite().all() else "holds NaN or infinity"
+
+
+def _together(group: list[_Found]) -> str:
+    """Why modules that share a weight stay as they are; "" if they all may be quantised."""
+    for found in group:
+        if found.reason:
+            return f"shares its weight with {found.name}, which stays as it is"
+    if len({_kind(found.module) == _CONV1D for found in group}) > 1:
+        return "a Conv1D and another layer share one weight"
+    return ""
+
+
+def _note(module: Any) -> str:
+    return f"int8 {tuple(module.weight.shape)}, a scale for each output"
+
+
+# ---- the exchange -----------------------------------------------------------------------------------------------------
+
+
+def _replace(modules: list[Any], dynamic: bool) -> None:
+    """Quantises modules that share one weight. They share the dict of buffers, so that it stays one copy after .to(device)."""
+    weight = modules[0].weight
+    transposed = _kind(modules[0]) == _CONV1D
+    integers, scale = int8_of(weight.t() if transposed else weight)
+    buffers = {"weight": integers, "scale": scale}
+    for module in modules:
+        is_table = isinstance(module, nn.Embedding)
+        original = Original(type(module), weight.requires_grad)
+        if "reverse_weight" in module._parameters:
+            module.add_module("reverse", _head(module, dynamic))
+        del module._parameters["weight"]
+        module._buffers = buffers
+        module.__class__ = QuantizedEmbedding if is_table else QuantizedLinear
+        module.dtype, module.dynamic, module.original = weight.dtype, dynamic, original
+
+
+def _head(table: Any, dynamic: bool) -> nn.Module:
+    """The projection of a ReversibleEmbedding with a matrix of its own."""
+    weight = table._parameters.pop("reverse_weight")
+    head = Linear(weight.shape[1], weight.shape[0], False, device="meta", dtype=weight.dtype)
+    head.weight = weight
+    _replace([head], dynamic)
+    return head
+
+
+def _restore(module: Any, shared: dict[int, nn.Parameter]) -> None:
+    """shared: the parameters made so far, by the id of the int8 weight."""
+    default = Original(ReversibleEmbedding if isinstance(module, QuantizedEmbedding) else Linear, True)
+    kind, requires_grad = vars(module).pop("original", default)
+    key = id(module._buffers)
+    if key not in shared:
+        weight = module.dequantized()
+        is_transposed = f"{kind.__module__}.{kind.__qualname__}" == _CONV1D
+        shared[key] = nn.Parameter(weight.t().contiguous() if is_transposed else weight, requires_grad)
+    module._buffers = {}
+    module._parameters = {"weight": shared[key], **module._parameters}
+    for name in ("dtype", "dynamic"):
+        del vars(module)[name]
+    if (head := module._modules.pop("reverse", None)) is not None:
+        _restore(head, shared)
+        module._parameters["reverse_weight"] = head.weight
+    module.__class__ = kind
+    if issubclass(kind, nn.Embedding):  # a QuantizedEmbedding made by its constructor lacks them
+        defaults = {
+            "padding_idx": None,
+            "max_norm": None,
+            "norm_type": 2.0,
+            "scale_grad_by_freq": False,
+            "sparse": False,
+        }
+        vars(module).update({**defaults, **vars(module)})
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

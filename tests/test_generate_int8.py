@@ -1,0 +1,91 @@
+"""Does generation with int8 weights give the tokens of these weights, leave the model alone, and run as one operator?"""
+
+import copy
+
+import pytest
+import torch
+from gpt2_cases import hf_gpt2
+from gpt2_cases import like_hf as like_hf_gpt2
+from t5_cases import hf_t5, like_hf
+
+import pyfused
+from pyfused import Generator, cli, dispatch
+from pyfused.generation.decoder import Decoder
+
+NEW = 8
+MODELS = {
+    "gpt2": lambda: like_hf_gpt2(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)),
+    "t5, tied": lambda: like_hf(hf_t5(spread=0.5, feed_forward_proj="relu", seed=2)),
+    "t5, untied": lambda: like_hf(hf_t5(spread=0.5, tie_word_embeddings=False, seed=1)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    generator = torch.Generator().manual_seed(3)
+    vocabulary = model.get_config()["vocabulary_size"]
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in (3, 8, 5, 1, 9, 2)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts):
+    """The greedy tokens of the dequantised weights."""
+    other = copy.deepcopy(model)
+    pyfused.quantize_(other)
+    pyfused.unquantize_(other)
+    return Generator(other).generate(prompts, NEW)
+
+
+def test_tokens_are_those_of_the_dequantised_weights(model, prompts, expected):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    generator = Generator(model, weights="int8")
+    assert generator.generate(prompts, NEW) == expected
+    assert generator.generate_batch(prompts, NEW, 4) == expected
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    other = copy.deepcopy(model)
+    pyfused.quantize_(other)
+    assert Generator(other).generate(prompts, NEW) == expected
+
+
+def test_a_step_is_one_operator(model, prompts, monkeypatch):
+    if not dispatch.missing("cpu"):
+        plans, call = [], Decoder.__call__
+
+        def counting(self, tokens, choose):
+            found = call(self, tokens, choose)
+            plans.append((self._plan, found is not None))
+            return found
+
+        monkeypatch.setattr(Decoder, "__call__", counting)
+        Generator(model, weights="int8").generate(prompts[:2], 4)
+        assert plans
+        assert all(ran and all(m.scale is not None for m in plan.matrices()) for plan, ran in plans)
+
+
+def test_the_copy_shares_what_is_not_quantised(model):
+    made = Generator(model, weights="int8").model
+    shared = {id(p) for p in model.parameters()}
+    assert made is not model
+    assert all(id(p) in shared for p in made.parameters())
+    read = sum(t.numel() * t.element_size() for t in made.buffers())
+    assert read < 0.5 * sum(p.numel() * p.element_size() for p in model.parameters())  # scales count in so small a model
+
+
+def test_unknown_weights_are_refused(model):
+    with pytest.raises(ValueError, match="weights is 'int3'; it takes 'int8' or None"):
+        Generator(model, weights="int3")
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "In", "--max-new-tokens", "9"], ["encode", "--text", "In"]])
+def test_on_the_command_line(command, capsys):
+    options = [command[0], "gpt2_tiny_en", *command[1:], "--json"]
+    assert cli.main(options) == 0
+    plain = capsys.readouterr().out
+    assert cli.main([*options, "--weights", "int8"]) == 0
+    assert capsys.readouterr().out != plain
