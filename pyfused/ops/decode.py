@@ -72,6 +72,11 @@ def backend_of(plan: DecodePlan, step: DecodeStep) -> str:
     return next(row.backend for row, reason in dispatch.judged("decode", "forward", args) if not reason)
 
 
+def is_native(plan: DecodePlan, step: DecodeStep) -> bool:
+    """Whether a kernel runs the call. The reference is slower than the model's own modules."""
+    return backend_of(plan, step) != "reference"
+
+
 def step_of(
     tokens: Tensor, cache: KVCache, mask: Tensor | None = None, position_ids: Tensor | None = None, choose: bool = False
 ) -> DecodeStep:
