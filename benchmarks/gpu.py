@@ -27,7 +27,7 @@ from gpu_session import ROOT, Item, Session
 
 PYTHON = sys.executable
 BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions
-OPERATORS = ("attention", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
+OPERATORS = ("attention", "decode", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
 )  # that one has no CUDA kernel, only Triton's
@@ -80,6 +80,7 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         own("compile", seconds=75),
         own("flex", "compile", seconds=75),
         *correctness(OPERATORS, dry),
+        own("decode", seconds=40, alone=True),
         *generation(dry),
         *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
         own("peers", seconds=50, least=20, alone=True),

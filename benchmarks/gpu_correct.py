@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from plain_attention import plain as plain_attention
 
 import pyfused
+from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm
 from pyfused.dispatch import BackendError
+from pyfused.kernels.reference import decode as plain_decode
 from pyfused.kernels.reference import relative_bias as buckets
+from pyfused.ops.decode import run as run_decode
 from pyfused.testing import judge, running
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -169,6 +172,55 @@ def packed(h: int, d: int, *lengths: int) -> Case:
     return Case(name, dict.fromkeys(("query", "key", "value"), shape), own, ways)
 
 
+def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: str) -> Case:
+    """A step of two layers that sees `keys` tokens. options: "t5" (RMS norms, gated, relative bias, cross-attention with one
+    source), "uneven" (each row has its own place)."""
+    t5, d, layers, vocabulary = "t5" in options, 64 if hidden > 100 else 8, 2, 1003
+    inside = heads * d
+    shapes: dict[str, tuple[int, ...]] = {"w_tokens": (vocabulary, hidden), "final": (hidden,), "b": (hidden,)}
+    shapes |= {"table": (32, heads)} if t5 else {"w_places": (keys, hidden)}
+    matrices = dict.fromkeys(("query", "key", "value"), (inside, hidden)) | {"output": (hidden, inside)}
+    matrices |= {"inner": (inner, hidden), "outer": (hidden, inner)}
+    if t5:
+        matrices |= {"gate": (inner, hidden), "cross_query": (inside, hidden), "cross_output": (hidden, inside)}
+    for i in range(layers):
+        shapes |= {f"w_{name}{i}": shape for name, shape in matrices.items()}
+        shapes |= {f"norm{i}": (hidden,), f"keys{i}": (2, rows, heads, keys, d)}
+        shapes |= {f"cross{i}": (2, 1, heads, 40, d)} if t5 else {}
+
+    def call(t: Tensors, run: Callable[[DecodePlan, DecodeStep], Any]) -> Any:
+        def norm(name: str) -> Norm:
+            return Norm(t[name], None if t5 else t["b"], 1e-5)
+
+        def layer(i: int) -> DecodeLayer:
+            own: dict[str, Any] = {name: Matrix(t[f"w_{name}{i}"]) for name in matrices}
+            norms = ("attention_norm", "feed_forward_norm", *(("cross_norm",) if t5 else ()))
+            own |= dict.fromkeys(norms, norm(f"norm{i}"))
+            return DecodeLayer(**own, scale=0.125, cross_scale=0.125)
+
+        tokens = Matrix(t["w_tokens"])
+        plan = DecodePlan(
+            tuple(map(layer, range(layers))), tokens, tokens, norm("final"), heads, heads, d, t5, "gelu_tanh",
+            position_embedding=Matrix() if t5 else Matrix(t["w_places"]), bias_table=t.get("table"),
+        )  # fmt: skip
+        ids = torch.arange(rows, device=t["final"].device) * 37
+        at = torch.full_like(ids, keys - 1)
+        if "uneven" in options:
+            at //= torch.arange(1, rows + 1, device=ids.device)
+        places = at if "uneven" in options else None
+        caches = [part for i in range(layers) for part in t[f"keys{i}"].clone()]
+        encoder = [part for i in range(layers) for part in t[f"cross{i}"]] if t5 else []
+        step = DecodeStep(ids, places, None, None, keys - 1, keys, caches, encoder, None, False)
+        logits = run(plan, step)[0]
+        return (logits, *(cache[torch.arange(rows, device=ids.device), :, at] for cache in caches))
+
+    def plain(plan: DecodePlan, step: DecodeStep) -> Any:
+        return plain_decode.forward(plan.dtype_and_device, plan, step)
+
+    name = " ".join([f"{rows} rows, {keys} keys, {hidden}x{inner}", *options])
+    return Case(name, shapes, lambda t: call(t, run_decode), (lambda t: call(t, plain),), gradients=False)
+
+
 NORMS = ((2048, 768), (MANY, 24), (129, 1000), (7, 4097), (3, 16400), (200, 5))
 WIDE = ((1, 768, 2048), (3, 1000, 137), (16, 768, 3072), (17, 131, 96), (2048, 768, 3072), (MANY, 24, 40))
 
@@ -187,6 +239,10 @@ def cases(operator: str, tiny: bool) -> list[Case]:
     if operator == "relative_bias":
         shapes = ((1, 5, 6),) if tiny else ((2, 1025, 2048), (12, 129, 137), (4, 1, 1025))
         return [relative_bias(*shape, both) for shape in shapes for both in (True, False)[: 2 - tiny]]
+    if operator == "decode":
+        wide = ((1, 300, 768, 12, 3072), (3, 70, 1032, 6, 517), (8, 1000, 768, 12, 2048))
+        shapes = ((2, 20, 24, 2, 40),) if tiny else wide
+        return [decode(*shape, *options) for shape in shapes for options in ((), ("t5", "uneven"))[: 2 - tiny]]
     if operator == "attention":
         return [attention(1, 2, 1, 17, 20, 16, "causal", "table")] if tiny else list(_attention())
     raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(pyfused.ops.NAMES)}")

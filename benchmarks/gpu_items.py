@@ -14,7 +14,7 @@ from typing import Any
 import gpu_correct
 import torch
 from gpu_device import DEVICE, DRY, Row, error_row, synchronize
-from gpu_models import compile, generate, transformers
+from gpu_models import compile, decode, generate, transformers
 from gpu_peers import attention_shapes, flex, heads, peers
 from gpu_session import ROOT
 
@@ -85,6 +85,7 @@ def host(start: int) -> Iterator[Row]:
         "fourier_mix": gpu_correct.fourier_mix(1, 2, 8),
         "relative_bias": gpu_correct.relative_bias(2, 1, 8, True),
         "attention": gpu_correct.attention(1, 2, 2, 1, 8, 16),
+        "decode": gpu_correct.decode(1, 4, 16, 2, 16),
     }
     for operator, case in small.items():
         tensors = {k: gpu_correct.random(k, shape, torch.bfloat16, DEVICE) for k, shape in case.shapes.items()}
@@ -137,5 +138,5 @@ def kernels(start: int) -> Iterator[Row]:
 
 
 ITEMS: dict[str, Callable[..., Iterator[Row]]] = {
-    f.__name__: f for f in (environment, compile, correct, generate, transformers, flex, peers, host, kernels)
+    f.__name__: f for f in (environment, compile, correct, decode, generate, transformers, flex, peers, host, kernels)
 }

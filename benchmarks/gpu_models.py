@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from gpu_device import DEVICE, DRY, Row, error_row, seconds_of
+from gpu_device import DEVICE, DRY, Row, error_row, medians, seconds_of
 
 import pyfused
+from pyfused.generation import plan_of
+from pyfused.ops.decode import run as run_decode
+from pyfused.ops.decode import step_of
 from pyfused.testing import judge, running
 
 GPT2 = {"vocabulary_size": 50257, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
@@ -46,6 +49,44 @@ def compile(start: int) -> Iterator[Row]:
     for name in ("gpt2", "t5"):
         report = warm(backbone(name), lengths=sorted({shape[1] for shape in SHAPES}), workers=12)
         yield {"model": name, "ok": not report["failed"], **report}
+
+
+@torch.inference_mode()
+def decode(start: int) -> Iterator[Row]:
+    """Device time of a step that sees 129 tokens: decode's persistent kernel, called and as a CUDA graph, and the bytes of
+    weights that it reads in a second. csrc/cuda/decode.cu has the prediction."""
+    for name, rows in product(("gpt2", "t5"), (1, 2) if DRY else (1, 4, 8)):
+        about = {"model": name, "rows": rows}
+        try:
+            model = backbone(name)
+            cache, plan, cached = model.new_cache(rows, 16 if DRY else 192), plan_of(model), 9 if DRY else 128
+            for keys in cache.tensors:
+                keys.normal_()
+            if name == "t5":
+                _, heads, size, dtype, _ = cache.signature
+                sizes = 2, rows, heads, cached, size
+                cache.cross = [tuple(torch.randn(sizes, dtype=dtype, device=DEVICE)) for _ in cache.cross]
+            cache.at_positions(torch.full((rows,), cached, device=DEVICE), cache.capacity)
+            step = step_of(torch.arange(rows, device=DEVICE), cache, choose=True)
+            with running("cuda"):
+                call = partial(run_decode, plan, step)
+                first = [t.clone() for t in call()]
+                calls = {"called": call} if DRY else {"called": call, "graph": _graph(call).replay}
+                seconds = medians(calls)
+                same = all(torch.equal(*pair) for pair in zip(first, call()))
+            moved = sum(m.weight.nbytes for m in plan.matrices() if m.weight is not None)
+            figures = {f"us_{how}": s * 1e6 for how, s in seconds.items()}
+            yield {**about, "ok": same, **figures, "gb_per_s": moved / min(seconds.values()) / 1e9}
+        except Exception as error:
+            yield {**about, **error_row(error)}
+
+
+def _graph(call: Callable[[], Any]) -> Any:
+    """The call, which has run before, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def texts(shape: tuple[int, int, int], vocabulary: int) -> list[list[int]]:

@@ -35,4 +35,9 @@ PYBIND11_MODULE(_cuda, m) {
   KERNEL(attention_packed_forward);
   KERNEL(attention_decode_forward);
   KERNEL(attention_combine);
+  KERNEL(decode_shared);
+  KERNEL(decode_blocks);
+  KERNEL(decode_scratch);
+  KERNEL(decode_most_addresses);
+  KERNEL(decode_forward);
 }

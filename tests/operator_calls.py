@@ -3,6 +3,7 @@ graph and compare the results bit for bit."""
 
 from collections.abc import Callable
 
+import decode_cases
 import torch
 
 import pyfused
@@ -171,3 +172,21 @@ def fourier_mix(*shape):
 
 for size in [(2, 40, 96), (3, 31, 20), (1, 7, 274)]:
     fourier_mix(*size)
+
+
+def decode(name):
+    (rows, keys), options = decode_cases.CASES[name]
+
+    @calls(f"decode {name}")
+    def _(new):
+        plan, step = decode_cases.made(new, rows, keys, **options)
+
+        def run():
+            logits, chosen = pyfused.ops.MODULES["decode"].run(plan, step)
+            return logits, chosen, *decode_cases.written(step)
+
+        return run
+
+
+for name in decode_cases.CASES:
+    decode(name)

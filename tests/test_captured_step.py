@@ -6,17 +6,20 @@ step must be the same tensor, alive and at the same address, in every run of the
 
 import numpy as np
 import pytest
+import shim
 import torch
 from fake_cuda import Machine
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from pyfused import extensions
 from pyfused.generation import steps
 from pyfused.generation.sampling import Sampler
 from pyfused.generation.steps import GraphSteps
 from pyfused.models.gpt2 import GPT2Backbone
 from pyfused.models.t5 import T5Backbone
+from pyfused.testing import running
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
 SHAPES = {"gpt2": (3, 30), "t5": (3, 7, 30)}
@@ -93,6 +96,28 @@ def test_every_step_reads_the_same_memory(model, kind, sampler):
         assert reads.calls[1:] == seen[0].calls[1:]
     _draws, *read = seen[0].found.values()
     assert not any(storage.expired() for storage in read)
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not extensions.emulating_cuda(), reason="on a GPU the CUDA kernel runs in a graph")
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(2.0, 9, 0.8)], ids=["greedy", "top"])
+def test_decode_runs_in_the_graph_where_cuda_is_forced(model, kind, sampler, monkeypatch):
+    """One launch a step, the tokens of the modules' path. Without evidence for this chip it is not used by itself."""
+    launches, forward = [], shim.load().decode_forward
+    monkeypatch.setattr(shim.load(), "decode_forward", lambda *args: launches.append(args) or forward(*args))
+
+    def tokens(backend):
+        draws = torch.Generator().manual_seed(4)
+        uniform = [torch.rand(3, dtype=torch.float64, generator=draws) for _ in range(6)]
+        with running(backend, strict=False):
+            steps = Replayed(model, SHAPES[kind], sampler)
+            found = [steps.start(prompts(2), uniform[0]).tolist()]
+            return [*found, *(steps.next(u).tolist() for u in uniform[1:])]
+
+    expected = tokens("reference")
+    assert not launches
+    assert tokens("cuda") == expected
+    assert len(launches) == 5 + (kind == "t5")  # T5 begins with a step
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ NEED_A_GPU = {"tune attention,layer_norm,rms_norm,linear,ffn,gated_ffn", "bench"
 def test_every_item_ends_well(rows):
     found = ends(rows)
     assert {name for name, status in found.items() if status != "ok"} == NEED_A_GPU, found
-    assert len(found) == 14
+    assert len(found) == 15
     assert [row for row in rows if row.get("ok") is False] == []
 
 
@@ -81,7 +81,7 @@ def test_the_environment_row(rows):
 
 
 def test_the_rows_of_correctness(rows):
-    """Every operator on every backend in every dtype, within the tolerance; Triton has no linear."""
+    """Every operator on every backend in every dtype, within the tolerance; Triton has neither linear nor decode."""
     found = [row for row in rows if row["item"].startswith("correct") and "status" not in row]
     assert {(row["operator"], row["backend"], row["dtype"]) for row in found} == {
         (operator, backend, dtype)
@@ -89,11 +89,20 @@ def test_the_rows_of_correctness(rows):
         for operator in operators
         for dtype in ("float32", "float16", "bfloat16")
     }
-    assert {(row["operator"], row["backend"]) for row in found if row["ok"] is None} == {("linear", "triton")}
+    assert {(row["operator"], row["backend"]) for row in found if row["ok"] is None} == {
+        ("linear", "triton"),
+        ("decode", "triton"),
+    }
     for row in found:
         assert row["case"]
         assert row["seconds"] >= 0
         assert row["ok"] is None or (row["ok"] and 0 < row["ratio"] <= 1 and row["worst"])
+
+
+def test_the_rows_of_decode(rows):
+    found = of(rows, "decode")[:-1]
+    assert [(row["model"], row["rows"]) for row in found] == [(model, n) for model in ("gpt2", "t5") for n in (1, 2)]
+    assert all(row["ok"] and row["us_called"] > 0 and row["gb_per_s"] > 0 for row in found)
 
 
 def test_the_rows_of_generation(rows):

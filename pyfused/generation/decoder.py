@@ -7,30 +7,31 @@ from torch import Tensor
 from ..decode_plan import DecodePlan
 from ..models.backbone import Backbone
 from ..nn import KVCache
-from ..ops.decode import is_native, run, step_of
+from ..ops.decode import backend_of, run, step_of
 from .plans import plan_of
 from .sampling import likeliest_token
 
 
 class Decoder:
-    """Steps of one generation, all on the same cache."""
+    """Steps of one generation, all on the same cache. in_graph: a CUDA graph may capture them."""
 
-    def __init__(self, plan: DecodePlan, cache: KVCache):
+    def __init__(self, plan: DecodePlan, cache: KVCache, in_graph: bool = False):
         self._plan, self._cache = plan, cache
         self._rows, self._is_native = -1, False
+        self._backends = ("cuda",) if in_graph else ("cpu", "cuda")
 
     @classmethod
-    def of(cls, model: Backbone, cache: KVCache) -> Decoder | None:
+    def of(cls, model: Backbone, cache: KVCache, in_graph: bool = False) -> Decoder | None:
         """None if the model has no plan."""
         plan = plan_of(model)
-        return None if plan is None else cls(plan, cache)
+        return None if plan is None else cls(plan, cache, in_graph)
 
     def __call__(self, tokens: Tensor, choose: bool) -> Tensor | None:
         """tokens (B,) -> logits (B, V), or with `choose` the likeliest tokens (B,). It does not count the token in the cache.
         None where no kernel of `decode` runs this: the model's modules are faster than its plain form."""
         step = step_of(tokens, self._cache, choose=choose)
         if self._rows != len(tokens):  # whether a kernel runs depends on the rows
-            self._rows, self._is_native = len(tokens), is_native(self._plan, step)
+            self._rows, self._is_native = len(tokens), backend_of(self._plan, step) in self._backends
         if not self._is_native:
             return None
         logits, token = run(self._plan, step)

@@ -40,7 +40,7 @@ class GPT2Decoding:
         self._places = torch.arange(capacity, device=model.device)
         self._lengths: list[int] = []
         self._times = 1
-        self._decoder = None if fixed else Decoder.of(model, self._cache)
+        self._decoder = Decoder.of(model, self._cache, fixed)
         self._positions: Tensor | None = None
         if fixed:
             self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
@@ -110,8 +110,10 @@ class GPT2Decoding:
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
         assert self._positions is not None
-        mask = self._places <= self._positions[:, None]
-        logits = self._called(tokens, self._positions[:, None], mask)
+        logits = None if self._decoder is None else self._decoder(tokens, False)
+        if logits is None:
+            mask = self._places <= self._positions[:, None]
+            logits = self._called(tokens, self._positions[:, None], mask)
         self._positions += 1
         return logits
 

@@ -27,11 +27,11 @@ class T5Decoding:
         self.model, self._fixed = model, fixed
         batch_size, capacity, self._source_capacity = shape
         self._cache = model.new_cache(batch_size, capacity)
-        self._position = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)  # all equal
         self._places = torch.arange(capacity, device=model.device)
         self._bias = self._last_bias()
         self._lengths: list[int] = []  # of rows that differ in length
-        self._decoder = None if fixed else Decoder.of(model, self._cache)
+        self._decoder = Decoder.of(model, self._cache, fixed)
 
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
@@ -58,8 +58,8 @@ class T5Decoding:
         first = torch.full((len(prompts),), config["decoder_start_token_id"], device=self._places.device)
         if not self._fixed:
             return self.step(first)
-        self._position.zero_()
-        self._cache.at_positions(self._position.expand(len(prompts)), self._cache.capacity)
+        self._positions.zero_()
+        self._cache.at_positions(self._positions, self._cache.capacity)
         return self.fixed_step(first)
 
     def begin(self) -> None:
@@ -131,11 +131,13 @@ class T5Decoding:
         return Visibility(padding_mask=self._places[:extent] <= positions[:, None], attn_bias=bias)
 
     def fixed_step(self, tokens: Tensor) -> Tensor:
-        capacity = self._cache.capacity
-        distance = (capacity - 1 - self._position + self._places).clamp_(max=capacity - 1)
-        mask = (self._places <= self._position).expand(len(tokens), capacity)
-        logits = self._called(tokens, Visibility(padding_mask=mask, attn_bias=self._bias[..., distance]))
-        self._position += 1
+        logits = None if self._decoder is None else self._decoder(tokens, False)
+        if logits is None:
+            capacity, position = self._cache.capacity, self._positions[:1]
+            distance = (capacity - 1 - position + self._places).clamp_(max=capacity - 1)
+            mask = (self._places <= position).expand(len(tokens), capacity)
+            logits = self._called(tokens, Visibility(padding_mask=mask, attn_bias=self._bias[..., distance]))
+        self._positions += 1
         return logits
 
     def _called(self, tokens: Tensor, visible: Visibility) -> Tensor:
@@ -144,7 +146,7 @@ class T5Decoding:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return (self._position,)
+        return (self._positions,)
 
     def branch(self, times: int) -> None:
         rows = torch.arange(self._cache.batch_size, device=self._places.device).repeat_interleave(times)

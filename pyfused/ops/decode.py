@@ -66,10 +66,15 @@ def run(plan: DecodePlan, step: DecodeStep) -> tuple[Tensor, Tensor | None]:
     return dispatch.choose("decode", "forward", (like, plan, step))(like, plan, step)  # type: ignore[return-value]
 
 
+def backend_of(plan: DecodePlan, step: DecodeStep) -> str:
+    """The backend that runs the call."""
+    args = plan.dtype_and_device, plan, step
+    return next(row.backend for row, reason in dispatch.judged("decode", "forward", args) if not reason)
+
+
 def is_native(plan: DecodePlan, step: DecodeStep) -> bool:
     """Whether a kernel runs the call. The reference is slower than the model's own modules."""
-    args = plan.dtype_and_device, plan, step
-    return next(row.backend for row, reason in dispatch.judged("decode", "forward", args) if not reason) != "reference"
+    return backend_of(plan, step) != "reference"
 
 
 def step_of(

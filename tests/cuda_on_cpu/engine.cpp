@@ -149,6 +149,7 @@ std::map<const void*, size_t> shared_allowed;
 uint64_t order = 0;
 bool looking = false;  // launches are checked and written down, not run
 std::string seen;
+std::string grid_barriers;  // of the last cooperative launch: a line each
 std::mutex launching;
 
 std::string place(const Site& site) {
@@ -347,6 +348,7 @@ void run_together(dim3 grid, dim3 dim, size_t shared) {
   const size_t threads = (size_t)dim.x * dim.y * dim.z;
   Order how((threads + kWarp - 1) / kWarp);
   std::vector<Block> blocks(count);
+  grid_barriers.clear();
   poison_static_shared();
   for (uint64_t i = 0; i < count; ++i) {
     start_block(blocks[i], block_index(i, grid), dim, shared, i * threads);
@@ -369,9 +371,15 @@ void run_together(dim3 grid, dim3 dim, size_t shared) {
     if (failed || returned == count) return;
     if (arrived < count)
       return fail("divergent grid barrier: " + std::to_string(arrived) + " of " + std::to_string(count) + " blocks are there");
+    const char* name = blocks[0].threads[0].site.what;
+    grid_barriers += std::string(name) + "\n";
     for (Block& b : blocks) {
       b.at_grid_barrier = 0;
-      for (Thread& t : b.threads) t.state = State::kReady;
+      for (Thread& t : b.threads) {
+        if (strcmp(t.site.what, name) != 0)
+          return fail("divergent grid barrier: threads are at " + std::string(name) + " and at " + t.site.what);
+        t.state = State::kReady;
+      }
     }
   }
 }
@@ -530,6 +538,9 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_look(bool on)
   if (on) seen.clear();
 }
 extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_seen() { return seen.c_str(); }
+
+// The names of the grid barriers of the last cooperative launch: a line each.
+extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_grid_barriers() { return grid_barriers.c_str(); }
 
 // Which way threads and blocks are run from now on; see Order.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_set_order(uint64_t which) {

@@ -145,6 +145,14 @@ def order(module: ModuleType, which: int) -> Iterator[None]:
         set_order(ctypes.c_uint64(0))
 
 
+def grid_barriers(module: ModuleType) -> list[str]:
+    """The names of the grid barriers of the last cooperative launch."""
+    assert module.__file__
+    library = ctypes.CDLL(module.__file__)
+    library.cuda_on_cpu_grid_barriers.restype = ctypes.c_char_p
+    return library.cuda_on_cpu_grid_barriers().decode().splitlines()  # type: ignore[no-any-return]
+
+
 @dataclass
 class Seen:
     """A launch that did not run: kernel expression, grid, threads per block, bytes of dynamic shared memory."""
