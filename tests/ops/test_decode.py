@@ -14,7 +14,6 @@ from pyfused.decode_plan import DecodePlan, Matrix
 from pyfused.generation import plan_of
 from pyfused.models.call import Call
 from pyfused.nn import KVCache, Visibility
-from pyfused.ops import relative_bias
 from pyfused.testing import available, running
 
 BACKENDS = [
@@ -48,7 +47,7 @@ def t5(**options):
 
 
 MODELS = {
-    "gpt2": lambda: gpt2(),
+    "gpt2": gpt2,
     "gpt2 relu, own head": lambda: gpt2(
         activation="relu", tie_embedding_weights=False, scale_attention_by_inverse_layer_index=True
     ),
@@ -104,7 +103,7 @@ def by_modules(model, tokens, cache, mask=None, position_ids=None):
         return model.logits(model.run(call)[:, 0])
     table = model.decoder.layers[0].attention.position_bias()
     options = {"bidirectional": False, "max_distance": table.max_distance}
-    bias = [relative_bias(table.table, 1, cache.extent, query_offset=int(p), **options) for p in places]
+    bias = [pyfused.relative_bias(table.table, 1, cache.extent, query_offset=int(p), **options) for p in places]
     call = Call(
         tokens[:, None], visible=Visibility(padding_mask=seen, attn_bias=torch.cat(bias)), cache=cache,
         memory_mask=cache.encoder_mask,
