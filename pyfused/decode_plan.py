@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -75,6 +76,13 @@ class DecodePlan:
     max_distance: int = 128
     prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by backend: what it made of the plan
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. What backends prepared holds the addresses of this plan's tensors."""
+        return {**vars(self), "prepared": {}}
+
     @property
     def dtype_and_device(self) -> Tensor:
         """A tensor with the plan's dtype and device."""
@@ -91,8 +99,14 @@ class DecodePlan:
         """The width of the result: V, or D without a head."""
         return self.hidden if self.head.weight is None else self.head.weight.shape[0]
 
+    @property
+    def has_cross(self) -> bool:
+        """Whether the layers have cross-attention."""
+        return any(layer.cross_query.weight is not None for layer in self.layers)
+
     def check(self) -> None:
-        """Raises ValueError if matrices do not fit together, as in a model with a pruned layer. Kernels trust the sizes."""
+        """Raises ValueError if tensors do not fit together: their shapes, as in a model with a pruned layer, their dtypes or
+        devices. Kernels trust them."""
         own, keys, hidden = self.heads * self.head_size, self.kv_heads * self.head_size, self.hidden
         wide = next((m.weight.shape[0] for m in (layer.inner for layer in self.layers) if m.weight is not None), 0)
         sizes = {"query": (own, hidden), "key": (keys, hidden), "value": (keys, hidden), "output": (hidden, own)}
@@ -100,9 +114,50 @@ class DecodePlan:
         sizes |= {"cross_query": (own, hidden), "cross_output": (hidden, own)}
         for i, layer in enumerate(self.layers):
             for name, size in sizes.items():
-                weight = getattr(layer, name).weight
-                if weight is not None and weight.shape != size:
-                    raise ValueError(f"plan: {name} of layer {i} has shape {tuple(weight.shape)}; it takes {size}")
+                self._check_matrix(getattr(layer, name), f"{name} of layer {i}", size)
+            for name in ("attention_norm", "cross_norm", "feed_forward_norm"):
+                self._check_norm(getattr(layer, name), f"{name} of layer {i}")
+        self._check_norm(self.final_norm, "final_norm")
+        for name in ("token_embedding", "position_embedding", "head"):
+            matrix = getattr(self, name)
+            rows = 0 if matrix.weight is None else matrix.weight.shape[0]
+            self._check_matrix(matrix, name, (rows, hidden))
+        if self.position_embedding.scale is not None:
+            raise ValueError("plan: position_embedding is int8; it takes the plan's dtype")
+        table = self.bias_table
+        if table is not None and (table.dim() != 2 or table.shape[1] != self.heads):
+            raise ValueError(f"plan: bias_table has shape {tuple(table.shape)}; it takes (num_buckets, {self.heads})")
+        if table is not None and table.dtype != torch.float32:
+            self._check_like(table, "bias_table")
+
+    def _check_matrix(self, matrix: Matrix, name: str, size: tuple[int, int]) -> None:
+        weight, bias, scale = matrix
+        if weight is None:
+            return
+        if tuple(weight.shape) != size:
+            raise ValueError(f"plan: {name} has shape {tuple(weight.shape)}; it takes {size}")
+        self._check_like(weight, name, torch.int8 if scale is not None else None)
+        self._check_vector(bias, f"the bias of {name}", size[0])
+        wide = torch.promote_types(self.dtype_and_device.dtype, torch.float32)  # float64 in a plan that gives the truth
+        self._check_vector(scale, f"the scale of {name}", size[0], wide)
+
+    def _check_norm(self, norm: Norm, name: str) -> None:
+        self._check_vector(norm.weight, name, self.hidden)
+        self._check_vector(norm.bias, f"the bias of {name}", self.hidden)
+
+    def _check_vector(self, vector: Tensor | None, name: str, size: int, dtype: torch.dtype | None = None) -> None:
+        if vector is None:
+            return
+        if tuple(vector.shape) != (size,) or not vector.is_contiguous():
+            what = f"shape {tuple(vector.shape)} and strides {vector.stride()}"
+            raise ValueError(f"plan: {name} has {what}; it takes a contiguous ({size},)")
+        self._check_like(vector, name, dtype)
+
+    def _check_like(self, tensor: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
+        like = self.dtype_and_device
+        wanted = like.dtype if dtype is None else dtype
+        if tensor.dtype != wanted or tensor.device != like.device:
+            raise ValueError(f"plan: {name} is {tensor.dtype} on {tensor.device}; it takes {wanted} on {like.device}")
 
     def matrices(self) -> Iterator[Matrix]:
         """All matrices of the layers and the head that exist."""

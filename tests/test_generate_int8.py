@@ -68,11 +68,13 @@ def test_a_step_is_one_operator(model, prompts, monkeypatch):
         assert all(ran and all(m.scale is not None for m in plan.matrices()) for plan, ran in plans)
 
 
-def test_the_copy_shares_what_is_not_quantised(model):
-    made = Generator(model, weights="int8").model
-    shared = {id(p) for p in model.parameters()}
-    assert made is not model
-    assert all(id(p) in shared for p in made.parameters())
+def test_the_copy_is_its_own(model, prompts, expected):
+    other = copy.deepcopy(model)
+    generator = Generator(other, weights="int8")
+    made = generator.model
+    assert not {p.data_ptr() for p in made.parameters()} & {p.data_ptr() for p in other.parameters()}
+    other.to(torch.bfloat16)
+    assert generator.generate(prompts, NEW) == expected
     read = sum(t.numel() * t.element_size() for t in made.buffers())
     assert read < 0.5 * sum(p.numel() * p.element_size() for p in model.parameters())  # scales count in so small a model
 

@@ -23,6 +23,8 @@ def unsupported_forward(like, plan, step):
         return reason
     if rows > (MOST_ROWS_BY_COLUMNS if by_columns else MOST_ROWS):
         return f"takes at most {MOST_ROWS} rows, {MOST_ROWS_BY_COLUMNS} if weights are stored by columns"
+    if plan.has_cross and not step.cross:
+        return "takes a cache with the encoder's keys for a plan with cross-attention"
     for tensors in (step.caches, step.cross):
         strides = {t.stride() for t in tensors}
         if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
@@ -32,6 +34,9 @@ def unsupported_forward(like, plan, step):
 
 def _layout(plan):
     """Why no call runs here, or "", and whether a matrix is stored by columns."""
+    for table in (plan.token_embedding.weight, plan.position_embedding.weight):
+        if table is not None and table.stride()[1] != 1:
+            return "takes tables whose rows are contiguous", False
     by_columns = [is_transposed(m) for m in plan.matrices()]
     for matrix, transposed in zip(plan.matrices(), by_columns):
         if not transposed and matrix.weight.stride()[1] != 1:

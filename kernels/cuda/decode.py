@@ -34,6 +34,8 @@ def unsupported_forward(like, plan, step):
         return reason
     if len(step.caches) + len(step.cross) > cuda().decode_most_addresses():
         return f"takes at most {cuda().decode_most_addresses()} keys and values of layers"
+    if plan.has_cross and not step.cross:
+        return "takes a cache with the encoder's keys for a plan with cross-attention"
     for tensors in (step.caches, step.cross):
         strides = {t.stride() for t in tensors}
         if len(strides) > 1 or any(stride[3] != 1 for stride in strides):

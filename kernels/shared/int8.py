@@ -9,6 +9,7 @@ from pyfused.notices import once
 
 # Up to so many rows the weights set the pace, and integer rows of x would gain nothing. torch._int_mm on CUDA takes more rows.
 FEW_ROWS = 16
+_MOST_K = (2**31 - 1) // 127**2  # longer sums may leave int32
 _FEW = f"up to {FEW_ROWS} rows stay in floating point: reading the weights takes the time"
 
 
@@ -31,6 +32,8 @@ def in_float(x, weight, device):
     rows = x.shape[:-1].numel()
     if rows <= FEW_ROWS:
         return _FEW
+    if not 0 < k <= _MOST_K:
+        return f"sums of {k} products of int8 do not fit into int32" if k else "there is nothing to sum"
     if device == "cuda" and (n % 8 or k % 8):
         return f"torch._int_mm takes multiples of 8 on a GPU, not a weight of ({n}, {k})"
     if device not in ("cpu", "cuda"):

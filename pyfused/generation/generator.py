@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
@@ -198,13 +199,21 @@ class Generator:
 
 
 def _copy_in_int8(model: Backbone, weights: str) -> Backbone:
-    """The model with int8 weights. Everything that is not quantised, norms and biases, is shared with the model."""
+    """A copy of the model with int8 weights. Matrices are copied only if they are not quantised."""
     if weights != "int8":
         raise ValueError(f"weights is {weights!r}; it takes 'int8' or None")
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    found = copy.deepcopy(model, shared)
+    found = copy.deepcopy(model, dict(shared))
     quantize_(found)
+    own = {key: nn.Parameter(p.detach().clone(), p.requires_grad) for key, p in shared.items() if _holds(found, p)}
+    for module in found.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = own.get(id(p), p)
     return found
+
+
+def _holds(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for p in model.parameters())
 
 
 def _check_listener(on_token: object) -> None:

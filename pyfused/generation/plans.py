@@ -43,24 +43,33 @@ def plan_of(model: Backbone) -> DecodePlan | None:
     if not isinstance(model, (GPT2Backbone, T5Backbone)):
         raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone or a T5Backbone")
     model.check_decoder("plan_of")
-    if not _is_plain(model):
+    stack: Any = model if isinstance(model, GPT2Backbone) else model.decoder
+    if not _is_plain(model) or not _are_alike(list(stack.layers)):
         return None
     if isinstance(model, GPT2Backbone):
-        if any(layer.cross_attention is not None for layer in _layers(model)):
+        if any(layer.cross_attention is not None for layer in stack.layers):
             return None
-        return _plan(model, model, position_embedding=_matrix(model.position_embedding))
-    first = _layers(model.decoder)[0].attention
-    return _plan(
-        *(model, model.decoder),
-        logits_scale=model.logits_scale,
-        bias_table=first.relative_bias.detach(),
-        max_distance=first.max_distance,
-    )
+        plan = _plan(model, stack, position_embedding=_matrix(model.position_embedding))
+    else:
+        first = stack.layers[0].attention
+        plan = _plan(
+            *(model, stack),
+            logits_scale=model.logits_scale,
+            bias_table=first.relative_bias.detach(),
+            max_distance=first.max_distance,
+        )
+    try:
+        plan.check()
+    except ValueError:  # weights of several dtypes, or changed shapes: the modules run, and say what is wrong
+        return None
+    return plan
 
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether skipping the modules changes nothing: no hook, no replaced or patched module, no tensor subclass."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    if "logits" in model.__dict__:
         return False
     for m in model.modules():
         if type(m) not in _KNOWN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
@@ -68,12 +77,20 @@ def _is_plain(model: nn.Module) -> bool:
     return all(type(p) is nn.Parameter for p in model.parameters()) and all(type(b) is Tensor for b in model.buffers())
 
 
-def _layers(stack: Any) -> list[Any]:
-    return list(stack.layers)
+def _are_alike(layers: list[Any]) -> bool:
+    """Whether the layers differ in their weights alone, and use the cache in their order. A plan says the rest once."""
+    kinds = {
+        (
+            *(layer.attention.num_heads, layer.attention.head_size, layer.cross_attention is None),
+            *(type(layer.attention_norm), type(layer.feed_forward), layer.feed_forward.activation),
+        )
+        for layer in layers
+    }
+    return len(kinds) == 1 and [layer.index for layer in layers] == list(range(len(layers)))
 
 
 def _plan(model: Any, stack: Any, **options: Any) -> DecodePlan:
-    layers, embedding = _layers(stack), model.token_embedding
+    layers, embedding = list(stack.layers), model.token_embedding
     tokens = _matrix(embedding)
     attention = layers[0].attention
     return DecodePlan(

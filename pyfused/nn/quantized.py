@@ -58,6 +58,15 @@ class _Quantized(nn.Module):
         return found
 
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuses a weight in floating point, which copy_ would cut to integers."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != torch.int8:
+            args[4].append(f"{prefix}weight is {given.dtype}; this layer is quantised and takes int8 with a scale")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class QuantizedLinear(_Quantized):
     """torch.nn.Linear with an int8 weight, plus a residual that is added in the same pass.
 

@@ -59,7 +59,7 @@ def decode(
 
 def run(plan: DecodePlan, step: DecodeStep) -> tuple[Tensor, Tensor | None]:
     """The logits and the chosen tokens, or None. The arguments fit."""
-    if any(watcher() for watcher in WATCHERS):
+    if torch.compiler.is_compiling() or any(watcher() for watcher in WATCHERS):
         logits, chosen = torch.ops.pyfused.decode(*plan.leaves(), *step)
         return logits, chosen if step.choose else None
     like = plan.dtype_and_device
@@ -82,10 +82,12 @@ def step_of(
 ) -> DecodeStep:
     """The call that feeds tokens (B,) to a cache."""
     cross: list[Tensor] = [] if cache.cross[0] is None else [t for pair in cache.cross for t in pair or ()]
-    place, most = cache.length, cache.extent
-    return DecodeStep(
-        *(tokens, cache.positions, position_ids, mask, place, most, cache.tensors, cross, cache.encoder_mask, choose)
-    )
+    place, most, places, cross_mask = cache.length, cache.extent, cache.positions, cache.encoder_mask
+    if places is not None:
+        places = places.contiguous()
+    if cross_mask is not None and (cross_mask.dtype != torch.bool or not cross_mask.is_contiguous()):
+        cross_mask = (cross_mask != 0).contiguous()
+    return DecodeStep(tokens, places, position_ids, mask, place, most, cache.tensors, cross, cross_mask, choose)
 
 
 def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False) -> tuple[Any, ...]:
@@ -108,24 +110,54 @@ def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False
         if plan.position_embedding.weight is None:
             raise ValueError("position_ids is given; a plan without a position table takes None")
         _check_ids(position_ids, "position_ids", b, plan.position_embedding, like)
+    _check_cache(plan, cache, b)
     if cache.extent > cache.capacity:
         raise ValueError(f"cache holds {cache.length} tokens and has no room for another; its capacity is {cache.capacity}")
     places = plan.position_embedding.weight
     if places is not None and position_ids is None and cache.extent > places.shape[0]:
         raise ValueError(f"cache holds {cache.extent - 1} tokens; a model of {places.shape[0]} positions takes no more")
-    if any(layer.cross_query.weight is not None for layer in plan.layers) and cache.cross[0] is None:
-        raise ValueError("cache has no keys of an encoder; this plan has cross-attention and takes a cache with them")
     if padding_mask is not None:
         if not isinstance(padding_mask, Tensor):
             raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; it takes a torch.Tensor or None")
         if tuple(padding_mask.shape) != (b, cache.extent):
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; it takes (B, Sk) = {(b, cache.extent)}")
-        padding_mask = (padding_mask != 0).to(like.device)
+        padding_mask = (padding_mask != 0).to(like.device).contiguous()
     if not isinstance(choose, bool):
         raise TypeError(f"choose is {choose!r}; it takes True or False")
     if choose and plan.head.weight is None:
         raise ValueError("choose is True; a plan without a head gives hidden states and takes False")
+    if position_ids is not None:
+        position_ids = position_ids.contiguous()
     return like, plan, step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
+
+
+def _check_cache(plan: DecodePlan, cache: KVCache, rows: int) -> None:
+    """Places and the encoder's keys. Kernels trust them."""
+    like, places = plan.dtype_and_device, cache.positions
+    if places is None and cache.length < 0:
+        raise ValueError(f"cache has length {cache.length}; it takes at least 0")
+    if places is not None:
+        if places.dtype != torch.int64 or tuple(places.shape) != (rows,) or places.device != like.device:
+            raise ValueError(f"cache has positions {places.dtype} {tuple(places.shape)}; it takes int64 (B,) = {(rows,)}")
+        if may_look(places) and rows:
+            low, high = (int(v) for v in torch.aminmax(places))
+            if low < 0 or high >= cache.extent:
+                raise IndexError(f"cache has a position {low if low < 0 else high}; it takes 0 to {cache.extent - 1}")
+    if not plan.has_cross:
+        return
+    if None in cache.cross:
+        raise ValueError("cache has no keys of an encoder; this plan has cross-attention and takes a cache with them")
+    first: Any = cache.cross[0]
+    sources, length = first[0].shape[0], first[0].shape[2]
+    shape = sources, plan.heads, length, plan.head_size
+    for t in (t for pair in cache.cross for t in pair or ()):
+        if tuple(t.shape) != shape or t.dtype != like.dtype or t.device != like.device:
+            raise ValueError(f"cache has the encoder's keys as {t.dtype} {tuple(t.shape)}; it takes {like.dtype} {shape}")
+    if not sources or rows % sources:
+        raise ValueError(f"cache has keys of {sources} sources for {rows} rows; it takes a divisor of the rows")
+    mask = cache.encoder_mask
+    if mask is not None and (tuple(mask.shape) != (sources, length) or mask.device != like.device):
+        raise ValueError(f"cache has an encoder_mask of shape {tuple(mask.shape)}; it takes {(sources, length)}")
 
 
 def _check_ids(ids: Any, name: str, rows: int, table: Any, like: Tensor) -> None:

@@ -335,3 +335,70 @@ def test_the_report_says_it():
     notes = {e.name: e.note for e in pyfused.fuse_(MAKE["t5"]()).replaced}
     assert "pyfused.decode" in notes["decoder"]
     assert "pyfused.decode" not in notes["encoder"]
+
+
+# ---- found by a reader ------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_without_its_encoder(steps):
+    plain, fused = pair("t5")
+    ids = tokens(2, 6)
+    found = []
+    with torch.no_grad():
+        for model in (plain.decoder, fused.decoder):
+            cache = DynamicCache()
+            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
+            found.append(out.last_hidden_state)
+    torch.testing.assert_close(found[1], found[0])
+    assert not steps
+
+
+@pytest.mark.parametrize("table", ["wte", "wpe"])
+@torch.no_grad()
+def test_tables_with_other_strides(table, steps):
+    _, fused = pair()
+    ids = tokens(2, 6)
+    expected = stepped(fused, ids).logits
+    weight = getattr(fused.transformer, table).weight
+    weight.data = weight.data.t().contiguous().t()
+    torch.testing.assert_close(stepped(fused, ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_norm_s_vector_with_other_strides(steps):
+    _, fused = pair()
+    ids = tokens(2, 6)
+    expected = stepped(fused, ids).logits
+    assert len(steps) == 1
+    weight = fused.transformer.h[0].ln_1.weight
+    weight.data = torch.stack((weight.data, weight.data), 1)[:, 0]
+    torch.testing.assert_close(stepped(fused, ids).logits, expected)
+    assert len(steps) == 1
+
+
+@torch.no_grad()
+def test_an_epsilon_of_zero(steps):
+    plain, fused = pair()
+    for model in (plain, fused):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 0.0
+    ids = tokens(2, 6)
+    torch.testing.assert_close(stepped(fused, ids).logits, stepped(plain, ids).logits)
+    assert steps
+
+
+@torch.no_grad()
+def test_a_class_that_is_patched_later(steps, monkeypatch):
+    _, fused = pair()
+    ids, kind = tokens(2, 6), type(fused.transformer.h[0].attn.c_attn)
+    before, forward = stepped(fused, ids).logits, kind.forward
+    cache = prompt(fused, ids[:, :5]).past_key_values
+    fused(ids[:, 5:], past_key_values=copy.deepcopy(cache), use_cache=True)
+    taken = len(steps)
+    assert taken
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0.5)
+    after = fused(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+    assert len(steps) == taken
+    assert not torch.allclose(after, before)

@@ -124,3 +124,13 @@ def test_saving_as_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="call unquantize_ first"):
         save_hf(model, tmp_path)
     save_hf(unquantize_(model), tmp_path)
+
+
+def test_a_float_weight_is_not_loaded_into_int8():
+    layer = nn.Linear(8, 4)
+    state = copy.deepcopy(layer.state_dict())
+    quantize_(layer)
+    kept = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=r"weight is torch.float32; this layer is quantised and takes int8"):
+        layer.load_state_dict(state, strict=False)
+    assert torch.equal(layer.weight, kept)

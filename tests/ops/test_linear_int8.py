@@ -329,3 +329,13 @@ def test_bad_input_names_the_argument(change, error, message):
     arguments = {"x": torch.ones(2, 8), "weight": W, "scale": S, **change}
     with pytest.raises(error, match=message):
         pyfused.linear(**arguments)
+
+
+def test_sums_that_do_not_fit_into_int32_stay_in_floating_point():
+    k = 140_000
+    x, weight = torch.ones(17, k), torch.full((2, k), 127, dtype=torch.int8)
+    for backend in ("reference", "cpu"):
+        with running(backend, strict=False):
+            y = pyfused.linear(x, weight, scale=torch.ones(2), dynamic=True)
+        torch.testing.assert_close(y, torch.full((17, 2), 127.0 * k))
+    assert pyfused.linear(torch.ones(20, 0), weight[:, :0], scale=torch.ones(2), dynamic=True).eq(0).all()

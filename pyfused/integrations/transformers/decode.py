@@ -137,7 +137,7 @@ class _Call(NamedTuple):
                 return None
             cache, crosses = cache.self_attention_cache, cache.cross_attention_cache
         layers, tensors = _filled(cache, plan, rows)
-        if not tensors or (encoder is None) != (crosses is None):
+        if not tensors or not (encoder is None) == (crosses is None) == (not plan.has_cross):
             return None
         is_static, length = type(cache) is StaticCache, tensors[0].shape[2]
         if is_static:
@@ -200,7 +200,7 @@ def _filled(cache: Any, plan: DecodePlan, rows: int, length: int | None = None) 
     shape = None if length is None else (rows, plan.heads, length, plan.head_size)
     layer: Any
     for layer in layers:
-        if type(layer) is not kind or not layer.is_initialized:
+        if type(layer) is not kind or not layer.is_initialized or "update" in vars(layer):
             return [], []
         for t in (layer.keys, layer.values):
             if type(t) is not Tensor or t.dtype != like.dtype or t.device != device:
@@ -254,7 +254,8 @@ def matrix_of(module: Any, transposed: bool = False) -> Matrix:
 def norm_of(module: Any) -> Norm:
     """A layer norm's or T5's norm's weight, bias and epsilon."""
     bias, eps = getattr(module, "bias", None), vars(module).get("eps")
-    return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps or module.variance_epsilon)
+    eps = module.variance_epsilon if eps is None else eps
+    return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps)
 
 
 def same(values: Any) -> bool:

@@ -21,7 +21,7 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, o
 from .activations import activation_reason, kernel_activation
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
-from .unchanged import Kind, Kinds, Watch
+from .unchanged import Kind, Watch, known
 
 
 @fused_forward
@@ -123,16 +123,18 @@ def model_forward(
     )
 
 
-_KINDS: Kinds = {
-    GPT2Block: Kind(is_fused=True),
-    GPT2MLP: Kind(True, "act"),
-    GPT2Attention: Kind(
-        settings="config layer_idx num_heads head_dim scaling is_causal is_cross_attention reorder_and_upcast_attn"
-    ),
-    nn.LayerNorm: Kind(True, "eps"),
-    nn.Embedding: Kind(settings="max_norm"),
-    **dict.fromkeys((Conv1D, nn.Dropout, nn.ModuleList), Kind()),
-}
+_KINDS = known(
+    {
+        GPT2Block: Kind(is_fused=True),
+        GPT2MLP: Kind(True, "act"),
+        GPT2Attention: Kind(
+            settings="config layer_idx num_heads head_dim scaling is_causal is_cross_attention reorder_and_upcast_attn"
+        ),
+        nn.LayerNorm: Kind(True, "eps"),
+        nn.Embedding: Kind(settings="max_norm"),
+        **dict.fromkeys((Conv1D, nn.Dropout, nn.ModuleList), Kind()),
+    }
+)
 
 
 def _plan(model: Any) -> Ready | None:

@@ -25,7 +25,7 @@ from .activations import activation_reason, kernel_activation
 from .config import NAME
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
-from .unchanged import Kind, Kinds, Watch
+from .unchanged import Kind, Watch, known
 
 
 @fused_forward
@@ -224,18 +224,20 @@ def _one_token(
 _LEAVES = (modeling_t5.T5Block, nn.Linear, nn.Dropout, nn.ModuleList)
 _FUSED = (modeling_t5.T5LayerSelfAttention, modeling_t5.T5LayerCrossAttention, modeling_t5.T5LayerFF)
 _DENSE = (modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
-_KINDS: Kinds = {
-    **dict.fromkeys(_LEAVES, Kind()),
-    **dict.fromkeys(_FUSED, Kind(is_fused=True)),
-    **dict.fromkeys(_DENSE, Kind(True, "act")),
-    modeling_t5.T5LayerNorm: Kind(True, "variance_epsilon"),
-    nn.Embedding: Kind(settings="max_norm"),
-    modeling_t5.T5Attention: Kind(
-        True,
-        "config layer_idx n_heads key_value_proj_dim scaling is_decoder has_relative_attention_bias "
-        "relative_attention_num_buckets relative_attention_max_distance",
-    ),
-}
+_KINDS = known(
+    {
+        **dict.fromkeys(_LEAVES, Kind()),
+        **dict.fromkeys(_FUSED, Kind(is_fused=True)),
+        **dict.fromkeys(_DENSE, Kind(True, "act")),
+        modeling_t5.T5LayerNorm: Kind(True, "variance_epsilon"),
+        nn.Embedding: Kind(settings="max_norm"),
+        modeling_t5.T5Attention: Kind(
+            True,
+            "config layer_idx n_heads key_value_proj_dim scaling is_decoder has_relative_attention_bias "
+            "relative_attention_num_buckets relative_attention_max_distance",
+        ),
+    }
+)
 
 
 def _plan(stack: Any) -> Ready | None:

@@ -24,11 +24,18 @@ class Kind(NamedTuple):
 
     is_fused: bool = False  # whether fuse_ must have given it its forward
     settings: str = ""  # the attributes that the plan has read
+    forward: Any = None  # the class's own; None: any
 
 
 _LEAF = Kind()
 _get: Any = dict.get
 Kinds = Mapping[type, Kind]
+
+
+def known(kinds: Kinds) -> Kinds:
+    """The rows with the classes' present forwards, so that a later patch of a class is noticed."""
+    of: Any = {kind: row._replace(forward=kind.forward) for kind, row in kinds.items()}  # type: ignore[attr-defined]
+    return of  # type: ignore[no-any-return]
 
 
 def kind_of(module: nn.Module, kinds: Kinds) -> Kind | None:
@@ -60,6 +67,8 @@ class Watch:
         self._tensors = [list(map(look, self.parameters)) for look in _LOOKS]
         self._changes = changes()
         self._types = list(map(type, self._modules))
+        classes: Any = set(self._types)
+        self._classes = [(kind, kind.forward) for kind in classes]
         self._forwards = list(map(_get, self._below, repeat("forward")))
         self._settings = list(map(_get, self._owners, self._names))
 
@@ -71,6 +80,8 @@ class Watch:
         for module in modules:
             kind = kind_of(module, kinds)
             if kind is None or not is_bare(module) or (kind.is_fused and not is_fused(module)):
+                return None
+            if kind.forward is not None and type(module).forward is not kind.forward:
                 return None
             attributes = vars(module)
             if (
@@ -103,6 +114,7 @@ class Watch:
             and all(list(map(look, self.parameters)) == known for look, known in zip(_LOOKS, self._tensors))
             and self._now("_modules", self._with_parts) == self._parts
             and list(map(type, self._modules)) == self._types
+            and all(kind.forward is forward for kind, forward in self._classes)
             and list(map(_get, self._below, repeat("forward"))) == self._forwards
             and list(map(_get, self._owners, self._names)) == self._settings
             and not any(map(_get, self._attributes, repeat("training")))
