@@ -165,5 +165,5 @@ def test_a_cache_that_does_not_fit_is_refused(change, message):
 def test_compiled(model):
     plan, cache = plan_of(model), cache_of(model)
     expected = pyfused.decode(plan, TOKENS, copy.deepcopy(cache))
-    compiled = torch.compile(lambda tokens, cache: pyfused.decode(plan, tokens, cache), backend="eager")
+    compiled = torch.compile(lambda tokens, cache: pyfused.decode(plan, tokens, cache), fullgraph=True, backend="eager")
     assert torch.equal(compiled(TOKENS, copy.deepcopy(cache)), expected)
