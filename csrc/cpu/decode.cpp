@@ -74,6 +74,7 @@ template <class T> struct Decode {
   }
 
   void run() {
+    if (is_empty(plan, call)) return;
     if (plan.table) {
       relative = ByDistance(plan.buckets, plan.span, plan.heads, -plan.span, 0, 1, kWidth);
       if (plan.table_float32) relative.fill((const float*)plan.table, plan.table_bucket, plan.table_head);

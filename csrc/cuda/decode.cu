@@ -339,12 +339,14 @@ bool wide_keys(const DecodePlan& p, const DecodeCall& c, const DecodeArguments& 
 }  // namespace
 
 int64_t decode_shared(addr plan, addr call, int threads, int dtype) {
+  if (is_empty(*(const DecodePlan*)plan, *(const DecodeCall*)call)) return 0;
   return (int64_t)shared_bytes(*(const DecodePlan*)plan, *(const DecodeCall*)call, threads, dtype == 0 ? 4 : 2);
 }
 
 int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device) {
   const auto& p = *(const DecodePlan*)plan;
   const auto& c = *(const DecodeCall*)call;
+  if (is_empty(p, c)) return 0;
   const Launch launch{"decode", c.rows, p.hidden, device};
   const OnDevice guard(launch);
   int cooperative = 0, fit = 0;
@@ -360,6 +362,7 @@ int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dt
 }
 
 int64_t decode_scratch(addr plan, addr call, int blocks) {
+  if (is_empty(*(const DecodePlan*)plan, *(const DecodeCall*)call)) return 0;
   DecodeArguments a;
   return divide(*(const DecodePlan*)plan, *(const DecodeCall*)call, 0, blocks, a);
 }
@@ -371,6 +374,7 @@ void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads,
   DecodeArguments a{*(const DecodePlan*)plan, *(const DecodeCall*)call};
   const DecodePlan& p = a.plan;
   const DecodeCall& c = a.call;
+  if (is_empty(p, c)) return;
   const Launch launch{"decode", c.rows, p.hidden, device};
   const OnDevice guard(launch);
   const int element = dtype == 0 ? 4 : 2;

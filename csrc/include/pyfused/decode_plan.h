@@ -65,4 +65,9 @@ struct DecodeCall {
   std::uintptr_t chosen;             // int64 (B), the likeliest token, -1 where the largest logit is not finite; or 0
 };
 
+// Whether there is nothing to compute. Then sizes that are divisors may be 0.
+inline bool is_empty(const DecodePlan& p, const DecodeCall& c) {
+  return c.rows <= 0 || p.hidden <= 0 || p.heads <= 0 || p.kv_heads <= 0 || p.head_size <= 0;
+}
+
 }  // namespace pyfused
