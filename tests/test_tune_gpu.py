@@ -48,7 +48,7 @@ def tune(work, **options):
 def test_every_operator_runs():
     """No search: all tiles are equally fast."""
     listed = [case for case in cases(quick=True, tiny=True) if "many" not in case.name]
-    assert {case.operator for case in listed} == set(pyfused.ops.NAMES)
+    assert {case.operator for case in listed} == set(pyfused.ops.NAMES) - {"decode"}  # one kernel, and no tiles
     found = tune(listed, compile_ahead=lambda run, kernel, tiles: tiles.clear())
     assert found["refused"] == []
     speeds = {(line["operator"], line["function"]): set(line["speed"]) for line in found["lines"]}
