@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from pyfused.extensions import DTYPE_CODES, cpu
-from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed
+from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
 from pyfused.kernels.shared.prepared import CPU
 
 from .linear import MOST_ROWS_BY_COLUMNS
@@ -23,13 +23,7 @@ def unsupported_forward(like, plan, step):
         return reason
     if rows > (MOST_ROWS_BY_COLUMNS if by_columns else MOST_ROWS):
         return f"takes at most {MOST_ROWS} rows, {MOST_ROWS_BY_COLUMNS} if weights are stored by columns"
-    if plan.has_cross and not step.cross:
-        return "takes a cache with the encoder's keys for a plan with cross-attention"
-    for tensors in (step.caches, step.cross):
-        strides = {t.stride() for t in tensors}
-        if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
-            return "takes caches of equal strides whose last dimension is contiguous"
-    return None
+    return misfit(plan, step)
 
 
 def _layout(plan):

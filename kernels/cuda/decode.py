@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from pyfused.extensions import DTYPE_CODES, cuda
-from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed
+from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
 
 from ._launch import multiprocessors, shared_memory, where
 
@@ -34,12 +34,8 @@ def unsupported_forward(like, plan, step):
         return reason
     if len(step.caches) + len(step.cross) > cuda().decode_most_addresses():
         return f"takes at most {cuda().decode_most_addresses()} keys and values of layers"
-    if plan.has_cross and not step.cross:
-        return "takes a cache with the encoder's keys for a plan with cross-attention"
-    for tensors in (step.caches, step.cross):
-        strides = {t.stride() for t in tensors}
-        if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
-            return "takes caches of equal strides whose last dimension is contiguous"
+    if reason := misfit(plan, step):
+        return reason
     blocks = _blocks(like, plan, step)
     if blocks < 0:
         return f"{rows} rows of this model do not fit into a block's shared memory"

@@ -157,6 +157,17 @@ def is_transposed(matrix: Matrix) -> bool:
     return weight is not None and weight.stride()[1] != 1 and weight.stride()[0] == 1
 
 
+def misfit(plan: DecodePlan, step: DecodeStep) -> str | None:
+    """Why no kernel takes the step's caches, or None."""
+    if plan.has_cross and not step.cross:
+        return "takes a cache with the encoder's keys for a plan with cross-attention"
+    for tensors in (step.caches, step.cross):
+        strides = {t.stride() for t in tensors}
+        if len(strides) > 1 or any(stride[3] != 1 for stride in strides):
+            return "takes caches of equal strides whose last dimension is contiguous"
+    return None
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -42,6 +42,7 @@ _signature = extensions.signature()
 
 
 def transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is under way."""
     return _in_transform() or forward_ad._current_level >= 0
 
 

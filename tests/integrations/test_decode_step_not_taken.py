@@ -340,16 +340,15 @@ def test_the_report_says_it():
 # ---- found by a reader ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_a_decoder_without_its_encoder(steps):
     plain, fused = pair("t5")
     ids = tokens(2, 6)
     found = []
-    with torch.no_grad():
-        for model in (plain.decoder, fused.decoder):
-            cache = DynamicCache()
-            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
-            out = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
-            found.append(out.last_hidden_state)
+    for model in (plain.decoder, fused.decoder):
+        cache = DynamicCache()
+        model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+        found.append(model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True).last_hidden_state)
     torch.testing.assert_close(found[1], found[0])
     assert not steps
 
