@@ -21,6 +21,7 @@ from .ops import (
 from .ops.explain import explain
 
 if TYPE_CHECKING:
+    from .checkpoints.tokenizer import Tokenizer
     from .encoding import encode
     from .fuse import FuseReport, fuse_, unfuse_
     from .generation.generator import Generator
@@ -39,6 +40,7 @@ __all__ = [
     "QuantizeReport",
     "RelativeBias",
     "T5Backbone",
+    "Tokenizer",
     "__version__",
     "attention",
     "backend",
@@ -62,6 +64,7 @@ __all__ = [
 # Imported at first use, so that users of the operators do not wait for the models.
 _LAZY = {"Backbone": "pyfused.models:Backbone", "Generator": "pyfused.generation:Generator"}
 _LAZY |= {"plan_of": "pyfused.generation:plan_of"}
+_LAZY |= {"Tokenizer": "pyfused.checkpoints.tokenizer:Tokenizer"}
 _LAZY |= {"encode": "pyfused.encoding:encode"}
 _LAZY |= {name: f"pyfused.fuse:{name}" for name in ("FuseReport", "fuse_", "unfuse_")}
 _LAZY |= {name: f"pyfused.quantize:{name}" for name in ("QuantizeReport", "quantize_", "unquantize_")}

@@ -38,6 +38,8 @@ class Family:
     hf_options: options that only this model's configurations have together. They identify a configuration without a model_type.
     refused: model_types that look like this family but differ, and how they differ.
     keeps_case: whether its tokeniser keeps case and accents by default.
+    texts: a call's inputs for each text: the names of the token ids and of their padding mask (None if it has no mask).
+    segments: whether a call takes segment_ids, which tell the first text of a pair from the second.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Family:
     hf_options: frozenset[str]
     refused: dict[str, str] = field(default_factory=dict)
     keeps_case: bool = False
+    texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
+    segments: bool = False
 
     @property
     def class_name(self) -> str:
@@ -103,6 +107,7 @@ _ROWS = (
         hf_types=("albert",),
         hf_classes={"Albert": "albert"},
         hf_options=frozenset({"embedding_size", "num_hidden_groups"}),
+        segments=True,
     ),
     Family(
         name="t5",
@@ -131,6 +136,7 @@ _ROWS = (
         hf_classes={"T5": "t5", "MT5": "mt5", "UMT5": "umt5"},
         hf_options=frozenset({"d_model", "d_kv", "d_ff"}),
         refused={"umt5": "UMT5 has a table of position biases in every layer, where T5's first layer has one for all"},
+        texts=(("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask")),
     ),
     Family(
         name="fnet",
@@ -148,6 +154,8 @@ _ROWS = (
         hf_classes={"FNet": "fnet"},
         hf_options=frozenset({"tpu_short_seq_length"}),
         keeps_case=True,
+        texts=(("token_ids", None),),
+        segments=True,
     ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}

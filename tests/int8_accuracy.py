@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "tests" / "data" / "genesis.txt"
@@ -26,7 +26,7 @@ BEGIN, END = "<!-- int8 accuracy -->", "<!-- end -->"
 def windows(preset: str, length: int = WINDOW) -> torch.Tensor:
     """(rows, length) token ids of the text."""
     text = " ".join(TEXT.read_text().split())
-    ids = load_tokenizer(preset).encode(text)
+    ids = Tokenizer.from_preset(preset).encode(text)
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 

@@ -53,9 +53,10 @@ def test_generate_matches_transformers(capsys):
     import torch
     from transformers import GPT2LMHeadModel
 
-    from pyfused.checkpoints import load_tokenizer, resolve_preset
+    from pyfused import Tokenizer
+    from pyfused.checkpoints import resolve_preset
 
-    ids = load_tokenizer(PRESET).encode("In the beginning")
+    ids = Tokenizer.from_preset(PRESET).encode("In the beginning")
     model = GPT2LMHeadModel.from_pretrained(resolve_preset(PRESET)).double().eval()
     whole = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
     expected = whole[0, len(ids) :].tolist()
@@ -173,10 +174,9 @@ def t5(tmp_path_factory):
 
 
 def test_t5_answers_and_is_verified(capsys, t5, no_interpreter):
-    from pyfused import Backbone, Generator
-    from pyfused.checkpoints import load_tokenizer
+    from pyfused import Backbone, Generator, Tokenizer
 
-    tokenizer = load_tokenizer(t5)
+    tokenizer = Tokenizer.from_preset(t5)
     prompt = tokenizer.encode("In the beginning")
     for beams in ("1", "3"):
         options = ["--prompt", "In the beginning", "--max-new-tokens", "12", "--num-beams", beams]

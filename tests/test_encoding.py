@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import pyfused
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 from pyfused.cli import main
 from pyfused.testing import running
 
@@ -19,7 +19,7 @@ LINES = ["And God said, Let there be light: and there was light.", "Jesus wept."
 
 
 def prepared(preset):
-    tokenizer = load_tokenizer(preset)
+    tokenizer = Tokenizer.from_preset(preset)
     return pyfused.Backbone.from_preset(preset), [tokenizer.encode(line) for line in LINES]
 
 

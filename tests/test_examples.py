@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 from pyfused.models import Backbone
 from pyfused.verify import verify
 
@@ -56,7 +56,7 @@ def test_saved_preset_loads_and_writes(runs):
     preset = str(folder / "preset")
     model = Backbone.from_preset(preset)
     assert next(model.parameters()).dtype.is_floating_point
-    tokenizer = load_tokenizer(preset)
+    tokenizer = Tokenizer.from_preset(preset)
     if name in ENCODERS:
         ids, segments = tokenizer.encode_pair("And God said", "Let there be light")
         inputs = {"token_ids": torch.tensor([ids]), "segment_ids": torch.tensor([segments])}

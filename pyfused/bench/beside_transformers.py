@@ -25,7 +25,8 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     import transformers
 
     import pyfused
-    from pyfused.checkpoints import load_tokenizer, resolve_preset
+    from pyfused import Tokenizer
+    from pyfused.checkpoints import resolve_preset
 
     directory = resolve_preset(preset)
     model = pyfused.Backbone.from_preset(preset).eval()
@@ -34,7 +35,7 @@ def compare(preset: str, prompt: str, new_tokens: int, rounds: int) -> dict[str,
     kind: Any = transformers.T5ForConditionalGeneration if answers else transformers.GPT2LMHeadModel
     plain, fused = (kind.from_pretrained(directory).eval() for _ in range(2))
     pyfused.fuse_(fused)
-    tokenizer = load_tokenizer(preset)
+    tokenizer = Tokenizer.from_preset(preset)
     ids = tokenizer.encode(prompt)
     inputs = torch.tensor([ids])
     options: dict[str, Any] = {

@@ -7,13 +7,11 @@ checkpoint.load_into(module)                                 # or: for name, ten
 from pyfused.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pyfused.checkpoints.presets import presets_of, resolve_preset
 from pyfused.checkpoints.save import save_hf
-from pyfused.checkpoints.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from pyfused.checkpoints.tokenizer_stream import StreamDecoder
 
 __all__ = [
     "Checkpoint",
     "StreamDecoder",
-    "Tokenizer",
-    "load_tokenizer",
     "open_checkpoint",
     "presets_of",
     "resolve_preset",

@@ -1,24 +1,21 @@
-"""How does text become token ids of T5, ALBERT and FNet, and back? A SentencePiece unigram model (Kudo 2018,
-arXiv:1804.10959), or bytes.
+"""How is a SentencePiece unigram model (Kudo 2018, arXiv:1804.10959) read from its file? T5, ALBERT and FNet have one.
 
 This file reads the model file, and the `tokenizers` library runs it, as in transformers. A control piece that is written out
 in a text, such as </s>, becomes its id. (SentencePiece itself, and with it KerasHub, splits it into letters.) A model with the
 pieces [CLS] and [SEP] belongs to ALBERT or FNet: [CLS] begins a text, [SEP] ends it.
-ByT5 (Xue et al. 2021, arXiv:2105.13626) needs no file: its ids are UTF-8 bytes plus three.
 Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyfused.checkpoints.diagnose import looks_like
+from pyfused.checkpoints.tokenizer_bytes import SPACE
 
-SPACE = "▁"
 START, SEPARATOR = "[CLS]", "[SEP]"
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -32,12 +29,14 @@ class _Piece(NamedTuple):
 
 
 def read_model(
-    tokenizers: Any, path: Path, extra_ids: int, *, lower: bool = False, strip: bool = False, quotes: bool = False,
-    split_first: bool = False,
+    tokenizers: Any, path: Path, extra_ids: int, *, added: Sequence[Any] = (), encoder: bool | None = None,
+    lower: bool = False, strip: bool = False, quotes: bool = False, split_first: bool = False,
 ) -> Any:  # fmt: skip
     """A `tokenizers.Tokenizer` made from the model file. It adds the tokens that begin and end a text.
 
     extra_ids: the number of sentinels <extra_id_0>, ... after T5's pieces, the last one first, as in transformers.
+    added: `tokenizers.AddedToken`s of the files beside it; their flags count, where a piece has the same text.
+    encoder: whether [CLS] and [SEP] surround a text; None means that they do if the model has both.
     lower, strip, quotes: transformers' changes to an encoder's text: lower case, no accents, plain quotation marks.
     split_first: split a text at user-defined pieces before anything else, as transformers does.
     Raises ValueError naming the file if it is damaged or not a unigram model like T5's.
@@ -60,7 +59,7 @@ def read_model(
     # SentencePiece does not split at user-defined pieces first; their score of 0 makes them its first choice
     kinds = (_UNKNOWN, _CONTROL, _USER_DEFINED) if split_first else (_UNKNOWN, _CONTROL)
     special = [piece.text for piece in pieces if piece.kind in kinds]
-    encoder = START in special and SEPARATOR in special
+    encoder = START in special and SEPARATOR in special if encoder is None else encoder
     end, extra_ids = (SEPARATOR, 0) if encoder else ("</s>", extra_ids)
     if unknown is None or end not in special:
         raise ValueError(f"{path}: the model has no unknown piece or no {end!r}")
@@ -82,14 +81,26 @@ def read_model(
     metaspace = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
     backend.pre_tokenizer = steps.Sequence([steps.WhitespaceSplit(), steps.Metaspace(**metaspace)])
     backend.decoder = tokenizers.decoders.Metaspace(**metaspace)
+    add_tokens(backend, added)
     backend.add_special_tokens([*special, *reversed(sentinels)])
-    template: dict[str, Any] = {"single": f"$A {end}"}
-    if encoder:
-        first = f"{START}:0 $A:0 {end}:0"
-        template = {"single": first, "pair": f"{first} $B:1 {end}:1"}
-    template["special_tokens"] = [(token, backend.token_to_id(token)) for token in ([START] if encoder else []) + [end]]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    backend.post_processor = surroundings(tokenizers, backend, encoder)
     return backend
+
+
+def add_tokens(backend: Any, added: Sequence[Any]) -> None:
+    """Adds `tokenizers.AddedToken`s in this order: their flags decide which are special."""
+    for token in added:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def surroundings(tokenizers: Any, backend: Any, encoder: bool) -> Any:
+    """What is put around texts, as in transformers: [CLS] a [SEP] b [SEP], or T5's a </s> b </s>."""
+    end = SEPARATOR if encoder else "</s>"
+    single, pair = [f"$A:0 {end}:0", f"$B:1 {end}:1"] if encoder else [f"$A {end}", f"$B {end}"]
+    first = f"{START}:0 {single}" if encoder else single
+    names = [START, end] if encoder else [end]
+    special = [(token, backend.token_to_id(token)) for token in names]
+    return tokenizers.processors.TemplateProcessing(single=first, pair=f"{first} {pair}", special_tokens=special)
 
 
 def end_of(backend: Any) -> str:
@@ -101,13 +112,6 @@ def _encoder_normalizers(steps: Any, lower: bool, strip: bool, quotes: bool) -> 
     chosen = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
     chosen += [steps.NFKD(), steps.StripAccents()] if strip else []
     return [*chosen, steps.Lowercase()] if lower else chosen
-
-
-def piece_bytes(token: str) -> bytes:
-    """The bytes that a piece stands for: ▁ is a space, <0xE2> is a byte, everything else is itself."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(SPACE, " ").encode("utf-8")
 
 
 def _parse(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
@@ -158,49 +162,3 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         if shift > 63:
             raise ValueError("a number has more than 64 bits")
-
-
-class ByteBackend:
-    """ByT5's tokenizer, with the few methods of `tokenizers.Tokenizer` that pyfused calls.
-
-    Ids 0 to 2 are <pad>, </s> and <unk>; then come the 256 bytes, then the sentinels in order. Spaces around <pad>, </s> and
-    <unk> are dropped, as in transformers.
-    """
-
-    class Encoding(NamedTuple):
-        ids: list[int]
-
-    class Added(NamedTuple):
-        content: str
-
-    def __init__(self, extra_ids: int = 125):
-        self._special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
-        self._added = self._special | {f"<extra_id_{i}>": 259 + i for i in range(extra_ids)}
-        stripped = "|".join(re.escape(name) for name in self._special)
-        named = "|".join(re.escape(name) for name in sorted(self._added, key=len, reverse=True))
-        self._split = re.compile(rf"(\s*(?:{stripped})\s*|{named})")
-
-    def no_padding(self) -> None:
-        """Does nothing: this tokenizer never pads."""
-
-    def no_truncation(self) -> None:
-        """Does nothing: this tokenizer never truncates."""
-
-    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
-        single = {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
-        return single | self._added if with_added_tokens else single
-
-    def get_added_tokens_decoder(self) -> dict[int, Added]:
-        return {index: self.Added(name) for name, index in self._added.items()}
-
-    def token_to_id(self, token: str) -> int | None:
-        return self.get_vocab().get(token)
-
-    def encode(self, text: str) -> Encoding:
-        ids: list[int] = []
-        for i, part in enumerate(self._split.split(text)):
-            if i % 2:
-                ids.append(self._added[part.strip()])
-            else:
-                ids += [byte + 3 for byte in part.encode("utf-8")]
-        return self.Encoding(ids if ids[-1:] == [1] else [*ids, 1])

@@ -1,369 +1,349 @@
-"""How does text become token ids and back, and how is a stream of ids printed as it comes?
+"""How does text become a model's inputs, and how do token ids become text again?
 
-The `tokenizers` library does the work, from any of the sets of files that presets have: byte-level BPE for GPT-2; a
-SentencePiece model or bytes for T5, ALBERT and FNet (sentencepiece.py). GPT-2's words are split by OpenAI's own pattern, as in
-transformers and in KerasHub with TensorFlow. KerasHub without TensorFlow uses another model's pattern: its ids differ in runs
-of newlines and long digit strings, and GPT-2 was not trained on them.
+The `tokenizers` library does the work, from any of the sets of files that presets have (tokenizer_files.py).
 """
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pyfused.checkpoints.diagnose import error_answer, looks_like
-from pyfused.checkpoints.files import read_json
+import torch
+from torch import Tensor
+
 from pyfused.checkpoints.presets import resolve_preset
-from pyfused.checkpoints.sentencepiece import SEPARATOR, SPACE, ByteBackend, end_of, piece_bytes, read_model
-from pyfused.families import FAMILIES, of_hf_type
+from pyfused.checkpoints.tokenizer_batch import TRUNCATIONS, Cut, Padded, Side, Truncation, encoded, padded
+from pyfused.checkpoints.tokenizer_bytes import BYTE_OF_CHARACTER, token_bytes
+from pyfused.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
+from pyfused.checkpoints.tokenizer_options import NAMES
+from pyfused.checkpoints.tokenizer_stream import StreamDecoder
 
-END_OF_TEXT = "<|endoftext|>"
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE's character -> its byte. Printable bytes stand for themselves, the others are chr(256), ..."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
-
-
-_BYTES = _byte_of_character()
+IGNORED = -100  # the label that torch's cross_entropy leaves out
 
 
 class Tokenizer:
-    """Text to ids and back. Made by `load_tokenizer`; ``backend`` is the `tokenizers.Tokenizer` that does the work.
+    """Text to ids and back, and texts to the inputs of a backbone. Made by `from_preset`. Threads may share one.
 
-    kind: how the vocabulary writes tokens: "byte-level" characters, SentencePiece's "pieces", or single "bytes". The space of
-    a text's first piece is not part of the text.
+    Ids and texts are those of transformers' tokenisers for the same files. A special token that is written out in a text, such
+    as <|endoftext|>, becomes its one id.
+
+    directory: the folder that it was read from.
+    backend: the `tokenizers.Tokenizer` that does the work.
+    family: the name of the model that `__call__` makes inputs for: "gpt2", "albert", "t5" or "fnet"; None if no file tells.
+    model_max_length: the longest text in tokens by the files; None if they name none. Truncation's default.
+    padding_side, truncation_side: "right", or what the files say.
+    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the tokens with a part to play, as text; None
+        where the vocabulary has none for it. Each has its id beside it: bos_token_id and so on. As in KerasHub, GPT-2 has no
+        token for padding but pads with its end token.
+    end_token_id: the token that ends a text and at which generation stops: eos_token_id.
+
+    Example:
+        tokenizer = pyfused.Tokenizer.from_preset("albert_tiny_en")
+        outputs = model(**tokenizer(["Jesus wept.", "Let there be light."]))
     """
 
-    def __init__(self, backend: Any, end_token: str | None = END_OF_TEXT, kind: str = "byte-level") -> None:
-        backend.no_padding()
-        backend.no_truncation()
-        self.backend = backend
-        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        self._vocabulary_size = len(vocabulary)
-        self._end_token_id = vocabulary.get(end_token) if end_token is not None else None
-        written = _token_bytes if kind == "byte-level" else piece_bytes
-        self._tokens = {index: written(token) for token, index in vocabulary.items()}
-        self._drops_space = kind == "pieces"
-        self._pairs = kind == "pieces" and end_token == SEPARATOR
-        self._special = sorted(
-            (token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True
-        )
-        self._missing: set[int] = set()
-        if kind == "byte-level":
-            self._missing = {byte for character, byte in _BYTES.items() if character not in vocabulary}
+    bos_token_id: int | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+    sep_token_id: int | None
+    pad_token_id: int | None
+    cls_token_id: int | None
+    mask_token_id: int | None
 
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of tokens, with added ones."""
-        return self._vocabulary_size
+    def __init__(self, directory: Path, files: TokenizerFiles) -> None:
+        self.directory, self.backend = directory, files.backend
+        self._kind, self._family, options = files.kind, files.family, files.options
+        self.family = None if files.family is None else files.family.name
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self._vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        self.model_max_length = options.max_length
+        self.padding_side, self.truncation_side = options.side("padding_side"), options.side("truncation_side")
+        names = files.names
+        self.bos_token, self.eos_token, self.unk_token = names.get("bos"), names.get("eos"), names.get("unk")
+        self.sep_token, self.pad_token = names.get("sep"), names.get("pad")
+        self.cls_token, self.mask_token = names.get("cls"), names.get("mask")
+        for name in NAMES:
+            setattr(self, f"{name}_token_id", self._vocabulary[names[name]] if name in names else None)
+        if self.pad_token_id is None:
+            self.pad_token, self.pad_token_id = self.eos_token, self.eos_token_id
+        self.end_token_id = self.eos_token_id
+        self._start_id = options.start_id(self.pad_token_id)
+        added = self.backend.get_added_tokens_decoder()
+        self._special = frozenset(index for index, token in added.items() if token.special)
+        self._added = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._missing = {byte for c, byte in BYTE_OF_CHARACTER.items() if c not in self._vocabulary}
+        if self._kind != "byte-level":
+            self._missing = set()
 
-    @property
-    def end_token_id(self) -> int | None:
-        """The token that ends a text, or None if the vocabulary has none."""
-        return self._end_token_id
+    @classmethod
+    def from_preset(cls, preset: str | os.PathLike[str]) -> Tokenizer:
+        """The tokeniser of a preset: a bundled name, a directory in Hugging Face or Keras format, a KerasHub name,
+        hf://owner/repo or kaggle://... (see `pyfused.checkpoints.resolve_preset`).
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``. A special token that is written out in it, such as <|endoftext|>, becomes its one id. T5's
-        tokenisers add their end token, as its encoder expects. ALBERT's and FNet's add [CLS] before the text and [SEP]
-        after it.
+        The first of these files counts: Hugging Face's tokenizer.json, vocab.json with merges.txt, or spiece.model; Keras's
+        assets/tokenizer/vocabulary.json with merges.txt, or vocabulary.spm. ByT5 needs none.
+
+        Raises:
+            ValueError: a file is missing, damaged, or neither byte-level BPE nor a unigram SentencePiece model nor bytes; a
+                file beside it asks for what pyfused does not do. The message names the file.
+            ImportError: the `tokenizers` package is missing.
+        """
+        directory = resolve_preset(preset, "tokenizer")
+        return cls(directory, read_tokenizer(directory))
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pair: str | Sequence[str] | None = None,
+        *,
+        padding: bool | Literal["max_length"] = True,
+        max_length: int | None = None,
+        truncation: bool | Truncation = False,
+        side: Side | None = None,
+        truncation_side: Side | None = None,
+        add_special_tokens: bool = True,
+        device: str | torch.device | None = None,
+    ) -> dict[str, Tensor]:
+        """The inputs of the tokeniser's backbone for a batch: ``model(**tokenizer(texts))``.
+
+        GPT-2 gets token_ids and padding_mask; ALBERT token_ids, segment_ids and padding_mask; FNet, which has no mask,
+        token_ids and segment_ids; T5 encoder_token_ids and encoder_padding_mask, and `targets` makes its decoder's inputs.
+        All are (B, S): ids and segments int64, the mask bool, True for a real token.
+
+        Args:
+            texts: B texts. A str is a batch of one.
+            pair: a second text for each: [CLS] a [SEP] b [SEP] with segments 0 and 1 for ALBERT and FNet, a </s> b </s> for
+                T5, one behind the other for GPT-2.
+            padding: True pads to the longest text, "max_length" to max_length. False takes texts of equal length only.
+            max_length: the most tokens of a row, with the special ones. None is model_max_length.
+            truncation: True or "longest_first" cuts longer rows, of a pair the longer text first. "only_first" and
+                "only_second" cut one of a pair.
+            side, truncation_side: where padding goes and where tokens are cut; None is the attribute.
+            add_special_tokens: False leaves out [CLS], [SEP] and T5's </s>.
+            device: where the tensors go; None is torch's default device.
+
+        Raises:
+            TypeError: texts or pair are not str or a list of str.
+            ValueError: a text is not Unicode (lone surrogates); pair has another number of texts; the lengths cannot be made
+                equal as asked; max_length is given but neither padding nor truncation uses it.
+        """
+        rows = self._encoded(texts, pair, padding, max_length, truncation, side, truncation_side, add_special_tokens)
+        if self._family is None:
+            raise ValueError(
+                f"{self.directory}: no file names the model, so its inputs are unknown; put its config.json beside the tokeniser"
+            )
+        ids, mask = self._family.texts[0]
+        found = {ids: rows.token_ids}
+        if rows.segments is not None:
+            found["segment_ids"] = rows.segments
+        if mask is not None:
+            found[mask] = rows.padding_mask
+        place = torch.get_default_device() if device is None else device
+        return {name: torch.from_numpy(array).to(place) for name, array in found.items()}
+
+    def targets(
+        self,
+        texts: str | Sequence[str],
+        *,
+        padding: bool | Literal["max_length"] = True,
+        max_length: int | None = None,
+        truncation: bool | Truncation = False,
+        device: str | torch.device | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What T5's decoder gets, and what it has to say: (inputs, labels).
+
+        inputs: decoder_token_ids (B, S), which are the texts' ids moved one place to the right behind the start token, and
+        decoder_padding_mask (B, S). labels (B, S): the texts' ids, and -100 for padding: torch's cross_entropy leaves it out.
+        Arguments and errors are those of a call. Raises ValueError for a model without a decoder of its own.
+
+        Example:
+            inputs, labels = tokenizer.targets(answers)
+            outputs = model(**tokenizer(questions), **inputs)
+        """
+        if self._family is None or len(self._family.texts) < 2 or self._start_id is None:
+            raise ValueError(
+                f"targets are for a model with a decoder of its own, like T5; this tokeniser is for {self.family}"
+            )
+        rows = self._encoded(texts, None, padding, max_length, truncation, "right", None, True)
+        place = torch.get_default_device() if device is None else device
+        ids, mask = (torch.from_numpy(array).to(place) for array in (rows.token_ids, rows.padding_mask))
+        labels = ids.masked_fill(~mask, IGNORED)
+        names = self._family.texts[1]
+        moved = torch.cat([torch.full_like(ids[:, :1], self._start_id), ids[:, :-1]], 1)
+        return {name: tensor for name, tensor in zip(names, (moved, mask)) if name is not None}, labels
+
+    def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, or of a pair. T5's tokenisers add their end token, as its encoder expects. ALBERT's and FNet's add
+        [CLS] before the text and [SEP] after it. GPT-2's adds nothing.
 
         Raises TypeError for anything but str. Raises ValueError for text that is not Unicode (lone surrogates) or that needs
         a byte missing from a reduced vocabulary.
         """
-        self._check(text)
-        ids: list[int] = self.backend.encode(text).ids
+        self._check(text, "text")
+        if pair is not None:
+            self._check(pair, "pair")
+        given = text if pair is None else (text, pair)
+        ids: list[int] = self.backend.encode_batch_fast([given], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """The ids of [CLS] first [SEP] second [SEP], and their segment ids: 0 up to the first [SEP], then 1.
+    def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = False) -> str:
+        """The text of ids, (S,). Bytes that are not UTF-8 become U+FFFD.
 
-        Raises the errors of `encode`, and ValueError if the tokeniser is not ALBERT's or FNet's.
-        """
-        if not self._pairs:
-            raise ValueError("this tokeniser makes no pairs; those of ALBERT and FNet do")
-        self._check(first)
-        self._check(second)
-        encoding = self.backend.encode(first, second)
-        return encoding.ids, encoding.type_ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included. Bytes that are not UTF-8 become U+FFFD.
-
+        skip_special_tokens: leave out [CLS], </s>, <|endoftext|> and their like.
         Raises IndexError for an id that is not in the vocabulary.
         """
-        parts = [self.token_bytes(index, first=not i) for i, index in enumerate(ids)]
-        return b"".join(parts).decode("utf-8", errors="replace")
+        values = ids.tolist() if isinstance(ids, Tensor) else ids
+        kept = [index for index in values if index not in self._special] if skip_special_tokens else values
+        content = [self._content(index, first=not place) for place, index in enumerate(kept)]
+        return b"".join(content).decode("utf-8", errors="replace")
+
+    def stream(self, *, skip_special_tokens: bool = False) -> StreamDecoder:
+        """A decoder to feed one id after another."""
+        return StreamDecoder(self._content, skip=self._special if skip_special_tokens else frozenset())
 
     def token_bytes(self, index: int, first: bool = False) -> bytes:
-        """The bytes of one token; they may be part of a character. ``first``: whether the token begins a text. Raises
-        IndexError for an unknown id."""
-        try:
-            content = self._tokens[int(index)]
-            return content.removeprefix(b" ") if first and self._drops_space else content
-        except KeyError:
-            raise IndexError(f"token id {index} is not in the vocabulary of {self.vocabulary_size} tokens") from None
+        """The bytes of one token; they may be part of a character. ``first``: whether the token begins a text, whose first
+        piece is written with a space that is not part of the text. Raises IndexError for an unknown id."""
+        return self._content(index, first)
 
-    def stream(self) -> StreamDecoder:
-        """A decoder to feed one id after another."""
-        return StreamDecoder(self)
+    def token_to_id(self, token: str) -> int:
+        """The id of a token as the vocabulary writes it. Raises ValueError if it has none."""
+        if token not in self._vocabulary:
+            raise ValueError(f"token is {token!r:.100}; the vocabulary of {len(self)} tokens does not have it")
+        return self._vocabulary[token]
 
-    def _check(self, text: str) -> None:
+    def id_to_token(self, index: int) -> str:
+        """The token as the vocabulary writes it: "Ġlight", "▁light". Raises IndexError for an unknown id."""
+        return self._written[self._known(index)]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens, with added ones."""
+        return len(self._vocabulary)
+
+    def __len__(self) -> int:
+        return len(self._vocabulary)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.directory)!r}, family={self.family!r}, vocabulary_size={len(self)})"
+
+    @cached_property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """The ids of T5's <extra_id_0>, <extra_id_1> and so on, in this order. Empty for other vocabularies."""
+        names = (f"<extra_id_{i}>" for i in range(len(self._vocabulary)))
+        found = []
+        for name in names:
+            if name not in self._vocabulary:
+                break
+            found.append(self._vocabulary[name])
+        return tuple(found)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that decoding leaves out with skip_special_tokens=True."""
+        return self._special
+
+    def _encoded(
+        self, texts: Any, pair: Any, padding: Any, max_length: Any, truncation: Any, side: Any, truncation_side: Any,
+        special: bool,
+    ) -> Padded:  # fmt: skip
+        first = self._texts(texts, "texts")
+        second = None if pair is None else self._texts(pair, "pair")
+        if second is not None and (len(first) != len(second) or isinstance(texts, str) != isinstance(pair, str)):
+            raise ValueError(f"pair has {len(second)} texts; it takes one for each of the {len(first)} in texts")
+        if padding not in (True, False, "max_length"):
+            raise ValueError(f"padding is {padding!r}; it takes True, False or 'max_length'")
+        if truncation not in (True, False, *TRUNCATIONS):
+            raise ValueError(f"truncation is {truncation!r}; it takes True, False, {', '.join(map(repr, TRUNCATIONS))}")
+        length = self._length(max_length, bool(truncation) or padding == "max_length")
+        cut = None
+        if truncation and length is not None:
+            strategy: Truncation = "longest_first" if truncation is True else truncation
+            if second is None and strategy == "only_second":
+                raise ValueError("truncation is 'only_second', and there is no pair")
+            cut = Cut(length, strategy, _side(truncation_side, "truncation_side", self.truncation_side))
+        found = encoded(self.backend, first, second, special, cut)
+        sizes = {len(encoding.ids) for encoding in found}
+        if len(sizes) > 1 and (padding is False or self.pad_token_id is None):
+            why = "padding is False" if padding is False else "the vocabulary has no token to pad with"
+            raise ValueError(
+                f"texts have {min(sizes)} to {max(sizes)} tokens, and {why}; it takes texts of equal length"
+            )
+        segments = self._family is not None and self._family.segments
+        width, left = length if padding == "max_length" else None, _side(side, "side", self.padding_side)
+        return padded(found, self.pad_token_id or 0, width, left, segments)
+
+    def _length(self, max_length: Any, used: bool) -> int | None:
+        if max_length is None:
+            if used and self.model_max_length is None:
+                raise ValueError(
+                    "max_length is None, and the tokeniser's files name no model_max_length; it takes an int"
+                )
+            return self.model_max_length if used else None
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise TypeError(f"max_length is {max_length!r}; it takes an int")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it takes at least 1")
+        if not used:
+            raise ValueError(f"max_length is {max_length}, but neither truncation nor padding='max_length' uses it")
+        return max_length
+
+    def _texts(self, value: Any, name: str) -> list[str]:
+        if isinstance(value, bytes) or not isinstance(value, str | Sequence):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes a str or a list of str")
+        if isinstance(value, str):
+            self._check(value, name)
+            return [value]
+        for row, text in enumerate(value):
+            self._check(text, f"{name}[{row}]")
+        return list(value)
+
+    def _check(self, text: Any, name: str) -> None:
         if not isinstance(text, str):
-            raise TypeError(f"text must be str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has no UTF-8 form: {error}") from error
+            raise TypeError(f"{name} must be str, got {type(text).__name__}")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} has no UTF-8 form: {error}") from error
         if self._missing:
-            self._check_known(text)
+            self._check_known(text, name)
 
-    def _check_known(self, text: str) -> None:
-        for token in self._special:
+    def _check_known(self, text: str, name: str) -> None:
+        for token in self._added:
             text = text.replace(token, "")
         for character in text:
             if self._missing.intersection(character.encode("utf-8")):
                 raise ValueError(
-                    f"text holds {character!r}, for which this vocabulary of {self.vocabulary_size} tokens has no token"
+                    f"{name} holds {character!r}, for which this vocabulary of {len(self)} tokens has no token"
                 )
 
+    @cached_property
+    def _written(self) -> dict[int, str]:
+        return {index: token for token, index in self._vocabulary.items()}
 
-class StreamDecoder:
-    """Turns ids into text as they come. Holds back the bytes of a character until it is complete.
+    @cached_property
+    def _contents(self) -> dict[int, bytes]:
+        content = token_bytes(self._kind)
+        return {index: content(token) for token, index in self._vocabulary.items()}
 
-    The texts returned by `push` and, at the end, `finish` add up to exactly `Tokenizer.decode` of the ids.
-    """
+    def _known(self, index: int) -> int:
+        if int(index) not in self._written:
+            raise IndexError(f"token id {index} is not in the vocabulary of {len(self)} tokens")
+        return int(index)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._first = tokenizer, True
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, index: int) -> str:
-        """The text completed by this id; often empty within an emoji."""
-        content = self._tokenizer.token_bytes(index, self._first)
-        self._first = False
-        return self._decoder.decode(content)
-
-    def finish(self) -> str:
-        """The rest: U+FFFD if the ids ended inside a character, else "". The decoder can then be used again."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        self._first = True
-        return rest
+    def _content(self, index: int, first: bool) -> bytes:
+        content = self._contents.get(index)
+        if content is None:
+            content = self._contents[self._known(index)]
+        return content.removeprefix(b" ") if first and self._kind == "pieces" else content
 
 
-def load_tokenizer(preset: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a preset (see `resolve_preset`), from the first of these files that it has.
-
-    They are Hugging Face's tokenizer.json, vocab.json with merges.txt, or spiece.model; Keras's assets/tokenizer/
-    vocabulary.json with merges.txt, or vocabulary.spm. ByT5 needs none: its configuration names its tokeniser's class.
-
-    Raises ValueError naming the file if it is missing, damaged, or neither byte-level BPE nor a unigram SentencePiece model
-    nor bytes. Raises ImportError without the `tokenizers` package.
-    """
-    directory = resolve_preset(preset, "tokenizer")
-    if _hf_class(directory) == "ByT5Tokenizer":
-        options = _options(directory)
-        extra = options.get("extra_ids") or 125  # 0 means that the file lists them among the special tokens
-        return Tokenizer(ByteBackend(_count(extra, directory)), "</s>", "bytes")
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(f"{directory}: text needs the tokenizers package: pip install 'pyfused[text]'") from error
-    described = directory / "tokenizer.json"
-    keras_config: dict[str, Any] | None = None
-    if described.is_file():
-        raw = read_json(described)
-        if "model" in raw:
-            return _from_description(tokenizers, described, raw)
-        keras_config = _keras_config(raw, described)
-    elif (directory / "vocab.json").is_file():
-        end, prefix = _hf_options(directory)
-        special = [end] if end is not None else []
-        return _from_files(tokenizers, directory / "vocab.json", directory / "merges.txt", special, prefix, end)
-    elif (directory / "spiece.model").is_file():
-        extra = _count(_options(directory).get("extra_ids", 100), directory)
-        backend = read_model(tokenizers, directory / "spiece.model", extra, **_rewriting(directory))
-        return Tokenizer(backend, end_of(backend), "pieces")
-    assets = directory / "assets" / "tokenizer"
-    if (assets / "vocabulary.spm").is_file():
-        backend = read_model(tokenizers, assets / "vocabulary.spm", 0)
-        return Tokenizer(backend, end_of(backend), "pieces")
-    if not (assets / "vocabulary.json").is_file():
-        raise ValueError(
-            f"{directory}: no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece.model, "
-            f"assets/tokenizer/vocabulary.json with merges.txt, and assets/tokenizer/vocabulary.spm"
-        )
-    config = keras_config or {}
-    unsplittable = config.get("unsplittable_tokens")
-    return _from_files(
-        tokenizers,
-        assets / "vocabulary.json",
-        assets / "merges.txt",
-        [END_OF_TEXT] if unsplittable is None else unsplittable,
-        config.get("add_prefix_space", False),
-        END_OF_TEXT,
-    )
-
-
-def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any]) -> Tokenizer:
-    model = raw["model"]
-    kind = model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
-    decoder = raw.get("decoder")
-    parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-    steps = [part.get("type") for part in parts if isinstance(part, dict)]
-    metaspace = next((part for part in parts if isinstance(part, dict) and part.get("type") == "Metaspace"), {})
-    pieces = kind == "Unigram" and steps in (["Metaspace"], ["ByteFallback", "Metaspace"])
-    if not pieces and (kind != "BPE" or steps != ["ByteLevel"]):
-        raise ValueError(
-            f"{path}: neither byte-level BPE nor a unigram model: the model is {kind!r}, the decoder {decoder!r:.100}"
-        )
-    if pieces:
-        always = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
-        if metaspace.get("replacement") != SPACE or always == "never":
-            raise ValueError(
-                f"{path}: the decoder is {metaspace!r}; pyfused reads Metaspace with {SPACE!r} before each text"
-            )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}{looks_like(path)}") from error
-    end, _ = _hf_options(path.parent, end_of(backend) if pieces else END_OF_TEXT)
-    if end is not None and backend.token_to_id(end) is None:
-        raise ValueError(f"{path}: the end token {end!r} of tokenizer_config.json is not in the vocabulary")
-    if pieces:
-        return Tokenizer(backend, end, "pieces")
-    return Tokenizer(backend, end or END_OF_TEXT)
-
-
-def _from_files(
-    tokenizers: Any, vocabulary_file: Path, merges_file: Path, special: Any, prefix: Any, end: str | None
-) -> Tokenizer:
-    vocabulary = read_json(vocabulary_file)
-    for token, index in vocabulary.items():
-        if type(index) is not int or not 0 <= index < 2**31:
-            raise ValueError(
-                f"{vocabulary_file}: token {token!r} has the id {index!r}; it takes an integer of at least 0"
-            )
-    if len(set(vocabulary.values())) != len(vocabulary):
-        raise ValueError(f"{vocabulary_file}: two tokens have the same id")
-    if not isinstance(special, list) or not all(isinstance(token, str) for token in special):
-        raise ValueError(f"{vocabulary_file}: the unsplittable tokens are {special!r}; they take a list of str")
-    for token in special:
-        if token not in vocabulary:
-            raise ValueError(f"{vocabulary_file}: the special token {token!r} is missing")
-    merges = _merges(merges_file, vocabulary)
-    if not merges and any(len(token) > 1 and token not in special for token in vocabulary):
-        raise ValueError(
-            f"{merges_file}: no merges, and {vocabulary_file.name} has tokens of several characters{looks_like(merges_file)}"
-        )
-    try:
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:
-        raise ValueError(f"{vocabulary_file}, {merges_file}: {error}") from error
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    return Tokenizer(backend, end)
-
-
-def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}{looks_like(path)}") from error
-    merges = []
-    for number, line in enumerate(lines, 1):
-        line = line.rstrip("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or any(token not in vocabulary for token in (*pair, "".join(pair))):
-            raise ValueError(
-                f"{path}: line {number}, {line!r:.100}, is not a pair of tokens that merge into a third{looks_like(path)}"
-            )
-        merges.append((pair[0], pair[1]))
-    return merges
-
-
-def _options(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _hf_class(directory: Path) -> str | None:
-    """The tokeniser's class, as named by either of Hugging Face's configurations."""
-    path = directory / "config.json"
-    name = _options(directory).get("tokenizer_class") or (read_json(path) if path.is_file() else {}).get(
-        "tokenizer_class"
-    )
-    return name.removesuffix("Fast") if isinstance(name, str) else None
-
-
-def _rewriting(directory: Path) -> dict[str, bool]:
-    """How `read_model` changes an encoder's text. Unless a file says otherwise, FNet keeps case and accents, ALBERT neither."""
-    options, path = _options(directory), directory / "tokenizer_config.json"
-    by_type = of_hf_type(_model_type(directory))
-    by_class = [f for f in FAMILIES.values() if _hf_class(directory) == f"{f.keras_name}Tokenizer"]
-    keeps = any(family is not None and family.keeps_case for family in (by_type, *by_class))
-    lower, keep_accents = options.get("do_lower_case", not keeps), options.get("keep_accents", keeps)
-    for name, value in (("do_lower_case", lower), ("keep_accents", keep_accents)):
-        if not isinstance(value, bool):
-            raise ValueError(f"{path}: {name} is {value!r}; it takes true or false")
-    return {"lower": lower, "strip": not keep_accents, "quotes": True, "split_first": True}
-
-
-def _model_type(directory: Path) -> Any:
-    path = directory / "config.json"
-    return read_json(path).get("model_type") if path.is_file() else None
-
-
-def _count(value: Any, directory: Path) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10_000:
-        raise ValueError(f"{directory / 'tokenizer_config.json'}: extra_ids is {value!r}; it takes 0 to 9999")
-    return value
-
-
-def _hf_options(directory: Path, default: str = END_OF_TEXT) -> tuple[str | None, bool]:
-    """(end token, whether a space is added before a text) from tokenizer_config.json, or else the model's defaults."""
-    path = directory / "tokenizer_config.json"
-    raw = _options(directory)
-    if default == END_OF_TEXT and (raw.get("add_bos_token") or raw.get("add_eos_token")):
-        raise ValueError(
-            f"{path}: add_bos_token or add_eos_token is on; pyfused adds no tokens: put them into the text"
-        )
-    end = raw.get("eos_token", default)
-    end = end.get("content") if isinstance(end, dict) else end
-    if end is not None and not isinstance(end, str):
-        raise ValueError(f"{path}: eos_token is {end!r}; it takes a token or null")
-    return end, bool(raw.get("add_prefix_space", False))
-
-
-def _keras_config(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    name, config = raw.get("class_name"), raw.get("config")
-    known = [f"{family.keras_name}Tokenizer" for family in FAMILIES.values()]
-    if name not in known or not isinstance(config, dict):
-        raise ValueError(
-            f"{path}: the class is {name!r}; pyfused reads {', '.join(known)}, or a tokenizer.json of Hugging "
-            f"Face{error_answer(raw)}"
-        )
-    if config.get("add_bos"):
-        raise ValueError(f"{path}: add_bos is on; pyfused adds no token before a text")
-    if config.get("sequence_length") is not None:
-        raise ValueError(
-            f"{path}: sequence_length is {config['sequence_length']!r}; pyfused neither pads nor cuts: set it to null"
-        )
-    return config
-
-
-def _token_bytes(token: str) -> bytes:
-    """The bytes of a byte-level token. An added token with characters outside the alphabet is itself, in UTF-8."""
-    try:
-        return bytes(_BYTES[character] for character in token)
-    except KeyError:
-        return token.encode("utf-8")
+def _side(value: Any, name: str, default: Side) -> Side:
+    if value not in (None, "left", "right"):
+        raise ValueError(f"{name} is {value!r}; it takes 'left' or 'right'")
+    return default if value is None else value

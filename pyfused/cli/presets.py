@@ -89,11 +89,10 @@ def _model(arguments: argparse.Namespace) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .. import Generator
-    from ..checkpoints import load_tokenizer
+    from .. import Generator, Tokenizer
 
     model = _model(arguments)
-    tokenizer = load_tokenizer(arguments.preset)
+    tokenizer = Tokenizer.from_preset(arguments.preset)
     prompt = tokenizer.encode(arguments.prompt)
     stream, generator = tokenizer.stream(), Generator(model)
     began, first = time.perf_counter(), 0.0
@@ -138,12 +137,11 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _encode(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from .. import encode
-    from ..checkpoints import load_tokenizer
+    from .. import Tokenizer, encode
 
     if arguments.output and not arguments.output.endswith(".npy"):
         raise ValueError(f"--output is {arguments.output!r}; it takes a name that ends in .npy")
-    model, tokenizer = _model(arguments), load_tokenizer(arguments.preset)
+    model, tokenizer = _model(arguments), Tokenizer.from_preset(arguments.preset)
     states = encode(model, [tokenizer.encode(text) for text in arguments.text], pool=arguments.pool)
     arrays = [text.float().cpu().numpy() for text in states]
     if arguments.output:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import open_checkpoint, presets_of
-from ..families import FAMILIES, families_of, load
+from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
 from .mixed_precision import compute_in
 
@@ -83,8 +83,7 @@ class Backbone(nn.Module, ABC):
     begins_with_cls = False  # whether a text's first token stands for all of it, as BERT's [CLS]
 
     presets = _Presets()
-    # A call's inputs for each text: the names of the token ids and of their padding mask (None if there is no mask)
-    texts: tuple[tuple[str, str | None], ...] = (("token_ids", "padding_mask"),)
+    texts = Family.texts  # a call's inputs for each text; a family with others says so in its row
     predicts_tokens = True  # whether the backbone has `logits`; an encoder's head is not part of it
     token_embedding: Any  # nn.ReversibleEmbedding: ids -> vectors; with reverse=True hidden states -> logits
 

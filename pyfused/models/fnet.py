@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.options import check_activation
+from ..families import FAMILIES
 from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmbedding
 from ..nn.layers import dropped
 from ..nn.wide import widened
@@ -78,7 +79,7 @@ class FNetBackbone(Backbone):
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
 
-    texts = (("token_ids", None),)
+    texts = FAMILIES["fnet"].texts
     begins_with_cls = True
 
     def __init__(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.options import check_activation
+from ..families import FAMILIES
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..nn.layers import dropped
 from ..nn.wide import widened
@@ -119,9 +120,7 @@ class T5Backbone(Backbone):
         TypeError: an argument of a wrong type, or an unknown one. ValueError: a size, rate or activation that does not fit.
     """
 
-    texts: tuple[tuple[str, str | None], ...] = (
-        ("encoder_token_ids", "encoder_padding_mask"), ("decoder_token_ids", "decoder_padding_mask"),
-    )  # fmt: skip
+    texts = FAMILIES["t5"].texts
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 from pyfused.checkpoints.sentencepiece import _parse
 
 transformers = pytest.importorskip("transformers")
@@ -43,7 +43,7 @@ def test_transformers(files):
         vocab=[(piece.text, piece.score) for piece in pieces], additional_special_tokens=whole,
         _spm_precompiled_charsmap=normalizer[2],
     )  # fmt: skip
-    ours = load_tokenizer(files)
+    ours = Tokenizer.from_preset(files)
     assert (ours.vocabulary_size, ours.end_token_id) == (400, 3)
     for text in TEXTS:
         ids = ours.encode(text)
@@ -58,7 +58,7 @@ def test_keras_hub_and_sentencepiece(files, tmp_path):
     shutil.copy(files / "spiece.model", tmp_path / "assets" / "tokenizer" / "vocabulary.spm")
     described = {"class_name": "AlbertTokenizer", "config": {"dtype": "int32"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    ours = load_tokenizer(tmp_path)
+    ours = Tokenizer.from_preset(tmp_path)
     theirs = keras_hub.models.AlbertTokenizer(str(files / "spiece.model"))
     plain = sentencepiece.SentencePieceProcessor(model_file=str(files / "spiece.model"))
     assert ours.vocabulary_size == theirs.vocabulary_size() == 400
@@ -71,4 +71,4 @@ def test_keras_hub_and_sentencepiece(files, tmp_path):
     with pytest.raises(
         ValueError, match="the class is 'BertTokenizer'; pyfused reads GPT2Tokenizer, AlbertTokenizer, T5"
     ):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)

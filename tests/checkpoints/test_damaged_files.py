@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from pyfused.checkpoints import load_tokenizer, open_checkpoint
+from pyfused.checkpoints import Tokenizer, open_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 548105171\n"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>"
@@ -146,4 +146,4 @@ def test_tokenizers(tmp_path, file, kind):
     content, said = KINDS[kind]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=rf"(?s){re.escape(file)}: .*it looks like {said}"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tokenizers
 
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 from pyfused.checkpoints.sentencepiece import _parse
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +29,7 @@ def files():
 
 @pytest.fixture(scope="module")
 def ours(files):
-    return load_tokenizer(files)
+    return Tokenizer.from_preset(files)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def keras_directory(files, directory):
 def test_keras_hub(files, tmp_path):
     keras_hub = pytest.importorskip("keras_hub")
     pytest.importorskip("sentencepiece")
-    ours = load_tokenizer(keras_directory(files, tmp_path))
+    ours = Tokenizer.from_preset(keras_directory(files, tmp_path))
     theirs = keras_hub.models.T5Tokenizer(str(files / "spiece.model"))
     assert ours.vocabulary_size == theirs.vocabulary_size() == 300
     for text in TEXTS:
@@ -99,7 +99,7 @@ def test_tokenizer_json(ours, theirs, tmp_path):
     """As transformers saves it, which is how most repositories have it."""
     theirs.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
-    saved = load_tokenizer(tmp_path)
+    saved = Tokenizer.from_preset(tmp_path)
     assert saved.vocabulary_size == ours.vocabulary_size
     assert saved.end_token_id == 1
     for text in TEXTS + SPECIAL:
@@ -122,7 +122,7 @@ def test_streaming(ours):
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
 def test_byt5(tmp_path, where):
     (tmp_path / where).write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
-    ours, theirs = load_tokenizer(tmp_path), transformers.ByT5Tokenizer()
+    ours, theirs = Tokenizer.from_preset(tmp_path), transformers.ByT5Tokenizer()
     assert (ours.vocabulary_size, ours.end_token_id) == (384, 1)
     for text in (*TEXTS, *SPECIAL, "a </s>", "日本語🙂\n"):
         assert ours.encode(text) == theirs(text)["input_ids"], text
@@ -142,7 +142,7 @@ def test_bad_files_fail_by_name(files, tmp_path, edit):
     for damaged in (b"", content[:1000], b"\x0b" + content, b"\xff" * 20, content[:-1]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"spiece.model: cannot be read as a SentencePiece model"):
-            load_tokenizer(tmp_path)
+            Tokenizer.from_preset(tmp_path)
     # Fields that a message repeats count as the last one says: trainer_spec {model_type: BPE}, normalizer_spec {...: 0}
     for extra, said in (
         (b"\x12\x02\x18\x02", "model_type is 2; pyfused reads unigram"),
@@ -155,16 +155,16 @@ def test_bad_files_fail_by_name(files, tmp_path, edit):
     ):
         path.write_bytes(content + extra)
         with pytest.raises(ValueError, match=rf"spiece.model: .*{said}|{said}"):
-            load_tokenizer(tmp_path)
+            Tokenizer.from_preset(tmp_path)
     path.write_bytes(b"\x0a\x05\x0a\x03<s>")
     with pytest.raises(ValueError, match="the model has no unknown piece"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)
     path.write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": "many"}')
     with pytest.raises(ValueError, match=r"tokenizer_config.json: extra_ids is 'many'"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)
     edit(tmp_path / "tokenizer_config.json", extra_ids=3)
-    assert load_tokenizer(tmp_path).vocabulary_size == 303
+    assert Tokenizer.from_preset(tmp_path).vocabulary_size == 303
 
 
 def test_other_unigram_models_are_refused(files, tmp_path, theirs):
@@ -174,15 +174,15 @@ def test_other_unigram_models_are_refused(files, tmp_path, theirs):
     for decoder in (None, {"type": "ByteLevel"}, {"type": "WordPiece"}):
         path.write_text(json.dumps(raw | {"decoder": decoder}))
         with pytest.raises(ValueError, match=r"tokenizer.json: neither byte-level BPE nor a unigram model"):
-            load_tokenizer(tmp_path)
+            Tokenizer.from_preset(tmp_path)
     never = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
     path.write_text(json.dumps(raw | {"decoder": never}))
     with pytest.raises(ValueError, match=r"tokenizer.json: the decoder is .*'never'.*before each text"):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)
     directory = keras_directory(files, tmp_path / "keras")
     (directory / "tokenizer.json").write_text(json.dumps({"class_name": "T5Tokenizer", "config": {"add_bos": True}}))
     with pytest.raises(ValueError, match=r"tokenizer.json: add_bos is on"):
-        load_tokenizer(directory)
+        Tokenizer.from_preset(directory)
 
 
 def test_it_is_the_tokenizers_library_that_does_the_work(ours):

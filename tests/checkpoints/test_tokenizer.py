@@ -8,7 +8,7 @@ import sys
 import pytest
 import tokenizers
 
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,7 +31,7 @@ def files():
 
 @pytest.fixture(scope="module")
 def ours(files):
-    return load_tokenizer(files)
+    return Tokenizer.from_preset(files)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_streaming(ours, theirs):
 
 def test_keras_assets(golden):
     directory = golden / "ckpt" / "keras_gpt2_task"
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer.from_preset(directory)
     assert (tokenizer.vocabulary_size, tokenizer.end_token_id) == (10, 4)
     assert tokenizer.encode("air air<|endoftext|>ai") == [1, 2, 4, 8]
     assert tokenizer.decode([1, 2, 4]) == "air air<|endoftext|>"
@@ -117,10 +117,10 @@ def test_keras_options(preset, edit):
     directory = preset("keras_gpt2_task")
     config = json.loads((directory / "tokenizer.json").read_text())["config"]
     edit(directory / "tokenizer.json", config=config | {"add_prefix_space": True, "unsplittable_tokens": ["plane"]})
-    assert load_tokenizer(directory).encode("air") == [2]
-    assert load_tokenizer(directory).encode("plane air") == [3, 2]
+    assert Tokenizer.from_preset(directory).encode("air") == [2]
+    assert Tokenizer.from_preset(directory).encode("plane air") == [3, 2]
     (directory / "tokenizer.json").unlink()
-    assert load_tokenizer(directory).encode("air<|endoftext|>") == [1, 4]
+    assert Tokenizer.from_preset(directory).encode("air<|endoftext|>") == [1, 4]
 
 
 @pytest.fixture
@@ -134,13 +134,13 @@ def test_tokenizer_json(files, tmp_path, ours, theirs):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "vocab.json").unlink(missing_ok=True)
     assert (tmp_path / "tokenizer.json").exists()
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_preset(tmp_path)
     assert (tokenizer.end_token_id, tokenizer.vocabulary_size) == (50256, 50257)
     for text in TEXTS + OTHERWISE_SPLIT:
         assert tokenizer.encode(text) == ours.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
     (tmp_path / "tokenizer_config.json").unlink()
-    assert load_tokenizer(tmp_path).end_token_id == 50256
+    assert Tokenizer.from_preset(tmp_path).end_token_id == 50256
 
 
 def test_padding_and_truncation_in_the_file_do_not_cut_text(files, tmp_path, ours):
@@ -150,14 +150,14 @@ def test_padding_and_truncation_in_the_file_do_not_cut_text(files, tmp_path, our
     ours.backend.no_truncation()
     ours.backend.no_padding()
     text = "one two three four five"
-    assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
+    assert Tokenizer.from_preset(tmp_path).encode(text) == ours.encode(text)
 
 
 def test_added_tokens_are_taken_literally(tmp_path, ours, theirs):
     theirs = transformers.GPT2TokenizerFast.from_pretrained(theirs.name_or_path)
     theirs.add_tokens(["<my token>"])
     theirs.save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_preset(tmp_path)
     ids = tokenizer.encode("a<my token>b")
     assert ids == theirs("a<my token>b")["input_ids"]
     assert 50257 in ids
@@ -167,16 +167,16 @@ def test_added_tokens_are_taken_literally(tmp_path, ours, theirs):
 def test_tokenizer_config(written, edit):
     config = written / "tokenizer_config.json"
     config.write_text(json.dumps({"add_prefix_space": True, "eos_token": {"content": "<|endoftext|>"}}))
-    assert load_tokenizer(written).encode("Hello world") == [18435, 995]
+    assert Tokenizer.from_preset(written).encode("Hello world") == [18435, 995]
     edit(config, eos_token="</s>")
     with pytest.raises(ValueError, match=r"vocab.json: the special token '</s>' is missing"):
-        load_tokenizer(written)
+        Tokenizer.from_preset(written)
     edit(config, eos_token=3)
     with pytest.raises(ValueError, match=r"tokenizer_config.json: eos_token is 3"):
-        load_tokenizer(written)
+        Tokenizer.from_preset(written)
     config.write_text(json.dumps({"add_bos_token": True}))
     with pytest.raises(ValueError, match=r"tokenizer_config.json: add_bos_token"):
-        load_tokenizer(written)
+        Tokenizer.from_preset(written)
 
 
 def test_bad_text(ours):
@@ -215,14 +215,14 @@ def test_bad_files(written, name, content, said):
     else:
         (written / name).write_text(content)
     with pytest.raises(ValueError, match=said):
-        load_tokenizer(written)
+        Tokenizer.from_preset(written)
 
 
 def test_nothing_there(tmp_path, monkeypatch, files):
     with pytest.raises(
         ValueError, match=r"no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, spiece"
     ):
-        load_tokenizer(tmp_path)
+        Tokenizer.from_preset(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"text needs the tokenizers package: pip install"):
-        load_tokenizer(files)
+        Tokenizer.from_preset(files)
