@@ -49,7 +49,9 @@ def train_tokenizer(documents: list[str]):
     sentinels = [AddedToken(f"<extra_id_{k}>", special=True, normalized=False) for k in reversed(range(SENTINELS))]
     tokenizer.add_special_tokens(sentinels)
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", END)]
+    )
     return tokenizer
 
 

@@ -33,7 +33,8 @@ def published() -> dict[str, dict[str, Any]]:
     }
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model",
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "vocab.json", "merges.txt", "spiece.model",
                     "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
                     "assets/tokenizer/vocabulary.spm")  # fmt: skip
 _FILES: dict[Want, tuple[str, ...]] = {

@@ -134,7 +134,7 @@ class Tokenizer:
         rows = self._encoded(texts, pair, padding, max_length, truncation, side, truncation_side, add_special_tokens)
         if self._family is None:
             raise ValueError(
-                f"{self.directory}: no file names the model, so its inputs are unknown; put its config.json beside the tokeniser"
+                f"{self.directory}: no file names the model, so its inputs are unknown; put its config.json beside it"
             )
         ids, mask = self._family.texts[0]
         found = {ids: rows.token_ids}

@@ -39,27 +39,28 @@ def encoded(
 
     Raises ValueError naming the text if it cannot be cut as `cut` says.
     """
-    inputs: Sequence[Any] = texts if pairs is None else list(zip(texts, pairs))
-    found: list[Any] = backend.encode_batch_fast(inputs, add_special_tokens=special)
     if cut is None:
-        return found
+        inputs: Sequence[Any] = texts if pairs is None else list(zip(texts, pairs))
+        whole: list[Any] = backend.encode_batch_fast(inputs, add_special_tokens=special)
+        return whole
     room = cut.max_length - (backend.num_special_tokens_to_add(pairs is not None) if special else 0)
     if room < 0:
         least = cut.max_length - room
         raise ValueError(f"max_length is {cut.max_length}; it takes at least {least}, the tokens that are always added")
-    rows = [row for row, encoding in enumerate(found) if len(encoding.ids) > cut.max_length]
-    alone = [texts, *([] if pairs is None else [pairs])]
-    parts = [backend.encode_batch_fast([side[row] for row in rows], add_special_tokens=False) for side in alone]
-    for row, *both in zip(rows, *parts):
-        sizes = _shortened([len(part.ids) for part in both], room, cut.strategy)
-        if sizes is None:
-            which = "the second text" if cut.strategy == "only_second" else "the first text"
-            raise ValueError(
-                f"texts[{row}]: truncation is {cut.strategy!r}, and without {which} it is too long already"
-            )
-        for part, size in zip(both, sizes):
-            part.truncate(size, direction=cut.side)
-        found[row] = backend.post_process(*both, add_special_tokens=special)
+    alone = [texts] if pairs is None else [texts, pairs]
+    found = []
+    for row, parts in enumerate(zip(*(backend.encode_batch_fast(side, add_special_tokens=False) for side in alone))):
+        sizes = [len(part) for part in parts]
+        if sum(sizes) > room:
+            new_sizes = _shortened(sizes, room, cut.strategy)
+            if new_sizes is None:
+                which = "the second text" if cut.strategy == "only_second" else "the first text"
+                raise ValueError(
+                    f"texts[{row}]: truncation is {cut.strategy!r}, and without {which} it is too long already"
+                )
+            for part, size in zip(parts, new_sizes):
+                part.truncate(size, direction=cut.side)
+        found.append(backend.post_process(*parts, add_special_tokens=special))
     return found
 
 

@@ -173,6 +173,7 @@ def _from_hf_model(tokenizers: Any, path: Path, options: TokenizerOptions) -> To
         tokenizers, path, options.extra_ids(100), added=_added_tokens(tokenizers, options), encoder=encoder, lower=lower,
         strip=not keep_accents, quotes=True, split_first=True,
     )  # fmt: skip
+    _check_end(path, backend.get_vocab(with_added_tokens=False), options)
     _check_ids(backend, options)
     return _named(backend, "pieces", options, encoder)
 
