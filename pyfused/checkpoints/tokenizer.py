@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class Tokenizer:
     bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the tokens with a part to play, as text; None
         where the vocabulary has none for it. Each has its id beside it: bos_token_id and so on. As in KerasHub, GPT-2 has no
         token for padding but pads with its end token.
+    sentinel_ids: the ids of T5's <extra_id_0>, <extra_id_1> and so on, in this order. Empty for other vocabularies.
     end_token_id: the token that ends a text and at which generation stops: eos_token_id.
 
     Example:
@@ -60,6 +62,9 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self._vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        self._written = {index: token for token, index in self._vocabulary.items()}
+        sentinels = takewhile(self._vocabulary.__contains__, (f"<extra_id_{i}>" for i in count()))
+        self.sentinel_ids = tuple(self._vocabulary[token] for token in sentinels)
         self.model_max_length = options.max_length
         self.padding_side, self.truncation_side = options.side("padding_side"), options.side("truncation_side")
         names = files.names
@@ -231,17 +236,6 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.directory)!r}, family={self.family!r}, vocabulary_size={len(self)})"
 
-    @cached_property
-    def sentinel_ids(self) -> tuple[int, ...]:
-        """The ids of T5's <extra_id_0>, <extra_id_1> and so on, in this order. Empty for other vocabularies."""
-        names = (f"<extra_id_{i}>" for i in range(len(self._vocabulary)))
-        found = []
-        for name in names:
-            if name not in self._vocabulary:
-                break
-            found.append(self._vocabulary[name])
-        return tuple(found)
-
     @property
     def special_ids(self) -> frozenset[int]:
         """The ids that decoding leaves out with skip_special_tokens=True."""
@@ -321,10 +315,6 @@ class Tokenizer:
                 raise ValueError(
                     f"{name} holds {character!r}, for which this vocabulary of {len(self)} tokens has no token"
                 )
-
-    @cached_property
-    def _written(self) -> dict[int, str]:
-        return {index: token for token, index in self._vocabulary.items()}
 
     @cached_property
     def _contents(self) -> dict[int, bytes]:

@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from pyfused.checkpoints import Tokenizer, open_checkpoint
+from pyfused import Tokenizer
+from pyfused.checkpoints import open_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 548105171\n"
 HTML = b"<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>"
