@@ -19,7 +19,8 @@ from torch import nn
 from .own_forward import Adapter, Entry, Forward, check_module, give, has_another_forward, is_fused, summary, take_back
 
 # From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
-# table by the full name of a class. It may have enter(model, wanted) and leave(model), for changes to a model as a whole.
+# table by the full name of a class. It may have adapter_for(module), for classes that the table lacks; LINEAR and ENCODERS, tables
+# for fuse_'s switches; enter(model, wanted) and leave(model), for changes to a model as a whole.
 INTEGRATIONS = {"torch": "torch_nn", "transformers": "transformers"}
 
 
@@ -34,7 +35,13 @@ class FuseReport:
         return summary(self.replaced, self.left)
 
 
-def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FuseReport:
+def fuse_(
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    skip_padding: bool = False,
+    linear: bool = False,
+) -> FuseReport:
     """Makes an existing model run on pyfused's kernels, in place. Only this instance changes, no class and nothing global.
 
     It supports transformers' GPT-2, ALBERT, T5 and FNet with any head; attention and norms of every transformers model that
@@ -46,17 +53,28 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
         model: any module. Modules that are already fused stay fused.
         filter_fn: takes (name in the model, module) and returns whether to fuse it. It is called for every module that could be
             fused.
+        skip_padding: encoders of transformers' models compute the real tokens of a padded batch alone, packed one after the
+            other, so that a batch which is half padding costs half. Real tokens get the same states; padding gets zeros. A
+            call that asks for hidden states or attentions, a trace of torch.compile, and modules with hooks inside the
+            encoder compute the padding as ever. On a GPU a call waits for the device once.
+        linear: every other nn.Linear runs on pyfused.linear too. It is for weights in half precision on a CPU without
+            instructions for them, where torch's product is slow.
 
     Returns:
         The modules that were replaced, and those that were not, with the reasons.
 
     Raises:
-        TypeError: model is not a torch.nn.Module, or filter_fn is not callable.
+        TypeError: model is not a torch.nn.Module, filter_fn is not callable, or a switch is not a bool.
+        ValueError: skip_padding is True, and the model has no encoder that can leave padding out. Nothing was changed then.
     """
     check_module(model)
+    for name, value in (("skip_padding", skip_padding), ("linear", linear)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it takes True or False")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
     wanted = filter_fn or (lambda name, module: True)
+    adapters = _adapters(model, skip_padding, linear)
     replaced: dict[str, Entry] = {}  # by name: an adapter's note replaces enter's, and says more
     left: list[Entry] = []
     for library in _integrations(model):
@@ -64,9 +82,9 @@ def fuse_(model: nn.Module, *, filter_fn: Callable[[str, nn.Module], bool] | Non
             done, kept = library.enter(model, wanted)
             replaced |= {entry.name: entry for entry in done}
             left += kept
-    adapters = {name: adapter for library in _integrations(model) for name, adapter in library.ADAPTERS.items()}
+    shaped = [library.adapter_for for library in _integrations(model) if hasattr(library, "adapter_for")]
     for name, module in model.named_modules():
-        found = _adapter(module, adapters)
+        found = _adapter(module, adapters) or next(filter(None, (adapter_for(module) for adapter_for in shaped)), None)
         if found is None:
             continue
         forward = found if isinstance(found, str) else _reason_against(name, module, wanted) or found(module)
@@ -104,6 +122,23 @@ def _integrations(model: nn.Module) -> list[ModuleType]:
     libraries = {base.__module__.partition(".")[0] for base in bases}
     names = [INTEGRATIONS[library] for library in INTEGRATIONS if library in libraries and library in sys.modules]
     return [importlib.import_module(f"pyfused.integrations.{name}") for name in names]
+
+
+def _adapters(model: nn.Module, skip_padding: bool, linear: bool) -> dict[str, Adapter]:
+    """The adapters for this model, by the full name of a class."""
+    libraries = _integrations(model)
+    adapters = {name: adapter for library in libraries for name, adapter in library.ADAPTERS.items()}
+    if linear:
+        adapters |= {name: adapter for library in libraries for name, adapter in getattr(library, "LINEAR", {}).items()}
+    if skip_padding:
+        encoders = {name: adapter for library in libraries for name, adapter in getattr(library, "ENCODERS", {}).items()}
+        if not any(isinstance(_adapter(module, encoders), Callable) for module in model.modules()):
+            raise ValueError(
+                f"skip_padding is True, but this {type(model).__name__} has no encoder that can leave padding out; it takes "
+                f"False. Known encoders: {', '.join(sorted(name.rpartition('.')[2] for name in encoders)) or 'none'}"
+            )
+        adapters |= encoders
+    return adapters
 
 
 def _adapter(module: nn.Module, adapters: dict[str, Adapter]) -> Adapter | str | None:

@@ -62,7 +62,8 @@ def check_module(model: Any) -> None:
 
 
 def fused_forward(function: F) -> F:
-    """Marks a function that give() may put on instances. The first line of its docstring is its note in the report."""
+    """Marks a function that give() may put on instances. The first line of its docstring is its note in the report. Its attribute
+    `methods`, if it has one, names more such functions, which stand in for the class's methods beside forward."""
     function.__dict__["pyfused_forward"] = True
     return function
 
@@ -127,7 +128,8 @@ def give(module: nn.Module, function: Forward) -> None:
     """Makes module.forward(...) run function(module, ...)."""
     global _changes
     _changes += 1
-    _attach(module, _Attributes(vars(module)), {"forward": function, _REPLICATE: _replicate})
+    methods: dict[str, Forward] = getattr(function, "methods", {})
+    _attach(module, _Attributes(vars(module)), {"forward": function, _REPLICATE: _replicate, **methods})
 
 
 def take_back(module: nn.Module) -> None:

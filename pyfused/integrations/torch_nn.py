@@ -5,13 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..nn.multihead import multihead_forward, takes
 from ..nn.torch_layers import decoder_layer_forward, encoder_forward, encoder_layer_forward, reason_against
-from ..ops import layer_norm, rms_norm
+from ..ops import layer_norm, linear, rms_norm
 from ..ops.attention import MAX_HEAD_SIZE
 from ..ops.rms_norm import default_eps
 from ..own_forward import Adapter, Forward, fused_forward, original
+
+
+@fused_forward
+def linear_forward(module: nn.Linear, input: Tensor) -> Any:
+    """pyfused.linear"""
+    if type(module) is nn.Linear and go_together(module, input):
+        return linear(input, module.weight, module.bias)
+    return original(module, input)
+
+
+def go_together(module: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels take this module's weight and bias together with x: dtypes, device, no tensor subclass."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    return (
+        takes(x, weight, bias)  # type: ignore[arg-type]
+        and weight.device == x.device
+        and not is_traceable_wrapper_subclass(weight)
+        and not is_traceable_wrapper_subclass(bias)
+    )
 
 
 @fused_forward
@@ -56,6 +76,9 @@ def _encoder(module: Any) -> Forward | str:
     return f"has layers of class {', '.join(sorted(kinds))}" if kinds or not module.layers else encoder_forward
 
 
+LINEAR: dict[str, Adapter] = {  # with fuse_(linear=True)
+    "torch.nn.modules.linear.Linear": lambda module: linear_forward,
+}
 ADAPTERS: dict[str, Adapter] = {
     "torch.nn.modules.normalization.LayerNorm": _norm(layer_norm_forward),
     "torch.nn.modules.normalization.RMSNorm": _norm(rms_norm_forward),

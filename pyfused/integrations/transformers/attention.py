@@ -264,13 +264,19 @@ def _read_packing(kwargs, query, key):
 
 
 def _attentions_wanted(kwargs):
-    if kwargs.get("output_attentions"):
-        return True
+    return bool(kwargs.get("output_attentions")) or any("attentions" in name for name in _collected())
+
+
+def collects(kwargs):
+    """Whether this call of a model asks for hidden states or attentions on the way."""
+    return any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")) or bool(_collected())
+
+
+def _collected():
+    """The names of the outputs that transformers collects in this call."""
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None:
-        return False
+        return ()
     if torch.compiler.is_compiling():  # reading a ContextVar cannot be traced
-        wanted = collector.global_var if collector.compiling else None
-    else:
-        wanted = collector.get()
-    return wanted is not None and any("attentions" in name for name in wanted)
+        return (collector.global_var or ()) if collector.compiling else ()
+    return collector.get() or ()

@@ -86,6 +86,11 @@ def leave(model: nn.Module) -> None:
             vars(module)["config"] = vars(module)["config"]._fused
 
 
+def interface_layers(model: nn.Module) -> list[Any]:
+    """The layers that call transformers' attention interface."""
+    return [layer for _, layer, _ in _layers(model)]
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any, PreTrainedModel | None]]:
     """The layers that call the attention interface: name, layer, and the transformers model right around it."""
 

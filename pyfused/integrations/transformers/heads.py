@@ -6,20 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ...ops import linear
-from ...own_forward import Entry, fused_forward, give, has_another_forward, original
-from .plain_modules import go_together
-
-
-@fused_forward
-def head_forward(module: Any, input: Tensor) -> Any:
-    """pyfused.linear"""
-    if type(module) is nn.Linear and go_together(module, input):
-        return linear(input, module.weight, module.bias)
-    return original(module, input)
+from ...own_forward import Entry, give, has_another_forward
+from ..torch_nn import linear_forward
 
 
 def fuse_heads(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
@@ -34,7 +25,7 @@ def fuse_heads(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tu
         elif has_another_forward(module):
             left.append(Entry(name, "Linear", "this instance has a forward of its own already"))
         else:
-            give(module, head_forward)
+            give(module, linear_forward)
             done.append(Entry(name, "Linear", "pyfused.linear"))
     return done, left
 

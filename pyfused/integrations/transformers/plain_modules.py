@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...own_forward import is_bare, is_fused
-from ..torch_nn import takes
+from ..torch_nn import go_together
 
 
 def is_plain_linear(x: Tensor, *modules: nn.Module) -> bool:
@@ -36,14 +35,3 @@ def overridden(module: nn.Module, base: type, *methods: str) -> str:
         if getattr(type(module), method) is not getattr(base, method) or method in module.__dict__:
             return f"its class has a {method} other than {base.__name__}'s"
     return ""
-
-
-def go_together(module: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels take this module's weight and bias together with x: dtypes, device, no tensor subclass."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    return (
-        takes(x, weight, bias)  # type: ignore[arg-type]
-        and weight.device == x.device
-        and not is_traceable_wrapper_subclass(weight)
-        and not is_traceable_wrapper_subclass(bias)
-    )

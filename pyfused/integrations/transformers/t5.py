@@ -193,7 +193,7 @@ def _attended(
 @fused_forward
 def stack(module: Any, *args: Any, **kwargs: Any) -> Any:
     """as it is; hands the table of the bias from layer to layer"""
-    if _all_read_tables(module):
+    if all_read_tables(module):
         kwargs["hands_on_table"] = True  # through T5Block to every attention
     return original(module, *args, **kwargs)
 
@@ -243,7 +243,7 @@ _KINDS = known(
 def _plan(stack: Any) -> Ready | None:
     """The plan of a decoder with cross-attention whose modules nobody changed."""
     blocks, watch = list(stack.block), Watch.of(stack, _KINDS)
-    if watch is None or not blocks or not _all_read_tables(stack):
+    if watch is None or not blocks or not all_read_tables(stack):
         return None
     if any(len(block.layer) != 3 for block in blocks) or stack.embed_tokens.max_norm is not None:
         return None
@@ -296,7 +296,7 @@ def _layer(block: Any) -> DecodeLayer:
     )
 
 
-def _all_read_tables(stack: Any) -> bool:
+def all_read_tables(stack: Any) -> bool:
     """Whether every layer's attention is ours and other layers can read the first layer's table.
 
     Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
