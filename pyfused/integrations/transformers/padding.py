@@ -16,7 +16,7 @@ from transformers.utils import output_capturing
 from ...kernels.cpu.mask_structure import structure
 from ...nn.packing import Packing, packing_of
 from ...own_forward import Adapter, Forward, fused_forward, has_another_forward, original
-from . import t5
+from . import kin, t5
 from .attention import collects
 from .config import NAME, FusedConfig, interface_layers
 
@@ -128,6 +128,8 @@ def _encoder(module: nn.Module) -> Forward | str:
 
 
 def _t5_encoder(module: Any) -> Forward | str:
+    if reason := kin.reason(type(module), "Stack"):
+        return f"skip_padding: {reason}"
     return t5.decoder_stack if module.is_decoder else t5_encoder
 
 
@@ -154,5 +156,5 @@ def _full_name(row: str) -> str:
 
 ENCODERS: dict[str, Adapter] = {
     **{_full_name(row): _encoder for row in _ROWS},
-    "transformers.models.t5.modeling_t5.T5Stack": _t5_encoder,
+    **kin.stacks(_t5_encoder),
 }

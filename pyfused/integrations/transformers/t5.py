@@ -1,4 +1,6 @@
-"""What does fuse_ replace in transformers' T5? Norm, feed-forward, attention with its bias, and the residuals.
+"""What does fuse_ replace in transformers' T5 and its kin? Norm, feed-forward, attention with its bias, and the residuals.
+
+Models whose classes have T5's code under other names get the same forwards; kin.py compares the code.
 
 If every layer of a stack is fused, the relative position bias is never a (1, H, S, S) tensor. The first layer's attention
 passes its table on as a RelativeBias, which the kernel reads. If some layer cannot read the table, it passes the tensor on, as
@@ -7,6 +9,7 @@ the original does. That happens with a layer that filter_fn left out, a sharded 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +26,10 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, o
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .config import NAME
+from . import kin
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
-from .unchanged import Kind, Watch, known
+from .unchanged import Kind, Kinds, Watch, known
 
 
 @fused_forward
@@ -67,7 +71,7 @@ def _feed_forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | N
     if activation is None or drops(module.dropout) or (residual is not None and residual.dtype != x.dtype):
         return None
     w_out = module.wo
-    if isinstance(module, modeling_t5.T5DenseGatedActDense):
+    if "wi_0" in module._modules:
         gate, up = module.wi_0, module.wi_1
         if not is_plain_linear(x, gate, up, w_out) or any(m.bias is not None for m in (gate, up, w_out)):
             return None
@@ -221,28 +225,31 @@ def _one_token(
     return one_token(*(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), encoder=encoder)
 
 
-_LEAVES = (modeling_t5.T5Block, nn.Linear, nn.Dropout, nn.ModuleList)
-_FUSED = (modeling_t5.T5LayerSelfAttention, modeling_t5.T5LayerCrossAttention, modeling_t5.T5LayerFF)
-_DENSE = (modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
-_KINDS = known(
-    {
-        **dict.fromkeys(_LEAVES, Kind()),
-        **dict.fromkeys(_FUSED, Kind(is_fused=True)),
-        **dict.fromkeys(_DENSE, Kind(True, "act")),
-        modeling_t5.T5LayerNorm: Kind(True, "variance_epsilon"),
+@functools.cache
+def _kinds(stack: type) -> Kinds | None:
+    """What a plan knows of the classes below a stack. None if they are not T5's under other names."""
+    of = kin.classes(stack, "Block Attention LayerNorm LayerSelfAttention LayerCrossAttention LayerFF DenseActDense DenseGatedActDense")
+    if of is None:
+        return None
+    settings = (
+        "config layer_idx n_heads key_value_proj_dim scaling is_decoder has_relative_attention_bias "
+        "relative_attention_num_buckets relative_attention_max_distance"
+    )
+    leaves = dict.fromkeys((of["Block"], nn.Linear, nn.Dropout, nn.ModuleList), Kind())
+    layers = dict.fromkeys((of[name] for name in ("LayerSelfAttention", "LayerCrossAttention", "LayerFF")), Kind(True))
+    dense = dict.fromkeys((of["DenseActDense"], of["DenseGatedActDense"]), Kind(True, "act"))
+    others = {
+        of["LayerNorm"]: Kind(True, "variance_epsilon"),
+        of["Attention"]: Kind(True, settings),
         nn.Embedding: Kind(settings="max_norm"),
-        modeling_t5.T5Attention: Kind(
-            True,
-            "config layer_idx n_heads key_value_proj_dim scaling is_decoder has_relative_attention_bias "
-            "relative_attention_num_buckets relative_attention_max_distance",
-        ),
     }
-)
+    return known({**leaves, **layers, **dense, **others})
 
 
 def _plan(stack: Any) -> Ready | None:
     """The plan of a decoder with cross-attention whose modules nobody changed."""
-    blocks, watch = list(stack.block), Watch.of(stack, _KINDS)
+    blocks, kinds = list(stack.block), _kinds(type(stack))
+    watch = None if kinds is None else Watch.of(stack, kinds)
     if watch is None or not blocks or not all_read_tables(stack):
         return None
     if any(len(block.layer) != 3 for block in blocks) or stack.embed_tokens.max_norm is not None:
@@ -277,7 +284,7 @@ def _plan(stack: Any) -> Ready | None:
 def _layer(block: Any) -> DecodeLayer:
     own, cross, feed_forward = block.layer
     attention, other, dense = own.SelfAttention, cross.EncDecAttention, feed_forward.DenseReluDense
-    gated = isinstance(dense, modeling_t5.T5DenseGatedActDense)
+    gated = "wi_0" in dense._modules
     return DecodeLayer(
         attention_norm=norm_of(own.layer_norm),
         query=matrix_of(attention.q),
@@ -301,21 +308,25 @@ def all_read_tables(stack: Any) -> bool:
 
     Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
     """
-    if any(type(block) is not modeling_t5.T5Block for block in stack.block):
+    if any(kin.reason(type(block), "Block") for block in stack.block):
         return False
     attentions = [block.layer[0].SelfAttention for block in stack.block]
     if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
         return False
-    first = attentions[0]
-    embedding = first.relative_attention_bias
+    return has_plain_table(attentions[0])
+
+
+def has_plain_table(attention: Any) -> bool:
+    """Whether the kernels can read this attention's table of biases instead of calling its embedding."""
+    embedding = attention.relative_attention_bias
     weight = embedding.weight
     return (
         type(embedding) is nn.Embedding
         and is_bare(embedding)
         and embedding.max_norm is None
-        and weight.shape[0] == first.relative_attention_num_buckets
+        and weight.shape[0] == attention.relative_attention_num_buckets
         and not is_traceable_wrapper_subclass(weight)
-        and exact_buckets(not first.is_decoder, weight.shape[0]) in range(1, first.relative_attention_max_distance)
+        and exact_buckets(not attention.is_decoder, weight.shape[0]) in range(1, attention.relative_attention_max_distance)
     )
 
 
@@ -324,17 +335,24 @@ def _dense(forward: Forward) -> Adapter:
 
 
 def _attention(module: Any) -> Forward | str:
-    return overridden(module, modeling_t5.T5Attention, "compute_bias", "_relative_position_bucket") or attention
+    kind: Any = next(base for base in type(module).__mro__ if not kin.reason(base, "Attention"))
+    return overridden(module, kind, "compute_bias", "_relative_position_bucket") or attention
 
 
-_PREFIX = "transformers.models.t5.modeling_t5"
-ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.T5LayerNorm": lambda module: norm,
-    f"{_PREFIX}.T5DenseActDense": _dense(dense),
-    f"{_PREFIX}.T5DenseGatedActDense": _dense(gated_dense),
-    f"{_PREFIX}.T5LayerFF": lambda module: feed_forward_layer,
-    f"{_PREFIX}.T5Attention": _attention,
-    f"{_PREFIX}.T5LayerSelfAttention": lambda module: self_attention_layer,
-    f"{_PREFIX}.T5LayerCrossAttention": lambda module: cross_attention_layer,
-    f"{_PREFIX}.T5Stack": lambda module: decoder_stack if module.is_decoder else stack,
-}
+def _stack(module: Any) -> Forward | str:
+    if kin.reason(type(module), "Stack"):  # it differs from T5's, so that a plan cannot stand for it; its layers may be T5's
+        return stack
+    return decoder_stack if module.is_decoder else stack
+
+
+ADAPTERS: dict[str, Adapter] = kin.adapters(
+    {
+        "LayerNorm": lambda module: norm,
+        "DenseActDense": _dense(dense),
+        "DenseGatedActDense": _dense(gated_dense),
+        "LayerFF": lambda module: feed_forward_layer,
+        "Attention": _attention,
+        "LayerSelfAttention": lambda module: self_attention_layer,
+        "LayerCrossAttention": lambda module: cross_attention_layer,
+    }
+) | kin.stacks(_stack)
