@@ -19,8 +19,8 @@ from torch import nn
 from .own_forward import Adapter, Entry, Forward, check_module, give, has_another_forward, is_fused, summary, take_back
 
 # From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
-# table by the full name of a class. It may have adapter_for(module), for classes that the table lacks; LINEAR and ENCODERS, tables
-# for fuse_'s switches; enter(model, wanted) and leave(model), for changes to a model as a whole.
+# table by the full name of a class. It may have adapter_for(module), for classes that the table lacks; LINEAR and ENCODERS,
+# tables for fuse_'s switches; enter(model, wanted) and leave(model), for changes to a model as a whole.
 INTEGRATIONS = {"torch": "torch_nn", "transformers": "transformers"}
 
 
@@ -131,8 +131,8 @@ def _adapters(model: nn.Module, skip_padding: bool, linear: bool) -> dict[str, A
     if linear:
         adapters |= {name: adapter for library in libraries for name, adapter in getattr(library, "LINEAR", {}).items()}
     if skip_padding:
-        encoders = {name: adapter for library in libraries for name, adapter in getattr(library, "ENCODERS", {}).items()}
-        if not any(isinstance(_adapter(module, encoders), Callable) for module in model.modules()):
+        encoders = {name: found for library in libraries for name, found in getattr(library, "ENCODERS", {}).items()}
+        if not any(callable(_adapter(module, encoders)) for module in model.modules()):
             raise ValueError(
                 f"skip_padding is True, but this {type(model).__name__} has no encoder that can leave padding out; it takes "
                 f"False. Known encoders: {', '.join(sorted(name.rpartition('.')[2] for name in encoders)) or 'none'}"

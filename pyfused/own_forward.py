@@ -62,8 +62,10 @@ def check_module(model: Any) -> None:
 
 
 def fused_forward(function: F) -> F:
-    """Marks a function that give() may put on instances. The first line of its docstring is its note in the report. Its attribute
-    `methods`, if it has one, names more such functions, which stand in for the class's methods beside forward."""
+    """Marks a function that give() may put on instances. The first line of its docstring is its note in the report.
+
+    Its attribute `methods`, if it has one, names more such functions, which stand in for the class's methods beside forward.
+    """
     function.__dict__["pyfused_forward"] = True
     return function
 

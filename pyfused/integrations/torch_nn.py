@@ -77,7 +77,9 @@ def _encoder(module: Any) -> Forward | str:
 
 
 LINEAR: dict[str, Adapter] = {  # with fuse_(linear=True)
-    "torch.nn.modules.linear.Linear": lambda module: linear_forward,
+    "torch.nn.modules.linear.Linear": lambda module: (
+        linear_forward if type(module) is nn.Linear else "is of a subclass of nn.Linear"
+    ),
 }
 ADAPTERS: dict[str, Adapter] = {
     "torch.nn.modules.normalization.LayerNorm": _norm(layer_norm_forward),

@@ -4,7 +4,6 @@ fast for the one row of a generation step."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel

@@ -57,7 +57,7 @@ def classes(stack: type, names: str) -> dict[str, Any] | None:
 
 
 @functools.cache
-def reason(kind: type, name: str) -> str:
+def reason(kind: Any, name: str) -> str:
     """Why `kind` is not T5's class of this name under another prefix; "" if it is."""
     base = getattr(modeling_t5, f"T5{name}")
     if kind is base:

@@ -1,7 +1,8 @@
 """How does a padded batch of a transformers encoder cost only its real tokens? fuse_(model, skip_padding=True).
 
-The encoder's own forward runs on one row, (1, T, D), of all real tokens. transformers' arguments for packed texts, cu_seq_lens_q and
-its like, tell every attention layer where a text begins. Nothing else in these encoders looks at more than one token.
+The encoder's own forward runs on one row, (1, T, D), of all real tokens. transformers' arguments for packed texts,
+cu_seq_lens_q and its like, tell every attention layer where a text begins. Nothing else in these encoders looks at more than
+one token.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def t5_encoder(
     given = (encoder_hidden_states, encoder_attention_mask)
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     packing = None
-    if (input_ids is None) != (inputs_embeds is None) and not _more(given, kwargs) and _runs_packed(module, kwargs):
-        if t5.all_read_tables(module) and attention_mask is not None and attention_mask.dim() == 2:
-            packing = _packing(tokens, attention_mask != 0, unbroken=True)  # the bias depends on distances
+    one = (input_ids is None) != (inputs_embeds is None) and attention_mask is not None and attention_mask.dim() == 2
+    if one and not _more(given, kwargs) and _runs_packed(module, kwargs) and t5.all_read_tables(module):
+        packing = _packing(tokens, attention_mask.bool(), unbroken=True)  # the bias counts distances
     if packing is None:
         return t5.stack(module, input_ids, attention_mask, *given, inputs_embeds, **kwargs)
     ids = None if input_ids is None else packing.pack(input_ids)
@@ -63,7 +64,7 @@ def t5_encoder(
 
 
 def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is more than one of an encoder: it has a cache, another model's states, or texts that are packed already."""
+    """Whether a call is more than an encoder's: it has a cache, another model's states, or texts that are packed already."""
     names = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cu_seq_lens_q", "head_mask")
     return any(a is not None for a in args) or any(kwargs.get(name) is not None for name in names)
 
@@ -128,7 +129,7 @@ def _encoder(module: nn.Module) -> Forward | str:
 
 
 def _t5_encoder(module: Any) -> Forward | str:
-    if reason := kin.reason(type(module), "Stack"):
+    if reason := kin.reason(module.__class__, "Stack"):
         return f"skip_padding: {reason}"
     return t5.decoder_stack if module.is_decoder else t5_encoder
 

@@ -6,7 +6,8 @@
     output          norm(dense(x) + residual)
     layer           its feed_forward_chunk is output(act(dense(x)), x)
 
-Dropout may stand behind each product. A fused forward looks its children's names up by class; it reads the children at every call.
+Dropout may stand behind each product. A fused forward looks its children's names up by class, and reads the children at every
+call.
 """
 
 from __future__ import annotations
@@ -68,17 +69,25 @@ _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of a transformers module of a usual shape, or None."""
+    """The adapter of a transformers module of a usual shape, or of one that looks like a feed-forward. None for others."""
     kind: Any = type(module)
-    if not str(getattr(kind.forward, "__module__", "")).startswith("transformers"):  # also transformers_modules, from the hub
+    source = str(getattr(kind.forward, "__module__", ""))
+    if not source.startswith("transformers"):  # or transformers_modules, from the hub
         return None
-    return None if shape_of(module) is None else _forward
+    if shape_of(module) is not None:
+        return _forward
+    products = sum(type(child) is nn.Linear for child in module._modules.values())
+    return _unknown if products > 1 and "Attention" not in kind.__name__ else None
+
+
+def _unknown(module: nn.Module) -> str:
+    return "of no shape that fuse_ knows"
 
 
 def _forward(module: nn.Module) -> Forward | str:
     shape = shape_of(module)
     if shape != _find(module):
-        return "its forward depends on settings in which it differs from other modules of its class"
+        return "its settings differ from those of other modules of its class"
     if isinstance(shape, FeedForward | Layer):
         holder: Any = module if isinstance(shape, FeedForward) else module._modules[shape.inner]
         if reason := activation_reason(holder._modules[shape.activation]):
@@ -137,7 +146,9 @@ def _feed_forward(module: nn.Module, found: Any) -> FeedForward | None:
         activation, found = _child(found)
         found, more = _behind_dropout(module, found)
         inner, x = _product(module, found)
-        return FeedForward(inner, outer, activation, None, dropouts + more) if inner and x == _X and activation else None
+        return (
+            FeedForward(inner, outer, activation, None, dropouts + more) if inner and x == _X and activation else None
+        )
     if found.name != "mul" or not all(isinstance(f, Op) for f in found.args):
         return None
     for first, up in (found.args, found.args[::-1]):

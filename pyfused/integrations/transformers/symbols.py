@@ -1,8 +1,8 @@
 """What does a module's forward compute? It runs once on symbols instead of tensors, which write down what is done to them.
 
-Nothing is computed, and neither the module nor torch is touched: the class's forward gets a stand-in for `self`. Its children and
-parameters are symbols too; everything else is the module's own. A forward that looks at the values or sizes of its input has no
-trace. A change of dtype is no operation: a symbol knows its dtype instead.
+Nothing is computed, and neither the module nor torch is touched: the class's forward gets a stand-in for `self`. Its children
+and parameters are symbols too; everything else is the module's own. A forward that looks at the values or sizes of its input
+has no trace. A change of dtype is no operation: a symbol knows its dtype instead.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import nn
 class Op(NamedTuple):
     """One operation: its name, and its arguments, which are operations, numbers or other plain objects.
 
-    Names: "input" (the place among the arguments), "parameter" (its name), "child" (its name, then its arguments), "setting" (the
-    attribute that holds a number, then the number), "part" (of what, which), else a method of tensors or a function of torch. The
-    arguments of "add" and "mul" are sorted.
+    Names: "input" (the place among the arguments), "parameter" (its name), "child" (its name, then its arguments), "setting"
+    (the attribute that holds a number, then the number), "part" (of what, which, of how many), else a method of tensors or a
+    function of torch. The arguments of "add" and "mul" are sorted.
     """
 
     name: str
@@ -118,6 +118,11 @@ def _plain(value: Any) -> Any:
 class _Setting(float):
     """A number that knows which attribute of the module holds it."""
 
+    def __new__(cls, value: float, name: str) -> _Setting:
+        made = super().__new__(cls, value)
+        made.name = name
+        return made
+
     name: str
 
 
@@ -130,18 +135,14 @@ class _Self:
     def __getattr__(self, name: str) -> Any:
         module = self._of
         if name in module._parameters:
-            found = None if module._parameters[name] is None else _Symbol(Op("parameter", (name,)), self._dtype)
-        elif name in module._modules:
-            found = None if module._modules[name] is None else _Child(name, self._dtype)
-        elif name in vars(module):
-            found = vars(module)[name]
-            if type(found) is float:
-                found = _Setting(found)
-                found.name = name
-        else:
-            found = getattr(type(module), name)
-            found = types.MethodType(found, self) if isinstance(found, types.FunctionType) else found
-        return found
+            return None if module._parameters[name] is None else _Symbol(Op("parameter", (name,)), self._dtype)
+        if name in module._modules:
+            return None if module._modules[name] is None else _Child(name, self._dtype)
+        if name in vars(module):
+            value = vars(module)[name]
+            return _Setting(value, name) if type(value) is float else value
+        found = getattr(type(module), name)
+        return types.MethodType(found, self) if isinstance(found, types.FunctionType) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise _Untraceable(name)

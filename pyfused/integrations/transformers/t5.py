@@ -24,9 +24,9 @@ from ...ops import RelativeBias, ffn, gated_ffn, linear, rms_norm
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
+from . import kin
 from .activations import activation_reason, kernel_activation
 from .config import NAME
-from . import kin
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
 from .unchanged import Kind, Kinds, Watch, known
@@ -226,9 +226,12 @@ def _one_token(
 
 
 @functools.cache
-def _kinds(stack: type) -> Kinds | None:
+def _kinds(stack: Any) -> Kinds | None:
     """What a plan knows of the classes below a stack. None if they are not T5's under other names."""
-    of = kin.classes(stack, "Block Attention LayerNorm LayerSelfAttention LayerCrossAttention LayerFF DenseActDense DenseGatedActDense")
+    of = kin.classes(
+        stack,
+        "Block Attention LayerNorm LayerSelfAttention LayerCrossAttention LayerFF DenseActDense DenseGatedActDense",
+    )
     if of is None:
         return None
     settings = (
@@ -248,7 +251,7 @@ def _kinds(stack: type) -> Kinds | None:
 
 def _plan(stack: Any) -> Ready | None:
     """The plan of a decoder with cross-attention whose modules nobody changed."""
-    blocks, kinds = list(stack.block), _kinds(type(stack))
+    blocks, kinds = list(stack.block), _kinds(stack.__class__)
     watch = None if kinds is None else Watch.of(stack, kinds)
     if watch is None or not blocks or not all_read_tables(stack):
         return None
@@ -308,7 +311,7 @@ def all_read_tables(stack: Any) -> bool:
 
     Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
     """
-    if any(kin.reason(type(block), "Block") for block in stack.block):
+    if any(kin.reason(block.__class__, "Block") for block in stack.block):
         return False
     attentions = [block.layer[0].SelfAttention for block in stack.block]
     if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
@@ -326,7 +329,8 @@ def has_plain_table(attention: Any) -> bool:
         and embedding.max_norm is None
         and weight.shape[0] == attention.relative_attention_num_buckets
         and not is_traceable_wrapper_subclass(weight)
-        and exact_buckets(not attention.is_decoder, weight.shape[0]) in range(1, attention.relative_attention_max_distance)
+        and exact_buckets(not attention.is_decoder, weight.shape[0])
+        in range(1, attention.relative_attention_max_distance)
     )
 
 
@@ -340,7 +344,7 @@ def _attention(module: Any) -> Forward | str:
 
 
 def _stack(module: Any) -> Forward | str:
-    if kin.reason(type(module), "Stack"):  # it differs from T5's, so that a plan cannot stand for it; its layers may be T5's
+    if kin.reason(module.__class__, "Stack"):  # a plan stands for T5's alone; the layers may be T5's
         return stack
     return decoder_stack if module.is_decoder else stack
 

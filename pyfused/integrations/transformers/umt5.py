@@ -1,4 +1,4 @@
-"""What does fuse_ replace in transformers' UMT5? Its attention: every layer has a table of position biases, which the kernel reads."""
+"""What does fuse_ replace in transformers' UMT5? Its attention: the kernel reads the table of biases that every layer has."""
 
 from __future__ import annotations
 

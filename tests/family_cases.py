@@ -1,0 +1,83 @@
+"""Which families of transformers models do the tests fuse, as tiny models? docs/guides/families.md lists them."""
+
+import torch
+import transformers as hf
+from hf_cases import BART, BERT, DECODER, DISTILBERT, IDS, NO_DROPOUT, T5, VOCABULARY, WIDTHS
+
+PICTURE = {**WIDTHS, "image_size": 32, "patch_size": 8}
+SPEECH = {**IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "dropout": 0.0,
+          "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1}  # fmt: skip
+OPT = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
+HEADS = {**DECODER, "head_dim": 8}
+SWITCH = {
+    **T5,
+    "num_decoder_layers": 2,
+    "num_experts": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+}
+
+
+def tokens(*shape):
+    return torch.randint(3, VOCABULARY, shape)
+
+
+def text():
+    return {"input_ids": tokens(2, 9)}
+
+
+def pair():
+    return {"input_ids": tokens(2, 9), "decoder_input_ids": tokens(2, 7), "use_cache": False}
+
+
+def picture():
+    return {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def speech():
+    return {"input_features": torch.randn(2, 80, 40), "decoder_input_ids": tokens(2, 7), "use_cache": False}
+
+
+# Name in the documents -> (a tiny model, its inputs)
+FAMILIES = {
+    "BERT": (lambda: hf.BertModel(hf.BertConfig(**BERT)), text),
+    "RoBERTa": (lambda: hf.RobertaModel(hf.RobertaConfig(**BERT)), text),
+    "XLM-RoBERTa": (lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**BERT)), text),
+    "CamemBERT": (lambda: hf.CamembertModel(hf.CamembertConfig(**BERT)), text),
+    "ELECTRA": (lambda: hf.ElectraModel(hf.ElectraConfig(**BERT, embedding_size=16)), text),
+    "DistilBERT": (lambda: hf.DistilBertModel(hf.DistilBertConfig(**DISTILBERT, dropout=0.0)), text),
+    "MPNet": (lambda: hf.MPNetModel(hf.MPNetConfig(**BERT)), text),
+    "DeBERTa v2": (lambda: hf.DebertaV2Model(hf.DebertaV2Config(**BERT)), text),
+    "ModernBERT": (lambda: hf.ModernBertModel(hf.ModernBertConfig(**IDS, **WIDTHS)), text),
+    "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**PICTURE, **NO_DROPOUT)), picture),
+    "CLIP, vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**PICTURE)), picture),
+    "SigLIP, vision": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**PICTURE)), picture),
+    "Whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**SPEECH, max_source_positions=20)), speech),
+    "BART": (lambda: hf.BartModel(hf.BartConfig(**BART)), pair),
+    "Marian": (lambda: hf.MarianModel(hf.MarianConfig(**BART, decoder_start_token_id=1)), pair),
+    "OPT": (lambda: hf.OPTModel(hf.OPTConfig(**OPT, max_position_embeddings=40, word_embed_proj_dim=32)), text),
+    "Llama": (lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER)), text),
+    "Mistral": (lambda: hf.MistralModel(hf.MistralConfig(**DECODER)), text),
+    "Qwen2": (lambda: hf.Qwen2Model(hf.Qwen2Config(**DECODER)), text),
+    "Qwen3": (lambda: hf.Qwen3Model(hf.Qwen3Config(**HEADS)), text),
+    "Gemma": (lambda: hf.GemmaModel(hf.GemmaConfig(**HEADS)), text),
+    "Phi-3": (lambda: hf.Phi3Model(hf.Phi3Config(**DECODER)), text),
+    "OLMo 2": (lambda: hf.Olmo2Model(hf.Olmo2Config(**DECODER)), text),
+    "GPT-NeoX": (lambda: hf.GPTNeoXModel(hf.GPTNeoXConfig(**IDS, **WIDTHS)), text),
+    "T5": (lambda: hf.T5Model(hf.T5Config(**T5)), pair),
+    "mT5": (lambda: hf.MT5Model(hf.MT5Config(**T5)), pair),
+    "UMT5": (lambda: hf.UMT5Model(hf.UMT5Config(**T5)), pair),
+    "Switch Transformers": (lambda: hf.SwitchTransformersModel(hf.SwitchTransformersConfig(**SWITCH)), pair),
+    "LongT5": (lambda: hf.LongT5Model(hf.LongT5Config(**T5)), pair),
+}
+
+
+def summary(report):
+    """A family's row: the operators in use, and what was left with its reason."""
+    operators = ("attention", "rms_norm", "layer_norm", "gated_ffn", "ffn", "linear", "decode")
+    words = " ".join(entry.note.replace(".", " ").replace(",", " ") for entry in report.replaced).split()
+    used = [name for name in operators if name in words]
+    if any("relative position" in entry.note for entry in report.replaced):
+        used[used.index("attention")] = "attention with T5's bias"
+    left = sorted({f"{entry.kind}: {entry.note}" for entry in report.left})
+    return ", ".join(used), "; ".join(left)

@@ -1,0 +1,214 @@
+"""Are transformers models of many families right after fuse_, and is each fused as far as the documents say?"""
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from family_cases import FAMILIES, summary, text
+from fused_pairs import Trio
+from hf_cases import BERT, DECODER, T5, livened, tokens
+from torch import nn
+
+import pyfused
+from pyfused.integrations.transformers import shapes
+from pyfused.own_forward import is_fused
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "families.md"
+EAGER_IN_FLOAT32 = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi-3", "OLMo 2", "GPT-NeoX")
+
+
+@functools.cache
+def family(name):
+    make, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    return livened(make())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs(name):
+    trio = Trio(copy.deepcopy(family(name)))
+    assert trio.report.replaced
+    trio.check(**FAMILIES[name][1]())
+
+
+@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT"])
+def test_gradients(name):
+    torch.manual_seed(1)
+    trio = Trio(copy.deepcopy(family(name)))
+    trio.check_gradients(lambda output: output[0].square().mean(), **FAMILIES[name][1]())
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "Gemma", "GPT-NeoX", "UMT5"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    trio = Trio(copy.deepcopy(family(name)), dtype=dtype)
+    trio.check(**FAMILIES[name][1]())
+
+
+def test_the_page_of_families():
+    """Prints the page's rows when they differ: paste them."""
+    rows = []
+    for name in FAMILIES:
+        model = copy.deepcopy(family(name))
+        used, left = summary(pyfused.fuse_(model))
+        rows.append(f"| {name} | {used} | {left or '-'} |")
+    written = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert written == rows, "\n" + "\n".join(rows)
+
+
+class Tomorrow(nn.Module):
+    """A feed-forward of no usual shape, as if transformers had it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(8, 16), nn.Linear(16, 8), nn.GELU()
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)) * 2.0)
+
+
+class Usual(Tomorrow):
+    def forward(self, hidden):
+        return self.down(self.act(self.up(hidden)))
+
+
+class LooksAtValues(Tomorrow):
+    def forward(self, x):
+        if x.sum() > 0:
+            return self.down(self.act(self.up(x)))
+        return x
+
+
+class WritesItself(Tomorrow):
+    def forward(self, x):
+        self.seen = x
+        return self.down(self.act(self.up(x)))
+
+
+class Doubled(nn.Module):
+    """An RMS norm with two of its parts in another order, and one that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-3
+
+    def forward(self, x):
+        return self.weight * (torch.rsqrt(self.eps + x.float().pow(2).mean(-1, keepdim=True)) * x.float()).type_as(x)
+
+
+class NoNorm(Doubled):
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + self.eps))
+
+
+class TooWide(Doubled):
+    """Its result stays in float32."""
+
+    def forward(self, x):
+        x = x.float()
+        return self.weight.float() * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [
+        (Tomorrow, False),
+        (Usual, True),
+        (LooksAtValues, False),
+        (WritesItself, False),
+        (Doubled, True),
+        (NoNorm, False),
+        (TooWide, False),
+    ],
+)
+def test_a_class_that_transformers_adds_tomorrow(kind, fused, monkeypatch):
+    monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
+    model = nn.Sequential(kind())
+    model.append(
+        hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8}))
+    )  # the library is in use
+    before = dict(vars(model[0]))
+    x = torch.randn(3, 8)
+    expected = model[0](x)
+    report = pyfused.fuse_(model)
+    assert is_fused(model[0]) == fused
+    assert set(vars(model[0])) - {"seen"} == set(before) - {"seen"}
+    if not fused and kind not in (NoNorm, TooWide):
+        assert [entry.note for entry in report.left if entry.name == "0"] == ["of no shape that fuse_ knows"]
+    torch.testing.assert_close(model[0](x), expected)
+
+
+def test_classes_of_others_are_left():
+    model = nn.Sequential(Usual(), hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8})))
+    assert "0" not in {entry.name for entry in pyfused.fuse_(model).replaced}
+
+
+def test_changes_after_fusing_count():
+    """Children are read at each call: another activation, LoRA's subclasses, hooks, dropout in training."""
+    model = livened(hf.LlamaModel(hf.LlamaConfig(**DECODER)))
+    mlp, x = model.layers[0].mlp, torch.randn(2, 3, 32)
+    pyfused.fuse_(model)
+    before = mlp(x)
+    mlp.act_fn = nn.Sigmoid()
+    plain = mlp.down_proj(torch.sigmoid(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), plain)
+    assert not torch.allclose(before, plain)
+    seen = []
+    mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    mlp(x)
+    assert seen == [1]
+    norm = model.norm
+    norm.variance_epsilon = 10.0
+    torch.testing.assert_close(norm(x), type(norm).forward(norm, x))
+
+
+def test_copies_and_pickles_of_a_layer():
+    model = livened(hf.BertModel(hf.BertConfig(**BERT)))
+    pyfused.fuse_(model)
+    x = text()
+    expected = model(**x)[0]
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        shapes._shapes.clear()  # as in a new process
+        assert is_fused(clone.encoder.layer[0])
+        torch.testing.assert_close(clone(**x)[0], expected, rtol=0, atol=0)
+    pyfused.unfuse_(model)
+    assert not any("feed_forward_chunk" in vars(m) for m in model.modules())
+
+
+def test_dropout_in_training():
+    config = hf.BertConfig(**{**BERT, "hidden_dropout_prob": 0.5})
+    fused, plain = (hf.BertModel(config).train() for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    pyfused.fuse_(fused)
+    x, outputs = text(), []
+    for model in (fused, plain):
+        torch.manual_seed(3)
+        outputs.append(model.encoder.layer[0].output(torch.ones(2, 3, 48), torch.ones(2, 3, 32)))
+    torch.testing.assert_close(*outputs)
+    assert fused(**x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["MT5", "UMT5", "SwitchTransformers"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate(kind, beams):
+    torch.manual_seed(2)
+    config = getattr(hf, f"{kind}Config")(**T5, num_decoder_layers=2, decoder_start_token_id=0)
+    model = livened(getattr(hf, f"{kind}ForConditionalGeneration")(config))
+    ids = tokens(2, 140)  # beyond the last bucket
+    mask = torch.ones_like(ids)
+    mask[1, 90:] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": beams, "do_sample": False}
+    expected = model.generate(ids, **options)
+    pyfused.fuse_(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_umt5_makes_no_dense_bias(monkeypatch):
+    model = livened(hf.UMT5EncoderModel(hf.UMT5Config(**T5)))
+    pyfused.fuse_(model)
+    monkeypatch.setattr(type(model.encoder.block[0].layer[0].SelfAttention), "compute_bias", None)
+    model(input_ids=tokens(2, 9))
