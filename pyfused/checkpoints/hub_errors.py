@@ -45,10 +45,15 @@ _BROKEN = {
     "ReadError",
     "ContentDecodingError",
 }
-_UNREACHABLE = {
-    "ConnectError", "ConnectionError", "ConnectTimeout", "Timeout", "TimeoutException", "ReadTimeout", "NetworkError",
-    "ProxyError", "SSLError",
-}  # fmt: skip
+_SILENT = {"ReadTimeout", "ReadTimeoutError"}
+_UNREACHABLE = _SILENT | {
+    "ConnectError",
+    "ConnectionError",
+    "Timeout",
+    "TimeoutException",
+    "NetworkError",
+    "ProxyError",
+}
 _AGAIN = "run it again; the files that are complete are kept"
 
 
@@ -151,6 +156,10 @@ _ADVICE: tuple[tuple[Callable[[Failure], bool], Callable[[Failure, Service], str
     (
         lambda f: bool(f.names & _BROKEN),
         lambda f, s: f"the connection to {s.place} broke off in the middle of a file: {_AGAIN}",
+    ),
+    (
+        lambda f: bool(f.names & _SILENT) or "Read timed out" in f.text,
+        lambda f, s: f"{s.place} stopped answering: {_AGAIN}",
     ),
     (
         lambda f: bool(f.names & _UNREACHABLE),

@@ -6,6 +6,7 @@ A version that is marked is used without the client, so without a network.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -132,26 +133,49 @@ def _calm() -> Iterator[None]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Inside the block the client waits for an answer as long as in resumed downloads. Its own session waits for ever."""
+    """Inside the block the client waits for an answer only as long as in resumed downloads, not for ever, and resumes only files
+    that it verifies in the end."""
     http, clients = sys.modules.get("kagglesdk.kaggle_http_client"), sys.modules.get("kagglehub.clients")
     seconds = tuple(getattr(clients, f"DEFAULT_{which}_TIMEOUT", 15) for which in ("CONNECT", "READ"))
 
-    def limited(begin: Any) -> Any:
+    def begins(begin: Any) -> Any:
         def begun(client: Any) -> Any:
             fresh = client._session is None
             result = begin(client)
             if fresh and client._session is not None:
-                send = client._session.send
-                client._session.send = lambda request, **options: send(
-                    request, **{**options, "timeout": options.get("timeout") or seconds}
-                )
+                client._session.send = partial(_send, client._session.send, seconds)
             return result
 
         return begun
 
     with ExitStack() as undo:
-        _replace(undo, getattr(http, "KaggleHttpClient", None), "_init_session", limited)
+        _replace(undo, getattr(http, "KaggleHttpClient", None), "_init_session", begins)
         yield
+
+
+def _send(send: Any, seconds: tuple[float, ...], request: Any, **options: Any) -> Any:
+    response = send(request, **{**options, "timeout": options.get("timeout") or seconds})
+    left = _left_of(request)
+    if left is not None and (left >= int(response.headers.get("Content-Length", 0)) or not _has_sum(response)):
+        response.headers.pop("Accept-Ranges", None)  # so the client begins with the first byte
+    return response
+
+
+def _has_sum(response: Any) -> bool:
+    return "md5=" in response.headers.get("x-goog-hash", "")
+
+
+def _left_of(request: Any) -> int | None:
+    """How many bytes an earlier download left of what is asked for; None if nothing is left, or this asks for no file."""
+    try:
+        asked = json.loads(request.body or "{}")
+        owner, model, variation = (asked[f"{part}Slug"] for part in ("owner", "model", "instance"))
+    except (ValueError, KeyError, TypeError):
+        return None
+    version, file = asked.get("versionNumber"), asked.get("path")
+    inside = f"{variation}/{version}/{file}" if file else f"{variation}/{version}.archive"
+    found = (framework / inside for framework in _root(f"{owner}/{model}").glob("*"))
+    return next((path.stat().st_size for path in found if path.is_file()), None)
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, change: Any) -> None:
