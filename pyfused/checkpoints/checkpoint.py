@@ -69,6 +69,17 @@ class Checkpoint:
             return keras.policy_dtypes(stated, self.directory / _CONFIG)[1]
         return self.dtype
 
+    def config_with(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor arguments, some of them replaced. KerasHub's T5 has one argument for the layers of both stacks: so an
+        argument that only pyfused has follows the one that it is equal to."""
+        follows = getattr(load(FAMILIES[self.model].checkpoint), "FOLLOWS", {})
+        led = {
+            name: overrides[leader]
+            for name, leader in follows.items()
+            if leader in overrides and self.config[name] == self.config[leader]
+        }
+        return self.config | led | dict(overrides)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by its pyfused name."""

@@ -133,8 +133,8 @@ def _calm() -> Iterator[None]:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Inside the block the client waits for an answer only as long as in resumed downloads, not for ever, and resumes only files
-    that it verifies in the end."""
+    """Inside the block the client waits for an answer as long as in resumed downloads, not for ever, and resumes only what it
+    verifies in the end."""
     http, clients = sys.modules.get("kagglesdk.kaggle_http_client"), sys.modules.get("kagglehub.clients")
     seconds = tuple(getattr(clients, f"DEFAULT_{which}_TIMEOUT", 15) for which in ("CONNECT", "READ"))
 

@@ -189,7 +189,7 @@ class Backbone(nn.Module, ABC):
         if skip_padding and kind.texts[0][1] is None:
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
-        config = checkpoint.config | overrides | {"dtype": variable}
+        config = checkpoint.config_with(overrides) | {"dtype": variable}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
             with place, _Uninitialised() if place.type == "meta" else nullcontext():
