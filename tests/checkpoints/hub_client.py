@@ -24,14 +24,15 @@ def main(kaggle_endpoint: str) -> None:
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(seconds / 100)
 
-    from pyfused.checkpoints import resolve_preset
+    from pyfused.checkpoints import quiet, resolve_preset
 
     answers = sys.stdout
     for line in sys.stdin:
         asked = json.loads(line)
         constants.HF_HUB_OFFLINE = asked["offline"]  # as the variable of this name would set it
         out, began = io.StringIO(), time.monotonic()
-        with contextlib.redirect_stdout(out), warnings.catch_warnings(record=True) as caught:
+        silence = quiet() if asked["quiet"] else contextlib.nullcontext()
+        with silence, contextlib.redirect_stdout(out), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 answer = {"directory": str(resolve_preset(asked["preset"], asked["want"]))}

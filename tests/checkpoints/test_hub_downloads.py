@@ -3,11 +3,17 @@
 They talk to tests/checkpoints/hub_server.py, in processes of their own (hub_client.py).
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,24 +29,26 @@ SECONDS = 20  # nothing may hang longer; all of it takes less than two
 class Client:
     """A process that downloads."""
 
-    def __init__(self, home: Path, hugging_face: str, kaggle: str, **environment: str):
+    def __init__(self, home: Path, hugging_face: str, kaggle: str, errors: int = subprocess.PIPE):
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "hub_client.py"), kaggle],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             env=kept | {
                 "HOME": str(home), "HF_HOME": str(home / "hugging_face"), "KAGGLEHUB_CACHE": str(home / "kaggle"),
                 "HF_ENDPOINT": hugging_face, "KAGGLE_API_ENVIRONMENT": "LOCALHOST", "HF_HUB_DISABLE_XET": "1",
                 "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "*", "OMP_NUM_THREADS": "1", **environment,
+                "NO_PROXY": "*", "OMP_NUM_THREADS": "1",
             },
         )  # fmt: skip
 
-    def ask(self, preset: str, want: str = "weights", *, offline: bool = False) -> dict:
-        self.process.stdin.write(json.dumps({"preset": preset, "want": want, "offline": offline}) + "\n")
+    def ask(self, preset: str, want: str = "weights", *, offline: bool = False, quiet: bool = False) -> dict:
+        self.process.stdin.write(
+            json.dumps({"preset": preset, "want": want, "offline": offline, "quiet": quiet}) + "\n"
+        )
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or json.dumps({"error": self.process.stderr.read()}))
+        answer = json.loads(self.process.stdout.readline())
         assert answer["stdout"] == ""
         assert answer["seconds"] < SECONDS
         return answer
@@ -59,8 +67,9 @@ class Client:
 
     def close(self):
         self.process.stdin.close()
-        errors = self.process.stderr.read()
+        errors = self.process.stderr.read() if self.process.stderr else ""
         self.process.wait(SECONDS)
+        self.process.stdout.close()
         assert errors == ""  # no bars and no logs where stderr is no terminal
 
 
@@ -244,3 +253,33 @@ def test_published_names(client, unplugged, server, golden, same):
     said = client.refusal("gpt2_medium_en")
     assert said.startswith("preset 'gpt2_medium_en', kaggle://keras/gpt2/keras/gpt2_medium_en/3: cannot be downloaded")
     assert said.endswith("The same weights are at hf://openai-community/gpt2-medium")
+
+
+def test_progress_on_a_terminal(home, server, golden):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # bars need some room
+    client, written = Client(home, server.url, server.url, theirs), []
+    os.close(theirs)
+
+    def read():
+        with contextlib.suppress(OSError):  # the end
+            while piece := os.read(ours, 4096):
+                written.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number, quiet in enumerate((False, True, False)):
+        server.models[f"tests/bars{number}"] = Model(files(golden / "ckpt" / "hf_gpt2"))
+        server.models[f"tests/bars{number}/keras/small"] = Model(files(golden / "ckpt" / "keras_gpt2_task"))
+        client.fetch(f"hf://tests/bars{number}", quiet=quiet)
+        client.fetch(f"kaggle://tests/bars{number}/keras/small/3", quiet=quiet)
+    client.close()
+    reader.join(SECONDS)
+    os.close(ours)
+    before, *parts = b"".join(written).decode(errors="replace").split("pyfused: fetching ")
+    assert before == ""
+    places = ("hf://tests/bars0", "kaggle://tests/bars0", "hf://tests/bars2", "kaggle://tests/bars2")
+    assert len(parts) == len(places)
+    for part, place in zip(parts, places):
+        assert part.startswith(place)
+        assert "100%|" in part
