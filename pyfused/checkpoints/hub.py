@@ -31,8 +31,6 @@ _FILES: dict[Want, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-_noted: set[str] = set()
-
 
 def is_handle(preset: str) -> bool:
     """Whether it begins as a hub's handle does."""
@@ -77,9 +75,7 @@ def fetch_published(family: Family, preset: Preset, want: Want) -> Path:
                 f"preset {preset.name!r} has to be downloaded: {handle} needs Kaggle's client, kagglehub{either}: "
                 f"pip install 'pyfused[hub]'"
             )
-        if other not in _noted:
-            _noted.add(other)
-            note(f"preset {preset.name!r} is taken from {other}, since Kaggle's client, kagglehub, is not installed")
+        note(f"preset {preset.name!r} is taken from {other}, since Kaggle's client, kagglehub, is not installed")
         handle, other = other, None
     try:
         return fetch(handle, want)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +22,7 @@ from pyfused.checkpoints.hub_errors import Service, describe, failure
 
 PREFIX = "hf://"
 _HANDLE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?")
+_alone = threading.Lock()  # the client logs less during a download, which two threads could not undo in turn
 _RESTARTS = 5  # of one file from its first byte, by a server that breaks off and cannot resume
 
 
@@ -59,7 +61,7 @@ def download(handle: str, patterns: Iterable[str]) -> Path:
             return super().update(n)
 
     try:
-        with _calm():
+        with _alone, _calm():
             path = hub.snapshot_download(repo_id=repo, revision=revision, allow_patterns=list(patterns), tqdm_class=Bar)
     except Exception as error:
         raise ValueError(f"{handle}: cannot be downloaded: {describe(failure(error), _service())}") from error

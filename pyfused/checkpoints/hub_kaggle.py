@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from pyfused.checkpoints.files import note
 from pyfused.checkpoints.hub_errors import Failure, Service, describe, failure, unreachable
 
 PREFIX = "kaggle://"
+_alone = threading.Lock()  # the client is changed during a download, which two threads could not undo in turn
 _SERVICE = Service(
     "Kaggle",
     "kaggle.com",
@@ -57,7 +59,7 @@ def download(handle: str, names: Iterable[str] | None) -> Path:
         raise ImportError(f"{handle} needs Kaggle's client, kagglehub: pip install 'pyfused[hub]'") from error
     full = f"{name}/{version}" if version else name
     try:
-        with _calm(), _bounded():
+        with _alone, _calm(), _bounded():
             return _get(hub, full, None) if names is None else _some(hub, full, names)
     except _Failed as failed:
         what = failed.what
