@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Preset(NamedTuple):
-    """A preset published by KerasHub 0.32."""
-
-    name: str
-    version: int
-    description: str
-    parameters: int  # the count in its metadata
-    hf_repo: str | None  # the Hugging Face repository with the same weights, if any
+from . import published
+from .published import Preset
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Family:
     adapters: the table that fuse_ uses for transformers' classes; None if there is none.
     keras_name: the prefix of KerasHub's classes: <keras_name>Backbone, <keras_name>Tokenizer.
     kaggle_name: the model's name on Kaggle.
-    presets: the published presets.
+    presets: the published presets; see published.py.
     hf_types: the `model_type`s with this model's classes and tensors.
     hf_classes: from the prefix of transformers' class names to the model_type of such a class.
     hf_options: options that only this model's configurations have together. They identify a configuration without a model_type.
@@ -73,15 +66,7 @@ _ROWS = (
         adapters="pyfused.integrations.transformers.gpt2:ADAPTERS",
         keras_name="GPT2",
         kaggle_name="gpt2",
-        presets=(
-            Preset("gpt2_base_en", 3, "12 layers, English", 124_439_808, "openai-community/gpt2"),
-            Preset(
-                "gpt2_base_en_cnn_dailymail", 3, "12 layers, English, fine-tuned to summarise news", 124_439_808, None
-            ),
-            Preset("gpt2_medium_en", 3, "24 layers, English", 354_823_168, "openai-community/gpt2-medium"),
-            Preset("gpt2_large_en", 3, "36 layers, English", 774_030_080, "openai-community/gpt2-large"),
-            Preset("gpt2_extra_large_en", 3, "48 layers, English", 1_557_611_200, "openai-community/gpt2-xl"),
-        ),
+        presets=published.GPT2,
         hf_types=("gpt2",),
         hf_classes={"GPT2": "gpt2"},
         hf_options=frozenset({"n_embd", "n_head", "n_layer"}),
@@ -94,16 +79,7 @@ _ROWS = (
         adapters="pyfused.integrations.transformers.albert:ADAPTERS",
         keras_name="Albert",
         kaggle_name="albert",
-        presets=(
-            Preset("albert_base_en_uncased", 5, "12 layers, English without case", 11_683_584, "albert/albert-base-v2"),
-            Preset(
-                "albert_large_en_uncased", 3, "24 layers, English without case", 17_683_968, "albert/albert-large-v2"
-            ),
-            Preset("albert_extra_large_en_uncased", 3, "24 layers, wider", 58_724_864, "albert/albert-xlarge-v2"),
-            Preset(
-                "albert_extra_extra_large_en_uncased", 3, "12 layers, widest", 222_595_584, "albert/albert-xxlarge-v2"
-            ),
-        ),
+        presets=published.ALBERT,
         hf_types=("albert",),
         hf_classes={"Albert": "albert"},
         hf_options=frozenset({"embedding_size", "num_hidden_groups"}),
@@ -117,21 +93,7 @@ _ROWS = (
         adapters="pyfused.integrations.transformers.t5:ADAPTERS",
         keras_name="T5",
         kaggle_name="t5",
-        # T5 1.1's configurations at Keras ask for GELU with erf, those at Hugging Face for GELU with tanh. Each is loaded as it
-        # says; the outputs differ by less than 1%.
-        presets=(
-            Preset("t5_small_multi", 3, "6 layers", 60_506_624, "google-t5/t5-small"),
-            Preset("t5_base_multi", 3, "12 layers", 222_903_552, "google-t5/t5-base"),
-            Preset("t5_large_multi", 3, "24 layers", 737_668_096, "google-t5/t5-large"),
-            Preset("t5_1.1_small", 2, "T5 1.1, 8 layers", 60_511_616, "google/t5-v1_1-small"),
-            Preset("t5_1.1_base", 2, "T5 1.1, 12 layers", 247_577_856, "google/t5-v1_1-base"),
-            Preset("t5_1.1_large", 2, "T5 1.1, 24 layers", 750_251_008, "google/t5-v1_1-large"),
-            Preset("t5_1.1_xl", 2, "T5 1.1, 24 layers, wider", 2_849_757_184, "google/t5-v1_1-xl"),
-            Preset("t5_1.1_xxl", 2, "T5 1.1, 24 layers, widest", 11_135_332_352, "google/t5-v1_1-xxl"),
-            Preset("flan_small_multi", 3, "Flan-T5, 8 layers", 76_961_152, "google/flan-t5-small"),
-            Preset("flan_base_multi", 3, "Flan-T5, 12 layers", 247_577_856, "google/flan-t5-base"),
-            Preset("flan_large_multi", 3, "Flan-T5, 24 layers", 783_150_080, "google/flan-t5-large"),
-        ),
+        presets=published.T5,
         hf_types=("t5", "mt5"),
         hf_classes={"T5": "t5", "MT5": "mt5", "UMT5": "umt5"},
         hf_options=frozenset({"d_model", "d_kv", "d_ff"}),
@@ -146,10 +108,7 @@ _ROWS = (
         adapters="pyfused.integrations.transformers.fnet:ADAPTERS",
         keras_name="FNet",
         kaggle_name="f_net",
-        presets=(
-            Preset("f_net_base_en", 3, "12 layers, English", 82_861_056, "google/fnet-base"),
-            Preset("f_net_large_en", 3, "24 layers, English", 236_945_408, "google/fnet-large"),
-        ),
+        presets=published.FNET,
         hf_types=("fnet",),
         hf_classes={"FNet": "fnet"},
         hf_options=frozenset({"tpu_short_seq_length"}),

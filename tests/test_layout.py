@@ -18,7 +18,8 @@ LATE = {
     "pyfused/ops/__init__.py",  # the operators' own files
     "pyfused/extensions.py",  # the compiled ones
     "pyfused/compile_ahead.py",  # a Triton kernel that was noted down
-    "pyfused/checkpoints/presets.py",  # clients of the hubs
+    "pyfused/checkpoints/hub_hugging_face.py",  # the client of a hub
+    "pyfused/checkpoints/hub_kaggle.py",  # the same
     "pyfused/bench/run.py",  # benchmarks/
     "pyfused/testing/triton_compile.py",  # the kernels whose code is looked at
 }

@@ -6,6 +6,7 @@ checkpoint.load_into(module)                                 # or: for name, ten
 
 from pyfused.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pyfused.checkpoints.presets import presets_of, resolve_preset
+from pyfused.checkpoints.progress import quiet
 from pyfused.checkpoints.save import save_hf
 from pyfused.checkpoints.tokenizer_stream import StreamDecoder
 
@@ -14,6 +15,7 @@ __all__ = [
     "StreamDecoder",
     "open_checkpoint",
     "presets_of",
+    "quiet",
     "resolve_preset",
     "save_hf",
 ]

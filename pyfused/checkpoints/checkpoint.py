@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfused.checkpoints import hf, keras
+from pyfused.checkpoints import hf, keras, progress
 from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
-from pyfused.checkpoints.presets import resolve_preset
+from pyfused.checkpoints.presets import published_config, resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
 from pyfused.families import FAMILIES, load, of_hf_type
 
@@ -33,7 +33,7 @@ class Checkpoint:
 
     model: the family's name, such as "gpt2".
     config: the backbone's constructor arguments, without dtype.
-    directory: the folder of its files.
+    directory: the folder of its files; for a published name without its weights, which needs no files, that name.
     """
 
     model: str
@@ -68,6 +68,17 @@ class Checkpoint:
         if kind == "keras" and stated is not None:
             return keras.policy_dtypes(stated, self.directory / _CONFIG)[1]
         return self.dtype
+
+    def config_with(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor arguments, some of them replaced. KerasHub's T5 has one argument for the layers of both stacks: so an
+        argument that only pyfused has follows the one that it is equal to."""
+        follows = getattr(load(FAMILIES[self.model].checkpoint), "FOLLOWS", {})
+        led = {
+            name: overrides[leader]
+            for name, leader in follows.items()
+            if leader in overrides and self.config[name] == self.config[leader]
+        }
+        return self.config | led | dict(overrides)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -118,8 +129,10 @@ class Checkpoint:
                     f"{tensor.dtype}"
                 )
         files = open_files(list(self._entries.values()))
-        for name, target in self._weights().items():
-            fill(state[name], target, self._entries, files)
+        with progress.loading(self.directory.name, sum(tensor.nbytes for tensor in state.values())) as advance:
+            for name, target in self._weights().items():
+                fill(state[name], target, self._entries, files)
+                advance(state[name].nbytes)
 
     def _weights(self) -> Plan:
         if self._plan is None:
@@ -130,10 +143,16 @@ class Checkpoint:
 def open_checkpoint(preset: str | os.PathLike[str], *, weights: bool = True) -> Checkpoint:
     """Finds a preset (see `resolve_preset`), reads its configuration and checks the headers of its weight files.
 
-    weights=False downloads and reads only the configuration; there need be no weight file.
+    weights=False downloads and reads only the configuration; there need be no weight file. A published name needs no download
+    for that: pyfused knows its configuration.
     Raises ValueError if something is missing, damaged, unknown or does not fit; the message names the file and the option
     or tensor. Raises ImportError if a source or a format needs a package that is not installed.
     """
+    if not weights and (known := published_config(preset)) is not None:
+        family, options = known
+        place = Path(preset)
+        config = load(family.checkpoint).config_from_keras(options, place)
+        return Checkpoint(family.name, config, place, ("keras", None), None, {})
     directory = resolve_preset(preset, "weights" if weights else "config")
     file = directory / _CONFIG
     if not file.is_file():

@@ -1,8 +1,8 @@
-"""In which directory are a preset's files?
+"""In which directory are a preset's files, and what does its configuration say before they are there?
 
 A preset is one of these, tried in this order: the name of one that pyfused ships; a local directory; one of KerasHub's
-published names; ``hf://owner/repo``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three use the
-network, through huggingface_hub or kagglehub. No other file imports these.
+published names; ``hf://owner/repo[@revision]``; ``kaggle://owner/model/framework/variation[/version]``. Only the last three
+use the network; see hub.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import re
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from pyfused.checkpoints import hub
 from pyfused.checkpoints.files import read_json
-from pyfused.families import FAMILIES, of_hf_type
-
-Want = Literal["weights", "config", "tokenizer"]
+from pyfused.checkpoints.hub import Want
+from pyfused.families import FAMILIES, Family, of_hf_type
+from pyfused.published import Preset
 
 
 def published() -> dict[str, dict[str, Any]]:
@@ -25,29 +25,15 @@ def published() -> dict[str, dict[str, Any]]:
     return {
         preset.name: {
             "metadata": {"description": preset.description, "params": preset.parameters, "path": family.name},
-            "kaggle_handle": f"kaggle://keras/{family.kaggle_name}/keras/{preset.name}/{preset.version}",
+            "kaggle_handle": hub.kaggle_handle(family, preset),
             "hf_repo": preset.hf_repo,
         }
-        for family in FAMILIES.values()
-        for preset in family.presets
+        for family, preset in _published().values()
     }
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "vocab.json", "merges.txt", "spiece.model",
-                    "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
-                    "assets/tokenizer/vocabulary.spm")  # fmt: skip
-_FILES: dict[Want, tuple[str, ...]] = {
-    "config": ("config.json",),
-    "tokenizer": ("config.json", *_TOKENIZER_FILES),
-    "weights": (
-        "config.json", "metadata.json", *_TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json",
-        "model-*-of-*.safetensors", "model.weights.h5", "model.weights.json", "model_*.weights.h5",
-    ),
-}  # fmt: skip
-
-# A preset has only some of these, so it is no error if one cannot be downloaded
-_OPTIONAL = frozenset(_TOKENIZER_FILES) - {"tokenizer.json"}
+def _published() -> dict[str, tuple[Family, Preset]]:
+    return {preset.name: (family, preset) for family in FAMILIES.values() for preset in family.presets}
 
 
 def bundled_directory() -> Path:
@@ -78,92 +64,56 @@ def resolve_preset(preset: str | os.PathLike[str], want: Want = "weights") -> Pa
     Raises TypeError for anything but a name or a path, ValueError if nothing matches or a download fails, and ImportError if
     the package that a source needs is missing.
     """
+    if (directory := _local(preset)) is not None:
+        return directory
+    name = str(preset)
+    if name in _published():
+        return hub.fetch_published(*_published()[name], want)
+    if hub.is_handle(name):
+        return hub.fetch(name, want)
+    raise ValueError(_no_such(name))
+
+
+def published_config(preset: str | os.PathLike[str]) -> tuple[Family, dict[str, Any]] | None:
+    """The family of a published name, and the ``config`` that its config.json has at Kaggle. Needs no network.
+
+    None for any other preset, and for one whose files are on this machine.
+    """
+    if _local(preset) is not None or (found := _published().get(str(preset))) is None or hub.cached(*found) is not None:
+        return None
+    return found[0], dict(found[1].config)
+
+
+def place_of(preset: str) -> tuple[str, Path | None]:
+    """Where a preset's name leads: "bundled" or "cached" and the directory, or the handle it would be downloaded from."""
+    if (directory := bundled_presets().get(preset)) is not None:
+        return "bundled", directory
+    family, found = _published()[preset]
+    if (directory := hub.cached(family, found)) is not None:
+        return "cached", directory
+    return "remote", None
+
+
+def _local(preset: str | os.PathLike[str]) -> Path | None:
+    """The directory of a preset that pyfused ships, or a directory of this name."""
     if isinstance(preset, str):
-        if preset.startswith("hf://"):
-            return _from_hugging_face(preset, want)
-        if preset.startswith("kaggle://"):
-            return _from_kaggle(preset, want)
-        if "://" in preset:
-            raise ValueError(
-                f"preset is {preset!r}: unknown source; it takes hf:// or kaggle://, a name or a directory"
-            )
         if preset in (shipped := bundled_presets()):
             return shipped[preset]
+        if "://" in preset:
+            return None
     elif not isinstance(preset, os.PathLike):
         raise TypeError(f"preset must be a name or the path of a directory, got {type(preset).__name__}")
-    path = Path(preset)
-    if path.is_dir() and str(preset):
-        return path
-    if str(preset) in published():
-        return _from_published(str(preset), want)
-    names = [*bundled_presets(), *published()]
-    close = get_close_matches(str(preset).lower(), names, n=3, cutoff=0.5)
+    return Path(preset) if str(preset) and Path(preset).is_dir() else None
+
+
+def _no_such(name: str) -> str:
+    if "://" in name:
+        return f"preset is {name!r}: unknown source; it takes hf:// or kaggle://, a name or a directory"
+    names = [*bundled_presets(), *_published()]
+    close = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     nearest = f"nearest: {', '.join(close)}; " if close else ""
-    hint = (
-        f"; a Hugging Face repository is written hf://{preset}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(preset)) else ""
+    hint = f"; a Hugging Face repository is written hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    return (
+        f"preset is {name!r}, but no preset has this name ({nearest}pyfused.Backbone.presets lists all {len(names)}), and the "
+        f"directory {Path(name)} {'is a file' if Path(name).is_file() else 'does not exist'}{hint}"
     )
-    raise ValueError(
-        f"preset is {str(preset)!r}, but no preset has this name ({nearest}pyfused.Backbone.presets "
-        f"lists all {len(names)}), and the directory {path} {'is a file' if path.is_file() else 'does not exist'}{hint}"
-    )
-
-
-def _from_published(name: str, want: Want) -> Path:
-    entry = published()[name]
-    try:
-        return _from_kaggle(entry["kaggle_handle"], want)
-    except ImportError as error:
-        if entry["hf_repo"] is None:
-            raise
-        try:
-            return _from_hugging_face(f"hf://{entry['hf_repo']}", want)
-        except ImportError as second:
-            raise ImportError(f"preset {name!r} has to be downloaded; tried: {error}; {second}") from error
-
-
-def _from_hugging_face(handle: str, want: Want) -> Path:
-    repo = handle.removeprefix("hf://")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise ValueError(f"preset is {handle!r}; a Hugging Face repository is written hf://owner/repo")
-    try:
-        hub: Any = import_module("huggingface_hub")
-    except ImportError as error:
-        raise ImportError(
-            f"{handle} needs the Hugging Face hub's client, huggingface_hub: pip install 'pyfused[hub]'"
-        ) from error
-    try:
-        return Path(hub.snapshot_download(repo_id=repo, allow_patterns=list(_FILES[want])))
-    except Exception as error:
-        raise ValueError(f"{handle}: cannot be downloaded: {_first_line(error)}") from error
-
-
-def _from_kaggle(handle: str, want: Want) -> Path:
-    name = handle.removeprefix("kaggle://")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){3,4}", name):
-        raise ValueError(
-            f"preset is {handle!r}; a Kaggle model is written kaggle://owner/model/framework/variation[/version]"
-        )
-    try:
-        hub: Any = import_module("kagglehub")
-    except ImportError as error:
-        raise ImportError(f"{handle} needs Kaggle's client, kagglehub: pip install 'pyfused[hub]'") from error
-    if want == "weights":
-        try:
-            return Path(hub.model_download(name))
-        except Exception as error:
-            raise ValueError(f"{handle}: cannot be downloaded: {_first_line(error)}") from error
-    directory: Path | None = None
-    for file in _FILES[want]:
-        try:
-            path = Path(hub.model_download(name, path=file))
-        except Exception as error:
-            if file in _OPTIONAL:
-                continue
-            raise ValueError(f"{handle}: {file} cannot be downloaded: {_first_line(error)}") from error
-        directory = directory or path.parents[file.count("/")]
-    assert directory is not None  # config.json is not optional
-    return directory
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "num_buckets": 32,
 }  # fmt: skip
 DEPTHS = ("num_layers", "num_decoder_layers")
+FOLLOWS = {"num_decoder_layers": "num_layers", "scale_logits": "tie_embedding_weights"}  # while the two are equal
 
 # mT5's defaults that differ from T5's, and a setting that its class has whatever the configuration says
 _MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}

@@ -1,4 +1,5 @@
-"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | bench | tune | evidence`, --json on each.
+"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | presets | download | bench | tune |
+evidence`, --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback. `verify` exits with 1 if a backend fails. A character that
 the terminal's encoding lacks is written as "?".
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from .._version import __version__
-from . import measurements, presets
+from . import hub, measurements, presets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def _main(argv: Sequence[str] | None) -> int:
             parser.print_help()
             status = 0
         else:
-            status = arguments.run(arguments)
+            with hub.as_quiet_as(arguments):
+                status = arguments.run(arguments)
         print(end="", flush=True)  # here, so that an error of writing is caught below
         return status
     except KeyboardInterrupt:
@@ -70,4 +72,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     measurements.add(commands)
     presets.add(commands)
+    hub.add(commands)
     return parser

@@ -55,6 +55,7 @@ def add(commands: Any) -> None:
             "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
         )
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        command.add_argument("--quiet", action="store_true", help="no progress of downloads and loading")
 
 
 def _text(argument: str) -> str:

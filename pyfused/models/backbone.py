@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,8 +160,8 @@ class Backbone(nn.Module, ABC):
     ) -> Self:
         """The model of a preset, in evaluation mode.
 
-        preset: a bundled name, a local directory in Hugging Face or Keras format, a KerasHub name, hf://owner/repo or
-        kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset takes the checkpoint's class.
+        preset: a bundled name, a local directory in Hugging Face or Keras format, a KerasHub name, hf://owner/repo[@revision]
+        or kaggle://...; see `pyfused.checkpoints.resolve_preset`. Backbone.from_preset takes the checkpoint's class.
         load_weights: False reads the configuration alone and keeps random weights.
         device: where the weights go; None is torch's default device.
         dtype: a name or a torch.dtype, or "mixed_float16" or "mixed_bfloat16": float32 parameters, which are cast for each
@@ -187,10 +188,10 @@ class Backbone(nn.Module, ABC):
         if skip_padding and kind.texts[0][1] is None:
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
-        config = checkpoint.config | overrides | {"dtype": variable}
+        config = checkpoint.config_with(overrides) | {"dtype": variable}
         place = torch.get_default_device() if device is None else torch.device(device)
         if not load_weights:
-            with place:
+            with place, _Uninitialised() if place.type == "meta" else nullcontext():
                 model = kind.from_config(config)
             return _finished(model, variable, compute, skip_padding)
         with torch.device("meta"), _Uninitialised():

@@ -5,10 +5,14 @@ import sys
 import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 
+import pyfused
 from pyfused import Backbone
 from pyfused.checkpoints import open_checkpoint, presets, presets_of, resolve_preset
+from pyfused.families import FAMILIES
 
 HEAD = {"token_embedding.reverse_weight"}
 
@@ -24,26 +28,34 @@ def without(monkeypatch):
     return remove
 
 
+class NotThere(OSError):
+    """Kaggle's answer for a file that it does not have."""
+
+    response = types.SimpleNamespace(status_code=404)
+
+
 @pytest.fixture
-def hub(monkeypatch, golden):
+def hub(monkeypatch, golden, tmp_path):
     """Clients that note what they are asked for and hand out a golden directory."""
     calls = []
-    hugging_face, kaggle = types.ModuleType("huggingface_hub"), types.ModuleType("kagglehub")
+    kaggle = types.ModuleType("kagglehub")
 
-    def snapshot_download(repo_id, allow_patterns):
-        calls.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id, revision, allow_patterns, tqdm_class):
+        calls.append((repo_id if revision is None else f"{repo_id}@{revision}", allow_patterns))
         return str(golden / "ckpt" / "hf_gpt2")
 
     def model_download(handle, path=None):
         calls.append((handle, path))
         found = golden / "ckpt" / "keras_gpt2_task" / (path or "")
         if not found.exists():
-            raise OSError(f"404\n{path}")
+            raise NotThere(f"404\n{path}")
         return str(found)
 
-    hugging_face.snapshot_download, kaggle.model_download = snapshot_download, model_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hugging_face)
+    kaggle.model_download = model_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kaggle"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hugging_face"))
     return calls
 
 
@@ -73,16 +85,20 @@ def test_bundled_names_come_first(monkeypatch, tmp_path, golden, preset):
 def test_nothing_matches(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("no_such_preset", str(tmp_path / "file"), ""):
-        with pytest.raises(ValueError, match=r"no preset has this name .*pyfused.Backbone.presets lists all .* the directory "):
+        with pytest.raises(
+            ValueError, match=r"no preset has this name .*pyfused.Backbone.presets lists all .* the directory "
+        ):
             resolve_preset(name)
     with pytest.raises(ValueError, match="a Hugging Face repository is written hf://openai-community/gpt2"):
         resolve_preset("openai-community/gpt2")
     with pytest.raises(ValueError, match=r"'modelscope://a/b': unknown source; it takes hf:// or kaggle://"):
         resolve_preset("modelscope://a/b")
-    with pytest.raises(ValueError, match="written hf://owner/repo"):
-        resolve_preset("hf://gpt2")
-    with pytest.raises(ValueError, match="written kaggle://owner/model"):
-        resolve_preset("kaggle://keras/gpt2")
+    for handle in ("hf://gpt2", "hf://a/b@", "hf://a/b@../c", "hf://a/b@x y", "hf://"):
+        with pytest.raises(ValueError, match="written hf://owner/repo or hf://owner/repo@revision"):
+            resolve_preset(handle)
+    for handle in ("kaggle://keras/gpt2", "kaggle://a/b/c/d/newest", "kaggle://a/../c/d", "kaggle://a/b/c/d/0"):
+        with pytest.raises(ValueError, match=r"written kaggle://owner/model/framework/variation\[/version\]"):
+            resolve_preset(handle)
     with pytest.raises(TypeError, match="preset must be a name or the path of a directory, got int"):
         resolve_preset(3)
 
@@ -107,6 +123,8 @@ def test_hugging_face(hub, golden):
     assert not any("bin" in pattern for pattern in patterns)
     open_checkpoint("hf://openai-community/gpt2", weights=False)
     assert hub.pop() == ("openai-community/gpt2", ["config.json"])
+    open_checkpoint("hf://openai-community/gpt2@refs/pr/1", weights=False)
+    assert hub.pop() == ("openai-community/gpt2@refs/pr/1", ["config.json"])
 
 
 def test_kaggle(hub, golden):
@@ -124,27 +142,110 @@ def test_failed_downloads(hub, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("404 not found\nmany more lines")
 
-    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(sys.modules["kagglehub"], "model_download", fail)
     with pytest.raises(ValueError, match=r"hf://a/b: cannot be downloaded: RuntimeError: 404 not found$"):
         resolve_preset("hf://a/b")
-    with pytest.raises(ValueError, match=r"gpt2_base_en/3: cannot be downloaded: RuntimeError: 404 not found$"):
+    with pytest.raises(
+        ValueError,
+        match=r"preset 'gpt2_base_en', kaggle://.*/3: cannot be downloaded: RuntimeError: 404 not found. The same",
+    ):
         resolve_preset("gpt2_base_en")
-    with pytest.raises(ValueError, match=r"config.json cannot be downloaded: RuntimeError: 404 not found$"):
+    with pytest.raises(ValueError, match=r"config.json cannot be downloaded: RuntimeError: 404 not found"):
         resolve_preset("gpt2_base_en", "config")
 
 
 def test_missing_packages(hub, without):
     without("kagglehub")
-    resolve_preset("gpt2_medium_en")
+    with pytest.warns(UserWarning, match="'gpt2_medium_en' is taken from hf://openai-community/gpt2-medium, since"):
+        resolve_preset("gpt2_medium_en")
     assert hub.pop()[0] == "openai-community/gpt2-medium"  # the same weights, from the source that there is
-    with pytest.raises(ImportError, match=r"gpt2_base_en_cnn_dailymail/3 needs Kaggle's client.*pip install"):
+    with pytest.raises(
+        ImportError, match=r"gpt2_base_en_cnn_dailymail/3 needs Kaggle's client, kagglehub: pip install"
+    ):
         resolve_preset("gpt2_base_en_cnn_dailymail")
+    with pytest.raises(ImportError, match=r"kaggle://a/b/c/d needs Kaggle's client.*pip install"):
+        resolve_preset("kaggle://a/b/c/d")
     without("huggingface_hub")
     with pytest.raises(ImportError, match=r"hf://a/b needs the Hugging Face hub's client.*pip install"):
         resolve_preset("hf://a/b")
-    with pytest.raises(ImportError, match=r"'gpt2_base_en' has to be downloaded; tried: .*Kaggle's.*; .*Hugging Face"):
+    with pytest.raises(
+        ImportError, match=r"'gpt2_base_en' has to be downloaded: .* kagglehub \(or huggingface_hub, for the"
+    ):
         resolve_preset("gpt2_base_en")
+
+
+def test_a_version_in_the_cache_needs_no_client(hub, without, tmp_path, golden):
+    without("kagglehub", "huggingface_hub")
+    root = tmp_path / "kaggle" / "models" / "keras" / "gpt2" / "keras" / "gpt2_base_en"
+    root.mkdir(parents=True)
+    (root / "3").symlink_to(golden / "ckpt" / "keras_gpt2_task")
+    with pytest.raises(ImportError):
+        resolve_preset("gpt2_base_en")  # it is there, but nothing says that all of it is
+    assert presets.place_of("gpt2_base_en") == ("remote", None)
+    (root / "3.complete").touch()
+    assert resolve_preset("gpt2_base_en") == resolve_preset("gpt2_base_en", "tokenizer") == root / "3"
+    assert presets.place_of("gpt2_base_en") == ("cached", root / "3")
+    assert Backbone.from_preset("gpt2_base_en", load_weights=False, device="meta").get_config()["num_layers"] == 2
+
+
+PUBLISHED = [(family, preset) for family in FAMILIES.values() for preset in family.presets]
+
+
+def test_every_published_preset_has_the_published_size(without):
+    """Each is built on the meta device, by its name alone: neither client is there, nor is any of its files."""
+    without("kagglehub", "huggingface_hub")
+    assert len(PUBLISHED) == 22
+    for family, preset in PUBLISHED:
+        kind = getattr(pyfused, family.class_name)
+        model = Backbone.from_preset(preset.name, load_weights=False, device="meta")
+        assert type(model) is kind
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        entry = kind.presets[preset.name]
+        assert sum(parameter.numel() for parameter in model.parameters()) == entry["metadata"]["params"], preset.name
+        assert (
+            model.get_config().items() >= (preset.config | {"activation": model.get_config().get("activation")}).items()
+        )
+        assert entry["metadata"]["description"] == preset.description
+        assert f"{model.get_config()['num_layers']} layers" in preset.description
+    assert Backbone.presets.keys() == {preset.name for _, preset in PUBLISHED} | presets.bundled_presets().keys()
+    assert pyfused.GPT2Backbone.presets.keys() == {p.name for p in FAMILIES["gpt2"].presets} | {"gpt2_tiny_en"}
+
+
+def test_activations_of_t5s_presets():
+    def activation(name):
+        return Backbone.from_preset(name, load_weights=False, device="meta", num_layers=1).get_config()["activation"]
+
+    assert [activation(name) for name in ("t5_small_multi", "t5_1.1_small", "flan_small_multi")] == [
+        "relu",
+        "gelu",
+        "gelu_new",
+    ]
+
+
+def test_overrides_of_published_presets():
+    small = {"num_layers": 1, "vocabulary_size": 11}
+    model = Backbone.from_preset("gpt2_base_en", load_weights=False, dtype="bfloat16", dropout=0.5, **small)
+    config = model.get_config()
+    assert (config["dropout"], config["num_layers"], config["dtype"]) == (0.5, 1, "bfloat16")
+    assert model.token_embedding.weight.shape == (11, 768)
+    assert not model.training
+    again = type(model).from_config(config)
+    assert again.get_config() == config
+    assert torch.isfinite(model.token_embedding.weight).all()
+    with pytest.raises(ValueError, match=r"overrides: unknown \['depth'\]"):
+        Backbone.from_preset("gpt2_base_en", load_weights=False, depth=3)
+    with pytest.raises(ValueError, match="'gpt2_base_en' is a gpt2 checkpoint; T5Backbone takes t5"):
+        pyfused.T5Backbone.from_preset("gpt2_base_en", load_weights=False)
+    t5 = Backbone.from_preset(
+        "t5_small_multi", load_weights=False, device="meta", num_layers=2, tie_embedding_weights=False
+    )
+    config = t5.get_config()  # as KerasHub's, whose one number of layers is both stacks'
+    assert (config["num_layers"], config["num_decoder_layers"], config["scale_logits"]) == (2, 2, False)
+    uneven = Backbone.from_preset(
+        "t5_small_multi", load_weights=False, device="meta", num_layers=2, num_decoder_layers=3
+    )
+    assert len(uneven.decoder.layers) == 3
 
 
 def test_without_h5py(golden, without):
