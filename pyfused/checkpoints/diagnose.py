@@ -21,7 +21,7 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
 )  # fmt: skip
 
-# Reading a pickle can run any code, so pyfused reads none. clone() is for tied weights: safetensors refuses shared memory
+# A pickle can run any code when it is read, so pyfused reads only those that name nothing but tensors. clone() is for tied weights: safetensors refuses shared memory
 _PICKLE = (
     "if you trust it, convert it once: transformers' from_pretrained, then save_pretrained; or, without a configuration, "
     'safetensors.torch.save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load("{name}", '
@@ -39,7 +39,8 @@ _OTHER_WEIGHTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
-        "a pickled file can run any code when it is read, so pyfused reads only safetensors; {pickle}",
+        "pickled weights; pyfused reads them if they are named pytorch_model.bin and stand beside Hugging Face's config.json; "
+        "or {pickle}",
     ),
     ((".gguf",), f"a GGUF file of llama.cpp; {_SAFE}"),
     ((".msgpack",), f"Flax's format; {_FROM_4.format('flax')}"),
@@ -76,7 +77,8 @@ def _kind_of(head: bytes, name: str) -> str | None:
         return None if right else "a safetensors file: rename it to end in .safetensors"
     for magic, what in _MAGIC:
         if head.startswith(magic):
-            return what.format(pickle=_PICKLE.format(name=name))
+            right = "{pickle}" in what and name.endswith(".bin")
+            return f"damaged: {_AGAIN}" if right else what.format(pickle=how_to_convert(name))
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"<":
         return f"an HTML or XML page, such as a server's error or login page: log in, then {_AGAIN}"
@@ -85,6 +87,11 @@ def _kind_of(head: bytes, name: str) -> str | None:
     if text.lower().startswith(_ANSWERS):
         return f"a server's error message ({_beginning(text)}): {_AGAIN}"
     return None
+
+
+def how_to_convert(name: str) -> str:
+    """What to do with a pickle of weights that pyfused does not read."""
+    return _PICKLE.format(name=name)
 
 
 def _beginning(text: bytes) -> str:
@@ -104,7 +111,7 @@ def other_weights(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     for endings, what in _OTHER_WEIGHTS:
         if found := [name for name in names if name.endswith(endings)]:
-            return f"; {found[0]}: {what.format(pickle=_PICKLE.format(name=found[0]))}"
+            return f"; {found[0]}: {what.format(pickle=how_to_convert(found[0]))}"
     return f"; the folder holds {', '.join(names) or 'nothing'}"
 
 
