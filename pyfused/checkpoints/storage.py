@@ -73,15 +73,19 @@ class OpenFile:
     def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)
+            self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
-        self._stamp = stamp or stamp_of(self._file.fileno())
+        self._stamp = stamp or stamp_of(self._descriptor)
         self.size = self._stamp.size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
     def check_unchanged(self) -> None:
         """Raises ValueError if the file was written or replaced since its header was read."""
-        if stamp_of(self._file.fileno()) != self._stamp:
+        if stamp_of(self._descriptor) != self._stamp:
             raise ValueError(f"{self.path}: has changed since its header was read; open the checkpoint again")
 
     def slice(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
@@ -91,7 +95,7 @@ class OpenFile:
         view, place = memoryview(raw.numpy()), entry.offset + start * item
         try:
             while view:
-                count = os.preadv(self._file.fileno(), [view], place)
+                count = os.preadv(self._descriptor, [view], place)
                 if not count:
                     raise ValueError(f"{entry} is no longer in the file, which has changed since its header was read")
                 view, place = view[count:], place + count
