@@ -200,7 +200,9 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
 def _check_layers(config: dict[str, Any], where: Path) -> None:
     for name in ("num_layers", "num_decoder_layers", "num_groups", "num_inner_repetitions"):
         if (config.get(name) or 0) > _MOST_LAYERS:
-            raise ValueError(f"{where}: {name} is {config[name]}; pyfused makes models of at most {_MOST_LAYERS} layers")
+            raise ValueError(
+                f"{where}: {name} is {config[name]}; pyfused makes models of at most {_MOST_LAYERS} layers"
+            )
 
 
 def _check_depth(maps: Any, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:

@@ -21,7 +21,8 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
 )  # fmt: skip
 
-# A pickle can run any code when it is read, so pyfused reads only those that name nothing but tensors. clone() is for tied weights: safetensors refuses shared memory
+# A pickle can run any code when it is read, so pyfused reads only those that name nothing but tensors.
+# clone() is for tied weights: safetensors refuses shared memory
 _PICKLE = (
     "if you trust it, convert it once: transformers' from_pretrained, then save_pretrained; or, without a configuration, "
     'safetensors.torch.save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load("{name}", '
@@ -34,8 +35,7 @@ _FROM_4 = "load it with transformers 4 (from_pretrained(..., from_{}=True)), the
 _OTHER_WEIGHTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("adapter_model.safetensors", "adapter_model.bin"),
-        "an adapter (LoRA) without its model; merge the two with peft's merge_and_unload, then "
-        "save_pretrained",
+        "an adapter (LoRA) without its model; merge the two with peft's merge_and_unload, then save_pretrained",
     ),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
@@ -46,9 +46,15 @@ _OTHER_WEIGHTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".msgpack",), f"Flax's format; {_FROM_4.format('flax')}"),
     (("tf_model.h5",), f"TensorFlow's format; {_FROM_4.format('tf')}"),
     ((".keras",), "a Keras archive; load it with Keras, then save_to_preset"),
-    ((".h5",), "an HDF5 file; a Keras preset has model.weights.h5 beside Keras's config.json, as save_to_preset writes them"),
+    (
+        (".h5",),
+        "an HDF5 file; a Keras preset has model.weights.h5 beside Keras's config.json, as save_to_preset writes them",
+    ),
     ((".onnx",), f"an exported graph; {_SAFE}"),
-    ((".safetensors",), "safetensors under another name; if these are the weights, rename the file to model.safetensors"),
+    (
+        (".safetensors",),
+        "safetensors under another name; if these are the weights, rename the file to model.safetensors",
+    ),
 )
 
 _ANSWERS = (b"access denied", b"access to", b"entry not found", b"not found", b"repository not found", b"unauthorized")
@@ -78,7 +84,7 @@ def _kind_of(head: bytes, name: str) -> str | None:
     for magic, what in _MAGIC:
         if head.startswith(magic):
             right = "{pickle}" in what and name.endswith(".bin")
-            return f"damaged: {_AGAIN}" if right else what.format(pickle=how_to_convert(name))
+            return f"a damaged one: {_AGAIN}" if right else what.format(pickle=how_to_convert(name))
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"<":
         return f"an HTML or XML page, such as a server's error or login page: log in, then {_AGAIN}"
@@ -119,7 +125,9 @@ def no_configuration(directory: Path) -> str:
     """The end of an error message: what a folder without config.json may be."""
     if (directory / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in directory.glob("text_encoder*/config.json"))
-        return f"; it is a diffusers pipeline: its text encoders are in the folders {', '.join(parts) or 'text_encoder*'}"
+        return (
+            f"; it is a diffusers pipeline: its text encoders are in the folders {', '.join(parts) or 'text_encoder*'}"
+        )
     if found := sorted(directory.glob("*/config.json")):
         return f"; there is one in {', '.join(path.parent.name for path in found[:5])}"
     if found := sorted((*directory.glob("model*.safetensors"), *directory.glob("model*.weights.h5"))):

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from pyfused.checkpoints.diagnose import looks_like
 
-_LARGEST_JSON = 64 << 20  # the index of the largest sharded models is about 1 MB; a vocabulary about 10
+LARGEST_VOCABULARY = 32 << 20  # bytes; mT5's tokenizer.json has 16 MB
+_LARGEST_JSON = 4 << 20  # the index of the largest sharded models is about 1 MB
 _ABSENT = object()
 
 
@@ -30,12 +31,12 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ValueError naming the file if there is none."""
+def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ValueError naming the file if there is none, or more than ``largest`` bytes."""
     try:
         size = path.stat().st_size
-        if size > _LARGEST_JSON:
-            raise ValueError(f"{size} bytes; at most {_LARGEST_JSON} are read as JSON")
+        if size > largest:
+            raise ValueError(f"{size} bytes; at most {largest} are read as JSON")
         content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}{looks_like(path)}") from error

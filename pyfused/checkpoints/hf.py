@@ -42,7 +42,7 @@ DTYPES = {
 _TASKS = "PreTraining|MaskedLM|CausalLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|" \
     "NextSentencePrediction|ConditionalGeneration"  # fmt: skip
 
-_LARGEST_HEADER = 8 << 20  # bytes; that of the largest model here has 0.1 MB
+_LARGEST_HEADER = 2 << 20  # bytes; that of the largest model here has 0.1 MB
 
 
 def model_type(config: dict[str, Any]) -> Any:
@@ -99,7 +99,9 @@ def _names(directory: Path) -> tuple[Path | None, Path | None]:
         indices = [path for path in sorted(directory.glob(index)) if path.is_file() and not wholes]
         if len(wholes) + len(indices) > 1:
             names = ", ".join(path.name for path in (*wholes, *indices))
-            raise ValueError(f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}")
+            raise ValueError(
+                f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}"
+            )
         if wholes or indices:
             return next(iter(wholes), None), next(iter(indices), None)
     return None, None

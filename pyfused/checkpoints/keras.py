@@ -1,7 +1,7 @@
 """What does a directory in Keras format hold: its configuration and the place of every variable?
 
-Variables are read from ``model.weights.h5``, or from shards listed by ``model.weights.json``. Where each one lies is found apart,
-by apart/h5.py.
+Variables are read from ``model.weights.h5``, or from shards listed by ``model.weights.json``. Where each one lies is
+found apart, by apart/h5.py.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], 
         entry = entries[name]
         if entry.dtype not in FLOATS:
             kind = "quantised, or not a weight" if entry.dtype.itemsize == 1 else "not a weight"
-            raise ValueError(f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}")
+            raise ValueError(
+                f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}"
+            )
         if entry.shape != piece.shape:
             raise ValueError(f"{entry} has shape {entry.shape}, but {where} calls for {piece.shape}")
     extra = [entry for name, entry in entries.items() if name not in wanted]

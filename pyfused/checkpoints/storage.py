@@ -1,8 +1,8 @@
 """How does a weight file become a module's tensors without a second copy of the weights in memory?
 
-The readers of every format only parse headers. They give one `Entry` for each tensor: the place of its bytes. The bytes are then
-read slice by slice into the parameter, transposed and cast on the way. They are read and not mapped: a mapped file that
-shrinks ends the process.
+The readers of every format only parse headers. They give one `Entry` for each tensor: the place of its bytes. The bytes are
+then read slice by slice into the parameter, transposed and cast on the way. They are read and not mapped: a mapped file
+that shrinks ends the process.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class OpenFile:
         """Elements ``start`` to ``stop`` of the tensor, flat and in the file's order. Raises ValueError if they are gone."""
         item = entry.dtype.itemsize
         raw = torch.empty((stop - start) * item, dtype=torch.uint8, device="cpu")
-        view, place = memoryview(raw.numpy()), entry.offset + start * item
+        view, place = memoryview(raw.numpy().data), entry.offset + start * item
         try:
             while view:
                 count = os.preadv(self._descriptor, [view], place)

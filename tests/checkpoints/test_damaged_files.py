@@ -68,7 +68,9 @@ def test_weights_under_the_wrong_name(preset, golden):
     directory = preset("hf_gpt2")
     (directory / "expected.safetensors").unlink()
     (directory / "model.safetensors").rename(directory / "gpt2.safetensors")
-    with pytest.raises(ValueError, match=r"gpt2.safetensors: safetensors under another name.*rename the file to model.safe"):
+    with pytest.raises(
+        ValueError, match=r"gpt2.safetensors: safetensors under another name.*rename the file to model.safe"
+    ):
         open_checkpoint(directory)
 
 
@@ -83,7 +85,10 @@ def test_a_download_that_was_cut_off(preset, cut):
 @pytest.mark.parametrize(
     "file, said",
     [
-        ("weights.bin", r"pickled weights; .* named pytorch_model.bin .*torch.load\(\"weights.bin\", weights_only=True\)"),
+        (
+            "weights.bin",
+            r"pickled weights; .* named pytorch_model.bin .*torch.load\(\"weights.bin\", weights_only=True\)",
+        ),
         ("pytorch_model-00001-of-00002.bin", "pickled weights; pyfused reads them if they are named pytorch_model.bin"),
         ("model.pt", "pickled weights; pyfused reads them if they are named pytorch_model.bin"),
         ("model-q4_0.gguf", "a GGUF file of llama.cpp; get the safetensors checkpoint"),

@@ -242,26 +242,6 @@ def test_truncated_and_foreign_files(preset):
         open_checkpoint(directory)
 
 
-def test_flipped_bytes_fail_by_name_or_change_only_values(preset):
-    """Damage anywhere in the structure must not escape as anything but a ValueError that names the file."""
-    directory = preset("keras_gpt2")
-    path = directory / "model.weights.h5"
-    content = path.read_bytes()
-    generator = np.random.default_rng(0)
-    refused = []
-    for _ in range(150):
-        damaged = bytearray(content)
-        for position in generator.integers(0, 12_000, 8):
-            damaged[position] = generator.integers(256)
-        path.write_bytes(damaged)
-        try:
-            dict(open_checkpoint(directory).tensors())
-        except ValueError as error:
-            refused.append(str(error))
-    assert len(refused) > 50
-    assert all(str(path) in message for message in refused)
-
-
 def shard(directory):
     """Splits model.weights.h5 as Keras does: a group may lie in two shards, and the index then lists both."""
     path = directory / "model.weights.h5"

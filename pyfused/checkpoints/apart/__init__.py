@@ -25,7 +25,8 @@ from pyfused.checkpoints.storage import LONGEST_NAME, MOST_TENSORS, Entry, check
 
 Reader = Literal["h5", "pickled"]
 
-SECONDS = 1.0  # of computing for one file; a model of 1,000 variables takes 0.1
+# Of computing for one file: a second, and one more for each GB, where a model has more variables. 500 variables take 0.1 s
+SECONDS, _MOST_SECONDS, _A_SECOND_MORE = 1.0, 10.0, 1 << 30
 MEMORY = 512 << 20  # bytes for one file's structure
 _PATIENCE = 60.0  # seconds of waiting, as for a network's disk; one that computes is ended long before
 
@@ -99,19 +100,19 @@ def _no_child() -> str:
 
 
 def _run(reader: Reader, paths: list[Path]) -> tuple[list[Any], str]:
-    request = {
+    request: dict[str, Any] = {
         "reader": reader,
         "import_from": [os.path.abspath(path) for path in sys.path if path],
         "files": [os.path.abspath(path) for path in paths],
         "memory": MEMORY,
-        "seconds": SECONDS,
+        "seconds": [min(SECONDS + os.path.getsize(path) / _A_SECOND_MORE, _MOST_SECONDS) for path in paths],
         "most": MOST_TENSORS,
         "longest": LONGEST_NAME,
     }
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     # -I: neither the environment nor the working directory says what is imported. -S: the paths come with the request
     command = [sys.executable, "-I", "-S", os.path.abspath(child.__file__)]
-    patience = _PATIENCE + 2 * SECONDS * len(paths)
+    patience = _PATIENCE + 2 * _MOST_SECONDS * len(paths)
     try:
         done = subprocess.run(
             command,
@@ -125,8 +126,11 @@ def _run(reader: Reader, paths: list[Path]) -> tuple[list[Any], str]:
         return _lines(error.stdout or b""), f"did not finish within {patience:g} s"
     except (OSError, ValueError) as error:
         return [], str(error)
-    ended = f"did not finish within {SECONDS:g} s of computing" if _by_timer(done.returncode) else "broke off"
-    return _lines(done.stdout), ended
+    lines = _lines(done.stdout)
+    if not _by_timer(done.returncode):
+        return lines, "broke off"
+    limit = request["seconds"][min(len(lines), len(paths)) - 1]
+    return lines, f"did not finish within {limit:.2g} s of computing"
 
 
 def _by_timer(status: int) -> bool:

@@ -35,8 +35,8 @@ def main() -> None:
         return
     _limit_memory(request["memory"])
     answer(READY)
-    for file in request["files"]:
-        _limit_time(request["seconds"])
+    for file, seconds in zip(request["files"], request["seconds"]):
+        _limit_time(seconds)
         answer(answer_of(reader["entries"], file, request["most"], request["longest"]))
 
 

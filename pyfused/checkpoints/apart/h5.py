@@ -79,7 +79,9 @@ def _row(h5py: Any, dataset: Any, name: str) -> Row:
     elif dataset.dtype.kind in "iub" and dataset.dtype.byteorder != ">":
         dtype = _INTEGERS[dataset.dtype.itemsize]
     if dtype is None:
-        raise Refused(f"{where} has dtype {dataset.dtype.str}; pyfused reads {', '.join(_DTYPES)}, and |V2 marked bfloat16")
+        raise Refused(
+            f"{where} has dtype {dataset.dtype.str}; pyfused reads {', '.join(_DTYPES)}, and |V2 marked bfloat16"
+        )
     offset, shape = dataset.id.get_offset(), [int(size) for size in dataset.shape]
     if offset is None or dataset.id.get_storage_size() != dataset.dtype.itemsize * dataset.size:
         if dataset.size:

@@ -83,7 +83,12 @@ class _Unpickler(pickle.Unpickler):
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], _Dtype):
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) not in (5, 6)
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _Dtype)
+        ):
             raise Refused(f"refers to {str(pid)[:80]}, which is no storage")
         if len(pid) == 6 and pid[5] is not None:
             raise Refused("holds views of storages, as PyTorch before 0.4 wrote them; load and save it again")
@@ -201,7 +206,9 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Places]:
         (count,) = struct.unpack("<q", file.read(8))
         places[str(key)] = file.tell(), count * sizes[str(key)]
         if count < 0 or file.seek(count * sizes[str(key)], os.SEEK_CUR) > end:
-            raise Refused(f"would hold {count} numbers in the storage {str(key)[:60]!r}: it is truncated; download it again")
+            raise Refused(
+                f"would hold {count} numbers in the storage {str(key)[:60]!r}: it is truncated; download it again"
+            )
     return content, places
 
 
