@@ -15,7 +15,8 @@ from gpt2_standin import Standin
 from mutations import mutants
 from safetensors.torch import load_file
 
-from pyfused.checkpoints import apart, hf, keras, load_tokenizer, open_checkpoint
+from pyfused import Tokenizer
+from pyfused.checkpoints import apart, hf, keras, open_checkpoint
 from pyfused.checkpoints.presets import bundled_directory
 from pyfused.models.backbone import Backbone
 
@@ -64,7 +65,7 @@ def read_configuration(directory):
 
 
 def read_tokenizer(directory):
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer.from_preset(directory)
     tokenizer.decode(tokenizer.encode("In the beginning God created 1234 é!"))
 
 
@@ -138,7 +139,7 @@ def test_vocabularies_and_merges(tmp_path):
         (tmp_path / "vocab.json").write_text(json.dumps(words))
         (tmp_path / "merges.txt").write_bytes(b"a b\n")
         for bad in mutants(good, 60, seed=5):
-            survive(tmp_path, file, bad, lambda folder: load_tokenizer(folder).encode("ab a"))
+            survive(tmp_path, file, bad, lambda folder: Tokenizer.from_preset(folder).encode("ab a"))
 
 
 def read_by_children(reader, paths, monkeypatch):

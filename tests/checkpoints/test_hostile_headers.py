@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyfused.checkpoints import load_tokenizer, open_checkpoint
+from pyfused import Tokenizer
+from pyfused.checkpoints import open_checkpoint
 from pyfused.checkpoints.hf import _LARGEST_HEADER, read_header
 from pyfused.checkpoints.storage import LONGEST_NAME, MOST_TENSORS
 
@@ -104,8 +105,8 @@ PIECES = st.builds(
 def test_sentencepiece_models(tmp_path, parts, tail):
     path = tmp_path / "spiece.model"
     path.write_bytes(b"".join(parts) + tail)
-    if refused(tmp_path, load_tokenizer, tmp_path) is None:
-        tokenizer = load_tokenizer(tmp_path)
+    if refused(tmp_path, Tokenizer.from_preset, tmp_path) is None:
+        tokenizer = Tokenizer.from_preset(tmp_path)
         tokenizer.decode(tokenizer.encode("a text"))
 
 
