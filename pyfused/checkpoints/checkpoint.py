@@ -25,6 +25,7 @@ from pyfused.checkpoints.storage import FLOATS, Entry, open_files
 from pyfused.families import FAMILIES, load, of_hf_type
 
 _CONFIG = "config.json"
+_MOST_LAYERS = 1000  # 48 in the largest model here; a configuration alone may state any number
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
     model, maps = family.name, load(family.checkpoint)
     config = maps.config_from_hf(raw, file)
     hf.note_class(raw, file)
+    _check_layers(config, file)
     dtypes = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
     dtype = ("hf", dtypes[0] if dtypes else None)
     if not weights:
@@ -203,6 +205,7 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
     if not isinstance(options, dict):
         raise ValueError(f"{file}: config is {options!r:.100}; it takes the backbone's constructor arguments")
     config = maps.config_from_keras(options, file)
+    _check_layers(config, file)
     dtype = ("keras", options.get("dtype"))
     if not weights:
         return Checkpoint(model, config, directory, dtype, None, {})
@@ -211,6 +214,14 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
     plan = maps.keras_plan(config)
     check_plan(plan, entries, files, file)
     return Checkpoint(model, config, directory, dtype, plan, entries)
+
+
+def _check_layers(config: dict[str, Any], where: Path) -> None:
+    for name in ("num_layers", "num_decoder_layers", "num_groups", "num_inner_repetitions"):
+        if (config.get(name) or 0) > _MOST_LAYERS:
+            raise ValueError(
+                f"{where}: {name} is {config[name]}; pyfused makes models of at most {_MOST_LAYERS} layers"
+            )
 
 
 def _check_depth(maps: Any, config: dict[str, Any], held: int, where: Path, files: list[Path]) -> None:

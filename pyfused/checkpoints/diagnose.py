@@ -21,7 +21,8 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it"),
 )  # fmt: skip
 
-# Reading a pickle can run any code, so pyfused reads none. clone() is for tied weights: safetensors refuses shared memory
+# A pickle can run any code when it is read, so pyfused reads only those that name nothing but tensors.
+# clone() is for tied weights: safetensors refuses shared memory
 _PICKLE = (
     "if you trust it, convert it once: transformers' from_pretrained, then save_pretrained; or, without a configuration, "
     'safetensors.torch.save_file({{name: tensor.contiguous().clone() for name, tensor in torch.load("{name}", '
@@ -34,20 +35,26 @@ _FROM_4 = "load it with transformers 4 (from_pretrained(..., from_{}=True)), the
 _OTHER_WEIGHTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("adapter_model.safetensors", "adapter_model.bin"),
-        "an adapter (LoRA) without its model; merge the two with peft's merge_and_unload, then "
-        "save_pretrained",
+        "an adapter (LoRA) without its model; merge the two with peft's merge_and_unload, then save_pretrained",
     ),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
-        "a pickled file can run any code when it is read, so pyfused reads only safetensors; {pickle}",
+        "pickled weights; pyfused reads them if they are named pytorch_model.bin and stand beside Hugging Face's config.json; "
+        "or {pickle}",
     ),
     ((".gguf",), f"a GGUF file of llama.cpp; {_SAFE}"),
     ((".msgpack",), f"Flax's format; {_FROM_4.format('flax')}"),
     (("tf_model.h5",), f"TensorFlow's format; {_FROM_4.format('tf')}"),
     ((".keras",), "a Keras archive; load it with Keras, then save_to_preset"),
-    ((".h5",), "an HDF5 file; a Keras preset has model.weights.h5 beside Keras's config.json, as save_to_preset writes them"),
+    (
+        (".h5",),
+        "an HDF5 file; a Keras preset has model.weights.h5 beside Keras's config.json, as save_to_preset writes them",
+    ),
     ((".onnx",), f"an exported graph; {_SAFE}"),
-    ((".safetensors",), "safetensors under another name; if these are the weights, rename the file to model.safetensors"),
+    (
+        (".safetensors",),
+        "safetensors under another name; if these are the weights, rename the file to model.safetensors",
+    ),
 )
 
 _ANSWERS = (b"access denied", b"access to", b"entry not found", b"not found", b"repository not found", b"unauthorized")
@@ -76,7 +83,8 @@ def _kind_of(head: bytes, name: str) -> str | None:
         return None if right else "a safetensors file: rename it to end in .safetensors"
     for magic, what in _MAGIC:
         if head.startswith(magic):
-            return what.format(pickle=_PICKLE.format(name=name))
+            right = "{pickle}" in what and name.endswith(".bin")
+            return f"a damaged one: {_AGAIN}" if right else what.format(pickle=how_to_convert(name))
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"<":
         return f"an HTML or XML page, such as a server's error or login page: log in, then {_AGAIN}"
@@ -85,6 +93,11 @@ def _kind_of(head: bytes, name: str) -> str | None:
     if text.lower().startswith(_ANSWERS):
         return f"a server's error message ({_beginning(text)}): {_AGAIN}"
     return None
+
+
+def how_to_convert(name: str) -> str:
+    """What to do with a pickle of weights that pyfused does not read."""
+    return _PICKLE.format(name=name)
 
 
 def _beginning(text: bytes) -> str:
@@ -104,7 +117,7 @@ def other_weights(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     for endings, what in _OTHER_WEIGHTS:
         if found := [name for name in names if name.endswith(endings)]:
-            return f"; {found[0]}: {what.format(pickle=_PICKLE.format(name=found[0]))}"
+            return f"; {found[0]}: {what.format(pickle=how_to_convert(found[0]))}"
     return f"; the folder holds {', '.join(names) or 'nothing'}"
 
 
@@ -112,7 +125,9 @@ def no_configuration(directory: Path) -> str:
     """The end of an error message: what a folder without config.json may be."""
     if (directory / "model_index.json").is_file():
         parts = sorted(path.parent.name for path in directory.glob("text_encoder*/config.json"))
-        return f"; it is a diffusers pipeline: its text encoders are in the folders {', '.join(parts) or 'text_encoder*'}"
+        return (
+            f"; it is a diffusers pipeline: its text encoders are in the folders {', '.join(parts) or 'text_encoder*'}"
+        )
     if found := sorted(directory.glob("*/config.json")):
         return f"; there is one in {', '.join(path.parent.name for path in found[:5])}"
     if found := sorted((*directory.glob("model*.safetensors"), *directory.glob("model*.weights.h5"))):

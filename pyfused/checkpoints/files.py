@@ -10,13 +10,15 @@ import json
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyfused.checkpoints.diagnose import looks_like
 
-_LARGEST_JSON = 64 << 20  # the index of the largest sharded models is about 1 MB; a vocabulary about 10
+LARGEST_VOCABULARY = 32 << 20  # bytes; mT5's tokenizer.json has 16 MB
+_LARGEST_JSON = 4 << 20  # the index of the largest sharded models is about 1 MB
 _ABSENT = object()
 
 
@@ -24,17 +26,17 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """``object_pairs_hook`` for json. Refuses a repeated key: two readers could take different values."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {name!r:.200} occurs twice")
     return result
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ValueError naming the file if there is none."""
+def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ValueError naming the file if there is none, or more than ``largest`` bytes."""
     try:
         size = path.stat().st_size
-        if size > _LARGEST_JSON:
-            raise ValueError(f"{size} bytes; at most {_LARGEST_JSON} are read as JSON")
+        if size > largest:
+            raise ValueError(f"{size} bytes; at most {largest} are read as JSON")
         content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}{looks_like(path)}") from error

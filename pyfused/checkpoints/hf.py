@@ -1,7 +1,8 @@
 """What does a directory in Hugging Face format hold: its configuration and the place of every tensor?
 
-Weights are read only from safetensors: ``model.safetensors``, or shards listed by ``model.safetensors.index.json``.
-The header is parsed here and every offset checked, so no read can leave the file's data.
+Weights are read from safetensors: ``model.safetensors``, or shards listed by ``model.safetensors.index.json``. The header is
+parsed here and every offset checked, so no read can leave the file's data. Without safetensors, ``pytorch_model.bin`` and
+its shards are read in the same way; where the tensors lie in those is found apart, by apart/pickled.py.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -15,12 +16,21 @@ from typing import Any
 
 import torch
 
+from pyfused.checkpoints.apart import read_apart
 from pyfused.checkpoints.diagnose import looks_like, other_weights
 from pyfused.checkpoints.files import note, read_json, reject_duplicates, shard_path
-from pyfused.checkpoints.storage import Entry
+from pyfused.checkpoints.storage import LONGEST_NAME, MOST_TENSORS, Entry, Stamp, stamp_of
 from pyfused.families import FAMILIES
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# (whole file, index of shards), the first choice first. A variant is what diffusers' pipelines hold, such as
+# model.fp16.safetensors
+_PLACES = (
+    (WHOLE, INDEX), ("model.*.safetensors", "model.safetensors.index.*.json"),
+    (PICKLED, PICKLED_INDEX), ("pytorch_model.*.bin", "pytorch_model.bin.index.*.json"),
+)  # fmt: skip
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,7 +42,7 @@ DTYPES = {
 _TASKS = "PreTraining|MaskedLM|CausalLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|" \
     "NextSentencePrediction|ConditionalGeneration"  # fmt: skip
 
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
+_LARGEST_HEADER = 2 << 20  # bytes; that of the largest model here has 0.1 MB
 
 
 def model_type(config: dict[str, Any]) -> Any:
@@ -74,20 +84,24 @@ def weight_files(directory: Path) -> list[Path]:
     if whole is not None:
         return [whole]
     if index is not None:
-        return [shard_path(index, name, ".safetensors") for name in dict.fromkeys(_weight_map(index).values())]
-    raise ValueError(f"{directory}: no weights found; looked for {WHOLE} and {INDEX}{other_weights(directory)}")
+        suffix = ".bin" if index.name.startswith(PICKLED) else ".safetensors"
+        return [shard_path(index, name, suffix) for name in dict.fromkeys(_weight_map(index).values())]
+    raise ValueError(
+        f"{directory}: no weights found; looked for {WHOLE}, {INDEX}, {PICKLED} and {PICKLED_INDEX}{other_weights(directory)}"
+    )
 
 
 def _names(directory: Path) -> tuple[Path | None, Path | None]:
-    """(whole file, index of shards); at least one is None. A whole file wins over an index. Without files of the
-    plain names, a variant such as model.fp16.safetensors is taken, as in diffusers pipelines."""
-    for whole, index in ((WHOLE, INDEX), ("model.*.safetensors", "model.safetensors.index.*.json")):
-        shard = re.compile(r".*-\d+-of-\d+\.safetensors")
+    """(whole file, index of shards); at least one is None. A whole file wins over an index."""
+    shard = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
+    for whole, index in _PLACES:
         wholes = [path for path in sorted(directory.glob(whole)) if path.is_file() and not shard.fullmatch(path.name)]
         indices = [path for path in sorted(directory.glob(index)) if path.is_file() and not wholes]
         if len(wholes) + len(indices) > 1:
             names = ", ".join(path.name for path in (*wholes, *indices))
-            raise ValueError(f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}")
+            raise ValueError(
+                f"{directory}: holds several variants of the weights, {names}: rename one to {WHOLE} or {INDEX}"
+            )
         if wholes or indices:
             return next(iter(wholes), None), next(iter(indices), None)
     return None, None
@@ -97,12 +111,13 @@ def read_entries(directory: Path) -> dict[str, Entry]:
     """Every tensor of the weight files by its name there. Raises ValueError if shards and index differ."""
     files = weight_files(directory)
     index = _names(directory)[1]
+    headers = _read_headers(files)
     if index is None:
-        return read_header(files[0])
+        return headers[files[0]]
     weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     for path in files:
-        for name, entry in read_header(path).items():
+        for name, entry in headers[path].items():
             if weight_map.get(name) != path.name:
                 raise ValueError(f"{entry} is here, but {index.name} says {weight_map.get(name)!r}")
             entries[name] = entry
@@ -112,13 +127,23 @@ def read_entries(directory: Path) -> dict[str, Entry]:
     return entries
 
 
+def _read_headers(files: list[Path]) -> dict[Path, dict[str, Entry]]:
+    if files[0].suffix == ".bin":
+        found = read_apart("pickled", files)
+        return {path: {entry.name: entry for entry in entries} for path, entries in found.items()}
+    return {path: read_header(path) for path in files}
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file. Raises ValueError naming the file and, if one is at fault, the tensor."""
     try:
-        size = path.stat().st_size
+        stamp = stamp_of(path)
+        size = stamp.size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+            if length > _LARGEST_HEADER and length <= size - 8:
+                raise ValueError(f"the header has {length} bytes; at most {_LARGEST_HEADER} are read")
+            if size < 8 or length > size - 8:
                 raise ValueError(
                     f"the header would have {length} bytes, the file has {size}; it is damaged or truncated; download it again"
                 )
@@ -128,7 +153,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(header, dict):
         raise ValueError(f"{path}: cannot be read as safetensors: the header is not a JSON object")
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"{path}: holds {len(header)} tensors; at most {MOST_TENSORS} are read")
+    entries = {name: _entry(path, name, fields, 8 + length, stamp) for name, fields in header.items()}
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != end:
@@ -141,8 +168,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
-    where = f"{path}: tensor {name!r}"
+def _entry(path: Path, name: str, fields: Any, data: int, stamp: Stamp) -> Entry:
+    where, size = f"{path}: tensor {name[:LONGEST_NAME]!r}", stamp.size
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"{where}... has a name of {len(name)} characters; at most {LONGEST_NAME} are read")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: the header must give dtype, shape and data_offsets, but gives {fields!r:.200}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -167,7 +196,7 @@ def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> Entry:
         raise ValueError(
             f"{where} ends at byte {data + end}, but the file has {size} bytes: it is truncated; download it again"
         )
-    return Entry(name, path, data + begin, DTYPES[dtype], tuple(shape))
+    return Entry(name, path, data + begin, DTYPES[dtype], tuple(shape), stamp=stamp)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

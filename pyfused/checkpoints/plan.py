@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pyfused.checkpoints.storage import FLOATS, Entry, MappedFile, copy_tensor
+from pyfused.checkpoints.storage import FLOATS, Entry, OpenFile, copy_tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], 
         entry = entries[name]
         if entry.dtype not in FLOATS:
             kind = "quantised, or not a weight" if entry.dtype.itemsize == 1 else "not a weight"
-            raise ValueError(f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}")
+            raise ValueError(
+                f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}"
+            )
         if entry.shape != piece.shape:
             raise ValueError(f"{entry} has shape {entry.shape}, but {where} calls for {piece.shape}")
     extra = [entry for name, entry in entries.items() if name not in wanted]
@@ -83,12 +85,14 @@ def _reason(name: str) -> str:
     return ""
 
 
-def fill(target: torch.Tensor, plan: Target, entries: Mapping[str, Entry], files: Mapping[Path, MappedFile]) -> None:
-    """Copies the pieces into ``target`` of the planned shape."""
+def fill(target: torch.Tensor, plan: Target, entries: Mapping[str, Entry], files: Mapping[Path, OpenFile]) -> None:
+    """Copies the pieces into ``target`` of the planned shape. Raises ValueError if a file changes meanwhile."""
     width = math.prod(plan.shape[1:])
     row = 0
     for piece in plan.pieces:
         rows = math.prod(piece.shape) // width
         entry = entries[piece.name]
-        copy_tensor(target[row : row + rows], entry, files[entry.file], transposed=piece.transposed)
+        source = files[entry.file]
+        copy_tensor(target[row : row + rows], entry, source, transposed=piece.transposed != entry.by_columns)
+        source.check_unchanged()
         row += rows

@@ -1,34 +1,59 @@
 """How does a weight file become a module's tensors without a second copy of the weights in memory?
 
-The readers of both formats only parse headers. They give one `Entry` for each tensor: the place of its bytes. The file is then
-mapped and copied slice by slice into the parameter, transposed and cast on the way. Touched pages of a mapped file count as
-resident memory, so each slice's pages are released before the next slice.
+The readers of every format only parse headers. They give one `Entry` for each tensor: the place of its bytes. The bytes are
+then read slice by slice into the parameter, transposed and cast on the way. They are read and not mapped: a mapped file
+that shrinks ends the process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import warnings
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SLICE_BYTES = 4 << 20  # in memory twice at any time; larger slices load no faster
+# What a header may hold. The largest models here have about a thousand tensors; their names have 60 characters
+MOST_TENSORS = 20_000
+LONGEST_NAME = 512
+
+_SLICE_BYTES = 1 << 20  # in memory twice at any time; it fits a processor's cache, and larger slices load no faster
+
+
+class Stamp(NamedTuple):
+    """What shows that a file is not the one whose header was read, or was written since."""
+
+    size: int
+    modified: int
+    inode: int
+    device: int
+
+
+def stamp_of(path: Path | int) -> Stamp:
+    """The stamp of a file by its path or descriptor. Raises OSError if there is no file."""
+    found = os.stat(path)
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: little-endian, row-major, ``offset`` bytes from the file's start."""
+    """One tensor of a file: little-endian, ``offset`` bytes from the file's start.
+
+    by_columns: the file holds a matrix column after column, as PyTorch pickles a transposed one. Else it is row-major.
+    stamp: the file's, from before its header was read.
+    """
 
     name: str
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    by_columns: bool = False
+    stamp: Stamp | None = None
 
     @property
     def numel(self) -> int:
@@ -42,35 +67,41 @@ class Entry:
         return f"{self.file}: tensor {self.name!r}"
 
 
-class MappedFile:
-    """A weight file mapped read-only. Slices share its memory; do not use one after `forget` has released it."""
+class OpenFile:
+    """A weight file, open for reading. Raises ValueError if it cannot be read or is not the one with ``stamp``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
+        self.path = path
         try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be mapped: {error}") from error
-        with warnings.catch_warnings():
-            # torch warns that the buffer is read-only; nothing here writes to it
-            warnings.simplefilter("ignore", UserWarning)
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.size = len(self._map)
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+        self._stamp = stamp or stamp_of(self._descriptor)
+        self.size = self._stamp.size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if the file was written or replaced since its header was read."""
+        if stamp_of(self._descriptor) != self._stamp:
+            raise ValueError(f"{self.path}: has changed since its header was read; open the checkpoint again")
 
     def slice(self, entry: Entry, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` to ``stop`` of the tensor, flat."""
+        """Elements ``start`` to ``stop`` of the tensor, flat and in the file's order. Raises ValueError if they are gone."""
         item = entry.dtype.itemsize
-        raw = self._bytes[entry.offset + start * item : entry.offset + stop * item]
-        # safetensors does not promise alignment, and torch requires it
-        return (raw if raw.storage_offset() % item == 0 else raw.clone()).view(entry.dtype)
-
-    def forget(self, entry: Entry, start: int, stop: int) -> None:
-        """Releases the memory pages of these elements. A later slice reads them from the file again."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        item = entry.dtype.itemsize
-        first = (entry.offset + start * item) // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, first, min(entry.offset + stop * item, self.size) - first)
+        raw = torch.empty((stop - start) * item, dtype=torch.uint8, device="cpu")
+        view, place = memoryview(raw.numpy().data), entry.offset + start * item
+        try:
+            while view:
+                count = os.preadv(self._descriptor, [view], place)
+                if not count:
+                    raise ValueError(f"{entry} is no longer in the file, which has changed since its header was read")
+                view, place = view[count:], place + count
+        except OSError as error:
+            raise ValueError(f"{entry} cannot be read: {error}") from error
+        return raw.view(entry.dtype)
 
 
 def check_inside(entry: Entry, file_size: int) -> None:
@@ -82,15 +113,18 @@ def check_inside(entry: Entry, file_size: int) -> None:
         )
 
 
-def open_files(entries: list[Entry]) -> dict[Path, MappedFile]:
-    """Maps the entries' files. Checks again that the entries lie inside: a file may have shrunk since its header was read."""
-    files = {path: MappedFile(path) for path in dict.fromkeys(entry.file for entry in entries)}
+def open_files(entries: list[Entry]) -> dict[Path, OpenFile]:
+    """Opens the entries' files. Raises ValueError if one is not the file whose header was read, or lacks an entry's bytes."""
+    files: dict[Path, OpenFile] = {}
     for entry in entries:
+        if entry.file not in files:
+            files[entry.file] = OpenFile(entry.file, entry.stamp)
+            files[entry.file].check_unchanged()
         check_inside(entry, files[entry.file].size)
     return files
 
 
-def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, transposed: bool = False) -> None:
+def copy_tensor(target: torch.Tensor, entry: Entry, source: OpenFile, *, transposed: bool = False) -> None:
     """Copies one stored tensor into ``target``, casting to its dtype and moving to its device.
 
     target: contiguous, with the same number of elements.
@@ -102,7 +136,6 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, trans
         for start in range(0, entry.numel, step):
             stop = min(start + step, entry.numel)
             flat[start:stop].copy_(source.slice(entry, start, stop))
-            source.forget(entry, start, stop)
         return
     columns, rows = target.shape
     step = max(1, _SLICE_BYTES // (entry.dtype.itemsize * columns))
@@ -110,7 +143,6 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, trans
         last = min(row + step, rows)
         part = source.slice(entry, row * columns, last * columns).view(last - row, columns)
         target[:, row:last].copy_(part.t())
-        source.forget(entry, row * columns, last * columns)
 
 
 def same_values(first: Entry, second: Entry) -> bool:
@@ -118,14 +150,16 @@ def same_values(first: Entry, second: Entry) -> bool:
     if first.shape != second.shape:
         return False
     files = open_files([first, second])
+    if first.by_columns != second.by_columns:  # rare: one of two tied matrices was transposed
+        whole = [files[entry.file].slice(entry, 0, entry.numel).double() for entry in (first, second)]
+        shapes = [entry.shape[:: -1 if entry.by_columns else 1] for entry in (first, second)]
+        return torch.equal(whole[0].view(shapes[0]), whole[1].view(shapes[1]).t())
     step = _SLICE_BYTES // max(first.dtype.itemsize, second.dtype.itemsize)
     for start in range(0, first.numel, step):
         stop = min(start + step, first.numel)
         equal = torch.equal(
             files[first.file].slice(first, start, stop).double(), files[second.file].slice(second, start, stop).double()
         )
-        for entry in (first, second):
-            files[entry.file].forget(entry, start, stop)
         if not equal:
             return False
     return True

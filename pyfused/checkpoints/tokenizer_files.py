@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyfused.checkpoints.diagnose import error_answer, looks_like
-from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.files import LARGEST_VOCABULARY, read_json
 from pyfused.checkpoints.sentencepiece import SEPARATOR, START, add_tokens, read_model, surroundings
 from pyfused.checkpoints.tokenizer_bytes import SPACE, ByteBackend, Kind
 from pyfused.checkpoints.tokenizer_options import NAMES, Added, TokenizerOptions, family_of_class
@@ -56,7 +56,7 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
     described, assets = directory / "tokenizer.json", directory / "assets" / "tokenizer"
     config: dict[str, Any] = {}
     if described.is_file():
-        raw = read_json(described)
+        raw = read_json(described, LARGEST_VOCABULARY)
         if "model" in raw:
             return _from_description(tokenizers, described, raw, options)
         config = _keras_config(raw, described)
@@ -216,7 +216,7 @@ def _byte_level(
     tokenizers: Any, vocabulary_file: Path, prefix_space: Any, special: Any, added: Sequence[Any] = ()
 ) -> Any:
     """GPT-2's tokeniser, made from the vocabulary and the merges beside it. special: tokens that it must have."""
-    vocabulary, merges_file = read_json(vocabulary_file), vocabulary_file.parent / "merges.txt"
+    vocabulary, merges_file = read_json(vocabulary_file, LARGEST_VOCABULARY), vocabulary_file.parent / "merges.txt"
     for token, index in vocabulary.items():
         if type(index) is not int or not 0 <= index < 2**31:
             raise ValueError(

@@ -99,7 +99,7 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; it takes one of gelu_new"),
         ({"hidden_act": 3}, "hidden_act is 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_hidden_groups": 10**9}, "calls for 1000000002 layers"),
+        ({"num_hidden_groups": 10**9}, "num_groups is 1000000000"),
         ({"num_hidden_groups": 3}, "albert_layer_groups.2.*is missing"),
         ({"num_hidden_groups": 1}, "albert_layer_groups.1.*is not part of the model"),
         ({"inner_group_num": 3}, "albert_layers.2.*is missing"),

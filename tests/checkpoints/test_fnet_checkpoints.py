@@ -78,7 +78,7 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
     [
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"num_hidden_layers": 10**9}, "calls for 1000000000 layers"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; pyfused makes models of at most 1000"),
         ({"num_hidden_layers": 3}, "encoder.layer.2.*is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.*is not part of the model"),
         ({"type_vocab_size": 2}, "token_type_embeddings.weight' has shape"),

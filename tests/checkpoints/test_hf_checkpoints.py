@@ -275,7 +275,7 @@ def test_truncated_and_foreign_files(preset):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"model.safetensors: .*(truncated|cannot be read)"):
             open_checkpoint(directory)
-    for length in (2**63, 2**64 - 1, 100_000_001):
+    for length in (2**63, 2**64 - 1, 100_000_001, len(content) - 7):
         path.write_bytes(length.to_bytes(8, "little") + content[8:])
         with pytest.raises(ValueError, match=f"model.safetensors: .*the header would have {length} bytes"):
             open_checkpoint(directory)
@@ -286,7 +286,9 @@ def test_truncated_and_foreign_files(preset):
     with pytest.raises(ValueError, match="no weights found; looked for"):
         open_checkpoint(directory)
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: a pickled file can run any code .* save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin: cannot be read as a pickle.*damaged one: download it again"
+    ):
         open_checkpoint(directory)
     assert open_checkpoint(directory, weights=False).config["num_layers"] == 2
     with pytest.raises(ValueError, match="opened without its weights"):
@@ -300,7 +302,7 @@ def test_a_file_cut_after_opening_leaves_the_module_untouched(preset, same):
     path.write_bytes(path.read_bytes()[:-1])
     module = Standin(**checkpoint.config)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match="has changed since"):
         checkpoint.load_into(module)
     same(module.state_dict(), before)
 
