@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,18 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, trans
         part = source.slice(entry, row * columns, last * columns).view(last - row, columns)
         target[:, row:last].copy_(part.t())
         source.forget(entry, row * columns, last * columns)
+
+
+def slice_rows(
+    entry: Entry, source: MappedFile, columns: int, first: int, end: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Rows ``first`` to ``end`` of a stored matrix of so many columns, a slice at a time: (its first row, its end, the slice). Each
+    is released before the next; only the pages that the caller touched have been read."""
+    step = max(1, _SLICE_BYTES // (entry.dtype.itemsize * columns))
+    for start in range(first, end, step):
+        stop = min(start + step, end)
+        yield start, stop, source.slice(entry, start * columns, stop * columns).view(stop - start, columns)
+        source.forget(entry, start * columns, stop * columns)
 
 
 def same_values(first: Entry, second: Entry) -> bool:
