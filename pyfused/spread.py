@@ -1,4 +1,4 @@
-"""Is a tensor spread over several processes, as a DTensor? Asked without importing torch.distributed.tensor, which takes a second."""
+"""Is a tensor spread over several processes, as a DTensor? Asked without importing DTensor's module, which takes a second."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _runs(index: torch.Tensor, local: torch.Tensor | None = None) -> Iterator[Ru
     local = torch.arange(len(index)) if local is None else local
     breaks = ((index.diff() != 1) | (local.diff() != 1)).nonzero()[:, 0] + 1
     edges = [0, *breaks.tolist(), len(index)]
-    for begin, end in zip(edges, edges[1:]):
+    for begin, end in pairwise(edges):
         if end > begin:
             yield int(local[begin]), int(index[begin]), end - begin
 
@@ -101,7 +102,7 @@ def _copy(
     size: tuple[int, int],
     transposed: bool,
 ) -> None:
-    """Copies a rectangle of one stored matrix. rows, columns, size: of the target; the file holds (columns, rows) if transposed."""
+    """Copies a rectangle of one stored matrix. rows, columns, size: of the target; the file may hold the transpose."""
     part = target.narrow(0, rows[0], rows[2]).narrow(1, columns[0], columns[2])
     if transposed:
         part, rows, columns, size = part.t(), columns, rows, size[::-1]

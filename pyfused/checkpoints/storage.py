@@ -117,8 +117,8 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: MappedFile, *, trans
 def slice_rows(
     entry: Entry, source: MappedFile, columns: int, first: int, end: int
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Rows ``first`` to ``end`` of a stored matrix of so many columns, a slice at a time: (its first row, its end, the slice). Each
-    is released before the next; only the pages that the caller touched have been read."""
+    """Rows ``first`` to ``end`` of a stored matrix of so many columns, a slice at a time: (its first row, its end, the slice).
+    Each is released before the next; only the pages that the caller touched have been read."""
     step = max(1, _SLICE_BYTES // (entry.dtype.itemsize * columns))
     for start in range(first, end, step):
         stop = min(start + step, end)

@@ -145,9 +145,9 @@ class Backbone(nn.Module, ABC):
         return [block for found in lists for block in found if not isinstance(block, nn.ModuleList)]
 
     def full_state_dict(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The state dict of the same model on one device, on the CPU, whatever spreads this one: a mesh, fully_shard, or nothing.
-        All ranks must call it, since they gather one tensor after the other. keep=False returns an empty dict, for the ranks
-        that write no file."""
+        """The state dict of the same model on one device, on the CPU, whatever spreads this one: a mesh, fully_shard, both or
+        nothing. All ranks must call it, since they gather one tensor after the other. keep=False returns an empty dict, for the
+        ranks that write no file."""
         from ..nn.tensor_parallel import full_state_dict
 
         return full_state_dict(self, keep=keep)
@@ -196,8 +196,8 @@ class Backbone(nn.Module, ABC):
         dtype: a name or a torch.dtype, or "mixed_float16" or "mixed_bfloat16": float32 parameters, which are cast for each
             computation, and outputs in the other dtype. None takes the checkpoint's, which may be a mixed policy of Keras.
         skip_padding: the attribute of this name; see the class.
-        mesh: a device mesh of one dimension over whose ranks the model is spread by `tensor_parallel_plan`. All ranks call this.
-            Each reads its own part of the files alone, and holds no more. `device` is then the mesh's.
+        mesh: a device mesh of one dimension, over whose ranks the model is spread by `tensor_parallel_plan`. All ranks call
+            this. Each reads its own part of the files alone, and holds no more. `device` is then the mesh's.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown

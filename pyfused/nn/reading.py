@@ -17,18 +17,18 @@ Read = Callable[[Tensor], "Tensor | None"]  # hashable, and pickled by its name 
 
 
 def read_through(module: Any, read: Read, *names: str) -> None:
-    """From now on the module's code sees read(parameter) for the parameters of these names; for all of its own if none is given."""
-    found = names or tuple(module._parameters)
-    module.__class__ = _reading(type(module), read, found)
+    """From now on the module's code sees read(parameter) for the parameters of these names, or for all of its own."""
+    kind: Any = type(module)
+    module.__class__ = _reading(kind, read, names or tuple(module._parameters))
 
 
 @functools.cache
 def _reading(base: Any, read: Read, names: tuple[str, ...]) -> Any:
     def through(name: str) -> property:
-        earlier = getattr(base, name, None)
+        earlier: Any = getattr(base, name, None)
 
         def get(module: nn.Module) -> Tensor | None:
-            found = earlier.fget(module) if isinstance(earlier, property) else module._parameters[name]
+            found = module._parameters[name] if earlier is None else earlier.fget(module)
             return None if found is None else read(found)
 
         return property(get)

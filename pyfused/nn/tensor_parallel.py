@@ -62,8 +62,8 @@ def _everywhere(x: DTensor) -> Tensor:
 # ---- how a parameter is read -------------------------------------------------------------------------------------------
 
 
-# fully_shard reads the parameters too, as attributes, while it holds them in pieces. Then they have a second mesh dimension, and
-# are given as they are. In a call of its module a parameter has the dimension of tensor parallelism alone.
+# fully_shard reads the parameters too, as attributes, while it holds them in pieces. They then have a second mesh dimension,
+# and are given as they are. In a call of its module a parameter has the dimension of tensor parallelism alone.
 
 
 def local(parameter: Any) -> Tensor:
@@ -279,7 +279,7 @@ class FeedForwardParallel(_Style):
 
 
 class VocabularyParallel(_Style):
-    """For ReversibleEmbedding: each rank has some of the vocabulary's rows. Their number need not be a multiple of the ranks'."""
+    """For ReversibleEmbedding: each rank has some of the vocabulary's rows. Any vocabulary can be divided."""
 
     def _spread(self, module: Any, mesh: Any) -> None:
         kind = _known(module, {ReversibleEmbedding: ParallelReversibleEmbedding})
