@@ -1,25 +1,35 @@
 """Four processes on the CPU, over gloo: `python parallel_processes.py FOLDER`. What does each compute when models are spread?
 
 This process imports everything once and forks the ranks; it has started no threads. Rank r writes FOLDER/rank{r}.pt:
-{case: what it found}. Cases: "tp2:<family>", "tp4:<family>" (tensor parallelism over two or four ranks), "fsdp:<family>"
-(fully_shard over four), "2d:<family>" (both, two by two), and some of their own.
+{case: what it found}. STEPS: "tp2:<family>", "tp4:<family>" (tensor parallelism over two or four ranks), "fsdp:<family>"
+(fully_shard over four), "2d:<family>" (both, two by two). The others: TOKENS, FUSED, and "states", "operators".
 """
 
 import os
 import sys
 
 import torch
+import torch._dynamo  # fully_shard imports it at its first call
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compiled_cases import FAMILIES, backbone, inputs, loss_of
+import parallel_transformers
+from compiled_cases import backbone, inputs, loss_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import pyfused
+import pyfused.nn.tensor_parallel
+from pyfused.nn.packed_heads import from_heads
 
 RANKS, RATE = 4, 0.1
-GENERATORS = ("gpt2", "t5")
+STEPS = (
+    *("tp2:gpt2", "tp2:t5", "tp4:gpt2", "tp4:albert", "tp4:t5", "tp4:fnet"),
+    *("fsdp:t5", "fsdp:albert", "2d:gpt2", "2d:t5"),
+)
+TOKENS = ("tp2:gpt2", "tp4:t5")
+FUSED = tuple(f"tp2:{name}" for name in parallel_transformers.NAMES)
 PROMPTS = [[5, 9, 33, 2], [7], [60, 1, 1, 48, 20, 11]]
 
 
@@ -29,8 +39,6 @@ def whole(tensor):
 
 def unpacked(model, name, tensor):
     """A gradient in the shape that it has on one device."""
-    from pyfused.nn.packed_heads import from_heads
-
     return from_heads(tensor, *getattr(model.get_submodule(name.rpartition(".")[0]), "packed", (1, 1)))
 
 
@@ -79,7 +87,10 @@ def step(name, kind, mesh, rank):
 
 
 def tokens(name, kind, mesh):
-    generator = pyfused.Generator(spread(name, kind, mesh))
+    return generated(pyfused.Generator(spread(name, kind, mesh)))
+
+
+def generated(generator):
     return {
         "greedy": generator.generate(PROMPTS, 6),
         "drawn": generator.generate(PROMPTS, 6, temperature=0.8, seed=3),
@@ -88,21 +99,63 @@ def tokens(name, kind, mesh):
     }
 
 
+def states(mesh):
+    """What a call collects: all heads' probabilities, and hidden states. The custom mask differs by heads."""
+    given = inputs("gpt2", 2, 7) | {"attention_mask": masks(), "return_attentions": True, "return_hidden_states": True}
+    found = spread("gpt2", "tp2", mesh)(given)
+    return {"attentions": found.attentions, "hidden_states": found.hidden_states, "out": found.last_hidden_state}
+
+
+def masks():
+    return torch.rand(2, 4, 7, 7, generator=torch.Generator().manual_seed(1)) > 0.3
+
+
+def fused(name, mesh, first):
+    """A fused transformers model under torch's own styles: outputs and greedy tokens. first: whether fuse_ comes first."""
+    model = parallel_transformers.model_of(name).eval()
+    if first:
+        assert pyfused.fuse_(model).replaced
+    parallelize_module(model, mesh["tp"], parallel_transformers.plan_of(name))
+    parallel_transformers.divide_heads(model, name, 2)
+    if not first:
+        assert pyfused.fuse_(model).replaced
+    out = parallel_transformers.call(model, name)
+    out.sum().backward()
+    prompt = parallel_transformers.IDS[:1, :4]
+    return out.detach(), model.generate(prompt, max_new_tokens=5, do_sample=False) if name != "albert" else None
+
+
+def operators(mesh):
+    """Operators on DTensors: rows are spread, weights are copies."""
+    x, w = torch.randn(4, 8), torch.randn(6, 8)
+    rows = distribute_tensor(x, mesh["tp"], [Shard(0)], src_data_rank=None)
+    weight = distribute_tensor(w, mesh["tp"], [Replicate()], src_data_rank=None).requires_grad_()
+    norm = distribute_tensor(w[0], mesh["tp"], [Replicate()], src_data_rank=None)
+    found = {"linear": pyfused.linear(rows, weight), "rms_norm": pyfused.rms_norm(rows, norm)}
+    found["linear"].sum().backward()
+    return {name: whole(y.detach()) for name, y in found.items()} | {"grad": whole(weight.grad), "x": x, "w": w}
+
+
 def run(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     mesh = {"dp": two["dp"], "tp": two["tp"], "all": init_device_mesh("cpu", (RANKS,), mesh_dim_names=("all",))}
     found = {}
-    for name in FAMILIES:
-        for kind in ("tp2", "tp4", "fsdp", "2d"):
-            found[f"{kind}:{name}"] = step(name, kind, mesh, rank)
-    for name in GENERATORS:
-        found[f"tokens:{name}"] = {kind: tokens(name, kind, mesh) for kind in ("tp2", "tp4")}
+    for kind, name in (case.split(":") for case in STEPS):
+        found[f"{kind}:{name}"] = step(name, kind, mesh, rank)
+    for kind, name in (case.split(":") for case in TOKENS):
+        found[f"tokens {kind}:{name}"] = tokens(name, kind, mesh)
+    for kind, name in (case.split(":") for case in FUSED):
+        found[f"fused {kind}:{name}"] = [fused(name, mesh, first) for first in (True, False)]
+    torch.manual_seed(2)
+    found |= {"states": states(mesh), "operators": operators(mesh)}
     torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    for made in map(parallel_transformers.model_of, parallel_transformers.NAMES):
+        pyfused.fuse_(made)  # imports what every rank would import again
     mp.start_processes(run, (sys.argv[1],), RANKS, start_method="fork")

@@ -272,10 +272,15 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _unfilled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if is_spread(tensor):
-        return torch.empty_like(tensor, device=device, requires_grad=False)  # this rank's part
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+def _unfilled(tensor: Any, device: torch.device) -> torch.Tensor:
+    part = tensor.to_local() if is_spread(tensor) else tensor
+    fresh = torch.empty(part.shape, dtype=part.dtype, device=device)
+    if part is tensor:
+        return fresh
+    from torch.distributed.tensor import DTensor
+
+    options: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    return DTensor.from_local(fresh, tensor.device_mesh, tensor.placements, **options)
 
 
 def _place(device: str | torch.device | None, mesh: DeviceMesh | None) -> torch.device:
