@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from .nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, ReversibleEmbedding
 from .nn.quantized import int8_of
 from .own_forward import Entry, check_module, has_another_forward, summary
+from .spread import has_spread_weights
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"  # by name, so that transformers is not imported
 _LINEARS = {f"{c.__module__}.{c.__qualname__}" for c in (nn.Linear, Linear)} | {_CONV1D}
@@ -83,7 +84,7 @@ def quantize_(
         The modules that were replaced, those that were not, with the reasons, and the bytes before and after.
 
     Raises:
-        TypeError: an argument of a wrong type. ValueError: an unknown scheme.
+        TypeError: an argument of a wrong type. ValueError: an unknown scheme, a model spread over a mesh.
     """
     check_module(model)
     if scheme != "int8":
@@ -92,6 +93,8 @@ def quantize_(
         raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    if has_spread_weights(model):
+        raise ValueError("model: its weights are spread over a mesh; int8 takes a model on one device")
     before = _bytes(model)
     replaced, left = [], []
     for group in _groups(model, filter_fn or (lambda name, module: True)):

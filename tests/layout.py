@@ -8,16 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From bottom to top. A file imports only its own layer and earlier ones. A name stands for a file or a folder.
 LAYERS: dict[str, tuple[str, ...]] = {
     "facts": (
-        "_version",
-        "published",
-        "families",
-        "activations",
-        "arguments",
-        "decode_plan",
-        "notices",
-        "tracing",
-        "timing",
-        "own_forward",
+        *("_version", "published", "families", "activations", "arguments", "decode_plan", "notices", "tracing", "timing"),
+        *("own_forward", "spread"),
     ),
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),
     "kernels": ("kernels",),  # dispatch loads them by name, when an operator is first called

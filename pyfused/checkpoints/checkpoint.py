@@ -19,10 +19,12 @@ from pyfused.checkpoints import hf, keras, progress
 from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.names import check_prefix, find, note_others
+from pyfused.checkpoints.parts import fill_part, whole_shape
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import published_config, resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
 from pyfused.families import FAMILIES, load, of_hf_type
+from pyfused.spread import is_spread
 
 _CONFIG = "config.json"
 _MOST_LAYERS = 1000  # 48 in the largest model here; a configuration alone may state any number
@@ -98,7 +100,7 @@ class Checkpoint:
     def check_module(self, module: nn.Module) -> None:
         """Raises ValueError unless the module's state dict has the checkpoint's names and shapes."""
         shapes = self.shapes
-        own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        own = {name: whole_shape(t, _packed(module, name)) for name, t in module.state_dict().items()}
         kind = type(module).__name__
         for name in sorted(own.keys() | shapes.keys()):
             if name not in own:
@@ -114,6 +116,7 @@ class Checkpoint:
     def load_into(self, module: nn.Module) -> None:
         """Copies every tensor into the module's parameters, keeping their dtypes and devices.
 
+        Of a DTensor (parallelize_module, fully_shard) this rank's part alone is read and filled.
         Peak memory is the module plus a few MB. Raises ValueError if names, shapes or files do not fit, or if a parameter
         has no memory yet (meta device). The module is then unchanged.
         """
@@ -132,7 +135,10 @@ class Checkpoint:
         files = open_files(list(self._entries.values()))
         with progress.loading(self.directory.name, sum(tensor.nbytes for tensor in state.values())) as advance:
             for name, target in self._weights().items():
-                fill(state[name], target, self._entries, files)
+                if is_spread(state[name]):
+                    fill_part(state[name], _packed(module, name), target, self._entries, files)
+                else:
+                    fill(state[name], target, self._entries, files)
                 advance(state[name].nbytes)
 
     def _weights(self) -> Plan:
@@ -229,6 +235,12 @@ def _check_depth(maps: Any, config: dict[str, Any], held: int, where: Path, file
     layers = sum(config[name] or 0 for name in maps.DEPTHS)
     if layers > held:
         raise ValueError(f"{where}: calls for {layers} layers, but {files[0]} and its shards hold {held} tensors")
+
+
+def _packed(module: nn.Module, name: str) -> tuple[int, int]:
+    """The parts and heads of a projection that is spread by heads; (1, 1) for all other tensors."""
+    found: Any = getattr(module.get_submodule(name.rpartition(".")[0]), "packed", (1, 1))
+    return found
 
 
 def _names(dtypes: Any = FLOATS) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -143,6 +144,16 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: OpenFile, *, transpo
         last = min(row + step, rows)
         part = source.slice(entry, row * columns, last * columns).view(last - row, columns)
         target[:, row:last].copy_(part.t())
+
+
+def slice_rows(
+    entry: Entry, source: OpenFile, columns: int, first: int, end: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Rows ``first`` to ``end`` of a stored matrix of so many columns, a slice at a time: (its first row, its end, the slice)."""
+    step = max(1, _SLICE_BYTES // (entry.dtype.itemsize * columns))
+    for start in range(first, end, step):
+        stop = min(start + step, end)
+        yield start, stop, source.slice(entry, start * columns, stop * columns).view(stop - start, columns)
 
 
 def same_values(first: Entry, second: Entry) -> bool:

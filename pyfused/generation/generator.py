@@ -15,6 +15,7 @@ from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from ..quantize import quantize_
+from ..spread import has_spread_weights, is_wrapped
 from .beam_search import BeamSearch
 from .queue import run_queue
 from .sampling import NO_TOKEN, Sampler, no_token, uniforms
@@ -44,6 +45,8 @@ class Generator:
 
     def __init__(self, model: Backbone, *, weights: str | None = None, warm: bool = False):
         self._decoding = decoding_of(model)
+        if any(map(is_wrapped, model.modules())):
+            raise ValueError("model: fully_shard gathers its weights for calls of the model alone; generation takes a mesh")
         if weights is not None:
             model = _copy_in_int8(model, weights)
         self.model = model
@@ -76,7 +79,7 @@ class Generator:
             top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds
                 this much probability. With both, top_p cuts the result of top_k.
             seed: of the draws; None takes one from torch's default generator. The draws of row r depend on (seed, r)
-                alone, not on the other prompts.
+                alone, not on the other prompts. A model that is spread over a mesh takes no None: its ranks must draw alike.
             stop_token_ids: a row ends with one of these, which is returned too, as in transformers.
             on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
             num_beams: more than 1 searches for the likeliest text instead of the likeliest token, with transformers'
@@ -93,6 +96,7 @@ class Generator:
         """
         arrays = self._texts(prompts, max_new_tokens)
         sampler, stops = Sampler(temperature, top_k, top_p), self._stops(stop_token_ids)
+        self._check_seed(sampler, seed)
         _check_listener(on_token)
         search = BeamSearch(num_beams, length_penalty, early_stopping, num_return_sequences)
         self._check_search(search, max_new_tokens, sampler, on_token, len(stops))
@@ -131,6 +135,7 @@ class Generator:
         """
         arrays = self._texts(prompts, max_new_tokens)
         sampler, stops = Sampler(temperature, top_k, top_p), self._stops(stop_token_ids)
+        self._check_seed(sampler, seed)
         if isinstance(rows, bool) or not isinstance(rows, int):
             raise TypeError(f"rows is {rows!r}; it takes an int")
         if rows < 1:
@@ -158,7 +163,7 @@ class Generator:
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
         """The steps of one call. While a call uses a graph, the graph is not in `_graphs`, so no other call can."""
         shape = self._decoding.shape(prompts, max_new_tokens)
-        if self.model.device.type != "cuda":
+        if self.model.device.type != "cuda" or has_spread_weights(self.model):
             return EagerSteps(self._decoding(self.model, shape), sampler)
         key = GraphSteps.key(self.model, shape, sampler)
         return self._graphs.pop(key, None) or GraphSteps(self.model, shape, sampler)
@@ -169,6 +174,10 @@ class Generator:
                 self._graphs[steps.made_for] = steps  # the latest is last
                 while len(self._graphs) > 4:
                     del self._graphs[next(iter(self._graphs))]
+
+    def _check_seed(self, sampler: Sampler, seed: int | None) -> None:
+        if seed is None and not sampler.is_greedy and has_spread_weights(self.model):
+            raise ValueError("seed is None; the ranks of a mesh must draw alike, and take the same int")
 
     def _check_search(
         self, search: BeamSearch, max_new_tokens: int, sampler: Sampler, on_token: object, stops: int

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from ..decode_plan import DecodeLayer, DecodePlan, Matrix, Norm
 from ..models.backbone import Backbone
 from ..models.gpt2 import GPT2Backbone
-from ..models.pre_norm import PreNormLayer
+from ..models.pre_norm import PreNormLayer, RelativeLayer
 from ..models.t5 import T5Backbone, T5Stack
 from ..nn import (
     CrossAttention,
@@ -29,9 +29,11 @@ from ..nn import (
     RMSNorm,
     SelfAttention,
 )
+from ..notices import once
+from ..spread import has_spread_weights
 
 _KNOWN = {
-    GPT2Backbone, T5Backbone, T5Stack, PreNormLayer, nn.ModuleList, LayerNorm, RMSNorm, Linear, SelfAttention,
+    GPT2Backbone, T5Backbone, T5Stack, PreNormLayer, RelativeLayer, nn.ModuleList, LayerNorm, RMSNorm, Linear, SelfAttention,
     RelativeSelfAttention, CrossAttention, Mlp, GatedMlp, Embedding, ReversibleEmbedding, QuantizedLinear,
     QuantizedEmbedding,
 }  # fmt: skip
@@ -43,6 +45,11 @@ def plan_of(model: Backbone) -> DecodePlan | None:
     if not isinstance(model, (GPT2Backbone, T5Backbone)):
         raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone or a T5Backbone")
     model.check_decoder("plan_of")
+    if has_spread_weights(model):
+        once(
+            "the model's weights are spread over a mesh: generation calls its modules, since `decode` reads whole weights"
+        )
+        return None
     stack: Any = model if isinstance(model, GPT2Backbone) else model.decoder
     if not _is_plain(model) or not _are_alike(list(stack.layers)):
         return None

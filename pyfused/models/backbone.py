@@ -15,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints import open_checkpoint, presets_of
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
+from ..spread import is_spread
 from .mixed_precision import compute_in
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
 _DTYPES = {
@@ -124,6 +126,32 @@ class Backbone(nn.Module, ABC):
     def text_states(self, token_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states of texts alone, without other inputs: (B, S), (B, S) or None -> (B, S, D)."""
 
+    def tensor_parallel_plan(self) -> dict[str, Any]:
+        """The plan for torch.distributed.tensor.parallel.parallelize_module: {a module's name: its ParallelStyle}.
+
+        Each rank gets some heads of every attention, some features of every feed-forward network and some rows of the token
+        table, and copies of the rest. Outputs are whole on every rank, and so are inputs: give all ranks the same. If there
+        is dropout, seed all ranks alike. Wrap in fully_shard afterwards, if at all. Applying it raises ValueError, before
+        anything has changed, where the number of ranks does not divide num_heads or intermediate_dim.
+        """
+        from ..nn.tensor_parallel import styles_of
+
+        names = ("num_heads", "intermediate_dim")
+        return dict(styles_of(self, {name: self._config[name] for name in names if name in self._config}))
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers with weights of their own, of all stacks: what torch.distributed.fsdp.fully_shard takes one at a time."""
+        lists = (m for m in self.modules() if isinstance(m, nn.ModuleList))
+        return [block for found in lists for block in found if not isinstance(block, nn.ModuleList)]
+
+    def full_state_dict(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The state dict of the same model on one device, on the CPU, whatever spreads this one: a mesh, fully_shard, both or
+        nothing. All ranks must call it, since they gather one tensor after the other. keep=False returns an empty dict, for the
+        ranks that write no file."""
+        from ..nn.tensor_parallel import full_state_dict
+
+        return full_state_dict(self, keep=keep)
+
     def check_decoder(self, what: str) -> None:
         """Raises ValueError if this is an encoder alone. `what` names the feature that needs the decoder."""
 
@@ -156,6 +184,7 @@ class Backbone(nn.Module, ABC):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         skip_padding: bool = False,
+        mesh: DeviceMesh | None = None,
         **overrides: Any,
     ) -> Self:
         """The model of a preset, in evaluation mode.
@@ -167,6 +196,8 @@ class Backbone(nn.Module, ABC):
         dtype: a name or a torch.dtype, or "mixed_float16" or "mixed_bfloat16": float32 parameters, which are cast for each
             computation, and outputs in the other dtype. None takes the checkpoint's, which may be a mixed policy of Keras.
         skip_padding: the attribute of this name; see the class.
+        mesh: a device mesh of one dimension, over whose ranks the model is spread by `tensor_parallel_plan`. All ranks call
+            this. Each reads its own part of the files alone, and holds no more. `device` is then the mesh's.
         overrides: constructor arguments in place of the checkpoint's, such as dropout=0.0.
 
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
@@ -189,7 +220,9 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
         config = checkpoint.config_with(overrides) | {"dtype": variable}
-        place = torch.get_default_device() if device is None else torch.device(device)
+        place = _place(device, mesh)
+        if not load_weights and mesh is not None:
+            raise ValueError("mesh is given and load_weights is False; it takes a model whose weights are loaded")
         if not load_weights:
             with place, _Uninitialised() if place.type == "meta" else nullcontext():
                 model = kind.from_config(config)
@@ -202,6 +235,10 @@ class Backbone(nn.Module, ABC):
             raise RuntimeError(
                 f"{kind.__name__}: {sorted(bare)} are not in its state dict, so that nothing would fill them"
             )
+        if mesh is not None:
+            from torch.distributed.tensor.parallel import parallelize_module
+
+            parallelize_module(model, mesh, model.tensor_parallel_plan(), src_data_rank=None)
         _allocate(model, place)
         checkpoint.load_into(model)
         return _finished(model, variable, compute, skip_padding)
@@ -229,10 +266,35 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    fresh = _unfilled(tensor, device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
                 tensors[name] = made[id(tensor)]
+
+
+def _unfilled(tensor: Any, device: torch.device) -> torch.Tensor:
+    part = tensor.to_local() if is_spread(tensor) else tensor
+    fresh = torch.empty(part.shape, dtype=part.dtype, device=device)
+    if part is tensor:
+        return fresh
+    from torch.distributed.tensor import DTensor
+
+    options: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    return DTensor.from_local(fresh, tensor.device_mesh, tensor.placements, **options)
+
+
+def _place(device: str | torch.device | None, mesh: DeviceMesh | None) -> torch.device:
+    """Where a preset's weights go."""
+    if mesh is None:
+        return torch.get_default_device() if device is None else torch.device(device)
+    if not hasattr(mesh, "device_type"):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}; it takes a torch.distributed.device_mesh.DeviceMesh, or None"
+        )
+    place = torch.device(mesh.device_type if device is None else device)
+    if place.type != mesh.device_type:
+        raise ValueError(f"device is {place} and the mesh is of {mesh.device_type} devices; they take one kind")
+    return place
 
 
 def _finished(model: Any, variable: torch.dtype, compute: torch.dtype, skip_padding: bool) -> Any:

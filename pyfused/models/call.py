@@ -6,7 +6,6 @@ Each model reads its inputs with a Reader. A Reader only reads; the forward pass
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,26 +18,37 @@ from .options import head_size
 FLAGS = ("return_hidden_states", "return_attentions")
 
 
-@dataclass(slots=True)
 class Call:
     """token_ids (B, S) or embeds (B, S, D). position_ids (S,), (1, S) or (B, S). segment_ids (B, S), also GPT-2's token types.
 
-    visible: which keys self-attention sees. It has no default: torch.compile cannot trace a dataclass's constructor with an
-    object as default. memory: the encoder's hidden states (B, Se, D); memory_mask: which of them are real.
-    The lists are None unless they were asked for.
+    visible: which keys self-attention sees. memory: the encoder's hidden states (B, Se, D); memory_mask: which of them are
+    real. The lists hidden_states, attentions and cross_attentions are None unless they were asked for.
+
+    It is no dataclass: fully_shard would give each layer a copy, and what the layer writes into that would be lost.
     """
 
-    token_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-    segment_ids: Tensor | None = None
-    embeds: Tensor | None = None
-    visible: Visibility = field(kw_only=True)
-    cache: KVCache | None = None
-    memory: Tensor | None = None
-    memory_mask: Tensor | None = None
-    hidden_states: list[Tensor] | None = None
-    attentions: list[Tensor] | None = None
-    cross_attentions: list[Tensor] | None = None
+    __slots__ = (
+        *("token_ids", "position_ids", "segment_ids", "embeds", "visible", "cache", "memory", "memory_mask"),
+        *("hidden_states", "attentions", "cross_attentions"),
+    )
+
+    def __init__(
+        self,
+        token_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        embeds: Tensor | None = None,
+        *,
+        visible: Visibility,
+        cache: KVCache | None = None,
+        memory_mask: Tensor | None = None,
+    ):
+        self.token_ids, self.position_ids, self.embeds = token_ids, position_ids, embeds
+        self.visible, self.cache, self.memory_mask = visible, cache, memory_mask
+        self.segment_ids: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.hidden_states: list[Tensor] | None = None
+        self.attentions: list[Tensor] | None = None
+        self.cross_attentions: list[Tensor] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -111,9 +121,9 @@ class Reader:
             raise ValueError(f"{name} is missing; it takes {shape}, or None where nothing is padding")
         return inputs.mask(self.given[name], name, shape, size, self.like.device)
 
-    def cache(self, call: Call, layers: int) -> int:
-        """Sets call.cache, for this many layers and with room for the call. Returns the number of cached tokens."""
-        sizes = layers, self.config["num_heads"], head_size(self.config)
+    def cache(self, call: Call, layers: Any) -> int:
+        """Sets call.cache, for these layers and with room for the call. Returns the number of cached tokens."""
+        sizes = len(layers), layers[0].attention.num_heads, head_size(self.config)
         call.cache = inputs.cache(self.given.get("cache"), *sizes, self.like)
         return inputs.cached(call.cache, *call.size)
 
@@ -164,3 +174,10 @@ def embed_segmented(call: Call, token: nn.Module, position: nn.Module, segment: 
     """
     of_segment = segment.weight[0] if call.segment_ids is None else segment(call.segment_ids)
     return call.embedded(token) + position(call.position_ids) + of_segment
+
+
+def cache_of(model: Any, layers: Any, batch_size: int, capacity: int) -> KVCache:
+    """An empty KV cache of `capacity` tokens for these layers of a model; for this rank's heads if they are spread."""
+    attention = layers[0].attention
+    sizes = batch_size, attention.num_heads, capacity, attention.head_size
+    return KVCache(len(layers), *sizes, dtype=model.dtype, device=model.device)

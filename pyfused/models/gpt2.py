@@ -21,7 +21,7 @@ from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleE
 from ..nn.layers import dropped
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
-from .call import FLAGS, Call, Reader
+from .call import FLAGS, Call, Reader, cache_of
 from .evaluation import skips_padding
 from .options import ACTIVATION_NAME, SIZE, check, configuration, head_size, rate
 from .pre_norm import PreNormLayer, through
@@ -127,8 +127,7 @@ class GPT2Backbone(Backbone):
         """An empty KV cache for `capacity` tokens per row (max_sequence_length if None), to pass as `cache`."""
         capacity = self._config["max_sequence_length"] if capacity is None else capacity
         check(SIZE, batch_size=batch_size, capacity=capacity)
-        sizes = batch_size, self._config["num_heads"], capacity, head_size(self._config)
-        return KVCache(len(self.layers), *sizes, dtype=self.dtype, device=self.device)
+        return cache_of(self, self.layers, batch_size, capacity)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> Tensor | GPT2Output:
         """Hidden states behind the final norm, (B, S, D).
@@ -178,7 +177,7 @@ class GPT2Backbone(Backbone):
         read = Reader(given, config, like)
         call = read.tokens()
         read.segments(call, "token_type_ids", config["vocabulary_size"])
-        past, (b, s) = read.cache(call, config["num_layers"]), call.size
+        past, (b, s) = read.cache(call, self.layers), call.size
         padding = read.padding("padding_mask", "(B, Sk)", (b, past + s))
         read.positions(call, past)
         call.visible = _visible(given, call, padding, (b, config["num_heads"], s, past + s), like)

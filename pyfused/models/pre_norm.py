@@ -9,13 +9,15 @@ pass of its own. B batch, S sequence, D hidden_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import CrossAttention, SelfAttention, Visibility
+from ..nn import CrossAttention, RelativeSelfAttention, SelfAttention, Visibility
 from ..nn.layers import dropped
 from ..nn.wide import is_wide
+from ..spread import is_wrapped
 from .call import Call
 
 
@@ -68,6 +70,23 @@ class PreNormLayer(nn.Module):
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return dropped(branch, self.dropout if self.training else 0.0)
+
+
+class RelativeLayer(PreNormLayer):
+    """T5's layer: its attention adds a bias by relative position. The first layer of a stack has the table, and shares it with
+    the others through call.visible."""
+
+    attention: RelativeSelfAttention
+
+    def forward(self, x: Tensor, branch: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """As PreNormLayer's. A bias in call.visible replaces the table."""
+        visible = call.visible
+        if visible.attn_bias is None and visible.relative_bias is None:
+            bias = self.attention.position_bias()
+            if bias is not None and (is_wrapped(self) or is_wrapped(self.attention)):
+                bias = bias._replace(table=bias.table.clone())  # fully_shard frees the table behind this layer's call
+            call.visible = replace(visible, relative_bias=bias)
+        return super().forward(x, branch, call)
 
 
 def through(layers: Iterable[Any], x: Tensor, call: Call) -> tuple[Tensor, Any]:

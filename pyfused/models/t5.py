@@ -14,7 +14,6 @@ V vocabulary, Sk keys: cached tokens plus Sd.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,10 +27,10 @@ from ..nn.layers import dropped
 from ..nn.wide import widened
 from . import inputs as model_inputs
 from .backbone import Backbone, resolve_dtype
-from .call import FLAGS, Call, Reader
+from .call import FLAGS, Call, Reader, cache_of
 from .evaluation import skips_padding
 from .options import SIZE, check, configuration, head_size
-from .pre_norm import PreNormLayer, through
+from .pre_norm import RelativeLayer, through
 
 ENCODER_INPUTS = ("encoder_token_ids", "encoder_padding_mask", "encoder_inputs_embeds")
 INPUTS = (
@@ -62,24 +61,21 @@ class T5Stack(nn.Module):
         self.final_norm = RMSNorm(config["hidden_dim"], config["layer_norm_epsilon"], **factory)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """(B, S, D) -> (B, S, D). Does not change cache.length. A call.visible.attn_bias replaces the bias table."""
-        layers: Any = self.layers
+        """(B, S, D) -> (B, S, D). Does not change cache.length."""
         rate = self.dropout if self.training else 0.0
-        if call.visible.attn_bias is None:
-            call.visible = replace(call.visible, relative_bias=layers[0].attention.position_bias())
         visible = call.visible
-        x, branch = through(layers, dropped(visible.packed(widened(x)), rate), call)
+        x, branch = through(self.layers, dropped(visible.packed(widened(x)), rate), call)
         x = visible.unpacked(dropped(self.final_norm(x, branch)[0], rate))
         if call.hidden_states is not None:
             call.hidden_states.append(x)
         return x
 
 
-def _layer(config: dict[str, Any], is_decoder: bool, index: int, factory: dict[str, Any]) -> PreNormLayer:
+def _layer(config: dict[str, Any], is_decoder: bool, index: int, factory: dict[str, Any]) -> RelativeLayer:
     d, heads, size = config["hidden_dim"], config["num_heads"], config["key_value_dim"]
     options: dict[str, Any] = {"dropout": config["dropout"], **factory}
     kind: Any = GatedMlp if config["use_gated_activation"] else partial(Mlp, bias=False)
-    return PreNormLayer(
+    return RelativeLayer(
         index,
         partial(RMSNorm, d, config["layer_norm_epsilon"], **factory),
         RelativeSelfAttention(
@@ -181,8 +177,7 @@ class T5Backbone(Backbone):
         """An empty KV cache for `capacity` decoder tokens per row, to pass as `cache`."""
         self.check_decoder("new_cache")
         check(SIZE, batch_size=batch_size, capacity=capacity)
-        sizes = batch_size, self._config["num_heads"], capacity, head_size(self._config)
-        return KVCache(len(self.decoder.layers), *sizes, dtype=self.dtype, device=self.device)
+        return cache_of(self, self.decoder.layers, batch_size, capacity)
 
     def forward(self, inputs: dict[str, Any] | None = None, **keywords: Any) -> dict[str, Any]:
         """Hidden states behind the final norm of each stack: {"encoder_sequence_output": (B, Se, D),
@@ -245,7 +240,7 @@ class T5Backbone(Backbone):
                     self.check_decoder(name)
             return self._read_encoder(read), None
         call = read.tokens("decoder_", "Sd")
-        past, (b, s) = read.cache(call, self._config["num_decoder_layers"]), call.size
+        past, (b, s) = read.cache(call, self.decoder.layers), call.size
         padding = read.padding("decoder_padding_mask", "(B, Sk)" if past else "(B, Sd)", (b, past + s))
         call.visible = Visibility(is_causal=True, padding_mask=padding)
         read.collect(call, cross=True)

@@ -109,6 +109,10 @@ class _Attention(nn.Module):
         self.dropout = dropout
         self.output = Linear(num_heads * head_size, hidden_dim, bias, device=device, dtype=dtype)
 
+    def _parts(self, projected: Tensor, count: int) -> Tensor:
+        """A packed projection (B, S, count * H * d) -> (B, S, count, H, d)."""
+        return projected.view(*projected.shape[:2], count, self.num_heads, self.head_size)
+
     def _attend(self, query, key, value, visible, probabilities):
         """query (B, H, S, d), key and value (B, H, Sk, d) -> (B, S, D)."""
         if probabilities is not None:
@@ -162,8 +166,7 @@ class SelfAttention(_Attention):
         empty. cache: keys and values of earlier tokens; x's are appended to its layer `layer`.
         probabilities: a list that gets this layer's (B, H, S, Sk).
         """
-        b, s, _ = x.shape
-        qkv = self.query_key_value(x).view(b, s, 3, self.num_heads, self.head_size)
+        qkv = self._parts(self.query_key_value(x), 3)
         if cache is None or visible.packing is not None:
             query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             if cache is not None:
@@ -258,9 +261,7 @@ class CrossAttention(_Attention):
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output (B, Se, D) as keys and values, views (B, H, Se, d)."""
-        b, s, _ = memory.shape
-        key_value = self.key_value(memory).view(b, s, 2, self.num_heads, self.head_size)
-        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = self._parts(self.key_value(memory), 2).permute(2, 0, 3, 1, 4).unbind(0)
         return key, value
 
     def forward(

@@ -10,7 +10,7 @@
     Operator.__call__                 who watches the call? The first match decides:
 
         torch.func, forward-mode derivatives, torch.jit.trace       in_plain_torch    plain PyTorch, which they can follow
-        a gradient of a gradient                                    plainly           the same
+        a gradient of a gradient, DTensors                          plainly           the same
         torch.compile, torch.export, dispatch modes, the profiler,
         tensor subclasses                                           registered        torch.ops.pyfused.<name>
         a gradient is wanted                                        autograd          direct, inside autograd.Function
@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 
 from .. import dispatch, extensions
 from ..notices import once
+from ..spread import is_spread
 from ..tracing import jit_is_tracing, modes, profiler_is_on
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
@@ -139,6 +140,9 @@ class Call:
         if self.autograd is None and _wants_gradient(args):
             return self.plainly(*args)  # create_graph=True: this gradient will be differentiated
         if _is_compiling() or modes() or profiler_is_on() or not _PLAIN.issuperset(map(type, args)):
+            if any(map(is_spread, args)) and not _is_compiling():
+                once("operators on DTensors run in plain PyTorch, whose rules say how each is spread")
+                return self.plainly(*args)
             return self._registered(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)
