@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
                     "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
                     "assets/tokenizer/vocabulary.spm")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.weights.h5")  # what a directory with weights has
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")  # read only without the former
 _FILES: dict[Want, tuple[str, ...]] = {
     "config": (_CONFIG,),
     "tokenizer": (_CONFIG, *_TOKENIZER_FILES),
@@ -61,8 +63,10 @@ def fetch(handle: str, want: Want) -> Path:
     directory = hub_hugging_face.download(handle, _FILES[want])
     if not (directory / _CONFIG).is_file():
         raise ValueError(f"{handle}: has no {_CONFIG}, so it is not a preset")
-    if want == "weights" and not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
-        raise ValueError(f"{handle}: {_without_weights(handle)}")
+    if want == "weights" and not _has(directory, _WEIGHTS):
+        directory = hub_hugging_face.download(handle, (*_FILES[want], *_PICKLED))
+        if not _has(directory, _PICKLED):
+            raise ValueError(f"{handle}: {_without_weights(handle)}")
     return directory
 
 
@@ -91,8 +95,13 @@ def cached(family: Family, preset: Preset) -> Path | None:
         return directory
     if (handle := hugging_face_handle(preset)) is None or _installed("kagglehub"):
         return None
-    directory = hub_hugging_face.cached(handle, _FILES["weights"])
-    return directory if directory and any(path for pattern in _WEIGHTS for path in directory.glob(pattern)) else None
+    directory = hub_hugging_face.cached(handle, (*_FILES["weights"], *_PICKLED))
+    return directory if directory and _has(directory, (*_WEIGHTS, *_PICKLED)) else None
+
+
+def _has(directory: Path, patterns: Iterable[str]) -> bool:
+    """Whether the directory has a file that matches one of the patterns."""
+    return any(True for pattern in patterns for _ in directory.glob(pattern))
 
 
 def _installed(package: str) -> bool:

@@ -30,7 +30,7 @@ def whole_shape(tensor: torch.Tensor, packed: tuple[int, int]) -> tuple[int, ...
 def fill_part(
     tensor: Any, packed: tuple[int, int], plan: Target, entries: Mapping[str, Entry], files: Mapping[Path, OpenFile]
 ) -> None:
-    """Copies this rank's part of the planned pieces into a DTensor's local memory. Raises ValueError if a file changes meanwhile."""
+    """Copies this rank's part of the planned pieces into a DTensor's local memory. ValueError if a file changes meanwhile."""
     rows, columns = _indices(tensor, packed, plan.shape)
     local = tensor.to_local()
     if local.numel() != len(rows) * len(columns):

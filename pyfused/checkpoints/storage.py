@@ -149,7 +149,7 @@ def copy_tensor(target: torch.Tensor, entry: Entry, source: OpenFile, *, transpo
 def slice_rows(
     entry: Entry, source: OpenFile, columns: int, first: int, end: int
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Rows ``first`` to ``end`` of a stored matrix of so many columns, a slice at a time: (its first row, its end, the slice)."""
+    """Rows ``first`` to ``end`` of a stored matrix of so many columns, slice by slice: (its first row, its end, the slice)."""
     step = max(1, _SLICE_BYTES // (entry.dtype.itemsize * columns))
     for start in range(first, end, step):
         stop = min(start + step, end)

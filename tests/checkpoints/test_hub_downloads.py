@@ -219,13 +219,21 @@ def test_what_the_server_refuses(client, publish, status, said):
 def test_what_is_no_preset(client, server):
     server.models["tests/no_config"] = Model({"README.md": b"text"})
     assert "has no config.json, so it is not a preset" in client.refusal("hf://tests/no_config")
-    server.models["tests/pickled"] = Model({"config.json": b"{}", "pytorch_model.bin": b"x" * 2048})
-    said = client.refusal("hf://tests/pickled")
-    assert "only as pytorch_model.bin" in said
-    assert "hf://tests/pickled@refs/pr/1" in said
+    server.models["tests/other"] = Model({"config.json": b"{}", "tf_model.h5": b"x" * 2048})
+    said = client.refusal("hf://tests/other")
+    assert "only as tf_model.h5" in said
+    assert "hf://tests/other@refs/pr/1" in said
     assert "config.json cannot be downloaded: Kaggle has nothing" in client.refusal(
         "kaggle://tests/nobody/keras/small/3", "config"
     )
+
+
+def test_pickled_weights_where_there_are_no_others(client, server):
+    files = {"config.json": b"{}", "pytorch_model.bin": b"x" * 2048, "tf_model.h5": b"y" * 2048}
+    server.models["tests/pickled"] = Model(files)
+    server.models["tests/both"] = Model(files | {"model.safetensors": b"z" * 2048})
+    names = [{path.name for path in Path(client.fetch(f"hf://tests/{name}")).iterdir()} for name in ("pickled", "both")]
+    assert names == [{"config.json", "pytorch_model.bin"}, {"config.json", "model.safetensors"}]
 
 
 def test_without_a_network(client, unplugged, publish):

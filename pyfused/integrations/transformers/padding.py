@@ -51,7 +51,8 @@ def t5_encoder(
     packing = None
     one = (input_ids is None) != (inputs_embeds is None) and attention_mask is not None
     if one and not _more(given, kwargs) and _runs_packed(module, kwargs) and t5.all_read_tables(module):
-        packing = _packing(tokens, attention_mask != 0, unbroken=True)  # the bias counts distances
+        real: Any = attention_mask != 0
+        packing = _packing(tokens, real, unbroken=True)  # the bias counts distances
     if packing is None:
         return t5.stack(module, input_ids, attention_mask, *given, inputs_embeds, **kwargs)
     ids = None if input_ids is None else packing.pack(input_ids)
