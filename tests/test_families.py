@@ -10,7 +10,7 @@ import torch
 import pyfused
 from pyfused import cli, families
 from pyfused.bench.run import bench  # noqa: F401 - it reads the table; import it before adding the row
-from pyfused.checkpoints import open_checkpoint, resolve_preset, save_hf
+from pyfused.checkpoints import open_checkpoint, resolve_preset
 from pyfused.verify import verify
 
 
@@ -22,7 +22,7 @@ def preset(monkeypatch, tmp_path):
     model = made_up_family.BigramBackbone(vocabulary, 16)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if name == "norm.weight" else torch.nn.init.normal_(parameter)
-    save_hf(model, tmp_path)
+    model.save_to_preset(tmp_path)
     for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
         if (shipped / file).is_file():
             shutil.copy(shipped / file, tmp_path)

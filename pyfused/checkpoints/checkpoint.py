@@ -47,6 +47,11 @@ class Checkpoint:
     int8: Mapping[str, bool] = field(default_factory=dict)
 
     @property
+    def is_keras(self) -> bool:
+        """Whether its files have Keras's format; else they have Hugging Face's."""
+        return bool(self._stated_dtype[0] == "keras")
+
+    @property
     def dtype(self) -> torch.dtype:
         """The configuration's dtype, or else the tensors' dtype. Raises ValueError if they have several."""
         file = self.directory / _CONFIG

@@ -28,7 +28,8 @@ _FILES: dict[Want, tuple[str, ...]] = {
     "tokenizer": (_CONFIG, *_TOKENIZER_FILES),
     "weights": (
         _CONFIG, "metadata.json", *_TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json",
-        "model-*-of-*.safetensors", "model.int8*.safetensors", "model.safetensors.index.int8.json", "model.weights.h5", "model.weights.json", "model_*.weights.h5",
+        "model-*-of-*.safetensors", "model.int8*.safetensors", "model.safetensors.index.int8.json",
+        "model.weights.h5", "model.weights.json", "model_*.weights.h5",
     ),
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ def replacing(directory: Path) -> Iterator[Path]:
         _flush(folder)
         _put(folder, target)
     except OSError as error:
-        why = error.strerror or str(error)
+        why = os.strerror(error.errno) if error.errno else str(error)
         message = f"{directory}: the checkpoint cannot be saved: {why}; what was there is unchanged"
         raise OSError(error.errno or errno.EIO, message) from error
     finally:
@@ -97,7 +97,7 @@ def _move(source: Path, directory: Path, name: str) -> None:
 def _make_folder(target: Path) -> Path:
     """A new folder beside the directory, or inside it if the two could not change places."""
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        raise NotADirectoryError(errno.ENOTDIR, "a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.saving-"
     for place in (target.parent, target):

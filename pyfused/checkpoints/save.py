@@ -97,11 +97,11 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = _LARGEST_SHARD,
     tokenizer: TokenizerSource = None,
-) -> None:
+) -> list[str]:
     """Writes a preset in another format, dtype or size of shards, without making the model: one tensor is in memory at a time.
 
     preset: see `resolve_preset`. The other arguments, and what is raised: see `pyfused.Backbone.save_to_preset`. A head's
-    tensors are left out, with a warning.
+    tensors are left out, with a warning. Returns the names of the files.
     """
     checkpoint = open_checkpoint(preset)
     if checkpoint.int8:
@@ -116,12 +116,12 @@ def convert(
         _remembering(checkpoint.reader(kept)),
         checkpoint.directory,
     )
-    _save(content, directory, format, max_shard_size, tokenizer)
+    return _save(content, directory, format, max_shard_size, tokenizer)
 
 
 def _save(
     content: _Content, directory: str | os.PathLike[str], format: Format, most: int | str, tokenizer: TokenizerSource
-) -> None:
+) -> list[str]:
     if format not in ("hf", "keras"):
         raise ValueError(f"format is {format!r}; it takes 'hf' or 'keras'")
     if not isinstance(directory, str | os.PathLike) or not str(directory):
@@ -140,6 +140,7 @@ def _save(
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, text)
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _hf_stored(maps: Any, content: _Content) -> list[Stored]:

@@ -16,9 +16,8 @@ from pyfused.families import Family
 
 _ASSETS = "assets/tokenizer"
 _END_OF_TEXT = "<|endoftext|>"  # the one special token of KerasHub's GPT2Tokenizer
-_PIECES: dict[str, dict[str, Any]] = {"albert": {"do_lower_case": False, "keep_accents": True}, "fnet": {"do_lower_case": False, "keep_accents": True},
-           "t5": {"extra_ids": 0}}  # fmt: skip
-
+_AS_IN_KERAS: dict[str, Any] = {"do_lower_case": False, "keep_accents": True}
+_PIECES: dict[str, dict[str, Any]] = {"albert": _AS_IN_KERAS, "fnet": _AS_IN_KERAS, "t5": {"extra_ids": 0}}
 _PIECES_IN_KERAS = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False}
 
 
