@@ -44,6 +44,7 @@ class _Content:
 
     dtype: of all weights in floating point. policy: Keras's name for it, which may be a mixed policy.
     directory: of the preset that it came from, if there is one.
+    shapes: of the model's tensors, which its user may have changed; empty for a checkpoint, which is checked when it is opened.
     """
 
     family: Family
@@ -53,6 +54,7 @@ class _Content:
     read: Callable[[str], torch.Tensor]
     directory: Path | None
     int8: Mapping[str, bool] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def save_to_preset(
@@ -79,9 +81,9 @@ def save_to_preset(
         raise ValueError(f"model: its tensors have {sorted(map(str, own))}; pass dtype= to save them in one")
     policy = config["dtype"] if dtype is None else _name(dtype)
     came_from = getattr(model, "preset_directory", None)
-    content = _Content(
-        family, config, dtype or _stored_dtype(own, config, int8), policy, state.__getitem__, came_from, int8
-    )
+    kept = dtype or _stored_dtype(own, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    content = _Content(family, config, kept, policy, state.__getitem__, came_from, int8, shapes)
     _save(content, directory, format, max_shard_size, tokenizer)
 
 
@@ -131,29 +133,32 @@ def _save(
         _import_h5py()
     files = _tokenizer_files(content, format, tokenizer)
     files |= (_hf_files if format == "hf" else _keras_files)(content)
-    maps = load(content.family.checkpoint)
+    tensors = _stored(content, format)
     with replacing(Path(directory)) as folder:
         if format == "keras":
-            keras_write.write_weights(folder, _stored(maps.keras_plan(maps.DEFAULTS | content.config), content), most)
+            keras_write.write_weights(folder, tensors, most)
         else:
-            hf_write.write_weights(folder, _hf_stored(maps, content), most, VARIANT if content.int8 else "")
+            hf_write.write_weights(folder, tensors, most, VARIANT if content.int8 else "")
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, text)
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _hf_stored(maps: Any, content: _Content) -> list[Stored]:
-    plan = int8_plan(maps.hf_plan(maps.DEFAULTS | content.config), content.int8)
-    prefix = maps.HF_SAVED_PREFIX
-    found = _stored(plan, content)
+def _stored(content: _Content, format: Format) -> list[Stored]:
+    """The tensors by their names in the files."""
+    maps = load(content.family.checkpoint)
+    config = maps.DEFAULTS | content.config
+    plan = maps.keras_plan(config) if format == "keras" else int8_plan(maps.hf_plan(config), content.int8)
+    for name, shape in content.shapes.items():
+        if shape != plan[name].shape:
+            raise ValueError(f"model: {name} has shape {shape}, but its configuration calls for {plan[name].shape}")
+    found = stored_tensors(plan, content.read, content.dtype)
+    if format == "keras":
+        return found
     # The head stands beside the model that the prefix names
     heads = () if maps.HF_HEAD is None else (maps.HF_HEAD, f"{maps.HF_HEAD}_scale")
-    return [tensor if tensor.name in heads else tensor.renamed(prefix + tensor.name) for tensor in found]
-
-
-def _stored(plan: Plan, content: _Content) -> list[Stored]:
-    return stored_tensors(plan, content.read, content.dtype)
+    return [tensor if tensor.name in heads else tensor.renamed(maps.HF_SAVED_PREFIX + tensor.name) for tensor in found]
 
 
 def _hf_files(content: _Content) -> dict[str, bytes]:
@@ -218,15 +223,11 @@ def _check_state(state: Mapping[str, torch.Tensor], plan: Plan, int8: Mapping[st
             raise ValueError(f"model: {name} is on the meta device and has no values")
         if type(tensor) is not torch.Tensor and hasattr(tensor, "full_tensor"):
             raise ValueError(f"model: {name} is spread over several processes; gather the model first")
-        if tensor.shape != plan[name].shape:
-            raise ValueError(
-                f"model: {name} has shape {tuple(tensor.shape)}, its configuration says {plan[name].shape}"
-            )
         if tensor.dtype not in (plan[name].dtype, *FLOATS):
             raise ValueError(f"model: {name} is {tensor.dtype}; it takes a floating-point dtype")
 
 
-def _stored_dtype(own: set[torch.dtype], config: dict[str, Any], int8: Mapping[str, bool]) -> torch.dtype:
+def _stored_dtype(own: set[torch.dtype], config: dict[str, Any]) -> torch.dtype:
     """The one dtype of the parameters. A model of int8 weights alone has none; then it is that of its results."""
     if own:
         return next(iter(own))

@@ -26,6 +26,7 @@ TWO = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decode
 KERAS = {
     "gpt2": ("GPT2Backbone", {**SIZES, "max_sequence_length": 16, "dropout": 0.2}, ONE),
     "gpt2, 5 heads of 2 in 12": ("GPT2Backbone", {**SIZES, "num_heads": 5, "max_sequence_length": 16}, ONE),
+    "albert, 5 heads of 2 in 12": ("AlbertBackbone", {**ALBERT, "num_heads": 5, "max_sequence_length": 16}, SEGMENTS),
     "albert": ("AlbertBackbone", {**ALBERT, "max_sequence_length": 16}, SEGMENTS),
     "fnet": ("FNetBackbone", {**FNET, "max_sequence_length": 16}, SEGMENTS[:2]),
     "t5": ("T5Backbone", {**SIZES, "key_value_dim": 5, "use_gated_activation": False}, TWO),
@@ -271,6 +272,13 @@ def test_bad_arguments(tmp_path):
             model.save_to_preset(tmp_path / "saved", **arguments)
     with pytest.raises(TypeError, match="directory is ''; it takes a path"):
         model.save_to_preset("")
+    table = model.segment_embedding.weight
+    model.segment_embedding.weight = torch.nn.Parameter(table[:2])
+    with pytest.raises(
+        ValueError, match=r"segment_embedding.weight has shape \(2, 8\), but its configuration calls for \(4, 8\)"
+    ):
+        model.save_to_preset(tmp_path / "saved")
+    model.segment_embedding.weight = table
     model.projection.half()
     with pytest.raises(ValueError, match=r"its tensors have .*; pass dtype="):
         model.save_to_preset(tmp_path / "saved")
