@@ -44,7 +44,8 @@ def describe(preset: str | os.PathLike[str]) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cached = None
     if hasattr(model, "new_cache") and model.predicts_tokens:
-        cached = sum(tensor.numel() for tensor in model.new_cache(1, 1).tensors)
+        decoder: Any = model
+        cached = sum(tensor.numel() for tensor in decoder.new_cache(1, 1).tensors)
     asked: torch.dtype = getattr(torch, dtype or "float32")
     return {
         "preset": str(preset),
@@ -169,8 +170,8 @@ def _call(
         weights = like(inner.weight), like(inner.bias), like(outer.weight), like(outer.bias)
         return "ffn", (make(1, _TOKENS, inner.in_features), *weights), {"activation": module.activation}
     if isinstance(module, GatedMlp):
-        weights = like(module.gate.weight), like(module.up.weight), like(module.outer.weight)
-        return "gated_ffn", (make(1, _TOKENS, module.gate.in_features), *weights), {"activation": module.activation}
+        gated = like(module.gate.weight), like(module.up.weight), like(module.outer.weight)
+        return "gated_ffn", (make(1, _TOKENS, module.gate.in_features), *gated), {"activation": module.activation}
     if (
         isinstance(module, SelfAttention) and getattr(module, "relative_bias", module) is not None
     ):  # T5's first stands for all
