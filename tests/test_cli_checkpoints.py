@@ -53,12 +53,10 @@ def test_info_reads_no_weights(capsys, tmp_path):
     quantize_(model)
     model.save_to_preset(tmp_path)
     assert json.loads(call(capsys, "info", str(tmp_path), "--json")[1])["weights"] == "int8"
-    wide = {"model_type": "t5", "d_model": 4096, "d_kv": 64, "num_heads": 64, "num_layers": 24, "d_ff": 10240,
-            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # fmt: skip
-    (tmp_path / "xxl").mkdir()
-    (tmp_path / "xxl" / "config.json").write_text(json.dumps(wide))
-    facts = json.loads(call(capsys, "info", str(tmp_path / "xxl"), "--json")[1])
-    assert facts["parameters"] == 11_135_332_352  # KerasHub's count of t5_1.1_xxl
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps({"model_type": "t5"}))  # T5's defaults
+    facts = json.loads(call(capsys, "info", str(tmp_path / "small"), "--json")[1])
+    assert facts["parameters"] == 60_506_624  # KerasHub's count of t5_small_multi
 
 
 def test_convert(capsys, tmp_path):

@@ -31,7 +31,7 @@ from pyfused.checkpoints.tokenizer_save import tokenizer_files
 from pyfused.families import FAMILIES, Family, family_of, load
 
 Format = Literal["hf", "keras"]
-TokenizerSource = Any  # a preset, a Tokenizer that knows its directory, False or None
+TokenizerSource = Any  # a preset, a Tokenizer, which has its directory, False or None
 
 _LARGEST_SHARD = "10GB"
 _KERAS, _KERAS_HUB = "3.15.1", "0.32.0"  # the versions whose layout is written
