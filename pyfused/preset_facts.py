@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import Checkpoint, open_checkpoint, resolve_preset
+from .checkpoints import Checkpoint, open_checkpoint
 from .families import FAMILIES
 from .models import Backbone
 from .nn import FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
@@ -93,9 +93,11 @@ def render(facts: dict[str, Any]) -> str:
 
 def _open(preset: str | os.PathLike[str]) -> tuple[Checkpoint, bool]:
     """The checkpoint, and whether its weight files are here; nothing but the configuration is downloaded."""
-    directory = resolve_preset(preset, "config")
-    has_weights = any(directory.glob("*.safetensors")) or any(directory.glob("*.weights.h5"))
-    return open_checkpoint(directory, weights=has_weights), has_weights
+    checkpoint = open_checkpoint(preset, weights=False)
+    directory = checkpoint.directory
+    if not (any(directory.glob("*.safetensors")) or any(directory.glob("*.weights.h5"))):
+        return checkpoint, False
+    return open_checkpoint(directory), True
 
 
 def _dtype(checkpoint: Checkpoint) -> str | None:

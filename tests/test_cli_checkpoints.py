@@ -57,6 +57,8 @@ def test_info_reads_no_weights(capsys, tmp_path):
     (tmp_path / "small" / "config.json").write_text(json.dumps({"model_type": "t5"}))  # T5's defaults
     facts = json.loads(call(capsys, "info", str(tmp_path / "small"), "--json")[1])
     assert facts["parameters"] == 60_506_624  # KerasHub's count of t5_small_multi
+    facts = json.loads(call(capsys, "info", "t5_small_multi", "--json")[1])  # a published name: without the network
+    assert facts["parameters"] == 60_506_624
 
 
 def test_convert(capsys, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--max-shard-size", default="10GB", metavar="SIZE", help="of a weight file, such as 500MB (default 10GB)"
     )
-    convert.add_argument("--quiet", action="store_true", help="print nothing")
+    convert.add_argument("--quiet", action="store_true", help="print nothing, and no progress bars")
     convert.set_defaults(run=_convert)
 
     for command in (info, convert):
@@ -38,14 +39,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from ..checkpoints import convert
+    from ..checkpoints import convert, quiet
     from ..models.backbone import resolve_dtype
 
     size: int | str = (
         int(arguments.max_shard_size) if arguments.max_shard_size.isdecimal() else arguments.max_shard_size
     )
     dtype = None if arguments.dtype is None else resolve_dtype(arguments.dtype)
-    written = convert(arguments.preset, arguments.directory, arguments.format, dtype=dtype, max_shard_size=size)
+    with quiet() if arguments.quiet else nullcontext():
+        written = convert(arguments.preset, arguments.directory, arguments.format, dtype=dtype, max_shard_size=size)
     if arguments.quiet:
         return 0
     files = {name: (Path(arguments.directory) / name).stat().st_size for name in written}
