@@ -132,23 +132,19 @@ def make_model(provider: str, vocabulary: int) -> Pretraining:
     if provider == "torch":
         from transformers import AlbertModel
 
-        from pyfused.checkpoints import save_hf
-
         with tempfile.TemporaryDirectory() as directory:
-            save_hf(backbone, directory)
+            backbone.save_to_preset(directory)
             model.backbone = AlbertModel.from_pretrained(directory)
     return model
 
 
 def save(model: pyfused.AlbertBackbone, tokenizer, directory: Path) -> None:
     """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    from pyfused.checkpoints import save_hf
-
     bare = pyfused.AlbertBackbone.from_config(model.get_config() | {"pooler": False})
     for name, module in model.named_children():
         if name != "pooler":
             setattr(bare, name, module)
-    save_hf(bare.half(), directory)
+    bare.half().save_to_preset(directory)
     path = directory / "config.json"
     ids = {"pad_token_id": masked.PAD, "bos_token_id": masked.CLS, "eos_token_id": masked.SEP}
     config = json.loads(path.read_text()) | {"dtype": "float32", **ids}

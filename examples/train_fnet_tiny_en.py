@@ -48,10 +48,8 @@ def make_model(provider: str, vocabulary: int):
         return backbone, hidden, backbone.token_embedding.weight
     from transformers import FNetModel
 
-    from pyfused.checkpoints import save_hf
-
     with tempfile.TemporaryDirectory() as directory:
-        save_hf(backbone, directory)
+        backbone.save_to_preset(directory)
         model = FNetModel.from_pretrained(directory, add_pooling_layer=False)
 
     def hidden_of(ids):
@@ -62,9 +60,7 @@ def make_model(provider: str, vocabulary: int):
 
 def save(model: pyfused.FNetBackbone, tokenizer, directory: Path) -> None:
     """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    from pyfused.checkpoints import save_hf
-
-    save_hf(model.half(), directory)
+    model.half().save_to_preset(directory)
     path = directory / "config.json"
     special = {"bos_token_id": masked.CLS, "eos_token_id": masked.SEP, "pad_token_id": masked.PAD}
     config = json.loads(path.read_text()) | {"dtype": "float32", **special}

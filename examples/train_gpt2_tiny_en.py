@@ -74,19 +74,15 @@ def make_model(provider: str):
         return backbone, logits
     from transformers import GPT2LMHeadModel
 
-    from pyfused.checkpoints import save_hf
-
     with tempfile.TemporaryDirectory() as directory:
-        save_hf(backbone, directory)
+        backbone.save_to_preset(directory)
         model = GPT2LMHeadModel.from_pretrained(directory)
     return model, lambda ids: model(ids, use_cache=False).logits
 
 
 def save(model: pyfused.GPT2Backbone, tokenizer, directory: Path) -> None:
     """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    from pyfused.checkpoints import save_hf
-
-    save_hf(model.half(), directory)
+    model.half().save_to_preset(directory)
     path = directory / "config.json"
     end = tokenizer.token_to_id(END)
     config = json.loads(path.read_text()) | {"dtype": "float32", "bos_token_id": end, "eos_token_id": end}

@@ -108,19 +108,15 @@ def make_model(provider: str, vocabulary: int):
         return backbone, logits
     from transformers import T5ForConditionalGeneration
 
-    from pyfused.checkpoints import save_hf
-
     with tempfile.TemporaryDirectory() as directory:
-        save_hf(backbone, directory)
+        backbone.save_to_preset(directory)
         model = T5ForConditionalGeneration.from_pretrained(directory)
     return model, lambda source, target: model(source, attention_mask=source != PAD, labels=target).logits
 
 
 def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
     """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    from pyfused.checkpoints import save_hf
-
-    save_hf(model.half(), directory)
+    model.half().save_to_preset(directory)
     path = directory / "config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32", "pad_token_id": PAD, "eos_token_id": END}
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -6,7 +6,7 @@ holds the quantised one. unquantize_ gives the class back. Modules that shared o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,6 +130,21 @@ def unquantize_(model: nn.Module) -> nn.Module:
     return model
 
 
+def hold_int8_(model: nn.Module, modules: Mapping[str, bool]) -> None:
+    """Gives the named modules of a model on the meta device int8 weights, which a checkpoint then fills.
+
+    modules: name -> dynamic, of every quantised module. Raises ValueError for a module that cannot hold int8 weights.
+    """
+    held = dict(model.named_modules())
+    heads = {f"{name}.reverse" for name in modules}  # made with their tables
+    for name, dynamic in modules.items():
+        if name not in heads:
+            module = held.get(name)
+            if module is None or _kind(module) not in _LINEARS | _TABLES:
+                raise ValueError(f"{name!r} is no linear layer or token table of this {type(model).__name__}")
+            _replace([module], dynamic)
+
+
 # ---- which modules ----------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +258,7 @@ def _replace(modules: list[Any], dynamic: bool) -> None:
     """Quantises modules that share one weight. They share the dict of buffers, so that it stays one copy after .to(device)."""
     weight = modules[0].weight
     transposed = _kind(modules[0]) == _CONV1D
-    integers, scale = int8_of(weight.t() if transposed else weight)
+    integers, scale = (_unfilled if weight.is_meta else int8_of)(weight.t() if transposed else weight)
     buffers = {"weight": integers, "scale": scale}
     for module in modules:
         is_table = isinstance(module, nn.Embedding)
@@ -254,6 +269,12 @@ def _replace(modules: list[Any], dynamic: bool) -> None:
         module._buffers = buffers
         module.__class__ = QuantizedEmbedding if is_table else QuantizedLinear
         module.dtype, module.dynamic, module.original = weight.dtype, dynamic, original
+
+
+def _unfilled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=torch.int8), torch.empty(
+        len(weight), dtype=torch.float32, device=weight.device
+    )
 
 
 def _head(table: Any, dynamic: bool) -> nn.Module:

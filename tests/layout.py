@@ -18,7 +18,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints",),
     "models": ("models", "encoding", "generation"),
     "fused models": ("integrations", "fuse"),
-    "tools": ("testing", "verify", "environment", "tune", "bench", "cli", "__main__"),
+    "tools": ("testing", "verify", "environment", "preset_facts", "tune", "bench", "cli", "__main__"),
 }
 
 

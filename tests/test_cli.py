@@ -165,10 +165,9 @@ def t5(tmp_path_factory):
     from pathlib import Path
 
     from pyfused import T5Backbone
-    from pyfused.checkpoints import save_hf
 
     directory = tmp_path_factory.mktemp("t5")
-    save_hf(T5Backbone(400, 2, 3, 24, 40, activation="gelu_new", tie_embedding_weights=False), directory)
+    T5Backbone(400, 2, 3, 24, 40, activation="gelu_new", tie_embedding_weights=False).save_to_preset(directory)
     shutil.copy(Path(__file__).parent / "golden" / "t5_tokenizer" / "spiece.model", directory)
     return str(directory)
 

@@ -10,7 +10,7 @@ import torch
 import pyfused
 from pyfused import cli, families
 from pyfused.bench.run import bench  # noqa: F401 - it reads the table; import it before adding the row
-from pyfused.checkpoints import open_checkpoint, resolve_preset, save_hf
+from pyfused.checkpoints import open_checkpoint, resolve_preset
 from pyfused.verify import verify
 
 
@@ -22,7 +22,7 @@ def preset(monkeypatch, tmp_path):
     model = made_up_family.BigramBackbone(vocabulary, 16)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if name == "norm.weight" else torch.nn.init.normal_(parameter)
-    save_hf(model, tmp_path)
+    model.save_to_preset(tmp_path)
     for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
         if (shipped / file).is_file():
             shutil.copy(shipped / file, tmp_path)
@@ -71,7 +71,8 @@ def test_rows_name_what_is_there():
         assert getattr(pyfused, family.class_name) is backbone
         assert family.class_name in pyfused.__all__
         assert families.family_of(backbone) is family
-        for name in ("config_from_hf", "config_to_hf", "hf_plan", "config_from_keras", "keras_plan", "settle"):
+        names = "config_from_hf", "config_to_hf", "hf_plan", "config_from_keras", "config_to_keras", "keras_plan", "settle"
+        for name in names:
             assert callable(getattr(families.load(family.checkpoint), name))
         for place in (family.decoding, family.adapters):
             assert place is None or families.load(place)

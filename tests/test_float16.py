@@ -8,7 +8,6 @@ from float16_cases import STREAM, flan_like, fnet_with_large_sums, inputs_of, of
 
 import pyfused
 from pyfused import Backbone, Generator, backend, testing
-from pyfused.checkpoints import save_hf
 from pyfused.generation.t5 import T5Decoding
 
 # Four times the largest error from rounding the result itself. A fault here changes much more than that. Other tests judge
@@ -141,11 +140,11 @@ def test_t5_trains(pair):
 def test_t5_from_a_checkpoint(pair, tmp_path):
     wide, half = pair
     expected = outputs(wide)
-    save_hf(wide, tmp_path / "wide")
+    wide.save_to_preset(tmp_path / "wide")
     loaded = Backbone.from_preset(tmp_path / "wide", dtype="float16")
     assert {t.dtype for t in loaded.state_dict().values()} == {torch.float16}
     assert_close(outputs(loaded), expected)
-    save_hf(loaded, tmp_path / "half")
+    loaded.save_to_preset(tmp_path / "half")
     assert_close(outputs(Backbone.from_preset(tmp_path / "half")), expected)
     half.load_state_dict(loaded.state_dict())
     assert_close(outputs(copy.deepcopy(wide).to(torch.float16)), expected)

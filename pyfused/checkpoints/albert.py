@@ -1,8 +1,8 @@
 """How do ALBERT's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does. Keras
-stores it as (in, out), and attention's weights with the heads as one more dimension. pyfused has one matrix for query, key and
-value, with the rows in that order. A layer is stored once, however often it is applied.
+Hugging Face stores a linear weight as nn.Linear does. Keras stores it as (in, out), and attention's weights with the heads as
+one more dimension. pyfused has one matrix for query, key and value, with the rows in that order. A layer is stored once,
+however often it is applied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options, Refused
-from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, check_keras, finish_keras, read_activation
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -25,6 +25,12 @@ DEFAULTS: dict[str, Any] = {
     "num_groups": 1, "num_inner_repetitions": 1, "max_sequence_length": 512, "num_segments": 2, "pooler": True,
 }  # fmt: skip
 DEPTHS = ("num_groups", "num_inner_repetitions")  # of stored layers; num_layers counts the applied ones
+
+KERAS_TASKS = ("MaskedLM", "TextClassifier")  # KerasHub's classes that take this backbone
+_KERAS_FIXED = {
+    "activation": "gelu_new", "layer_norm_epsilon": 1e-12, "attention_dropout": None, "feed_forward_dropout": None,
+    "pooler": True,
+}  # fmt: skip
 
 # Options of the original TensorFlow configurations, repeated in the published ones
 _OFF = {"gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0, "down_scale_factor": 1}
@@ -129,14 +135,19 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: num_layers is {layers}, not a multiple of num_groups, {groups}")
     if config["num_heads"] > config["hidden_dim"]:
         raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
-    fixed = {
-        "activation": "gelu_new",
-        "layer_norm_epsilon": 1e-12,
-        "attention_dropout": None,
-        "feed_forward_dropout": None,
-        "pooler": True,
-    }
-    return config | finish_keras(options, fixed)
+    return config | finish_keras(options, _KERAS_FIXED)
+
+
+def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """KerasHub's arguments for AlbertBackbone's. Raises ValueError for one that its class does not have."""
+    config = {"dropout": 0.0} | DEFAULTS | config
+    check_keras(config, _KERAS_FIXED, "AlbertBackbone")
+    layers, groups = config["num_layers"], config["num_groups"]
+    if layers % groups:
+        raise ValueError(f"num_layers is {layers}; KerasHub's AlbertBackbone takes multiples of num_groups, {groups}")
+    names = ("vocabulary_size", "num_layers", "num_heads", "num_groups", "num_inner_repetitions", "embedding_dim",
+             "hidden_dim", "intermediate_dim", "dropout", "max_sequence_length", "num_segments")  # fmt: skip
+    return {name: config[name] for name in names}
 
 
 def _layers(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ reads no weights. `Checkpoint` then streams the tensors or copies them into a mo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from pyfused.checkpoints import hf, keras, progress
 from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.int8 import int8_modules, int8_plan, without_prefix
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.parts import fill_part, whole_shape
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
@@ -37,6 +38,7 @@ class Checkpoint:
     model: the family's name, such as "gpt2".
     config: the backbone's constructor arguments, without dtype.
     directory: the folder of its files; for a published name without its weights, which needs no files, that name.
+    int8: the modules whose weights it holds in int8, as pyfused.quantize_ makes them, and whether each is dynamic.
     """
 
     model: str
@@ -45,6 +47,12 @@ class Checkpoint:
     _stated_dtype: Any = field(repr=False)
     _plan: Plan | None = field(repr=False)
     _entries: Mapping[str, Entry] = field(repr=False)
+    int8: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def is_keras(self) -> bool:
+        """Whether its files have Keras's format; else they have Hugging Face's."""
+        return bool(self._stated_dtype[0] == "keras")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,13 +97,23 @@ class Checkpoint:
         return {name: target.shape for name, target in self._weights().items()}
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields one (pyfused name, CPU tensor) at a time, in ``dtype`` or the checkpoint's own."""
+        """Yields one (pyfused name, CPU tensor) at a time, in ``dtype`` or the checkpoint's own. int8 weights stay int8, and
+        their scales float32."""
+        read = self.reader(dtype)
+        for name in self._weights():
+            yield name, read(name)
+
+    def reader(self, dtype: torch.dtype | None = None) -> Callable[[str], torch.Tensor]:
+        """A function that reads one tensor by its pyfused name, as `tensors` does."""
         plan, dtype = self._weights(), dtype or self.dtype
         files = open_files(list(self._entries.values()))
-        for name, target in plan.items():
-            tensor = torch.empty(target.shape, dtype=dtype, device="cpu")
-            fill(tensor, target, self._entries, files)
-            yield name, tensor
+
+        def read(name: str) -> torch.Tensor:
+            tensor = torch.empty(plan[name].shape, dtype=plan[name].dtype or dtype, device="cpu")
+            fill(tensor, plan[name], self._entries, files)
+            return tensor
+
+        return read
 
     def check_module(self, module: nn.Module) -> None:
         """Raises ValueError unless the module's state dict has the checkpoint's names and shapes."""
@@ -127,7 +145,7 @@ class Checkpoint:
                 raise ValueError(
                     f"module: {name} is on the meta device; give it memory first, with to_empty(device=...)"
                 )
-            if not tensor.is_contiguous() or not tensor.is_floating_point():
+            if not tensor.is_contiguous() or tensor.dtype not in (self._weights()[name].dtype, *FLOATS):
                 raise ValueError(
                     f"module: {name} must be a contiguous floating-point tensor, got strides {tensor.stride()}, "
                     f"{tensor.dtype}"
@@ -182,16 +200,22 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
         known = ", ".join(name for f in FAMILIES.values() for name in f.hf_types)
         raise ValueError(f"{file}: model_type is {stated!r}; pyfused reads {known}{why}")
     model, maps = family.name, load(family.checkpoint)
+    int8, raw = int8_modules(raw, file)
     config = maps.config_from_hf(raw, file)
     hf.note_class(raw, file)
     _check_layers(config, file)
     dtypes = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
     dtype = ("hf", dtypes[0] if dtypes else None)
     if not weights:
-        return Checkpoint(model, config, directory, dtype, None, {})
+        return Checkpoint(model, config, directory, dtype, None, {}, int8)
     stored = hf.read_entries(directory)
     files = list(dict.fromkeys(entry.file for entry in stored.values())) or hf.weight_files(directory)
     _check_depth(maps, config, len(stored), file, files)
+    if int8:
+        config, stored = maps.settle(config, without_prefix(stored, maps))
+        plan = int8_plan(maps.hf_plan(config), int8)
+        check_plan(plan, stored, files, file)
+        return Checkpoint(model, config, directory, dtype, plan, stored, int8)
     found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps)
     config, entries = maps.settle(config, found.entries)
     plan = maps.hf_plan(config)

@@ -1,7 +1,6 @@
 """How do FNet's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does, Keras
-as (in, out).
+Hugging Face stores a linear weight as nn.Linear does, Keras as (in, out).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfused.checkpoints.files import Options
-from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, check_keras, finish_keras, read_activation
 from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -22,6 +21,8 @@ HF_HEAD = None  # the backbone has no output matrix of its own
 HF_EMBEDDING, HF_COPIES, HF_BARE = "embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",), ""
 DEFAULTS: dict[str, Any] = {"max_sequence_length": 512, "num_segments": 4, "pooler": True}
 DEPTHS = ("num_layers",)
+KERAS_TASKS = ("MaskedLM", "TextClassifier")  # KerasHub's classes that take this backbone
+_KERAS_FIXED = {"activation": "gelu_new", "layer_norm_epsilon": 1e-12, "pooler": True}
 
 # use_tpu_fourier_optimizations computes the same transform with matrix products, for texts of tpu_short_seq_length
 _SILENT = SILENT | {"tie_word_embeddings", "tpu_short_seq_length"}
@@ -89,8 +90,16 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "max_sequence_length": options.integer("max_sequence_length", 512),
         "num_segments": options.integer("num_segments", 4),
     }
-    fixed = {"activation": "gelu_new", "layer_norm_epsilon": 1e-12, "pooler": True}
-    return config | finish_keras(options, fixed)
+    return config | finish_keras(options, _KERAS_FIXED)
+
+
+def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """KerasHub's arguments for FNetBackbone's. Raises ValueError for one that its class does not have."""
+    config = {"dropout": 0.1} | DEFAULTS | config
+    check_keras(config, _KERAS_FIXED, "FNetBackbone")
+    names = ("vocabulary_size", "num_layers", "hidden_dim", "intermediate_dim", "dropout", "max_sequence_length",
+             "num_segments")  # fmt: skip
+    return {name: config[name] for name in names}
 
 
 def hf_plan(config: dict[str, Any]) -> Plan:

@@ -1,8 +1,7 @@
 """How do GPT-2's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Hugging Face's format is read and written, Keras's is only read. Hugging Face stores GPT-2's linear weights as (in, out), Keras
-as (in, heads, head size). pyfused has nn.Linear's (out, in), and one matrix for query, key and value, with the rows in that
-order.
+Hugging Face stores GPT-2's linear weights as (in, out), Keras as (in, heads, head size). pyfused has nn.Linear's (out, in), and
+one matrix for query, key and value, with the rows in that order.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.names import settle_head
-from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, finish_keras, read_activation
+from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, check_keras, finish_keras, read_activation
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -24,6 +23,12 @@ HF_BUFFERS = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?positio
 HF_HEAD, HF_EMBEDDING, HF_COPIES, HF_BARE = "lm_head.weight", "wte.weight", (), ""
 DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
 DEPTHS = ("num_layers",)  # the arguments that count stored layers
+KERAS_TASKS = ("CausalLM",)  # KerasHub's classes that take this backbone
+_KERAS_FIXED = {
+    "activation": "gelu_new", "layer_norm_epsilon": 1e-5, "embedding_dropout": None, "attention_dropout": None,
+    "residual_dropout": None, "scale_attention": True, "scale_attention_by_inverse_layer_index": False,
+    "upcast_attention": False, "cross_attention": False, "tie_embedding_weights": True,
+}  # fmt: skip
 
 
 def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -111,19 +116,23 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     config["max_sequence_length"] = options.integer("max_sequence_length", 1024)
     if config["num_heads"] > config["hidden_dim"]:
         raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
-    fixed = {
-        "activation": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "embedding_dropout": None,
-        "attention_dropout": None,
-        "residual_dropout": None,
-        "scale_attention": True,
-        "scale_attention_by_inverse_layer_index": False,
-        "upcast_attention": False,
-        "cross_attention": False,
-        "tie_embedding_weights": True,
-    }
-    return config | finish_keras(options, fixed)
+    return config | finish_keras(options, _KERAS_FIXED)
+
+
+def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """KerasHub's arguments for GPT2Backbone's. Raises ValueError for one that its class does not have."""
+    config = {"dropout": 0.1} | DEFAULTS | config
+    check_keras(config, _KERAS_FIXED, "GPT2Backbone")
+    names = (
+        "vocabulary_size",
+        "num_layers",
+        "num_heads",
+        "hidden_dim",
+        "intermediate_dim",
+        "dropout",
+        "max_sequence_length",
+    )
+    return {name: config[name] for name in names}
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:

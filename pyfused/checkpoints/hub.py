@@ -13,24 +13,22 @@ from typing import Literal
 
 from pyfused.checkpoints import hub_hugging_face, hub_kaggle, progress
 from pyfused.checkpoints.files import note
+from pyfused.checkpoints.part_names import TOKENIZER
 from pyfused.families import Family
 from pyfused.published import Preset
 
 Want = Literal["weights", "config", "tokenizer"]
 
 _CONFIG = "config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "vocab.json", "merges.txt", "spiece.model",
-                    "assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt",
-                    "assets/tokenizer/vocabulary.spm")  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.weights.h5")  # what a directory with weights has
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")  # read only without the former
 _FILES: dict[Want, tuple[str, ...]] = {
     "config": (_CONFIG,),
-    "tokenizer": (_CONFIG, *_TOKENIZER_FILES),
+    "tokenizer": (_CONFIG, *TOKENIZER),
     "weights": (
-        _CONFIG, "metadata.json", *_TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json",
-        "model-*-of-*.safetensors", "model.weights.h5", "model.weights.json", "model_*.weights.h5",
+        _CONFIG, "metadata.json", *TOKENIZER, "model.safetensors", "model.safetensors.index.json",
+        "model-*-of-*.safetensors", "model.int8*.safetensors", "model.safetensors.index.int8.json",
+        "model.weights.h5", "model.weights.json", "model_*.weights.h5",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,14 @@ _KERAS_FUNCTIONS = dict.fromkeys(
     (f"{package}>gelu_approximate" for package in ("keras_hub", "keras_nlp")), HF_ACTIVATIONS["gelu_new"]
 )
 
+# The form in which Keras serialises its function of the tanh formula
+KERAS_GELU = {
+    "module": "builtins",
+    "class_name": "function",
+    "config": "keras_hub>gelu_approximate",
+    "registered_name": "function",
+}
+
 # Options that some version of transformers writes into any configuration and that do not affect the outputs
 SILENT = {
     # about the file
@@ -66,6 +74,21 @@ def finish_keras(options: Options, fixed: dict[str, Any]) -> dict[str, Any]:
     options.refuse({"quantization_config": REFUSED["quantization_config"]})
     options.finish({"name", "trainable", "dtype"})
     return fixed
+
+
+def check_keras(config: dict[str, Any], fixed: dict[str, Any], whose: str) -> None:
+    """Raises ValueError for a backbone's argument that differs from ``fixed``, the settings that KerasHub's class has no
+    argument for. A rate of None there means `dropout`. ``whose``: the name of KerasHub's class."""
+    for name, value in fixed.items():
+        stated = config.get(name, value)
+        shown, takes = stated, value
+        if name == "activation":
+            stated = activation_name(stated)
+        elif value is None:
+            stated, value = (config["dropout"] if stated is None else stated), config["dropout"]
+            takes = f"dropout, {value}; load the model with {name}=None, or save it with format='hf'"
+        if stated != value:
+            raise ValueError(f"{name} is {shown!r}; KerasHub's {whose} always has {takes!s}")
 
 
 def activation_name(value: Any) -> str | None:

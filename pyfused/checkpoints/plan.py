@@ -15,11 +15,15 @@ from pyfused.checkpoints.storage import FLOATS, Entry, OpenFile, copy_tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor: its name and shape in the file; ``transposed`` when the file holds (in, out)."""
+    """One stored tensor: its name and shape in the file; ``transposed`` when the file holds (in, out).
+
+    dtype: what the file must hold; None is any dtype of weights.
+    """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Target:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the tensor must have; None if it may be any dtype of weights."""
+        return self.pieces[0].dtype
 
 
 Plan = dict[str, Target]
@@ -61,7 +70,9 @@ def check_plan(plan: Plan, entries: Mapping[str, Entry], files: Iterable[Path], 
         )
     for name, piece in wanted.items():
         entry = entries[name]
-        if entry.dtype not in FLOATS:
+        if piece.dtype is not None and entry.dtype != piece.dtype:
+            raise ValueError(f"{entry} has dtype {entry.dtype}, but {where} calls for {piece.dtype}")
+        if piece.dtype is None and entry.dtype not in FLOATS:
             kind = "quantised, or not a weight" if entry.dtype.itemsize == 1 else "not a weight"
             raise ValueError(
                 f"{entry} has dtype {entry.dtype}, so it is {kind}; weights are {', '.join(map(str, FLOATS))}"

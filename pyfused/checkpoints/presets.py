@@ -16,6 +16,7 @@ from typing import Any
 from pyfused.checkpoints import hub
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.hub import Want
+from pyfused.checkpoints.replace import finish
 from pyfused.families import FAMILIES, Family, of_hf_type
 from pyfused.published import Preset
 
@@ -103,7 +104,10 @@ def _local(preset: str | os.PathLike[str]) -> Path | None:
             return None
     elif not isinstance(preset, os.PathLike):
         raise TypeError(f"preset must be a name or the path of a directory, got {type(preset).__name__}")
-    return Path(preset) if str(preset) and Path(preset).is_dir() else None
+    if not str(preset) or not Path(preset).is_dir():
+        return None
+    finish(Path(preset))  # a save that was interrupted
+    return Path(preset)
 
 
 def _no_such(name: str) -> str:

@@ -1,8 +1,7 @@
 """How do T5's and mT5's configuration and weight names in Hugging Face and Keras format map to pyfused's?
 
-Hugging Face's format is read and written, Keras's is only read. Hugging Face stores a linear weight as nn.Linear does, Keras
-as (in, out). pyfused stacks the matrices that are applied to the same vector: query, key and value, or the key and value of
-cross-attention.
+Hugging Face stores a linear weight as nn.Linear does, Keras as (in, out). pyfused stacks the matrices that are applied to the
+same vector: query, key and value, or the key and value of cross-attention.
 """
 
 from __future__ import annotations
@@ -14,7 +13,16 @@ from typing import Any
 from pyfused.checkpoints import hf
 from pyfused.checkpoints.files import Options, Refused
 from pyfused.checkpoints.names import settle_head
-from pyfused.checkpoints.options import HF_ACTIVATIONS, REFUSED, SILENT, activation_name, check_activation, finish_keras
+from pyfused.checkpoints.options import (
+    HF_ACTIVATIONS,
+    KERAS_GELU,
+    REFUSED,
+    SILENT,
+    activation_name,
+    check_activation,
+    check_keras,
+    finish_keras,
+)
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
@@ -31,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 DEPTHS = ("num_layers", "num_decoder_layers")
 FOLLOWS = {"num_decoder_layers": "num_layers", "scale_logits": "tie_embedding_weights"}  # while the two are equal
+KERAS_TASKS = ("Seq2SeqLM",)  # KerasHub's classes that take this backbone
 
 # mT5's defaults that differ from T5's, and a setting that its class has whatever the configuration says
 _MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
@@ -168,14 +177,32 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
         "tie_embedding_weights": options.boolean("tie_embedding_weights", True),
     }
-    fixed = {
+    return config | finish_keras(options, _keras_fixed(config))
+
+
+def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
+    """KerasHub's arguments for T5Backbone's. Raises ValueError for one that its class does not have."""
+    config = {"dropout": 0.1, "layer_norm_epsilon": 1e-6} | DEFAULTS | config
+    stated = {name: value for name, value in config.items() if value is not None}
+    check_keras(stated, _keras_fixed(config), "T5Backbone")
+    activation = check_activation(config, "relu", "KerasHub's T5Backbone")
+    names = ("vocabulary_size", "hidden_dim", "intermediate_dim", "num_layers", "num_heads", "key_value_dim", "dropout",
+             "use_gated_activation", "layer_norm_epsilon", "tie_embedding_weights")  # fmt: skip
+    # "gelu" is the erf formula in Keras too
+    return {name: config[name] for name in names} | {
+        "activation": KERAS_GELU if activation == "gelu_new" else activation
+    }
+
+
+def _keras_fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that KerasHub's class has no argument for."""
+    return {
         "num_decoder_layers": config["num_layers"],
         "num_buckets": 32,
         "max_distance": 128,
         "scale_logits": config["tie_embedding_weights"],
         "decoder_start_token_id": 0,
     }
-    return config | finish_keras(options, fixed)
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:

@@ -1,5 +1,5 @@
-"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | presets | download | bench | tune |
-evidence`, --json on each.
+"""What can one do from a terminal? `pyfused env | generate | encode | verify | warm | info | convert | presets |
+download | bench | tune | evidence`, --json on each.
 
 An error is one line on stderr and exit status 2, never a traceback. `verify` exits with 1 if a backend fails. A character that
 the terminal's encoding lacks is written as "?".
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from .._version import __version__
-from . import hub, measurements, presets
+from . import checkpoints, hub, measurements, presets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,5 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     measurements.add(commands)
     presets.add(commands)
+    checkpoints.add(commands)
     hub.add(commands)
     return parser

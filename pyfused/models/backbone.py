@@ -6,15 +6,17 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoints import open_checkpoint, presets_of
+from ..checkpoints import open_checkpoint, presets_of, save_to_preset
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
+from ..quantize import hold_int8_
 from ..spread import is_spread
 from .mixed_precision import compute_in
 
@@ -90,6 +92,7 @@ class Backbone(nn.Module, ABC):
     predicts_tokens = True  # whether the backbone has `logits`; an encoder's head is not part of it
     token_embedding: Any  # nn.ReversibleEmbedding: ids -> vectors; with reverse=True hidden states -> logits
 
+    preset_directory: Path | None = None  # where from_preset found the files, for save_to_preset
     _config: dict[str, Any]  # the constructor's arguments without the dtype
 
     @property
@@ -220,15 +223,20 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
         config = checkpoint.config_with(overrides) | {"dtype": variable}
+        if checkpoint.int8 and (variable is torch.float64 or compute != variable):
+            raise ValueError(f"dtype is {dtype!r}; a checkpoint with int8 weights takes float32, float16 or bfloat16")
         place = _place(device, mesh)
-        if not load_weights and mesh is not None:
-            raise ValueError("mesh is given and load_weights is False; it takes a model whose weights are loaded")
+        if mesh is not None and (checkpoint.int8 or not load_weights):
+            what = "the weights are int8" if checkpoint.int8 else "load_weights is False"
+            raise ValueError(f"mesh is given and {what}; it takes a model whose floating-point weights are loaded")
         if not load_weights:
             with place, _Uninitialised() if place.type == "meta" else nullcontext():
                 model = kind.from_config(config)
+            model.preset_directory = checkpoint.directory
             return _finished(model, variable, compute, skip_padding)
         with torch.device("meta"), _Uninitialised():
             model = kind.from_config(config)
+            hold_int8_(model, checkpoint.int8)
         checkpoint.check_module(model)
         bare = {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - model.state_dict().keys()
         if bare:
@@ -241,7 +249,35 @@ class Backbone(nn.Module, ABC):
             parallelize_module(model, mesh, model.tensor_parallel_plan(), src_data_rank=None)
         _allocate(model, place)
         checkpoint.load_into(model)
+        model.preset_directory = checkpoint.directory
         return _finished(model, variable, compute, skip_padding)
+
+    def save_to_preset(
+        self,
+        directory: str | os.PathLike[str],
+        format: Literal["hf", "keras"] = "hf",
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "10GB",
+        tokenizer: Any = None,
+    ) -> None:
+        """Writes configuration, weights and tokeniser so that transformers ("hf") or KerasHub ("keras") load them, and pyfused.
+
+        directory: is made if needed. Its checkpoint is replaced all at once: a process that is killed leaves the old one or
+            the new one. Other files in it stay.
+        dtype: of the saved weights, a name or a torch.dtype. None keeps the model's, a mixed policy included if the format is
+            Keras's; Hugging Face's has none.
+        max_shard_size: the most bytes of a weight file, or a str such as "10GB" or "500MB". A larger tensor gets its own file.
+        tokenizer: None takes the files of the preset that the model came from, if there are any. A preset's name, a directory,
+            or a pyfused Tokenizer brings others; False saves none. Files of the other format are converted, or left out with
+            a warning.
+
+        int8 weights of `quantize_` are saved in pyfused's own form of Hugging Face's format, which only `from_preset` reads.
+        Memory peaks at the model and a few MB. Raises ValueError for an argument that the format cannot express, OSError if the
+        files cannot be written; the directory is then as before. Raises ImportError without h5py for "keras".
+        """
+        save_to_preset(
+            self, directory, format, None if dtype is None else resolve_dtype(dtype), max_shard_size, tokenizer
+        )
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -11,7 +11,7 @@ from albert_cases import albert_state, call_of, outputs_of, reference_outputs
 from safetensors.torch import load_file, save_file
 
 from pyfused import AlbertBackbone, backend
-from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
+from pyfused.checkpoints import open_checkpoint, presets_of
 from pyfused.models.backbone import Backbone
 from pyfused.testing import assert_close
 
@@ -239,12 +239,12 @@ def test_keras_hub_save_to_preset(tmp_path, heads, dtype, sharded):
         {"activation": "keras_hub>gelu_approximate", "dropout": 0.2, "num_inner_repetitions": 2},
     ],
 )  # fmt: skip
-def test_what_save_hf_writes_loads_in_transformers(tmp_path, same, dtype, change):
+def test_what_is_saved_loads_in_transformers(tmp_path, same, dtype, change):
     transformers = pytest.importorskip("transformers")
     config = {"vocabulary_size": 61, "num_layers": 5, "num_heads": 4, "embedding_dim": 10, "hidden_dim": 24}
     config |= {"intermediate_dim": 56, "max_sequence_length": 33}
     model = randomised(AlbertBackbone(**config, **change, dtype=dtype).eval())
-    save_hf(model, tmp_path / "saved")
+    model.save_to_preset(tmp_path / "saved")
     again = Backbone.from_preset(tmp_path / "saved")
     same(again.state_dict(), model.state_dict())
     saved, stated = again.get_config(), model.get_config()
@@ -264,7 +264,7 @@ def test_what_save_hf_writes_loads_in_transformers(tmp_path, same, dtype, change
     torch.testing.assert_close(out, expected)
 
 
-def test_save_hf_refuses_by_name(tmp_path):
+def test_saving_refuses_by_name(tmp_path):
     with pytest.raises(ValueError, match="hidden_dim is 8; transformers' ALBERT takes multiples of num_heads, 3"):
-        save_hf(AlbertBackbone(9, 1, 3, 4, 8, 8), tmp_path)
+        AlbertBackbone(9, 1, 3, 4, 8, 8).save_to_preset(tmp_path)
     assert not any(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from fnet_cases import call_of, fnet_state, outputs_of, reference_outputs
 from safetensors.torch import load_file, save_file
 
 from pyfused import FNetBackbone, backend
-from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
+from pyfused.checkpoints import open_checkpoint, presets_of
 from pyfused.models.backbone import Backbone
 from pyfused.testing import assert_close
 
@@ -206,7 +206,7 @@ def test_keras_hub_save_to_preset(tmp_path, dtype, sharded):
     "change",
     [{}, {"activation": "gelu", "num_segments": 2}, {"layer_norm_epsilon": 1e-3, "dropout": 0.0}, {"pooler": False}],
 )
-def test_what_save_hf_writes_loads_in_transformers(tmp_path, same, dtype, change):
+def test_what_is_saved_loads_in_transformers(tmp_path, same, dtype, change):
     transformers = pytest.importorskip("transformers")
     config = {
         "vocabulary_size": 61,
@@ -216,7 +216,7 @@ def test_what_save_hf_writes_loads_in_transformers(tmp_path, same, dtype, change
         "max_sequence_length": 40,
     }
     model = randomised(FNetBackbone(**config, **change, dtype=dtype)).eval()
-    save_hf(model, tmp_path / "saved")
+    model.save_to_preset(tmp_path / "saved")
     again = Backbone.from_preset(tmp_path / "saved")
     same(again.state_dict(), model.state_dict())
     assert again.get_config() == model.get_config()

@@ -1,6 +1,7 @@
 """Does loading peak near one copy of the weights, and is nothing imported that is not needed?"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,54 @@ def test_peak_memory(tmp_path, write):
         weights, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         assert weights > 290e6 / (1 if dtype == "float32" else 2)
         assert weights < peak <= 1.15 * weights, f"{peak / weights:.3f} copies of the weights in {dtype}"
+
+
+SAVE = """
+import sys
+import pyfused.checkpoints.hf_write, pyfused.checkpoints.keras_write, h5py, torch
+from pyfused import Backbone
+from pyfused.checkpoints import convert
+
+torch.set_num_threads(1)
+source, target = sys.argv[1], sys.argv[2]
+
+def memory(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+def peak_of(call):
+    before = memory("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    call()
+    print(memory("VmHWM") - before)
+
+for format in ("hf", "keras"):  # what is imported and allocated once does not count
+    convert("gpt2_tiny_en", target, format)
+    Backbone.from_preset(target).save_to_preset(target, format)
+peak_of(lambda: convert(source, target, "keras", dtype=torch.bfloat16))
+peak_of(lambda: convert(target, target, "hf"))
+model = Backbone.from_preset(target)
+peak_of(lambda: model.save_to_preset(target, "hf", max_shard_size="40MB", dtype="float32"))
+peak_of(lambda: model.save_to_preset(target, "keras"))
+"""
+
+
+def test_peak_memory_of_saving(tmp_path):
+    """A model needs a few MB more to be saved. A conversion needs one tensor; the largest, in bfloat16, has 49 MB."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.fail("the system does not say how much memory a process needs")
+    (tmp_path / "source").mkdir()
+    write_hf(tmp_path / "source")
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", SAVE, str(tmp_path / "source"), str(tmp_path / "target")]
+    environment = {**os.environ, "PYTHONPATH": root}
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+    to_keras, to_hf, saved_hf, saved_keras = (int(line) / 1e6 for line in lines)
+    assert to_keras < 49 + 25, lines
+    assert to_hf < 49 + 25, lines
+    assert saved_hf < 25, lines
+    assert saved_keras < 25, lines
 
 
 def test_optional_packages_are_imported_only_where_needed(golden):

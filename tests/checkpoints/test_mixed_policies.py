@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyfused import Generator, T5Backbone, backend, encode
-from pyfused.checkpoints import open_checkpoint, save_hf
+from pyfused.checkpoints import open_checkpoint
 from pyfused.models.backbone import Backbone
 from pyfused.verify import _copy_weights
 
@@ -128,7 +128,7 @@ def test_everything_else_a_model_does(mixed, tmp_path):
     assert (again.dtype, next(again.parameters()).dtype) == (torch.bfloat16, torch.float32)
     again.load_state_dict(model.state_dict())
     assert torch.equal(flat(again.eval()(INPUTS["keras_t5"])), expected)
-    save_hf(model, tmp_path / "saved")
+    model.save_to_preset(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
     empty = Backbone.from_preset(directory, load_weights=False)
     assert (empty.dtype, next(empty.parameters()).dtype) == (torch.bfloat16, torch.float32)

@@ -248,10 +248,8 @@ def test_overrides_of_published_presets():
     assert len(uneven.decoder.layers) == 3
 
 
-def test_without_h5py(golden, without):
+def test_a_configuration_needs_no_h5py(golden, without):
     without("h5py")
-    with pytest.raises(ImportError, match=r"model.weights.h5: Keras weights need h5py: pip install"):
-        open_checkpoint(golden / "ckpt" / "keras_gpt2")
     assert open_checkpoint(golden / "ckpt" / "keras_gpt2", weights=False).model == "gpt2"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from t5_cases import call_of, live, outputs_of, reference_outputs, t5_state
 
 from pyfused import T5Backbone, backend
-from pyfused.checkpoints import open_checkpoint, presets_of, save_hf
+from pyfused.checkpoints import open_checkpoint, presets_of
 from pyfused.models.backbone import Backbone
 from pyfused.testing import assert_close
 
@@ -256,11 +256,11 @@ def test_keras_hub_save_to_preset(tmp_path, dtype, sharded, kind):
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*'lm_head.weight' differs from 'shared.weight'")
-def test_what_save_hf_writes_loads_in_transformers(tmp_path, same, dtype, change):
+def test_what_is_saved_loads_in_transformers(tmp_path, same, dtype, change):
     transformers = pytest.importorskip("transformers")
     config = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "intermediate_dim": 56}
     model = T5Backbone(**config, **{"key_value_dim": 7} | change, dtype=dtype).eval()
-    save_hf(model, tmp_path / "saved")
+    model.save_to_preset(tmp_path / "saved")
     again = Backbone.from_preset(tmp_path / "saved")
     same(again.state_dict(), model.state_dict())
     saved, stated = again.get_config(), model.get_config()

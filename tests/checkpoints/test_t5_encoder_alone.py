@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import pyfused
 from pyfused import Generator, T5Backbone, cli
-from pyfused.checkpoints import open_checkpoint, save_hf
+from pyfused.checkpoints import open_checkpoint
 from pyfused.models.backbone import Backbone
 from pyfused.verify import verify
 
@@ -130,7 +130,7 @@ def test_gradients_and_training(tmp_path, theirs):
 
 
 def test_saved_and_read_by_transformers(tmp_path, theirs):
-    save_hf(Backbone.from_preset(tmp_path), tmp_path / "saved")
+    Backbone.from_preset(tmp_path).save_to_preset(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == ["T5EncoderModel"]
     assert config["num_decoder_layers"] > 0  # transformers has no such model with 0

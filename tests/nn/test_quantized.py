@@ -11,7 +11,6 @@ from torch import nn
 
 import pyfused
 from pyfused import quantize_, unquantize_
-from pyfused.checkpoints import save_hf
 from pyfused.nn import QuantizedEmbedding, QuantizedLinear
 
 
@@ -116,14 +115,6 @@ def test_linear_agrees_with_the_operator():
     x, residual = torch.randn(2, 5, 33), torch.randn(2, 5, 12)
     expected = pyfused.linear(x, layer.weight, layer.bias, residual=residual, scale=layer.scale)
     assert torch.equal(layer(x, residual), expected)
-
-
-def test_saving_as_a_checkpoint_is_refused(tmp_path):
-    model = spread(BACKBONES["gpt2"]())
-    quantize_(model)
-    with pytest.raises(ValueError, match="call unquantize_ first"):
-        save_hf(model, tmp_path)
-    save_hf(unquantize_(model), tmp_path)
 
 
 def test_a_float_weight_is_not_loaded_into_int8():
