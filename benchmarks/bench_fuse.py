@@ -23,7 +23,9 @@ def cases(setup):
     for dtype in setup.model_dtypes:
         yield Case(f"T5 base encoder 1x{4 * s}", dtype, partial(encoder, setup, t5, (1, 4 * s), dtype))
         yield Case(f"ALBERT base {b}x{s}", dtype, partial(encoder, setup, albert, (b, s), dtype))
+        yield Case(f"mT5 base encoder 1x{4 * s}", dtype, partial(encoder, setup, mt5, (1, 4 * s), dtype))
         yield Case(f"BERT base {b}x{s}", dtype, partial(encoder, setup, bert, (b, s), dtype))
+        yield Case(f"BERT base {b}x{s}, half padding, skip_padding", dtype, partial(padded, setup, (b, s), dtype))
         if dtype == torch.float32:  # transformers' FNet has no half precision on a CPU
             yield Case(f"FNet base 2x{4 * s}", dtype, partial(encoder, setup, fnet, (2, 4 * s), dtype))
         yield Case(f"GPT-2 124M, prompt of {cached}", dtype, partial(prompt, setup, cached, dtype))
@@ -35,6 +37,12 @@ def t5(setup):
     from transformers import T5EncoderModel
 
     return T5EncoderModel(config_of(setup))
+
+
+def mt5(setup):
+    from transformers import MT5Config, MT5EncoderModel
+
+    return MT5EncoderModel(MT5Config(**config_of(setup).to_dict()))
 
 
 def albert(setup):
@@ -75,6 +83,29 @@ def encoder(setup, make, shape, dtype):
         partial(states, before),
         exact=lambda: states(copy.deepcopy(before).double()),
         peers={**compiled(partial(states, before)), **exported(before, states, (ids,))} if make is bert else {},
+    )
+
+
+def padded(setup, shape, dtype):
+    """A batch of which half is padding. The states of the real tokens are compared."""
+    before = bert(setup).to(setup.device, dtype).eval()
+    after = copy.deepcopy(before)
+    pyfused.fuse_(after, skip_padding=True)
+    rows, longest = shape
+    lengths = torch.linspace(longest // 8, 7 * longest // 8, rows).long()
+    lengths[-1] = longest  # then the first rows are shorter, so that half of all tokens are real
+    lengths[0] = max(1, rows * longest // 2 - int(lengths[1:].sum()))
+    mask = (torch.arange(longest) < lengths[:, None]).long().to(setup.device)
+    ids = torch.randint(100, shape, device=setup.device)
+
+    def states(model, ids=ids, mask=mask):
+        return model(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+
+    return Calls(
+        partial(states, after),
+        partial(states, before),
+        exact=lambda: states(copy.deepcopy(before).double()),
+        peers={**compiled(partial(states, before)), **exported(before, states, (ids, mask))},
     )
 
 
