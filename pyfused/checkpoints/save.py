@@ -29,6 +29,7 @@ from pyfused.checkpoints.storage import FLOATS
 from pyfused.checkpoints.stored import Stored, shard_bytes, stored_tensors, write_file
 from pyfused.checkpoints.tokenizer_save import tokenizer_files
 from pyfused.families import FAMILIES, Family, family_of, load
+from pyfused.spread import is_spread
 
 Format = Literal["hf", "keras"]
 TokenizerSource = Any  # a preset, a Tokenizer, which has its directory, False or None
@@ -221,7 +222,7 @@ def _check_state(state: Mapping[str, torch.Tensor], plan: Plan, int8: Mapping[st
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(f"model: {name} is on the meta device and has no values")
-        if type(tensor) is not torch.Tensor and hasattr(tensor, "full_tensor"):
+        if is_spread(tensor):
             raise ValueError(f"model: {name} is spread over several processes; gather the model first")
         if tensor.dtype not in (plan[name].dtype, *FLOATS):
             raise ValueError(f"model: {name} is {tensor.dtype}; it takes a floating-point dtype")

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 ROOT, KILLS, EXCHANGE = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"
 TARGET, WATCHED = (
     ROOT / "model",
-    ("replace.py", "parts.py", "save.py", "hf_write.py", "keras_write.py", "stored.py", "shutil.py"),
+    ("replace.py", "part_names.py", "save.py", "hf_write.py", "keras_write.py", "stored.py", "shutil.py"),
 )
 OTHERS = {"notes.txt": b"mine", "logs/run 1/log.txt": b"a log"}
 OLD = FNetBackbone(29, 2, 12, 20, max_sequence_length=16)
