@@ -7,6 +7,7 @@ from ._version import __version__
 from .dispatch import BackendError, backend
 from .families import FAMILIES, load
 from .ops import (
+    DistanceBias,
     RelativeBias,
     attention,
     decode,
@@ -33,6 +34,7 @@ __all__ = [
     "AlbertBackbone",
     "Backbone",
     "BackendError",
+    "DistanceBias",
     "FNetBackbone",
     "FuseReport",
     "GPT2Backbone",

@@ -6,7 +6,7 @@ import torch
 from pyfused.arguments import AttentionForward, forward_launch, taking
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.attention_layout import AttentionLayout, by_rows, span
-from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.buckets import EACH, distance_buckets
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._launch import multiprocessors, pointers, shared_memory, where
@@ -30,8 +30,8 @@ def unsupported_forward(a):
         return "more than 2^31 tiles of queries"
     if a.bias_table is None:
         return None
-    # The span is at most max_distance, and max_distance costs nothing to read.
-    if a.max_distance > _MAX_SPAN and span(a) > _MAX_SPAN:
+    # T5's span is at most max_distance, and max_distance costs nothing to read.
+    if (a.max_distance > _MAX_SPAN or a.max_distance == EACH) and span(a) > _MAX_SPAN:
         return f"a relative bias that tells more than {_MAX_SPAN} distances apart"
     if group > 1 and group * sq <= _ROWS and _TILES + group * (2 * span(a) + 1) * 4 > shared_memory(a.query.device):
         return f"a relative bias of {group} heads that share a key head does not fit in a block's shared memory"

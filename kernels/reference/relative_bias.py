@@ -2,13 +2,15 @@
 
 import torch
 
-from pyfused.kernels.shared.buckets import buckets_of
+from pyfused.kernels.shared.buckets import EACH, buckets_of
 
 
 def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, query_offset, device):
     """(Sq, Sk) int64: the bucket of the distance j - (i + query_offset) of key j from query i."""
     i = torch.arange(query_length, device=device)[:, None] + query_offset
     after = torch.arange(key_length, device=device)[None] - i
+    if max_distance == EACH:
+        return (after + num_buckets // 2).clamp(0, num_buckets - 1)
     distance = after.abs() if bidirectional else (-after).clamp(min=0)
     bucket = buckets_of(distance, bidirectional, num_buckets, max_distance)
     return bucket + (after > 0) * (num_buckets // 2) if bidirectional else bucket

@@ -1,4 +1,6 @@
-"""Which bucket of T5's table does a distance fall into? Every backend's kernels read one small array of integers.
+"""Which bucket of a table does a distance fall into? Every backend's kernels read one small array of integers.
+
+A table of DistanceBias has a bucket for each distance, in order; its max_distance is EACH. T5's formula is for all others:
 
 Raffel et al. 2020 (arXiv:1910.10683): one side has n buckets (half of all when bidirectional), and exact = n // 2. A
 distance below exact has its own bucket. A longer one has bucket exact + floor(ln(distance / exact) / ln(max_distance /
@@ -13,6 +15,9 @@ import math
 import torch
 
 from .tables import kept_on_device
+
+
+EACH = 0  # in place of max_distance: each distance has its own bucket
 
 
 def exact_buckets(bidirectional: bool, num_buckets: int) -> int:
@@ -31,6 +36,8 @@ def buckets_of(distance: torch.Tensor, bidirectional: bool, num_buckets: int, ma
 @functools.cache
 def _by_distance(bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
     with torch.inference_mode(False):
+        if max_distance == EACH:
+            return torch.arange(num_buckets, dtype=torch.int32)
         side = num_buckets // 2 if bidirectional else num_buckets
         bucket = buckets_of(torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
         span = int((bucket < side - 1).sum())  # buckets never decrease, so from here on all are the last one

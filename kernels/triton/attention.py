@@ -20,6 +20,7 @@ from ._launch import starter
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # heads that share a key head share one query tile while it has at most this many rows
 _MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
+_MOST_BUCKETS = 512  # of a table with a gradient: each program sums into all of them
 
 
 def _dropout(a):
@@ -140,6 +141,13 @@ def forward(a):
         return out, lse
 
     return launch
+
+
+@taking(AttentionBackward)
+def unsupported_backward(a):
+    if a.wants_table and a.bias_table.shape[0] > _MOST_BUCKETS:
+        return f"the gradient of a table of more than {_MOST_BUCKETS} distances"
+    return None
 
 
 @prepares_launch

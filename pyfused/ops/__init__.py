@@ -13,12 +13,13 @@ from .fourier_mix import fourier_mix  # noqa: E402
 from .gated_ffn import gated_ffn  # noqa: E402
 from .layer_norm import layer_norm  # noqa: E402
 from .linear import linear  # noqa: E402
-from .relative_bias import RelativeBias, relative_bias  # noqa: E402
+from .relative_bias import DistanceBias, RelativeBias, relative_bias  # noqa: E402
 from .rms_norm import rms_norm  # noqa: E402
 
 __all__ = [
     "MODULES",
     "NAMES",
+    "DistanceBias",
     "RelativeBias",
     "attention",
     "decode",

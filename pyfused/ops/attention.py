@@ -17,7 +17,7 @@ from .autocast import autocast_is_on, autocasts, in_lower_precision, to
 from .checks import check_floating, check_like, check_shape, may_look, name_of
 from .cost import Cost, size
 from .registration import Operator
-from .relative_bias import RelativeBias, check_buckets
+from .relative_bias import EACH, DistanceBias, RelativeBias, by_distance, check_buckets
 
 MAX_HEAD_SIZE = 256
 
@@ -29,7 +29,7 @@ def attention(
     *,
     is_causal: bool = False,
     padding_mask: torch.Tensor | None = None,
-    relative_bias: RelativeBias | None = None,
+    relative_bias: RelativeBias | DistanceBias | None = None,
     attn_bias: torch.Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -59,7 +59,8 @@ def attention(
         padding_mask: (B, Sk), any dtype; nonzero marks a real token.
         relative_bias: T5's bias, computed inside the kernel from its table (num_buckets, H) of query's dtype or float32.
             There is no Sq x Sk tensor, forward or backward, and the table's gradient is bitwise repeatable. Query i has
-            position i + Sk - Sq, as after Sk - Sq cached tokens.
+            position i + Sk - Sq, as after Sk - Sq cached tokens. DistanceBias(table) gives any bias by distance in the same
+            way, from a table (H, 2 L - 1).
         attn_bias: additive bias of query's dtype, broadcastable to (B, H, Sq, Sk); -inf hides a key. Its gradient, if it
             requires one, is the only dense (B, H, Sq, Sk) tensor here.
         scale: multiplies the scores; 1/sqrt(D) if None.
@@ -82,7 +83,12 @@ def attention(
     given = None
     if cu_seqlens is None and not autocast_is_on():
         relative = (None, True, 128) if relative_bias is None else relative_bias
-        if relative_bias is None or relative.__class__ is RelativeBias:
+        if relative.__class__ is DistanceBias:
+            _check_distances(relative.table, query, key)
+            relative = by_distance(relative)
+        elif relative_bias is not None and (relative.__class__ is not RelativeBias or relative.max_distance == EACH):
+            relative = None  # bind() has the error
+        if relative is not None:
             # AttentionForward's fields as given; a plain tuple saves 0.4 us
             given = (
                 *(query, key, value, is_causal, padding_mask, attn_bias, scale, dropout_p, None, False),
@@ -97,7 +103,8 @@ def attention(
     }  # fmt: skip
     if autocast_is_on() and autocasts(query):
         dtype = torch.get_autocast_dtype(query.device.type)
-        if isinstance(relative_bias, RelativeBias) and getattr(relative_bias.table, "dtype", None) != torch.float32:
+        kinds = RelativeBias, DistanceBias
+        if isinstance(relative_bias, kinds) and getattr(relative_bias.table, "dtype", None) != torch.float32:
             relative_bias = relative_bias._replace(table=to(relative_bias.table, dtype))
         options |= {"attn_bias": to(attn_bias, dtype), "relative_bias": relative_bias}
         return in_lower_precision(attention, query, key, value, **options)
@@ -140,7 +147,7 @@ def bind(
         raise ValueError(f"query has head size {d}; it takes at most {MAX_HEAD_SIZE}")
     table, bidirectional, max_distance = None, True, 128
     if relative_bias is not None:
-        table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query)
+        table, bidirectional, max_distance = _bind_relative_bias(relative_bias, query, key)
     if cu_seqlens is not None:
         for name, given in (("padding_mask", padding_mask), ("attn_bias", attn_bias)):
             if given is not None:
@@ -226,10 +233,30 @@ def _shown(numbers):
     return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
 
 
-def _bind_relative_bias(relative_bias, query):
+def _check_distances(table, query, key):
+    """Checks what is special about the table of a DistanceBias."""
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"relative_bias.table is a {type(table).__name__}; it takes a torch.Tensor")
+    if table.dim() != 2 or table.shape[1] % 2 == 0:
+        raise ValueError(f"relative_bias.table has shape {tuple(table.shape)}; it takes (H, 2 L - 1)")
+    tensors = [t for t in (query, key) if isinstance(t, torch.Tensor) and t.dim() == 4]
+    longest = max((t.shape[2] for t in tensors), default=0)
+    if table.shape[1] < 2 * longest - 1:
+        raise ValueError(
+            f"relative_bias.table has {table.shape[1]} distances; it takes 2 L - 1 of them, and L at least {longest}, the "
+            "longer of queries and keys"
+        )
+
+
+def _bind_relative_bias(relative_bias, query, key):
     """(table, bidirectional, max_distance)."""
+    each = isinstance(relative_bias, DistanceBias)
+    if each:
+        _check_distances(relative_bias.table, query, key)
+        relative_bias = by_distance(relative_bias)
     if not isinstance(relative_bias, RelativeBias):
-        raise TypeError(f"relative_bias is a {type(relative_bias).__name__}; it takes a pyfused.RelativeBias")
+        takes = "a pyfused.RelativeBias or DistanceBias"
+        raise TypeError(f"relative_bias is a {type(relative_bias).__name__}; it takes {takes}")
     table, bidirectional, max_distance = relative_bias
     name = "relative_bias.table"
     if not isinstance(table, torch.Tensor):
@@ -239,7 +266,8 @@ def _bind_relative_bias(relative_bias, query):
         raise TypeError(f"{name} is {name_of(table.dtype)}; it takes query's dtype or float32: {takes}")
     if table.device != query.device:
         raise ValueError(f"{name} is on {table.device}; it takes query's device, {query.device}")
-    check_buckets(table, bidirectional, max_distance, "relative_bias.")
+    if not each:
+        check_buckets(table, bidirectional, max_distance, "relative_bias.")
     if table.shape[1] != query.shape[1]:
         raise ValueError(f"{name} has {table.shape[1]} heads; it takes query's {query.shape[1]}")
     return table, bidirectional, max_distance

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.shared.buckets import exact_buckets
+from ..kernels.shared.buckets import EACH, exact_buckets
 from .checks import check_floating
 from .cost import Cost, size
 from .registration import Operator
@@ -28,6 +28,22 @@ class RelativeBias(NamedTuple):
     table: torch.Tensor
     bidirectional: bool
     max_distance: int = 128
+
+
+class DistanceBias(NamedTuple):
+    """A bias that depends on the head and on how far the key is from the query, as attention takes it: ALiBi, or learned.
+
+    Attributes:
+        table: (H, 2 L - 1): column L - 1 + r is the bias of a key r positions after its query. L is at least the number of
+            queries and of keys.
+    """
+
+    table: torch.Tensor
+
+
+def by_distance(bias: DistanceBias) -> RelativeBias:
+    """The same table as the kernels read it: (2 L - 1, H), with a bucket for each distance."""
+    return RelativeBias(bias.table.t(), True, EACH)
 
 
 def relative_bias(

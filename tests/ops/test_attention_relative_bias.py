@@ -12,10 +12,17 @@ from test_attention import Case, drawn_seed, gradients, make
 from test_attention import plain as plain_attention
 
 import pyfused
-from pyfused import RelativeBias
+from pyfused import DistanceBias, RelativeBias
 
 # (num_buckets, max_distance, bidirectional)
 ENCODER, DECODER, SMALL, ODD = (32, 128, True), (32, 128, False), (8, 12, True), (7, 6, False)
+
+
+def each(most):
+    """The table of a DistanceBias for so many positions."""
+    return 2 * most - 1, 0, True
+
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Biased:
         return self.attention.seldom
 
     def __str__(self):
-        return f"{self.attention}-{self.table[0]}-{self.table[1]}-{'both' if self.table[2] else 'before'}"
+        kind = "both" if self.table[2] else "before"
+        return f"{self.attention}-{self.table[0]}-{self.table[1] or 'each'}-{kind}"
 
 
 CASES = [
@@ -49,12 +57,18 @@ CASES = [
     Biased(Case((1, 4, 2, 129, 257, 40), is_causal=True, padding="random", seldom=True), DECODER),
     Biased(Case((2, 2, 2, 257, 129, 8), padding="left", bias="row", seldom=True), (64, 40, True)),
     Biased(Case((1, 1, 1, 137, 137, 128), seldom=True), (4, 1000, True)),
+    Biased(Case((6, 4, 2, 7, 5, 8), padding="left", bias="head", seldom=True), each(7)),
+    Biased(Case((2, 4, 2, 40, 70, 16), is_causal=True, dropout_p=0.2), each(90)),
+    Biased(Case((1, 1, 1, 1, 1, 8), seldom=True), each(1)),
+    Biased(Case((1, 2, 1, 137, 137, 64), padding="right", seldom=True), each(137)),
 ]
 DECODING = [
     Biased(Case((2, 4, 2, 1, 137, 64)), DECODER),
     Biased(Case((2, 2, 2, 1, 1025, 40), padding="left", seldom=True), DECODER),
     Biased(Case((2, 4, 4, 3, 70, 80), is_causal=True, padding="right"), ENCODER),
     Biased(Case((2, 4, 1, 2, 300, 16), bias="full", seldom=True), DECODER),
+    Biased(Case((2, 4, 2, 1, 137, 40), padding="left"), each(137)),
+    Biased(Case((1, 2, 2, 2, 200, 64), is_causal=True, seldom=True), each(250)),
 ]
 
 
@@ -65,7 +79,7 @@ def make_biased(case, table, dtype, device):
 
 
 def fused(inputs, options, table):
-    relative = RelativeBias(inputs["table"], table[2], table[1])
+    relative = RelativeBias(inputs["table"], table[2], table[1]) if table[1] else DistanceBias(inputs["table"].t())
     return pyfused.attention(**{k: v for k, v in inputs.items() if k != "table"}, relative_bias=relative, **options)
 
 
@@ -183,10 +197,55 @@ def test_only_what_is_asked_gets_a_gradient(each_backend, device, wanted):
     assert [k for k, v in inputs.items() if v.grad is not None] == [wanted]
 
 
-def test_gradcheck_reference():
-    inputs, options = make_biased(Case((2, 2, 1, 4, 5, 3), padding="left", bias="head"), SMALL, torch.float64, "cpu")
+@pytest.mark.parametrize("table", [(8, 3, True), each(5)], ids=["t5", "each"])
+def test_gradcheck_reference(table):
+    inputs, options = make_biased(Case((2, 2, 1, 4, 5, 3), padding="left", bias="head"), table, torch.float64, "cpu")
     leaves = [t.requires_grad_() for t in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *t: fused(dict(zip(inputs, t)), options, (8, 3, True)), leaves)
+    assert torch.autograd.gradcheck(lambda *t: fused(dict(zip(inputs, t)), options, table), leaves)
+
+
+def test_alibi(each_backend, device):
+    """The slopes of ALiBi as a table by distance; in packed sequences and under autocast too."""
+    query, key, value = (torch.randn(1, 4, 30, 8, device=device) for _ in range(3))
+    slopes = 2.0 ** -torch.arange(1, 5, device=device)
+    table = -slopes[:, None] * torch.arange(-31, 32, device=device).abs()
+    places = torch.arange(30, device=device)
+    dense = -slopes[:, None, None] * (places - places[:, None]).abs()
+
+    def found(**options):
+        return pyfused.attention(query, key, value, is_causal=True, **options)
+
+    torch.testing.assert_close(found(relative_bias=DistanceBias(table)), found(attn_bias=dense[None]))
+    ends = torch.tensor([0, 12, 30], dtype=torch.int32, device=device)
+    packed = found(relative_bias=DistanceBias(table), cu_seqlens=ends, max_seqlen=18)
+    query, key, value = (t[:, :, :12] for t in (query, key, value))
+    torch.testing.assert_close(packed[:, :, :12], found(relative_bias=DistanceBias(table)))
+    with torch.autocast(device, torch.bfloat16):
+        low = found(relative_bias=DistanceBias(table))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), packed[:, :, :12], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 8), r"relative_bias.table has shape \(2, 8\); it takes \(H, 2 L - 1\)"),
+        ((9,), r"relative_bias.table has shape \(9,\); it takes \(H, 2 L - 1\)"),
+        ((2, 7), r"relative_bias.table has 7 distances; it takes 2 L - 1 of them, and L at least 5"),
+        ((3, 9), r"relative_bias.table has 3 heads; it takes query's 2"),
+    ],
+    ids=str,
+)
+def test_tables_by_distance_that_do_not_fit(shape, message):
+    query, key, value = torch.randn(1, 2, 4, 8), *torch.randn(2, 1, 2, 5, 8)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(shape)))
+    with pytest.raises(TypeError, match="relative_bias.table is a list; it takes a torch.Tensor"):
+        pyfused.attention(query, key, value, relative_bias=DistanceBias([1.0]))
+    pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(2, 9)))
+    with pytest.raises(ValueError, match="relative_bias.max_distance is 0; it takes more than"):  # not even afterwards
+        pyfused.attention(query, key, value, relative_bias=RelativeBias(torch.randn(2, 9).t(), True, 0))
 
 
 def test_opcheck(each_backend, device):

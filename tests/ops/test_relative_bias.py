@@ -67,6 +67,9 @@ def bucket_of(r, num_buckets, max_distance, bidirectional):
 
 def plain(table, sq, sk, bidirectional, max_distance, offset):
     n = table.shape[0]
+    if max_distance == 0:  # DistanceBias: each distance has its own
+        rows = torch.arange(sk, device=table.device) - torch.arange(sq, device=table.device)[:, None] - offset + n // 2
+        return table[rows].permute(2, 0, 1)[None]
     seen = {
         r: bucket_of(r, n, max_distance, bidirectional) for r in range(-(sq + offset) - sq - sk, sk - offset + sq + sk)
     }
