@@ -141,7 +141,7 @@ def backward(a):
     grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
     grad_table = None
     if a.wants_table:
-        (sq, sk), n = grad_s.shape[2:], a.bias_table.shape[0]
-        bucket = relative_bias.buckets(sq, sk, n, a.bidirectional, a.max_distance, sk - sq, grad_s.device)
-        grad_table = relative_bias.sum_by_bucket(grad_s, bucket, n).to(a.bias_table.dtype)
+        sq, sk = grad_s.shape[2:]
+        options = a.bias_table.shape[0], a.bidirectional, a.max_distance, sk - sq
+        grad_table = relative_bias.grad_table(grad_s, *options).to(a.bias_table.dtype)
     return *grads, grad_s.to(query.dtype) if a.wants_bias else None, grad_table

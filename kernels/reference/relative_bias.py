@@ -1,6 +1,7 @@
 """relative_bias in plain PyTorch: the definition of truth."""
 
 import torch
+import torch.nn.functional as F
 
 from pyfused.kernels.shared.buckets import EACH, buckets_of
 
@@ -16,9 +17,15 @@ def buckets(query_length, key_length, num_buckets, bidirectional, max_distance, 
     return bucket + (after > 0) * (num_buckets // 2) if bidirectional else bucket
 
 
-def sum_by_bucket(grad, bucket, num_buckets):
-    """(B, H, Sq, Sk) and (Sq, Sk) -> (num_buckets, H). Without scatter the order of the sums is fixed on every device."""
-    grad = grad.sum(0)
+def grad_table(grad, num_buckets, bidirectional, max_distance, query_offset):
+    """(B, H, Sq, Sk) -> (num_buckets, H). Without scatter the order of the sums is fixed on every device."""
+    grad, (sq, sk) = grad.sum(0), grad.shape[2:]
+    if max_distance == EACH and sq and sk:
+        # Row i moves to the right by sq - 1 - i, which puts each distance into a column of its own
+        skewed = F.pad(grad.flip(-2), (0, sq)).flatten(-2)[:, : sq * (sq + sk - 1)].unflatten(-1, (sq, -1))
+        before = num_buckets // 2 - query_offset - (sq - 1)
+        return F.pad(skewed.sum(-2), (before, num_buckets - before - (sq + sk - 1))).t()
+    bucket = buckets(sq, sk, num_buckets, bidirectional, max_distance, query_offset, grad.device)
     return torch.stack([grad.masked_fill(bucket != n, 0.0).sum((-2, -1)) for n in range(num_buckets)])
 
 
@@ -30,6 +37,6 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
 
 def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     """(grad_table,)."""
-    bucket = buckets(*grad_out.shape[2:], num_buckets, bidirectional, max_distance, query_offset, grad_out.device)
     wide = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-    return (sum_by_bucket(grad_out.to(wide), bucket, num_buckets).to(grad_out.dtype),)
+    sums = grad_table(grad_out.to(wide), num_buckets, bidirectional, max_distance, query_offset)
+    return (sums.to(grad_out.dtype),)

@@ -82,7 +82,7 @@ def attention(
     """
     given = None
     if cu_seqlens is None and not autocast_is_on():
-        relative = (None, True, 128) if relative_bias is None else relative_bias
+        relative: Any = (None, True, 128) if relative_bias is None else relative_bias
         if relative.__class__ is DistanceBias:
             _check_distances(relative.table, query, key)
             relative = by_distance(relative)

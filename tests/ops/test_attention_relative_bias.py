@@ -23,8 +23,6 @@ def each(most):
     return 2 * most - 1, 0, True
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class Biased:
     """A case of attention's own test with T5's bias."""
@@ -161,7 +159,9 @@ def test_decoding_gives_the_rows_of_the_whole(each_backend, device, table):
         inputs, options = make_biased(Case((2, 4, 2, 60, 60, 16), is_causal=True), table, torch.float32, device)
         whole, found = fused(inputs, options, table), {}
         for sk in (1, 2, 37, 60):
-            step = {k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"}
+            step = {
+                k: v[:, :, sk - 1 : sk] if k == "query" else v[:, :, :sk] for k, v in inputs.items() if k != "table"
+            }
             one = fused({**step, "table": inputs["table"]}, options, table)
             wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
             found[f"{sk} keys"] = one, whole[:, :, sk - 1 : sk], plain(wide, options, table)
@@ -244,7 +244,7 @@ def test_tables_by_distance_that_do_not_fit(shape, message):
     with pytest.raises(TypeError, match="relative_bias.table is a list; it takes a torch.Tensor"):
         pyfused.attention(query, key, value, relative_bias=DistanceBias([1.0]))
     pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(2, 9)))
-    with pytest.raises(ValueError, match="relative_bias.max_distance is 0; it takes more than"):  # not even afterwards
+    with pytest.raises(ValueError, match=r"relative_bias\.max_distance is 0; it takes more than"):  # not even afterwards
         pyfused.attention(query, key, value, relative_bias=RelativeBias(torch.randn(2, 9).t(), True, 0))
 
 
