@@ -241,7 +241,7 @@ def test_tables_by_distance_that_do_not_fit(shape, message):
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(shape)))
-    with pytest.raises(TypeError, match="relative_bias.table is a list; it takes a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"relative_bias\.table is a list; it takes a torch.Tensor"):
         pyfused.attention(query, key, value, relative_bias=DistanceBias([1.0]))
     pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(2, 9)))
     with pytest.raises(ValueError, match=r"relative_bias\.max_distance is 0; it takes more than"):  # not even afterwards
