@@ -7,7 +7,8 @@ from pyfused.checkpoints.options import SILENT
 from pyfused.checkpoints.plan import whole
 from pyfused.families import Family
 from pyfused.generation.sampling import likeliest_token
-from pyfused.models.backbone import Backbone, resolve_dtype
+from pyfused.models.backbone import Backbone
+from pyfused.models.dtypes import resolve_dtype
 from pyfused.nn import Mlp, ReversibleEmbedding, RMSNorm
 
 FAMILY = Family(

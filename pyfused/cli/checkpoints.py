@@ -40,7 +40,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from ..checkpoints import convert, quiet
-    from ..models.backbone import resolve_dtype
+    from ..models.dtypes import resolve_dtype
 
     size: int | str = (
         int(arguments.max_shard_size) if arguments.max_shard_size.isdecimal() else arguments.max_shard_size

@@ -22,8 +22,9 @@ from ..checkpoints.options import check_activation
 from ..nn import Embedding, LayerNorm, Linear, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from ..nn.layers import dropped
 from . import inputs as model_inputs
-from .backbone import Backbone, resolve_dtype
+from .backbone import Backbone
 from .call import FLAGS, Call, Reader, embed_segmented
+from .dtypes import resolve_dtype
 from .evaluation import skips_padding
 from .options import configuration, rate
 

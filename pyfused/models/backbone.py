@@ -11,54 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import open_checkpoint, presets_of, save_to_preset
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
 from ..quantize import hold_int8_
-from ..spread import is_spread
+from .dtypes import MIXED, resolve_dtype, resolve_policy
+from .loading import Uninitialised, allocate, place_of
 from .mixed_precision import compute_in
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-_MIXED = ("mixed_float16", "mixed_bfloat16")  # Keras's policies: float32 parameters, computation in the other dtype
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch.dtype for a name such as "bfloat16" or "torch.bfloat16". A torch.dtype is returned as it is.
-
-    Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for another dtype or name,
-    TypeError for another type.
-    """
-    takes = f"one of {', '.join(_DTYPES)}, as a name or a torch.dtype"
-    if isinstance(dtype, torch.dtype):
-        if dtype not in _DTYPES.values():
-            raise ValueError(f"dtype is {dtype}; it takes {takes}")
-        return dtype
-    if not isinstance(dtype, str):
-        raise TypeError(f"dtype is of type {type(dtype).__name__}; it takes {takes}")
-    name = dtype.removeprefix("torch.")
-    if name not in _DTYPES:
-        mixed = f", and in from_preset and from_config {' and '.join(_MIXED)}" if name in _MIXED else ""
-        raise ValueError(f"dtype is {dtype!r}; it takes {takes}{mixed}")
-    return _DTYPES[name]
-
-
-def _resolve_policy(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the parameters and of the computation."""
-    if isinstance(dtype, str) and dtype in _MIXED:
-        return torch.float32, _DTYPES[dtype.removeprefix("mixed_")]
-    return resolve_dtype(dtype), resolve_dtype(dtype)
-
 
 def model_names(cls: type) -> set[str]:
     """The checkpoints' names of the models that ``cls`` can hold. Backbone itself can hold all."""
@@ -172,9 +136,9 @@ class Backbone(nn.Module, ABC):
         """A model with new weights from the result of `get_config`."""
         if not isinstance(config, Mapping):
             raise TypeError(f"config is of type {type(config).__name__}; it takes a dict of constructor arguments")
-        if config.get("dtype") not in _MIXED:
+        if config.get("dtype") not in MIXED:
             return cls(**config)
-        variable, compute = _resolve_policy(config["dtype"])
+        variable, compute = resolve_policy(config["dtype"])
         model = cls(**{**config, "dtype": variable})
         compute_in(model, compute)
         return model
@@ -208,7 +172,7 @@ class Backbone(nn.Module, ABC):
         """
         if not isinstance(skip_padding, bool):
             raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
-        target = None if dtype is None else _resolve_policy(dtype)
+        target = None if dtype is None else resolve_policy(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):
             raise ValueError(
@@ -225,16 +189,16 @@ class Backbone(nn.Module, ABC):
         config = checkpoint.config_with(overrides) | {"dtype": variable}
         if checkpoint.int8 and (variable is torch.float64 or compute != variable):
             raise ValueError(f"dtype is {dtype!r}; a checkpoint with int8 weights takes float32, float16 or bfloat16")
-        place = _place(device, mesh)
+        place = place_of(device, mesh)
         if mesh is not None and (checkpoint.int8 or not load_weights):
             what = "the weights are int8" if checkpoint.int8 else "load_weights is False"
             raise ValueError(f"mesh is given and {what}; it takes a model whose floating-point weights are loaded")
         if not load_weights:
-            with place, _Uninitialised() if place.type == "meta" else nullcontext():
+            with place, Uninitialised() if place.type == "meta" else nullcontext():
                 model = kind.from_config(config)
             model.preset_directory = checkpoint.directory
             return _finished(model, variable, compute, skip_padding)
-        with torch.device("meta"), _Uninitialised():
+        with torch.device("meta"), Uninitialised():
             model = kind.from_config(config)
             hold_int8_(model, checkpoint.int8)
         checkpoint.check_module(model)
@@ -247,7 +211,7 @@ class Backbone(nn.Module, ABC):
             from torch.distributed.tensor.parallel import parallelize_module
 
             parallelize_module(model, mesh, model.tensor_parallel_plan(), src_data_rank=None)
-        _allocate(model, place)
+        allocate(model, place)
         checkpoint.load_into(model)
         model.preset_directory = checkpoint.directory
         return _finished(model, variable, compute, skip_padding)
@@ -278,59 +242,6 @@ class Backbone(nn.Module, ABC):
         save_to_preset(
             self, directory, format, None if dtype is None else resolve_dtype(dtype), max_shard_size, tokenizer
         )
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Does not fill new tensors. On the meta device the first uniform_ imports 900 modules and takes 130 MB."""
-
-    _FILLS = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_", "mul_", "clamp_", "erfinv_", "add_"})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init" or getattr(func, "__name__", None) in self._FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives a meta-device model unfilled memory on `device`. Module.to_empty would import 486 modules."""
-    made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in stores:
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fresh = _unfilled(tensor, device)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
-                tensors[name] = made[id(tensor)]
-
-
-def _unfilled(tensor: Any, device: torch.device) -> torch.Tensor:
-    part = tensor.to_local() if is_spread(tensor) else tensor
-    fresh = torch.empty(part.shape, dtype=part.dtype, device=device)
-    if part is tensor:
-        return fresh
-    from torch.distributed.tensor import DTensor
-
-    options: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return DTensor.from_local(fresh, tensor.device_mesh, tensor.placements, **options)
-
-
-def _place(device: str | torch.device | None, mesh: DeviceMesh | None) -> torch.device:
-    """Where a preset's weights go."""
-    if mesh is None:
-        return torch.get_default_device() if device is None else torch.device(device)
-    if not hasattr(mesh, "device_type"):
-        raise TypeError(
-            f"mesh is a {type(mesh).__name__}; it takes a torch.distributed.device_mesh.DeviceMesh, or None"
-        )
-    place = torch.device(mesh.device_type if device is None else device)
-    if place.type != mesh.device_type:
-        raise ValueError(f"device is {place} and the mesh is of {mesh.device_type} devices; they take one kind")
-    return place
 
 
 def _finished(model: Any, variable: torch.dtype, compute: torch.dtype, skip_padding: bool) -> Any:

@@ -22,8 +22,9 @@ from ..nn import Embedding, FourierMixing, LayerNorm, Linear, Mlp, ReversibleEmb
 from ..nn.layers import dropped
 from ..nn.wide import widened
 from . import inputs as model_inputs
-from .backbone import Backbone, resolve_dtype
+from .backbone import Backbone
 from .call import Call, Reader, embed_segmented
+from .dtypes import resolve_dtype
 from .options import configuration
 
 INPUTS = ("token_ids", "segment_ids", "position_ids", "inputs_embeds", "return_hidden_states", "padding_mask")

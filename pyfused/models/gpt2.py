@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from ..nn.layers import dropped
 from . import inputs as model_inputs
-from .backbone import Backbone, resolve_dtype
+from .backbone import Backbone
 from .call import FLAGS, Call, Reader, cache_of
+from .dtypes import resolve_dtype
 from .evaluation import skips_padding
 from .options import ACTIVATION_NAME, SIZE, check, configuration, head_size, rate
 from .pre_norm import PreNormLayer, through

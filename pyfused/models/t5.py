@@ -26,8 +26,9 @@ from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, 
 from ..nn.layers import dropped
 from ..nn.wide import widened
 from . import inputs as model_inputs
-from .backbone import Backbone, resolve_dtype
+from .backbone import Backbone
 from .call import FLAGS, Call, Reader, cache_of
+from .dtypes import resolve_dtype
 from .evaluation import skips_padding
 from .options import SIZE, check, configuration, head_size
 from .pre_norm import RelativeLayer, through

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfused.models.backbone import Backbone, resolve_dtype
+from pyfused.models.backbone import Backbone
+from pyfused.models.dtypes import resolve_dtype
 
 
 def _attention(width: int, heads: int, dtype: torch.dtype, parts: dict[str, int]) -> nn.Module:

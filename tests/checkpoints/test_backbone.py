@@ -7,7 +7,8 @@ import torch
 
 from pyfused.checkpoints import open_checkpoint
 from pyfused.families import FAMILIES, family_of
-from pyfused.models.backbone import Backbone, model_names, resolve_dtype
+from pyfused.models.backbone import Backbone, model_names
+from pyfused.models.dtypes import resolve_dtype
 
 
 def test_resolve_dtype():
