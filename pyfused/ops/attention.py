@@ -239,8 +239,10 @@ def _check_distances(table, query, key):
         raise TypeError(f"relative_bias.table is a {type(table).__name__}; it takes a torch.Tensor")
     if table.dim() != 2 or table.shape[1] % 2 == 0:
         raise ValueError(f"relative_bias.table has shape {tuple(table.shape)}; it takes (H, 2 L - 1)")
-    tensors = [t for t in (query, key) if isinstance(t, torch.Tensor) and t.dim() == 4]
-    longest = max((t.shape[2] for t in tensors), default=0)
+    longest = 0
+    for t in (query, key):  # bind() checks the two
+        if isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[2] > longest:
+            longest = t.shape[2]
     if table.shape[1] < 2 * longest - 1:
         raise ValueError(
             f"relative_bias.table has {table.shape[1]} distances; it takes 2 L - 1 of them, and L at least {longest}, the "

@@ -226,6 +226,17 @@ def test_alibi(each_backend, device):
     torch.testing.assert_close(low.float(), packed[:, :, :12], rtol=0.05, atol=0.05)
 
 
+def test_a_table_by_distance_compiled():
+    query, table = torch.randn(1, 2, 6, 8), torch.randn(2, 15, requires_grad=True)
+
+    def run(query, table):
+        return pyfused.attention(query, query, query, relative_bias=DistanceBias(table))
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(*((out := f(query, table), *torch.autograd.grad(out.sum(), table)) for f in (compiled, run))):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
