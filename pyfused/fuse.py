@@ -55,8 +55,9 @@ def fuse_(
             fused.
         skip_padding: encoders of transformers' models compute the real tokens of a padded batch alone, packed one after the
             other, so that a batch which is half padding costs half. Real tokens get the same states; padding gets zeros. A
-            call that asks for hidden states or attentions, a trace of torch.compile, and modules with hooks inside the
-            encoder compute the padding as ever. On a GPU a call waits for the device once.
+            call that asks for hidden states or attentions, a trace of torch.compile, modules with hooks or of the user's own
+            classes inside the encoder, and a chunk_size_feed_forward compute the padding as ever. On a GPU a call waits for
+            the device once.
         linear: every other nn.Linear runs on pyfused.linear too. It is for weights in half precision on a CPU without
             instructions for them, where torch's product is slow.
 

@@ -181,6 +181,53 @@ def test_padded_rows_and_empty_ones():
     assert not states[1].any()
 
 
+class Sums(nn.Module):
+    """Attention of someone's own: a token sees all before it, whatever the masks say."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return 0.1 * hidden_states.cumsum(1), None
+
+
+@pytest.mark.parametrize("case", ["own attention", "own attention, later", "chunks", "chunks, later"])
+def test_encoders_that_cannot_run_packed(case):
+    plain, inputs = model_of("BERT"), batch(lengths=(12, 2, 7, 1))
+
+    def change(model):
+        for layer in model.encoder.layer[:1]:
+            if case.startswith("chunks"):
+                layer.chunk_size_feed_forward = 4
+            else:
+                layer.attention.self = Sums()
+
+    fused = copy.deepcopy(plain)
+    if case.endswith("later"):
+        pyfused.fuse_(fused, skip_padding=True)
+        change(fused)
+    else:
+        change(fused)
+        report = pyfused.fuse_(fused, skip_padding=True)
+        assert [e.note for e in report.left if e.note.startswith("skip_padding: ")]
+    change(plain)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(fused(**inputs)[0][real], plain(**inputs)[0][real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_over_tokens():
+    """As sentence-transformers does it: the tokens' states, weighted by the mask, whatever stands at the padding."""
+    plain, inputs = model_of("BERT"), batch()
+    fused = copy.deepcopy(plain)
+    pyfused.fuse_(fused, skip_padding=True)
+    with torch.no_grad():
+        found, expected, alone = [], [], []
+        for model, means in ((fused, found), (plain, expected)):
+            states, weights = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None].float()
+            means.append((states * weights).sum(1) / weights.sum(1))
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool()):
+            alone.append(fused(ids[mask][None]).last_hidden_state.mean(1))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0], torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_refused():
     with pytest.raises(
         ValueError, match="skip_padding is True, but this GPT2Model has no encoder that can leave padding out"

@@ -76,12 +76,23 @@ def _runs_packed(module: nn.Module, kwargs: dict[str, Any]) -> bool:
         return False
     for m in list(module.modules())[1:]:
         attributes = vars(m)
+        if not _looks_at_one_token(m) or attributes.get("chunk_size_feed_forward"):  # chunks need a length of theirs
+            return False
         config = attributes.get("config")
         if isinstance(config, FusedConfig) and config._attn_implementation != NAME:
             return False
         if has_another_forward(m) or any(not _captures(hook) for name in _HOOKS for hook in attributes[name].values()):
             return False
     return True
+
+
+_KNOWN = ("torch", "transformers", "pyfused", "peft", "bitsandbytes", "torchao")
+
+
+def _looks_at_one_token(module: Any) -> bool:
+    """Whether a module is of a class that these encoders may hold. Another may have attention of its own, or mix tokens."""
+    root = getattr(module.__class__.forward, "__module__", "").partition(".")[0]
+    return root in _KNOWN or isinstance(module, nn.Linear)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -126,13 +137,22 @@ def _encoder(module: nn.Module) -> Forward | str:
         return "skip_padding: an attention layer in it does not run on pyfused"
     if any(getattr(layer, "is_causal", True) for layer in layers):
         return "skip_padding: it is a decoder"
-    return encoder
+    return _unfit(module) or encoder
 
 
 def _t5_encoder(module: Any) -> Forward | str:
     if reason := kin.reason(module.__class__, "Stack"):
         return f"skip_padding: {reason}"
-    return t5.decoder_stack if module.is_decoder else t5_encoder
+    return t5.decoder_stack if module.is_decoder else _unfit(module) or t5_encoder
+
+
+def _unfit(module: nn.Module) -> str:
+    for m in list(module.modules())[1:]:
+        if not _looks_at_one_token(m):
+            return f"skip_padding: {type(m).__name__} in it may look at more than one token"
+        if vars(m).get("chunk_size_feed_forward"):
+            return "skip_padding: chunk_size_feed_forward is set, and packed rows have any length"
+    return ""
 
 
 # The encoders whose layers look at one token at a time, but for the attention: folder, then class.
