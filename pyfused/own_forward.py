@@ -65,6 +65,7 @@ def fused_forward(function: F) -> F:
     """Marks a function that give() may put on instances. The first line of its docstring is its note in the report.
 
     Its attribute `methods`, if it has one, names more such functions, which stand in for the class's methods beside forward.
+    Its attribute `prepare` is called with each module that a pickle brings back, so that no trace has to.
     """
     function.__dict__["pyfused_forward"] = True
     return function
@@ -190,7 +191,7 @@ class _State(dict[str, Any]):
         return listed if copied is None else _attach(copied, _Attributes(listed), self.functions)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (self.owner, self.functions), None, None, iter(self.items())
+        return _restored, (self.owner, self.functions), self.owner, None, iter(self.items()), _prepare
 
 
 def _attach(module: Any, attributes: _Attributes, functions: dict[str, Forward]) -> _Attributes:
@@ -202,6 +203,13 @@ def _attach(module: Any, attributes: _Attributes, functions: dict[str, Forward])
 def _restored(module: Any, functions: dict[str, Forward]) -> _Attributes:
     """The __dict__ of a module that is being unpickled; pickle then adds the listed items."""
     return _attach(module, _Attributes(), functions)
+
+
+def _prepare(attributes: _Attributes, module: Any) -> None:
+    """Pickle calls this when all items are there."""
+    for value in dict.values(attributes):
+        if is_own(value) and hasattr(value.func, "prepare"):
+            value.func.prepare(module)
 
 
 @fused_forward

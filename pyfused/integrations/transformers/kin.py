@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5
 
@@ -56,9 +57,14 @@ def classes(stack: type, names: str) -> dict[str, Any] | None:
     return None if any(kind is None or reason(kind, name) for name, kind in found.items()) else found
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile would read sources in its trace
 def reason(kind: Any, name: str) -> str:
     """Why `kind` is not T5's class of this name under another prefix; "" if it is."""
+    return _reason(kind, name)
+
+
+@functools.cache
+def _reason(kind: Any, name: str) -> str:
     base = getattr(modeling_t5, f"T5{name}")
     if kind is base:
         return ""

@@ -4,7 +4,8 @@
     dense, gated    outer(act(inner(x)));  outer(act(gate(x)) * up(x)), also with gate and up in one matrix
     normed dense    x + dense(norm(x)), or gated
     output          norm(dense(x) + residual)
-    layer           its feed_forward_chunk is output(act(dense(x)), x)
+    inner           act(dense(x))
+    layer           its feed_forward_chunk is output(inner(x), x)
 
 Dropout may stand behind each product. A fused forward looks its children's names up by class, and reads the children at every
 call.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import ffn, gated_ffn, linear, rms_norm
-from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, is_own, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, is_plain_linear
@@ -55,16 +56,21 @@ class Output(NamedTuple):
     dropouts: tuple[str, ...]
 
 
-class Layer(NamedTuple):
-    """The names of the two children that feed_forward_chunk calls, and inside the first of its product and activation."""
+class Inner(NamedTuple):
+    """The first half of a feed-forward. It has no forward of its own here."""
 
-    inner: str
-    output: str
     dense: str
     activation: str
 
 
-Shape = Norm | FeedForward | Normed | Output | Layer
+class Layer(NamedTuple):
+    """The names of the two children that feed_forward_chunk calls, an Inner and an Output."""
+
+    inner: str
+    output: str
+
+
+Shape = Norm | FeedForward | Normed | Output | Inner | Layer
 _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
 
 
@@ -74,7 +80,7 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     source = str(getattr(kind.forward, "__module__", ""))
     if not source.startswith("transformers"):  # or transformers_modules, from the hub
         return None
-    if shape_of(module) is not None:
+    if not isinstance(shape_of(module), Inner | None):
         return _forward
     products = sum(type(child) is nn.Linear for child in module._modules.values())
     return _unknown if products > 1 and "Attention" not in kind.__name__ else None
@@ -88,19 +94,30 @@ def _forward(module: nn.Module) -> Forward | str:
     shape = shape_of(module)
     if shape != _find(module):
         return "its settings differ from those of other modules of its class"
-    if isinstance(shape, FeedForward | Layer):
-        holder: Any = module if isinstance(shape, FeedForward) else module._modules[shape.inner]
-        if reason := activation_reason(holder._modules[shape.activation]):
-            return reason
-    if isinstance(shape, FeedForward) and shape.gate is not None:
-        return gated
-    return _FORWARDS[type(shape)]
+    children: Any = module._modules
+    if isinstance(shape, Normed):
+        inner = _forward(children[shape.feed_forward])
+        return f"its {shape.feed_forward}: {inner}" if isinstance(inner, str) else normed
+    if isinstance(shape, FeedForward):
+        products = [children[name] for name in (shape.inner, shape.gate, shape.outer) if name]
+        if shape.gate is not None and any(getattr(product, "bias", None) is not None for product in products):
+            return "has biases beside a gate; the kernels take none"
+        return activation_reason(children[shape.activation]) or (feed_forward if shape.gate is None else gated)
+    if isinstance(shape, Layer):
+        own = vars(module).get("feed_forward_chunk")
+        if own is not None and not is_own(own):
+            return "this instance has a feed_forward_chunk of its own already"
+        first = children[shape.inner]
+        return activation_reason(first._modules[shape_of(first).activation]) or layer
+    return norm if isinstance(shape, Norm) else output
 
 
 def shape_of(module: nn.Module) -> Any:
-    """The shape of the module's class, or None."""
+    """The shape of the module's class, or None. Nor does a trace of torch.compile find one that is not known yet."""
     kind = type(module)
     if kind not in _shapes:
+        if torch.compiler.is_compiling():
+            return None
         _shapes[kind] = _find(module)
     return _shapes[kind]
 
@@ -115,7 +132,7 @@ def _find(module: nn.Module) -> Shape | None:
         return None
     wide, half = (trace(module, 1, dtype) for dtype in (torch.float32, torch.bfloat16))
     if wide is not None and wide == half:
-        return _feed_forward(module, wide) or _normed(module, wide)
+        return _feed_forward(module, wide) or _normed(module, wide) or _inner(module, wide)
     return _output(module, trace(module, 2, torch.bfloat16))
 
 
@@ -175,6 +192,12 @@ def _normed(module: nn.Module, found: Op) -> Normed | None:
     return Normed(norm, inner, dropouts)
 
 
+def _inner(module: nn.Module, found: Op) -> Inner | None:
+    activation, product = _child(found)
+    dense, x = _product(module, product)
+    return Inner(dense, activation) if activation and dense and x == _X else None
+
+
 def _output(module: nn.Module, found: Op | None) -> Output | None:
     norm, total = _child(found)
     if not norm or type(module._modules[norm]) is not nn.LayerNorm or total is None or total.name != "add":
@@ -190,15 +213,13 @@ def _output(module: nn.Module, found: Op | None) -> Output | None:
 def _layer(module: nn.Module) -> Layer | None:
     output, arguments = None, None
     found = trace(module, 1, torch.bfloat16, "feed_forward_chunk")
-    if found is not None and found.name == "child" and len(found.args) == 3 and found.args[2] == _X:
+    if found is not None and found.name == "child" and not found.options and found.args[2:] == (_X,):
         output, arguments = found.args[:2]
     inner, x = _child(arguments)
     if not output or not inner or x != _X or not isinstance(shape_of(module._modules[output]), Output):  # type: ignore[arg-type]
         return None
     first: Any = module._modules[inner]
-    activation, product = _child(trace(first, 1, torch.bfloat16))
-    dense, x = _product(first, product)
-    return Layer(inner, output, dense, activation) if activation and dense and x == _X else None
+    return Layer(inner, output) if isinstance(_find(first), Inner) and isinstance(shape_of(first), Inner) else None
 
 
 def _child(found: Any) -> tuple[Any, Any]:
@@ -278,9 +299,11 @@ def chunk(module: Any, x: Tensor) -> Any:
     shape = shape_of(module)
     if isinstance(shape, Layer):
         inner, outer = module._modules[shape.inner], module._modules[shape.output]
-        last, activation = shape_of(outer), kernel_activation(inner._modules[shape.activation])
-        if isinstance(last, Output) and activation and is_bare(inner, outer) and is_fused(outer):
-            w_in, w_out = inner._modules[shape.dense], outer._modules[last.dense]
+        first, last = shape_of(inner), shape_of(outer)
+        known = isinstance(first, Inner) and isinstance(last, Output)
+        activation = kernel_activation(inner._modules[first.activation]) if known else None
+        if activation and is_bare(inner, outer) and is_fused(outer):
+            w_in, w_out = inner._modules[first.dense], outer._modules[last.dense]
             if is_plain_linear(x, w_in) and _adds_residual(last, outer._modules, x, x):
                 y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
                 return outer._modules[last.norm](y)
@@ -326,4 +349,5 @@ def _computed(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     return gated_ffn(x, w_gate, w_up, outer.weight, activation=activation, residual=residual)
 
 
-_FORWARDS: dict[type, Forward] = {Norm: norm, FeedForward: feed_forward, Normed: normed, Output: output, Layer: layer}
+for _function in (norm, feed_forward, gated, normed, output, layer):
+    vars(_function)["prepare"] = shape_of

@@ -2,7 +2,8 @@
 
 Nothing is computed, and neither the module nor torch is touched: the class's forward gets a stand-in for `self`. Its children
 and parameters are symbols too; everything else is the module's own. A forward that looks at the values or sizes of its input
-has no trace. A change of dtype is no operation: a symbol knows its dtype instead.
+has no trace. Nor has one that asks whether it trains, branches on a setting, draws random numbers, or reads what it could
+change. A change of dtype is no operation: a symbol knows its dtype instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
+
+from .config import FusedConfig
 
 
 class Op(NamedTuple):
@@ -32,7 +37,8 @@ def trace(module: nn.Module, inputs: int, dtype: torch.dtype, method: str = "for
     trace, or if the result is no tensor of that dtype."""
     given = [_Symbol(Op("input", (i,)), dtype) for i in range(inputs)]
     try:
-        found = getattr(type(module), method)(_Self(module, dtype), *given)
+        with _SymbolsAlone():
+            found = getattr(type(module), method)(_Self(module, dtype), *given)
     except Exception:  # whatever a forward raises when it gets symbols
         return None
     return found.op if isinstance(found, _Symbol) and found.kind == dtype else None
@@ -40,6 +46,16 @@ def trace(module: nn.Module, inputs: int, dtype: torch.dtype, method: str = "for
 
 class _Untraceable(Exception):
     """The forward does something to a symbol that a trace cannot hold."""
+
+
+class _SymbolsAlone(TorchFunctionMode):
+    """Refuses calls of torch without a symbol: random numbers, new tensors."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        symbols = any(isinstance(value, _Symbol) for value in (*args, *(kwargs or {}).values()))
+        if not symbols and function is not torch.promote_types:
+            raise _Untraceable(function)
+        return function(*args, **(kwargs or {}))
 
 
 class _Symbol:
@@ -100,7 +116,9 @@ def _record(name: str, args: Any, kwargs: dict[str, Any]) -> _Symbol:
     for symbol in symbols[1:]:
         kind = torch.promote_types(kind, symbol.kind)
     plain = tuple(map(_plain, args))
-    if name in ("square", "pow") and plain[1:] in ((), (2,)):
+    if kwargs and name in ("square", "pow", "rsqrt", "add", "mul"):  # alpha, out, exponent
+        raise _Untraceable(name)
+    if (name, plain[1:]) in (("square", ()), ("pow", (2,))):
         return _Symbol(Op("square", plain[:1]), kind)
     if name == "pow" and plain[1:] == (-0.5,):
         return _Symbol(Op("rsqrt", plain[:1]), kind)
@@ -125,6 +143,16 @@ class _Setting(float):
 
     name: str
 
+    def _refuse(self, *args: Any) -> Any:
+        raise _Untraceable  # it may change later
+
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __hash__ = float.__hash__
+
+
+# What a forward may read of the module itself. It could change other things, such as a list.
+_READABLE = (bool, int, float, str, tuple, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+
 
 class _Self:
     """A stand-in for the module. Methods of its class run on the stand-in too."""
@@ -140,6 +168,8 @@ class _Self:
             return None if module._modules[name] is None else _Child(name, self._dtype)
         if name in vars(module):
             value = vars(module)[name]
+            if name == "training" or not isinstance(value, (*_READABLE, PreTrainedConfig, FusedConfig)):
+                raise _Untraceable(name)
             return _Setting(value, name) if type(value) is float else value
         found = getattr(type(module), name)
         return types.MethodType(found, self) if isinstance(found, types.FunctionType) else found
