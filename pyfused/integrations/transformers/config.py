@@ -130,8 +130,10 @@ def _interface_source(module: nn.Module) -> str:
 def _source_of_class(kind: Any) -> str:
     if not hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS"):
         return ""
+    # The methods' sources one by one: inspect parses the whole file to find a class, again for each class.
     try:
-        source = inspect.getsource(kind)
+        methods = [value for value in vars(kind).values() if inspect.isfunction(value)]
+        source = "\n".join(inspect.getsource(inspect.unwrap(method)) for method in methods)
     except (OSError, TypeError):
         return ""
     return source if "get_interface(" in source else ""
