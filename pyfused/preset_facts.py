@@ -95,7 +95,7 @@ def _open(preset: str | os.PathLike[str]) -> tuple[Checkpoint, bool]:
     """The checkpoint, and whether its weight files are here; nothing but the configuration is downloaded."""
     checkpoint = open_checkpoint(preset, weights=False)
     directory = checkpoint.directory
-    if not (any(directory.glob("*.safetensors")) or any(directory.glob("*.weights.h5"))):
+    if not any(any(directory.glob(names)) for names in ("*.safetensors", "*.weights.h5", "pytorch_model*.bin")):
         return checkpoint, False
     return open_checkpoint(directory), True
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pyfused
 from pyfused import Backbone, quantize_
@@ -53,6 +54,12 @@ def test_info_reads_no_weights(capsys, tmp_path):
     quantize_(model)
     model.save_to_preset(tmp_path)
     assert json.loads(call(capsys, "info", str(tmp_path), "--json")[1])["weights"] == "int8"
+    model = Backbone.from_preset("gpt2_tiny_en", num_layers=1, load_weights=False)
+    model.save_to_preset(tmp_path / "pickled")
+    weights = tmp_path / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pickled" / "pytorch_model.bin")
+    weights.unlink()
+    assert json.loads(call(capsys, "info", str(tmp_path / "pickled"), "--json")[1])["weights"] == "float"
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text(json.dumps({"model_type": "t5"}))  # T5's defaults
     facts = json.loads(call(capsys, "info", str(tmp_path / "small"), "--json")[1])

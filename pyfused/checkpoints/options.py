@@ -66,14 +66,16 @@ REFUSED = {
 
 def finish_keras(options: Options, fixed: dict[str, Any]) -> dict[str, Any]:
     """Checks the options that are left, and returns ``fixed``: settings that KerasHub's class has no argument for. A
-    configuration from a later version may state one of them, with the same value. Other options cause a warning."""
+    configuration from a later version may state one of them, with the same value. Other options cause a warning.
+    ``trainable`` comes along where it is False: KerasHub then freezes the weights, and so does pyfused."""
     for name, value in fixed.items():
         stated = options.raw(name, value)
         if (activation_name(stated) if name == "activation" else stated) != value:
             raise ValueError(f"{options.file}: {name}={stated!r:.200}, but KerasHub's class always has {value!r}")
     options.refuse({"quantization_config": REFUSED["quantization_config"]})
-    options.finish({"name", "trainable", "dtype"})
-    return fixed
+    frozen = {} if options.boolean("trainable", True) else {"trainable": False}
+    options.finish({"name", "dtype"})
+    return fixed | frozen
 
 
 def check_keras(config: dict[str, Any], fixed: dict[str, Any], whose: str) -> None:

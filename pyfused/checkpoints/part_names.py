@@ -15,6 +15,12 @@ _MODEL = re.compile(
     r"model(_\d+)?\.weights\.h5|model\.weights\.json|(task|preprocessor)\.json|task\.weights\.h5"
 )
 
+# Weights that pyfused reads and does not write. Beside new ones they would be a second set, which a reader could take
+_OTHER_WEIGHTS = re.compile(
+    r"model\.[^/]+\.safetensors|model\.safetensors\.index\.[^/]+\.json|"
+    r"pytorch_model(\.[^/]+)?(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index(\.[^/]+)?\.json"
+)
+
 
 def is_part(name: str) -> bool:
     """Whether a file is part of a checkpoint that pyfused writes. ``name``: its path in the directory, with "/"."""
@@ -22,8 +28,12 @@ def is_part(name: str) -> bool:
 
 
 def stale(held: Iterable[str], new: Iterable[str]) -> set[str]:
-    """The files among ``held`` that go away when the files ``new`` are written: the old configuration and weights, and the old
-    tokeniser if there is a new one."""
+    """The files among ``held`` that go away when the files ``new`` are written: the old configuration, weights in any
+    layout that pyfused reads, and the old tokeniser if there is a new one."""
     new = set(new)
-    gone = {name for name in held if _MODEL.fullmatch(name) or (name in TOKENIZER and new & set(TOKENIZER))}
+    gone = {
+        name
+        for name in held
+        if _MODEL.fullmatch(name) or _OTHER_WEIGHTS.fullmatch(name) or (name in TOKENIZER and new & set(TOKENIZER))
+    }
     return gone - new

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -36,7 +37,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     parents are made if needed. If the block or the exchange fails, the directory is as before and the folder is gone.
     Raises OSError naming the directory if something cannot be written.
     """
-    target = directory.resolve()
+    target = _resolved(directory)
     folder: Path | None = None
     lock = -1
     try:
@@ -55,6 +56,16 @@ def replacing(directory: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)  # what is unfinished, or the old checkpoint
         if lock >= 0:
             os.close(lock)
+
+
+def _resolved(directory: Path) -> Path:
+    try:
+        return directory.resolve()
+    except ValueError as error:  # a null byte
+        raise ValueError(f"directory is {str(directory)!r}: {error}") from error
+    except RuntimeError as error:  # links in a circle, before Python 3.13
+        why = os.strerror(errno.ELOOP)
+        raise OSError(errno.ELOOP, f"{directory}: the checkpoint cannot be saved: {why}") from error
 
 
 def finish(directory: Path) -> None:
@@ -143,7 +154,7 @@ def _lock(folder: Path) -> int:
 
 def _sweep(place: Path, prefix: str) -> None:
     """Deletes the folders that killed processes left."""
-    for path in place.glob(f"{prefix}*"):
+    for path in place.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS and (lock := _lock(path)) >= 0:
                 shutil.rmtree(path, ignore_errors=True)

@@ -208,7 +208,13 @@ def _tokenizer_files(content: _Content, format: Format, tokenizer: TokenizerSour
         known = content.directory
         return tokenizer_files(known, format, content.family) if known is not None and known.is_dir() else {}
     given: Any = getattr(tokenizer, "directory", tokenizer)
-    source = resolve_preset(given, "tokenizer")
+    if not isinstance(given, str | os.PathLike):
+        takes = "it takes a preset's name, a directory, a Tokenizer, False or None"
+        raise TypeError(f"tokenizer is {tokenizer!r:.100}; {takes}")
+    try:
+        source = resolve_preset(given, "tokenizer")
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {error}") from error
     found = tokenizer_files(source, format, content.family)
     if not found:
         raise ValueError(f"tokenizer: {source} has no tokeniser that can be saved with format={format!r}")

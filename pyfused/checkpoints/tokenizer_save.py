@@ -41,7 +41,10 @@ def tokenizer_files(source: Path, format: str, family: Family) -> dict[str, byte
 def _hf_from_keras(source: Path, config: dict[str, Any], family: Family) -> dict[str, bytes]:
     options: dict[str, Any] = {"tokenizer_class": f"{family.keras_name}Tokenizer"}
     assets = source / _ASSETS
-    if (assets / "vocabulary.spm").is_file():
+    pieces = (assets / "vocabulary.spm").is_file()
+    if not _is_of_kind(source, pieces, family):
+        return {}
+    if pieces:
         options |= _PIECES.get(family.name, {})
         return {"spiece.model": (assets / "vocabulary.spm").read_bytes(), "tokenizer_config.json": _json(options)}
     options |= {f"{kind}_token": _END_OF_TEXT for kind in ("bos", "eos", "unk")}
@@ -58,7 +61,11 @@ def _hf_from_keras(source: Path, config: dict[str, Any], family: Family) -> dict
 
 def _keras_from_hf(source: Path, described: dict[str, Any], family: Family) -> dict[str, bytes]:
     options = read_json(path) if (path := source / "tokenizer_config.json").is_file() else {}
-    if (source / "spiece.model").is_file():
+    pieces = (source / "spiece.model").is_file()
+    bpe = _model_kind(described) == "BPE" if described else (source / "vocab.json").is_file()
+    if (pieces or bpe) and not _is_of_kind(source, pieces, family):
+        return {}
+    if pieces:
         _note_pieces(source, options, family)
         return {
             f"{_ASSETS}/vocabulary.spm": (source / "spiece.model").read_bytes(),
@@ -95,14 +102,15 @@ def _bpe(
 ) -> tuple[dict[str, int], list[str], list[str], bool] | None:
     """Vocabulary, merges, special tokens and add_prefix_space of a tokenizer.json. None, and a warning, if it is not byte-level
     BPE as GPT-2's."""
-    model = described.get("model")
-    kind = model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
+    model, kind = described.get("model"), _model_kind(described)
     if kind != "BPE":
-        _leave_out(
-            path,
-            f"KerasHub's {family.keras_name}Tokenizer reads a SentencePiece model, and a {kind} model in JSON cannot "
-            f"become one: put spiece.model beside it",
-        )
+        if family.name in _PIECES:
+            why = (
+                f"reads a SentencePiece model, and a {kind} model in JSON cannot become one: put spiece.model beside it"
+            )
+        else:
+            why = f"takes byte-level BPE, and this is a {kind} model"
+        _leave_out(path, f"KerasHub's {family.keras_name}Tokenizer {why}")
         return None
     before = described.get("pre_tokenizer") or {}
     if before.get("type") != "ByteLevel" or not before.get("use_regex", True) or described.get("normalizer"):
@@ -115,6 +123,21 @@ def _bpe(
         return {**model["vocab"], **added}, merges, list(added), bool(before.get("add_prefix_space", False))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read as a tokenizer: {type(error).__name__}: {error}") from error
+
+
+def _model_kind(described: dict[str, Any]) -> str | None:
+    """The kind of model in a tokenizer.json, such as "BPE"; None if there is none."""
+    model = described.get("model")
+    return model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
+
+
+def _is_of_kind(source: Path, pieces: bool, family: Family) -> bool:
+    """Whether the family's tokeniser is of this kind: a SentencePiece model, or byte-level BPE. If not, there is a warning."""
+    if pieces == (family.name in _PIECES):
+        return True
+    kinds = ("byte-level BPE", "a SentencePiece model")
+    _leave_out(source, f"it is {kinds[pieces]}, and {family.keras_name}Tokenizer takes {kinds[not pieces]}")
+    return False
 
 
 def _note_pieces(source: Path, options: dict[str, Any], family: Family) -> None:

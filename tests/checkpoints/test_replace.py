@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from pyfused import Backbone, FNetBackbone, GPT2Backbone
+from pyfused import Backbone, FNetBackbone, GPT2Backbone, quantize_
 from pyfused.checkpoints import open_checkpoint, replace
 
 HERE = Path(__file__).parent
@@ -83,6 +84,30 @@ def test_what_stays_and_what_goes(old, way):
     assert not list(old.glob("*.h5"))
     assert [path.name for path in old.parent.iterdir()] == ["model"]
     assert isinstance(Backbone.from_preset(old), GPT2Backbone)
+
+
+def test_weights_in_other_layouts_go_too(old, way):
+    """A reader would take them: transformers pytorch_model.bin beside int8 weights, pyfused one of two variants."""
+    names = [
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin",
+        "pytorch_model.fp16.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+    ]
+    mine = ["optimizer.bin", "logs/pytorch_model.bin", "adapter_model.safetensors", "model.onnx"]
+    for name in names + mine:
+        (old / name).write_bytes(b"old")
+    model = GPT2Backbone(29, 2, 3, 12, 20, max_sequence_length=16)
+    quantize_(model)
+    model.save_to_preset(old)
+    assert not set(names) & content(old).keys()
+    assert set(mine) < content(old).keys()
+    assert torch.equal(Backbone.from_preset(old).token_embedding.weight, model.token_embedding.weight)
+    with pytest.raises(OSError, match="no file named"):
+        transformers.GPT2Model.from_pretrained(old)
 
 
 def test_a_model_is_saved_over_the_files_it_came_from(old, way):
@@ -177,6 +202,24 @@ def test_a_file_in_its_place(tmp_path):
     with pytest.raises(OSError, match="model: the checkpoint cannot be saved: Not a directory"):
         NEW.save_to_preset(tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="circle: the checkpoint cannot be saved"):
+        NEW.save_to_preset(tmp_path / "circle")
+    with pytest.raises(ValueError, match=r"directory is 'a\\x00b': embedded null byte"):
+        NEW.save_to_preset("a\0b")
+
+
+@pytest.mark.parametrize("name, others", [("a*", "abc"), ("a[1]", "a1")])
+def test_the_rest_of_a_killed_save_is_deleted_by_its_exact_name(tmp_path, name, others):
+    own, other = (tmp_path / f".{n}.saving-00000000" for n in (name, others))
+    for folder in (own, other):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    NEW.save_to_preset(tmp_path / name)
+    assert (own.exists(), other.exists()) == (False, True)
 
 
 def test_a_folder_of_another_running_save_stays(tmp_path):

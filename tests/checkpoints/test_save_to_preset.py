@@ -197,6 +197,18 @@ def test_a_cast_on_the_way(tmp_path, same, format, dtype):
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 
 
+def test_frozen_weights_stay_frozen_in_keras(tmp_path):
+    keras_model("gpt2", trainable=False).save_to_preset(str(tmp_path / "theirs"))
+    model = Backbone.from_preset(tmp_path / "theirs")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert Backbone.from_preset(tmp_path / "theirs", trainable=True).token_embedding.weight.requires_grad
+    model.save_to_preset(tmp_path / "saved", "keras")
+    convert(tmp_path / "theirs", tmp_path / "converted", "keras")
+    for place in ("theirs", "saved", "converted"):
+        theirs = keras_hub.models.GPT2Backbone.from_preset(str(tmp_path / place))
+        assert (theirs.trainable, len(theirs.trainable_weights)) == (False, 0), place
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_a_mixed_policy_stays_one_in_keras(tmp_path, policy):
     keras_model("gpt2", dtype=policy).save_to_preset(str(tmp_path / "theirs"))
@@ -265,7 +277,8 @@ def test_bad_arguments(tmp_path):
         (ValueError, "max_shard_size is 0; it takes", {"max_shard_size": 0}),
         (TypeError, "max_shard_size is of type float", {"max_shard_size": 1.5}),
         (ValueError, "dtype is 'int8'; it takes", {"dtype": "int8"}),
-        (ValueError, "preset is 'nowhere'", {"tokenizer": "nowhere"}),
+        (ValueError, "tokenizer: preset is 'nowhere'", {"tokenizer": "nowhere"}),
+        (TypeError, "tokenizer is True; it takes a preset's name", {"tokenizer": True}),
         (ValueError, "has no tokeniser that can be saved", {"tokenizer": tmp_path}),
     ]:
         with pytest.raises(error, match=message):

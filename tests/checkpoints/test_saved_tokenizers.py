@@ -128,6 +128,30 @@ def test_which_tokeniser_is_saved(tmp_path, silent):
     assert ids_of(tmp_path / "new") == ids_of("gpt2_tiny_en")
 
 
+def test_a_tokeniser_of_another_family_is_not_converted(tmp_path, golden):
+    """KerasHub could not load the files; transformers would take them for another kind."""
+    gpt2, t5 = GPT2Backbone(9, 1, 2, 4, 4), MODELS["t5"](9)
+    given = tmp_path / "pieces"
+    given.mkdir()
+    shutil.copy(golden / "t5_tokenizer" / "spiece.model", given)
+    convert("gpt2_tiny_en", tmp_path / "bpe", "keras")
+    t5.save_to_preset(tmp_path / "keras", "keras")
+    (tmp_path / "keras" / "assets" / "tokenizer").mkdir(parents=True)
+    shutil.copy(given / "spiece.model", tmp_path / "keras" / "assets" / "tokenizer" / "vocabulary.spm")
+    for model, format, source, message in [
+        (gpt2, "keras", given, "it is a SentencePiece model, and GPT2Tokenizer takes byte-level BPE"),
+        (t5, "keras", "gpt2_tiny_en", "it is byte-level BPE, and T5Tokenizer takes a SentencePiece model"),
+        (gpt2, "keras", "t5_tiny_en", "KerasHub's GPT2Tokenizer takes byte-level BPE, and this is a Unigram model"),
+        (gpt2, "hf", tmp_path / "keras", "it is a SentencePiece model, and GPT2Tokenizer takes byte-level BPE"),
+        (t5, "hf", tmp_path / "bpe", "it is byte-level BPE, and T5Tokenizer takes a SentencePiece model"),
+    ]:
+        with (
+            pytest.warns(UserWarning, match=message),
+            pytest.raises(ValueError, match="no tokeniser that can be saved"),
+        ):
+            model.save_to_preset(tmp_path / "saved", format, tokenizer=source)
+
+
 def test_bpe_that_is_not_gpt2s_is_left_out(tmp_path, edit):
     convert("gpt2_tiny_en", tmp_path / "given", "hf")
     described = json.loads((tmp_path / "given" / "tokenizer.json").read_text())
