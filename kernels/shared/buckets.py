@@ -16,7 +16,6 @@ import torch
 
 from .tables import kept_on_device
 
-
 EACH = 0  # in place of max_distance: each distance has its own bucket
 
 
