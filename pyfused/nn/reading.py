@@ -33,19 +33,23 @@ def _reading(base: Any, read: Read, names: tuple[str, ...]) -> Any:
 
         return property(get)
 
+    root, steps = getattr(base, "_made_of", (base, ()))
+    made_of = root, (*steps, (read, names))
+
     def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (base, read, names), module.__dict__
+        return _empty, made_of, module.__dict__
 
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": reduce,
+        "_made_of": made_of,
     }
     return type(base.__name__, (base,), {**members, **{name: through(name) for name in names}})
 
 
-def _empty(base: Any, read: Read, names: tuple[str, ...]) -> nn.Module:
+def _empty(root: Any, steps: tuple[tuple[Read, tuple[str, ...]], ...]) -> nn.Module:
     """An empty module for pickle and deepcopy to fill: they cannot look up the class by name."""
-    cls = _reading(base, read, names)
+    cls = functools.reduce(lambda base, step: _reading(base, *step), steps, root)
     module: nn.Module = cls.__new__(cls)
     return module
