@@ -35,7 +35,7 @@ def test_outputs(name):
     trio.check(**FAMILIES[name][1]())
 
 
-@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT"])
+@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT", "MPNet"])
 def test_gradients(name):
     torch.manual_seed(1)
     trio = Trio(copy.deepcopy(family(name)))
@@ -205,6 +205,21 @@ def test_generate(kind, beams):
     expected = model.generate(ids, **options)
     pyfused.fuse_(model)
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_mpnet_beyond_the_last_bucket(monkeypatch):
+    """No tensor of S x S is made for the bias, unless attentions are asked for."""
+    plain = livened(hf.MPNetModel(hf.MPNetConfig(**{**BERT, "max_position_embeddings": 300})))
+    fused = copy.deepcopy(plain)
+    pyfused.fuse_(fused)
+    ids = tokens(2, 280)
+    with torch.no_grad():
+        expected = plain(ids, output_attentions=True)
+        torch.testing.assert_close(fused(ids)[0], expected[0], rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(fused(ids, output_attentions=True).attentions, expected.attentions):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(type(fused.encoder), "compute_position_bias", None)
+        fused(ids)
 
 
 def test_umt5_makes_no_dense_bias(monkeypatch):

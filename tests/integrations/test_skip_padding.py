@@ -16,7 +16,10 @@ import pyfused
 from pyfused.integrations.transformers import padding
 
 MODELS = {
-    **{name: FAMILIES[name][0] for name in ("BERT", "RoBERTa", "XLM-RoBERTa", "CamemBERT", "ELECTRA", "DistilBERT")},
+    **{
+        name: FAMILIES[name][0]
+        for name in ("BERT", "RoBERTa", "XLM-RoBERTa", "CamemBERT", "ELECTRA", "DistilBERT", "MPNet")
+    },
     "ALBERT": lambda: hf.AlbertModel(hf.AlbertConfig(**BERT, embedding_size=16)),
     "Data2Vec": lambda: hf.Data2VecTextModel(hf.Data2VecTextConfig(**BERT)),
     "ERNIE": lambda: hf.ErnieModel(hf.ErnieConfig(**BERT)),
@@ -80,7 +83,7 @@ def test_real_tokens_get_the_same_states(name, side, monkeypatch):
     assert set(seen.counts) == {sum(LENGTHS)}
 
 
-@pytest.mark.parametrize("name", ["BERT", "ALBERT", "mT5, encoder"])
+@pytest.mark.parametrize("name", ["BERT", "ALBERT", "MPNet", "mT5, encoder"])
 def test_gradients(name):
     plain = model_of(name)
     truth, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain)
@@ -126,7 +129,7 @@ def test_an_encoder_and_decoder_model():
         assert torch.equal(fused.generate(**inputs, **options), plain.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("name", ["BERT", "T5, encoder"])
+@pytest.mark.parametrize("name", ["BERT", "MPNet", "T5, encoder"])
 @pytest.mark.parametrize(
     "case", ["hidden states", "attentions", "no mask", "no padding", "holes", "hook", "float mask", "compiled"]
 )
@@ -147,14 +150,14 @@ def test_calls_that_compute_padding(name, case, monkeypatch):
     elif case == "holes":  # positions of T5 count distances; BERT's are added before
         mask[0, 3], packs = 0, name == "BERT"
     elif case == "hook":
-        layers = fused.encoder.layer if name == "BERT" else fused.encoder.block
+        layers = fused.encoder.block if name == "T5, encoder" else fused.encoder.layer
         layers[0].register_forward_hook(lambda *_: None)
     elif case == "float mask":
         shown = torch.zeros(4, 1, 1, mask.shape[1]).masked_fill(
             mask[:, None, None] == 0, torch.finfo(torch.float32).min
         )
         inputs["attention_mask"] = shown.expand(-1, -1, mask.shape[1], -1)
-        packs = name == "BERT"
+        packs = name != "T5, encoder"
     run = torch.compile(fused, backend="eager") if case == "compiled" else fused
     with torch.no_grad():
         ours, theirs = run(**inputs), plain(**inputs)

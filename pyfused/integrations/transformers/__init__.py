@@ -16,7 +16,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 from ...families import FAMILIES, load  # noqa: E402
 from ...own_forward import Adapter, Entry  # noqa: E402
-from . import config, umt5  # noqa: E402
+from . import config, mpnet, umt5  # noqa: E402
 from .attention import attend  # noqa: E402
 from .config import NAME, leave  # noqa: E402
 from .heads import fuse_heads  # noqa: E402
@@ -37,4 +37,4 @@ def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[l
 ADAPTERS: dict[str, Adapter] = {}
 for _family in FAMILIES.values():
     ADAPTERS |= load(_family.adapters) if _family.adapters else {}
-ADAPTERS |= umt5.ADAPTERS
+ADAPTERS |= umt5.ADAPTERS | mpnet.ADAPTERS

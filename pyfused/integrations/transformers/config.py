@@ -27,6 +27,9 @@ NAME = "pyfused"
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 
+_ADAPTED = (
+    "transformers.models.mpnet.modeling_mpnet",
+)  # adapters fuse the attention that these models have of their own
 READABLE = (None, "eager", "sdpa", NAME)  # the implementations whose masks `attend` reads
 
 
@@ -73,7 +76,7 @@ def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[l
         done.append(Entry(name, type(layer).__name__, "pyfused.attention, by transformers' attention interface"))
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and not any(isinstance(m, PreTrainedModel) for m in part.children()):
-            reason = reason_against(type(part))
+            reason = "" if type(part).__module__ in _ADAPTED else reason_against(type(part))
             if reason and not any(owner is part for _, _, owner in layers):
                 left.append(Entry(name, type(part).__name__, f"attention: {reason}"))
     return done, left

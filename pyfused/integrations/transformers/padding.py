@@ -17,7 +17,7 @@ from transformers.utils import output_capturing
 from ...kernels.cpu.mask_structure import structure
 from ...nn.packing import Packing, packing_of
 from ...own_forward import Adapter, Forward, fused_forward, has_another_forward, original
-from . import kin, t5
+from . import kin, mpnet, t5
 from .attention import collects
 from .config import NAME, FusedConfig, interface_layers
 
@@ -62,6 +62,28 @@ def t5_encoder(
         return (packing.unpack(found[0]), *found[1:])
     found.last_hidden_state = packing.unpack(found.last_hidden_state)
     return found
+
+
+@fused_forward
+def mpnet_encoder(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
+    return_dict: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """as it is, on the real tokens alone; hands the table of the bias to all layers"""
+    packing, wanted = None, {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+    if not kwargs and _runs_packed(module, wanted) and mpnet.reads_table(module):
+        packing = _packing(hidden_states, _padding_of(attention_mask), unbroken=True)
+    if packing is None:
+        return original(module, hidden_states, attention_mask, **wanted, return_dict=return_dict, **kwargs)
+    return mpnet.run_packed(module, hidden_states, packing, return_dict)
+
+
+vars(mpnet_encoder)["methods"] = mpnet.METHODS
 
 
 def _more(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -179,4 +201,5 @@ def _full_name(row: str) -> str:
 ENCODERS: dict[str, Adapter] = {
     **{_full_name(row): _encoder for row in _ROWS},
     **kin.stacks(_t5_encoder),
+    "transformers.models.mpnet.modeling_mpnet.MPNetEncoder": lambda module: mpnet.changed(module) or mpnet_encoder,
 }
