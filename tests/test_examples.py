@@ -58,13 +58,11 @@ def test_saved_preset_loads_and_writes(runs):
     assert next(model.parameters()).dtype.is_floating_point
     tokenizer = Tokenizer.from_preset(preset)
     if name in ENCODERS:
-        ids, segments = tokenizer.encode_pair("And God said", "Let there be light")
-        inputs = {"token_ids": torch.tensor([ids]), "segment_ids": torch.tensor([segments])}
-        if name == "albert_tiny_en":
-            inputs["padding_mask"] = None
+        inputs = tokenizer("And God said", pair="Let there be light")
+        assert inputs["segment_ids"].max() == 1
         with torch.no_grad():
             out = model(inputs)["sequence_output"]
-        assert out.shape == (1, len(ids), model.get_config()["hidden_dim"])
+        assert out.shape == (*inputs["token_ids"].shape, model.get_config()["hidden_dim"])
         assert torch.isfinite(out).all()
         assert tokenizer.encode("[MASK]") == [2, 4, 3]
         return
