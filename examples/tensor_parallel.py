@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import pyfused
-from pyfused.checkpoints import load_tokenizer
+from pyfused import Tokenizer
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     try:
         mesh = init_device_mesh(device, (dist.get_world_size(),))
         model = pyfused.Backbone.from_preset(options.preset, mesh=mesh)
-        tokenizer = load_tokenizer(options.preset)
+        tokenizer = Tokenizer.from_preset(options.preset)
         (tokens,) = pyfused.Generator(model).generate([tokenizer.encode(options.prompt)], options.tokens)
         held = sum(p.to_local().nbytes for p in model.parameters())
         whole = sum(p.numel() * p.element_size() for p in model.parameters())

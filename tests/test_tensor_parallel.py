@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import pyfused
-from pyfused import notices
-from pyfused.checkpoints import load_tokenizer, open_checkpoint
+from pyfused import Tokenizer, notices
+from pyfused.checkpoints import open_checkpoint
 from pyfused.checkpoints.save import save_hf
 from pyfused.models import Backbone
 from pyfused.notices import FallbackWarning
@@ -292,7 +292,7 @@ def test_the_example_runs_with_torchrun():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    tokenizer, model = load_tokenizer("gpt2_tiny_en"), Backbone.from_preset("gpt2_tiny_en")
+    tokenizer, model = Tokenizer.from_preset("gpt2_tiny_en"), Backbone.from_preset("gpt2_tiny_en")
     (tokens,) = pyfused.Generator(model).generate([tokenizer.encode("In the beginning")], 8)
     first, _, text = done.stdout.partition("\n")
     assert first.startswith("rank 0 of 2 holds ")
