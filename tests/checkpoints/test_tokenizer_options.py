@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
 
 from pyfused import Tokenizer
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 TEXTS = [
     "a <new>  b", "a  <new>b", "<new><new>", "x<new>y", "X<NEW>Y", "a [PAD] b[MASK] c  [MASK]  d", "word<w>word <w> word.",
@@ -26,8 +29,6 @@ def flagged(content, **flags):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """{"pairs": vocab.json and merges.txt, "described": tokenizer.json, "model": spiece.model} of small vocabularies"""
-    from conftest import GOLDEN
-
     folder = tmp_path_factory.mktemp("sources")
     from pyfused.checkpoints.presets import bundled_presets
 

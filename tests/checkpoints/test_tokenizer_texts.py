@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import transformers
@@ -14,6 +15,8 @@ from pyfused.checkpoints.presets import bundled_presets
 from pyfused.checkpoints.sentencepiece import _parse
 from pyfused.checkpoints.tokenizer_save import tokenizer_files
 from pyfused.families import FAMILIES as FAMILY_ROWS
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 SEED = 0
 TEXTS = texts(SEED)
@@ -46,8 +49,6 @@ def from_keras(golden, folder):
 @pytest.fixture(scope="module", params=[*(f"golden {f}" for f in FAMILIES), *(f"bundled {f}" for f in FAMILIES)])
 def pair(request, tmp_path_factory):
     """(pyfused's tokeniser, transformers')"""
-    from conftest import GOLDEN
-
     where, family = request.param.split()
     print(f"texts(seed={SEED})")
     if where == "golden":
