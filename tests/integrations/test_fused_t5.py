@@ -13,6 +13,7 @@ from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
 from pyfused.integrations.transformers import attention as attention_interface  # noqa: E402
+from pyfused.integrations.transformers import shapes  # noqa: E402
 from pyfused.integrations.transformers import t5 as t5_integration  # noqa: E402
 
 SIZES = {
@@ -83,7 +84,8 @@ def test_padding_and_dtypes(side, dtype):
 def test_activations(activation):
     trio = Trio(t5(feed_forward_proj=activation))
     trio.check(**inputs())
-    assert {entry.kind for entry in trio.report.left} == ({"T5DenseActDense"} if activation == "quick_gelu" else set())
+    left = {"T5DenseActDense", "T5LayerFF"} if activation == "quick_gelu" else set()
+    assert {entry.kind for entry in trio.report.left} == left
 
 
 def test_float16_with_wo_in_float32(tmp_path):
@@ -115,14 +117,15 @@ def test_attentions():
 def test_what_runs(monkeypatch):
     """Neither stack makes a bias tensor; the kernels compute everything."""
     trio = Trio(t5())
-    counts, attended = counted(monkeypatch, t5_integration, "ffn", "gated_ffn", "linear", "rms_norm"), []
+    counts, attended = counted(monkeypatch, shapes, "ffn", "gated_ffn", "rms_norm"), []
+    projected = counted(monkeypatch, t5_integration, "linear")
     dense = counted(monkeypatch, pyfused.nn.t5, "relative_bias")
     attention = attention_interface.attention
     monkeypatch.setattr(
         attention_interface, "attention", lambda *args, **kwargs: attended.append(kwargs) or attention(*args, **kwargs)
     )
     trio.fused(**inputs())
-    assert counts == {"ffn": 0, "gated_ffn": 5, "linear": 7, "rms_norm": 14}
+    assert counts | projected == {"ffn": 0, "gated_ffn": 5, "linear": 7, "rms_norm": 14}
     assert dense == {"relative_bias": 0}
     assert all(call["attn_bias"] is None for call in attended)
     tables = [call["relative_bias"] for call in attended]

@@ -18,6 +18,7 @@ READY = "ready"
 
 
 def main() -> None:
+    """Reads the request, and answers it."""
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # whatever a library prints is no answer
 

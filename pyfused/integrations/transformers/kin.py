@@ -26,7 +26,7 @@ _PREFIXES = {
     "switch_transformers": "SwitchTransformers",
     "udop": "Udop",
 }
-_METHODS = ("forward", "compute_bias", "_relative_position_bucket", "feed_forward_chunk")
+_METHODS = ("forward", "compute_bias", "_relative_position_bucket")
 
 
 def adapters(of_t5: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -45,12 +45,16 @@ class FeedForward(NamedTuple):
 
 
 class Normed(NamedTuple):
+    """The children's names."""
+
     norm: str
     feed_forward: str
     dropouts: tuple[str, ...]
 
 
 class Output(NamedTuple):
+    """The children's names."""
+
     dense: str
     norm: str
     dropouts: tuple[str, ...]

@@ -20,66 +20,15 @@ from transformers.models.t5 import modeling_t5
 from ...decode_plan import DecodeLayer, DecodePlan, Matrix
 from ...kernels.shared.buckets import exact_buckets
 from ...nn.t5 import attend
-from ...ops import RelativeBias, ffn, gated_ffn, linear, rms_norm
+from ...ops import RelativeBias, linear
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
-from ..torch_nn import takes
 from . import kin
-from .activations import activation_reason, kernel_activation
+from .activations import kernel_activation
 from .config import NAME
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, is_plain_linear, overridden
 from .unchanged import Kind, Kinds, Watch, known
-
-
-@fused_forward
-def norm(module: Any, hidden_states: Tensor) -> Any:
-    """pyfused.rms_norm"""
-    if takes(hidden_states) and hidden_states.dtype == module.weight.dtype:
-        return rms_norm(hidden_states, module.weight, eps=module.variance_epsilon)
-    return original(module, hidden_states)
-
-
-@fused_forward
-def dense(module: Any, hidden_states: Tensor) -> Any:
-    """pyfused.ffn"""
-    y = _feed_forward(module, hidden_states, None)
-    return original(module, hidden_states) if y is None else y
-
-
-@fused_forward
-def gated_dense(module: Any, hidden_states: Tensor) -> Any:
-    """pyfused.gated_ffn"""
-    y = _feed_forward(module, hidden_states, None)
-    return original(module, hidden_states) if y is None else y
-
-
-@fused_forward
-def feed_forward_layer(module: Any, hidden_states: Tensor) -> Any:
-    """the norm, then the feed-forward with the residual"""
-    inner = module.DenseReluDense
-    if is_fused(inner) and is_bare(inner) and not drops(module.dropout):
-        y = _feed_forward(inner, module.layer_norm(hidden_states), hidden_states)
-        if y is not None:
-            return y
-    return original(module, hidden_states)
-
-
-def _feed_forward(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """None if the kernels cannot compute it: active dropout, `wo` in float32 beside float16, replaced layers."""
-    activation = kernel_activation(module.act)
-    if activation is None or drops(module.dropout) or (residual is not None and residual.dtype != x.dtype):
-        return None
-    w_out = module.wo
-    if "wi_0" in module._modules:
-        gate, up = module.wi_0, module.wi_1
-        if not is_plain_linear(x, gate, up, w_out) or any(m.bias is not None for m in (gate, up, w_out)):
-            return None
-        return gated_ffn(x, gate.weight, up.weight, w_out.weight, activation=activation, residual=residual)
-    w_in = module.wi
-    if not is_plain_linear(x, w_in, w_out):
-        return None
-    return ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=residual)
 
 
 @fused_forward
@@ -334,10 +283,6 @@ def has_plain_table(attention: Any) -> bool:
     )
 
 
-def _dense(forward: Forward) -> Adapter:
-    return lambda module: activation_reason(module.act) or forward
-
-
 def _attention(module: Any) -> Forward | str:
     kind: Any = next(base for base in type(module).__mro__ if not kin.reason(base, "Attention"))
     return overridden(module, kind, "compute_bias", "_relative_position_bucket") or attention
@@ -351,10 +296,6 @@ def _stack(module: Any) -> Forward | str:
 
 ADAPTERS: dict[str, Adapter] = kin.adapters(
     {
-        "LayerNorm": lambda module: norm,
-        "DenseActDense": _dense(dense),
-        "DenseGatedActDense": _dense(gated_dense),
-        "LayerFF": lambda module: feed_forward_layer,
         "Attention": _attention,
         "LayerSelfAttention": lambda module: self_attention_layer,
         "LayerCrossAttention": lambda module: cross_attention_layer,
