@@ -1,5 +1,5 @@
-"""What does a dense mask hold? csrc/cpu/mask_structure.cpp reads it at memory speed, cheap enough for every layer. No result
-is kept, because a mask can change without a change of its version counter."""
+"""What does a dense mask or bias hold? It is read at memory speed (masks by csrc/cpu/mask_structure.cpp), cheap enough for
+every layer. No result is kept, because a tensor can change without a change of its version counter."""
 
 import torch
 
@@ -46,6 +46,24 @@ def all_zero(tensor):
     if not _readable(tensor) or not tensor.is_contiguous():
         return False
     return bool(cpu().all_zero(tensor, tensor.numel() * tensor.itemsize))
+
+
+def distances(bias):
+    """The table (H, 2 S - 1) of a bias (1, H, S, S) whose finite values depend on the head and on the key's position minus the
+    query's alone, as a DistanceBias has it. None for other biases and for those that cannot be read here.
+
+    Each row is compared with the one before it, moved by one key. Reading stops at the first other element.
+    """
+    if not _readable(bias) or bias.dim() != 4 or bias.shape[0] != 1 or not 1 < bias.shape[2] == bias.shape[3]:
+        return None
+    rows = bias[0].permute(1, 2, 0)  # how transformers' T5 lays it out: the heads side by side
+    words, bits = rows, 8 * rows.shape[2] * rows.itemsize
+    if bits and rows.is_contiguous() and bits % 64 == 0 and rows.storage_offset() * rows.itemsize % 8 == 0:
+        words = rows.view(torch.int64)  # fewer comparisons, of the same bits
+    if not torch.equal(words[1:, 1:], words[:-1, :-1]):
+        return None
+    table = torch.cat((bias[0, :, 1:, 0].flip(1), bias[0, :, 0]), 1)
+    return table if table.isfinite().all() else None
 
 
 def _readable(tensor):

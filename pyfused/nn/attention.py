@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import attention as reference
-from ..ops import RelativeBias, attention
+from ..ops import DistanceBias, RelativeBias, attention
 from ..ops.relative_bias import check_buckets
 from .kv_cache import KVCache
 from .layers import Linear
@@ -40,7 +40,7 @@ class Visibility:
     is_causal: bool = False
     padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
-    relative_bias: RelativeBias | None = None
+    relative_bias: RelativeBias | DistanceBias | None = None
     packing: Packing | None = None  # the layers' inputs are packed like this, without padding
     blank: bool = False  # unpacked() writes zeros at padding
     keys: int | None = None  # only this many first keys count; the caller selects them from a larger cache

@@ -12,13 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
 from ... import notices
-from ...kernels.cpu.mask_structure import all_zero
 from ...nn import EVERYTHING, Visibility
 from ...nn.attention import additive
 from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
-from .masks import may_look, read_mask
+from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
 
 # Arguments that change the result and are not supported. A model passes one only if it has that feature.
 REFUSED = {
@@ -88,13 +87,13 @@ def attend(
     if visible.keys is not None and visible.keys < key.shape[2]:
         key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
         position_bias = None if position_bias is None else position_bias[..., : visible.keys]
-    if position_bias is not None and not _is_zero(position_bias):
-        visible = replace(visible, attn_bias=_sum(additive(position_bias, query.dtype), visible.attn_bias))
-    if packed is not None and visible.attn_bias is not None:
+    if position_bias is not None and is_zero(position_bias):
+        position_bias = None
+    if packed is not None and position_bias is not None:
         raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
     if relative_bias is not None:
         visible = replace(visible, relative_bias=relative_bias)
-    return _compute(module, query, key, value, visible, packed, dropout, scaling, head_mask, kwargs)
+    return _compute(module, query, key, value, visible, position_bias, packed, dropout, scaling, head_mask, kwargs)
 
 
 def _without_mask(module, query, key, is_causal, window):
@@ -120,8 +119,8 @@ def _without_mask(module, query, key, is_causal, window):
     return Visibility(is_causal=True, keys=queries)
 
 
-def _compute(module, query, key, value, visible, packed, dropout, scaling, head_mask, kwargs):
-    plain = (query, key, visible, packed)
+def _compute(module, query, key, value, visible, position_bias, packed, dropout, scaling, head_mask, kwargs):
+    plain = (query, key, visible, position_bias, packed)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
         notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
         bias, dead = _dense_bias(*plain)
@@ -146,6 +145,8 @@ def _compute(module, query, key, value, visible, packed, dropout, scaling, head_
         if dead is not None:
             output = output.masked_fill(dead.transpose(1, 2), 0.0)
     else:
+        if position_bias is not None:
+            visible = with_position_bias(visible, position_bias, query, key)
         output = attention(
             query,
             key,
@@ -180,9 +181,11 @@ def _with_weights(query, key, value, dense, dropout, scaling, head_mask):
     return (weights @ value).transpose(1, 2), weights
 
 
-def _dense_bias(query, key, visible, packed):
+def _dense_bias(query, key, visible, position_bias, packed):
     """(bias (B or 1, H or 1, Tq, Sk) for the fallbacks, mask (..., Tq, 1) of queries that see no key), or (None, None).
     A softmax over -inf alone is NaN, so such a query gets every key here. The caller sets its result to zero."""
+    if position_bias is not None:
+        visible = with_dense_bias(visible, position_bias, query.dtype)
     bias, (tq, sk) = visible.attn_bias, (query.shape[2], key.shape[2])
     hidden = None
     if visible.is_causal:
@@ -209,11 +212,6 @@ def _dense_bias(query, key, visible, packed):
 
 def _sum(a, b):
     return a if b is None else a + b
-
-
-def _is_zero(bias):
-    """T5's cross-attention passes one tensor of zeros to all layers. Reads the values only if no device has to wait."""
-    return not bias.requires_grad and may_look() and all_zero(bias)
 
 
 def _read_head_mask(module, head_mask, heads):

@@ -1,23 +1,28 @@
-"""How does a transformers mask become arguments of pyfused.attention? Also makes the masks.
+"""How do a transformers mask and position bias become arguments of pyfused.attention? Also makes the masks.
 
 Every model gets the mask that sdpa would get: a 4-D bool mask or None. The model's code may slice, combine or move it. A CPU
 mask that holds only padding and causality needs no dense bias. Each layer reads the mask anew and caches nothing, because
-numpy, shared memory and .data change a mask without changing its version counter.
+numpy, shared memory and .data change a mask without changing its version counter. The same holds for a position bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ...kernels.cpu.mask_structure import structure
+from ...kernels.cpu.mask_structure import all_zero, distances, structure
 from ...nn.attention import Visibility, additive
+from ...ops import DistanceBias
 from ...tracing import tracing
 from .support import check_interface, may_leave_out_masks
+
+# Bytes of a position bias. The kernel adds a smaller one, which a core's cache holds, sooner than it could be read here.
+WORTH_A_LOOK = 1 << 22
 
 
 def make_mask(
@@ -97,6 +102,31 @@ def _recognised(mask: Tensor) -> Visibility | None:
         last = mask[:, 0, -1, : end or None]
         padding = last.clone() if mask.dtype == torch.bool else last == 0
     return Visibility(end > 0, padding, keys=end or None)
+
+
+def is_zero(bias: Tensor) -> bool:
+    """T5's cross-attention passes one tensor of zeros to all layers. Reads the values only if no device has to wait."""
+    return not bias.requires_grad and may_look() and all_zero(bias)
+
+
+def with_position_bias(visible: Visibility, bias: Tensor, query: Tensor, key: Tensor) -> Visibility:
+    """Adds a position bias: as a table that the kernel reads, where every value is known to depend on the distance alone.
+
+    transformers' T5 hands a (1, H, S, S) tensor from layer to layer. Only its values say what it holds: hooks and users edit
+    it, and later layers know no table. A bias with a gradient stays dense: the gradient belongs to the tensor, whoever made it
+    and whoever put a hook on it.
+    """
+    sizes = (1, query.shape[1], query.shape[2], key.shape[2])
+    known = may_look() and visible.relative_bias is None and bias.shape == sizes and not bias.requires_grad
+    if known and bias.nbytes >= WORTH_A_LOOK and (table := distances(bias)) is not None:
+        return replace(visible, relative_bias=DistanceBias(additive(table, query.dtype)))
+    return with_dense_bias(visible, bias, query.dtype)
+
+
+def with_dense_bias(visible: Visibility, bias: Tensor, dtype: torch.dtype) -> Visibility:
+    """Adds a bias as it is."""
+    bias = additive(bias, dtype)
+    return replace(visible, attn_bias=bias if visible.attn_bias is None else bias + visible.attn_bias)
 
 
 def may_look() -> bool:
