@@ -1,6 +1,6 @@
 """Peak memory of one training step of T5 1.1 base, source 512 and target 512 tokens, beside transformers in eager mode.
 
-Each step runs in its own process. The number is the process's peak memory (ru_maxrss) minus its memory before the step, when
+Each step runs in its own process. The number is the process's peak memory during the step minus its memory before it, when
 the weights are loaded. It includes gradients, activations and the kernels' buffers, but no optimiser.
 """
 
@@ -57,24 +57,36 @@ def model_of(provider):
 
 def step(provider, batch):
     """Runs one step and returns the peak memory above that before the step, in MiB."""
-    import resource
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, call = model_of(provider)
     source, target = (torch.randint(VOCABULARY, (batch, length)) for length in (SOURCE, TARGET))
-    with torch.no_grad():
-        call(source[:, :8], target[:, :8])  # loads and allocates whatever the process needs once
-    before = resident()
-    call(source, target).square().mean().backward()
+
+    def first():
+        with torch.no_grad():
+            call(source[:, :8], target[:, :8])
+
+    peak = peak_of(lambda: call(source, target).square().mean().backward(), first)
     assert all(p.grad is not None for p in model.parameters())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return peak
 
 
-def resident():
-    """The process's resident memory now, in MiB."""
+def peak_of(call, first):
+    """The peak memory of this process during call() above that before it, in MiB.
+
+    first: loads, compiles and allocates whatever the process needs once.
+    """
+    first()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew; ru_maxrss would begin at the parent's peak
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(which):
+    """The process's resident memory, now (VmRSS) or at its peak (VmHWM), in MiB."""
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+    return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
 
 
 def peaks(batch):

@@ -24,6 +24,13 @@ def pair(cls, config, backbone, setup, dtype):
     return mine.eval(), theirs.to(setup.device)
 
 
+def in_implementation(model, name):
+    """A copy of transformers' model with this attn_implementation."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(name)
+    return other
+
+
 def model_calls(mine, theirs, my_call, their_call, *, run=None, peers=None, **options):
     """The Calls of two models.
 

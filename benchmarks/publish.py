@@ -71,7 +71,14 @@ OPERATORS = [
     ("fourier_mix 2x512x768, 1x509x768", "fourier_mix", ["2x512x768", "1x509x768"]),
     ("relative_bias, 12 heads of 512x512", "relative_bias", ["12x512x512"]),
 ]
-MODELS = "gpt2", "t5", "albert", "fnet", "fuse"
+# transformers' models before and after fuse_, and what the page calls them.
+FUSED = {
+    "fuse": "transformers'",
+    "t5_bias": "a layer of transformers' T5,",
+    "embedding": "MiniLM's embeddings of",
+    "answer": "transformers' answer,",
+}
+MODELS = "gpt2", "t5", "albert", "fnet", *FUSED
 
 
 def results() -> list[dict]:
@@ -88,6 +95,10 @@ def ratio(row: dict | None) -> str:
     if row is None or row.get("baseline") not in row.get("ratio", {}):
         return "-"
     return f"{row['ratio'][row['baseline']]:.2f}{'~' if row['noisy'] else ''}"
+
+
+def after_fuse(row: dict) -> str:
+    return f"{FUSED[row['benchmark']]} {row['case']}, after `fuse_`"
 
 
 def operators(found: dict) -> list[str]:
@@ -110,7 +121,7 @@ def models(found: dict) -> list[str]:
                 peers = ", ".join(
                     f"{'transformers' if peer == 'eager' else peer} {value:.2f}" for peer, value in row["ratio"].items()
                 )
-                label = f"{name} {case}" if name != "fuse" else f"transformers' {case}, after `fuse_`"
+                label = f"{name} {case}" if name not in FUSED else after_fuse(row)
                 mark = "~" if row["noisy"] else ""
                 lines.append(f"| {label} | {dtype} | {row['seconds']['pyfused'] * 1e3:.1f}{mark} | {peers} |")
     return ["| work | dtype | pyfused, ms | times as fast as |", "|---|---|---|---|", *lines] if lines else []
@@ -134,11 +145,11 @@ def others(found: dict) -> list[str]:
             f"- Host time of a call, undisturbed, {len(host)} kinds of call: {min(own):.1f} to {max(own):.1f} us "
             f"(plain PyTorch {min(plain):.1f} to {max(plain):.1f})."
         )
-    for name in ("import", "memory"):
-        for row in rows_of(found, name).values():
-            if "values" in row:
-                values = ", ".join(f"{provider} {value:.0f}" for provider, value in row["values"].items())
-                lines.append(f"- {row['case']}, {row['unit']}: {values}.")
+    for row in found["rows"]:
+        if "values" in row:
+            label = after_fuse(row) if row["benchmark"] in FUSED else row["case"]
+            values = ", ".join(f"{provider} {value:.0f}" for provider, value in row["values"].items())
+            lines.append(f"- {label}, {row['unit']}: {values}.")
     return lines
 
 
