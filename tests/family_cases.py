@@ -9,7 +9,6 @@ SPEECH = {**IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encod
           "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1}  # fmt: skip
 WAVES = {**WIDTHS, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4,
          "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "layerdrop": 0.0}  # fmt: skip
-XGLM = {**IDS, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "dropout": 0.0}
 OPT = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
 HEADS = {**DECODER, "head_dim": 8}
 SWITCH = {
@@ -68,7 +67,6 @@ FAMILIES = {
     "M2M100": (lambda: hf.M2M100Model(hf.M2M100Config(**BART)), pair),
     "Wav2Vec2": (lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**WAVES)), waves),
     "Hubert": (lambda: hf.HubertModel(hf.HubertConfig(**WAVES)), waves),
-    "XGLM": (lambda: hf.XGLMModel(hf.XGLMConfig(**XGLM, max_position_embeddings=40)), text),
     "OPT": (lambda: hf.OPTModel(hf.OPTConfig(**OPT, max_position_embeddings=40, word_embed_proj_dim=32)), text),
     "Llama": (lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER)), text),
     "Mistral": (lambda: hf.MistralModel(hf.MistralConfig(**DECODER)), text),
