@@ -1,6 +1,6 @@
 """Which activations are there, and who calls them what? One row for each activation; all other files read these rows.
 
-GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh.
+GELU: Hendrycks and Gimpel 2016 (arXiv:1606.08415), exact with erf and approximated with tanh or with the logistic function.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def _silu_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return g * sigmoid * (1 + x * (1 - sigmoid))
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)  # silu(c x) / c
+
+
 _TANH_FORMULA = (  # five classes of transformers; their constants agree to 4e-12, below float32's rounding
     *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
 )
@@ -50,6 +54,8 @@ _ROWS = (
                ("relu",), (F.relu, torch.relu, nn.ReLU)),
     Activation("silu", 2, F.silu, _silu_gradient, True,
                ("silu", "swish"), (F.silu, nn.SiLU), ("SiLUActivation",)),
+    Activation("quick_gelu", 6, _quick_gelu, lambda g, x, y: _silu_gradient(g, 1.702 * x, y), True,
+               ("quick_gelu",), (), ("QuickGELUActivation",)),
     Activation("tanh", 3, torch.tanh, lambda g, x, y: _ATEN.tanh_backward(g, y), False,
                ("tanh",), (F.tanh, torch.tanh, nn.Tanh)),
 )  # fmt: skip

@@ -7,6 +7,8 @@ from hf_cases import BART, BERT, DECODER, DISTILBERT, IDS, NO_DROPOUT, T5, VOCAB
 PICTURE = {**WIDTHS, "image_size": 32, "patch_size": 8}
 SPEECH = {**IDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "dropout": 0.0,
           "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1}  # fmt: skip
+WAVES = {**WIDTHS, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4,
+         "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "layerdrop": 0.0}  # fmt: skip
 OPT = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
 HEADS = {**DECODER, "head_dim": 8}
 SWITCH = {
@@ -38,6 +40,10 @@ def speech():
     return {"input_features": torch.randn(2, 80, 40), "decoder_input_ids": tokens(2, 7), "use_cache": False}
 
 
+def waves():
+    return {"input_values": torch.randn(2, 400)}
+
+
 # Name in the documents -> (a tiny model, its inputs)
 FAMILIES = {
     "BERT": (lambda: hf.BertModel(hf.BertConfig(**BERT)), text),
@@ -47,6 +53,7 @@ FAMILIES = {
     "ELECTRA": (lambda: hf.ElectraModel(hf.ElectraConfig(**BERT, embedding_size=16)), text),
     "DistilBERT": (lambda: hf.DistilBertModel(hf.DistilBertConfig(**DISTILBERT, dropout=0.0)), text),
     "MPNet": (lambda: hf.MPNetModel(hf.MPNetConfig(**BERT)), text),
+    "DeBERTa": (lambda: hf.DebertaModel(hf.DebertaConfig(**BERT)), text),
     "DeBERTa v2": (lambda: hf.DebertaV2Model(hf.DebertaV2Config(**BERT)), text),
     "ModernBERT": (lambda: hf.ModernBertModel(hf.ModernBertConfig(**IDS, **WIDTHS)), text),
     "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**PICTURE, **NO_DROPOUT)), picture),
@@ -55,6 +62,11 @@ FAMILIES = {
     "Whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**SPEECH, max_source_positions=20)), speech),
     "BART": (lambda: hf.BartModel(hf.BartConfig(**BART)), pair),
     "Marian": (lambda: hf.MarianModel(hf.MarianConfig(**BART, decoder_start_token_id=1)), pair),
+    "mBART": (lambda: hf.MBartModel(hf.MBartConfig(**BART)), pair),
+    "Pegasus": (lambda: hf.PegasusModel(hf.PegasusConfig(**BART)), pair),
+    "M2M100": (lambda: hf.M2M100Model(hf.M2M100Config(**BART)), pair),
+    "Wav2Vec2": (lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**WAVES)), waves),
+    "Hubert": (lambda: hf.HubertModel(hf.HubertConfig(**WAVES)), waves),
     "OPT": (lambda: hf.OPTModel(hf.OPTConfig(**OPT, max_position_embeddings=40, word_embed_proj_dim=32)), text),
     "Llama": (lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER)), text),
     "Mistral": (lambda: hf.MistralModel(hf.MistralConfig(**DECODER)), text),

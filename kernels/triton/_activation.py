@@ -59,6 +59,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         return _scaled(0.5 * (1.0 + tl.erf(x * 0.7071067811865476)), x)
     elif ACTIVATION == "gelu_tanh":
         return _scaled(_logistic(1.5957691216057308 * (x + 0.044715 * x * x * x)), x)
+    elif ACTIVATION == "quick_gelu":
+        return _scaled(_logistic(1.702 * x), x)
     else:
         return x
 
@@ -77,6 +79,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         p = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return _scaled(p, x), p + _scaled(0.3989422804014327 * tl.exp(-0.5 * x * x), x)
+    elif ACTIVATION == "quick_gelu":
+        p, slope = _logistic_with_slope(1.702 * x)
+        return _scaled(p, x), p + _scaled(slope, 1.702 * x)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         p, slope = _logistic_with_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -186,6 +186,10 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     stated = {name: value for name, value in config.items() if value is not None}
     check_keras(stated, _keras_fixed(config), "T5Backbone")
     activation = check_activation(config, "relu", "KerasHub's T5Backbone")
+    if activation == "quick_gelu":
+        raise ValueError(
+            "activation is 'quick_gelu', which KerasHub's T5Backbone does not have; save it with format='hf'"
+        )
     names = ("vocabulary_size", "hidden_dim", "intermediate_dim", "num_layers", "num_heads", "key_value_dim", "dropout",
              "use_gated_activation", "layer_norm_epsilon", "tie_embedding_weights")  # fmt: skip
     # "gelu" is the erf formula in Keras too

@@ -74,8 +74,8 @@ class AlbertBackbone(Backbone):
         max_sequence_length: P, rows of the position table.
         num_segments: rows of the segment table.
         dtype: a name or a torch.dtype; torch's default dtype if None.
-        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", another Hugging Face name for these, or
-            a function as Keras serialises it (keras_hub>gelu_approximate).
+        activation: "gelu_new" (tanh), "gelu" (exact), "quick_gelu", "relu", "silu", "tanh", another Hugging Face name
+            for these, or a function as Keras serialises it (keras_hub>gelu_approximate).
         layer_norm_epsilon: added to the variance in every layer norm.
         attention_dropout, feed_forward_dropout: rates for the attention's probabilities and the feed-forward network's
             output; `dropout` if None. KerasHub drops that output. transformers does not: its checkpoints have 0.

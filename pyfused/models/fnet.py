@@ -69,7 +69,8 @@ class FNetBackbone(Backbone):
         max_sequence_length: P, rows of the position table.
         num_segments: T, rows of the segment table.
         dtype: a name or a torch.dtype; torch's default dtype if None. Fourier transforms use float32 or wider.
-        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh", or another Hugging Face name for these.
+        activation: "gelu_new" (tanh), "gelu" (exact), "quick_gelu", "relu", "silu", "tanh", or another Hugging Face name
+            for these.
         layer_norm_epsilon: added to the variance in every layer norm.
         pooler: False leaves out the pooler, and "pooled_output" with it.
         name, trainable: KerasHub's; trainable=False freezes the parameters.

@@ -72,7 +72,7 @@ class GPT2Backbone(Backbone):
         dropout: the rate of every dropout site, in training.
         max_sequence_length: P, rows of the position table.
         dtype: a name or a torch.dtype; torch's default dtype if None.
-        activation: "gelu_new" (tanh), "gelu" (exact), "relu", "silu", "tanh".
+        activation: "gelu_new" (tanh), "gelu" (exact), "quick_gelu", "relu", "silu", "tanh".
         layer_norm_epsilon: added to the variance in every layer norm.
         embedding_dropout, attention_dropout, residual_dropout: rates that differ from `dropout`.
         scale_attention: False leaves out the factor 1 / sqrt(d).

@@ -96,8 +96,8 @@ class T5Backbone(Backbone):
         vocabulary_size, num_layers, num_heads, hidden_dim, intermediate_dim: V, layers of each stack, H, D, F.
         key_value_dim: d, the size of a head; D // H if None.
         dropout: the rate of every dropout site, in training.
-        activation: "relu", "gelu" (exact), "gelu_new" (tanh), "silu", "tanh", another Hugging Face name for these, or
-            a function as Keras serialises it (keras_hub>gelu_approximate).
+        activation: "relu", "gelu" (exact), "gelu_new" (tanh), "quick_gelu", "silu", "tanh", another Hugging Face name
+            for these, or a function as Keras serialises it (keras_hub>gelu_approximate).
         use_gated_activation: activation(gate(x)) * up(x) in place of activation(inner(x)).
         layer_norm_epsilon: added to the mean square in every norm.
         tie_embedding_weights: False gives token_embedding(x, reverse=True) a matrix of its own.

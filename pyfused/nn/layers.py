@@ -135,7 +135,7 @@ class Mlp(nn.Module):
     Args:
         hidden_dim, intermediate_dim: N and F; the parameters are inner.{weight (F, N), bias (F,)} and
             outer.{weight (N, F), bias (N,)}.
-        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        activation: "relu", "silu", "tanh", "gelu" (exact), "gelu_tanh" (alias "gelu_new") or "quick_gelu".
         dropout: of the activation's output, in training; it then takes three operators.
 
     Raises:

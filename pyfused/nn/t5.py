@@ -247,8 +247,8 @@ class FeedForward(nn.Module):
         config: a T5Config; its d_model, d_ff, dense_act_fn and dropout_rate give all but device and dtype. Or hidden_dim,
             D, together with the next arguments.
         intermediate_dim: F. The parameters are wi.{weight (F, D), bias (F,)} and wo.{weight (D, F), bias (D,)}.
-        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new"); None is
-            "gelu_tanh".
+        activation: "relu", "silu", "tanh", "gelu" (exact), "gelu_tanh" (alias "gelu_new") or "quick_gelu"; None
+            is "gelu_tanh".
         bias: of both maps; True if None. With a config there is no bias.
         dropout: of the activation's output, in training; 0 if None.
 

@@ -31,7 +31,7 @@ def ffn(
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
         w_in, b_in: (F, N) as nn.Linear stores it, and (F,) or None; of x's dtype and device, as all tensors below.
         w_out, b_out: (M, F) and (M,) or None.
-        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        activation: "relu", "silu", "tanh", "gelu" (exact), "gelu_tanh" (alias "gelu_new") or "quick_gelu".
         residual: (..., M), added to the result, or None.
 
     Returns:

@@ -38,7 +38,7 @@ def gated_ffn(
         x: (..., N), float32, float16, bfloat16 (float64 runs on the reference).
         w_gate, w_up: (F, N) as nn.Linear stores it; of x's dtype and device, as all tensors below.
         w_out: (M, F).
-        activation: "relu", "silu", "tanh", "gelu" (exact) or "gelu_tanh" (alias "gelu_new").
+        activation: "relu", "silu", "tanh", "gelu" (exact), "gelu_tanh" (alias "gelu_new") or "quick_gelu".
         residual: (..., M), added to the result, or None.
 
     Returns:

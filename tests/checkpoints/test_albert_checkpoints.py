@@ -96,7 +96,7 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; it takes one of gelu_new"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; it takes one of gelu_new"),
         ({"hidden_act": 3}, "hidden_act is 3"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_groups": 10**9}, "num_groups is 1000000000"),

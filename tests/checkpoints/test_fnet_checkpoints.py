@@ -76,7 +76,7 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; pyfused makes models of at most 1000"),
         ({"num_hidden_layers": 3}, "encoder.layer.2.*is missing"),

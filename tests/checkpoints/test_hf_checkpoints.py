@@ -102,7 +102,7 @@ def test_known_harmless_options_are_accepted(preset, edit):
 @pytest.mark.parametrize(
     "change",
     [
-        {"activation_function": "quick_gelu"}, {"quantization_config": {"bits": 4}}, {"pruned_heads": {"0": [1]}},
+        {"activation_function": "mish"}, {"quantization_config": {"bits": 4}}, {"pruned_heads": {"0": [1]}},
         {"position_embedding_type": "alibi"}, {"model_type": "gpt_neo"}, {"n_layer": 0}, {"n_layer": "2"}, {"n_layer": 10**9},
         {"n_head": 5}, {"resid_pdrop": 1.5}, {"layer_norm_epsilon": "1e-5"}, {"scale_attn_weights": 1},
         {"auto_map": {"AutoModel": "x.Y"}}, {"vocab_size": True}, {"n_inner": 2.5},

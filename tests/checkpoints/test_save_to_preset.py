@@ -256,6 +256,7 @@ REFUSED = [
     (T5Backbone, {"num_heads": 2, "num_decoder_layers": 1}, "num_decoder_layers is 1; KerasHub's T5Backbone always has 2"),
     (T5Backbone, {"num_heads": 2, "num_decoder_layers": 0}, "num_decoder_layers is 0"),
     (T5Backbone, {"num_heads": 2, "num_buckets": 16}, "num_buckets is 16"),
+    (T5Backbone, {"num_heads": 2, "activation": "quick_gelu"}, "activation is 'quick_gelu', which KerasHub's T5Backbone"),
     (T5Backbone, {"num_heads": 2, "max_distance": 64}, "max_distance is 64"),
     (T5Backbone, {"num_heads": 2, "scale_logits": False}, "scale_logits is False"),
     (T5Backbone, {"num_heads": 2, "decoder_start_token_id": 3}, "decoder_start_token_id is 3"),

@@ -103,7 +103,7 @@ def test_defaults_and_options_of_hugging_face(preset, edit):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"feed_forward_proj": "gated-quick_gelu"}, "feed_forward_proj is 'gated-quick_gelu'"),
+        ({"feed_forward_proj": "gated-mish"}, "feed_forward_proj is 'gated-mish'"),
         ({"feed_forward_proj": "half-gelu"}, "feed_forward_proj is 'half-gelu'"),
         ({"feed_forward_proj": 3}, "feed_forward_proj is 3"),
         ({"num_layers": 0}, "num_layers is 0"),

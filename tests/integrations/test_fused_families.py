@@ -142,6 +142,65 @@ def test_a_class_that_transformers_adds_tomorrow(kind, fused, monkeypatch):
     torch.testing.assert_close(model[0](x), expected)
 
 
+class TomorrowAttention(nn.Module):
+    """Attention as no other model has it: the keys are the queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q = self.query(x)
+        return torch.softmax(q @ q.transpose(-1, -2), -1) @ self.value(x)
+
+
+class TomorrowLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm, self.mlp, self.odd = TomorrowAttention(), nn.LayerNorm(8), Usual(), Tomorrow()
+
+    def forward(self, x):
+        x = x + self.mlp(self.norm(x + self.attention(x)))
+        return self.odd(x)
+
+
+class TomorrowConfig(hf.PreTrainedConfig):
+    model_type = "tomorrow"
+
+
+class TomorrowModel(hf.PreTrainedModel):
+    config_class = TomorrowConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings, self.layers = nn.Embedding(20, 8), nn.ModuleList([TomorrowLayer(), TomorrowLayer()])
+        self.post_init()
+
+    def forward(self, input_ids):
+        x = self.embeddings(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return (x,)
+
+
+def test_a_model_that_transformers_adds_tomorrow(monkeypatch):
+    """What is known in it is fused, the rest is left, and the report names both."""
+    for kind in (TomorrowAttention, TomorrowLayer, Usual, Tomorrow):
+        monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
+    trio = Trio(livened(TomorrowModel(TomorrowConfig())))
+    assert {(entry.kind, entry.note) for entry in trio.report.replaced} == {
+        ("LayerNorm", "pyfused.layer_norm"),
+        ("Usual", "pyfused.ffn"),
+    }
+    assert [(entry.name, entry.note.partition(", which")[0]) for entry in trio.report.left] == [
+        ("", "attention: TomorrowModel has attention code of its own"),
+        ("layers.0.odd", "of no shape that fuse_ knows"),
+        ("layers.1.odd", "of no shape that fuse_ knows"),
+    ]
+    trio.check(input_ids=torch.arange(14).view(2, 7))
+    trio.check_gradients(lambda output: output[0].square().mean(), input_ids=torch.arange(14).view(2, 7))
+
+
 def test_classes_of_others_are_left():
     model = nn.Sequential(Usual(), hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8})))
     assert "0" not in {entry.name for entry in pyfused.fuse_(model).replaced}

@@ -142,7 +142,7 @@ def test_gated_feed_forward(activation, function):
 
 
 @pytest.mark.parametrize("kind", [Mlp, GatedMlp])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh"])
 def test_dropout_inside_a_feed_forward_network(kind, activation, monkeypatch):
     """Training drops values after the activation; if it drops nothing, the result is the operator's."""
     mine, x, residual = kind(24, 56, activation, dropout=0.5), torch.randn(30, 24), torch.randn(30, 24)

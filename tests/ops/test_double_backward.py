@@ -21,7 +21,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1, 1]], device=DEVIC
 ENDS = (0, 3, 3, 4, 9)
 FUNCTIONS = {
     "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ PLAIN = {
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 # (N, F, M), each with every number of rows, with biases and residual in turn.
 SIZES = [(1, 5, 1), (5, 1, 7), (96, 131, 40)]

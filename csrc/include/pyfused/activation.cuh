@@ -53,6 +53,11 @@ struct Normal {
 // 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu_tanh is x (1 + tanh u) / 2 = x s(2 u).
 __device__ inline float twice_u(float x) { return x * 1.5957691216057308f * fmaf(x * x, 0.044715f, 1.0f); }
 
+__device__ inline float silu_gradient(float x, float g) {
+  const Logistic l(x);
+  return g * fmaf(bounded(x) * l.s, l.rest, l.s);
+}
+
 __device__ inline float activate(int code, float x) {
   switch (code) {
     case kRelu: return x < 0 ? 0.0f : x;
@@ -64,6 +69,7 @@ __device__ inline float activate(int code, float x) {
       return x < 0 ? near * n.tail : fmaf(-near, n.tail, x);
     }
     case kGeluTanh: return not_below(x) / (1.0f + expf(-twice_u(x)));
+    case kQuickGelu: return not_below(x) / (1.0f + expf(-1.702f * x));
     default: return x;
   }
 }
@@ -71,10 +77,7 @@ __device__ inline float activate(int code, float x) {
 __device__ inline float activate_gradient(int code, float x, float g) {
   switch (code) {
     case kRelu: return x <= 0 ? 0.0f : g;
-    case kSilu: {
-      const Logistic l(x);
-      return g * fmaf(bounded(x) * l.s, l.rest, l.s);
-    }
+    case kSilu: return silu_gradient(x, g);
     case kTanh: {  // both forms are 1 / cosh^2
       if (fabsf(x) < 1.0f) {
         const float t = tanhf(x);
@@ -93,6 +96,7 @@ __device__ inline float activate_gradient(int code, float x, float g) {
       const float slope = 1.5957691216057308f * fmaf(near * near, 3 * 0.044715f, 1.0f);
       return g * fmaf(near * slope * l.s, l.rest, l.s);
     }
+    case kQuickGelu: return silu_gradient(1.702f * x, g);  // quick_gelu(x) is silu(c x) / c
     default: return g;
   }
 }

@@ -20,6 +20,7 @@ namespace pyfused::PYFUSED_ISA {
     case kTanh: { using A = Tanh; __VA_ARGS__; } break;          \
     case kGelu: { using A = Gelu; __VA_ARGS__; } break;          \
     case kGeluTanh: { using A = GeluTanh; __VA_ARGS__; } break;  \
+    case kQuickGelu: { using A = QuickGelu; __VA_ARGS__; } break; \
   }
 
 PYFUSED_INLINE vfloat magnitude(vfloat x) { return bits_as<vfloat>(bits_as<vuint>(x) & 0x7fffffffu); }
@@ -120,6 +121,12 @@ struct GeluTanh {  // x (1 + tanh u) / 2 = x s(2 u), u = sqrt(2 / pi) (x + 0.044
     const vfloat slope = splat(1.5957691216057308f) * (splat(1.0f) + x * x * splat(3 * 0.044715f));
     return g * (l.s * (splat(1.0f) + x * slope * l.rest));
   }
+};
+
+struct QuickGelu {  // x s(c x), which is silu(c x) / c
+  static PYFUSED_INLINE vfloat scaled(vfloat x) { return x * splat(1.702f); }
+  static PYFUSED_INLINE vfloat value(vfloat x) { return not_below(x) / (splat(1.0f) + exp(-scaled(x))); }
+  static PYFUSED_INLINE vfloat gradient(vfloat x, vfloat g) { return Silu::gradient(scaled(x), g); }
 };
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -3,6 +3,6 @@
 
 namespace pyfused {
 
-enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4, kGeluTanh = 5 };
+enum ActivationCode : int { kIdentity = 0, kRelu = 1, kSilu = 2, kTanh = 3, kGelu = 4, kGeluTanh = 5, kQuickGelu = 6 };
 
 }  // namespace pyfused

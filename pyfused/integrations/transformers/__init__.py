@@ -22,7 +22,7 @@ from .config import NAME, leave  # noqa: E402
 from .heads import fuse_heads  # noqa: E402
 from .masks import make_mask  # noqa: E402
 from .padding import ENCODERS  # noqa: E402
-from .shapes import adapter_for  # noqa: E402
+from .shaped import adapter_for  # noqa: E402
 
 __all__ = ["ADAPTERS", "ENCODERS", "NAME", "adapter_for", "attend", "enter", "leave", "make_mask"]
 

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ...own_forward import Entry
+from . import alike
 from .attention import REFUSED, attend
 from .masks import make_mask
 from .support import reason_against
@@ -112,7 +113,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any, PreTrainedModel | None
 
 def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
     """Why this layer keeps its own attention; empty if "pyfused" can replace it."""
-    reason = "" if owner is None else reason_against(type(owner))
+    # The attention of T5's kin is T5's, whatever the rest of the model does.
+    reason = "" if owner is None or not alike.reason(type(layer), "Attention") else reason_against(type(owner))
     now = layer.config._attn_implementation
     if reason or now not in READABLE:
         return reason or f'attn_implementation="{now}" was chosen, which has masks of its own; set "sdpa", then fuse'

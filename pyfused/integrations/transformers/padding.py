@@ -17,7 +17,7 @@ from transformers.utils import output_capturing
 from ...kernels.cpu.mask_structure import structure
 from ...nn.packing import Packing, packing_of
 from ...own_forward import Adapter, Forward, fused_forward, has_another_forward, original
-from . import kin, mpnet, t5
+from . import alike, kin, mpnet, t5
 from .attention import collects
 from .config import NAME, FusedConfig, interface_layers
 
@@ -163,7 +163,7 @@ def _encoder(module: nn.Module) -> Forward | str:
 
 
 def _t5_encoder(module: Any) -> Forward | str:
-    if reason := kin.reason(module.__class__, "Stack"):
+    if reason := alike.reason(module.__class__, "Stack"):
         return f"skip_padding: {reason}"
     return t5.decoder_stack if module.is_decoder else _unfit(module) or t5_encoder
 

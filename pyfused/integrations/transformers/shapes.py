@@ -1,30 +1,29 @@
 """Which modules of any transformers model are of a usual shape, whatever their class is called? Their traces say (symbols.py).
 
     norm            weight * x / rms(x), or (1 + weight) * x / rms(x)
+    layer norm      weight * (x - mean(x)) / deviation(x) + bias
     dense, gated    outer(act(inner(x)));  outer(act(gate(x)) * up(x)), also with gate and up in one matrix
     normed dense    x + dense(norm(x)), or gated
     output          norm(dense(x) + residual)
     inner           act(dense(x))
     layer           its feed_forward_chunk is output(inner(x), x)
+    in line         among its statements are dense(x) or gated, with a residual or without, or output(inner(x), x)
 
-Dropout may stand behind each product. A fused forward looks its children's names up by class, and reads the children at every
-call.
+Dropout may stand behind each product. Statements say what a layer does in line (statements.py): the whole of its forward has no
+trace. shaped.py has the forwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...ops import ffn, gated_ffn, linear, rms_norm
-from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, is_own, original
-from ..torch_nn import takes
-from .activations import activation_reason, kernel_activation
-from .plain_modules import drops, is_plain_linear
-from .symbols import Op, trace
+from .statements import Run, Source, source_of
+from .symbols import Op, either_order, trace
 
 
 class Norm(NamedTuple):
@@ -34,8 +33,15 @@ class Norm(NamedTuple):
     plus_one: bool
 
 
+class LayerNorm(NamedTuple):
+    """eps: the attribute's name."""
+
+    eps: str
+
+
 class FeedForward(NamedTuple):
-    """The children's names. gate: None without one; "" where `inner` holds gate and up, one above the other."""
+    """The children's names. gate: None without one; "" where `inner` holds gate and up, one above the other. A dropout may also
+    be the name of an attribute: the probability of torch's function."""
 
     inner: str
     outer: str
@@ -68,52 +74,34 @@ class Inner(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The names of the two children that feed_forward_chunk calls, an Inner and an Output."""
+    """The names of two children, an Inner and an Output, that are called as output(inner(x), x)."""
 
     inner: str
     output: str
 
 
-Shape = Norm | FeedForward | Normed | Output | Inner | Layer
+class Part(NamedTuple):
+    """What statements of a forward compute: `what`, then these dropouts, then the sum with a residual if there is one.
+
+    names: the locals that hold the input and the residual. plain: the statements, a function of the module and these.
+    """
+
+    run: Run
+    names: tuple[str, ...]
+    what: FeedForward | Layer
+    dropouts: tuple[str, ...]
+    plain: Callable[..., Any]
+
+
+class InLine(NamedTuple):
+    """A class's forward, and the parts in it."""
+
+    forward: Callable[..., Any]
+    parts: tuple[Part, ...]
+
+
+Shape = Norm | LayerNorm | FeedForward | Normed | Output | Inner | Layer | InLine
 _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
-
-
-def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of a transformers module of a usual shape, or of one that looks like a feed-forward. None for others."""
-    kind: Any = type(module)
-    source = str(getattr(kind.forward, "__module__", ""))
-    if not source.startswith("transformers"):  # or transformers_modules, from the hub
-        return None
-    if not isinstance(shape_of(module), Inner | None):
-        return _forward
-    products = sum(type(child) is nn.Linear for child in module._modules.values())
-    return _unknown if products > 1 and "Attention" not in kind.__name__ else None
-
-
-def _unknown(module: nn.Module) -> str:
-    return "of no shape that fuse_ knows"
-
-
-def _forward(module: nn.Module) -> Forward | str:
-    shape = shape_of(module)
-    if shape != _find(module):
-        return "its settings differ from those of other modules of its class"
-    children: Any = module._modules
-    if isinstance(shape, Normed):
-        inner = _forward(children[shape.feed_forward])
-        return f"its {shape.feed_forward}: {inner}" if isinstance(inner, str) else normed
-    if isinstance(shape, FeedForward):
-        products = [children[name] for name in (shape.inner, shape.gate, shape.outer) if name]
-        if shape.gate is not None and any(getattr(product, "bias", None) is not None for product in products):
-            return "has biases beside a gate; the kernels take none"
-        return activation_reason(children[shape.activation]) or (feed_forward if shape.gate is None else gated)
-    if isinstance(shape, Layer):
-        own = vars(module).get("feed_forward_chunk")
-        if own is not None and not is_own(own):
-            return "this instance has a feed_forward_chunk of its own already"
-        first = children[shape.inner]
-        return activation_reason(first._modules[shape_of(first).activation]) or layer
-    return norm if isinstance(shape, Norm) else output
 
 
 def shape_of(module: nn.Module) -> Any:
@@ -122,38 +110,58 @@ def shape_of(module: nn.Module) -> Any:
     if kind not in _shapes:
         if torch.compiler.is_compiling():
             return None
-        _shapes[kind] = _find(module)
+        _shapes[kind] = find(module)
     return _shapes[kind]
 
 
-def _find(module: nn.Module) -> Shape | None:
+def find(module: nn.Module) -> Shape | None:
+    """The shape that this very module has, with its settings."""
     children, own = module._modules, [p for p in module._parameters.values() if p is not None]
     if not children:
-        return _norm(module) if len(own) == 1 and own[0].dim() == 1 else None
+        vectors = len(own) if all(p.dim() == 1 for p in own) else 0
+        return _norm(module) if vectors == 1 else _layer_norm(module) if vectors == 2 else None
     if hasattr(type(module), "feed_forward_chunk"):
-        return _layer(module)
-    if own or len(children) > 8:
-        return None
+        return _pair(module, trace(module, 1, torch.bfloat16, "feed_forward_chunk"))
+    return (None if own or len(children) > 8 else _traced(module)) or _in_line(module)
+
+
+def _traced(module: nn.Module) -> Shape | None:
     wide, half = (trace(module, 1, dtype) for dtype in (torch.float32, torch.bfloat16))
     if wide is not None and wide == half:
         return _feed_forward(module, wide) or _normed(module, wide) or _inner(module, wide)
     return _output(module, trace(module, 2, torch.bfloat16))
 
 
-_X = Op("input", (0,))
+_X, _WEIGHT, _BIAS = Op("input", (0,)), Op("parameter", ("weight",)), Op("parameter", ("bias",))
 
 
 def _norm(module: nn.Module) -> Norm | None:
     found = trace(module, 1, torch.bfloat16)
-    weight = Op("parameter", ("weight",))
-    for plus_one, factor in ((False, weight), (True, Op("add", (1.0, weight)))):
-        for name in (name for name, value in vars(module).items() if type(value) is float):
-            mean = Op("mean", (Op("square", (_X,)), -1), (("keepdim", True),))
-            total = Op("add", tuple(sorted((mean, Op("setting", (name, vars(module)[name]))), key=repr)))
-            normed = Op("mul", tuple(sorted((_X, Op("rsqrt", (total,))), key=repr)))
-            if found == Op("mul", tuple(sorted((factor, normed), key=repr))):
+    for plus_one, factor in ((False, _WEIGHT), (True, either_order("add", 1.0, _WEIGHT))):
+        for name, total in _squares(module, _X):
+            if found == either_order("mul", factor, either_order("mul", _X, Op("rsqrt", (total,)))):
                 return Norm(name, plus_one)
     return None
+
+
+def _layer_norm(module: nn.Module) -> LayerNorm | None:
+    found = trace(module, 1, torch.bfloat16)
+    centred = Op("sub", (_X, _mean(_X)))
+    for name, total in _squares(module, centred):
+        normed = Op("div", (centred, Op("sqrt", (total,)))), either_order("mul", centred, Op("rsqrt", (total,)))
+        if found in [either_order("add", _BIAS, either_order("mul", _WEIGHT, way)) for way in normed]:
+            return LayerNorm(name)
+    return None
+
+
+def _mean(x: Op) -> Op:
+    return Op("mean", (x, -1), (("keepdim", True),))
+
+
+def _squares(module: nn.Module, x: Op) -> Iterator[tuple[str, Op]]:
+    """(name, mean(x^2) + eps) for each attribute that may be eps."""
+    for name in (name for name, value in vars(module).items() if type(value) is float):
+        yield name, either_order("add", _mean(Op("square", (x,))), Op("setting", (name, vars(module)[name])))
 
 
 def _feed_forward(module: nn.Module, found: Any) -> FeedForward | None:
@@ -204,7 +212,7 @@ def _inner(module: nn.Module, found: Op) -> Inner | None:
 
 def _output(module: nn.Module, found: Op | None) -> Output | None:
     norm, total = _child(found)
-    if not norm or type(module._modules[norm]) is not nn.LayerNorm or total is None or total.name != "add":
+    if not norm or total is None or total.name != "add" or not _is_layer_norm(module._modules[norm]):
         return None
     residual = Op("input", (1,))
     if residual not in total.args:
@@ -214,16 +222,67 @@ def _output(module: nn.Module, found: Op | None) -> Output | None:
     return Output(dense, norm, dropouts) if dense and x == _X else None
 
 
-def _layer(module: nn.Module) -> Layer | None:
+def _is_layer_norm(module: Any) -> bool:
+    return type(module) is nn.LayerNorm or isinstance(shape_of(module), LayerNorm)
+
+
+def _pair(module: nn.Module, found: Op | None) -> Layer | None:
     output, arguments = None, None
-    found = trace(module, 1, torch.bfloat16, "feed_forward_chunk")
     if found is not None and found.name == "child" and not found.options and found.args[2:] == (_X,):
         output, arguments = found.args[:2]
     inner, x = _child(arguments)
     if not output or not inner or x != _X or not isinstance(shape_of(module._modules[output]), Output):  # type: ignore[arg-type]
         return None
     first: Any = module._modules[inner]
-    return Layer(inner, output) if isinstance(_find(first), Inner) and isinstance(shape_of(first), Inner) else None
+    return Layer(inner, output) if isinstance(find(first), Inner) and isinstance(shape_of(first), Inner) else None
+
+
+def _in_line(module: nn.Module) -> InLine | None:
+    forward: Any = type(module).forward
+    source = source_of(forward) if len(module._modules) > 1 else None
+    if source is None:
+        return None
+    parts: list[Part] = []
+    for run in source.runs:
+        if not parts or run.block is not parts[-1].run.block or run.start >= parts[-1].run.stop:
+            part = _part(module, source, run)
+            parts += [] if part is None else [part]
+    return InLine(forward, tuple(parts)) if parts else None
+
+
+def _part(module: nn.Module, source: Source, run: Run) -> Part | None:
+    called = {op.args[0] for op in _operations(run.op) if op.name == "child"}
+    if any(module._modules.get(name) is None for name in called):
+        return None
+    sides = (run.op.args, run.op.args[::-1]) if run.op.name == "add" else ((None, run.op),)
+    for residual, branch in sides:
+        added = residual.args if isinstance(residual, Op) and residual.name == "input" else ()
+        names = {op.args[0] for op in _operations(branch) if op.name == "input"}
+        if len(names) != 1 or bool(added) != (run.op.name == "add"):
+            continue
+        found, dropouts = _behind_dropout(module, _renamed(branch, *names))
+        what = _feed_forward(module, found) or (None if added or dropouts else _pair(module, found))
+        if what is not None:
+            given = (*names, *added)
+            return Part(run, given, what, dropouts, source.alone(run, given))
+    return None
+
+
+def _operations(op: Any) -> Iterator[Op]:
+    if isinstance(op, Op):
+        yield op
+        for arg in op.args:
+            yield from _operations(arg)
+
+
+def _renamed(op: Any, name: str) -> Any:
+    """The operation with the first argument in place of a local name."""
+    if not isinstance(op, Op):
+        return op
+    if op == Op("input", (name,)):
+        return _X
+    args = [_renamed(arg, name) for arg in op.args]
+    return either_order(op.name, *args) if op.name in ("add", "mul") else Op(op.name, tuple(args), op.options)
 
 
 def _child(found: Any) -> tuple[Any, Any]:
@@ -244,114 +303,10 @@ def _linear(module: nn.Module, name: str) -> bool:
 
 
 def _behind_dropout(module: nn.Module, found: Any) -> tuple[Any, tuple[str, ...]]:
-    """What a dropout layer gets, and its name; without one, `found` itself."""
+    """What a dropout gets, and its name; without one, `found` itself."""
     name, x = _child(found)
+    if isinstance(found, Op) and found.name == "drop" and type(vars(module).get(found.args[1])) in (int, float):
+        return found.args[0], (found.args[1],)
     if name and isinstance(module._modules[name], nn.Dropout | nn.Identity):
         return x, (name,)
     return found, ()
-
-
-@fused_forward
-def norm(module: Any, x: Tensor) -> Any:
-    """pyfused.rms_norm"""
-    shape = shape_of(module)
-    if not isinstance(shape, Norm) or not takes(x, module.weight):
-        return original(module, x)
-    weight = 1.0 + module.weight if shape.plus_one else module.weight
-    return rms_norm(x, weight, eps=getattr(module, shape.eps))
-
-
-@fused_forward
-def feed_forward(module: Any, x: Tensor) -> Any:
-    """pyfused.ffn"""
-    y = _computed(module, x, None)
-    return original(module, x) if y is None else y
-
-
-@fused_forward
-def gated(module: Any, x: Tensor) -> Any:
-    """pyfused.gated_ffn"""
-    return feed_forward(module, x)
-
-
-@fused_forward
-def normed(module: Any, x: Tensor) -> Any:
-    """the norm, then the feed-forward with the residual"""
-    shape, children = shape_of(module), module._modules
-    if isinstance(shape, Normed) and not any(drops(children[d]) for d in shape.dropouts):
-        inner = children[shape.feed_forward]
-        if is_fused(inner) and is_bare(inner):
-            y = _computed(inner, children[shape.norm](x), x)
-            if y is not None:
-                return y
-    return original(module, x)
-
-
-@fused_forward
-def output(module: Any, x: Tensor, residual: Tensor) -> Any:
-    """pyfused.linear with the residual, then the norm"""
-    shape, children = shape_of(module), module._modules
-    if not isinstance(shape, Output) or not _adds_residual(shape, children, x, residual):
-        return original(module, x, residual)
-    dense = children[shape.dense]
-    return children[shape.norm](linear(x, dense.weight, dense.bias, residual=residual))
-
-
-@fused_forward
-def chunk(module: Any, x: Tensor) -> Any:
-    """pyfused.ffn with the residual, then the norm"""
-    shape = shape_of(module)
-    if isinstance(shape, Layer):
-        inner, outer = module._modules[shape.inner], module._modules[shape.output]
-        first, last = shape_of(inner), shape_of(outer)
-        known = isinstance(first, Inner) and isinstance(last, Output)
-        activation = kernel_activation(inner._modules[first.activation]) if known else None
-        if activation and is_bare(inner, outer) and is_fused(outer):
-            w_in, w_out = inner._modules[first.dense], outer._modules[last.dense]
-            if is_plain_linear(x, w_in) and _adds_residual(last, outer._modules, x, x):
-                y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
-                return outer._modules[last.norm](y)
-    return type(module).feed_forward_chunk(module, x)
-
-
-@fused_forward
-def layer(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """as it is; its feed-forward is pyfused.ffn with the residual, then the norm"""
-    return original(module, *args, **kwargs)
-
-
-layer.methods = {"feed_forward_chunk": chunk}  # type: ignore[attr-defined]
-
-
-def _adds_residual(shape: Output, children: Any, x: Tensor, residual: Tensor) -> bool:
-    dense = children[shape.dense]
-    return (
-        x.dtype == residual.dtype
-        and not any(drops(children[d]) for d in shape.dropouts)
-        and is_plain_linear(x, dense)
-        and residual.shape == (*x.shape[:-1], dense.out_features)
-    )
-
-
-def _computed(module: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """None if the kernels cannot compute it: active dropout, replaced layers, other dtypes, biases beside a gate."""
-    shape, children = shape_of(module), module._modules
-    if not isinstance(shape, FeedForward):
-        return None
-    activation = kernel_activation(children[shape.activation])
-    inner, outer = children[shape.inner], children[shape.outer]
-    if activation is None or any(drops(children[d]) for d in shape.dropouts) or not is_plain_linear(x, inner, outer):
-        return None
-    if residual is not None and residual.dtype != x.dtype:
-        return None
-    if shape.gate is None:
-        return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)
-    gate = children[shape.gate] if shape.gate else inner
-    if not is_plain_linear(x, gate) or any(m.bias is not None for m in (inner, outer, gate)):
-        return None
-    w_gate, w_up = (gate.weight, inner.weight) if shape.gate else inner.weight.chunk(2)
-    return gated_ffn(x, w_gate, w_up, outer.weight, activation=activation, residual=residual)
-
-
-for _function in (norm, feed_forward, gated, normed, output, layer):
-    vars(_function)["prepare"] = shape_of

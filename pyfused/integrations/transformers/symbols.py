@@ -32,6 +32,11 @@ class Op(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
 
+def either_order(name: str, *args: Any) -> Op:
+    """A sum or a product, whose arguments are sorted."""
+    return Op(name, tuple(sorted(args, key=repr)))
+
+
 def trace(module: nn.Module, inputs: int, dtype: torch.dtype, method: str = "forward") -> Op | None:
     """What `method` of the module's class returns, called with this many tensors of the parameters' dtype. None if there is no
     trace, or if the result is no tensor of that dtype."""
@@ -87,7 +92,7 @@ class _Symbol:
         return tuple(_Symbol(Op("part", (self.op, i, parts)), self.kind) for i in range(parts))
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("pow", "mean", "rsqrt", "add", "mul", "square"):
+        if name not in ("pow", "mean", "rsqrt", "sqrt", "add", "mul", "sub", "div", "square"):
             raise _Untraceable(name)
         return lambda *args, **kwargs: _record(name, (self, *args), kwargs)
 
@@ -100,13 +105,19 @@ class _Symbol:
     def __pow__(self, other: Any) -> Any:
         return _record("pow", (self, other), {})
 
+    def __sub__(self, other: Any) -> Any:
+        return _record("sub", (self, other), {})
+
+    def __truediv__(self, other: Any) -> Any:
+        return _record("div", (self, other), {})
+
     __radd__, __rmul__ = __add__, __mul__
 
     def _refuse(self, *args: Any) -> Any:
         raise _Untraceable
 
     __bool__ = __iter__ = __len__ = __index__ = __eq__ = __getitem__ = __setitem__ = _refuse  # type: ignore[assignment]
-    __iadd__ = __imul__ = _refuse
+    __iadd__ = __imul__ = __isub__ = __itruediv__ = __ipow__ = _refuse
     __hash__ = object.__hash__
 
 
@@ -116,14 +127,14 @@ def _record(name: str, args: Any, kwargs: dict[str, Any]) -> _Symbol:
     for symbol in symbols[1:]:
         kind = torch.promote_types(kind, symbol.kind)
     plain = tuple(map(_plain, args))
-    if kwargs and name in ("square", "pow", "rsqrt", "add", "mul"):  # alpha, out, exponent
+    if kwargs and name in ("square", "pow", "rsqrt", "sqrt", "add", "mul", "sub", "div"):  # alpha, out, exponent
         raise _Untraceable(name)
     if (name, plain[1:]) in (("square", ()), ("pow", (2,))):
         return _Symbol(Op("square", plain[:1]), kind)
     if name == "pow" and plain[1:] == (-0.5,):
         return _Symbol(Op("rsqrt", plain[:1]), kind)
     if name in ("add", "mul"):
-        plain = tuple(sorted(plain, key=repr))
+        return _Symbol(either_order(name, *plain), kind)
     return _Symbol(Op(name, plain, tuple((k, _plain(v)) for k, v in kwargs.items())), kind)
 
 

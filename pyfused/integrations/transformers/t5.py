@@ -1,6 +1,6 @@
 """What does fuse_ replace in transformers' T5 and its kin? Norm, feed-forward, attention with its bias, and the residuals.
 
-Models whose classes have T5's code under other names get the same forwards; kin.py compares the code.
+Models whose classes have T5's code under other names get the same forwards; alike.py compares the code.
 
 If every layer of a stack is fused, the relative position bias is never a (1, H, S, S) tensor. The first layer's attention
 passes its table on as a RelativeBias, which the kernel reads. If some layer cannot read the table, it passes the tensor on, as
@@ -23,7 +23,7 @@ from ...nn.t5 import attend
 from ...ops import RelativeBias, linear
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
-from . import kin
+from . import alike, kin
 from .activations import kernel_activation
 from .config import NAME
 from .decode import Ready, matrix_of, norm_of, one_token, same
@@ -177,7 +177,7 @@ def _one_token(
 @functools.cache
 def _kinds(stack: Any) -> Kinds | None:
     """What a plan knows of the classes below a stack. None if they are not T5's under other names."""
-    of = kin.classes(
+    of = alike.classes(
         stack,
         "Block Attention LayerNorm LayerSelfAttention LayerCrossAttention LayerFF DenseActDense DenseGatedActDense",
     )
@@ -260,7 +260,7 @@ def all_read_tables(stack: Any) -> bool:
 
     Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
     """
-    if any(kin.reason(block.__class__, "Block") for block in stack.block):
+    if any(alike.reason(block.__class__, "Block") for block in stack.block):
         return False
     attentions = [block.layer[0].SelfAttention for block in stack.block]
     if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
@@ -284,12 +284,12 @@ def has_plain_table(attention: Any) -> bool:
 
 
 def _attention(module: Any) -> Forward | str:
-    kind: Any = next(base for base in type(module).__mro__ if not kin.reason(base, "Attention"))
+    kind: Any = next(base for base in type(module).__mro__ if not alike.reason(base, "Attention"))
     return overridden(module, kind, "compute_bias", "_relative_position_bucket") or attention
 
 
 def _stack(module: Any) -> Forward | str:
-    if kin.reason(module.__class__, "Stack"):  # a plan stands for T5's alone; the layers may be T5's
+    if alike.reason(module.__class__, "Stack"):  # a plan stands for T5's alone; the layers may be T5's
         return stack
     return decoder_stack if module.is_decoder else stack
 

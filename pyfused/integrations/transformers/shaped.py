@@ -1,0 +1,254 @@
+"""How does a module of a usual shape run on pyfused? shapes.py says what the shapes are.
+
+A fused forward looks its children's names up by class, and reads the children at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...ops import ffn, gated_ffn, layer_norm, linear, rms_norm
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, is_own, original
+from ..torch_nn import takes
+from .activations import activation_reason, kernel_activation
+from .plain_modules import drops, is_plain_linear
+from .shapes import FeedForward, InLine, Inner, Layer, LayerNorm, Norm, Normed, Output, Part, find, shape_of
+from .statements import source_of
+
+
+def adapter_for(module: nn.Module) -> Adapter | None:
+    """The adapter of a transformers module of a usual shape, or of one that looks like a feed-forward. None for others."""
+    kind: Any = type(module)
+    source = str(getattr(kind.forward, "__module__", ""))
+    if not source.startswith("transformers"):  # or transformers_modules, from the hub
+        return None
+    if not isinstance(shape_of(module), Inner | None):
+        return _forward
+    products = sum(type(child) is nn.Linear for child in module._modules.values())
+    return _unknown if products > 1 and "Attention" not in kind.__name__ else None
+
+
+def _unknown(module: nn.Module) -> str:
+    return "of no shape that fuse_ knows"
+
+
+def _forward(module: nn.Module) -> Forward | str:
+    shape = shape_of(module)
+    if shape != find(module):
+        return "its settings differ from those of other modules of its class"
+    if isinstance(shape, Normed):
+        inner = _forward(module._modules[shape.feed_forward])  # type: ignore[arg-type]
+        return f"its {shape.feed_forward}: {inner}" if isinstance(inner, str) else normed
+    if isinstance(shape, FeedForward):
+        return _reason_against(module, shape) or (feed_forward if shape.gate is None else gated)
+    if isinstance(shape, Layer):
+        own = vars(module).get("feed_forward_chunk")
+        if own is not None and not is_own(own):
+            return "this instance has a feed_forward_chunk of its own already"
+        return _reason_against(module, shape) or layer
+    if isinstance(shape, InLine):
+        reasons = [_reason_against(module, part.what) for part in shape.parts]
+        has_gate = any(isinstance(part.what, FeedForward) and part.what.gate is not None for part in shape.parts)
+        return reasons[0] if all(reasons) else _ready(module, gated_in_line if has_gate else in_line)
+    return norm if isinstance(shape, Norm) else centred_norm if isinstance(shape, LayerNorm) else output
+
+
+def _reason_against(module: nn.Module, shape: FeedForward | Layer) -> str:
+    children: Any = module._modules
+    if isinstance(shape, Layer):
+        first = children[shape.inner]
+        return activation_reason(first._modules[shape_of(first).activation])
+    products = [children[name] for name in (shape.inner, shape.gate, shape.outer) if name]
+    if shape.gate is not None and any(getattr(product, "bias", None) is not None for product in products):
+        return "has biases beside a gate; the kernels take none"
+    return activation_reason(children[shape.activation])
+
+
+@fused_forward
+def norm(module: Any, x: Tensor) -> Any:
+    """pyfused.rms_norm"""
+    shape = shape_of(module)
+    if not isinstance(shape, Norm) or not takes(x, module.weight):
+        return original(module, x)
+    weight = 1.0 + module.weight if shape.plus_one else module.weight
+    return rms_norm(x, weight, eps=getattr(module, shape.eps))
+
+
+@fused_forward
+def centred_norm(module: Any, x: Tensor) -> Any:
+    """pyfused.layer_norm"""
+    shape = shape_of(module)
+    if not isinstance(shape, LayerNorm) or not takes(x, module.weight, module.bias):
+        return original(module, x)
+    return layer_norm(x, module.weight, module.bias, eps=getattr(module, shape.eps))
+
+
+@fused_forward
+def feed_forward(module: Any, x: Tensor) -> Any:
+    """pyfused.ffn"""
+    shape = shape_of(module)
+    y = _computed(module, shape, x, None) if isinstance(shape, FeedForward) else None
+    return original(module, x) if y is None else y
+
+
+@fused_forward
+def gated(module: Any, x: Tensor) -> Any:
+    """pyfused.gated_ffn"""
+    return feed_forward(module, x)
+
+
+@fused_forward
+def normed(module: Any, x: Tensor) -> Any:
+    """the norm, then the feed-forward with the residual"""
+    shape, children = shape_of(module), module._modules
+    if isinstance(shape, Normed) and not _active(module, shape.dropouts):
+        inner = children[shape.feed_forward]
+        of_inner = shape_of(inner)
+        if is_fused(inner) and is_bare(inner) and isinstance(of_inner, FeedForward):
+            y = _computed(inner, of_inner, children[shape.norm](x), x)
+            if y is not None:
+                return y
+    return original(module, x)
+
+
+@fused_forward
+def output(module: Any, x: Tensor, residual: Tensor) -> Any:
+    """pyfused.linear with the residual, then the norm"""
+    shape, children = shape_of(module), module._modules
+    if not isinstance(shape, Output) or not _adds_residual(module, shape, x, residual):
+        return original(module, x, residual)
+    dense = children[shape.dense]
+    return children[shape.norm](linear(x, dense.weight, dense.bias, residual=residual))
+
+
+@fused_forward
+def chunk(module: Any, x: Tensor) -> Any:
+    """pyfused.ffn with the residual, then the norm"""
+    shape = shape_of(module)
+    y = _pair(module, shape, x) if isinstance(shape, Layer) else None
+    return type(module).feed_forward_chunk(module, x) if y is None else y
+
+
+@fused_forward
+def layer(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; its feed-forward is pyfused.ffn with the residual, then the norm"""
+    return original(module, *args, **kwargs)
+
+
+layer.methods = {"feed_forward_chunk": chunk}  # type: ignore[attr-defined]
+
+
+@fused_forward
+def in_line(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; the feed-forward in it is pyfused.ffn"""
+    of, forward = _in_line.get(type(module), (None, None))
+    if forward is None or of is not type(module).forward:
+        return original(module, *args, **kwargs)
+    return forward(module, *args, **kwargs)
+
+
+@fused_forward
+def gated_in_line(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; the feed-forward in it is pyfused.gated_ffn"""
+    return in_line(module, *args, **kwargs)
+
+
+# By class: its forward, and the forward with calls of _part
+_in_line: WeakKeyDictionary[type, tuple[Any, Any]] = WeakKeyDictionary()
+
+
+def _ready(module: nn.Module, forward: Forward) -> Forward:
+    shape, kind = shape_of(module), type(module)
+    source = source_of(shape.forward) if isinstance(shape, InLine) else None
+    if source is not None and _in_line.get(kind, (None, None))[0] is not shape.forward:
+        calls = [(part.run, part.names) for part in shape.parts]
+        _in_line[kind] = shape.forward, source.with_calls(_part, calls)
+    return forward
+
+
+def _part(number: int, module: Any, x: Tensor, *residual: Tensor) -> Any:
+    """What a part of the module's forward computes, on pyfused if that is possible now."""
+    part = shape_of(module).parts[number]
+    y = _part_computed(module, part, x, *residual) if all(isinstance(t, Tensor) for t in (x, *residual)) else None
+    return part.plain(module, x, *residual) if y is None else y
+
+
+def _part_computed(module: Any, part: Part, x: Tensor, *residual: Tensor) -> Any:
+    """None if the kernels cannot compute it."""
+    if isinstance(part.what, Layer):
+        return _pair(module, part.what, x)
+    if not _active(module, part.dropouts):
+        return _computed(module, part.what, x, *residual)
+    y = _computed(module, part.what, x)
+    for name in () if y is None else part.dropouts:
+        y = _dropped(module, name, y)
+    return residual[0] + y if residual and y is not None else y
+
+
+def _active(module: Any, dropouts: Iterable[str]) -> bool:
+    """Whether one of these dropouts may change its input or run a hook."""
+    return any(
+        drops(module._modules[name]) if name in module._modules else module.training and getattr(module, name) > 0.0
+        for name in dropouts
+    )
+
+
+def _dropped(module: Any, name: str, x: Tensor) -> Tensor:
+    child = module._modules.get(name)
+    return F.dropout(x, getattr(module, name), module.training) if child is None else child(x)
+
+
+def _adds_residual(module: Any, shape: Output, x: Tensor, residual: Tensor) -> bool:
+    dense = module._modules[shape.dense]
+    return (
+        x.dtype == residual.dtype
+        and not _active(module, shape.dropouts)
+        and is_plain_linear(x, dense)
+        and residual.shape == (*x.shape[:-1], dense.out_features)
+    )
+
+
+def _pair(module: Any, shape: Layer, x: Tensor) -> Any:
+    """output(inner(x), x). None if the kernels cannot compute it."""
+    inner, outer = module._modules[shape.inner], module._modules[shape.output]
+    first, last = shape_of(inner), shape_of(outer)
+    if not isinstance(first, Inner) or not isinstance(last, Output):
+        return None
+    activation = kernel_activation(inner._modules[first.activation])
+    if activation is None or not is_bare(inner, outer) or not is_fused(outer):
+        return None
+    w_in, w_out = inner._modules[first.dense], outer._modules[last.dense]
+    if not is_plain_linear(x, w_in) or not _adds_residual(outer, last, x, x):
+        return None
+    y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
+    return outer._modules[last.norm](y)
+
+
+def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """None if the kernels cannot compute it: active dropout, replaced layers, other dtypes, biases beside a gate."""
+    children = module._modules
+    activation = kernel_activation(children[shape.activation])
+    inner, outer = children[shape.inner], children[shape.outer]
+    if activation is None or _active(module, shape.dropouts) or not is_plain_linear(x, inner, outer):
+        return None
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], outer.out_features)):
+        return None
+    if shape.gate is None:
+        return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)
+    gate = children[shape.gate] if shape.gate else inner
+    if not is_plain_linear(x, gate) or any(m.bias is not None for m in (inner, outer, gate)):
+        return None
+    w_gate, w_up = (gate.weight, inner.weight) if shape.gate else inner.weight.chunk(2)
+    return gated_ffn(x, w_gate, w_up, outer.weight, activation=activation, residual=residual)
+
+
+for _function in (norm, centred_norm, feed_forward, gated, normed, output, layer):
+    vars(_function)["prepare"] = shape_of
+for _function in (in_line, gated_in_line):
+    vars(_function)["prepare"] = functools.partial(_ready, forward=_function)
