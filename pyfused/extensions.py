@@ -141,6 +141,13 @@ def gpu_prepared(
     return run
 
 
+def same() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The functions `unchanged` and `memory` of csrc/include/pyfused/python_same.h; None without the extension, and with torch
+    2.10."""
+    module = _load("_cpu")[0] if _cpp_reads_tensors() else None
+    return None if module is None else (module.unchanged, module.memory)
+
+
 def cpu() -> ModuleType:
     """The kernels for the instruction set in use: pyfused._cpu.<isa>."""
     module, reason = _load("_cpu")

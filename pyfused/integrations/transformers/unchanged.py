@@ -1,19 +1,21 @@
 """Is a model still as it was when a plan of it was made? Asked before every step, so that the plan may skip the modules.
 
 A step skips a hundred modules, each of which may have got a hook, a forward, another weight or other memory since. All of it is
-looked at anew: for each question one `map` over all modules, which runs in C.
+looked at anew. Each question is put to all modules at once, in C++ (csrc/include/pyfused/python_same.h) or, without the
+extension, in Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain, repeat
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ... import extensions
 from ...own_forward import changes, is_bare, is_fused
 from .activations import kernel_activation
 from .config import NAME, FusedConfig
@@ -29,6 +31,7 @@ class Kind(NamedTuple):
 
 _LEAF = Kind()
 _get: Any = dict.get
+_TYPE, _VALUE, _EMPTY, _ITEMS = range(4)  # kinds of questions, as python_same.h numbers them
 Kinds = Mapping[type, Kind]
 
 
@@ -44,42 +47,95 @@ def kind_of(module: nn.Module, kinds: Kinds) -> Kind | None:
     return _LEAF if found is None and kernel_activation(module) else found
 
 
+class Question(NamedTuple):
+    """Put to many owners at once: is the answer the same object as before? Only _TYPE asks modules, the others their dicts."""
+
+    kind: int
+    owners: tuple[Any, ...]
+    key: str
+    expected: tuple[Any, ...]
+
+    @classmethod
+    def value(cls, owners: tuple[Any, ...], key: str) -> Question:
+        return cls(_VALUE, owners, key, tuple(map(_get, owners, repeat(key))))
+
+    @classmethod
+    def items(cls, owners: tuple[Any, ...], key: str) -> Question:
+        return cls(_ITEMS, owners, key, tuple(map(_items, owners, repeat(key))))
+
+
+def _items(owner: dict[str, Any], key: str) -> tuple[Any, ...]:
+    found = _get(owner, key)
+    return tuple(chain.from_iterable(dict.items(found))) if isinstance(found, dict) else (found,)
+
+
+def unchanged(questions: tuple[Question, ...]) -> bool:
+    """Whether every answer is still the expected one."""
+    return all(map(_holds, questions))
+
+
+def _holds(question: Question) -> bool:
+    kind, owners, key, expected = question
+    if kind == _TYPE:
+        return all(map(is_, map(type, owners), expected))
+    if kind == _VALUE:
+        return all(map(is_, map(_get, owners, repeat(key)), expected))
+    if kind == _EMPTY:
+        return not any(map(_get, owners, repeat(key)))
+    now = map(_items, owners, repeat(key))
+    return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, expected))
+
+
+def memory(tensors: tuple[Tensor, ...]) -> Any:
+    """What tells each tensor from every other view of the same memory, and from a tensor that has taken its place."""
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+_NATIVE = extensions.same()
+_unchanged: Callable[[tuple[Question, ...]], bool] = unchanged if _NATIVE is None else _NATIVE[0]
+
+
 class Watch:
     """The state of the modules below `root`, which are all plain."""
 
     def __init__(self, root: nn.Module, modules: list[nn.Module], kinds: Kinds):
-        self._modules = modules
-        self._below = list(map(vars, modules))
-        self._attributes = [vars(root), *self._below]  # the root itself is called as ever, so its own hooks run
-        self._with_parts = [d for d in self._attributes if d["_modules"]]
-        self._with_weights = [d for d in self._attributes if d["_parameters"]]
-        names = [(kind_of(m, kinds) or _LEAF).settings.split() for m in modules]
-        self._owners = [d for d, read in zip(self._below, names) for _ in read]
-        self._names = [name for read in names for name in read]
-        configs = (d["config"] for d in self._below if "config" in d)
-        self._configs = list({(id(c._fused), c._had): c for c in configs}.values())
-        self._parts, self._weights = (
-            self._now("_modules", self._with_parts),
-            self._now("_parameters", self._with_weights),
+        below = tuple(map(vars, modules))
+        everywhere = (vars(root), *below)  # the root itself is called as ever, so its own hooks run
+        of_setting: dict[str, list[Any]] = {}
+        for module, attributes in zip(modules, below):
+            for name in (kind_of(module, kinds) or _LEAF).settings.split():
+                of_setting.setdefault(name, []).append(attributes)
+        none = (None,) * len(below)
+        self._questions = (
+            Question(_TYPE, tuple(modules), "", tuple(map(type, modules))),
+            Question.items(everywhere, "_parameters"),
+            Question.items(everywhere, "_modules"),
+            Question.value(everywhere, "training"),
+            Question.value(below, "forward"),
+            Question(_EMPTY, below, "_forward_hooks", none),
+            Question(_EMPTY, below, "_forward_pre_hooks", none),
+            *(Question.value(tuple(owners), name) for name, owners in of_setting.items()),
         )
-        self.parameters: list[Tensor] = [w for w in self._weights if w is not None]
-        # Address, strides, number of elements and dtype tell a tensor from every other view of the same memory.
-        self._tensors = [list(map(look, self.parameters)) for look in _LOOKS]
+        configs = (attributes["config"] for attributes in below if "config" in attributes)
+        self._configs = list({(id(c._fused), c._had): c for c in configs}.values())
+        weights = chain.from_iterable(attributes["_parameters"].values() for attributes in everywhere)
+        self.parameters: tuple[Tensor, ...] = tuple(w for w in weights if w is not None)
+        self._look = memory if _NATIVE is None or _NATIVE[1](self.parameters) is None else _NATIVE[1]
+        self._memory = self._look(self.parameters)
         self._changes = changes()
-        self._types = list(map(type, self._modules))
-        classes: Any = set(self._types)
+        classes: Any = set(map(type, modules))
         self._classes = [(kind, kind.forward) for kind in classes]
-        self._forwards = list(map(_get, self._below, repeat("forward")))
-        self._settings = list(map(_get, self._owners, self._names))
 
     @classmethod
     def of(cls, root: nn.Module, kinds: Kinds) -> Watch | None:
-        """None unless every module below `root` is of a known class, runs on pyfused if that is needed, and has no hooks, and
-        the parameters have one dtype and one device."""
+        """None unless every module below `root` is of a known class, runs on pyfused if that is needed, and has no hooks, no
+        module is in training mode, and the parameters have one dtype and one device."""
         modules = list(root.modules())[1:]
+        if root.training:
+            return None
         for module in modules:
             kind = kind_of(module, kinds)
-            if kind is None or not is_bare(module) or (kind.is_fused and not is_fused(module)):
+            if kind is None or module.training or not is_bare(module) or (kind.is_fused and not is_fused(module)):
                 return None
             if kind.forward is not None and type(module).forward is not kind.forward:
                 return None
@@ -98,29 +154,13 @@ class Watch:
                 return None
         return watch
 
-    @staticmethod
-    def _now(name: str, owners: list[dict[str, Any]]) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, map(_get, owners, repeat(name)))))
-
     def holds(self) -> bool:
         """Whether nothing changed that a plan depends on."""
-        weights = self._now("_parameters", self._with_weights)
         return (
             changes() == self._changes
             and not torch_module._has_any_global_hook()
             and all(config._attn_implementation == NAME for config in self._configs)
-            and len(weights) == len(self._weights)
-            and all(map(is_, weights, self._weights))
-            and all(list(map(look, self.parameters)) == known for look, known in zip(_LOOKS, self._tensors))
-            and self._now("_modules", self._with_parts) == self._parts
-            and list(map(type, self._modules)) == self._types
             and all(kind.forward is forward for kind, forward in self._classes)
-            and list(map(_get, self._below, repeat("forward"))) == self._forwards
-            and list(map(_get, self._owners, self._names)) == self._settings
-            and not any(map(_get, self._attributes, repeat("training")))
-            and not any(map(_get, self._below, repeat("_forward_hooks")))
-            and not any(map(_get, self._below, repeat("_forward_pre_hooks")))
+            and _unchanged(self._questions)
+            and self._look(self.parameters) == self._memory
         )
-
-
-_LOOKS: tuple[Any, ...] = Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype")
