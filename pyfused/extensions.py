@@ -141,11 +141,10 @@ def gpu_prepared(
     return run
 
 
-def same() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """The functions `unchanged` and `memory` of csrc/include/pyfused/python_same.h; None without the extension, and with torch
-    2.10."""
-    module = _load("_cpu")[0] if _cpp_reads_tensors() else None
-    return None if module is None else (module.unchanged, module.memory)
+def same() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None:
+    """`unchanged`, `memory` and `same_memory` of csrc/include/pyfused/python_same.h; None without the extension."""
+    module = _load("_cpu")[0]
+    return None if module is None else (module.unchanged, module.memory, module.same_memory)
 
 
 def cpu() -> ModuleType:

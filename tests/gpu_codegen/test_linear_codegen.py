@@ -45,22 +45,31 @@ def rounding(target):
     return Case("round", "pyfused.kernels.triton.linear:_round_kernel", types, tile, tile.pop("num_warps"))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_triton_linear(target):
-    """On one target every kernel, on the others the two that differ most. sm_100 has no rows of its own and takes sm_80's."""
-    chip = "sm_80" if target == "sm_100" else target
-    cases = [linear("bf16", chip, True), stream("fp16", 16, True, chip)]
-    if target == "sm_90":
-        cases += [linear("bf16", chip), stream("bf16", 1, False, chip), rounding(chip)]
-    compiled = compile_cases(cases, target)
+KERNELS = {
+    "integers": lambda chip: linear("bf16", chip, True),
+    "many": lambda chip: linear("bf16", chip),
+    "few": lambda chip: stream("fp16", 16, True, chip),
+    "one": lambda chip: stream("bf16", 1, False, chip),
+    "round": rounding,
+}
+
+
+@pytest.mark.parametrize(
+    "target, names",
+    [("sm_90", "integers many round"), ("sm_80", "few"), ("sm_100", "integers"), ("gfx942", "integers one")],
+)
+def test_triton_linear(target, names):
+    """Every kernel on one target at least. sm_100 has no rows of its own and takes sm_80's."""
+    cases = {name: KERNELS[name]("sm_80" if target == "sm_100" else target) for name in names.split()}
+    found = compile_cases(list(cases.values()), target)
+    compiled = {name: found[case.name] for name, case in cases.items()}
     for name, result in compiled.items():
         check_resources(result, name, target)
     if target == "gfx942":
-        assert "v_mfma_i32" in compiled["linear bf16 integers"].asm["amdgcn"]
-        return
-    tensor_core = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "MMA"}[target]
-    assert tensor_core in compiled["linear bf16 integers"].asm["sass"]
-    assert "MMA" in compiled["stream fp16 16"].asm["sass"]
-    for name in set(compiled) & {"stream fp16 16", "stream bf16 1"}:
-        loads = [line for line in compiled[name].asm["sass"].splitlines() if "LDG" in line]
-        assert any(".128" in line for line in loads), f"{name} on {target}: no 16-byte load"
+        assert "v_mfma_i32" in compiled["integers"].asm["amdgcn"]
+    elif "integers" in compiled:
+        assert {"sm_90": "IGMMA", "sm_100": "MMA"}[target] in compiled["integers"].asm["sass"]
+    else:
+        text = compiled["few"].asm["sass"]
+        assert "HMMA" in text
+        assert any("LDG" in line and ".128" in line for line in text.splitlines()), "no 16-byte load"

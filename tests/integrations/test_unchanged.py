@@ -29,8 +29,7 @@ def model():
 @pytest.fixture(params=["c++", "python"])
 def form(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(unchanged, "_NATIVE", None)
-        monkeypatch.setattr(unchanged, "_unchanged", unchanged.unchanged)
+        monkeypatch.setattr(unchanged, "_NATIVE", unchanged._IN_PYTHON)
     elif extensions.same() is None:
         pytest.skip("no extension, or a torch whose tensors C++ cannot read")
     return request.param
@@ -81,7 +80,9 @@ CHANGES = {
     "memory": viewed(torch.clone),
     "strides": viewed(torch.t),
     "size": viewed(lambda data: data[:, :16]),
-    "dtype": viewed(lambda data: data.view(torch.float16).as_strided((32, 32), (32, 1))),  # the same address and strides
+    "dtype": viewed(
+        lambda data: data.view(torch.float16).as_strided((32, 32), (32, 1))
+    ),  # the same address and strides
 }
 
 
@@ -110,15 +111,21 @@ def test_what_changes_nothing_is_none(model, form):
 
 def test_both_forms_see_the_same_memory():
     tensors = (torch.ones(3), torch.ones(2, 3, dtype=torch.float64), torch.ones(()), torch.ones(2, 0, dtype=torch.int8))
-    forms = [unchanged.memory, *([] if extensions.same() is None else [extensions.same()[1]])]
-    for memory in forms:
-        assert memory(tensors) == memory(tensors)
+    forms = [unchanged._IN_PYTHON[1:], *([] if extensions.same() is None else [extensions.same()[1:]])]
+    for memory, same in forms:
+        known = memory(tensors)
+        assert known == memory(tensors)
+        assert same(tensors, known)
+        assert not same(tensors[:3], known)
         for i, tensor in enumerate(tensors):
-            assert memory((*tensors[:i], tensor.clone(), *tensors[i + 1 :])) != memory(tensors) or not tensor.numel()
+            others = (*tensors[:i], tensor.clone(), *tensors[i + 1 :])
+            assert (memory(others) == known) == same(others, known) == (not tensor.numel())
     if len(forms) > 1:
-        assert forms[1]((torch.empty(2, device="meta"),)) is None
+        memory, same = forms[1]
+        assert memory((torch.empty(2, device="meta"),)) is None
+        assert not same((torch.empty(2, device="meta"),), memory(tensors[:1]))
         with pytest.raises(TypeError, match="a tuple of tensors"):
-            forms[1]([])
+            memory([])
 
 
 @pytest.mark.skipif(extensions.same() is None, reason="Python asks each module")

@@ -24,7 +24,9 @@ SHAPES = [
     (3, (0, 4)),
 ]
 # For Triton's interpreter: one row, few and many, with tiles that end inside and outside, one part of K and several.
-INTERPRETED = [(r, s) for r, s in SHAPES if r in (1, 7, 17, 33) and s in ((131, 97), (5, 1)) or (r, s) == (2, (800, 51))]
+INTERPRETED = [
+    (r, s) for r, s in SHAPES if (r in (1, 7, 17, 33) and s in ((131, 97), (5, 1))) or (r, s) == (2, (800, 51))
+]
 
 
 @pytest.fixture(params=BACKENDS)

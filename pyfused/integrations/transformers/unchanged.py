@@ -7,9 +7,9 @@ extension, in Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain, repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 _LEAF = Kind()
 _get: Any = dict.get
-_TYPE, _VALUE, _EMPTY, _ITEMS = range(4)  # kinds of questions, as python_same.h numbers them
+_VALUE, _EMPTY, _ITEMS, _TYPE = range(4)  # kinds of questions, as python_same.h numbers them
 Kinds = Mapping[type, Kind]
 
 
@@ -48,51 +48,59 @@ def kind_of(module: nn.Module, kinds: Kinds) -> Kind | None:
 
 
 class Question(NamedTuple):
-    """Put to many owners at once: is the answer the same object as before? Only _TYPE asks modules, the others their dicts."""
+    """Put to many owners at once, the dicts of modules: is the answer the same object as before?"""
 
     kind: int
-    owners: tuple[Any, ...]
     key: str
     expected: tuple[Any, ...]
 
-    @classmethod
-    def value(cls, owners: tuple[Any, ...], key: str) -> Question:
-        return cls(_VALUE, owners, key, tuple(map(_get, owners, repeat(key))))
 
-    @classmethod
-    def items(cls, owners: tuple[Any, ...], key: str) -> Question:
-        return cls(_ITEMS, owners, key, tuple(map(_items, owners, repeat(key))))
+Owners = tuple[dict[str, Any], ...]
+Group = tuple[Owners, tuple[Question, ...]]
 
 
-def _items(owner: dict[str, Any], key: str) -> tuple[Any, ...]:
+def _value(owners: Owners, key: str) -> Question:
+    return Question(_VALUE, key, tuple(map(_get, owners, repeat(key))))
+
+
+def _items(owners: Owners, key: str) -> Question:
+    return Question(_ITEMS, key, tuple(map(_items_of, owners, repeat(key))))
+
+
+def _items_of(owner: dict[str, Any], key: str) -> tuple[Any, ...]:
     found = _get(owner, key)
     return tuple(chain.from_iterable(dict.items(found))) if isinstance(found, dict) else (found,)
 
 
-def unchanged(questions: tuple[Question, ...]) -> bool:
+def unchanged(groups: tuple[Group, ...]) -> bool:
     """Whether every answer is still the expected one."""
-    return all(map(_holds, questions))
+    return all(_holds(owners, question) for owners, questions in groups for question in questions)
 
 
-def _holds(question: Question) -> bool:
-    kind, owners, key, expected = question
+def _holds(owners: Owners, question: Question) -> bool:
+    kind, key, expected = question
     if kind == _TYPE:
-        return all(map(is_, map(type, owners), expected))
+        return all(type(module) is kind_then for module, kind_then in expected)
     if kind == _VALUE:
         return all(map(is_, map(_get, owners, repeat(key)), expected))
     if kind == _EMPTY:
         return not any(map(_get, owners, repeat(key)))
-    now = map(_items, owners, repeat(key))
+    now = map(_items_of, owners, repeat(key))
     return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, expected))
 
 
 def memory(tensors: tuple[Tensor, ...]) -> Any:
     """What tells each tensor from every other view of the same memory, and from a tensor that has taken its place."""
-    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    return [list(map(look, tensors)) for look in _LOOKS]
 
 
-_NATIVE = extensions.same()
-_unchanged: Callable[[tuple[Question, ...]], bool] = unchanged if _NATIVE is None else _NATIVE[0]
+def same_memory(tensors: tuple[Tensor, ...], known: Any) -> bool:
+    return bool(memory(tensors) == known)
+
+
+_LOOKS: tuple[Any, ...] = Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
+_IN_PYTHON = unchanged, memory, same_memory
+_NATIVE = extensions.same() or _IN_PYTHON
 
 
 class Watch:
@@ -100,28 +108,35 @@ class Watch:
 
     def __init__(self, root: nn.Module, modules: list[nn.Module], kinds: Kinds):
         below = tuple(map(vars, modules))
-        everywhere = (vars(root), *below)  # the root itself is called as ever, so its own hooks run
-        of_setting: dict[str, list[Any]] = {}
+        of_root = (vars(root),)  # which itself is called as ever, so its own hooks run
+        with_settings: dict[str, list[Any]] = {}
         for module, attributes in zip(modules, below):
-            for name in (kind_of(module, kinds) or _LEAF).settings.split():
-                of_setting.setdefault(name, []).append(attributes)
+            if names := (kind_of(module, kinds) or _LEAF).settings:
+                with_settings.setdefault(names, []).append(attributes)
         none = (None,) * len(below)
-        self._questions = (
-            Question(_TYPE, tuple(modules), "", tuple(map(type, modules))),
-            Question.items(everywhere, "_parameters"),
-            Question.items(everywhere, "_modules"),
-            Question.value(everywhere, "training"),
-            Question.value(below, "forward"),
-            Question(_EMPTY, below, "_forward_hooks", none),
-            Question(_EMPTY, below, "_forward_pre_hooks", none),
-            *(Question.value(tuple(owners), name) for name, owners in of_setting.items()),
+
+        def of_all(owners: Owners) -> tuple[Question, ...]:
+            return _value(owners, "training"), _items(owners, "_parameters"), _items(owners, "_modules")
+
+        of_below = (
+            Question(_TYPE, "", tuple((module, type(module)) for module in modules)),
+            _value(below, "forward"),
+            Question(_EMPTY, "_forward_hooks", none),
+            Question(_EMPTY, "_forward_pre_hooks", none),
         )
+        groups: list[Group] = [(of_root, of_all(of_root)), (below, (*of_all(below), *of_below))]
+        for names, found in with_settings.items():
+            owners = tuple(found)
+            groups.append((owners, tuple(_value(owners, name) for name in names.split())))
+        self._groups = tuple(groups)
         configs = (attributes["config"] for attributes in below if "config" in attributes)
         self._configs = list({(id(c._fused), c._had): c for c in configs}.values())
-        weights = chain.from_iterable(attributes["_parameters"].values() for attributes in everywhere)
+        weights = chain.from_iterable(attributes["_parameters"].values() for attributes in (*of_root, *below))
         self.parameters: tuple[Tensor, ...] = tuple(w for w in weights if w is not None)
-        self._look = memory if _NATIVE is None or _NATIVE[1](self.parameters) is None else _NATIVE[1]
-        self._memory = self._look(self.parameters)
+        self._unchanged, look, self._same_memory = _NATIVE
+        self._memory = look(self.parameters)
+        if self._memory is None:  # C++ cannot read one of them, or no tensor of torch 2.10
+            self._memory, self._same_memory = memory(self.parameters), same_memory
         self._changes = changes()
         classes: Any = set(map(type, modules))
         self._classes = [(kind, kind.forward) for kind in classes]
@@ -161,6 +176,6 @@ class Watch:
             and not torch_module._has_any_global_hook()
             and all(config._attn_implementation == NAME for config in self._configs)
             and all(kind.forward is forward for kind, forward in self._classes)
-            and _unchanged(self._questions)
-            and self._look(self.parameters) == self._memory
+            and self._unchanged(self._groups)
+            and self._same_memory(self.parameters, self._memory)
         )
