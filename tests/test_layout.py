@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Places that lack an operator, each with the reason.
 EXCEPTIONS = {
-    "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "kernels/triton/decode.py": "a whole step in one kernel needs a barrier of the whole grid, which Triton has not",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
 }

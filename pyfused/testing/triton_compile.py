@@ -25,8 +25,8 @@ from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
-# Shared memory that one block may ask for, in bytes: A100 163 KB, H100 and B200 227 KB, MI300 64 KB. These are all targets; TARGETS
-# are those of every kernel's test.
+# Shared memory that one block may ask for, in bytes: A100 163 KB, H100 and B200 227 KB, MI300 64 KB. These are all targets;
+# TARGETS are those of every kernel's test.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 

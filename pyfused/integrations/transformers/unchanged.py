@@ -100,7 +100,7 @@ def same_memory(tensors: tuple[Tensor, ...], known: Any) -> bool:
 
 _LOOKS: tuple[Any, ...] = Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 _IN_PYTHON = unchanged, memory, same_memory
-_NATIVE = extensions.same() or _IN_PYTHON
+_NATIVE: tuple[Any, Any, Any] = extensions.same() or _IN_PYTHON
 
 
 class Watch:
