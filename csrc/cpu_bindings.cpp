@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "pyfused/python_call.h"
+#include "pyfused/python_same.h"
 
 #ifdef PYFUSED_HAS_avx2
 #include <cpuid.h>
@@ -68,6 +69,10 @@ PYBIND11_MODULE(_cpu, m) {
        "signature(*args) -> bytes that are equal for calls that differ in values alone, or None"},
       {"prepared", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::prepared)), METH_FASTCALL,
        "prepared(launches, forced, levels, otherwise, count, *watchers) -> the function that calls a prepared launch"},
+      {"unchanged", &python::unchanged, METH_O, "unchanged(groups) -> whether dicts and types are as before"},
+      {"memory", &python::memory, METH_O, "memory(tensors) -> bytes that say where they lie and what they are, or None"},
+      {"same_memory", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python::same_memory)), METH_FASTCALL,
+       "same_memory(tensors, known) -> memory(tensors) == known"},
       {}};
   if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   py::list supported;

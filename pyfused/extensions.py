@@ -141,6 +141,12 @@ def gpu_prepared(
     return run
 
 
+def same() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None:
+    """`unchanged`, `memory` and `same_memory` of csrc/include/pyfused/python_same.h; None without the extension."""
+    module = _load("_cpu")[0]
+    return None if module is None else (module.unchanged, module.memory, module.same_memory)
+
+
 def cpu() -> ModuleType:
     """The kernels for the instruction set in use: pyfused._cpu.<isa>."""
     module, reason = _load("_cpu")

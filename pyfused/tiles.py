@@ -52,10 +52,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "row_norm_backward_long": _BLOCK,
     "row_norm_column_sums": (*_ROWS, "BLOCK", "PER_PROCESSOR"),
     "row_norm_reduce": ("PARTS", *_BLOCK),
+    # The products of _product.py; with int8 weights their case is "int8", with rows of x in int8 too "integers".
     "ffn_linear": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"),
     "ffn_stream": _STREAM,  # rows: one, or few
     "ffn_combine": _BLOCK,
     "ffn_activation_backward": _BLOCK,
+    "linear_rows": _BLOCK,
     "gated_ffn_stream": _STREAM,
     "gated_ffn_combine": _BLOCK,
     "gated_ffn_gate": _BLOCK,
@@ -299,5 +301,6 @@ def least_shared(row: Row) -> int:
     if row.kernel in ("attention_forward", "attention_decode") and row.up_to <= 256:
         return stages_in_flight * 2 * tile["BLOCK_N"] * row.up_to * 2  # keys and values
     if row.kernel == "ffn_linear":
-        return stages_in_flight * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * 2
+        of_x, of_weight = {"int8": (2, 1), "integers": (1, 1)}.get(row.case, (2, 2))
+        return stages_in_flight * (tile["BLOCK_M"] * of_x + tile["BLOCK_N"] * of_weight) * tile["BLOCK_K"]
     return 0

@@ -1,5 +1,6 @@
 """Does beam search return the same texts as transformers', for T5 and GPT-2?"""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from t5_cases import like_hf as like_t5
 
 from pyfused import Generator
 from pyfused.generation import plan_of
+from pyfused.generation.beam_steps import GraphBeams
 from pyfused.nn import KVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +96,51 @@ def test_beams_find_likelier_texts_than_the_greedy_one(pairs, prompts):
     gains = [score(p, b) - score(p, g) for p, b, g in zip(prompts, beams, greedy)]
     assert np.mean(gains) > 0.1
     assert greedy != beams
+
+
+class Replayed(GraphBeams):
+    """The graph's step with its fixed shapes, run operator by operator if no GPU can capture it."""
+
+    def _capture(self):
+        self.replay = self._step
+        return self
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_the_step_of_fixed_shapes_gives_the_same_texts(pairs, prompts, name, monkeypatch):
+    """Positions lie on the device, all places are reordered, ended texts run on; then further searches with the same step."""
+    _, model = pairs[name]
+    long = [prompt * 8 for prompt in prompts[:4]] if name == "gpt2" else prompts[:4]
+    long = [prompt[:50] for prompt in long]
+    options = {"num_beams": 3, "num_return_sequences": 3}
+    liked = Counter(token for new in Generator(model).generate(prompts, NEW) for token in set(new[3:]))
+    stops = [token for token, _ in liked.most_common(12)]
+    calls = [(prompts[:4], NEW, stops), (prompts[4:8], NEW, []), (prompts[:4], NEW - 3, stops[:4]), (long, NEW, stops)]
+    want = [Generator(model).generate(p, n, stop_token_ids=s, **options) for p, n, s in calls]
+    kept = {}
+
+    def beams(self, arrays, max_new_tokens, beams, width):
+        shape, shared = self._decoding.shape(arrays, max_new_tokens), self._decoding.shared(arrays)
+        made = Replayed(self.model, shape, shared, beams, width)
+        return kept.setdefault(made.made_for, made)
+
+    monkeypatch.setattr(Generator, "_beams", beams)
+    generator = Generator(model)
+    for (p, n, s), texts in zip(calls, want):
+        assert generator.generate(p, n, stop_token_ids=s, **options) == texts
+    assert len({len(text) for text in want[0]}) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_a_captured_graph_gives_the_same_texts(pairs, prompts, name):
+    _, model = pairs[name]
+    options = {"num_beams": 3, "num_return_sequences": 3, "stop_token_ids": STOPS}
+    want = Generator(copy.deepcopy(model).cpu()).generate(prompts[:4], NEW, **options)
+    generator = Generator(model)
+    for _ in range(2):  # captures, then replays from the start
+        assert generator.generate(prompts[:4], NEW, **options) == want
+    assert len(generator._graphs) == 1
 
 
 def test_modules_with_hooks_give_the_same(pairs, prompts):

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from pyfused import extensions
 from pyfused.generation import steps
+from pyfused.generation.beam_search import BeamSearch
+from pyfused.generation.beam_steps import GraphBeams
 from pyfused.generation.sampling import Sampler
 from pyfused.generation.steps import GraphSteps
 from pyfused.models.gpt2 import GPT2Backbone
@@ -45,6 +47,19 @@ class Replayed(GraphSteps):
         return self
 
 
+class ReplayedBeams(GraphBeams):
+    """The same for beams; `seen` has what each step read."""
+
+    def _capture(self):
+        self.seen = []
+        return self
+
+    def replay(self):
+        with Reads() as reads:
+            self._step()
+        self.seen.append(reads)
+
+
 class Reads(TorchDispatchMode):
     """Logs every operator and its inputs: tensors made since the start by number, other tensors by address."""
 
@@ -68,7 +83,9 @@ class Reads(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.found:
                 storage = tensor.untyped_storage()
-                self.made.setdefault(storage._cdata, (len(self.made), storage))  # kept alive, so none reuses its address
+                self.made.setdefault(
+                    storage._cdata, (len(self.made), storage)
+                )  # kept alive, so none reuses its address
         return out
 
 
@@ -96,6 +113,21 @@ def test_every_step_reads_the_same_memory(model, kind, sampler):
         assert reads.calls[1:] == seen[0].calls[1:]
     _draws, *read = seen[0].found.values()
     assert not any(storage.expired() for storage in read)
+
+
+@torch.inference_mode()
+def test_every_step_of_a_beam_search_reads_the_same_memory(model, kind):
+    """Two searches one after the other. The caches are reordered inside the step."""
+    search, elsewhere = BeamSearch(4), []
+    steps = ReplayedBeams(model, SHAPES[kind], 1, 4, search.candidates(1))
+    for seed in range(2):
+        search.run(steps, prompts(seed), 5, frozenset([7]))
+        elsewhere.append([torch.empty(n, dtype=torch.int64) for n in (1, 3, 61) * 50])  # reuses freed memory
+    assert len(steps.seen) > 4
+    assert any("aten.index_select" in call for call in steps.seen[0].calls)
+    for reads in steps.seen[1:]:
+        assert reads.calls == steps.seen[0].calls
+    assert not any(storage.expired() for storage in steps.seen[0].found.values())
 
 
 @torch.inference_mode()
@@ -158,6 +190,31 @@ def test_a_capture_happens_on_the_models_device(model, kind, monkeypatch):
     assert ("wait", 1, 1) in machine.log
     assert ("synchronize", 0) not in machine.log
     assert machine.device == 0
+
+
+@torch.inference_mode()
+def test_capturing_a_beam_search_moves_no_beam(model, kind, monkeypatch):
+    """The warm-up runs the step twice. The caches and positions that the replay finds are those before it."""
+    machine = Machine(monkeypatch)
+
+    class Recorded(GraphBeams):
+        def _step(self):
+            if not machine.capturing:  # a capture records the step and does not run it
+                super()._step()
+
+    rows, running, found = np.array([[1, 0], [0, 0], [1, 1]]), np.array([[0.0, -1.0]] * 3, np.float32), []
+    for cls in (Recorded, ReplayedBeams):
+        one = cls(model, SHAPES[kind], 1, 2, 4)
+        best = one.start(prompts(0), running)
+        for step in range(2):
+            before = len(machine.log)
+            one.move(np.zeros((3, 2, 9), np.int64), rows, step)
+            one.next(best.tokens[:, :2], running)
+            if cls is Recorded:
+                assert [event[0] for event in machine.log[before:]].count("replay") == 1
+                one._step()
+        found.append((one._scores.clone(), one._places.clone(), *(t.clone() for t in one._decoding.state)))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_graph_is_kept_for_weights_of_one_dtype(model, kind):

@@ -12,18 +12,20 @@ from large_launches import Launches
 
 from pyfused import dispatch, tiles
 from pyfused.kernels.triton import (
+    _product,
     _row_norm,
     attention,
     ffn,
     fourier_mix,
     gated_ffn,
     layer_norm,
+    linear,
     relative_bias,
     rms_norm,
 )
 from pyfused.kernels.triton._launch import GRID_LIMITS, starter
 
-MODULES = (_row_norm, attention, ffn, gated_ffn, fourier_mix, relative_bias)
+MODULES = (_product, _row_norm, attention, ffn, gated_ffn, fourier_mix, linear, relative_bias)
 SOURCES = Path(inspect.getfile(starter)).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the interpreter")
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -106,7 +108,7 @@ def few(rows, product):
     n, k = 2**24, 256
     x, w = new(rows, k), new(n, k)
     if product is ffn:
-        ffn.prepare_product((rows,), k, w, True, "gelu", n, True)(x, w, new(n), new(rows, n))
+        _product.prepare_product((rows,), k, w, True, "gelu", n, True)(x, w, new(n), new(rows, n))
     else:
         gated_ffn.prepare_stream((rows,), k, w, w, "silu", True, True)(x, w, w)
 
@@ -114,7 +116,12 @@ def few(rows, product):
 def split(rows, n, k):
     """A product of few rows with a matrix so narrow that several programs share each sum."""
     x, w = new(rows, k), new(n, k)
-    ffn.prepare_product((rows,), k, w, False, "gelu", None, True)(x, w, None, None)
+    _product.prepare_product((rows,), k, w, False, "gelu", None, True)(x, w, None, None)
+
+
+def int8(rows, n, k, dynamic=False):
+    x, weight, scale = new(rows, k), new(n, k, dtype=torch.int8), new(n, dtype=torch.float32)
+    linear.forward(x, weight, new(n), new(rows, n), scale, dynamic)
 
 
 def gated(rows, n, f, dtype=BF16):
@@ -145,6 +152,9 @@ CALLS = {  # each has a tensor of more than 2^31 elements
     "ffn few": lambda: few(16, ffn),
     "ffn one": lambda: few(1, ffn),
     "ffn split": lambda: split(16, 64, 2**15),
+    "linear int8": lambda: int8(2**20, 4096, 64),
+    "linear int8 one": lambda: int8(1, 2**24, 256),
+    "linear int8 dynamic": lambda: int8(2**24, 64, 256, True),
     "gated_ffn": lambda: gated(2**20, 512, 4096),
     "gated_ffn float16": lambda: gated(2**20, 2304, 4096, HALF),
     "gated_ffn few": lambda: few(16, gated_ffn),

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Places that lack an operator, each with the reason.
 EXCEPTIONS = {
-    "kernels/triton/linear.py": "on a GPU it is csrc/cuda/linear.cu for a few rows, cuBLAS for more",
     "kernels/triton/decode.py": "a whole step in one kernel needs a barrier of the whole grid, which Triton has not",
     "csrc/cuda/relative_bias.cu": "the materialised bias is a gather: Triton's kernel serves every GPU",
 }
@@ -97,7 +96,7 @@ CHIP = re.compile(r"sm_\d+|gfx\d+|[AHBV]\d00|MI\d+|RTX", re.IGNORECASE)
 CAPABILITIES = {
     "kernels/triton/_attention_tiles.py": {"MASKED_STAGES"},  # the latency its loops can hide; see the file
     "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # decode's tile; the parts that combine_kernel adds up
-    "kernels/triton/ffn.py": {"FEW_ROWS"},
+    "kernels/triton/_product.py": {"FEW_ROWS"},
     "kernels/cpu/decode.py": {"MOST_ROWS"},  # whose activations stay in L1 and L2
     "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
     "kernels/cuda/decode.py": {"MOST_ROWS"},  # compiled into csrc/cuda/decode.cu

@@ -9,6 +9,7 @@ from t5_cases import like_hf as like_hf_t5
 
 from pyfused import Generator
 from pyfused.generation.beam_search import BeamSearch
+from pyfused.generation.beam_steps import EagerBeams
 from pyfused.generation.sampling import NO_TOKEN, Sampler, likeliest_token
 from pyfused.generation.steps import GraphSteps
 
@@ -57,7 +58,9 @@ def test_temperatures_too_small_for_float32_are_greedy(dtype, temperature):
             assert torch.equal(Sampler(temperature, **cut)(logits, uniform), logits.argmax(-1)), (cut, u)
 
 
-@pytest.mark.parametrize("temperature", [1e30, 1e38, 3.5e38, 1e300, 10**30, 10**400], ids=lambda t: f"1e{len(str(int(t))) - 1}")
+@pytest.mark.parametrize(
+    "temperature", [1e30, 1e38, 3.5e38, 1e300, 10**30, 10**400], ids=lambda t: f"1e{len(str(int(t))) - 1}"
+)
 def test_temperatures_beyond_float32_are_uniform(temperature):
     logits = torch.randn(8, generator=torch.Generator().manual_seed(3))
     logits[2] = -torch.inf
@@ -110,7 +113,9 @@ def made(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 1}, {"num_beams": 3}, {"steps": "fixed"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "seed": 1}, {"num_beams": 3}, {"steps": "fixed"}], ids=str
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_generation_raises_where_logits_are_not_finite(kind, options, bad, monkeypatch):
     """The bad logits come in the third step, in the second prompt only."""
@@ -179,7 +184,8 @@ def test_extreme_length_penalties_rank_as_float64_does(penalty):
 
     search = BeamSearch(2, penalty, "never", 1)
     search.check_penalty(40)
-    (found,) = search.run(Decoding(), [np.array([1])], 40, frozenset([stop]))
+    steps = EagerBeams(Decoding(), 2, search.candidates(1))
+    (found,) = search.run(steps, [np.array([1])], 40, frozenset([stop]))
     total, scores = 0.0, {}
     for t in range(40):
         odds = odds_of(t)

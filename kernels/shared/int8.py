@@ -26,7 +26,8 @@ def dequantized(weight, scale, dtype):
 def in_float(x, weight, device):
     """Why a call with dynamic=True keeps x in floating point all the same; None if the integer product takes it.
 
-    device: the one whose limits count. The reference passes x's; torch._int_mm takes any sizes on a CPU.
+    device: the one whose limits of torch._int_mm count. The reference passes x's; on a CPU it takes any sizes. "triton" has a
+        product of its own.
     """
     n, k = weight.shape
     rows = x.shape[:-1].numel()
@@ -36,7 +37,7 @@ def in_float(x, weight, device):
         return f"sums of {k} products of int8 do not fit into int32" if k else "there is nothing to sum"
     if device == "cuda" and (n % 8 or k % 8):
         return f"torch._int_mm takes multiples of 8 on a GPU, not a weight of ({n}, {k})"
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda", "triton"):
         return f"torch._int_mm is not known to work on {device}"
     return None
 

@@ -30,7 +30,7 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._activation import activate, activate_with_slope
 from pyfused.kernels.triton._launch import starter
-from pyfused.kernels.triton.ffn import FEW_ROWS, prepare_product, share, stream_rows
+from pyfused.kernels.triton._product import FEW_ROWS, prepare_product, share, stream_rows
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------

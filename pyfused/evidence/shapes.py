@@ -50,7 +50,8 @@ def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
 
 
 def _linear(x, weight, bias, residual, scale=None, dynamic=False):
-    return product_shapes(x.shape[:-1].numel(), weight)
+    shapes, size = product_shapes(x.shape[:-1].numel(), weight)
+    return f"{shapes}, dynamic" if dynamic else shapes, size
 
 
 def _ffn(x, w_in, b_in, w_out, *_):

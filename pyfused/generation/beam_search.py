@@ -1,8 +1,7 @@
 """Which texts are likeliest as a whole? Beam search, with the scores and stopping rules of transformers' generate.
 
 The score of a finished text is the sum of its tokens' log-probabilities, divided by length ** length_penalty.
-The host does the bookkeeping and reads only a few numbers per beam. The model's rows are reordered in place, from the first
-token on in which they differ.
+The host does the bookkeeping and reads only a few numbers per beam.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from .beam_steps import BeamSteps
 from .sampling import no_token
-from .steps import Decoding
 
 # Added to the score of a forbidden choice, as in transformers. Comparisons then never meet infinity.
 _NEVER = np.float32(-1.0e9)
@@ -74,56 +73,38 @@ class BeamSearch:
 
     @torch.inference_mode()
     def run(
-        self, decoding: Decoding, prompts: list[np.ndarray], max_new_tokens: int, stops: frozenset[int]
+        self, steps: BeamSteps, prompts: list[np.ndarray], max_new_tokens: int, stops: frozenset[int]
     ) -> list[list[int]]:
-        """The best num_return_sequences texts of each prompt, prompt after prompt, including stop tokens."""
-        beams, width = self.num_beams, self.candidates(len(stops))
-        logits = decoding.start(prompts).repeat_interleave(beams, 0)
-        decoding.branch(beams)
+        """The best num_return_sequences texts of each prompt, prompt after prompt, including stop tokens. steps: of num_beams
+        beams and candidates(len(stops)) continuations."""
         texts = list(range(len(prompts)))
         found: list[list[list[int]]] = [[] for _ in prompts]
-        state = _State(len(prompts), beams, max_new_tokens)
+        state = _State(len(prompts), self.num_beams, max_new_tokens)
+        over = np.zeros(len(texts), bool)  # texts that have ended and run on
         ends = np.array(sorted(stops), np.int64)
+        best = steps.start(prompts, state.running)
         for t in range(max_new_tokens):
-            scores = torch.log_softmax(logits, -1, dtype=torch.float32).unflatten(0, (len(texts), beams))
-            scores = scores + torch.from_numpy(state.running).to(scores.device)[:, :, None]
-            best, index = (found.cpu().numpy() for found in scores.flatten(1).topk(width))  # NaN comes first
-            if np.isnan(best[:, 0]).any():
-                raise no_token(texts[int(np.isnan(best[:, 0]).argmax())], t, logits.dtype)
-            origin, token = np.divmod(index, scores.shape[2])
-            stopping = np.isin(token, ends) | (t + 1 == max_new_tokens)
+            if t:
+                best = steps.next(state.tokens[:, :, t - 1], state.running)
+            undefined = np.isnan(best.scores[:, 0]) & ~over
+            if undefined.any():
+                raise no_token(texts[int(undefined.argmax())], t, steps.dtype)
+            is_last = t + 1 == max_new_tokens
+            stopping = np.isin(best.tokens, ends) | is_last
             before = state.tokens
-            rows = state.advance(t, best, origin, token, stopping, self)
-            done = state.done(t + 1, max_new_tokens, self)
-            if t + 1 == max_new_tokens or done.all():
-                done[:] = True
-            for slot in np.flatnonzero(done):
+            rows = state.advance(t, *best, stopping, self)
+            done = state.done(t + 1, max_new_tokens, self) | is_last
+            for slot in np.flatnonzero(done & ~over):
                 found[texts[slot]] = state.finished_texts(int(slot), self.num_return_sequences)
-            if done.all():
+            over |= done
+            if over.all():
                 break
-            self._move(decoding, before, rows, t)
-            if done.any():
-                alive = [int(slot) for slot in np.flatnonzero(~done)]
-                decoding.select(alive)
+            steps.move(before, rows, t)
+            alive = [int(slot) for slot in np.flatnonzero(~over)]
+            if len(alive) < len(texts) and steps.keep(alive):
                 state.keep(alive)
-                texts = [texts[slot] for slot in alive]
-            last = torch.from_numpy(state.tokens[:, :, t].ravel()).to(logits.device)
-            logits = decoding.step(last)
+                texts, over = [texts[slot] for slot in alive], over[alive]
         return [tokens for of_prompt in found for tokens in of_prompt]
-
-    @staticmethod
-    def _move(decoding: Decoding, before: np.ndarray, rows: np.ndarray, new: int) -> None:
-        """Reorders the model's rows. before (B, K, N): the tokens fed to them so far, `new` of them. rows (B, K): the beam
-        that each new beam continues."""
-        beams = before.shape[1]
-        moved = rows != np.arange(beams)
-        if not moved.any():
-            return
-        was = np.take_along_axis(before, rows[:, :, None], 1)
-        differs = (was[moved] != before[moved])[:, :new]
-        first = int(differs.any(0).argmax()) if differs.any() else new
-        flat = rows + np.arange(len(rows))[:, None] * beams
-        decoding.reorder(flat.ravel().tolist(), new, first)
 
 
 class _State:

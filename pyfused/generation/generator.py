@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..models.evaluation import evaluating
 from ..quantize import quantize_
 from ..spread import has_spread_weights, is_wrapped
 from .beam_search import BeamSearch
+from .beam_steps import BeamSteps, EagerBeams, GraphBeams
 from .queue import run_queue
 from .sampling import NO_TOKEN, Sampler, no_token, uniforms
 from .steps import EagerSteps, GraphSteps, Steps, decoding_of
@@ -46,11 +48,13 @@ class Generator:
     def __init__(self, model: Backbone, *, weights: str | None = None, warm: bool = False):
         self._decoding = decoding_of(model)
         if any(map(is_wrapped, model.modules())):
-            raise ValueError("model: fully_shard gathers its weights for calls of the model alone; generation takes a mesh")
+            raise ValueError(
+                "model: fully_shard gathers its weights for calls of the model alone; generation takes a mesh"
+            )
         if weights is not None:
             model = _copy_in_int8(model, weights)
         self.model = model
-        self._graphs: dict[object, GraphSteps] = {}
+        self._graphs: dict[object, GraphSteps | GraphBeams] = {}
         if warm:
             make_ready(model)
 
@@ -105,14 +109,13 @@ class Generator:
             return []
         with evaluating(self.model), torch.inference_mode():
             if num_beams > 1:
-                decoding = self._decoding(self.model, self._decoding.shape(arrays, max_new_tokens))
-                return search.run(decoding, arrays, max_new_tokens, stops)
+                beams = self._beams(arrays, max_new_tokens, num_beams, search.candidates(len(stops)))
+                with self._kept(beams):
+                    return search.run(beams, arrays, max_new_tokens, stops)
             steps = self._steps(arrays, max_new_tokens, sampler)
-            try:
+            with self._kept(steps):
                 draws = draws.to(self.model.device)
                 return _run(steps, arrays, max_new_tokens, draws, stops, on_token, self.model.dtype)
-            finally:
-                self._keep(steps)
 
     def generate_batch(
         self,
@@ -165,11 +168,27 @@ class Generator:
         shape = self._decoding.shape(prompts, max_new_tokens)
         if self.model.device.type != "cuda" or has_spread_weights(self.model):
             return EagerSteps(self._decoding(self.model, shape), sampler)
-        key = GraphSteps.key(self.model, shape, sampler)
-        return self._graphs.pop(key, None) or GraphSteps(self.model, shape, sampler)
+        made: Any = self._graphs.pop(GraphSteps.key(self.model, shape, sampler), None)
+        return made or GraphSteps(self.model, shape, sampler)
 
-    def _keep(self, steps: Steps) -> None:
-        if isinstance(steps, GraphSteps):
+    def _beams(self, prompts: list[np.ndarray], max_new_tokens: int, beams: int, width: int) -> BeamSteps:
+        """The same for a beam search. width: how many continuations it considers."""
+        shape, shared = self._decoding.shape(prompts, max_new_tokens), self._decoding.shared(prompts)
+        if self.model.device.type != "cuda" or has_spread_weights(self.model):
+            return EagerBeams(self._decoding(self.model, shape), beams, width)
+        made: Any = self._graphs.pop(GraphBeams.key(self.model, shape, shared, beams, width), None)
+        return made or GraphBeams(self.model, shape, shared, beams, width)
+
+    @contextlib.contextmanager
+    def _kept(self, steps: Steps | BeamSteps) -> Iterator[None]:
+        """Keeps the graph for later calls, also if this one fails."""
+        try:
+            yield
+        finally:
+            self._keep(steps)
+
+    def _keep(self, steps: Steps | BeamSteps) -> None:
+        if isinstance(steps, (GraphSteps, GraphBeams)):
             with _KEEPING:
                 self._graphs[steps.made_for] = steps  # the latest is last
                 while len(self._graphs) > 4:
@@ -246,10 +265,12 @@ def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_tok
             row, t = missing[missing[:, 1].argmin()].tolist()
             raise no_token(row, t, dtype)
         return found.tolist()
+    coming = steps.read(tokens)
     for t in range(count):
-        if t:
-            tokens = steps.next(draws[:, t])
-        for row, token in zip(slots, tokens.tolist()):
+        arrived = coming
+        if steps.runs_ahead and t + 1 < count:
+            coming = steps.read(steps.next(draws[:, t + 1]))
+        for row, token in zip(slots, arrived()):
             if done[row]:
                 continue
             if token == NO_TOKEN:
@@ -264,4 +285,6 @@ def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_tok
         if len(alive) < len(slots) and steps.keep(alive):
             slots = [slots[slot] for slot in alive]
             draws = draws[alive]
+        if not steps.runs_ahead and t + 1 < count:
+            coming = steps.read(steps.next(draws[:, t + 1]))
     return out

@@ -33,13 +33,13 @@ def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> T
 class GPT2Decoding:
     """Continues a batch of texts; see `pyfused.generation.steps.Decoding`."""
 
-    def __init__(self, model: GPT2Backbone, shape: tuple[int, ...], fixed: bool = False):
+    def __init__(self, model: GPT2Backbone, shape: tuple[int, ...], fixed: bool = False, beams: int = 1):
         self.model = model
-        batch_size, capacity = shape
+        batch_size, capacity = shape[0] * beams, shape[1]
         self._cache = model.new_cache(batch_size, capacity)
         self._places = torch.arange(capacity, device=model.device)
         self._lengths: list[int] = []
-        self._times = 1
+        self._times = beams
         self._decoder = Decoder.of(model, self._cache, fixed)
         self._positions: Tensor | None = None
         if fixed:
@@ -48,6 +48,10 @@ class GPT2Decoding:
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
         return len(prompts), max(len(p) for p in prompts) + max_new_tokens - 1  # the last new token is never fed
+
+    @staticmethod
+    def shared(prompts: list[np.ndarray]) -> int:
+        return min(len(p) for p in prompts)
 
     @staticmethod
     def check_room(model: GPT2Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
@@ -62,13 +66,18 @@ class GPT2Decoding:
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         self._cache.positions, self._cache.length = None, 0
         self._lengths = [len(p) for p in prompts]
-        logits = self.model.logits(prefill(self.model, self._cache, prompts))
         if self._positions is None:
+            logits = self.model.logits(prefill(self.model, self._cache, prompts))
             self._settle()
-        else:
-            self._positions.copy_(torch.tensor(self._lengths))
-            self._cache.at_positions(self._positions, self._cache.capacity)
-        return logits
+            return logits
+        times = self._cache.batch_size // len(prompts)
+        cache = self._cache if times == 1 else self.model.new_cache(len(prompts), max(self._lengths))
+        logits = self.model.logits(prefill(self.model, cache, prompts))
+        if times > 1:
+            self._cache.put_all(cache, max(self._lengths))
+        self._positions.copy_(torch.tensor(self._lengths).repeat_interleave(times))
+        self._cache.at_positions(self._positions, self._cache.capacity)
+        return logits.repeat_interleave(times, 0)
 
     def begin(self) -> None:
         self._lengths = [0] * self._cache.batch_size
@@ -137,6 +146,9 @@ class GPT2Decoding:
         self._cache.select(torch.tensor(rows, device=self._places.device))
         self._lengths = [self._lengths[row] for row in rows]
         self._settle()
+
+    def fixed_reorder(self, rows: Tensor, first: int) -> None:
+        self._cache.reorder_all(rows, first)
 
     def reorder(self, rows: list[int], new: int, first: int) -> None:
         # Beams of one prompt differ only in new tokens, and these begin no earlier than the shortest prompt ends.

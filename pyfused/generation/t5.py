@@ -23,9 +23,10 @@ from .decoder import Decoder, chosen
 class T5Decoding:
     """Writes a batch of answers; see `pyfused.generation.steps.Decoding`."""
 
-    def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False):
+    def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False, beams: int = 1):
         self.model, self._fixed = model, fixed
-        batch_size, capacity, self._source_capacity = shape
+        texts, capacity, self._source_capacity = shape
+        batch_size = texts * beams
         self._cache = model.new_cache(batch_size, capacity)
         self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)  # all equal
         self._places = torch.arange(capacity, device=model.device)
@@ -36,6 +37,10 @@ class T5Decoding:
     @staticmethod
     def shape(prompts: list[np.ndarray], max_new_tokens: int) -> tuple[int, ...]:
         return len(prompts), max_new_tokens, max(len(p) for p in prompts)
+
+    @staticmethod
+    def shared(prompts: list[np.ndarray]) -> int:
+        return 1  # the start token's
 
     @staticmethod
     def check_room(model: T5Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
@@ -55,7 +60,7 @@ class T5Decoding:
             self._bias.copy_(self._last_bias())
         self._encode(prompts)
         config = self.model.get_config()
-        first = torch.full((len(prompts),), config["decoder_start_token_id"], device=self._places.device)
+        first = torch.full((self._cache.batch_size,), config["decoder_start_token_id"], device=self._places.device)
         if not self._fixed:
             return self.step(first)
         self._positions.zero_()
@@ -162,6 +167,9 @@ class T5Decoding:
         if self._cache.positions is not None:
             self._lengths = [self._lengths[text] for text in texts]
             self._cache.at_positions(self._cache.positions, max(self._lengths) + 1)
+
+    def fixed_reorder(self, rows: Tensor, first: int) -> None:
+        self._cache.reorder_all(rows, first)
 
     def reorder(self, rows: list[int], new: int, first: int) -> None:
         self._cache.reorder(rows, 1 + first)

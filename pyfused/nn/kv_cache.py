@@ -104,6 +104,13 @@ class KVCache:
         for mine, its in zip(self._buffers, other._buffers):
             mine[:, row, :, : other.length] = its[:, 0, :, : other.length]
 
+    def put_all(self, other: KVCache, length: int) -> None:
+        """Copies the first `length` places of another cache's rows to the front of this one's: each row to as many as there are
+        for it."""
+        times = self.batch_size // other.batch_size
+        for mine, its in zip(self._buffers, other._buffers):
+            mine[:, :, :, :length] = its[:, :, :, :length].repeat_interleave(times, 1)
+
     def keys(self, layer: int) -> Tensor:
         """The keys of a layer so far, a view (B, H, length, D)."""
         return self._layer(layer)[1][:, :, : self.length]
@@ -136,6 +143,13 @@ class KVCache:
         for kv in self._buffers:
             part = kv[:, :, :, first:end]
             part[:, places] = part[:, origins]  # the right side is a copy, so rows may swap
+
+    def reorder_all(self, rows: Tensor, first: int) -> None:
+        """As reorder, for a CUDA graph, which must do the same work each time: rows (B,) int64 on the cache's device, and every
+        place from `first` on is copied."""
+        for kv in self._buffers:
+            part = kv[:, :, :, first:]
+            part.copy_(part.index_select(1, rows))
 
 
 def _views(buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:

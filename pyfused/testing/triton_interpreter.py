@@ -1,7 +1,8 @@
 """Where does Triton's interpreter compute differently from a GPU, and how do the tests repair it?
 
-Two errors, in Triton 3.6 to 3.9. The interpreter stores bfloat16 as 16 bits in unsigned integers, and
+Three errors, in Triton 3.6 to 3.9. The interpreter stores bfloat16 as 16 bits in unsigned integers, and
 - tl.dot multiplies these integers as if they were the values;
+- conversion from an integer stores its value as if that were the bits;
 - conversion from float32 cuts bits off, but the hardware rounds to nearest even. Subnormals come out wrong.
 One difference: a float32 tl.dot uses BLAS. Its order of summation depends on shapes and layouts, so a b^T and (b a^T)^T differ
 in their last bits. On a GPU each element is one chain of multiply-adds over the inner dimension, and they agree. Attention's
@@ -44,7 +45,8 @@ def repair_interpreter() -> None:
         from triton.runtime import interpreter
     except ModuleNotFoundError:
         return
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    convert, dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
     to_nearest = (None, interpreter._ir.ROUNDING_MODE.RTNE)
 
     def convert_float(data, source, target, rounding_mode):
@@ -53,6 +55,11 @@ def repair_interpreter() -> None:
         if source == tl.float32 and target == tl.bfloat16 and rounding_mode in to_nearest:
             return float32_to_bfloat16(data)
         return convert(data, source, target, rounding_mode)
+
+    def cast_impl(self, source, target):
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            return interpreter.TensorHandle(float32_to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, target)
 
     def widened(handle):
         kind = handle.dtype.scalar
@@ -65,7 +72,10 @@ def repair_interpreter() -> None:
     def create_dot(self, a, b, d, *rest):
         if a.dtype.scalar == b.dtype.scalar == d.dtype.scalar == tl.float32 and a.data.ndim == 2:
             return interpreter.TensorHandle(ordered_product(a.data, b.data, d.data), tl.float32)
+        if a.dtype.scalar == b.dtype.scalar == tl.int8:  # NumPy has no BLAS for integers either; float64 sums are exact
+            sums = a.data.astype(np.float64) @ b.data.astype(np.float64)
+            return interpreter.TensorHandle(sums.astype(np.int32) + d.data, tl.int32)
         return dot(self, widened(a), widened(b), d, *rest)
 
     interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl

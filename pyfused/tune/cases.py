@@ -124,6 +124,32 @@ def linear(rows: int, n: int, m: int) -> Callable[[New], Problem]:
     return make
 
 
+def linear_int8(rows: int, n: int, m: int, dynamic: bool = False) -> Callable[[New], Problem]:
+    """The same with int8 weights. dynamic: x is a multiple of its own step, so that rounding its rows changes nothing. Plain
+    PyTorch widens the weights to x's dtype at each call."""
+
+    def make(new: New) -> Problem:
+        weight = (new(m, n).float() * 40.0).round().clamp(-127, 127).to(torch.int8)
+        x = new(rows, n)
+        dtype = x.dtype
+        if dynamic:
+            x = (x.float() * 40.0).round().clamp(-127, 127)
+            x[:, 0] = 127.0
+            x = (x / 64.0).to(dtype)
+        tensors = {"x": x, "weight": weight, "scale": new(m).float().abs() / 40.0 / n**0.5, "bias": new(m)}
+
+        def bind(t: Tensors) -> tuple[Any, ...]:
+            return ops.MODULES["linear"].bind(t["x"], t["weight"], t["bias"], scale=t["scale"], dynamic=dynamic)
+
+        def plain(t: Tensors) -> tuple[torch.Tensor, ...]:
+            weight = (t["weight"].to(t["scale"].dtype) * t["scale"][:, None]).to(t["x"].dtype)
+            return (F.linear(t["x"], weight, t["bias"]),)
+
+        return Problem(tensors, bind, plain)
+
+    return make
+
+
 def ffn(rows: int, n: int, f: int) -> Callable[[New], Problem]:
     """GPT-2's feed-forward network of (rows, n): inner width f, tanh GELU, biases."""
 
@@ -232,12 +258,16 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
     yield from norms("backward")
     for r in (1, 16) if quick or tiny else (1, 4, 16):
         yield Case("linear", "forward", f"linear {r} rows", linear(r, width, inner))
+        yield Case("linear", "forward", f"linear int8 {r} rows", linear_int8(r, width, inner))
         yield Case("ffn", "forward", f"ffn {r} rows", ffn(r, width, inner))
         yield Case("gated_ffn", "forward", f"gated_ffn {r} rows", gated_ffn(r, width, inner))
     for function in ("forward", "backward"):
         yield Case("gated_ffn", function, f"gated_ffn {function} {many} rows", gated_ffn(many, width, inner))
         yield Case("ffn", function, f"ffn {function} {many} rows", ffn(many, width, inner))
     yield Case("linear", "forward", f"linear {many} rows", linear(many, width, inner))
+    for dynamic in (False, True):
+        name = f"linear int8 {many} rows{' dynamic' * dynamic}"
+        yield Case("linear", "forward", name, linear_int8(many, width, inner, dynamic))
     yield Case("fourier_mix", "forward", "fourier_mix", fourier_mix(2, 7, 12) if tiny else fourier_mix(64, 512, 768))
     for function in ("forward", "backward"):
         yield Case(

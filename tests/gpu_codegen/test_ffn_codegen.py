@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton.ffn import stream_rows
+from pyfused.kernels.triton._product import stream_rows
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
-MODULE = "pyfused.kernels.triton.ffn"
+MODULE = "pyfused.kernels.triton._product"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True}
+FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True, "HAS_SCALE": False, "scale_ptr": None}
 
 
 def options(kernel, target, kind="bf16", size=0):
@@ -30,7 +30,9 @@ def product(name, kernel, kind, tile, scalars, pointers="", **constants):
 
 def linear(kind, activation, target):
     tile = options("ffn_linear", target, kind)
-    return product(f"linear {kind}", "_linear_kernel", kind, tile, (), ACTIVATION=activation, EVEN_K=True)
+    return product(
+        f"linear {kind}", "_linear_kernel", kind, tile, (), ACTIVATION=activation, EVEN_K=True, step_ptr=None
+    )
 
 
 def stream(kind, rows, split, activation, target):
@@ -45,12 +47,14 @@ def others(target):
     warps = tile.pop("num_warps")
     types = {"partial_ptr": "*fp32:16"} | {f"{p}_ptr": "*bf16:16" for p in ("bias", "residual", "y", "pre")}
     types |= {"parts": "i32", "rows": "i32", "n": "i32:16", "residual_stride": "i32:16"}
-    constants = {"ACTIVATION": "none", "HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": False, **tile}
+    constants = {"ACTIVATION": "none", **FLAGS, "SAVE": False, **tile}
     yield Case("combine", f"{MODULE}:_combine_kernel", types, constants, warps)
     types = {f"{p}_ptr": "*bf16:16" for p in ("pre", "grad", "inner")} | {"size": "i32:16"}
     tile = options("ffn_activation_backward", target)
     warps = tile.pop("num_warps")
-    yield Case("slope", f"{MODULE}:_activation_backward_kernel", types, {"ACTIVATION": "gelu", **tile}, warps)
+    yield Case(
+        "slope", "pyfused.kernels.triton.ffn:_activation_backward_kernel", types, {"ACTIVATION": "gelu", **tile}, warps
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)

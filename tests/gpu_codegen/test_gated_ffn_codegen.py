@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton.ffn import stream_rows
+from pyfused.kernels.triton._product import stream_rows
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton.gated_ffn"

@@ -9,13 +9,12 @@ from draws import check
 from opchecks import check_registered
 
 import pyfused
-from pyfused import dispatch
 from pyfused.testing import assert_close, available, running
 
 BACKENDS = [
     name
     for name in available("cuda" if torch.cuda.is_available() else "cpu")
-    if dispatch.kernel(name.partition(":")[0], "linear") is not None
+    if name != "triton"  # which takes int8 weights alone
 ]
 # (rows, K, N): every kernel and every edge of its tiles; gemv ends at 8 and 16 rows, 513 rows are two blocks.
 SHAPES = [

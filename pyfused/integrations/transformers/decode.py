@@ -83,8 +83,6 @@ def one_token(
     if ready is None or not ready.watch.holds():
         plans.clear()
         ready, native_rows = make(module), -1
-        if ready is not None and not ready.watch.holds():  # in training mode
-            ready = None
     if ready is None:
         plans[past_key_values] = None, rows
         return None
