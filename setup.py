@@ -34,15 +34,24 @@ class CMakeBuild(build_ext):
             if os.environ.get("PYFUSED_REQUIRE_EXTENSIONS") == "1":
                 raise
             self.extensions = []
+            self.forget(ROOT.glob("pyfused/_c*.so"))
             print(f"warning: pyfused is installed without its native kernels: {error}", file=sys.stderr)
+
+    def keeps(self):
+        """Whether the object files stay. setuptools deletes those of an editable install, but the next build and the
+        machine-code tests use them."""
+        return self.inplace or getattr(self, "editable_mode", False)
+
+    def forget(self, extensions):
+        """Removes extensions of other sources, which an editable install would load."""
+        for extension in extensions if self.keeps() else ():
+            extension.unlink(missing_ok=True)
 
     def build_with_cmake(self):
         import pybind11
 
-        # setuptools deletes the object files of an editable install. Keep them: the next build and the machine-code tests use
-        # them.
-        keep = self.inplace or getattr(self, "editable_mode", False)
-        build = ROOT / "build" / f"temp.{sys.implementation.cache_tag}" if keep else Path(self.build_temp).resolve()
+        folder = ROOT / "build" / f"temp.{sys.implementation.cache_tag}"
+        build = folder if self.keeps() else Path(self.build_temp).resolve()
         build = build / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         out = build / "out"
@@ -61,11 +70,13 @@ class CMakeBuild(build_ext):
             f"-DPYFUSED_BUILD_ARCHITECTURES={os.environ.get('PYFUSED_BUILD_ARCHITECTURES', '').replace(' ', ';')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)
+        # --fresh: pip's build environment, and ninja in it, have another place each time.
+        subprocess.run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         built = {path.name.split(".")[0]: path for path in out.glob("*.so")}
         # CMake builds _cuda only if it finds nvcc. Do not install an extension that was not built.
+        self.forget(path for path in ROOT.glob("pyfused/_c*.so") if path.name.split(".")[0] not in built)
         self.extensions = [ext for ext in self.extensions if ext.name.split(".")[-1] in built]
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
