@@ -12,7 +12,7 @@ The kernels contain no workaround for any of this: they are right and fast on a 
 And four things take most of its time, without a part in any result:
 - it patches Triton's language anew for every call of a function inside a kernel, tl.sum and tl.zeros included;
 - it computes whether an integer operation overflows, and drops the answer: only `debug` would raise an error;
-- it makes a table of all dtypes to find one, and a name for the type of every tensor's shape;
+- it makes a table of all dtypes to find one, and a type with a name for every tensor and for its shape;
 - erf calls Python for every element.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,24 @@ def _hasten(interpreter: Any, tl: Any) -> None:
     def name_of_tuple_type(self):
         return "[" + ",".join(f"{field}:{kind}" for field, kind in zip(self.fields, self.types)) + "]"
 
+    new_block_type, blocks, shapes = tl.core.block_type.__init__, {}, {}
+
+    def known_block_type(self, element_ty, shape):
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            new_block_type(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def new_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in shapes:
+            shapes[sizes] = tl.core.tuple(list(map(tl.constexpr, sizes))), tl.constexpr(math.prod(sizes))
+        self.shape, self.numel = shapes[sizes]
+
     builder = interpreter.interpreter_builder
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = known_block_type, new_tensor
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = patch_once
     interpreter._get_np_dtype = known_numpy_type
