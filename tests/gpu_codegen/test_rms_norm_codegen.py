@@ -10,7 +10,6 @@ import test_layer_norm_codegen as layer_norm
 
 from pyfused.testing.triton_compile import TARGETS, check_resources, compile_cases
 
-
 CASES = ("forward bf16 768", "forward bf16 16384", "backward bf16 768", "backward fp16 8192", "forward long", "columns")
 
 
