@@ -5,10 +5,14 @@ PYFUSED_TEST_THREADS is the number of threads, 1 by default. PYFUSED_TEST_PRODUC
 that way, as on a processor where it is faster. By default this processor decides.
 """
 
+import gc
+import logging
 import os
 
 import torch
 
+# pytest listens to loggers that pass nothing on. torch.compile would write its whole trace for it: a fifth of the time.
+logging.getLogger("torch.__trace").propagate = True
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it decorates a kernel, so set it before importing any
@@ -20,6 +24,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # torch.compile looks up cached programs by operator name, so it would reuse a stale one after an operator changes.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+# torch.compile starts processes that compile Triton kernels for a GPU; each imports torch first, and none has work here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest  # noqa: E402
 import shim  # noqa: E402
@@ -75,6 +81,13 @@ def left_out_of_interpreter(item):
     if HAS_GPU or marker is None or case is None or case.params.get("each_backend") != "triton":
         return False
     return any(case.params[name] != value for name, value in marker.kwargs.items())
+
+
+def pytest_collection_finish():
+    """Python's collector walks through all objects again and again. Those of the imported packages, more than a million, stay
+    anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

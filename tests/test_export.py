@@ -86,7 +86,7 @@ def test_the_saved_program_and_the_package_run_in_a_process_that_imports_pyfused
     with torch.no_grad():
         torch.save((given, model(given)), tmp_path / "example.pt")
     torch.export.save(program, tmp_path / "program.pt2")
-    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "package.pt2"), inductor_configs=quick
     )

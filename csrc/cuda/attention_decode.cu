@@ -74,7 +74,7 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
   } else {
     const Attention a = arguments(p, true, chunk, 2);
     if (dtype == 1) by_head_size<__half>(launch, a, stream);
-    else by_head_size<__nv_bfloat16>(launch, a, stream);
+    else by_head_size<PYFUSED_BFLOAT16>(launch, a, stream);
   }
   launch.check();
 }

@@ -58,7 +58,7 @@ void attend_many(const char* what, const AttentionPointers& p, int multiprocesso
   } else {
     const Attention a = arguments(p, false, n.key_length, 2);
     if (dtype == 1) by_case<__half, SEQUENCES>(launch, a, multiprocessors, stream);
-    else by_case<__nv_bfloat16, SEQUENCES>(launch, a, multiprocessors, stream);
+    else by_case<PYFUSED_BFLOAT16, SEQUENCES>(launch, a, multiprocessors, stream);
   }
   launch.check();
 }

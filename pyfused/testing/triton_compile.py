@@ -38,7 +38,7 @@ class Compiled:
         registers: 32-bit vector registers per thread.
         spills: bytes of local memory per thread, for values that do not fit into registers. A good kernel has 0.
         shared: bytes of shared memory per block.
-        asm: text by name: "ptx" and "sass" for NVIDIA, "amdgcn" for AMD, "ttgir" for both.
+        asm: text by name: "ptx" and "sass" (if asked for) for NVIDIA, "amdgcn" for AMD, "ttgir" for both.
     """
 
     registers: int
@@ -57,6 +57,7 @@ class Case:
         signature: types of the run-time arguments, as compile_kernel() takes them.
         constexprs: values of the other arguments; a Triton dtype is written as "tl.bfloat16".
         options: further options that the launcher passes to the compiler, such as enable_fp_fusion.
+        sass: whether to disassemble an NVIDIA kernel, which takes up to a second.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
+    sass: bool = True
 
 
 def compile_kernel(
@@ -76,6 +78,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     options: Mapping[str, Any] | None = None,
+    sass: bool = True,
 ) -> Compiled:
     """Compiles a @triton.jit function for one target, in a process in which TRITON_INTERPRET was never set.
 
@@ -84,6 +87,7 @@ def compile_kernel(
             multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
         constexprs: argument name -> value. Every argument is in exactly one of the two.
         target: a key of SHARED_LIMIT.
+        sass: whether to disassemble an NVIDIA kernel.
 
     Raises:
         ValueError: an unknown target, or an argument in neither or both. The compiler's own errors pass through.
@@ -115,7 +119,7 @@ def compile_kernel(
     texts: tuple[str, ...] = ("amdgcn", "ttgir")
     if "cubin" in kernel.asm:
         registers, spills = _nvidia_usage(kernel.asm["cubin"])
-        texts = ("ptx", "sass", "ttgir")  # reading "sass" runs the disassembler
+        texts = ("ptx", "sass", "ttgir") if sass else ("ptx", "ttgir")  # reading "sass" runs the disassembler
     else:
         text = kernel.asm["amdgcn"]
         registers, spills = (
@@ -185,7 +189,7 @@ def _main(target: str, cases_file: str, results_file: str) -> None:
     for case in json.loads(Path(cases_file).read_text()):
         module, _, function = case["kernel"].partition(":")
         jit_function = getattr(importlib.import_module(module), function)
-        keys = ("signature", "constexprs", "num_warps", "num_stages", "options")
+        keys = ("signature", "constexprs", "num_warps", "num_stages", "options", "sass")
         print(f"{case['name']}:", flush=True)  # the last line of the output if the compiler crashes
         results[case["name"]] = asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
     Path(results_file).write_text(json.dumps(results))

@@ -48,11 +48,11 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("exchange", ["1", "0"])
 def test_killed_at_any_line(tmp_path, exchange):
-    command = [sys.executable, HERE / "kill_while_saving.py", tmp_path / "root", "40", exchange]
+    command = [sys.executable, HERE / "kill_while_saving.py", tmp_path / "root", "24", exchange]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)["outcomes"]
-    assert len(outcomes) == 40
+    assert len(outcomes) == 24
     for outcome in outcomes:
         assert outcome["model"] == {"old": "fnet", "new": "gpt2"}.get(outcome["read"]), outcome
         assert outcome["raw"] in ("old", "new", *(["mixed"] * (exchange == "0"))), outcome

@@ -59,7 +59,7 @@ def case(kernel, d, kind, target, given="causal"):
     constants = {name: value for name, value in constants.items() if name in names}
     title = f"{kernel} {kind} D={d} {given}"
     LEAST[title, target] = tiles.least_shared(c.row) if d == c.row.up_to else 0
-    return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages)
+    return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages, sass=False)
 
 
 LEAST: dict[tuple[str, str], int] = {}  # the least bytes of shared memory for a case, by pyfused.tiles

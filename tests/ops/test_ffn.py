@@ -63,15 +63,14 @@ def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_forward_and_backward(each_backend, dtype, device, activation):
-    """The activation follows a finished product, so emulated GPU kernels run every size with one activation and few sizes
-    with the others. test_activation_on_a_dense_grid checks the activations' values."""
-    emulated = each_backend in ("triton", "cuda") and device == "cpu"
-    interpreted = emulated and each_backend == "triton"
+    """The activation follows a finished product, so every size runs with one activation and few sizes with the others.
+    test_activation_on_a_dense_grid checks the activations' values."""
+    interpreted = each_backend == "triton" and device == "cpu"
     options = list(itertools.product([(True, True), (False, True), (True, False), (False, False)], [True, False]))
     for i, (rows, size) in enumerate(itertools.product(ROWS, SIZES)):
         if interpreted and i % 4 != 0:
             continue
-        if emulated and activation != "gelu_tanh" and (rows, size) not in ((7, SIZES[2]), (17, SIZES[0])):
+        if activation != "gelu_tanh" and (rows, size) not in ((7, SIZES[2]), (17, SIZES[0])):
             continue
         draws = 20 if 1 in size else 5 if rows < 3 else 2
         for biases, with_residual in (options[i % 8], options[(i + 3) % 8]):  # 36 cases: each option with most sizes
