@@ -1,9 +1,7 @@
-"""GPT-2 124M with random weights beside transformers: a prompt of 128, one generated token with 160 cached, for one
-prompt and for 8 at once, a training step.
+"""GPT-2 124M with random weights beside transformers: a prompt of 128, one generated token with 160 cached, a training step.
 
 For the prompt both compute only the last position's logits, as in generation. Lower bound of a token: reading 124M weights
-once, also for 8 prompts, which is a step of Generator.generate_batch. On a GPU a token is one CUDA graph, which
-benchmarks/gpu.py measures.
+once. On a GPU a token is one CUDA graph, which benchmarks/gpu.py measures.
 """
 
 from functools import partial
@@ -29,19 +27,15 @@ def cases(setup):
         if setup.device == "cpu":
             yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))
             if dtype == torch.float32:
-                for rows, of in ((1, ""), (8, " of 8 prompts")):
-                    make = partial(token, setup, cached, dtype, rows=rows)
-                    if rows > 1:
-                        yield Case(f"token{of}, {cached} cached", dtype, make)
-                    yield Case(f"int8 token{of}, {cached} cached", dtype, partial(make, weights="int8"))
+                yield Case(f"int8 token, {cached} cached", dtype, partial(token, setup, cached, dtype, weights="int8"))
         yield Case(f"train 1x{prompt}", dtype, partial(train, setup, prompt, dtype))
 
 
-def models(setup, dtype, length, rows=1):
+def models(setup, dtype, length):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(**NO_DROPOUT, **(SMALL if setup.small else {}))
-    ids = torch.randint(config.vocab_size, (rows, length), device=setup.device)
+    ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
     return *pair(GPT2LMHeadModel, config, pyfused.GPT2Backbone, setup, dtype), ids
 
 
@@ -65,18 +59,18 @@ def first(setup, length, dtype):
     return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers, loose=(INT8,))
 
 
-def token(setup, cached, dtype, weights=None, rows=1):
+def token(setup, cached, dtype, weights=None):
     """weights="int8": beside the peers with int8 weights. The truth is that of our own rounded weights."""
-    mine, theirs, ids = models(setup, dtype, cached + 1, rows)
+    mine, theirs, ids = models(setup, dtype, cached + 1)
     if weights:
         pyfused.quantize_(mine, weights)
-    decoding, last = GPT2Decoding(mine, (rows, cached + 64)), ids[:, cached:]
-    decoding.start(list(ids[:, :cached].cpu().numpy()))
+    decoding, last = GPT2Decoding(mine, (1, cached + 64)), ids[:, cached:]
+    decoding.start([ids[0, :cached].cpu().numpy()])
     past = theirs(ids[:, :cached], use_cache=True).past_key_values
 
     def step():
-        decoding._cache.length, decoding._lengths = cached, [cached] * rows
-        return decoding.step(last[:, 0])
+        decoding._cache.length, decoding._lengths = cached, [cached]
+        return decoding.step(last[0])
 
     def their_token(model):
         logits = model(last, past_key_values=past, use_cache=True).logits[:, -1]

@@ -69,16 +69,6 @@ def test_ctranslate2_gpt2_token_is_the_same_again_after_32():
     agree(peers_models.gpt2_token(model, ids), exact, 33)
 
 
-def test_ctranslate2_gpt2_token_of_several_prompts():
-    model, ids, _ = gpt2()
-    ids = torch.cat([ids, torch.randint(101, (2, 9))])
-    agree(peers_models.gpt2_token(model, ids), model(ids).logits[:, -1], 33)
-    call = peers_models.gpt2_token(model, ids)["ctranslate2"]()
-    for _ in range(3):
-        call()
-    del call  # each row of the waiting step must end
-
-
 def t5():
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_heads": 4, "vocab_size": 101}
     config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False)

@@ -98,12 +98,12 @@ def gpt2_prompt(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Functio
 
 
 def gpt2_token(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: each call returns the logits (B, V) of one more token. The first comes after ids (B, S). After 32 greedy
-    tokens it starts again."""
+    """CTranslate2: each call returns the logits of one more token. The first comes after ids (1, S). After 32 greedy tokens it
+    starts again."""
 
     def make(kind: str) -> Function:
         generate = partial(_gpt2(model, kind).generate_batch, _words(ids), max_length=32, **_GPT2)
-        return partial(next, _tokens(generate, len(ids)))
+        return partial(next, _tokens(generate))
 
     return _kinds(model, make)
 
@@ -159,9 +159,8 @@ def _kinds(model: Any, make: Callable[[str], Function]) -> dict[str, Callable[[]
     return {peer: partial(make, kind) for peer, kind in kinds.items()}
 
 
-def _tokens(generate: Callable[..., Any], rows: int = 1) -> Iterator[torch.Tensor]:
-    """Yields the logits (rows, V) of one token after another. CTranslate2's thread waits in its callback until the next is
-    needed. It calls back for each row of a step, and each row ends by itself."""
+def _tokens(generate: Callable[..., Any]) -> Iterator[torch.Tensor]:
+    """Yields the logits of one token after another. CTranslate2's thread waits in its callback until the next is needed."""
     stops: SimpleQueue[bool] = SimpleQueue()
     results: SimpleQueue[Any] = SimpleQueue()
 
@@ -173,20 +172,14 @@ def _tokens(generate: Callable[..., Any], rows: int = 1) -> Iterator[torch.Tenso
         generate(asynchronous=True, callback=callback)
         last = False
         while not last:
-            logits = {}
-            for row in range(rows):
-                if row:
-                    stops.put(False)
-                result = results.get(timeout=600)
-                logits[result.batch_id] = _tensor(result.logits).view(1, -1)
+            result = results.get(timeout=600)
             last = result.is_last
             stop = True
             try:
-                yield torch.cat([logits[row] for row in range(rows)])
+                yield _tensor(result.logits)
                 stop = False
             finally:
-                for _ in range(rows if stop else 1):
-                    stops.put(stop)
+                stops.put(stop)
 
 
 def _gpt2(model: Any, kind: str) -> Any:
