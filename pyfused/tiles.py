@@ -13,8 +13,8 @@ A launcher asks for its own case first and then for more general ones, whose til
 
 Files are read in this order: this machine's own, then the shipped ones for this GPU, its architecture, and all chips.
 
-Two numbers are for the launcher: PER_PROCESSOR is how many programs it starts per multiprocessor, LEAST_KEYS the fewest keys
-that a program gets. All others are arguments of the kernel.
+Three numbers are for the launcher: PER_PROCESSOR is how many programs it starts per multiprocessor, LEAST_KEYS the fewest keys
+that a program gets, LEAST_K the fewest terms of a sum that is split. All others are arguments of the kernel.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from . import evidence
 ARCHITECTURES = ("sm_90", "sm_80", "sm_86", "gfx942", "interpreter")
 
 _ATTENTION = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-_STREAM = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "PER_PROCESSOR")
+_STREAM = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "PER_PROCESSOR", "LEAST_K")
+_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages")
 _BLOCK = ("BLOCK", "num_warps")
-_ROWS = ("ROWS", "num_warps")
+_WHOLE_ROWS = ("ROWS", "BLOCK", "num_warps")
 _FOURIER = ("ROWS", "COLUMNS", "INNER", "num_warps")
 
 # The numbers that a row of each kernel must have. The comments say what `up_to` is.
@@ -46,19 +47,20 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention_grad_query": _ATTENTION,
     "attention_grad_key_value": _ATTENTION,
     "attention_combine": ("num_warps",),
-    "row_norm_forward": _ROWS,  # row length; longer rows use row_norm_forward_long, in blocks
+    "row_norm_forward": _WHOLE_ROWS,  # row length; longer rows use row_norm_forward_long, which reads them again
     "row_norm_forward_long": _BLOCK,
-    "row_norm_backward": (*_ROWS, "PER_PROCESSOR"),
+    "row_norm_backward": (*_WHOLE_ROWS, "PER_PROCESSOR"),
     "row_norm_backward_long": _BLOCK,
-    "row_norm_column_sums": (*_ROWS, "BLOCK", "PER_PROCESSOR"),
+    "row_norm_column_sums": (*_WHOLE_ROWS, "PER_PROCESSOR"),
     "row_norm_reduce": ("PARTS", *_BLOCK),
     # The products of _product.py; with int8 weights their case is "int8", with rows of x in int8 too "integers".
-    "ffn_linear": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"),
+    "ffn_linear": _PRODUCT,
     "ffn_stream": _STREAM,  # rows: one, or few
     "ffn_combine": _BLOCK,
     "ffn_activation_backward": _BLOCK,
     "linear_rows": _BLOCK,
     "gated_ffn_stream": _STREAM,
+    "gated_ffn_product": (*_PRODUCT, "PER_PROCESSOR"),  # terms of a sum; longer sums are the library's
     "gated_ffn_combine": _BLOCK,
     "gated_ffn_gate": _BLOCK,
     "gated_ffn_gate_scaled": _BLOCK,  # row length
@@ -69,7 +71,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "relative_bias_forward": ("ROWS", "COLUMNS", "num_warps"),
     "relative_bias_backward": ("ROWS", "COLUMNS", "num_warps"),
 }
-_LAUNCHER_NUMBERS = ("PER_PROCESSOR", "LEAST_KEYS")
+OPTIONAL = ("gated_ffn_product",)  # if no row serves a call, it does not run: the library multiplies
+_LAUNCHER_NUMBERS = ("PER_PROCESSOR", "LEAST_KEYS", "LEAST_K")
 _ANY_NUMBER = ("num_stages", "GROUP", "PER_PROCESSOR")
 _LIMITS = {"num_warps": 32, "num_stages": 8, "GROUP": 64, "PER_PROCESSOR": 1024}  # a block has at most 32 warps
 _LARGEST_SIDE = 1 << 16
@@ -102,6 +105,7 @@ class Tile(NamedTuple):
     options: dict[str, int]  # keyword arguments of the kernel; read only, find() caches them
     programs: int  # PER_PROCESSOR x multiprocessors, or 0
     least_keys: int  # LEAST_KEYS, or 0
+    least_k: int  # LEAST_K, or 0
     row: Row
 
 
@@ -154,7 +158,7 @@ def find(
     numbers = {**row.tile, **_trial.get(kernel, {})}
     options = {key: value for key, value in numbers.items() if key not in _LAUNCHER_NUMBERS}
     programs = numbers.get("PER_PROCESSOR", 0) * multiprocessors(where)
-    tile = Tile(options, programs, numbers.get("LEAST_KEYS", 0), row)
+    tile = Tile(options, programs, numbers.get("LEAST_KEYS", 0), numbers.get("LEAST_K", 0), row)
     if _asked is not None:
         _asked.append(Asked(kernel, where, dtype, size, cases, tile))
     return tile
@@ -303,4 +307,6 @@ def least_shared(row: Row) -> int:
     if row.kernel == "ffn_linear":
         of_x, of_weight = {"int8": (2, 1), "integers": (1, 1)}.get(row.case, (2, 2))
         return stages_in_flight * (tile["BLOCK_M"] * of_x + tile["BLOCK_N"] * of_weight) * tile["BLOCK_K"]
+    if row.kernel == "gated_ffn_product":
+        return stages_in_flight * (tile["BLOCK_M"] + 2 * tile["BLOCK_N"]) * tile["BLOCK_K"] * 2
     return 0

@@ -12,6 +12,7 @@ from large_launches import Launches
 
 from pyfused import dispatch, tiles
 from pyfused.kernels.triton import (
+    _gated_product,
     _product,
     _row_norm,
     attention,
@@ -25,7 +26,7 @@ from pyfused.kernels.triton import (
 )
 from pyfused.kernels.triton._launch import GRID_LIMITS, starter
 
-MODULES = (_product, _row_norm, attention, ffn, gated_ffn, fourier_mix, linear, relative_bias)
+MODULES = (_gated_product, _product, _row_norm, attention, ffn, gated_ffn, fourier_mix, linear, relative_bias)
 SOURCES = Path(inspect.getfile(starter)).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the interpreter")
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -156,10 +157,11 @@ CALLS = {  # each has a tensor of more than 2^31 elements
     "linear int8 one": lambda: int8(1, 2**24, 256),
     "linear int8 dynamic": lambda: int8(2**24, 64, 256, True),
     "gated_ffn": lambda: gated(2**20, 512, 4096),
+    "gated_ffn long sums": lambda: gated(2**19, 2304, 4096),
     "gated_ffn float16": lambda: gated(2**20, 2304, 4096, HALF),
     "gated_ffn few": lambda: few(16, gated_ffn),
     "gated_ffn one": lambda: few(1, gated_ffn),
-    "gated_ffn split": lambda: gated(16, 2**12, 64),
+    "gated_ffn split": lambda: gated(16, 2**13, 64),
     "fourier_mix": lambda: fourier_mix.forward(new(2**13, 512, 768)),
     "fourier_mix short": lambda: fourier_mix.forward(new(2**30, 2, 3)),
     "relative_bias": lambda: distances(64, 2**13, 2**13),

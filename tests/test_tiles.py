@@ -43,13 +43,13 @@ def test_shipped_rows_serve_every_kernel_everywhere(architecture):
     """Every launcher finds its tile in every dtype, without a warning; the shipped rows are not measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for kernel in tiles.KERNELS:
+        for kernel in set(tiles.KERNELS) - set(tiles.OPTIONAL):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 for size in (1, 16) if kernel.endswith("stream") else (1, 16, 256):
                     found = tiles.find(kernel, architecture, dtype, size)
                     assert found is not None, (kernel, dtype, size)
                     assert set(found.row.tile) == set(tiles.KERNELS[kernel])
-                    assert not set(found.options) & {"PER_PROCESSOR", "LEAST_KEYS"}
+                    assert not set(found.options) & {"PER_PROCESSOR", "LEAST_KEYS", "LEAST_K"}
                     assert not found.row.date
 
 
@@ -147,7 +147,8 @@ def test_a_tile_that_cannot_fit_is_refused():
     for architecture, limit in {"sm_90": 227, "sm_80": 163, "sm_86": 99, "gfx942": 64}.items():
         for kernel in tiles.KERNELS:
             found = tiles.find(kernel, architecture, torch.bfloat16, 16)
-            assert tiles.least_shared(found.row) <= limit * 1024, (architecture, kernel)
+            assert found or kernel in tiles.OPTIONAL
+            assert not found or tiles.least_shared(found.row) <= limit * 1024, (architecture, kernel)
 
 
 def test_trying_is_over_at_the_end_of_the_block():

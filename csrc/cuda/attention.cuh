@@ -178,14 +178,18 @@ template <int D> __device__ inline int swizzled(unsigned row, unsigned chunk) {
 }
 
 // Starts copying the elements [at, at + 16 bytes) of a row into shared memory. Past the head size, and if !live, it writes
-// zeros: memory there may hold NaN, and 0 * NaN would reach a sum.
-template <class T> __device__ inline void copy_chunk(T* to, const T* row, int at, int d, bool live, bool aligned) {
-  constexpr int V = 16 / sizeof(T);
-  if (aligned) return cp_async16(to, row + at, live && at < d);
-  Pack<T, V> v;
+// zeros: memory there may hold NaN, and 0 * NaN would reach a sum. Rows that are not ALIGNED to 16 bytes have their own
+// kernels: their copy passes through registers, element by element.
+template <bool ALIGNED, class T> __device__ inline void copy_chunk(T* to, const T* row, int at, int d, bool live) {
+  if constexpr (ALIGNED) {
+    cp_async16(to, row + at, live && at < d);
+  } else {
+    constexpr int V = 16 / sizeof(T);
+    Pack<T, V> v;
 #pragma unroll
-  for (int j = 0; j < V; ++j) v.at[j] = live && at + j < d ? row[at + j] : narrow<T>(0.0f);
-  store<V>(to, v);
+    for (int j = 0; j < V; ++j) v.at[j] = live && at + j < d ? row[at + j] : narrow<T>(0.0f);
+    store<V>(to, v);
+  }
 }
 
 __device__ inline bool is_live(const Keys& keys, int key) {

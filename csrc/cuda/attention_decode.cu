@@ -42,21 +42,26 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-template <class T, int D, int WN, int STAGES>
+template <class T, int D, int WN, int STAGES, bool ALIGNED>
 void launch_decode(const Launch& launch, const Attention& a, addr stream) {
   constexpr int kTile = WN * 16, kTiles = tile_bytes<1, 1, kTile, STAGES, D>(), kMerge = merge_bytes<WN, D>();
   const int tiles = kTiles + distances(a) * (int)sizeof(float);
   const size_t bytes = tiles > kMerge ? tiles : kMerge;
-  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny, false>;
+  auto kernel = attention_kernel<T, D, 1, 1, WN, kTile, STAGES, Extras::kAny, false, ALIGNED>;
   allow_shared(launch, kernel, bytes);
   const dim3 grid(launch.blocks((int64_t)a.b * a.h / a.pack), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, WN * kWarp, bytes, stream, a);
 }
 
-template <class T> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
-  if (a.d <= 64) launch_decode<T, 64, 4, 3>(launch, a, stream);
-  else if (a.d <= 128) launch_decode<T, 128, 4, 2>(launch, a, stream);
-  else launch_decode<T, 256, 2, 2>(launch, a, stream);
+template <class T, bool ALIGNED> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
+  if (a.d <= 64) launch_decode<T, 64, 4, 3, ALIGNED>(launch, a, stream);
+  else if (a.d <= 128) launch_decode<T, 128, 4, 2, ALIGNED>(launch, a, stream);
+  else launch_decode<T, 256, 2, 2, ALIGNED>(launch, a, stream);
+}
+
+template <class T> void by_alignment(const Launch& launch, const Attention& a, addr stream) {
+  if (a.aligned) by_head_size<T, true>(launch, a, stream);
+  else by_head_size<T, false>(launch, a, stream);
 }
 
 }  // namespace
@@ -73,8 +78,8 @@ void attention_decode_forward(addr query, addr key, addr value, addr mask, addr 
     attention_float32(launch, p, true, chunk, stream);
   } else {
     const Attention a = arguments(p, true, chunk, 2);
-    if (dtype == 1) by_head_size<__half>(launch, a, stream);
-    else by_head_size<PYFUSED_BFLOAT16>(launch, a, stream);
+    if (dtype == 1) by_alignment<__half>(launch, a, stream);
+    else by_alignment<PYFUSED_BFLOAT16>(launch, a, stream);
   }
   launch.check();
 }

@@ -23,13 +23,13 @@ template <int D, int TR, int TN> constexpr size_t shared_floats() {
 }
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
-template <int D, int ROWS>
+template <bool ALIGNED, int D, int ROWS>
 __device__ void copy_rows(const Attention& a, const Keys& keys, const float* rows, int64_t stride, int start, int pitch,
                           float* tile) {
   for (int i = threadIdx.x; i < ROWS * (D / 4); i += kThreads) {
     const int row = i / (D / 4), at = i % (D / 4) * 4;
     const bool live = is_live(keys, start + row);
-    copy_chunk(tile + row * pitch + at, rows + (live ? start + row : 0) * stride, at, a.d, live, a.aligned);
+    copy_chunk<ALIGNED>(tile + row * pitch + at, rows + (live ? start + row : 0) * stride, at, a.d, live);
   }
 }
 
@@ -44,7 +44,7 @@ __device__ inline float side_sum(float v) {
   return v;
 }
 
-template <int D, int TR, int TN, bool SEQUENCES>
+template <int D, int TR, int TN, bool SEQUENCES, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Attention a) {
   constexpr int kRows = TR * kSide, kKeys = TN * kSide, kPitch = D + kPad, kScores = kKeys + kPad, C = D / 64;
   PYFUSED_SHARED_BYTES(shared);
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 
   for (int i = threadIdx.x; i < kRows * (D / 4); i += kThreads) {
     const int row = i / (D / 4), at = i % (D / 4) * 4;
-    copy_chunk(query_tile + row * kPitch + at, query_row<float>(a, place, place.first + row), at, a.d, true, a.aligned);
+    copy_chunk<ALIGNED>(query_tile + row * kPitch + at, query_row<float>(a, place, place.first + row), at, a.d, true);
   }
-  copy_rows<D, kKeys>(a, keys, key, a.key_stride[2], begin, kPitch, key_tile);
+  copy_rows<ALIGNED, D, kKeys>(a, keys, key, a.key_stride[2], begin, kPitch, key_tile);
   cp_async_commit();
 
   int last[TR];
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
   for (int start = begin; start < keys.end; start += kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // the keys have arrived, and no thread reads the previous values any more
-    copy_rows<D, kKeys>(a, keys, value, a.value_stride[2], start, D, value_tile);
+    copy_rows<ALIGNED, D, kKeys>(a, keys, value, a.value_stride[2], start, D, value_tile);
     cp_async_commit();
     float alpha[TR];
     if (wanted) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
     cp_async_wait<0>();
     __syncthreads();  // the values and probabilities have arrived, and no thread reads the keys any more
     if (start + kKeys < keys.end)
-      copy_rows<D, kKeys>(a, keys, key, a.key_stride[2], start + kKeys, kPitch, key_tile);
+      copy_rows<ALIGNED, D, kKeys>(a, keys, key, a.key_stride[2], start + kKeys, kPitch, key_tile);
     cp_async_commit();
     if (wanted) {
       float part[TR][C][4] = {};
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
       Pack<float, 4> v;
 #pragma unroll
       for (int i = 0; i < 4; ++i) v.at[i] = acc[r][c][i] * factor;
-      if (a.aligned) {
+      if constexpr (ALIGNED) {
         if (at < a.d) store<4>(out + at, v);
       } else {
 #pragma unroll
@@ -217,10 +217,10 @@ __global__ void __launch_bounds__(kThreads, TR == 1 ? 2 : 1) float32_kernel(Atte
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
-template <int D, int TR, int TN, bool SEQUENCES>
+template <int D, int TR, int TN, bool SEQUENCES, bool ALIGNED = true>
 void launch_float32(const Launch& launch, const Attention& a, addr stream) {
   const size_t bytes = (shared_floats<D, TR, TN>() + distances(a)) * sizeof(float);
-  auto kernel = float32_kernel<D, TR, TN, SEQUENCES>;
+  auto kernel = float32_kernel<D, TR, TN, SEQUENCES, ALIGNED>;
   allow_shared(launch, kernel, bytes);
   const dim3 grid(launch.blocks(tiles_of(a, TR * kSide) * (a.h / a.pack)), (unsigned)up(a.sk, a.chunk));
   PYFUSED_LAUNCH(kernel, grid, kThreads, bytes, stream, a);
@@ -228,7 +228,11 @@ void launch_float32(const Launch& launch, const Attention& a, addr stream) {
 
 template <bool SEQUENCES> void by_head_size(const Launch& launch, const Attention& a, addr stream) {
   const bool few = mean_rows(a) <= kSide;
-  if (a.d <= 64 && few) launch_float32<64, 1, 4, SEQUENCES>(launch, a, stream);
+  if (!a.aligned) {  // rare: one kernel for each head size
+    if (a.d <= 64) launch_float32<64, 4, 4, SEQUENCES, false>(launch, a, stream);
+    else if (a.d <= 128) launch_float32<128, 4, 2, SEQUENCES, false>(launch, a, stream);
+    else launch_float32<256, 1, 2, SEQUENCES, false>(launch, a, stream);
+  } else if (a.d <= 64 && few) launch_float32<64, 1, 4, SEQUENCES>(launch, a, stream);
   else if (a.d <= 64) launch_float32<64, 4, 4, SEQUENCES>(launch, a, stream);
   else if (a.d <= 128 && few) launch_float32<128, 1, 2, SEQUENCES>(launch, a, stream);
   else if (a.d <= 128) launch_float32<128, 4, 2, SEQUENCES>(launch, a, stream);

@@ -6,8 +6,9 @@
 // idle. T5's bias alone has its own kernels: they look it up by distance in shared memory and add one number for a
 // far tile of keys. A dense bias or dropout takes the registers of a second set of rows, so those calls, with or
 // without T5's bias, have 16 rows a warp too. Registers leave room for two blocks on a multiprocessor; one's
-// exponentials overlap the other's products. Tiles of keys that no row sees (causality, padding) cost nothing. float32
-// has its own kernels in attention_float32.cu.
+// exponentials overlap the other's products. Rows that are not aligned to 16 bytes are rare: one kernel for each head size
+// serves them, and the others' loops load no single elements. Tiles of keys that no row sees (causality, padding) cost
+// nothing. float32 has its own kernels in attention_float32.cu.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -15,25 +16,32 @@
 namespace pyfused::cuda {
 namespace {
 
-template <class T, int D, int MR, int BN, Extras EXTRAS, bool SEQUENCES>
+template <class T, int D, int MR, int BN, Extras EXTRAS, bool SEQUENCES, bool ALIGNED = true>
 void launch_tiles(const Launch& launch, const Attention& a, addr stream) {
   constexpr int kWarps = 4, kStages = 2, kRows = MR * kWarps * 16;
   const size_t bytes = tile_bytes<MR, kWarps, BN, kStages, D>() + distances(a) * sizeof(float);
-  auto kernel = attention_kernel<T, D, MR, kWarps, 1, BN, kStages, EXTRAS, SEQUENCES>;
+  auto kernel = attention_kernel<T, D, MR, kWarps, 1, BN, kStages, EXTRAS, SEQUENCES, ALIGNED>;
   allow_shared(launch, kernel, bytes);
   PYFUSED_LAUNCH(kernel, launch.blocks(tiles_of(a, kRows) * a.h), kWarps * kWarp, bytes, stream, a);
 }
 
+template <class T, bool SEQUENCES, bool ALIGNED> void any_case(const Launch& launch, const Attention& a, addr stream) {
+  constexpr Extras kAny = Extras::kAny;
+  if (a.d <= 64) launch_tiles<T, 64, 1, 64, kAny, SEQUENCES, ALIGNED>(launch, a, stream);
+  else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kAny, SEQUENCES, ALIGNED>(launch, a, stream);
+  else launch_tiles<T, 256, 1, 32, kAny, SEQUENCES, ALIGNED>(launch, a, stream);
+}
+
 template <class T, bool SEQUENCES>
 void by_case(const Launch& launch, const Attention& a, int multiprocessors, addr stream) {
-  constexpr Extras kNone = Extras::kNone, kRelative = Extras::kRelative, kAny = Extras::kAny;
+  constexpr Extras kNone = Extras::kNone, kRelative = Extras::kRelative;
   const bool any = a.bias || a.seed || (a.table ? a.d > 128 : !(a.scale > 0));
   // Sequences of at most 64 rows would leave half the warps of a block of 128 rows without work.
   const bool many = tiles_of(a, 128) * a.h >= multiprocessors && !(SEQUENCES && mean_rows(a) <= 64);
-  if (any) {
-    if (a.d <= 64) launch_tiles<T, 64, 1, 64, kAny, SEQUENCES>(launch, a, stream);
-    else if (a.d <= 128) launch_tiles<T, 128, 1, 64, kAny, SEQUENCES>(launch, a, stream);
-    else launch_tiles<T, 256, 1, 32, kAny, SEQUENCES>(launch, a, stream);
+  if (!a.aligned) {
+    any_case<T, SEQUENCES, false>(launch, a, stream);
+  } else if (any) {
+    any_case<T, SEQUENCES, true>(launch, a, stream);
   } else if (a.table) {
     if (a.d <= 64 && many) launch_tiles<T, 64, 2, 64, kRelative, SEQUENCES>(launch, a, stream);
     else if (a.d <= 64) launch_tiles<T, 64, 1, 64, kRelative, SEQUENCES>(launch, a, stream);

@@ -12,7 +12,7 @@ __device__ inline float natural_lse(float high, float sum) {
 }
 
 // Stores a warp's normalised rows. They go through the warp's own rows of the query tile, so each store has 16 bytes.
-template <class T, int D, int MR>
+template <bool ALIGNED, class T, int D, int MR>
 __device__ void write_tile(const Attention& a, const Place& place, T* tile, int warp_row,
                            const float (&acc)[MR][D / 8][4], const float (&row_max)[MR][2],
                            const float (&row_sum)[MR][2]) {
@@ -40,7 +40,7 @@ __device__ void write_tile(const Attention& a, const Place& place, T* tile, int 
     const Row r = row_at(a, place, place.first + row);
     const Pack<T, 8> v = load<8>(tile + swizzled<D>(row, at / 8));
     T* to = (T*)a.out + place.origin * a.out_stride[0] + r.head * a.out_stride[1] + r.query * a.out_stride[2] + at;
-    if (a.aligned) {
+    if constexpr (ALIGNED) {
       store<8>(to, v);
     } else {
 #pragma unroll

@@ -32,7 +32,7 @@ template <class T, int D> __device__ inline void query_fragment(uint32_t (&q)[4]
   ldmatrix_x4(q, tile + swizzled<D>(row + lane % 16, 2 * k + lane / 16));
 }
 
-template <class T, int D, int BN, int THREADS>
+template <bool ALIGNED, class T, int D, int BN, int THREADS>
 __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, const T* value, int start, T* key_tile,
                           T* value_tile) {
   constexpr int kChunks = D / 8, kEach = BN * kChunks / THREADS;
@@ -48,8 +48,8 @@ __device__ void copy_keys(const Attention& a, const Keys& keys, const T* key, co
     const bool live = is_live(keys, start + row);
     const int64_t at = live ? start + row : 0;
     const int to = swizzled<D>(row, chunk);
-    copy_chunk(key_tile + to, key + at * a.key_stride[2], chunk * 8, a.d, live, a.aligned);
-    copy_chunk(value_tile + to, value + at * a.value_stride[2], chunk * 8, a.d, live, a.aligned);
+    copy_chunk<ALIGNED>(key_tile + to, key + at * a.key_stride[2], chunk * 8, a.d, live);
+    copy_chunk<ALIGNED>(value_tile + to, value + at * a.value_stride[2], chunk * 8, a.d, live);
   }
 }
 
@@ -108,10 +108,10 @@ __device__ inline void add_distances(float (&s)[NT][4], int half, const float* b
 // A kernel's additions to the scores. kNone: nothing, and a positive scale, so the maximum may be taken before scaling, and
 // scaling is part of a multiply-add. kRelative: T5's bias. kAny: also a dense bias, dropout and any scale. SEQUENCES:
 // packed sequences have their own kernels, because the compiler does not see that a block's place is then uniform; that
-// costs registers.
+// costs registers. ALIGNED: every row begins at a multiple of 16 bytes. Other calls are rare, and all of them run as kAny.
 enum class Extras { kNone, kRelative, kAny };
 
-template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS, bool SEQUENCES>
+template <class T, int D, int MR, int WM, int WN, int BN, int STAGES, Extras EXTRAS, bool SEQUENCES, bool ALIGNED>
 __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   constexpr bool kNone = EXTRAS == Extras::kNone, kAny = EXTRAS == Extras::kAny, kDense = kAny && !SEQUENCES;
   constexpr int kThreads = WM * WN * kWarp, kRows = WM * MR * 16, kOwn = BN / WN, NT = kOwn / 8, K = D / 16;
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
   const int warp_row = wm * MR * 16;
   for (int i = threadIdx.x; i < kRows * (D / 8); i += kThreads) {
     const int row = i / (D / 8), chunk = i % (D / 8);
-    copy_chunk(query_tile + swizzled<D>(row, chunk), query_row<T>(a, place, place.first + row), chunk * 8, a.d, true,
-               a.aligned);
+    copy_chunk<ALIGNED>(query_tile + swizzled<D>(row, chunk), query_row<T>(a, place, place.first + row), chunk * 8, a.d,
+                        true);
   }
   cp_async_commit();
   if constexpr (!kNone) fill_distances<T>(a, place, kLog2e, by_distance);
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < tiles)
-      copy_keys<T, D, BN, kThreads>(a, keys, key, value, begin + i * BN, key_tiles + i * BN * D,
-                                    value_tiles + i * BN * D);
+      copy_keys<ALIGNED, T, D, BN, kThreads>(a, keys, key, value, begin + i * BN, key_tiles + i * BN * D,
+                                             value_tiles + i * BN * D);
     cp_async_commit();
   }
 
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
     __syncthreads();  // the tile has arrived, and all threads are done with the previous tile, whose place is filled next
     if (tile + STAGES - 1 < tiles) {
       const int stage = (tile + STAGES - 1) % STAGES;
-      copy_keys<T, D, BN, kThreads>(a, keys, key, value, begin + (tile + STAGES - 1) * BN, key_tiles + stage * BN * D,
-                                    value_tiles + stage * BN * D);
+      copy_keys<ALIGNED, T, D, BN, kThreads>(a, keys, key, value, begin + (tile + STAGES - 1) * BN,
+                                             key_tiles + stage * BN * D, value_tiles + stage * BN * D);
     }
     cp_async_commit();
     const int start = begin + tile * BN + wn * kOwn;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(WM* WN* kWarp) attention_kernel(Attention a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) row_sum[m][half] = quad_sum(row_sum[m][half]);
 
-  if constexpr (WN == 1) write_tile<T, D, MR>(a, place, query_tile, warp_row, acc, row_max, row_sum);
+  if constexpr (WN == 1) write_tile<ALIGNED, T, D, MR>(a, place, query_tile, warp_row, acc, row_max, row_sum);
   else merge_warps<T, D, WN>(a, place, (float*)shared, acc[0], row_max[0], row_sum[0]);
 }
 

@@ -89,9 +89,12 @@ def _stream_kernel(
     rows, n, k, share, x_stride, w_stride_n, w_stride_k, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
     HAS_SCALE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same product for rows <= ROWS. With SPLIT, a float32 partial sum over `share` values of k."""
+    """The same product for rows <= ROWS. With SPLIT, a float32 partial sum over `share` values of k.
+
+    A step takes BLOCK_K values of k for each of PIECES warps. A warp sums its piece alone, so that the chain of products that
+    wait for each other is short, and the pieces are added at the end."""
     part = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
@@ -100,20 +103,22 @@ def _stream_kernel(
     w_ptr += (col % n).to(tl.int64)[:, None] * w_stride_n
     if ROWS == 1:  # a matrix unit has no use here; the products are summed at the end
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(part * share, end, BLOCK_K):
+        for start in tl.range(part * share, end, BLOCK_K, num_stages=STAGES):
             at = start + deep
             x = tl.load(x_ptr + at, mask=at < end, other=0.0).to(tl.float32)
             w = tl.load(w_ptr + at.to(tl.int64)[None, :] * w_stride_k, mask=at[None, :] < end, other=0.0)
             products += x[None, :] * w.to(tl.float32)
         total = tl.sum(products, axis=1)[None, :]
     else:
-        x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride
-        total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for start in range(part * share, end, BLOCK_K):
-            at = start + deep
-            x = tl.load(x_ptr + at[None, :], mask=at[None, :] < end, other=0.0)
-            w = tl.load(w_ptr + at.to(tl.int64)[None, :] * w_stride_k, mask=at[None, :] < end, other=0.0)
-            total = tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision=PRECISION)
+        x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[None, :, None] * x_stride
+        piece = tl.arange(0, PIECES)[:, None, None] * BLOCK_K + deep[None, None, :]
+        pieces = tl.zeros((PIECES, ROWS, BLOCK_N), tl.float32)
+        for start in range(part * share, end, PIECES * BLOCK_K):
+            at = start + piece
+            x = tl.load(x_ptr + at, mask=at < end, other=0.0)
+            w = tl.load(w_ptr[None] + at.to(tl.int64) * w_stride_k, mask=at < end, other=0.0)
+            pieces = tl.dot(x, tl.trans(w.to(x.dtype), 0, 2, 1), pieces, input_precision=PRECISION)
+        total = tl.sum(pieces, axis=0)
     live = (row < rows)[:, None] & (col < n)[None, :]
     if SPLIT:
         at = (part.to(tl.int64) * rows + row[:, None]) * n + col[None, :]
@@ -146,17 +151,19 @@ def _combine_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def stream_rows(rows):
-    """ROWS of a stream kernel."""
-    return 1 if rows == 1 else FEW_ROWS
+def stream_options(rows, tile):
+    """The options of a stream kernel. STAGES: Triton pipelines a loop without matrix products only if the loop says so."""
+    options = {**tile.options, "STAGES": tile.options["num_stages"]}
+    few = {"ROWS": FEW_ROWS, "PIECES": options["num_warps"]}
+    return {**options, **(few if rows > 1 else {"ROWS": 1, "PIECES": 1})}
 
 
-def share(n, k, tile):
-    """How many values of k a program of a stream kernel takes. The number of programs then about fills the chip."""
-    deep = tile.options["BLOCK_K"]
-    blocks = triton.cdiv(k, deep)
-    split = min(max(tile.programs // triton.cdiv(n, tile.options["BLOCK_N"]), 1), blocks)
-    return triton.cdiv(blocks, split) * deep
+def share(n, k, tile, options):
+    """How many values of k a program of a stream kernel takes. Sums are split if few programs would have long ones: then the
+    number of programs about fills the chip, and a second kernel adds the parts. It costs a launch."""
+    deep = options["PIECES"] * options["BLOCK_K"]
+    split = min(tile.programs // triton.cdiv(n, tile.options["BLOCK_N"]), k // tile.least_k)
+    return triton.cdiv(triton.cdiv(k, deep), max(split, 1)) * deep
 
 
 def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, save, dtype=None, of_integers=False):
@@ -185,12 +192,12 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
         )  # fmt: skip
     else:
         tile = tiles.find("ffn_stream", device, of_tile, rows, cases)
-        each = share(n, k, tile)
+        options = stream_options(rows, tile)
+        each = share(n, k, tile, options)
         parts = triton.cdiv(k, each)
         stream = starter(
             _stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
-            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision,
-            ROWS=stream_rows(rows), **tile.options,
+            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **options,
         )  # fmt: skip
     if parts > 1:
         block = tiles.find("ffn_combine", device).options

@@ -2,18 +2,20 @@
 
 total = x + residual; y = (total - mean) * rstd * weight + bias. Statistics are float32. rms_norm has neither mean nor bias.
 
-Reads x (and residual) once, writes y (and total) once. 8 N float operations a row: always bound by memory.
-Predicted at 3.0 TB/s, 16 x 1024 rows, bf16, not yet measured: N = 768 alone 17 us, with residual 34 us; N = 1024 22 and
-45 us. Backward, 4096 x 1024: three tensors, 8.4 us, plus a launch and 1 us for the partial sums.
+Reads x (and residual) once, writes y (and total) once. 8 N float operations a row: always bound by memory. Not yet measured;
+docs/performance/h100_predicted.md has the floors and what the compiled code lets one expect.
 
-Tiling: a program holds ROWS whole rows in registers. At small N several rows are in flight and a warp owns a row, so its sums
-are shuffles without a barrier. A row longer than the tiles of pyfused.tiles is walked in blocks by one program; its second
-and third pass read from the L2. The variance takes two passes and is corrected by the mean of the deviations, so a mean far
-from zero costs no digits.
+Tiling: a program holds ROWS whole rows in registers, each in blocks of BLOCK elements. Triton lays a tile (ROWS, BLOCK) over
+the warps row by row if BLOCK is what the lanes of one warp load with 16 bytes each. So up to N = 4096 forward, and 1024
+backward, a warp owns a row, all lanes work (768 is three blocks of 256), and sums are shuffles without a barrier. Longer rows
+are one block, whose sums cross the warps of a program. Rows beyond the tiles of pyfused.tiles are walked in blocks by one
+program; its second and third pass read from the L2. The variance takes two passes and is corrected by the mean of the
+deviations, so a mean far from zero costs no digits.
 
 Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only if
 CENTRED. Weight gradients take two stages without atomics, so they are bitwise repeatable: each program sums a fixed share of
-the rows, then a second kernel adds these sums in order. For rows in blocks x and grad_y are read again, by columns.
+the rows, then a second kernel adds these sums in order. One program has a multiprocessor and its registers, so it also loads
+the next rows while it sums. For rows in blocks x and grad_y are read again, by columns.
 """
 
 import torch
@@ -27,39 +29,79 @@ from ._launch import starter
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
+@triton.jit
+def _weight(ptr, at, n, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """A block of weight or bias in float32. Of rows in several blocks each warp loads its own copy, in the layout of its row;
+    one copy for all would reach the warps through shared memory."""
+    if BLOCKS > 1:
+        at = tl.broadcast_to(at, (ROWS, at.shape[1]))
+    return tl.load(ptr + at, mask=at < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_of_row(ptr, row, value, inside):
+    """Stores a number for each row, from one lane. A tile (ROWS, 1) would lie across the warps."""
+    lane = tl.arange(0, 32)[None, :]
+    tl.store(ptr + row + lane, tl.broadcast_to(value, (row.shape[0], 32)), mask=inside & (lane == 0))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, n, x_stride, residual_stride, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, CENTRED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
-    live = (row < rows) & (col < n)
-    t = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
-    if HAS_RESIDUAL:
-        other = tl.load(residual_ptr + row * residual_stride + col, mask=live, other=0.0)
-        t = (t.to(tl.float32) + other.to(tl.float32)).to(t.dtype)  # rounded: the next layer reads this total
-        tl.store(total_ptr + row * n + col, t, mask=live)
-    t = t.to(tl.float32)
+    inside = row < rows
+    x, other = (), ()
+    for i in tl.static_range(BLOCKS):  # all loads are under way before the first is used
+        at = i * BLOCK + col
+        live = inside & (at < n)
+        x += (tl.load(x_ptr + row * x_stride + at, mask=live, other=0.0),)
+        if HAS_RESIDUAL:
+            other += (tl.load(residual_ptr + row * residual_stride + at, mask=live, other=0.0),)
+    t = ()
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    square = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(BLOCKS):
+        at = i * BLOCK + col
+        one = x[i]
+        if HAS_RESIDUAL:
+            # Rounded: the next layer reads this total.
+            one = (one.to(tl.float32) + other[i].to(tl.float32)).to(one.dtype)
+            tl.store(total_ptr + row * n + at, one, mask=inside & (at < n))
+        one = one.to(tl.float32)
+        t += (one,)
+        total += one
+        square += one * one
     if CENTRED:
-        rough = tl.sum(t, axis=1)[:, None] / n
-        t = tl.where(col < n, t - rough, 0.0)
-        shift = tl.sum(t, axis=1)[:, None] / n
-        variance = tl.maximum(tl.sum(t * t, axis=1)[:, None] / n - shift * shift, 0.0)
-        t -= shift
-        if SAVE:
-            tl.store(mean_ptr + row, rough + shift, mask=row < rows)
+        rough = tl.sum(total, axis=1)[:, None] / n
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        square = tl.zeros((ROWS, BLOCK), tl.float32)
+        deviation = ()
+        for i in tl.static_range(BLOCKS):
+            one = tl.where(i * BLOCK + col < n, t[i] - rough, 0.0)
+            deviation += (one,)
+            total += one
+            square += one * one
+        t = deviation
+        shift = tl.sum(total, axis=1)[:, None] / n
+        variance = tl.maximum(tl.sum(square, axis=1)[:, None] / n - shift * shift, 0.0)
     else:
-        variance = tl.sum(t * t, axis=1)[:, None] / n
+        variance = tl.sum(square, axis=1)[:, None] / n
     rstd = 1.0 / tl.sqrt(variance + eps)
-    y = t * rstd * tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * n + col, y, mask=live)
+    for i in tl.static_range(BLOCKS):
+        at = i * BLOCK + col
+        y = (t[i] - shift if CENTRED else t[i]) * rstd * _weight(weight_ptr, at, n, ROWS, BLOCKS)
+        if HAS_BIAS:
+            y += _weight(bias_ptr, at, n, ROWS, BLOCKS)
+        tl.store(y_ptr + row * n + at, y, mask=inside & (at < n))
     if SAVE:
-        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        _store_of_row(rstd_ptr, row, rstd, inside)
+        if CENTRED:
+            _store_of_row(mean_ptr, row, rough + shift, inside)
 
 
 @triton.jit
@@ -116,41 +158,86 @@ def forward_long_kernel(
         tl.store(rstd_ptr + row, rstd)
 
 
+@triton.jit
+def _rows_of_backward(
+    grad_y_ptr, grad_total_ptr, x_ptr, row, inside, n, x_stride,
+    HAS_TOTAL: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Starts all loads of some rows. Returns the blocks of grad_y, x and grad_total, as they are stored."""
+    col = tl.arange(0, BLOCK)[None, :]
+    dy, x, extra = (), (), ()
+    for i in tl.static_range(BLOCKS):
+        at = i * BLOCK + col
+        live = inside & (at < n)
+        dy += (tl.load(grad_y_ptr + row * n + at, mask=live, other=0.0),)
+        x += (tl.load(x_ptr + row * x_stride + at, mask=live, other=0.0),)
+        if HAS_TOTAL:
+            extra += (tl.load(grad_total_ptr + row * n + at, mask=live, other=0.0),)
+    return dy, x, extra
+
+
 @triton.jit(do_not_specialize=["rows", "steps"])
 def backward_kernel(
     grad_y_ptr, grad_total_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
     rows, n, x_stride, steps,
-    HAS_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """AHEAD: the loads of the next step's rows are under way while a step's are summed."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    row = (program * steps * ROWS + tl.arange(0, ROWS))[:, None]
+    zero = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_weight, grad_bias = (), ()
+    for _ in tl.static_range(BLOCKS):
+        grad_weight += (zero,)
+        grad_bias += (zero,)
+    if AHEAD:
+        dy, x, extra = _rows_of_backward(
+            grad_y_ptr, grad_total_ptr, x_ptr, row, row < rows, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
+        )
     for step in range(steps):
-        row = ((program * steps + step) * ROWS + tl.arange(0, ROWS))[:, None]
-        live = (row < rows) & (col < n)
-        dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-        if CENTRED:
-            x -= tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        xhat = x * rstd
-        g = dy * weight  # zero outside `live`, because dy is
-        grad_weight += dy * xhat
-        grad_bias += dy
-        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / n
-        if CENTRED:
-            g -= tl.sum(g, axis=1)[:, None] / n
-        dx = (g - xhat * mean_gx) * rstd
-        if HAS_TOTAL:
-            dx += tl.load(grad_total_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + row * n + col, dx, mask=live)
-    one = tl.arange(0, BLOCK)
+        inside = row < rows
+        if AHEAD:
+            after = (row + ROWS < rows) & (step + 1 < steps)
+            next_dy, next_x, next_extra = _rows_of_backward(
+                grad_y_ptr, grad_total_ptr, x_ptr, row + ROWS, after, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
+            )
+        else:
+            dy, x, extra = _rows_of_backward(
+                grad_y_ptr, grad_total_ptr, x_ptr, row, inside, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
+            )
+        rstd = tl.load(rstd_ptr + row, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) if CENTRED else 0.0
+        sum_g, sum_gx = zero, zero
+        g, xhat, next_weight, next_bias = (), (), (), ()
+        for i in tl.static_range(BLOCKS):
+            d, hat = dy[i].to(tl.float32), (x[i].to(tl.float32) - mean) * rstd
+            scaled = d * _weight(weight_ptr, i * BLOCK + col, n, ROWS, BLOCKS)  # zero outside, because d is
+            sum_g += scaled
+            sum_gx += scaled * hat
+            g += (scaled,)
+            xhat += (hat,)
+            next_weight += (grad_weight[i] + d * hat,)
+            next_bias += (grad_bias[i] + d,)
+        grad_weight, grad_bias = next_weight, next_bias
+        mean_gx = tl.sum(sum_gx, axis=1)[:, None] / n
+        mean_g = tl.sum(sum_g, axis=1)[:, None] / n if CENTRED else 0.0
+        for i in tl.static_range(BLOCKS):
+            at = i * BLOCK + col
+            dx = (g[i] - mean_g - xhat[i] * mean_gx) * rstd
+            if HAS_TOTAL:
+                dx += extra[i].to(tl.float32)
+            tl.store(grad_x_ptr + row * n + at, dx, mask=inside & (at < n))
+        row += ROWS
+        if AHEAD:
+            dy, x, extra = next_dy, next_x, next_extra
     partial_ptr += program * 2 * n
-    tl.store(partial_ptr + one, tl.sum(grad_weight, axis=0), mask=one < n)
-    if HAS_BIAS:
-        tl.store(partial_ptr + n + one, tl.sum(grad_bias, axis=0), mask=one < n)
+    for i in tl.static_range(BLOCKS):
+        one = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(partial_ptr + one, tl.sum(grad_weight[i], axis=0), mask=one < n)
+        if HAS_BIAS:
+            tl.store(partial_ptr + n + one, tl.sum(grad_bias[i], axis=0), mask=one < n)
 
 
 @triton.jit
@@ -234,9 +321,15 @@ def reduce_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def block_of(n):
-    """BLOCK of the kernels that keep whole rows of n elements."""
-    return max(triton.next_power_of_2(n), 16)
+def whole_rows(n, tile):
+    """The options of a kernel that keeps whole rows of n elements, in as few of the tile's blocks as hold them."""
+    block = min(tile.options["BLOCK"], max(triton.next_power_of_2(n), 16))
+    return {**tile.options, "BLOCKS": triton.cdiv(n, block), "BLOCK": block}
+
+
+def loads_ahead(dtype, tile):
+    """Whether a backward's registers hold two steps' rows: those of warps that own a row do, in 16 bits."""
+    return dtype.itemsize == 2 and tile.options["ROWS"] == tile.options["num_warps"]
 
 
 def begin_forward(norm):
@@ -246,7 +339,7 @@ def begin_forward(norm):
     if tile := tiles.find("row_norm_forward", device, dtype, n):
         return starter(
             forward_kernel, (triton.cdiv(rows, tile.options["ROWS"]),), device,
-            rows, n, *strides, norm.eps, **flags, BLOCK=block_of(n), **tile.options,
+            rows, n, *strides, norm.eps, **flags, **whole_rows(n, tile),
         )  # fmt: skip
     tile = tiles.find("row_norm_forward_long", device, dtype)
     return starter(forward_long_kernel, (rows,), device, n, *strides, norm.eps, **flags, **tile.options)
@@ -273,9 +366,10 @@ def begin_backward(norm):
             HAS_BIAS=norm.bias, CENTRED=norm.centred, **tile.options,
         )  # fmt: skip
     else:
-        whole_rows = starter(
+        walk_rows = starter(
             backward_kernel, (parts,), device, rows, n, x_stride, steps, HAS_TOTAL=norm.residual,
-            HAS_BIAS=norm.bias, CENTRED=norm.centred, BLOCK=block_of(n), **tile.options, **exact,
+            HAS_BIAS=norm.bias, CENTRED=norm.centred, AHEAD=loads_ahead(dtype, tile), **exact,
+            **whole_rows(n, tile),
         )  # fmt: skip
     of_reduce = tiles.find("row_norm_reduce", device, dtype, n).options
     grid = (triton.cdiv(n, of_reduce["BLOCK"]),)
@@ -288,7 +382,7 @@ def begin_backward(norm):
             walk_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x)
             add_columns(grad_y, x, mean, rstd, partial)
         else:
-            whole_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x, partial)
+            walk_rows(grad_y, grad_total, x, weight, mean, rstd, grad_x, partial)
         reduce(partial, grad_weight, grad_bias)
 
     return start

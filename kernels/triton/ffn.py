@@ -3,9 +3,9 @@
 Three ways, all with float32 accumulation (float32 inputs multiply in float32, not TF32):
 
 1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few
-   rows of a weight matrix. If that gives too few programs to fill the chip, K is split over programs too, and the
-   partial sums are added in a fixed order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches
-   of about 1.3 us in a CUDA graph. Not yet measured.
+   rows of a weight matrix through shared memory, several steps ahead. Only long sums in few programs are split over
+   programs; then a second kernel adds the parts in order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 2
+   launches of about 1.3 us in a CUDA graph. Not yet measured.
 2. More rows, only when the Triton backend is forced: two tiled products with bias, activation and residual in their
    epilogues. Tiles run in groups, so a group's weights stay in the L2. This saves the activation's pass over (R, F),
    4 R F bytes in 16 bits: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at

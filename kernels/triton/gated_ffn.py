@@ -1,12 +1,13 @@
 """gated_ffn in Triton: y = (activation(x w_gate^T) * (x w_up^T)) w_out^T (+ residual); x (R, N), w_gate, w_up (F, N).
 
-Two ways, both with float32 accumulation (float32 inputs multiply in float32, not TF32):
+Three ways, all with float32 accumulation (float32 inputs multiply in float32, not TF32):
 
 1. R <= 16 rows, decoding: bound by the weights, 2 F (2 N + M) bytes in 16 bits, each read once. A program streams the
-   same few rows of w_gate and w_up, so its epilogue does the activation and the product. If that gives too few programs
-   to fill the chip, K is split over programs too, and the partial sums are added in a fixed order. The second product is
-   ffn's. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 3 to 4 launches. Not yet measured.
-2. More rows: the library's products (cuBLAS), as in ffn. Between them one kernel reads gate and up and writes the hidden
+   same few rows of w_gate and w_up, so its epilogue does the activation and the product. Streams and splits are ffn's, and
+   so is the second product. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 2 launches. Not yet measured.
+2. More rows: one kernel for both products and the activation (_gated_product.py), where the tiles' evidence has a row for
+   N, then the library's product.
+3. Else the library's products (cuBLAS), as in ffn. Between them one kernel reads gate and up and writes the hidden
    features: 6 R F bytes in 16 bits. Plain PyTorch's activation and product move 10 R F. Not yet measured.
 
 In float16 activation(gate) * up may not fit. Each row of hidden features is divided by a power of two that brings its
@@ -29,8 +30,9 @@ from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._activation import activate, activate_with_slope
+from pyfused.kernels.triton._gated_product import prepare_gated_product
 from pyfused.kernels.triton._launch import starter
-from pyfused.kernels.triton._product import FEW_ROWS, prepare_product, share, stream_rows
+from pyfused.kernels.triton._product import FEW_ROWS, prepare_product, share, stream_options
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -52,9 +54,10 @@ def stream_kernel(
     x_ptr, w_gate_ptr, w_up_ptr, gate_ptr, up_ptr, hidden_ptr, partial_ptr,
     rows, n, k, share, x_stride, w_gate_stride_n, w_gate_stride_k, w_up_stride_n, w_up_stride_k,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """gate and up (rows, n), rows <= ROWS. With SPLIT, float32 partial sums over `share` values of k."""
+    """gate and up (rows, n), rows <= ROWS. With SPLIT, float32 partial sums over `share` values of k. PIECES as in ffn."""
     part = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
@@ -65,7 +68,7 @@ def stream_kernel(
     if ROWS == 1:  # a matrix unit has no use here; the products are summed at the end
         gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in range(part * share, end, BLOCK_K):
+        for start in tl.range(part * share, end, BLOCK_K, num_stages=STAGES):
             at = start + deep
             live = at[None, :] < end
             x = tl.load(x_ptr + at, mask=at < end, other=0.0).to(tl.float32)
@@ -76,17 +79,18 @@ def stream_kernel(
         gate = tl.sum(gates, axis=1)[None, :]
         up = tl.sum(ups, axis=1)[None, :]
     else:
-        x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * x_stride
-        gate = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        up = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for start in range(part * share, end, BLOCK_K):
-            at = start + deep
-            live = at[None, :] < end
-            x = tl.load(x_ptr + at[None, :], mask=live, other=0.0)
-            w_gate = tl.load(w_gate_ptr + at.to(tl.int64)[None, :] * w_gate_stride_k, mask=live, other=0.0)
-            w_up = tl.load(w_up_ptr + at.to(tl.int64)[None, :] * w_up_stride_k, mask=live, other=0.0)
-            gate = tl.dot(x, tl.trans(w_gate), gate, input_precision=PRECISION)
-            up = tl.dot(x, tl.trans(w_up), up, input_precision=PRECISION)
+        x_ptr += tl.minimum(row, rows - 1).to(tl.int64)[None, :, None] * x_stride
+        piece = tl.arange(0, PIECES)[:, None, None] * BLOCK_K + deep[None, None, :]
+        gates = tl.zeros((PIECES, ROWS, BLOCK_N), tl.float32)
+        ups = tl.zeros((PIECES, ROWS, BLOCK_N), tl.float32)
+        for start in range(part * share, end, PIECES * BLOCK_K):
+            at = start + piece
+            x = tl.load(x_ptr + at, mask=at < end, other=0.0)
+            w_gate = tl.load(w_gate_ptr[None] + at.to(tl.int64) * w_gate_stride_k, mask=at < end, other=0.0)
+            w_up = tl.load(w_up_ptr[None] + at.to(tl.int64) * w_up_stride_k, mask=at < end, other=0.0)
+            gates = tl.dot(x, tl.trans(w_gate, 0, 2, 1), gates, input_precision=PRECISION)
+            ups = tl.dot(x, tl.trans(w_up, 0, 2, 1), ups, input_precision=PRECISION)
+        gate, up = tl.sum(gates, axis=0), tl.sum(ups, axis=0)
     live = (row < rows)[:, None] & (col < n)[None, :]
     if SPLIT:
         at = (part.to(tl.int64) * 2 * rows + row[:, None]) * n + col[None, :]
@@ -196,12 +200,13 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
     flags = {"ACTIVATION": activation, "FACTORS": factors, "HIDDEN": hidden}
     precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
     tile = tiles.find("gated_ffn_stream", device, dtype, rows)
-    each = share(n, k, tile)
+    options = stream_options(rows, tile)
+    each = share(n, k, tile, options)
     parts = triton.cdiv(k, each)
     stream = starter(
         stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
         rows, n, k, each, x_stride, *w_gate.stride(), *w_up.stride(),
-        **flags, SPLIT=parts > 1, PRECISION=precision, ROWS=stream_rows(rows), **tile.options,
+        **flags, SPLIT=parts > 1, PRECISION=precision, **options,
     )  # fmt: skip
     if parts > 1:
         block = tiles.find("gated_ffn_combine", device).options
@@ -265,6 +270,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     (rows, _, x_stride), residual_stride, device = of_x, of_residual[2], x.device
     outer, f, m = x.shape[:-1], w_gate.shape[0], w_out.shape[0]
     few, half = rows <= FEW_ROWS, x.dtype == torch.float16
+    both = None  # one kernel for gate, up and hidden
     if half:
         scaled = _prepare_scaled(outer, f, activation, device)
         unscaled = _prepare_unscaled(outer, m, residual_stride, device)
@@ -273,6 +279,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         wide, stride = (torch.float32, None) if half else (None, residual_stride)
         last = prepare_product(outer, f, w_out, False, "none", stride, False, wide)
     elif not half:
+        both = prepare_gated_product(outer, x_stride, w_gate, w_up, activation, save)
         size, tile = rows * f, tiles.find("gated_ffn_gate", device).options
         grid = (triton.cdiv(size, tile["BLOCK"]),)
         activated = starter(gate_kernel, grid, device, size, ACTIVATION=activation, **tile)
@@ -281,6 +288,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         if few:
             gate, up, hidden = stream(x, w_gate, w_up)
+        elif both is not None:
+            gate, up, hidden = both(x, w_gate, w_up)
         else:
             gate, up = (x @ w_gate.t()).contiguous(), (x @ w_up.t()).contiguous()
         if half:
@@ -290,8 +299,9 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         elif few:
             y = last(hidden, w_out, None, residual)[0]
         else:
-            hidden = new_hidden() if save else gate
-            activated(gate, up, hidden)
+            if both is None:
+                hidden = new_hidden() if save else gate
+                activated(gate, up, hidden)
             y = hidden @ w_out.t()
             y = y if residual is None else y.add_(residual)
         return (y, gate, up) if save else (y, None, None)

@@ -1,4 +1,4 @@
-"""Does the CUDA fourier_mix compile without spills? A radix-8 butterfly and its twiddles must stay in registers."""
+"""Does the CUDA fourier_mix compile without spills, and do FNet's own lengths need no division and 16-byte accesses?"""
 
 import shutil
 
@@ -8,12 +8,29 @@ from pyfused.testing.cuda_compile import ARCHITECTURES, check_kernel, compile_so
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
+# The radices of a length's stages, each with one store for each of its outputs
+RADICES = {"128": 8 + 8 + 2, "256": 8 + 8 + 4, "512": 8 + 8 + 8, "768": 8 + 8 + 4 + 3, "1024": 8 + 8 + 8 + 2}
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cuda_fourier_mix(architecture):
     kernels = compile_source("fourier_mix", architecture)
-    assert len(kernels) == 6
+    assert len(kernels) == 30
     assert {k.template for k in kernels} == {"features_kernel", "sequence_kernel"}
     for kernel in kernels:
         check_kernel(kernel)
+        assert kernel.registers <= 85, kernel  # three blocks of 256 threads share a multiprocessor
         assert kernel.count("LDS.64") > 0, kernel  # a complex number is one access
+        kind, length = kernel.arguments
+        if length == "0":
+            continue
+        if kernel.template == "features_kernel":
+            assert kernel.count("LDG.E.128") == 4, kernel  # two rows and their mirrors
+            assert kernel.count("STG.E.128") == 4, kernel
+        else:
+            assert kernel.count("LDG.E.128") == 2, kernel
+            assert kernel.count("STG.E.128" if kind == "float" else "STG.E.64") == 4, kernel
+        # A butterfly's strides are constants: no reciprocal but those of the loop over work, as in every kernel.
+        general = next(k for k in kernels if k.arguments == (kind, "0") and k.template == kernel.template)
+        assert kernel.count("MUFU.RCP") <= 4 < general.count("MUFU.RCP"), kernel
+        assert kernel.count("STS") >= RADICES[length], kernel

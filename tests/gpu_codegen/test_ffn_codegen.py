@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton._product import stream_rows
+from pyfused.kernels.triton._product import stream_options
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton._product"
@@ -36,7 +36,7 @@ def linear(kind, activation, target):
 
 
 def stream(kind, rows, split, activation, target):
-    tile = options("ffn_stream", target, kind, rows) | {"ROWS": stream_rows(rows)}
+    tile = stream_options(rows, tiles.find("ffn_stream", target, DTYPES[kind], rows))
     name = f"stream {kind} {rows}"
     constants = {"SPLIT": split, "ACTIVATION": activation}
     return product(name, "_stream_kernel", kind, tile, ("share",), "partial", **constants)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton._product import stream_rows
+from pyfused.kernels.triton._product import stream_options
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton.gated_ffn"
@@ -24,18 +24,30 @@ def options(kernel, target, kind="bf16", size=0):
 
 def stream(kind, rows, split, activation, target):
     """Weights are laid out as in nn.Linear: strides along k are 1. float16 keeps gate and up; other dtypes keep hidden."""
-    tile, warps = options("gated_ffn_stream", target, kind, rows)
-    stages = tile.pop("num_stages")
+    tile = stream_options(rows, tiles.find("gated_ffn_stream", target, DTYPES[kind], rows))
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     types = tensors(kind, "x w_gate w_up gate up hidden", "partial") | {"rows": "i32"}
     types |= dict.fromkeys(("n", "k", "share", "x_stride", "w_gate_stride_n", "w_up_stride_n"), "i32:16")
     constants = {"w_gate_stride_k": 1, "w_up_stride_k": 1, "ACTIVATION": activation, "SPLIT": split, **tile}
-    constants["ROWS"] = stream_rows(rows)
     constants |= {
         "FACTORS": kind == "fp16",
         "HIDDEN": kind != "fp16",
         "PRECISION": "ieee" if kind == "fp32" else "tf32",
     }
     return Case(f"stream {kind} {rows}", f"{MODULE}:stream_kernel", types, constants, warps, stages)
+
+
+def product(target):
+    """The fused product of T5-base, if the chip has a tile for it."""
+    if found := tiles.find("gated_ffn_product", target, torch.bfloat16, 768):
+        types = tensors("bf16", "x w_gate w_up gate up hidden") | {"rows": "i32"}
+        types |= dict.fromkeys(("n", "k", "x_stride", "w_gate_stride_n", "w_up_stride_n"), "i32:16")
+        tile = dict(found.options)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        constants = {"w_gate_stride_k": 1, "w_up_stride_k": 1, "ACTIVATION": "gelu_tanh", "FACTORS": False}
+        constants |= {"EVEN_K": True, "PRECISION": "tf32", **tile}
+        kernel = f"{MODULE.replace('gated_ffn', '_gated_product')}:gated_product_kernel"
+        yield Case("product", kernel, types, constants, warps, stages)
 
 
 def others(target):
@@ -71,12 +83,15 @@ def test_triton_gated_ffn(target):
         stream("bf16", 16, True, "gelu", target),
         stream("fp32", 16, False, "tanh", target),
         *others(target),
+        *product(target),
     ]
     compiled = compile_cases(cases, target)
     for name, result in compiled.items():
         check_resources(result, name, target)
     if target == "gfx942":
         return
+    tensor_core = "HGMMA" if target == "sm_90" else "HMMA"
+    assert tensor_core in compiled["product"].asm["sass"], f"product on {target}"
     for name in ("stream fp16 16", "stream bf16 16"):
         assert "HMMA" in compiled[name].asm["sass"], f"{name} on {target} uses no tensor core"
     assert "HMMA" not in compiled["stream fp32 16"].asm["sass"], f"stream fp32 on {target} multiplies in TF32"

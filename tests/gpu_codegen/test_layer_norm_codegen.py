@@ -1,12 +1,16 @@
-"""Does layer_norm compile for its target GPUs: no spills, 16-byte accesses?"""
+"""Does layer_norm compile for its target GPUs: no spills, 16-byte accesses, and a row of moderate length within a warp?"""
+
+import re
 
 import pytest
+import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton._row_norm import block_of
+from pyfused.kernels.triton._row_norm import loads_ahead, whole_rows
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton._row_norm"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLAGS = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SAVE": True, "CENTRED": True}
 
 
@@ -22,17 +26,24 @@ def options(kernel, target, n=0):
     return tile, tile.pop("num_warps")
 
 
+def of_whole_rows(kernel, kind, n, target):
+    """The same for a kernel that keeps whole rows of n elements."""
+    tile = whole_rows(n, tiles.find(f"row_norm_{kernel}", target, DTYPES[kind], n))
+    return tile, tile.pop("num_warps")
+
+
 def forward(kind, n, target):
-    tile, warps = options("forward", target, n)
+    tile, warps = of_whole_rows("forward", kind, n, target)
     types = signature("x residual weight bias y total mean* rstd*", kind, "rows n x_stride residual_stride")
-    constants = {**FLAGS, **tile, "BLOCK": block_of(n)}
+    constants = {**FLAGS, **tile}
     return Case(f"forward {kind} {n}", f"{MODULE}:forward_kernel", types | {"eps": "fp32"}, constants, warps)
 
 
 def backward(kind, n, target):
-    tile, warps = options("backward", target, n)
+    tile, warps = of_whole_rows("backward", kind, n, target)
     types = signature("grad_y grad_total x weight mean* rstd* grad_x partial*", kind, "rows n x_stride steps")
-    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, **tile, "BLOCK": block_of(n)}
+    constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, **tile}
+    constants["AHEAD"] = loads_ahead(DTYPES[kind], tiles.find("row_norm_backward", target, DTYPES[kind], n))
     exact = {"enable_fp_fusion": False}
     return Case(f"backward {kind} {n}", f"{MODULE}:backward_kernel", types, constants, warps, options=exact)
 
@@ -59,7 +70,7 @@ def reduce(kind, target):
 
 def cases(target):
     return [
-        forward("bf16", 768, target), forward("bf16", 16384, target),
+        forward("bf16", 768, target), forward("bf16", 4096, target), forward("bf16", 16384, target),
         backward("bf16", 768, target), backward("fp32", 1024, target), backward("fp16", 8192, target),
         *long_rows(target), reduce("bf16", target),
     ]  # fmt: skip
@@ -72,3 +83,17 @@ def test_triton_layer_norm(target):
         if target != "gfx942" and name != "reduce":  # LDG.E.128 or LDG.E.EF.128 and the like
             loads = [line for line in compiled.asm["sass"].splitlines() if "LDG" in line and ".128" in line]
             assert loads, f"{name} on {target}: no 16-byte load"
+        if target != "gfx942" and name in WITHIN_A_WARP:
+            ptx = compiled.asm["ptx"]
+            assert "bar.sync" not in (ptx if name.startswith("forward") else loops(ptx)), f"{name} on {target}"
+
+
+# Their rows are summed by shuffles alone. A backward adds its warps' sums after its loop.
+WITHIN_A_WARP = ("forward bf16 768", "forward bf16 4096", "backward bf16 768", "backward fp32 1024")
+
+
+def loops(ptx):
+    """The text of a kernel's loops."""
+    found = re.findall(r"^(\$L__BB\w+):(.*?\bbra(?:\.uni)?\s+\1;)", ptx, re.MULTILINE | re.DOTALL)
+    assert found
+    return "".join(body for _, body in found)

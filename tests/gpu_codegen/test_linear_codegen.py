@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton._product import stream_rows
+from pyfused.kernels.triton._product import stream_options
 from pyfused.testing.triton_compile import Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.triton._product"
@@ -33,9 +33,7 @@ def linear(kind, target, of_integers=False):
 
 
 def stream(kind, rows, split, target):
-    tile = dict(tiles.find("ffn_stream", target, DTYPES[kind], rows, ("int8", "")).options) | {
-        "ROWS": stream_rows(rows)
-    }
+    tile = stream_options(rows, tiles.find("ffn_stream", target, DTYPES[kind], rows, ("int8", "")))
     return product(f"stream {kind} {rows}", "_stream_kernel", kind, tile, ("share",), "scale partial", SPLIT=split)
 
 

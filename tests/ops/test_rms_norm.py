@@ -8,7 +8,7 @@ from opchecks import check_registered
 import pyfused
 from pyfused.testing import assert_close
 
-SHAPES = [(200, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (2, 4097), (0, 8)]
+SHAPES = [(200, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (3, 1300), (2, 4097), (0, 8)]
 
 
 def make(shape, dtype, device, scale=1.0):
