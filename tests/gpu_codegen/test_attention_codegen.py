@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton import _attention_forward, _attention_grad_key_value, _attention_grad_query
+from pyfused.kernels.triton import (
+    _attention_forward,
+    _attention_grad_key_value,
+    _attention_grad_query,
+    _attention_grad_table,
+)
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
@@ -16,27 +21,36 @@ KERNELS = {
     "decode": (_attention_forward, "forward_kernel"),
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
+    "grad_table": (_attention_grad_table, "grad_table_kernel"),
 }
-UNALIGNED = ("threshold", "span", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
-FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "table_sum_ptr")
+UNALIGNED = ("threshold", "span", "center", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
+UNALIGNED += ("table_rows", "first_table_row", "first_corner", "count", "parts", "visits")
+FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
     """One kernel with the launcher's options; `given` names those that are on: causal, mask, bias, dropout, relative (T5's
     bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
-    c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
+    c = config(
+        "grad_query" if kernel == "grad_table" else kernel,
+        d,
+        DTYPES[kind],
+        target,
+        ("bias" in given) + ("dropout" in given),
+        "relative" in given,
+    )
     numbers = dict(c.options)
     warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
     constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
-    scale_first = "bias" in given or "relative" in given
-    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": scale_first, "PACKED": kernel == "decode"}
+    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given.split(), "PACKED": kernel == "decode"}
+    constants["START_AT_BIAS"] = "relative" in given and kind != "fp32"
     constants["BUCKETS"] = 32 if "table" in given else 1
     absent = {
         "mask_ptr": "mask" not in given,
         "bias_ptr": "bias" not in given,
         "grad_bias_ptr": "bias" not in given,
-        "distance_ptr": "relative" not in given,
+        "spread_ptr": "relative" not in given,
         "buckets_ptr": "table" not in given,
         "table_sum_ptr": "table" not in given,
         "seed_ptr": "dropout" not in given,
