@@ -18,6 +18,17 @@ from ._attention_tiles import (
 
 
 @triton.jit
+def _near_bias(
+    spread, corner, queries, first_query, center,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr, FRAGMENTS: tl.constexpr,
+):  # fmt: skip
+    if PACKED:
+        return relative_rows(spread, corner, queries, center, BLOCK_M, BLOCK_N)
+    else:
+        return relative_tile(spread, corner - first_query, center, BLOCK_M, BLOCK_N, FRAGMENTS)
+
+
+@triton.jit
 def _step(
     acc,
     row_sum,
@@ -66,19 +77,14 @@ def _step(
     if MASKED and mask_row is not None:
         visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
     key_rows = keys.to(tl.int64)[:, None]
-    relative = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if NEAR:
-        corner = start - (key_length - query_length)
-        if PACKED:
-            relative = relative_rows(spread, corner, queries, center, BLOCK_M, BLOCK_N)
-        else:
-            relative = relative_tile(spread, corner - first_query, center, BLOCK_M, BLOCK_N, not NATURAL)
+    corner = start - (key_length - query_length)
     if NATURAL:
         s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
     else:
         key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
-        if START_AT_BIAS:
-            s = tl.dot(query, tl.trans(key), relative)
+        if NEAR and START_AT_BIAS:
+            near = _near_bias(spread, corner, queries, first_query, center, BLOCK_M, BLOCK_N, PACKED, True)
+            s = tl.dot(query, tl.trans(key), near)
         else:
             s = tl.dot(query, tl.trans(key))
     if SCALE_NOW:
@@ -90,7 +96,7 @@ def _step(
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
     if NEAR and not START_AT_BIAS:
-        s += relative
+        s += _near_bias(spread, corner, queries, first_query, center, BLOCK_M, BLOCK_N, PACKED, not NATURAL)
     if MASKED:
         allowed = visible[None, :]
         if IS_CAUSAL:

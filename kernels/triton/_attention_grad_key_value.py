@@ -76,14 +76,11 @@ def _key_step(
         lse = tl.load(lse_ptr + queries)
         delta = tl.load(delta_ptr + queries)
     query = load_tile(query_ptr + query_rows * stride_qs + dims[None, :], live, dims, D, MASKED)
-    relative = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if NEAR:
-        corner = start + (key_length - query_length) - first_key  # of negated distances
-        relative = relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, not NATURAL)
+    corner = start + (key_length - query_length) - first_key  # of negated distances
     if NATURAL:
         s = dot_rows(key_rows, visible, query_ptr + queries.to(tl.int64) * stride_qs, live, D, BLOCK_N, BLOCK_M)
-    elif START_AT_BIAS:
-        s = tl.dot(key, tl.trans(query), relative)
+    elif NEAR and START_AT_BIAS:
+        s = tl.dot(key, tl.trans(query), relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, True))
     else:
         s = tl.dot(key, tl.trans(query))
     s *= scale
@@ -97,7 +94,7 @@ def _key_step(
     if far is not None:
         less -= far
     elif NEAR and not START_AT_BIAS:
-        s += relative
+        s += relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, not NATURAL)
     if MASKED and IS_CAUSAL:
         s = tl.where(keys[:, None] <= queries[None, :] + (key_length - query_length), s, -float("inf"))
     p = exponential(s - less[None, :], NATURAL)

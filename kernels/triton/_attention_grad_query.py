@@ -77,13 +77,10 @@ def _query_step(
     key_rows = keys.to(tl.int64)[:, None]
     key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
     corner = start - first_query - (key_length - query_length)
-    relative = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if NEAR:
-        relative = relative_tile(spread, corner, center, BLOCK_M, BLOCK_N, not NATURAL)
     if NATURAL:
         s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
-    elif START_AT_BIAS:
-        s = tl.dot(query, tl.trans(key), relative)
+    elif NEAR and START_AT_BIAS:
+        s = tl.dot(query, tl.trans(key), relative_tile(spread, corner, center, BLOCK_M, BLOCK_N, True))
     else:
         s = tl.dot(query, tl.trans(key))
     s *= scale
@@ -97,7 +94,7 @@ def _query_step(
     if far is not None:
         less = lse - far
     elif NEAR and not START_AT_BIAS:
-        s += relative
+        s += relative_tile(spread, corner, center, BLOCK_M, BLOCK_N, not NATURAL)
     p = exponential(s - less[:, None], NATURAL)  # lse is +inf in a row that sees nothing
     if NATURAL:
         dp = dot_rows(grad_rows, live, value_ptr + keys.to(tl.int64) * stride_vs, visible, D, BLOCK_M, BLOCK_N)
