@@ -24,7 +24,6 @@ _PACK_ROWS = 16  # heads that share a key head share one query tile while it has
 _MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
 _MOST_BUCKETS = 512  # of a table with a gradient: each program sums into all of them
 _LEAST_SCALE = 1e-3  # a bias is divided by it
-_SPREAD = {"BLOCK": 512, "num_warps": 4}
 
 
 def _dropout(a):
@@ -59,8 +58,9 @@ def _spread(a, *tile_configs):
     num_buckets, heads = table.shape
     middle = max(center(span(a), c.options["BLOCK_M"], c.options["BLOCK_N"]) for c in tile_configs)
     unit = 1.0 if a.query.dtype == torch.float32 else 1.0 / a.scale if _starts_at_bias(a) else _LOG2E
-    grid = heads * COPIES.value, triton.cdiv(2 * middle, _SPREAD["BLOCK"])
-    start = starter(spread_kernel, grid, device, unit, span(a), middle, *table.stride(), **_SPREAD)
+    options = tiles.find("attention_spread", device).options
+    grid = heads * COPIES.value, triton.cdiv(2 * middle, options["BLOCK"])
+    start = starter(spread_kernel, grid, device, unit, span(a), middle, *table.stride(), **options)
     new = maker((heads, COPIES.value, 2 * middle), torch.float32, None, device)
     bidirectional, max_distance = a.bidirectional, a.max_distance
 
