@@ -65,7 +65,7 @@ def test_a_tile_of_the_bias(kind, rows, columns):
 @pytest.mark.parametrize(
     "sq, sk, causal", [(1, 1, False), (1, 500, True), (137, 137, True), (70, 333, False), (90, 20, True)]
 )
-@pytest.mark.parametrize("span", [0, 7, 91, 600])
+@pytest.mark.parametrize("span", [0, 91, 600])
 def test_every_near_tile_has_one_program(sq, sk, causal, span, block_m, block_n):
     """The tiles that grad_query_kernel leaves to grad_table_kernel are those of its corners, each with one visit."""
     shift, step, batch = sk - sq, min(block_m, block_n), 3
@@ -110,10 +110,10 @@ def biased(b, h, hkv, sq, sk, d, table, is_causal=False, pad=None, dtype=torch.f
 
 SMALL = (8, 12, True)
 CASES = {
-    "beyond the buckets": ((2, 2, 1, 71, 71, 8, SMALL), {"pad": [71, 40]}),
+    "beyond the buckets": ((1, 2, 1, 71, 71, 8, SMALL), {"pad": [59]}),
     "a cached prefix": ((1, 2, 2, 21, 90, 8, (7, 6, False)), {"is_causal": True}),
     "more queries than keys": ((1, 1, 1, 61, 37, 8, SMALL), {}),
-    "each distance": ((3, 2, 1, 33, 33, 8, (65, EACH, True)), {"is_causal": True}),
+    "each distance": ((3, 1, 1, 33, 33, 8, (65, EACH, True)), {"is_causal": True}),
 }
 WIDE = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 TILES = {"wide": WIDE, "high": {**WIDE, "BLOCK_M": 32, "BLOCK_N": 16}}
