@@ -47,6 +47,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention_grad_query": _ATTENTION,
     "attention_grad_key_value": _ATTENTION,
     "attention_combine": ("num_warps",),
+    "attention_spread": _BLOCK,
     "row_norm_forward": _WHOLE_ROWS,  # row length; longer rows use row_norm_forward_long, which reads them again
     "row_norm_forward_long": _BLOCK,
     "row_norm_backward": (*_WHOLE_ROWS, "PER_PROCESSOR"),

@@ -96,6 +96,7 @@ CHIP = re.compile(r"sm_\d+|gfx\d+|[AHBV]\d00|MI\d+|RTX", re.IGNORECASE)
 CAPABILITIES = {
     "kernels/triton/_attention_tiles.py": {"MASKED_STAGES"},  # the latency its loops can hide; see the file
     "kernels/triton/attention.py": {"_PACK_ROWS", "_MOST_CHUNKS"},  # decode's tile; the parts that combine_kernel adds up
+    "kernels/triton/_attention_grad_table.py": {"_LEAST_TILES", "_MOST_PROGRAMS"},  # the same sums on every chip
     "kernels/triton/_product.py": {"FEW_ROWS"},
     "kernels/cpu/decode.py": {"MOST_ROWS"},  # whose activations stay in L1 and L2
     "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ._attention_relative import BY_QUERY, far_biases, near_tiles, relative_rows, relative_tile, spread_row
 from ._attention_tiles import (
     LN2,
     MASKED_STAGES,
@@ -12,10 +13,19 @@ from ._attention_tiles import (
     keep_tile,
     key_tiles,
     load_tile,
-    near_tiles,
-    relative_tile,
     sequence_tile,
 )
+
+
+@triton.jit
+def _near_bias(
+    spread, corner, queries, first_query, center,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr, FRAGMENTS: tl.constexpr,
+):  # fmt: skip
+    if PACKED:
+        return relative_rows(spread, corner, queries, center, BLOCK_M, BLOCK_N)
+    else:
+        return relative_tile(spread, corner - first_query, center, BLOCK_M, BLOCK_N, FRAGMENTS)
 
 
 @triton.jit
@@ -29,11 +39,13 @@ def _step(
     value_ptr,
     mask_row,
     bias_rows,
-    distance_row,
-    span,
+    spread,
+    far,
+    center,
     seed,
     flat_heads,
     queries,
+    first_query,
     live,
     start,
     scale,
@@ -50,24 +62,32 @@ def _step(
     IS_CAUSAL: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
-    FAR: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Folds one tile of keys into the running output. Without MASKED every query sees every key of the tile. With FAR all
-    pairs have the relative bias that distance_row points at."""
+    """Folds one tile of keys into the running output. Without MASKED every query sees every key of the tile. With `far` all
+    pairs of a row have this relative bias, else they have that of `spread`, if there is one."""
     NATURAL: tl.constexpr = query is None
+    FAR: tl.constexpr = far is not None
+    NEAR: tl.constexpr = spread is not None and far is None
+    SCALE_NOW: tl.constexpr = SCALE_FIRST or (NEAR and not START_AT_BIAS)
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     visible = keys < key_length
     if MASKED and mask_row is not None:
         visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
     key_rows = keys.to(tl.int64)[:, None]
+    corner = start - (key_length - query_length)
     if NATURAL:
         s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
     else:
         key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
-        s = tl.dot(query, tl.trans(key))
-    if SCALE_FIRST:
+        if NEAR and START_AT_BIAS:
+            near = _near_bias(spread, corner, queries, first_query, center, BLOCK_M, BLOCK_N, PACKED, True)
+            s = tl.dot(query, tl.trans(key), near)
+        else:
+            s = tl.dot(query, tl.trans(key))
+    if SCALE_NOW:
         s = s * scale
     if bias_rows is not None:
         bias_mask = live[:, None]
@@ -75,33 +95,31 @@ def _step(
             bias_mask = bias_mask & visible[None, :]
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
-    if distance_row is not None:
-        if FAR:
-            far = in_units(tl.load(distance_row).to(tl.float32), NATURAL)
-            if PACKED:
-                s += far[:, None]
-            else:
-                s += far
-        else:
-            relative = keys[None, :] - (queries[:, None] + (key_length - query_length))
-            s += in_units(relative_tile(distance_row, relative, span, PACKED), NATURAL)
+    if NEAR and not START_AT_BIAS:
+        s += _near_bias(spread, corner, queries, first_query, center, BLOCK_M, BLOCK_N, PACKED, not NATURAL)
     if MASKED:
         allowed = visible[None, :]
         if IS_CAUSAL:
             allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
         s = tl.where(allowed, s, -float("inf"))
-    # With a positive scale the maximum may be taken before scaling. Then scaling is part of a multiply-add.
+    # With a positive scale the maximum may be taken before scaling. Then scaling is part of a multiply-add. A bias that all of
+    # a row's pairs share is part of the row's shift.
     peak = tl.max(s, 1)
-    if not SCALE_FIRST:
+    if not SCALE_NOW:
         peak = peak * scale
+    if FAR:
+        peak += far
     new_max = tl.maximum(row_max, peak)
     shift = new_max
     if MASKED or bias_rows is not None:
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing seen yet: exp(-inf - 0) is 0, not NaN
-    if SCALE_FIRST:
-        p = exponential(s - shift[:, None], NATURAL)
+    less = shift
+    if FAR:
+        less = shift - far
+    if SCALE_NOW:
+        p = exponential(s - less[:, None], NATURAL)
     else:
-        p = exponential(s * scale - shift[:, None], NATURAL)
+        p = exponential(s * scale - less[:, None], NATURAL)
     alpha = exponential(row_max - shift, NATURAL)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     if seed is not None:
@@ -111,7 +129,9 @@ def _step(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "stride_lc", "query_length", "key_length", "sequences", "chunk"])
+@triton.jit(
+    do_not_specialize=["threshold", "span", "center", "stride_lc", "query_length", "key_length", "sequences", "chunk"]
+)
 def forward_kernel(
     query_ptr,
     key_ptr,
@@ -120,13 +140,14 @@ def forward_kernel(
     lse_ptr,
     mask_ptr,
     bias_ptr,
-    distance_ptr,
+    spread_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     scale,
     keep_scale,
     threshold,
     span,
+    center,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -158,6 +179,7 @@ def forward_kernel(
     IS_CAUSAL: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
 ):
     """Grid (query tiles * B * heads, chunks of keys). Chunk c writes its own normalised output and log-sum-exp at
     c * stride_oc and c * stride_lc.
@@ -222,12 +244,12 @@ def forward_kernel(
     bias_rows = bias_ptr
     if bias_ptr is not None:
         bias_rows = bias_ptr + batch64 * stride_bb + head64 * stride_bh + queries64 * stride_bq
-    distance_row = distance_ptr
-    if distance_ptr is not None:
+    spread = spread_ptr
+    if spread_ptr is not None:
         if PACKED:
-            distance_row = distance_ptr + head * (2 * span + 1) + span
+            spread = spread_row(spread_ptr, head, center, BY_QUERY)
         else:
-            distance_row = distance_ptr + head_set * (2 * span + 1) + span
+            spread = spread_row(spread_ptr, head_set, center, BY_QUERY)
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -249,30 +271,33 @@ def forward_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     near_start, near_end = full_start, full_end
-    if distance_ptr is not None:
+    if spread_ptr is not None:
         shift = key_length - query_length
         near_start, near_end = near_tiles(full_start, full_end, first_query + shift, last_query + shift, span, BLOCK_N)
         before = (near_start - full_start) // BLOCK_N
+        far_before, far_after = far_biases(spread, span, center, scale, START_AT_BIAS)
         for i in range(before + (full_end - near_end) // BLOCK_N):
             start = tl.where(i < before, full_start + i * BLOCK_N, near_end + (i - before) * BLOCK_N)
-            far_row = distance_row + tl.where(i < before, -span, span)
+            far = tl.where(i < before, far_before, far_after)
             acc, row_sum, row_max = _step(
-                acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, far_row, span, seed,
-                flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
-                key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, True, False,
+                acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, spread, far, center,
+                seed, flat_heads, queries, first_query, live, start, scale, threshold, stride_ks, stride_vs, stride_bk,
+                query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, START_AT_BIAS,
+                False,
             )  # fmt: skip
     for start in range(near_start, near_end, BLOCK_N):
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, distance_row, span, seed,
-            flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
-            key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, False, False,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, spread, None, center,
+            seed, flat_heads, queries, first_query, live, start, scale, threshold, stride_ks, stride_vs, stride_bk,
+            query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, START_AT_BIAS,
+                False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
         acc, row_sum, row_max = _step(
-            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, distance_row, span, seed,
-            flat_heads, queries, live, start, scale, threshold, stride_ks, stride_vs, stride_bk, query_length,
-            key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, False, True,
+            acc, row_sum, row_max, query, query_rows, key_ptr, value_ptr, mask_row, bias_rows, spread, None, center,
+            seed, flat_heads, queries, first_query, live, start, scale, threshold, stride_ks, stride_vs, stride_bk,
+            query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, SCALE_FIRST, PACKED, START_AT_BIAS, True,
         )  # fmt: skip
 
     dead = row_sum == 0.0

@@ -6,6 +6,7 @@ The formulas are in _attention_grad_query.py. Its kernel runs first and writes d
 import triton
 import triton.language as tl
 
+from ._attention_relative import BY_KEY, far_biases, near_tiles, relative_tile, spread_row
 from ._attention_tiles import (
     MASKED_STAGES,
     dot_rows,
@@ -13,8 +14,6 @@ from ._attention_tiles import (
     in_units,
     keep_tile,
     load_tile,
-    near_tiles,
-    relative_tile,
     sequence_tile,
 )
 
@@ -33,8 +32,9 @@ def _key_step(
     delta_ptr,
     correction_ptr,
     bias_columns,
-    distance_row,
-    span,
+    spread,
+    far,
+    center,
     seed,
     flat_head,
     keys,
@@ -54,14 +54,16 @@ def _key_step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    FAR: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds one tile of queries. Scores are computed as (keys, queries), so dK and dV need no transposed operand.
+    """Adds one tile of queries. Scores are computed as (keys, queries), so dK and dV need no transposed operand. `spread` and
+    `far` are those of the forward.
 
     Rows of hidden keys may hold anything, even inf. They reach no other row, and the kernel zeroes them at its end.
     """
     NATURAL: tl.constexpr = key is None
+    NEAR: tl.constexpr = spread is not None and far is None
     queries = start + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     live = queries < query_length
@@ -74,8 +76,11 @@ def _key_step(
         lse = tl.load(lse_ptr + queries)
         delta = tl.load(delta_ptr + queries)
     query = load_tile(query_ptr + query_rows * stride_qs + dims[None, :], live, dims, D, MASKED)
+    corner = start + (key_length - query_length) - first_key  # of negated distances
     if NATURAL:
         s = dot_rows(key_rows, visible, query_ptr + queries.to(tl.int64) * stride_qs, live, D, BLOCK_N, BLOCK_M)
+    elif NEAR and START_AT_BIAS:
+        s = tl.dot(key, tl.trans(query), relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, True))
     else:
         s = tl.dot(key, tl.trans(query))
     s *= scale
@@ -85,15 +90,14 @@ def _key_step(
             bias_mask = bias_mask & live[None, :]
         bias = tl.load(bias_columns[:, None] + queries.to(tl.int64)[None, :] * stride_bq, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
-    if distance_row is not None:
-        if FAR:
-            s += in_units(tl.load(distance_row).to(tl.float32), NATURAL)
-        else:
-            relative = keys[:, None] - (queries[None, :] + (key_length - query_length))
-            s += in_units(relative_tile(distance_row, relative, span, False), NATURAL)
+    less = in_units(lse, NATURAL)
+    if far is not None:
+        less -= far
+    elif NEAR and not START_AT_BIAS:
+        s += relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, not NATURAL)
     if MASKED and IS_CAUSAL:
         s = tl.where(keys[:, None] <= queries[None, :] + (key_length - query_length), s, -float("inf"))
-    p = exponential(s - in_units(lse, NATURAL)[None, :], NATURAL)
+    p = exponential(s - less[None, :], NATURAL)
     if correction_ptr is not None:
         p *= tl.load(correction_ptr + queries, mask=live, other=0.0)[None, :]
     grad_out = load_tile(grad_out_ptr + query_rows * stride_gs + dims[None, :], live, dims, D, MASKED)
@@ -114,7 +118,7 @@ def _key_step(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences"])
+@triton.jit(do_not_specialize=["threshold", "span", "center", "query_length", "key_length", "sequences"])
 def grad_key_value_kernel(
     grad_out_ptr,
     query_ptr,
@@ -125,7 +129,7 @@ def grad_key_value_kernel(
     correction_ptr,
     mask_ptr,
     bias_ptr,
-    distance_ptr,
+    spread_ptr,
     seed_ptr,
     cu_seqlens_ptr,
     grad_key_ptr,
@@ -135,6 +139,7 @@ def grad_key_value_kernel(
     keep_scale,
     threshold,
     span,
+    center,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -164,6 +169,7 @@ def grad_key_value_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
 ):
     """Grid (key tiles * B * key heads). A program adds up the query heads of its group. Both gradients have stride_d*.
     With cu_seqlens the grid is ((T // BLOCK_N + sequences) * key heads); the rest is as in forward_kernel."""
@@ -229,7 +235,7 @@ def grad_key_value_kernel(
     tail_count = tl.cdiv(tl.maximum(query_length - full_end, 0), BLOCK_M)
 
     near_start, near_end = full_start, full_end
-    if distance_ptr is not None:
+    if spread_ptr is not None:
         first = first_key - (key_length - query_length)
         near_start, near_end = near_tiles(full_start, full_end, first, first + BLOCK_N - 1, span, BLOCK_M)
     before = (near_start - full_start) // BLOCK_M
@@ -254,33 +260,34 @@ def grad_key_value_kernel(
         bias_columns = bias_ptr
         if bias_ptr is not None:
             bias_columns = bias_ptr + batch64 * stride_bb + head64 * stride_bh + keys64 * stride_bk
-        distance_row = distance_ptr
-        if distance_ptr is not None:
-            distance_row = distance_ptr + head * (2 * span + 1) + span
+        spread = spread_ptr
+        if spread_ptr is not None:
+            spread = spread_row(spread_ptr, head, center, BY_KEY)
+            far_before, far_after = far_biases(spread, span, center, scale, START_AT_BIAS)
             for i in range(far_count):
                 # The first `before` tiles hold queries far before these keys, the others queries far after them.
                 start = tl.where(i < before, full_start + i * BLOCK_M, near_end + (i - before) * BLOCK_M)
-                far_row = distance_row + tl.where(i < before, span, -span)
+                far = tl.where(i < before, far_before, far_after)
                 grad_key, grad_value = _key_step(
                     grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
-                    correction_base, bias_columns, far_row, span, seed, flat_head, keys, first_key, visible, start,
+                    correction_base, bias_columns, spread, far, center, seed, flat_head, keys, first_key, visible, start,
                     scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
-                    BLOCK_M, BLOCK_N, IS_CAUSAL, True, False,
+                    BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
                 )  # fmt: skip
         for start in range(near_start, near_end, BLOCK_M):
             grad_key, grad_value = _key_step(
                 grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
-                correction_base, bias_columns, distance_row, span, seed, flat_head, keys, first_key, visible, start,
+                correction_base, bias_columns, spread, None, center, seed, flat_head, keys, first_key, visible, start,
                 scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, IS_CAUSAL, False, False,
+                BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
             )  # fmt: skip
         for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
             start = tl.where(i < front_count, front_start + i * BLOCK_M, full_end + (i - front_count) * BLOCK_M)
             grad_key, grad_value = _key_step(
                 grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
-                correction_base, bias_columns, distance_row, span, seed, flat_head, keys, first_key, visible, start,
+                correction_base, bias_columns, spread, None, center, seed, flat_head, keys, first_key, visible, start,
                 scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, IS_CAUSAL, False, True,
+                BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, True,
             )  # fmt: skip
     grad_key *= grad_scale
     if seed_ptr is not None:

@@ -8,6 +8,7 @@ Only one program writes a row, so sums have a fixed order and the result is bitw
 import triton
 import triton.language as tl
 
+from ._attention_relative import BY_QUERY, far_biases, near_tiles, relative_tile, spread_row
 from ._attention_tiles import (
     MASKED_STAGES,
     dot_rows,
@@ -16,10 +17,7 @@ from ._attention_tiles import (
     keep_tile,
     key_tiles,
     load_tile,
-    near_tiles,
-    relative_tile,
     sequence_tile,
-    sum_by_bucket,
 )
 
 
@@ -27,7 +25,8 @@ from ._attention_tiles import (
 def _query_step(
     grad_query,
     row_sum,
-    table_sum,
+    before_sum,
+    after_sum,
     query,
     query_rows,
     grad_out,
@@ -39,9 +38,11 @@ def _query_step(
     mask_row,
     bias_rows,
     grad_bias_rows,
-    distance_row,
+    spread,
+    far,
     buckets_ptr,
     span,
+    center,
     seed,
     flat_heads,
     queries,
@@ -60,13 +61,14 @@ def _query_step(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    FAR: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds one tile of keys. table_sum holds the sums of dS by bucket. With FAR the whole tile is one bucket: sums by row."""
+    """Adds one tile of keys. before_sum and after_sum are each row's sum of dS over the tiles beyond span. `spread` and `far`
+    are those of the forward."""
     NATURAL: tl.constexpr = query is None
+    NEAR: tl.constexpr = spread is not None and far is None
     keys = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     visible = keys < key_length
@@ -74,8 +76,11 @@ def _query_step(
         visible = visible & (tl.load(mask_row + keys, mask=visible, other=0) != 0)
     key_rows = keys.to(tl.int64)[:, None]
     key = load_tile(key_ptr + key_rows * stride_ks + dims[None, :], visible, dims, D, MASKED)
+    corner = start - first_query - (key_length - query_length)
     if NATURAL:
         s = dot_rows(query_rows, live, key_ptr + keys.to(tl.int64) * stride_ks, visible, D, BLOCK_M, BLOCK_N)
+    elif NEAR and START_AT_BIAS:
+        s = tl.dot(query, tl.trans(key), relative_tile(spread, corner, center, BLOCK_M, BLOCK_N, True))
     else:
         s = tl.dot(query, tl.trans(key))
     s *= scale
@@ -85,13 +90,12 @@ def _query_step(
     if bias_rows is not None:
         bias = tl.load(bias_rows[:, None] + keys.to(tl.int64)[None, :] * stride_bk, mask=tile_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
-    if distance_row is not None:
-        if FAR:
-            s += in_units(tl.load(distance_row).to(tl.float32), NATURAL)
-        else:
-            relative = keys[None, :] - (queries[:, None] + (key_length - query_length))
-            s += in_units(relative_tile(distance_row, relative, span, False), NATURAL)
-    p = exponential(s - lse[:, None], NATURAL)  # lse is +inf in a row that sees nothing
+    less = lse
+    if far is not None:
+        less = lse - far
+    elif NEAR and not START_AT_BIAS:
+        s += relative_tile(spread, corner, center, BLOCK_M, BLOCK_N, not NATURAL)
+    p = exponential(s - less[:, None], NATURAL)  # lse is +inf in a row that sees nothing
     if NATURAL:
         dp = dot_rows(grad_rows, live, value_ptr + keys.to(tl.int64) * stride_vs, visible, D, BLOCK_M, BLOCK_N)
     else:
@@ -110,16 +114,15 @@ def _query_step(
         row_sum += tl.sum(p, 1)
     if grad_bias_rows is not None:
         tl.store(grad_bias_rows[:, None] + keys[None, :], ds.to(key.dtype), mask=tile_mask)
-    if buckets_ptr is not None:
-        if FAR:
-            table_sum += tl.sum(ds, 1)
-        else:
-            corner = start - first_query - (key_length - query_length)
-            table_sum += sum_by_bucket(ds, corner, buckets_ptr, span, BLOCK_M, BLOCK_N, BUCKETS)
-    return tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee"), row_sum, table_sum
+    if buckets_ptr is not None and (MASKED or far is not None):
+        sums = tl.sum(ds, 1)
+        before_sum += tl.where(corner + BLOCK_N - 1 <= -span, sums, 0.0)
+        after_sum += tl.where(corner - (BLOCK_M - 1) >= span, sums, 0.0)
+    grad_query = tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee")
+    return grad_query, row_sum, before_sum, after_sum
 
 
-@triton.jit(do_not_specialize=["threshold", "span", "query_length", "key_length", "sequences"])
+@triton.jit(do_not_specialize=["threshold", "span", "center", "table_rows", "query_length", "key_length", "sequences"])
 def grad_query_kernel(
     grad_out_ptr,
     query_ptr,
@@ -129,7 +132,7 @@ def grad_query_kernel(
     lse_ptr,
     mask_ptr,
     bias_ptr,
-    distance_ptr,
+    spread_ptr,
     buckets_ptr,
     seed_ptr,
     cu_seqlens_ptr,
@@ -143,6 +146,8 @@ def grad_query_kernel(
     keep_scale,
     threshold,
     span,
+    center,
+    table_rows,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -173,12 +178,13 @@ def grad_query_kernel(
     GROUP: tl.constexpr,
     BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    START_AT_BIAS: tl.constexpr,
 ):
     """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
     and delta and correction for grad_key_value_kernel. grad_query has the strides of out.
 
-    The gradient of T5's table is stored as one (BUCKETS,) row of sums per program. Distances beyond span share the last
-    bucket of their side, so their sums are kept by row until the end.
+    Of the gradient of T5's table this kernel sums the tiles beyond span, in which a side's pairs share one bucket. Each program
+    stores one (BUCKETS,) row, of a head's table_rows rows. _attention_grad_table.py has the other tiles.
 
     correction (float32 inputs only) is 1 over the sum of a row's recomputed probabilities. lse is rounded to float32, so
     all probabilities of a row are off in the same direction, by half a unit in lse's last place.
@@ -247,9 +253,9 @@ def grad_query_kernel(
     grad_bias_rows = grad_bias_ptr
     if grad_bias_ptr is not None:
         grad_bias_rows = grad_bias_ptr + flat * key_length
-    distance_row = distance_ptr
-    if distance_ptr is not None:
-        distance_row = distance_ptr + head * (2 * span + 1) + span
+    spread = spread_ptr
+    if spread_ptr is not None:
+        spread = spread_row(spread_ptr, head, center, BY_QUERY)
     seed = seed_ptr
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -268,48 +274,48 @@ def grad_query_kernel(
     )
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    table_sum = tl.zeros((BUCKETS,), tl.float32)
+    before_sum = tl.zeros((BLOCK_M,), tl.float32)
+    after_sum = tl.zeros((BLOCK_M,), tl.float32)
     near_start, near_end = full_start, full_end
-    if distance_ptr is not None:
-        shift = key_length - query_length
-        first = first_query + shift
+    if spread_ptr is not None:
+        first = first_query + (key_length - query_length)
         near_start, near_end = near_tiles(full_start, full_end, first, first + BLOCK_M - 1, span, BLOCK_N)
-        for after in range(2):
-            far_start = tl.where(after == 0, full_start, near_end)
-            far_end = tl.where(after == 0, near_start, full_end)
-            far = tl.where(after == 0, -span, span)
-            far_row = distance_row + far
-            far_sum = tl.zeros((BLOCK_M,), tl.float32)
-            for start in range(far_start, far_end, BLOCK_N):
-                grad_query, row_sum, far_sum = _query_step(
-                    grad_query, row_sum, far_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr,
-                    value_ptr, mask_row, bias_rows, grad_bias_rows, far_row, buckets_ptr, span, seed, flat_heads,
-                    queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
-                    query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, True, False,
-                )  # fmt: skip
-            if buckets_ptr is not None:
-                bucket = tl.load(buckets_ptr + span + far)
-                table_sum += tl.where(tl.arange(0, BUCKETS) == bucket, tl.sum(far_sum, 0), 0.0)
+        before = (near_start - full_start) // BLOCK_N
+        far_before, far_after = far_biases(spread, span, center, scale, START_AT_BIAS)
+        for i in range(before + (full_end - near_end) // BLOCK_N):
+            start = tl.where(i < before, full_start + i * BLOCK_N, near_end + (i - before) * BLOCK_N)
+            far = tl.where(i < before, far_before, far_after)
+            grad_query, row_sum, before_sum, after_sum = _query_step(
+                grad_query, row_sum, before_sum, after_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr,
+                value_ptr, mask_row, bias_rows, grad_bias_rows, spread, far, buckets_ptr, span, center, seed, flat_heads,
+                queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+                query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
+            )  # fmt: skip
     for start in range(near_start, near_end, BLOCK_N):
-        grad_query, row_sum, table_sum = _query_step(
-            grad_query, row_sum, table_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr,
-            mask_row, bias_rows, grad_bias_rows, distance_row, buckets_ptr, span, seed, flat_heads, queries, first_query,
-            live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
-            BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, False, False,
+        grad_query, row_sum, before_sum, after_sum = _query_step(
+            grad_query, row_sum, before_sum, after_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr,
+            value_ptr, mask_row, bias_rows, grad_bias_rows, spread, None, buckets_ptr, span, center, seed, flat_heads,
+            queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+            query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
         )  # fmt: skip
     for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
         start = tl.where(i < front_count, front_start + i * BLOCK_N, tail_start + (i - front_count) * BLOCK_N)
-        grad_query, row_sum, table_sum = _query_step(
-            grad_query, row_sum, table_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr, value_ptr,
-            mask_row, bias_rows, grad_bias_rows, distance_row, buckets_ptr, span, seed, flat_heads, queries, first_query,
-            live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk, query_length, key_length, D,
-            BLOCK_D, BLOCK_M, BLOCK_N, BUCKETS, IS_CAUSAL, False, True,
+        grad_query, row_sum, before_sum, after_sum = _query_step(
+            grad_query, row_sum, before_sum, after_sum, query, query_rows, grad_out, grad_rows, lse, delta, key_ptr,
+            value_ptr, mask_row, bias_rows, grad_bias_rows, spread, None, buckets_ptr, span, center, seed, flat_heads,
+            queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+            query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, True,
         )  # fmt: skip
     if buckets_ptr is not None:
+        bucket = tl.arange(0, BUCKETS)
+        table_sum = tl.where(bucket == tl.load(buckets_ptr), tl.sum(before_sum, 0), 0.0)
+        table_sum += tl.where(bucket == tl.load(buckets_ptr + 2 * span), tl.sum(after_sum, 0), 0.0)
         if cu_seqlens_ptr is not None:
             table_sum = tl.where(query_length == 1, 0.0, table_sum)
-        table_row = (batch64 * heads + head64) * tiles + slot
-        tl.store(table_sum_ptr + table_row * BUCKETS + tl.arange(0, BUCKETS), table_sum)
+            table_row = head64 * table_rows + slot
+        else:
+            table_row = head64 * table_rows + batch * tiles + slot
+        tl.store(table_sum_ptr + table_row * BUCKETS + bucket, table_sum)
     if correction_ptr is not None:
         correction = tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
         tl.store(correction_ptr + flat, correction, mask=live)

@@ -154,50 +154,6 @@ def key_tiles(
 
 
 @triton.jit
-def near_tiles(start, end, first, last, span, BLOCK: tl.constexpr):
-    """(near_start, near_end): the tiles in [start, end) with a position closer than span to one of first to last.
-
-    All pairs of an earlier tile are span or more apart, so they share one bias. So do all pairs of a later tile. start and
-    end are multiples of BLOCK.
-    """
-    near_start = tl.cdiv(tl.maximum(first - span - BLOCK + 2, 0), BLOCK) * BLOCK
-    near_start = tl.minimum(tl.maximum(near_start, start), end)
-    near_end = tl.cdiv(tl.maximum(last + span, 0), BLOCK) * BLOCK
-    return near_start, tl.minimum(tl.maximum(near_end, near_start), end)
-
-
-@triton.jit
-def relative_tile(distance_row, relative, span, PER_ROW: tl.constexpr):
-    """T5's bias at the distances `relative`, (rows, columns). distance_row points at the bias of distance 0."""
-    relative = tl.minimum(tl.maximum(relative, -span), span)
-    if PER_ROW:
-        return tl.load(distance_row[:, None] + relative).to(tl.float32)
-    else:
-        return tl.load(distance_row + relative).to(tl.float32)
-
-
-@triton.jit
-def sum_by_bucket(ds, relative, buckets_ptr, span, M: tl.constexpr, N: tl.constexpr, BUCKETS: tl.constexpr):
-    """(BUCKETS,): the sum of ds (M, N) over the pairs of each bucket. `relative` is the distance of ds[0, 0].
-
-    Each diagonal has one distance. Rows are shifted so that a diagonal becomes a column, N columns at a time. The columns
-    are summed, and only these sums are sorted into buckets.
-    """
-    total = tl.zeros((BUCKETS,), tl.float32)
-    rows = tl.arange(0, M)
-    columns = tl.arange(0, N)
-    for part in tl.static_range((M + N - 1) // N + 1):
-        source = (part * N - (M - 1)) + columns[None, :] + rows[:, None]
-        inside = (source >= 0) & (source < N)
-        shifted = tl.gather(ds, tl.minimum(tl.maximum(source, 0), N - 1), 1)
-        sums = tl.sum(tl.where(inside, shifted, 0.0), 0)
-        distance = relative + (part * N - (M - 1)) + columns
-        bucket = tl.load(buckets_ptr + span + tl.minimum(tl.maximum(distance, -span), span))
-        total += tl.sum(tl.where(bucket[:, None] == tl.arange(0, BUCKETS)[None, :], sums[:, None], 0.0), 0)
-    return total
-
-
-@triton.jit
 def keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N): True where dropout keeps. Equals kernels/reference/_philox.keep_mask bit for bit.
 

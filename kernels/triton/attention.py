@@ -15,12 +15,15 @@ from ._attention_configs import block_d, config
 from ._attention_forward import combine_kernel, forward_kernel
 from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import grad_query_kernel
+from ._attention_grad_table import corners, grad_table_kernel, parts, visits
+from ._attention_relative import COPIES, center, spread_kernel
 from ._launch import starter
 
 _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # heads that share a key head share one query tile while it has at most this many rows
 _MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
 _MOST_BUCKETS = 512  # of a table with a gradient: each program sums into all of them
+_LEAST_SCALE = 1e-3  # a bias is divided by it
 
 
 def _dropout(a):
@@ -40,9 +43,33 @@ def _bias_strides(attn_bias):
     return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
 
 
-def _by_distance(table, bidirectional, max_distance):
-    """(H, 2 * span + 1): the bias of each head at each distance."""
-    return table.t().index_select(1, distance_buckets(bidirectional, table.shape[0], max_distance, table.device))
+def _starts_at_bias(a):
+    """Whether the kernels' products of query and key start at T5's bias, divided by the scale. Float32 products run
+    in pieces."""
+    return a.bias_table is not None and a.query.dtype != torch.float32 and a.scale >= _LEAST_SCALE
+
+
+def _spread(a, *tile_configs):
+    """(center, spread): spread(table) is the bias of each head by distance, as _attention_relative.py describes it, for kernels
+    with these tiles. (0, None) without a table."""
+    if a.bias_table is None:
+        return 0, None
+    table, device = a.bias_table, a.query.device
+    num_buckets, heads = table.shape
+    middle = max(center(span(a), c.options["BLOCK_M"], c.options["BLOCK_N"]) for c in tile_configs)
+    unit = 1.0 if a.query.dtype == torch.float32 else 1.0 / a.scale if _starts_at_bias(a) else _LOG2E
+    options = tiles.find("attention_spread", device).options
+    grid = heads * COPIES.value, triton.cdiv(2 * middle, options["BLOCK"])
+    start = starter(spread_kernel, grid, device, unit, span(a), middle, *table.stride(), **options)
+    new = maker((heads, COPIES.value, 2 * middle), torch.float32, None, device)
+    bidirectional, max_distance = a.bidirectional, a.max_distance
+
+    def spread(table):
+        out = new()
+        start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), out)
+        return out
+
+    return middle, spread
 
 
 def _sequences(cu_seqlens: torch.Tensor | None) -> int | None:
@@ -79,6 +106,7 @@ def forward(a):
     c = config("decode" if packed else "forward", d, dtype, device, extras, relative)
     programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
     chunks, chunk = _chunks(programs, sk, c) if packed else (1, sk)
+    middle, spread = _spread(a, c)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
         forward_kernel,
@@ -87,6 +115,7 @@ def forward(a):
         _in_units(a.scale, dtype),
         *_dropout(a),
         span(a),
+        middle,
         *a.query.stride()[:3],
         *a.key.stride()[:3],
         *a.value.stride()[:3],
@@ -102,8 +131,9 @@ def forward(a):
         BLOCK_D=block_d(d),
         GROUP=group,
         IS_CAUSAL=a.is_causal,
-        SCALE_FIRST=a.attn_bias is not None or relative or not a.scale > 0,
+        SCALE_FIRST=a.attn_bias is not None or not a.scale > 0,
         PACKED=packed,
+        START_AT_BIAS=_starts_at_bias(a),
         **c.options,
     )
     new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
@@ -125,13 +155,12 @@ def forward(a):
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
 
-    save, bidirectional, max_distance = a.save, a.bidirectional, a.max_distance
+    save = a.save
 
     @forward_launch
     def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
         out, lse = new_out(), new_lse() if save else None
-        by_distance = _by_distance(table, bidirectional, max_distance) if relative else None
-        inputs = mask, bias, by_distance, seed, cu_seqlens
+        inputs = mask, bias, None if spread is None else spread(table), seed, cu_seqlens
         if chunks == 1:
             attend(query, key, value, out, lse, *inputs)
             return out, lse
@@ -157,21 +186,60 @@ def backward(a):
     sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
     constant = sk == 1
-    scalars = (0.0 if constant else a.scale, _in_units(a.scale, dtype), *_dropout(a), span(a))
+    grad_scale, scalars = 0.0 if constant else a.scale, (_in_units(a.scale, dtype), *_dropout(a), span(a))
     inputs = [stride for t in (a.grad_out, a.query, a.key, a.value) for stride in t.stride()[:3]]
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": a.is_causal}
+    shared["START_AT_BIAS"] = _starts_at_bias(a)
     extras, relative = (a.attn_bias is not None) + (a.seed is not None), a.bias_table is not None
-    c = config("grad_query", d, dtype, device, extras, relative)
-    slots = _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
+    query_tile, key_tile = (
+        config(f"grad_{kernel}", d, dtype, device, extras, relative) for kernel in ("query", "key_value")
+    )
+    middle, spread = _spread(a, query_tile, key_tile)
+    block_m, block_n = query_tile.options["BLOCK_M"], query_tile.options["BLOCK_N"]
+    tiles_of_head = _tiles(b, sq, block_m, a.cu_seqlens)
     # The registered operator may be called with an `out` of any strides. launch() copies it to these.
     out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
     wants_bias, wants_table = a.wants_bias, a.wants_table
-    num_buckets = triton.next_power_of_2(a.bias_table.shape[0]) if wants_table and not constant else None
+    sums_table, table_rows, by_corner = wants_table and not constant, 0, None
+    num_buckets = triton.next_power_of_2(a.bias_table.shape[0]) if sums_table else 1
+    if sums_table:
+        first, count = corners(sq, sk, span(a), a.is_causal, a.cu_seqlens is not None, block_m, block_n)
+        all_visits = visits(b, sq, sequences, block_m, block_n)
+        shares, chunk = parts(h, max(count, 1), all_visits)
+        table_rows = tiles_of_head + shares * count
+    if sums_table and count:
+        by_corner = starter(
+            grad_table_kernel,
+            (shares * count * h,),
+            device,
+            *scalars,
+            middle,
+            table_rows,
+            tiles_of_head,
+            first,
+            count,
+            shares,
+            chunk,
+            all_visits,
+            *inputs,
+            *_bias_strides(a.attn_bias),
+            h,
+            sq,
+            sk,
+            sequences,
+            BUCKETS=num_buckets,
+            **shared,
+            **query_tile.options,
+        )
+        new_tiles = maker((shares * count * h, block_m, block_n), torch.float32, None, device)
     by_query = starter(
         grad_query_kernel,
-        (h * slots,),
+        (h * tiles_of_head,),
         device,
+        grad_scale,
         *scalars,
+        middle,
+        table_rows,
         *inputs,
         *out_like[1][:3],
         *_bias_strides(a.attn_bias),
@@ -179,16 +247,17 @@ def backward(a):
         sq,
         sk,
         sequences,
-        BUCKETS=num_buckets or 1,
+        BUCKETS=num_buckets,
         **shared,
-        **c.options,
+        **query_tile.options,
     )
-    c = config("grad_key_value", d, dtype, device, extras, relative)
     by_key = starter(
         grad_key_value_kernel,
-        (hkv * _tiles(b, sk, c.options["BLOCK_N"], a.cu_seqlens),),
+        (hkv * _tiles(b, sk, key_tile.options["BLOCK_N"], a.cu_seqlens),),
         device,
+        grad_scale,
         *scalars,
+        middle,
         *inputs,
         *key_strides[:3],
         *_bias_strides(a.attn_bias),
@@ -197,7 +266,7 @@ def backward(a):
         sk,
         sequences,
         **shared,
-        **c.options,
+        **key_tile.options,
     )
     new_query, new_key = maker(out_like[0], dtype, out_like[1], device), maker(key_shape, dtype, key_strides, device)
     new_delta = maker((b, h, sq), torch.float32, None, device)
@@ -216,17 +285,20 @@ def backward(a):
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
         by_distance = buckets = table_sums = grad_table = None
         if relative:
-            by_distance = _by_distance(table, bidirectional, max_distance)
+            by_distance = spread(table)
         if wants_table:
             grad_table = torch.zeros(table.shape, dtype=table.dtype, device=device)
-        if num_buckets:
+        if sums_table:
             buckets = distance_buckets(bidirectional, table.shape[0], max_distance, device)
-            table_sums = new_sums((b, h, slots // b, num_buckets), dtype=torch.float32, device=device)
+            table_sums = new_sums((h, table_rows, num_buckets), dtype=torch.float32, device=device)
         extra = mask, bias, by_distance
         gradients = grad_query, delta, correction, grad_bias, table_sums
         by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
+        if by_corner is not None:
+            rows = lse, delta, correction
+            by_corner(grad_out, query, key, value, *rows, *extra, buckets, seed, cu_seqlens, new_tiles(), table_sums)
         if table_sums is not None:
-            grad_table.copy_(table_sums.sum((0, 2))[:, : table.shape[0]].t())
+            grad_table.copy_(table_sums.sum(1)[:, : table.shape[0]].t())
         if grad_bias is not None:
             if constant:
                 grad_bias.zero_()

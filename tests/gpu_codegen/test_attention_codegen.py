@@ -1,12 +1,19 @@
-"""Does attention compile for its target GPUs: no spills, shared memory that fits, matrix instructions?"""
+"""Does attention compile for its target GPUs: no spills, shared memory that fits, matrix instructions, no gathers?"""
 
+import collections
 import inspect
+import re
 
 import pytest
 import torch
 
 from pyfused import tiles
-from pyfused.kernels.triton import _attention_forward, _attention_grad_key_value, _attention_grad_query
+from pyfused.kernels.triton import (
+    _attention_forward,
+    _attention_grad_key_value,
+    _attention_grad_query,
+    _attention_grad_table,
+)
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
 
@@ -16,27 +23,36 @@ KERNELS = {
     "decode": (_attention_forward, "forward_kernel"),
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
+    "grad_table": (_attention_grad_table, "grad_table_kernel"),
 }
-UNALIGNED = ("threshold", "span", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
-FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "table_sum_ptr")
+UNALIGNED = ("threshold", "span", "center", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
+UNALIGNED += ("table_rows", "first_table_row", "first_corner", "count", "parts", "visits")
+FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
     """One kernel with the launcher's options; `given` names those that are on: causal, mask, bias, dropout, relative (T5's
     bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
-    c = config(kernel, d, DTYPES[kind], target, ("bias" in given) + ("dropout" in given), "relative" in given)
+    c = config(
+        "grad_query" if kernel == "grad_table" else kernel,
+        d,
+        DTYPES[kind],
+        target,
+        ("bias" in given) + ("dropout" in given),
+        "relative" in given,
+    )
     numbers = dict(c.options)
     warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
     constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
-    scale_first = "bias" in given or "relative" in given
-    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": scale_first, "PACKED": kernel == "decode"}
+    constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given.split(), "PACKED": kernel == "decode"}
+    constants["START_AT_BIAS"] = "relative" in given and kind != "fp32"
     constants["BUCKETS"] = 32 if "table" in given else 1
     absent = {
         "mask_ptr": "mask" not in given,
         "bias_ptr": "bias" not in given,
         "grad_bias_ptr": "bias" not in given,
-        "distance_ptr": "relative" not in given,
+        "spread_ptr": "relative" not in given,
         "buckets_ptr": "table" not in given,
         "table_sum_ptr": "table" not in given,
         "seed_ptr": "dropout" not in given,
@@ -58,10 +74,14 @@ def case(kernel, d, kind, target, given="causal"):
             types[name] = "i32" if name in UNALIGNED else "i32:16" if name.startswith("stride_") else "fp32"
     constants = {name: value for name, value in constants.items() if name in names}
     title = f"{kernel} {kind} D={d} {given}"
+    PER_THREAD[title, target] = numbers["BLOCK_M"] * numbers["BLOCK_N"] // (32 * warps)
+    BLOCK[title, target] = 32 * warps
     LEAST[title, target] = tiles.least_shared(c.row) if d == c.row.up_to else 0
     return Case(title, f"{module.__name__}:{function}", types, constants, warps, stages, sass=False)
 
 
+PER_THREAD: dict[tuple[str, str], int] = {}  # scores of a tile
+BLOCK: dict[tuple[str, str], int] = {}  # threads
 LEAST: dict[tuple[str, str], int] = {}  # the least bytes of shared memory for a case, by pyfused.tiles
 EVERYTHING = "causal mask bias dropout"
 
@@ -87,6 +107,8 @@ def relative_cases(target):
     yield case("grad_query", 64, "bf16", target, "causal mask relative table")
     yield case("grad_key_value", 64, "bf16", target, "causal mask relative table")
     yield case("grad_query", 128, "bf16", target, EVERYTHING + " relative table")
+    if target != "gfx942":  # there 13 scalars of it, no vectors, are in memory
+        yield case("grad_table", 64, "bf16", target, "causal mask relative table")
     if target == "sm_80":  # sm_90 runs float32 with the same tiles
         yield case("grad_query", 64, "fp32", target, "causal mask dropout relative table")
         yield case("decode", 64, "bf16", target, "causal relative")
@@ -96,13 +118,53 @@ def packed_cases(target):
     yield case("forward", 64, "bf16", target, "causal packed")
     yield case("forward", 64, "bf16", target, "relative packed")
     yield case("grad_query", 64, "bf16", target, "relative table packed")
+    yield case("grad_table", 64, "bf16", target, "relative table packed")
     yield case("grad_key_value", 64, "bf16", target, "causal packed")
+
+
+def loops(sass):
+    """{instruction: count} of each innermost loop with a matrix product."""
+    code, labels, found = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(LBB\d+):", line):
+            labels[label[1]] = len(code)
+        elif "\t" in line:
+            code.append(re.sub(r"^@!?U?P\w+\s+", "", line.split("\t", 1)[1].strip()))
+    for end, line in enumerate(code):
+        back = re.match(r"BRA\b.*\b(LBB\d+)", line)
+        if back and labels.get(back[1], end) < end:
+            found.append((labels[back[1]], end))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    counted = [collections.Counter(line.split()[0] for line in code[first : end + 1]) for first, end in inner]
+    return [counts for counts in counted if any("MMA" in name for name in counts)]
+
+
+def count(counts, prefix):
+    return sum(n for name, n in counts.items() if name.startswith(prefix))
+
+
+def check_reads_the_bias_in_place(compiled, name, target):
+    """A tile of the bias comes by loads of pairs, at most one for two scores, and no score or exponential is computed twice.
+    The gather that this replaced took 33 barriers, a two-byte load a score, and twice the exponentials."""
+    found = loops(compiled.asm["sass"])
+    assert found, name
+    for counts in found:
+        assert not count(counts, "LDG.E.U16"), (name, counts)
+        assert count(counts, "LDG.E.64") <= PER_THREAD[name, target] // 2, (name, counts)
+        assert count(counts, "MUFU.EX2") <= PER_THREAD[name, target] + 4, (name, counts)  # 4: of each row's maximum
+        assert count(counts, "BAR") <= 6, (name, counts)
+    assert any(count(counts, "LDG.E.64") >= 4 and count(counts, "LDGSTS") for counts in found) or "grad_table" in name
+    if target == "sm_90" and name.startswith(("forward", "grad_query")):
+        assert 2 * BLOCK[name, target] * compiled.registers <= 65536, (name, compiled.registers)  # two blocks fit
+        assert 2 * compiled.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_relative_bias_compiles(target):
     for name, compiled in compile_cases(list(relative_cases(target)), target).items():
         check_resources(compiled, name, target)
+        if target != "gfx942" and "D=64 causal mask relative table" in name and "bf16" in name:
+            check_reads_the_bias_in_place(compiled, name, target)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
