@@ -4,6 +4,7 @@
 # make run            env, verify, generate and encode on the bundled presets, with tokens per second beside transformers
 # make test           every test that needs no GPU
 # make test-machines  the operators' tests and `pyfused verify`, as on older and newer processors
+# make test-versions  the transformers integration with older releases, the CPU kernels with the oldest torch
 # make test-aarch64   the operators' tests with the CPU kernels cross-compiled for ARM, in an emulator
 # make lint           ruff and mypy
 # make docs           builds the site into build/site, with warnings as errors
@@ -24,9 +25,9 @@ BUDGET ?= 390
 RESULTS ?= build/gpu-results
 
 # The tests read code for these two chips. A build for every chip (CMakeLists.txt) takes three times as long.
-run test test-machines test-aarch64 lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
+run test test-machines test-versions test-aarch64 lint bench: export PYFUSED_BUILD_ARCHITECTURES ?= 80-real 90a-real
 
-.PHONY: run test test-machines test-aarch64 lint docs bench gpu gpu-build gpu-publish clean
+.PHONY: run test test-machines test-versions test-aarch64 lint docs bench gpu gpu-build gpu-publish clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/pyfused env
@@ -46,6 +47,10 @@ test: $(VENV)/test.stamp
 
 test-machines: $(VENV)/test.stamp
 	$(BIN)/python tests/machines.py
+
+# Installs each release into $(VENV)/versions, once. NAMES chooses some of them, such as transformers-5.0.0.
+test-versions: $(VENV)/test.stamp
+	$(BIN)/python tests/versions.py $(NAMES)
 
 # Needs Debian's packages g++-aarch64-linux-gnu and qemu-user, and says so.
 test-aarch64: $(VENV)/test.stamp
@@ -100,6 +105,7 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 $(VENV)/test.stamp: $(VENV)/lib.stamp
 	$(BIN)/pip install --quiet --group test
 	$(BIN)/pip install --quiet --no-deps "keras-hub==0.32.0"
+	$(BIN)/python tests/versions.py --install transformers-4.57.6
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp

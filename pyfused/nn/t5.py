@@ -39,6 +39,7 @@ def attend(
     *,
     hands_on_table: bool = True,
     reads_table: bool = True,
+    cache_position: Tensor | None = None,
 ) -> tuple[Tensor, RelativeBias | Tensor | None, Tensor | None]:
     """T5Attention's forward without its output projection.
 
@@ -47,6 +48,7 @@ def attend(
         hidden_states, key_value_states, position_bias, cache: as T5Attention's.
         compute: the attention itself.
         hands_on_table: whether later layers can read a RelativeBias. reads_table: whether `compute` can.
+        cache_position: (Sq,), the queries' positions, which older transformers releases pass to caches and compute_bias.
 
     Returns:
         (B, Sq, H * d), the position bias for later layers, and the probabilities that `compute` returned, or None.
@@ -54,7 +56,7 @@ def attend(
     past = cache.get_seq_length(module.layer_idx) if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past  # a StaticCache's own counter; its update changes it
     query = _heads(module.q(hidden_states), module.key_value_proj_dim)
-    key, value = _keys_and_values(module, hidden_states, key_value_states, cache)
+    key, value = _keys_and_values(module, hidden_states, key_value_states, cache, cache_position)
     if position_bias is None and module.has_relative_attention_bias:
         # Not a copy: layers that are recomputed in the backward then give the parameter their gradients.
         table = module.relative_attention_bias.weight
@@ -62,7 +64,8 @@ def attend(
             position_bias = RelativeBias(table, not module.is_decoder, module.relative_attention_max_distance)
         else:
             sizes = query.shape[2], key.shape[2]
-            position_bias = module.compute_bias(*sizes, device=query.device, past_seen_tokens=past)
+            where = {"past_seen_tokens": past} if cache_position is None else {"cache_position": cache_position}
+            position_bias = module.compute_bias(*sizes, device=query.device, **where)
     bias = position_bias
     if isinstance(bias, RelativeBias) and not (reads_table and _kernel_reads(bias.table, past, query, key)):
         table, bidirectional, distance = bias
@@ -72,7 +75,7 @@ def attend(
     return seen.flatten(2), position_bias, weights
 
 
-def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Tensor, Tensor]:
+def _keys_and_values(module, hidden_states, key_value_states, cache, cache_position) -> tuple[Tensor, Tensor]:
     """(B, H, Sk, d) each, through the cache if there is one. Cross-attention writes its keys into the cache only once."""
     is_cross, index, both = key_value_states is not None, module.layer_idx, hasattr(cache, "cross_attention_cache")
     if both and is_cross and cache.is_updated.get(index):
@@ -82,7 +85,8 @@ def _keys_and_values(module, hidden_states, key_value_states, cache) -> tuple[Te
     key, value = (_heads(projection(states), module.key_value_proj_dim) for projection in (module.k, module.v))
     if cache is not None:
         own = (cache.cross_attention_cache if is_cross else cache.self_attention_cache) if both else cache
-        key, value = own.update(key, value, index)
+        where = () if cache_position is None or is_cross else ({"cache_position": cache_position},)
+        key, value = own.update(key, value, index, *where)
         if both and is_cross:
             cache.is_updated[index] = True
     return key, value

@@ -398,6 +398,6 @@ def test_an_old_transformers_is_refused(monkeypatch):
 
     from pyfused.integrations import transformers as integration
 
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # `hf` may be another module
-    with pytest.raises(ImportError, match=r"transformers 5\.16 and later; this is 4\.57\.1"):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.2")  # `hf` may be another module
+    with pytest.raises(ImportError, match=r"transformers 4\.57 and later; this is 4\.56\.2"):
         importlib.reload(integration)

@@ -13,7 +13,7 @@ from pyfused.testing.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")
 from pyfused.integrations.transformers import attention as attention_interface  # noqa: E402
-from pyfused.integrations.transformers import shapes  # noqa: E402
+from pyfused.integrations.transformers import shaped, t5_tables  # noqa: E402
 from pyfused.integrations.transformers import t5 as t5_integration  # noqa: E402
 
 SIZES = {
@@ -117,8 +117,8 @@ def test_attentions():
 def test_what_runs(monkeypatch):
     """Neither stack makes a bias tensor; the kernels compute everything."""
     trio = Trio(t5())
-    counts, attended = counted(monkeypatch, shapes, "ffn", "gated_ffn", "rms_norm"), []
-    projected = counted(monkeypatch, t5_integration, "linear")
+    counts, attended = counted(monkeypatch, shaped, "ffn", "gated_ffn", "rms_norm"), []
+    projected = counted(monkeypatch, t5_tables, "linear")
     dense = counted(monkeypatch, pyfused.nn.t5, "relative_bias")
     attention = attention_interface.attention
     monkeypatch.setattr(

@@ -9,14 +9,15 @@ import functools
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.albert import modeling_albert
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from ...ops import ffn, linear
 from ...own_forward import Adapter, Forward, fused_forward, original
 from .activations import activation_reason, kernel_activation
+from .own_attention import attended, wants_more
 from .plain_modules import drops, is_plain_linear, overridden
+from .releases import interface, named, parameters
 
 
 @fused_forward
@@ -28,10 +29,8 @@ def attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None 
     rows = hidden_states.shape[:-1]
     heads = (*rows, -1, module.attention_head_size)
     query, key, value = (m(hidden_states).view(heads).transpose(1, 2) for m in (module.query, module.key, module.value))
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, modeling_albert.eager_attention_forward
-    )
-    seen, weights = attend(
+    function = interface(module.config._attn_implementation, modeling_albert.eager_attention_forward)
+    seen, weights = function(
         *(module, query, key, value, attention_mask),
         dropout=module.attention_dropout.p if module.training else 0.0,
         scaling=module.scaling,
@@ -42,13 +41,38 @@ def attention(module: Any, hidden_states: Tensor, attention_mask: Tensor | None 
 
 
 @fused_forward
+def sdpa_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.attention, pyfused.linear with the residual, then the norm"""
+    given, dense = named(module, args, kwargs), module.dense
+    x = given["hidden_states"]
+    more = wants_more(module, given, "hidden_states", "attention_mask")
+    if more or drops(module.output_dropout) or not is_plain_linear(x, dense):
+        return original(module, **given)
+    mask, size = given.get("attention_mask"), module.attention_head_size
+    seen = attended(module, module.query(x), module.key(x), module.value(x), mask, size)
+    return (module.LayerNorm(linear(seen, dense.weight, dense.bias, residual=x)),)
+
+
+@fused_forward
 def layer(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """pyfused.ffn with the residual, then the norm"""
-    attended = module.attention(hidden_states, attention_mask, **kwargs)[0]
+    return _layer_forward(module, module.attention(hidden_states, attention_mask, **kwargs)[0])
+
+
+@fused_forward
+def layer_of_tuples(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.ffn with the residual, then the norm"""
+    given = named(module, (hidden_states, *args), kwargs)
+    given.pop("output_hidden_states", None)  # the layer does not look at it
+    attended = module.attention(**given)
+    return _layer_forward(module, attended[0]), *attended[1:]
+
+
+def _layer_forward(module: Any, attended: Tensor) -> Tensor:
     chunk = functools.partial(_feed_forward, module)
-    return module.full_layer_layer_norm(
-        apply_chunking_to_forward(chunk, module.chunk_size_feed_forward, module.seq_len_dim, attended)
-    )
+    chunked = apply_chunking_to_forward(chunk, module.chunk_size_feed_forward, module.seq_len_dim, attended)
+    found: Tensor = module.full_layer_layer_norm(chunked)
+    return found
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
@@ -60,11 +84,18 @@ def _feed_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _layer(module: Any) -> Forward | str:
-    return overridden(module, modeling_albert.AlbertLayer, "ff_chunk") or activation_reason(module.activation) or layer
+    changed = overridden(module, modeling_albert.AlbertLayer, "ff_chunk") or activation_reason(module.activation)
+    return changed or (layer_of_tuples if "output_attentions" in parameters(type(module)) else layer)
+
+
+def _attention(module: Any) -> Forward | str:
+    has_interface = hasattr(modeling_albert, "eager_attention_forward")
+    return attention if has_interface else "in this release of transformers its eager attention is code of its own"
 
 
 _PREFIX = "transformers.models.albert.modeling_albert"
 ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.AlbertAttention": lambda module: attention,
+    f"{_PREFIX}.AlbertAttention": _attention,
+    f"{_PREFIX}.AlbertSdpaAttention": lambda module: sdpa_attention,  # of older releases
     f"{_PREFIX}.AlbertLayer": _layer,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import output_capturing
 
 from ... import notices
 from ...nn import EVERYTHING, Visibility
@@ -18,6 +19,7 @@ from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
 from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
+from .releases import output_capturing
 
 # Arguments that change the result and are not supported. A model passes one only if it has that feature.
 REFUSED = {
@@ -105,8 +107,11 @@ def _without_mask(module, query, key, is_causal, window):
         )
     masks = getattr(getattr(module, "config", None), "masks", None)  # of a FusedConfig
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    own_mask = is_causal and isinstance(
+        getattr(module, "bias", None), Tensor
+    )  # of an older GPT-2, in its eager code too
     if (
-        queries == 1 or not causal or masks == "eager"
+        queries == 1 or not causal or (masks == "eager" and not own_mask)
     ):  # eager code sees every key without a mask; Splinter's says no is_causal
         return EVERYTHING
     # sdpa masks: transformers passes no mask in the first call with a static cache; the keys after the queries' own are empty.
@@ -130,7 +135,9 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
         if head_mask is not None:
             output, weights = output * head_mask[:, None], weights * head_mask[:, None, None]
         return output, weights
-    wanted = _attentions_wanted(kwargs)
+    if scaling is None and (reason := reason_to_scale(module)):
+        raise ValueError(f'{reason}; use attn_implementation="eager"')
+    wanted = _attentions_wanted(module, kwargs)
     if wanted or dropout >= 1.0:
         if wanted:
             notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
@@ -210,6 +217,16 @@ def _dense_bias(query, key, visible, position_bias, packed):
     return bias.masked_fill(dead, 0.0), dead
 
 
+def reason_to_scale(module: Any) -> str:
+    """Why a scaling of None does not mean 1 / sqrt(D) in this layer; "" if it does. Older releases have GPT-2's other scales in
+    its eager code alone."""
+    if hasattr(module, "scaling") or getattr(module, "reorder_and_upcast_attn", False):
+        return ""
+    if getattr(module, "scale_attn_weights", True) and not getattr(module, "scale_attn_by_inverse_layer_idx", False):
+        return ""
+    return "scale_attn_weights and scale_attn_by_inverse_layer_idx count only in eager code in this release of transformers"
+
+
 def _sum(a, b):
     return a if b is None else a + b
 
@@ -220,6 +237,8 @@ def _read_head_mask(module, head_mask, heads):
         return None
     if not isinstance(head_mask, Tensor):
         raise TypeError(f"head_mask is a {type(head_mask).__name__}; it takes a torch.Tensor")
+    if head_mask.shape == (1, heads, 1, 1):  # this layer's, as older releases pass it
+        return head_mask[0, :, 0, 0]
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(
@@ -261,7 +280,24 @@ def _read_packing(kwargs, query, key):
     return of_query.to(query.device), int(longest) if isinstance(longest, Tensor) else longest
 
 
-def _attentions_wanted(kwargs):
+_asked: ContextVar[bool] = ContextVar("whether a layer's caller wants attention weights", default=False)
+
+
+@contextmanager
+def weights_wanted():
+    """For one call of a layer that does not tell its attention function that the weights are wanted."""
+    token = _asked.set(True)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def _attentions_wanted(module, kwargs):
+    if not torch.compiler.is_compiling() and _asked.get():
+        return True
+    if output_capturing is None and getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
     return bool(kwargs.get("output_attentions")) or any("attentions" in name for name in _collected())
 
 

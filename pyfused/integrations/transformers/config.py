@@ -11,26 +11,24 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ...own_forward import Entry
 from . import alike
-from .attention import REFUSED, attend
+from .attention import REFUSED, attend, reason_to_scale
 from .masks import make_mask
+from .releases import PreTrainedConfig, calls_interface
 from .support import reason_against
 
 NAME = "pyfused"
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 
-_ADAPTED = (
-    "transformers.models.mpnet.modeling_mpnet",
-)  # adapters fuse the attention that these models have of their own
 READABLE = (None, "eager", "sdpa", NAME)  # the implementations whose masks `attend` reads
 
 
@@ -41,7 +39,7 @@ class FusedConfig:
     this file, which registers the name.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: Any):
         vars(self).update(_fused=config, _had=config._attn_implementation)
 
     @property
@@ -63,8 +61,13 @@ class FusedConfig:
         setattr(self._fused, name, value)
 
 
-def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
-    """Switches each layer that uses transformers' attention interface to "pyfused"; returns (switched, left alone)."""
+def enter(
+    model: nn.Module, wanted: Callable[[str, nn.Module], bool], adapted: Container[str]
+) -> tuple[list[Entry], list[Entry]]:
+    """Switches each layer that uses transformers' attention interface to "pyfused"; returns (switched, left alone).
+
+    adapted: full names of classes whose own attention has an adapter.
+    """
     done, left = [], []
     layers = list(_layers(model))
     for name, layer, owner in layers:
@@ -77,7 +80,9 @@ def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[l
         done.append(Entry(name, type(layer).__name__, "pyfused.attention, by transformers' attention interface"))
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and not any(isinstance(m, PreTrainedModel) for m in part.children()):
-            reason = "" if type(part).__module__ in _ADAPTED else reason_against(type(part))
+            reason = reason_against(type(part))
+            if reason and any(f"{type(m).__module__}.{type(m).__qualname__}" in adapted for m in part.modules()):
+                continue
             if reason and not any(owner is part for _, _, owner in layers):
                 left.append(Entry(name, type(part).__name__, f"attention: {reason}"))
     return done, left
@@ -118,6 +123,8 @@ def _reason_against(layer: Any, owner: PreTrainedModel | None) -> str:
     now = layer.config._attn_implementation
     if reason or now not in READABLE:
         return reason or f'attn_implementation="{now}" was chosen, which has masks of its own; set "sdpa", then fuse'
+    if scales := reason_to_scale(layer):
+        return scales
     for name, what in REFUSED.items():
         given = re.search(rf"\b{name}=([\w.]+)", _interface_source(layer))
         if given and _value(layer, given[1]) is not None:
@@ -141,7 +148,7 @@ def _source_of_class(kind: Any) -> str:
         source = "\n".join(inspect.getsource(inspect.unwrap(method)) for method in methods)
     except (OSError, TypeError):
         return ""
-    return source if "get_interface(" in source else ""
+    return source if calls_interface(source) else ""
 
 
 def _value(layer: nn.Module, expression: str) -> Any:

@@ -65,6 +65,7 @@ def one_token(
         others: the call's further arguments.
         encoder: (encoder_hidden_states, encoder_attention_mask) of a decoder with cross-attention.
     """
+    cache_position = others.pop("cache_position", None)
     if tracing() or type(input_ids) is not Tensor or input_ids.dim() != 2 or input_ids.shape[1] != 1:
         return None
     if type(past_key_values) not in _CACHES or _is_watched(input_ids) or not _is_plain_call(module, use_cache, others):
@@ -86,7 +87,7 @@ def one_token(
     if ready is None:
         plans[past_key_values] = None, rows
         return None
-    call = _Call.of(ready, input_ids, past_key_values, attention_mask, position_ids, encoder)
+    call = _Call.of(ready, input_ids, past_key_values, attention_mask, position_ids, encoder, cache_position)
     if call is not None and native_rows != rows:
         if not is_native(ready.plan, call.step):
             ready = None
@@ -126,7 +127,16 @@ class _Call(NamedTuple):
     is_static: bool
 
     @classmethod
-    def of(cls, ready: Ready, input_ids: Tensor, cache: Any, mask: Any, position_ids: Any, encoder: Any) -> Any:
+    def of(
+        cls,
+        ready: Ready,
+        input_ids: Tensor,
+        cache: Any,
+        mask: Any,
+        position_ids: Any,
+        encoder: Any,
+        cache_position: Any,
+    ) -> Any:
         """The _Call with the cache as it is. None for what `decode` does not take."""
         plan, rows = ready.plan, input_ids.shape[0]
         crosses = None
@@ -139,12 +149,16 @@ class _Call(NamedTuple):
             return None
         is_static, length = type(cache) is StaticCache, tensors[0].shape[2]
         if is_static:
+            if not all(hasattr(layer, "cumulative_length") for layer in layers):  # an older transformers
+                return None
             places = {int(layer.cumulative_length) for layer in layers}
             place = places.pop()
             if places or not 0 < place < length:
                 return None
         else:
             place = length
+        if cache_position is not None and cache_position.tolist() != [place]:
+            return None
         tokens = _ids(input_ids, rows, plan.token_embedding)
         positions = None
         if plan.position_embedding.weight is not None:

@@ -19,8 +19,10 @@ from ...ops import ffn, layer_norm
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from .activations import activation_reason, kernel_activation
+from .attention import reason_to_scale
 from .decode import Ready, matrix_of, norm_of, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
+from .releases import named, parameters
 from .unchanged import Kind, Watch, known
 
 
@@ -33,40 +35,47 @@ def mlp_forward(module: GPT2MLP, hidden_states: Tensor) -> Any:
 
 
 @fused_forward
-def block_forward(
-    module: GPT2Block,
+def block_forward(module: GPT2Block, *args: Any, **kwargs: Any) -> Any:
+    """residual sums inside pyfused.layer_norm and pyfused.ffn"""
+    given = named(module, args, kwargs)
+    return original(module, **given) if _needs_own_code(module, given) else _block(module, **given)
+
+
+@fused_forward
+def block_of_tuples_forward(module: GPT2Block, *args: Any, **kwargs: Any) -> Any:
+    """residual sums inside pyfused.layer_norm and pyfused.ffn"""
+    given = named(module, args, kwargs)
+    if given.get("output_attentions") or _needs_own_code(module, given):
+        return original(module, **given)
+    return (_block(module, **given),)
+
+
+def _needs_own_code(module: Any, given: dict[str, Any]) -> bool:
+    cannot_attend = given.get("encoder_hidden_states") is not None and not hasattr(module, "crossattention")
+    checkpoints = getattr(module, "gradient_checkpointing", False) and module.training
+    # Under autocast the residual stream stays in float32 while the products are in half precision.
+    return checkpoints or cannot_attend or torch.is_autocast_enabled(given["hidden_states"].device.type)
+
+
+def _block(
+    module: Any,
     hidden_states: Tensor,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    use_cache: bool | None = False,
-    **kwargs: Any,
-) -> Any:
-    """residual sums inside pyfused.layer_norm and pyfused.ffn"""
-    checkpoints = getattr(module, "gradient_checkpointing", False) and module.training
-    cannot_attend = encoder_hidden_states is not None and not hasattr(module, "crossattention")
-    if checkpoints or cannot_attend or torch.is_autocast_enabled(hidden_states.device.type):
-        # Under autocast the residual stream stays in float32 while the products are in half precision.
-        return original(
-            *(module, hidden_states, past_key_values, attention_mask, encoder_hidden_states),
-            encoder_attention_mask=encoder_attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-    shared = {"past_key_values": past_key_values, "attention_mask": attention_mask}
-    branch, _ = module.attn(module.ln_1(hidden_states), **shared, use_cache=use_cache, **kwargs)
+    **given: Any,
+) -> Tensor:
+    branch = module.attn(module.ln_1(hidden_states), **given)[0]
     if encoder_hidden_states is not None:
         y, hidden_states = _add_and_norm(module.ln_cross_attn, branch, hidden_states)
-        branch, _ = module.crossattention(
-            y, **shared, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask
-        )
+        shared = {name: given[name] for name in ("past_key_values", "attention_mask", "head_mask") if name in given}
+        shared |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        branch = module.crossattention(y, **shared)[0]
     y, hidden_states = _add_and_norm(module.ln_2, branch, hidden_states)
     mlp = module.mlp
     whole = type(mlp) is GPT2MLP and is_fused(mlp) and is_bare(mlp) and _plain_mlp(mlp, y)
     if whole and hidden_states.dtype == y.dtype and not drops(mlp.dropout):
         return _ffn(mlp, y, hidden_states)
-    return hidden_states + mlp(y)
+    return hidden_states + mlp(y)  # type: ignore[no-any-return]
 
 
 def _add_and_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,34 +102,16 @@ def _ffn(mlp: GPT2MLP, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 @fused_forward
-def model_forward(
-    module: GPT2Model,
-    input_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    use_cache: bool | None = None,
-    **kwargs: Any,
-) -> Any:
+def model_forward(module: GPT2Model, *args: Any, **kwargs: Any) -> Any:
     """pyfused.decode for steps of one token"""
-    others = {"token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds, **kwargs}
-    others |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
-    found = one_token(
-        *(module, _plan, input_ids, past_key_values, attention_mask, use_cache, others), position_ids=position_ids
-    )
-    if found is not None:
-        module.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-        return found
-    return original(
-        *(module, input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds),
-        *(encoder_hidden_states, encoder_attention_mask),
-        use_cache=use_cache,
-        **kwargs,
-    )
+    others = named(module, args, kwargs)
+    names = "input_ids", "past_key_values", "attention_mask", "use_cache", "position_ids"
+    input_ids, cache, mask, use_cache, position_ids = (others.pop(name, None) for name in names)
+    found = one_token(*(module, _plan, input_ids, cache, mask, use_cache, others), position_ids=position_ids)
+    if found is None:
+        return original(module, *args, **kwargs)
+    module.warn_if_padding_and_no_attention_mask(input_ids, mask)
+    return found
 
 
 _KINDS = known(
@@ -128,7 +119,8 @@ _KINDS = known(
         GPT2Block: Kind(is_fused=True),
         GPT2MLP: Kind(True, "act"),
         GPT2Attention: Kind(
-            settings="config layer_idx num_heads head_dim scaling is_causal is_cross_attention reorder_and_upcast_attn"
+            settings="config layer_idx num_heads head_dim scaling is_causal is_cross_attention reorder_and_upcast_attn "
+            "scale_attn_weights scale_attn_by_inverse_layer_idx"
         ),
         nn.LayerNorm: Kind(True, "eps"),
         nn.Embedding: Kind(settings="max_norm"),
@@ -147,7 +139,7 @@ def _plan(model: Any) -> Ready | None:
     for i, attention in enumerate(block.attn for block in blocks):
         if attention.reorder_and_upcast_attn or attention.is_cross_attention or attention.layer_idx != i:
             return None
-        if not hasattr(attention, "scaling"):  # an older transformers
+        if reason_to_scale(attention):
             return None
     if not same((block.attn.num_heads, block.attn.head_dim) for block in blocks) or first.head_dim > MAX_HEAD_SIZE:
         return None
@@ -181,24 +173,34 @@ def _layer(block: Any) -> DecodeLayer:
         feed_forward_norm=norm_of(block.ln_2),
         inner=matrix_of(block.mlp.c_fc, transposed=True),
         outer=matrix_of(block.mlp.c_proj, transposed=True),
-        scale=block.attn.scaling,
+        scale=getattr(block.attn, "scaling", block.attn.head_dim**-0.5),
     )
 
 
-def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
-    """Gives `forward` only to a class with the signature written here; another transformers release may differ."""
-    known = list(inspect.signature(forward).parameters)[1:]
+model_forward.__signature__ = inspect.signature(GPT2Model.forward)  # type: ignore[attr-defined]  # torch.export reads it
 
+# What the forwards above know to do with. Releases leave some of it out, and order it differently.
+_PARAMETERS = {
+    GPT2MLP: "hidden_states",
+    GPT2Block: "hidden_states past_key_values cache_position attention_mask head_mask encoder_hidden_states "
+    "encoder_attention_mask use_cache output_attentions kwargs",
+    GPT2Model: "input_ids past_key_values cache_position attention_mask token_type_ids position_ids head_mask inputs_embeds "
+    "encoder_hidden_states encoder_attention_mask use_cache output_attentions output_hidden_states return_dict kwargs",
+}
+
+
+def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
     def adapter(module):
-        if list(inspect.signature(kind.forward).parameters)[1:] != known:
+        if not {*parameters(kind)} <= {*_PARAMETERS[kind].split()}:
             return f"this release of transformers has another {kind.__name__}.forward"
         return (activation_reason(module.act) if isinstance(module, GPT2MLP) else "") or forward
 
     return adapter
 
 
+_block_forward = block_of_tuples_forward if "output_attentions" in parameters(GPT2Block) else block_forward
 ADAPTERS: dict[str, Adapter] = {
     "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _adapter(GPT2MLP, mlp_forward),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _adapter(GPT2Block, block_forward),
+    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _adapter(GPT2Block, _block_forward),
     "transformers.models.gpt2.modeling_gpt2.GPT2Model": _adapter(GPT2Model, model_forward),
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...own_forward import Adapter, Forward
 from . import shaped
-from .alike import PREFIXES, module_of, reason, text_of
+from .alike import HAS_INTERFACE, PREFIXES, module_of, reason, text_of
 
 _OTHER_STACKS = ("longt5",)  # its encoder has attention code of its own
 
@@ -25,9 +25,11 @@ def adapters(of_t5: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def stacks(adapter: Adapter) -> dict[str, Adapter]:
-    """The adapter for kin's stacks that hand keyword arguments on to their layers."""
+    """The adapter for kin's stacks. With the interface they must hand keyword arguments on to their layers."""
 
     def checked(module: nn.Module) -> Forward | str:
+        if not HAS_INTERFACE:
+            return adapter(module)
         call = re.search(r"\blayer_module\((.*?)\n *\)", text_of(type(module).forward), re.DOTALL)
         return adapter(module) if call and "**kwargs" in call[1] else "it hands no keyword arguments on to its layers"
 

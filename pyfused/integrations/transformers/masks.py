@@ -27,8 +27,8 @@ WORTH_A_LOOK = 1 << 22
 
 def make_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
@@ -41,7 +41,8 @@ def make_mask(
     """transformers' AttentionMaskInterface "pyfused": a (B, 1, Tq, Sk) bool mask, True where a key is visible.
 
     Takes and returns the same as transformers' sdpa_mask, but returns None less often. A causal mask with fewer queries than
-    keys is never None, because None would not say which keys are the queries' own.
+    keys is never None, because None would not say which keys are the queries' own. Older releases pass cache_position, the
+    queries' positions, in place of q_length and q_offset.
 
     Raises:
         ValueError: models of this config do not use the attention interface, so their code would misread the mask.
@@ -50,11 +51,15 @@ def make_mask(
     if config is not None:
         check_interface(config)
         plain = may_leave_out_masks(config)
+    positions = kwargs.get("cache_position")
+    if positions is None:
+        queries = {"q_length": q_length, "q_offset": q_offset}
+    else:
+        q_length, queries = positions.shape[0], {}
     arguments = {
         "batch_size": batch_size,
-        "q_length": q_length,
+        **queries,
         "kv_length": kv_length,
-        "q_offset": q_offset,
         "kv_offset": kv_offset,
         "mask_function": mask_function,
         "attention_mask": attention_mask,

@@ -24,6 +24,7 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, o
 from ..torch_nn import takes
 from .masks import read_mask
 from .plain_modules import overridden
+from .releases import named
 
 _MAX_DISTANCE = 128  # of MPNetEncoder.relative_position_bucket
 
@@ -36,22 +37,18 @@ class TableBias(NamedTuple):
 
 
 @fused_forward
-def attention(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: TableBias | Tensor | None = None,
-    output_attentions: bool = False,
-    **kwargs: Any,
-) -> Any:
+def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention, the bias by relative position inside the kernel"""
+    given = named(module, args, kwargs)
+    hidden_states, attention_mask, position_bias = map(given.get, ("hidden_states", "attention_mask", "position_bias"))
     table = position_bias if isinstance(position_bias, TableBias) else None
     dropout, size = module.dropout, module.attention_head_size
-    if output_attentions:
+    own = given.get("output_attentions") or given.get("head_mask") is not None
+    if given.get("output_attentions"):
         notices.once("output_attentions: attention runs in transformers' own code, which has the probabilities")
-    if output_attentions or type(dropout) is not nn.Dropout or not is_bare(dropout) or not takes(hidden_states):
+    if own or type(dropout) is not nn.Dropout or not is_bare(dropout) or not takes(hidden_states):
         dense = position_bias if table is None else _dense(table, hidden_states)
-        return original(module, hidden_states, attention_mask, dense, output_attentions, **kwargs)
+        return original(module, **{**given, "position_bias": dense})
     query, key, value = (
         m(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2) for m in (module.q, module.k, module.v)
     )
@@ -101,7 +98,7 @@ def run_packed(module: Any, hidden_states: Tensor, packing: Packing, return_dict
     assert weight is not None  # the caller asked reads_table
     bias, x = TableBias(RelativeBias(weight, True, _MAX_DISTANCE), packing), packing.pack(hidden_states)
     for layer in module.layer:
-        x = layer(x, None, bias, output_attentions=False)[0]
+        x = layer(x, position_bias=bias, output_attentions=False)[0]
     found = packing.unpack(x)
     return BaseModelOutput(last_hidden_state=found) if return_dict else (found,)
 

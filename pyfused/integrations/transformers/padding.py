@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers.utils import output_capturing
 
 from ...kernels.cpu.mask_structure import structure
 from ...nn.packing import Packing, packing_of
@@ -20,6 +19,8 @@ from ...own_forward import Adapter, Forward, fused_forward, has_another_forward,
 from . import alike, kin, mpnet, t5
 from .attention import collects
 from .config import NAME, FusedConfig, interface_layers
+from .releases import named, output_capturing, parameters
+from .t5_tables import all_read_tables
 
 
 @fused_forward
@@ -50,7 +51,7 @@ def t5_encoder(
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     packing = None
     one = (input_ids is None) != (inputs_embeds is None) and attention_mask is not None
-    if one and not _more(given, kwargs) and _runs_packed(module, kwargs) and t5.all_read_tables(module):
+    if one and not _more(given, kwargs) and _runs_packed(module, kwargs) and all_read_tables(module):
         real: Any = attention_mask != 0
         packing = _packing(tokens, real, unbroken=True)  # the bias counts distances
     if packing is None:
@@ -65,22 +66,23 @@ def t5_encoder(
 
 
 @fused_forward
-def mpnet_encoder(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    output_attentions: bool = False,
-    output_hidden_states: bool = False,
-    return_dict: bool = False,
-    **kwargs: Any,
-) -> Any:
+def mpnet_encoder(module: Any, *args: Any, **kwargs: Any) -> Any:
     """as it is, on the real tokens alone; hands the table of the bias to all layers"""
-    packing, wanted = None, {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-    if not kwargs and _runs_packed(module, wanted) and mpnet.reads_table(module):
-        packing = _packing(hidden_states, _padding_of(attention_mask), unbroken=True)
+    given, packing = named(module, args, kwargs), None
+    heads = given.pop("head_mask", None)  # in older releases a list, of None if there is none
+    if heads is not None and any(mask is not None for mask in heads):
+        return original(module, *args, **kwargs)
+    x, mask, return_dict = (
+        given.pop("hidden_states"),
+        given.pop("attention_mask", None),
+        given.pop("return_dict", False),
+    )
+    plain = given.keys() <= {"output_attentions", "output_hidden_states"}
+    if plain and _runs_packed(module, given) and mpnet.reads_table(module):
+        packing = _packing(x, _padding_of(mask), unbroken=True)
     if packing is None:
-        return original(module, hidden_states, attention_mask, **wanted, return_dict=return_dict, **kwargs)
-    return mpnet.run_packed(module, hidden_states, packing, return_dict)
+        return original(module, *args, **kwargs)
+    return mpnet.run_packed(module, x, packing, return_dict)
 
 
 vars(mpnet_encoder)["methods"] = mpnet.METHODS
@@ -122,7 +124,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _captures(hook: Any) -> bool:
     """Whether a hook is one of those that transformers installs to collect outputs. It leaves them there, idle."""
-    return getattr(hook, "__module__", None) == output_capturing.__name__
+    return output_capturing is not None and getattr(hook, "__module__", None) == output_capturing.__name__
 
 
 def _padding_of(mask: Tensor | None) -> Tensor | None:
@@ -159,6 +161,8 @@ def _encoder(module: nn.Module) -> Forward | str:
         return "skip_padding: an attention layer in it does not run on pyfused"
     if any(getattr(layer, "is_causal", True) for layer in layers):
         return "skip_padding: it is a decoder"
+    if "kwargs" not in parameters(type(module)):
+        return "skip_padding: in this release of transformers it takes no packed texts"
     return _unfit(module) or encoder
 
 
@@ -200,6 +204,6 @@ def _full_name(row: str) -> str:
 
 ENCODERS: dict[str, Adapter] = {
     **{_full_name(row): _encoder for row in _ROWS},
-    **kin.stacks(_t5_encoder),
+    **(kin.stacks(_t5_encoder) if alike.HAS_INTERFACE else {}),  # without it T5 takes no packed texts
     "transformers.models.mpnet.modeling_mpnet.MPNetEncoder": lambda module: mpnet.changed(module) or mpnet_encoder,
 }

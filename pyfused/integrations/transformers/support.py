@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .releases import calls_interface
+
 _reasons: dict[type, str] = {}  # by the type of a config
 _vouched: dict[type, bool] = {}
 
@@ -36,7 +38,7 @@ def _own_attention(module: str) -> list[str]:
     """The classes of a file that apply masks to scores without the interface."""
     parts = re.split(r"^(?=\S)", inspect.getsource(sys.modules[module]), flags=re.MULTILINE)
     classes = [p for p in parts if p.startswith("class ") and "Attention" in p.partition("\n")[0]]
-    return [c.split("(")[0].split()[1] for c in classes if "get_interface(" not in c and _USES_MASK.search(c)]
+    return [c.split("(")[0].split()[1] for c in classes if not calls_interface(c) and _USES_MASK.search(c)]
 
 
 def check_interface(config: Any) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig
 
 from .config import FusedConfig
+from .releases import PreTrainedConfig
 
 
 class Op(NamedTuple):

@@ -13,21 +13,20 @@ import functools
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.t5 import modeling_t5
 
 from ...decode_plan import DecodeLayer, DecodePlan, Matrix
-from ...kernels.shared.buckets import exact_buckets
 from ...nn.t5 import attend
-from ...ops import RelativeBias, linear
+from ...ops import RelativeBias
 from ...ops.attention import MAX_HEAD_SIZE
-from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
-from . import alike, kin
+from ...own_forward import Adapter, Forward, fused_forward, original
+from ...tracing import tracing
+from . import alike, kin, t5_inline
 from .activations import kernel_activation
-from .config import NAME
 from .decode import Ready, matrix_of, norm_of, one_token, same
-from .plain_modules import drops, is_plain_linear, overridden
+from .plain_modules import overridden
+from .releases import interface
+from .t5_tables import adds_residual, all_read_tables, is_ours, projected
 from .unchanged import Kind, Kinds, Watch, known
 
 
@@ -43,7 +42,7 @@ def attention(
 ) -> Any:
     """pyfused.attention, the bias by relative position inside the kernel"""
     given = (hidden_states, mask, key_value_states, position_bias, past_key_values)
-    if not _is_ours(module) and not isinstance(position_bias, RelativeBias):
+    if not is_ours(module) and not isinstance(position_bias, RelativeBias):
         return original(module, *given, **kwargs)
     seen, position_bias, weights = _attended(module, *given, **kwargs)
     return module.o(seen), position_bias, weights
@@ -59,13 +58,13 @@ def self_attention_layer(
     **kwargs: Any,
 ) -> Any:
     """the norm, then the attention with pyfused.linear and the residual"""
-    if not _adds_residual(module, module.SelfAttention, hidden_states):
+    if not adds_residual(module, module.SelfAttention, hidden_states):
         return original(module, hidden_states, attention_mask, position_bias, past_key_values, **kwargs)
     seen, position_bias, weights = _attended(
         *(module.SelfAttention, module.layer_norm(hidden_states), attention_mask, None, position_bias, past_key_values),
         **kwargs,
     )
-    return _projected(module.SelfAttention.o, seen, hidden_states), position_bias, weights
+    return projected(module.SelfAttention.o, seen, hidden_states), position_bias, weights
 
 
 @fused_forward
@@ -80,7 +79,7 @@ def cross_attention_layer(
 ) -> Any:
     """the norm, then the attention with pyfused.linear and the residual"""
     inner = module.EncDecAttention
-    if not _adds_residual(module, inner, hidden_states):
+    if not adds_residual(module, inner, hidden_states):
         return original(
             module, hidden_states, key_value_states, attention_mask, position_bias, past_key_values, **kwargs
         )
@@ -88,28 +87,7 @@ def cross_attention_layer(
         *(inner, module.layer_norm(hidden_states), attention_mask, key_value_states, position_bias, past_key_values),
         **kwargs,
     )
-    return _projected(inner.o, seen, hidden_states), position_bias, weights
-
-
-def _adds_residual(module: Any, inner: Any, hidden_states: Tensor) -> bool:
-    """Whether the layer may bypass the attention module's forward and add the residual in its output projection."""
-    return (
-        is_fused(inner)
-        and is_bare(inner)
-        and _is_ours(inner)
-        and not drops(module.dropout)
-        and is_plain_linear(hidden_states, inner.o)
-    )
-
-
-def _is_ours(module: Any) -> bool:
-    return module.config._attn_implementation == NAME
-
-
-def _projected(out: nn.Linear, seen: Tensor, residual: Tensor) -> Tensor:
-    if seen.dtype != residual.dtype:
-        return residual + out(seen)
-    return linear(seen, out.weight, out.bias, residual=residual)
+    return projected(inner.o, seen, hidden_states), position_bias, weights
 
 
 def _attended(
@@ -123,12 +101,10 @@ def _attended(
     **kwargs: Any,
 ) -> tuple[Tensor, Any, Tensor | None]:
     """T5Attention's forward without the output projection: (B, S, H * d), the bias for the next layer, the weights."""
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, modeling_t5.eager_attention_forward
-    )
+    function = interface(module.config._attn_implementation, modeling_t5.eager_attention_forward)
 
     def compute(query, key, value, bias):
-        return interface(
+        return function(
             *(module, query, key, value, mask),
             dropout=module.dropout if module.training else 0.0,
             scaling=module.scaling,
@@ -139,16 +115,21 @@ def _attended(
     return attend(
         *(module, hidden_states, key_value_states, position_bias, past_key_values, compute),
         hands_on_table=hands_on_table,
-        reads_table=_is_ours(module),
+        reads_table=is_ours(module),
     )
 
 
 @fused_forward
 def stack(module: Any, *args: Any, **kwargs: Any) -> Any:
     """as it is; hands the table of the bias from layer to layer"""
-    if all_read_tables(module):
-        kwargs["hands_on_table"] = True  # through T5Block to every attention
-    return original(module, *args, **kwargs)
+    if not all_read_tables(module):
+        return original(module, *args, **kwargs)
+    if alike.HAS_INTERFACE:
+        return original(module, *args, **kwargs, hands_on_table=True)  # through T5Block to every attention
+    if tracing() or (module.gradient_checkpointing and module.training):  # the backward calls the layers alone
+        return original(module, *args, **kwargs)
+    with t5_inline.hands_on_table(module):
+        return original(module, *args, **kwargs)
 
 
 @fused_forward
@@ -250,42 +231,15 @@ def _layer(block: Any) -> DecodeLayer:
         gate=matrix_of(dense.wi_0) if gated else Matrix(),
         inner=matrix_of(dense.wi_1 if gated else dense.wi),
         outer=matrix_of(dense.wo),
-        scale=attention.scaling,
-        cross_scale=other.scaling,
-    )
-
-
-def all_read_tables(stack: Any) -> bool:
-    """Whether every layer's attention is ours and other layers can read the first layer's table.
-
-    Blocks of a subclass do not count: FSDP makes such blocks, and their parameters exist only while the block runs.
-    """
-    if any(alike.reason(block.__class__, "Block") for block in stack.block):
-        return False
-    attentions = [block.layer[0].SelfAttention for block in stack.block]
-    if not attentions or not all(is_fused(attention) and _is_ours(attention) for attention in attentions):
-        return False
-    return has_plain_table(attentions[0])
-
-
-def has_plain_table(attention: Any) -> bool:
-    """Whether the kernels can read this attention's table of biases instead of calling its embedding."""
-    embedding = attention.relative_attention_bias
-    weight = embedding.weight
-    return (
-        type(embedding) is nn.Embedding
-        and is_bare(embedding)
-        and embedding.max_norm is None
-        and weight.shape[0] == attention.relative_attention_num_buckets
-        and not is_traceable_wrapper_subclass(weight)
-        and exact_buckets(not attention.is_decoder, weight.shape[0])
-        in range(1, attention.relative_attention_max_distance)
+        scale=getattr(attention, "scaling", 1.0),
+        cross_scale=getattr(other, "scaling", 1.0),
     )
 
 
 def _attention(module: Any) -> Forward | str:
     kind: Any = next(base for base in type(module).__mro__ if not alike.reason(base, "Attention"))
-    return overridden(module, kind, "compute_bias", "_relative_position_bucket") or attention
+    changed = overridden(module, kind, "compute_bias", "_relative_position_bucket")
+    return changed or (attention if alike.HAS_INTERFACE else t5_inline.attention)
 
 
 def _stack(module: Any) -> Forward | str:
@@ -297,7 +251,11 @@ def _stack(module: Any) -> Forward | str:
 ADAPTERS: dict[str, Adapter] = kin.adapters(
     {
         "Attention": _attention,
-        "LayerSelfAttention": lambda module: self_attention_layer,
-        "LayerCrossAttention": lambda module: cross_attention_layer,
+        "LayerSelfAttention": lambda module: (
+            self_attention_layer if alike.HAS_INTERFACE else t5_inline.self_attention_layer
+        ),
+        "LayerCrossAttention": lambda module: (
+            cross_attention_layer if alike.HAS_INTERFACE else t5_inline.cross_attention_layer
+        ),
     }
 ) | kin.stacks(_stack)

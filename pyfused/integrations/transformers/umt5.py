@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.umt5 import modeling_umt5
 
 from ...nn.t5 import attend
@@ -13,7 +12,8 @@ from ...ops import RelativeBias
 from ...own_forward import Adapter, Forward, fused_forward, original
 from .config import NAME
 from .plain_modules import overridden
-from .t5 import has_plain_table
+from .releases import interface
+from .t5_tables import has_plain_table
 
 
 @fused_forward
@@ -29,10 +29,10 @@ def attention(
     given = (hidden_states, encoder_hidden_states, past_key_values, attention_mask)
     if module.config._attn_implementation != NAME:
         return original(module, *given, **kwargs)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(NAME, modeling_umt5.eager_attention_forward)
+    function = interface(NAME, modeling_umt5.eager_attention_forward)
 
     def compute(query, key, value, bias):
-        return interface(
+        return function(
             *(module, query, key, value, attention_mask),
             dropout=module.dropout if module.training else 0.0,
             scaling=module.scaling,
@@ -48,6 +48,8 @@ def attention(
 
 
 def _attention(module: Any) -> Forward | str:
+    if not hasattr(modeling_umt5, "eager_attention_forward"):
+        return "in this release of transformers its attention is code of its own"
     return overridden(module, modeling_umt5.UMT5Attention, "compute_bias", "_relative_position_bucket") or attention
 
 
