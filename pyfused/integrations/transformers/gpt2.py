@@ -67,7 +67,8 @@ def _block(
     branch = module.attn(module.ln_1(hidden_states), **given)[0]
     if encoder_hidden_states is not None:
         y, hidden_states = _add_and_norm(module.ln_cross_attn, branch, hidden_states)
-        shared = {name: given[name] for name in ("past_key_values", "attention_mask", "head_mask") if name in given}
+        known = "past_key_values", "attention_mask", "head_mask"
+        shared: dict[str, Any] = {name: given[name] for name in known if name in given}
         shared |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
         branch = module.crossattention(y, **shared)[0]
     y, hidden_states = _add_and_norm(module.ln_2, branch, hidden_states)

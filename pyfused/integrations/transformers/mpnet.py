@@ -40,7 +40,8 @@ class TableBias(NamedTuple):
 def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention, the bias by relative position inside the kernel"""
     given = named(module, args, kwargs)
-    hidden_states, attention_mask, position_bias = map(given.get, ("hidden_states", "attention_mask", "position_bias"))
+    hidden_states: Tensor = given["hidden_states"]
+    attention_mask, position_bias = given.get("attention_mask"), given.get("position_bias")
     table = position_bias if isinstance(position_bias, TableBias) else None
     dropout, size = module.dropout, module.attention_head_size
     own = given.get("output_attentions") or given.get("head_mask") is not None
@@ -55,7 +56,7 @@ def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     visible = EVERYTHING if attention_mask is None else read_mask(attention_mask, query, key)
     bias, packing = visible.attn_bias, None if table is None else table.packing
     if table is None and position_bias is not None:
-        dense = additive(position_bias, query.dtype)  # type: ignore[arg-type]
+        dense = additive(position_bias, query.dtype)
         bias = dense if bias is None else dense + bias
     seen = attend(
         query,

@@ -186,9 +186,11 @@ def _part_computed(module: Any, part: Part, x: Tensor, *residual: Tensor) -> Any
     if not _active(module, part.dropouts):
         return _computed(module, part.what, x, *residual)
     y = _computed(module, part.what, x)
-    for name in () if y is None else part.dropouts:
+    if y is None:
+        return None
+    for name in part.dropouts:
         y = _dropped(module, name, y)
-    return residual[0] + y if residual and y is not None else y
+    return residual[0] + y if residual else y
 
 
 def _active(module: Any, dropouts: Iterable[str]) -> bool:
