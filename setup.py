@@ -70,8 +70,9 @@ class CMakeBuild(build_ext):
             f"-DPYFUSED_BUILD_ARCHITECTURES={os.environ.get('PYFUSED_BUILD_ARCHITECTURES', '').replace(' ', ';')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        # --fresh: pip's build environment, and ninja in it, have another place each time.
-        subprocess.run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)
+        # pip's build environment, and ninja in it, have another place each time. The object files stay.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *arguments], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         built = {path.name.split(".")[0]: path for path in out.glob("*.so")}
