@@ -213,9 +213,15 @@ def test_transformers_untied(tmp_path, same):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind", ["relu", "gated"])
+@pytest.mark.parametrize(
+    "kind, sharded, dtype",  # every pair of values
+    [
+        ("relu", False, "float32"),
+        ("relu", True, "bfloat16"),
+        ("gated", True, "float32"),
+        ("gated", False, "bfloat16"),
+    ],
+)
 def test_keras_hub_save_to_preset(tmp_path, dtype, sharded, kind):
     keras_hub = pytest.importorskip("keras_hub")
     options = {"activation": "relu", "use_gated_activation": False}
