@@ -1,8 +1,8 @@
 """What does a Triton kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
 
 `triton.compile` needs no driver: the Triton wheel has ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. But a kernel must be
-decorated while TRITON_INTERPRET is not set, and the numeric tests set it. So compile_cases() starts one process for a whole
-list. Starting takes 2 s, a kernel 1 to 5 s, or no time if Triton's cache has it.
+decorated while TRITON_INTERPRET is not set, and the numeric tests set it. So compile_cases() has a process of its own, which
+serves later calls too. Starting takes 2 s, a kernel 1 to 5 s, or no time if Triton's cache has it.
 
     CASES = [Case("forward", "package.module:kernel", {"x_ptr": "*bf16:16", "n": "i32"}, {"BLOCK": 1024})]
     for name, compiled in compile_cases(CASES, "sm_90").items():
@@ -11,16 +11,19 @@ list. Starting takes 2 s, a kernel 1 to 5 s, or no time if Triton's cache has it
 
 from __future__ import annotations
 
+import functools
 import importlib
-import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -130,24 +133,53 @@ def compile_kernel(
 
 
 def compile_cases(cases: Sequence[Case], target: str) -> dict[str, Compiled]:
-    """Compiles every case for one target in a new process. Returns case name -> result.
+    """Compiles every case for one target in another process. Returns case name -> result.
 
     Raises:
-        RuntimeError: a case does not compile; the message has its name and the end of the compiler's output.
+        RuntimeError: a case does not compile; the message has its name and the compiler's error.
     """
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         raise ValueError(f"cases: the names {names} are not all different")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    with tempfile.TemporaryDirectory() as folder:
-        listed, results = Path(folder) / "cases.json", Path(folder) / "compiled.json"
-        listed.write_text(json.dumps([asdict(case) for case in cases]))
-        command = [sys.executable, "-m", __name__, target, str(listed), str(results)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"compiling for {target} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
-        return {name: Compiled(**values) for name, values in json.loads(results.read_text()).items()}
+    found = {}
+    for case in cases:
+        try:
+            values = _compiler().submit(_compile, asdict(case), target, [p for p in sys.path if p]).result()
+        except Exception as error:
+            if isinstance(error, BrokenProcessPool):
+                _compiler.cache_clear()
+            raise RuntimeError(f"compiling for {target} failed: {case.name}: {str(error)[-6000:]}") from error
+        found[case.name] = Compiled(**values)
+    return found
+
+
+@functools.cache
+def _compiler() -> ProcessPoolExecutor:
+    """The process that compiles."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def _begin() -> None:
+    """The process starts without TRITON_INTERPRET, and ends with its parent, even one that is killed."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _compile(case: dict[str, Any], target: str, path: list[str]) -> dict[str, Any]:
+    """Runs in that process."""
+    sys.path[:] = path
+    module, _, function = case["kernel"].partition(":")
+    importlib.invalidate_caches()
+    jit_function = getattr(importlib.import_module(module), function)
+    keys = ("signature", "constexprs", "num_warps", "num_stages", "options", "sass")
+    return asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
 
 
 def check_resources(compiled: Compiled, name: str, target: str) -> None:
@@ -182,18 +214,3 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def _main(target: str, cases_file: str, results_file: str) -> None:
-    results = {}
-    for case in json.loads(Path(cases_file).read_text()):
-        module, _, function = case["kernel"].partition(":")
-        jit_function = getattr(importlib.import_module(module), function)
-        keys = ("signature", "constexprs", "num_warps", "num_stages", "options", "sass")
-        print(f"{case['name']}:", flush=True)  # the last line of the output if the compiler crashes
-        results[case["name"]] = asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
-    Path(results_file).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -51,9 +51,19 @@ def left_to_plain_pytorch(item, parameters):
     return few and parameters["each_backend"] != "reference"
 
 
+def of_the_other_half(item, parameters):
+    """Whether another case of attention has this half precision in Triton's interpreter. A case runs in float32 and, in turn, in
+    float16 or bfloat16: the kernels differ in nothing but the type. The backward has the half that the forward lacks."""
+    named = item.path.name.startswith("test_attention") and item.originalname in ("test_forward", "test_backward")
+    if DEVICE != "cpu" or not named or parameters.get("each_backend") != "triton" or "case" not in parameters:
+        return False
+    turn = item.callspec.indices["case"] + (item.originalname == "test_backward")
+    return parameters["dtype"] == (torch.float16, torch.bfloat16)[turn % 2]
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes; operators and gradients that a backend
-    lacks; and tests of the CPU kernels on other backends. pytest passes the whole suite's tests: those of other folders are
+    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of the others;
+    operators and gradients that a backend lacks; and tests of the CPU kernels on other backends. pytest passes the whole suite's tests: those of other folders are
     kept."""
     kept, dropped = [], []
     for item in items:
@@ -64,7 +74,8 @@ def pytest_collection_modifyitems(config, items):
         backend = parameters.get("each_backend", "")
         slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
         foreign = item.get_closest_marker("cpu_kernels") is not None and not backend.startswith("cpu")
-        (dropped if slow or foreign or lacks(item, backend) or left_to_plain_pytorch(item, parameters) else kept).append(item)
+        left = left_to_plain_pytorch(item, parameters) or of_the_other_half(item, parameters)
+        (dropped if slow or foreign or lacks(item, backend) or left else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
