@@ -52,8 +52,8 @@ def left_to_plain_pytorch(item, parameters):
 
 
 def of_the_other_half(item, parameters):
-    """Whether another case of attention has this half precision in Triton's interpreter. A case runs in float32 and, in turn, in
-    float16 or bfloat16: the kernels differ in nothing but the type. The backward has the half that the forward lacks."""
+    """Whether attention's case leaves this half precision to other cases. In Triton's interpreter a case runs in float32 and,
+    in turn, in float16 or bfloat16; its backward has the half that its forward lacks."""
     named = item.path.name.startswith("test_attention") and item.originalname in ("test_forward", "test_backward")
     if DEVICE != "cpu" or not named or parameters.get("each_backend") != "triton" or "case" not in parameters:
         return False
@@ -62,9 +62,9 @@ def of_the_other_half(item, parameters):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of the others;
-    operators and gradients that a backend lacks; and tests of the CPU kernels on other backends. pytest passes the whole suite's tests: those of other folders are
-    kept."""
+    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of attention's
+    others; operators and gradients that a backend lacks; and tests of the CPU kernels on other backends. pytest passes the
+    whole suite's tests: those of other folders are kept."""
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:
