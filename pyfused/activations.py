@@ -41,6 +41,10 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)  # silu(c x) / c
 
 
+def _quick_gelu_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return _silu_gradient(g, (1.702 * x).clamp(-1024.0, 1024.0), y)  # float16's product may be infinite
+
+
 _TANH_FORMULA = (  # five classes of transformers; their constants agree to 4e-12, below float32's rounding
     *("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation", "AccurateGELUActivation"),
 )
@@ -54,7 +58,7 @@ _ROWS = (
                ("relu",), (F.relu, torch.relu, nn.ReLU)),
     Activation("silu", 2, F.silu, _silu_gradient, True,
                ("silu", "swish"), (F.silu, nn.SiLU), ("SiLUActivation",)),
-    Activation("quick_gelu", 6, _quick_gelu, lambda g, x, y: _silu_gradient(g, 1.702 * x, y), True,
+    Activation("quick_gelu", 6, _quick_gelu, _quick_gelu_gradient, True,
                ("quick_gelu",), (), ("QuickGELUActivation",)),
     Activation("tanh", 3, torch.tanh, lambda g, x, y: _ATEN.tanh_backward(g, y), False,
                ("tanh",), (F.tanh, torch.tanh, nn.Tanh)),

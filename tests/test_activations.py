@@ -56,3 +56,12 @@ def test_what_torch_computes(module, name):
     if name is not None:
         x = torch.linspace(-3, 3, 9)
         assert torch.equal(module(x), ACTIVATIONS[name].function(x))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gradient_is_finite_for_all_of_float16(name):
+    """Also where a product inside the activation is infinite."""
+    x = torch.tensor([-65504.0, -40000.0, 0.0, 40000.0, 65504.0], dtype=torch.float16, requires_grad=True)
+    y = ACTIVATIONS[name].function(x)
+    first = ACTIVATIONS[name].gradient(torch.ones_like(x), x, y)
+    assert first.isfinite().all()

@@ -169,3 +169,11 @@ def test_cuda_is_held_to_the_cards_that_are_there(monkeypatch, capability, built
     if not runs:
         number = "".join(map(str, capability))
         assert f"no code for sm_{number}; it was built for {built.replace(' ', ', ')}" in said
+
+
+def test_a_device_without_kernels_runs_plain_pytorch():
+    """The meta device stands for any device that is neither a CPU nor CUDA, such as mps."""
+    x, w = torch.empty(3, 8, device="meta"), torch.empty(16, 8, device="meta")
+    assert pyfused.layer_norm(x, x[0], x[0]).shape == x.shape
+    assert pyfused.ffn(x, w, None, w.t(), None, activation="gelu").shape == x.shape
+    assert pyfused.attention(*[x[None, None]] * 3).device.type == "meta"

@@ -15,7 +15,8 @@ from .cache import remembered
 
 @remembered
 def kind(device: str = "cpu") -> str:
-    """The name of a kind, for "cpu", a GPU such as "cuda:0", or "interpreter" (Triton's, on a CPU).
+    """The name of a kind, for "cpu", a GPU such as "cuda:0", or "interpreter" (Triton's, on a CPU). Other devices, such as
+    "meta" and "mps", run plain PyTorch and have no evidence; theirs is the device's own name.
 
     A CPU's name has its vendor and the instruction set of our kernels; then the one that torch uses, if it is another; then the
     half-precision dtypes that the processor multiplies itself: "cpu_amd_avx2", "cpu_amd_baseline_torch_avx2". A GPU's name is
@@ -24,6 +25,8 @@ def kind(device: str = "cpu") -> str:
     if device == "interpreter":
         return "triton_interpreter"
     if device != "cpu":
+        if not device.startswith("cuda"):
+            return device.partition(":")[0]
         name = torch.cuda.get_device_name(device).lower()
         return f"{device.partition(':')[0]}_{re.sub('[^a-z0-9]+', '_', name)}"
     ours = extensions.isa() or "none"

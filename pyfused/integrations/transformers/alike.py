@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import textwrap
+import tokenize
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ PREFIXES = {
     "switch_transformers": "SwitchTransformers",
     "udop": "Udop",
 }
+UNREADABLE = (OSError, SyntaxError, tokenize.TokenError)  # there is none, or the file changed after it was imported
 _METHODS = ("forward", "compute_bias", "_relative_position_bucket")
 HAS_INTERFACE = hasattr(modeling_t5, "eager_attention_forward")  # whether attention goes by transformers' interface
 
@@ -34,6 +36,13 @@ def reason(kind: Any, name: str) -> str:
 
 @functools.cache
 def _reason(kind: Any, name: str) -> str:
+    try:
+        return _difference(kind, name)
+    except UNREADABLE:
+        return f"its source, which would be compared with T5{name}'s, cannot be read"
+
+
+def _difference(kind: Any, name: str) -> str:
     base = getattr(modeling_t5, f"T5{name}")
     if kind is base:
         return ""

@@ -146,7 +146,7 @@ def _source_of_class(kind: Any) -> str:
     try:
         methods = [value for value in vars(kind).values() if inspect.isfunction(value)]
         source = "\n".join(inspect.getsource(inspect.unwrap(method)) for method in methods)
-    except (OSError, TypeError):
+    except (*alike.UNREADABLE, TypeError):
         return ""
     return source if calls_interface(source) else ""
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...own_forward import Adapter, Forward
 from . import shaped
-from .alike import HAS_INTERFACE, PREFIXES, module_of, reason, text_of
+from .alike import HAS_INTERFACE, PREFIXES, UNREADABLE, module_of, reason, text_of
 
 _OTHER_STACKS = ("longt5",)  # its encoder has attention code of its own
 
@@ -30,7 +30,10 @@ def stacks(adapter: Adapter) -> dict[str, Adapter]:
     def checked(module: nn.Module) -> Forward | str:
         if not HAS_INTERFACE:
             return adapter(module)
-        call = re.search(r"\blayer_module\((.*?)\n *\)", text_of(type(module).forward), re.DOTALL)
+        try:
+            call = re.search(r"\blayer_module\((.*?)\n *\)", text_of(type(module).forward), re.DOTALL)
+        except UNREADABLE:
+            return "its source cannot be read"
         return adapter(module) if call and "**kwargs" in call[1] else "it hands no keyword arguments on to its layers"
 
     return {

@@ -1,6 +1,7 @@
 """How does a module of a usual shape run on pyfused? shapes.py says what the shapes are.
 
-A fused forward looks its children's names up by class, and reads the children at every call.
+A fused forward looks its children's names up by class, and reads the children at every call. Where one is gone, such as an
+activation that a plain function stands in for now, the class's own statements run.
 """
 
 from __future__ import annotations
@@ -106,12 +107,12 @@ def gated(module: Any, x: Tensor) -> Any:
 @fused_forward
 def normed(module: Any, x: Tensor) -> Any:
     """the norm, then the feed-forward with the residual"""
-    shape, children = shape_of(module), module._modules
+    shape = shape_of(module)
     if isinstance(shape, Normed) and not _active(module, shape.dropouts):
-        inner = children[shape.feed_forward]
-        of_inner = shape_of(inner)
-        if is_fused(inner) and is_bare(inner) and isinstance(of_inner, FeedForward):
-            y = _computed(inner, of_inner, children[shape.norm](x), x)
+        inner = module._modules.get(shape.feed_forward)
+        of_inner = None if inner is None else shape_of(inner)
+        if isinstance(of_inner, FeedForward) and is_fused(inner) and is_bare(inner):  # type: ignore[arg-type]
+            y = _computed(inner, of_inner, getattr(module, shape.norm)(x), x)
             if y is not None:
                 return y
     return original(module, x)
@@ -120,11 +121,11 @@ def normed(module: Any, x: Tensor) -> Any:
 @fused_forward
 def output(module: Any, x: Tensor, residual: Tensor) -> Any:
     """pyfused.linear with the residual, then the norm"""
-    shape, children = shape_of(module), module._modules
+    shape = shape_of(module)
     if not isinstance(shape, Output) or not _adds_residual(module, shape, x, residual):
         return original(module, x, residual)
-    dense = children[shape.dense]
-    return children[shape.norm](linear(x, dense.weight, dense.bias, residual=residual))
+    dense: Any = module._modules[shape.dense]
+    return getattr(module, shape.norm)(linear(x, dense.weight, dense.bias, residual=residual))
 
 
 @fused_forward
@@ -195,19 +196,24 @@ def _part_computed(module: Any, part: Part, x: Tensor, *residual: Tensor) -> Any
 
 def _active(module: Any, dropouts: Iterable[str]) -> bool:
     """Whether one of these dropouts may change its input or run a hook."""
-    return any(
-        drops(module._modules[name]) if name in module._modules else module.training and getattr(module, name) > 0.0
-        for name in dropouts
-    )
+    return any(_is_active(module, name) for name in dropouts)
+
+
+def _is_active(module: Any, name: str) -> bool:
+    dropout = getattr(module, name, None)
+    if isinstance(dropout, int | float):
+        return module.training and dropout > 0.0
+    return not isinstance(dropout, nn.Module) or drops(dropout)
 
 
 def _dropped(module: Any, name: str, x: Tensor) -> Tensor:
-    child = module._modules.get(name)
-    return F.dropout(x, getattr(module, name), module.training) if child is None else child(x)
+    dropout = getattr(module, name)
+    y: Tensor = dropout(x) if callable(dropout) else F.dropout(x, dropout, module.training)
+    return y
 
 
 def _adds_residual(module: Any, shape: Output, x: Tensor, residual: Tensor) -> bool:
-    dense = module._modules[shape.dense]
+    dense = module._modules.get(shape.dense)
     return (
         x.dtype == residual.dtype
         and not _active(module, shape.dropouts)
@@ -218,32 +224,34 @@ def _adds_residual(module: Any, shape: Output, x: Tensor, residual: Tensor) -> b
 
 def _pair(module: Any, shape: Layer, x: Tensor) -> Any:
     """output(inner(x), x). None if the kernels cannot compute it."""
-    inner, outer = module._modules[shape.inner], module._modules[shape.output]
+    inner, outer = module._modules.get(shape.inner), module._modules.get(shape.output)
+    if inner is None or outer is None:
+        return None
     first, last = shape_of(inner), shape_of(outer)
     if not isinstance(first, Inner) or not isinstance(last, Output):
         return None
-    activation = kernel_activation(inner._modules[first.activation])
+    activation = kernel_activation(inner._modules.get(first.activation))
     if activation is None or not is_bare(inner, outer) or not is_fused(outer):
         return None
-    w_in, w_out = inner._modules[first.dense], outer._modules[last.dense]
+    w_in, w_out = inner._modules.get(first.dense), outer._modules.get(last.dense)
     if not is_plain_linear(x, w_in) or not _adds_residual(outer, last, x, x):
         return None
     y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
-    return outer._modules[last.norm](y)
+    return getattr(outer, last.norm)(y)
 
 
 def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
     """None if the kernels cannot compute it: active dropout, replaced layers, other dtypes, biases beside a gate."""
     children = module._modules
-    activation = kernel_activation(children[shape.activation])
-    inner, outer = children[shape.inner], children[shape.outer]
+    activation = kernel_activation(children.get(shape.activation))
+    inner, outer = children.get(shape.inner), children.get(shape.outer)
     if activation is None or _active(module, shape.dropouts) or not is_plain_linear(x, inner, outer):
         return None
     if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], outer.out_features)):
         return None
     if shape.gate is None:
         return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)
-    gate = children[shape.gate] if shape.gate else inner
+    gate = children.get(shape.gate) if shape.gate else inner
     if not is_plain_linear(x, gate) or any(m.bias is not None for m in (inner, outer, gate)):
         return None
     w_gate, w_up = (gate.weight, inner.weight) if shape.gate else inner.weight.chunk(2)

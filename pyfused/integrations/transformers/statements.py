@@ -21,9 +21,12 @@ from weakref import WeakKeyDictionary
 
 import torch.nn.functional as F
 
+from .alike import UNREADABLE
 from .symbols import Op, either_order
 
 _CALL = "_pyfused"  # the name in the copy
+_SEE_ALL_NAMES = {"locals", "vars", "dir", "eval", "exec"}
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
 
 @dataclass(eq=False)
@@ -65,9 +68,7 @@ class Source:
         code = _inner(_compiled(around, self._function))
         made = _like(self._function, code, (types.CellType(function),))
         for inner, wrapper in pairwise((self._function, *reversed(self._wrappers))):
-            cells: Any = (
-                types.CellType(made) if cell.cell_contents is inner else cell for cell in wrapper.__closure__ or ()
-            )
+            cells: Any = (types.CellType(made) if _holds(cell, inner) else cell for cell in wrapper.__closure__ or ())
             made = _like(wrapper, wrapper.__code__, tuple(cells))
         return made
 
@@ -88,6 +89,13 @@ def _arguments(*names: str) -> ast.arguments:
     return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
 
 
+def _holds(cell: types.CellType, function: Any) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # it is empty
+        return False
+
+
 def _like(function: types.FunctionType, code: types.CodeType, closure: tuple[Any, ...]) -> types.FunctionType:
     made = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
@@ -98,8 +106,9 @@ _known: WeakKeyDictionary[Any, Source | None] = WeakKeyDictionary()
 
 
 def source_of(function: Any) -> Source | None:
-    """None for a function without source, one with functions inside or around it, and one that a decorator replaced, unless the
-    decorator's function holds the replaced one in its closure, as transformers' for gradient checkpointing does."""
+    """None for a function without source, one with functions inside or around it, one that may look up any local name, and one
+    that a decorator replaced, unless the decorator's function holds the replaced one in its closure, as transformers' for
+    gradient checkpointing does."""
     if not isinstance(function, types.FunctionType):
         return None
     if function not in _known:
@@ -109,12 +118,15 @@ def source_of(function: Any) -> Source | None:
 
 def _read(function: Any) -> Source | None:
     wrappers = []
-    while hasattr(function, "__wrapped__"):
+    while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
         wrappers.append(function)
         function = function.__wrapped__
-        if sum(cell.cell_contents is function for cell in wrappers[-1].__closure__ or ()) != 1:
+        if sum(_holds(cell, function) for cell in wrappers[-1].__closure__ or ()) != 1:
             return None
     if not isinstance(function, types.FunctionType) or function.__closure__:
+        return None
+    code = function.__code__
+    if not _SEE_ALL_NAMES.isdisjoint(code.co_names) or _CALL in code.co_names + code.co_varnames:
         return None
     definition = _definition(function)
     return None if definition is None else Source(wrappers, function, definition)
@@ -125,7 +137,7 @@ def _definition(function: types.FunctionType) -> ast.FunctionDef | None:
     try:
         lines, first = inspect.getsourcelines(function)
         tree: Any = ast.parse("".join(["if 1:\n", *lines]))  # a method is indented
-    except (OSError, SyntaxError):
+    except UNREADABLE:
         return None
     definition = tree.body[0].body[0]
     if not isinstance(definition, ast.FunctionDef) or not function.__code__.co_argcount:
@@ -163,34 +175,42 @@ def _meaning(code: types.CodeType) -> tuple[Any, ...]:
 def _runs(function: types.FunctionType, definition: ast.FunctionDef) -> Iterator[Run]:
     """All runs, by their first statements; of those with one first statement the longest comes first."""
     uses = _uses([definition])
+    looped = {id(inner) for node in ast.walk(definition) if isinstance(node, _LOOPS) for inner in ast.walk(node)}
     for node in ast.walk(definition):
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
             if isinstance(block, list):
                 for start in range(len(block)):
-                    yield from reversed(list(_runs_from(function, block, start, uses)))
+                    yield from reversed(list(_runs_from(function, block, start, uses, id(block[start]) in looped)))
 
 
-def _runs_from(function: types.FunctionType, block: list[Any], start: int, uses: Counter[str]) -> Iterator[Run]:
+def _runs_from(
+    function: types.FunctionType, block: list[Any], start: int, uses: Counter[str], looped: bool
+) -> Iterator[Run]:
     values: dict[str, Op] = {}
+    given: set[str] = set()  # names read before they get a value here; a loop may have given it the last time round
     for stop in range(start + 1, len(block) + 1):
         statement = block[stop - 1]
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             return
         target, op = statement.targets[0], _value(function, statement.value, values)
-        if not isinstance(target, ast.Name) or op is None or target.id == function.__code__.co_varnames[0]:
+        if not isinstance(target, ast.Name) or op is None or target.id not in function.__code__.co_varnames[1:]:
             return
         if not values and op.name == "input":  # it only gives another name
             return
+        given |= _uses([statement.value]).keys() - values.keys()
         values[target.id] = op
         inside = _uses(block[start:stop])
-        if all(name == target.id or uses[name] == inside[name] for name in values):
+        lost = values.keys() - {target.id}  # they get no value in the copy
+        if all(uses[name] == inside[name] for name in lost) and not (looped and lost & given):
             yield Run(block, start, stop, target.id, op)
 
 
 def _uses(nodes: list[Any]) -> Counter[str]:
-    """How often each name is read or deleted."""
-    names = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name))
-    return Counter(n.id for n in names if not isinstance(n.ctx, ast.Store))
+    """How often each name is read or deleted. `x += y` reads x."""
+    inside = [n for node in nodes for n in ast.walk(node)]
+    changed = [n.target for n in inside if isinstance(n, ast.AugAssign)]
+    names = [n for n in inside if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)]
+    return Counter(n.id for n in (*names, *changed) if isinstance(n, ast.Name))
 
 
 def _value(function: types.FunctionType, node: ast.expr, values: dict[str, Op]) -> Op | None:
