@@ -26,6 +26,7 @@ template <int D, int TR, int TN> constexpr size_t shared_floats() {
 template <bool ALIGNED, int D, int ROWS>
 __device__ void copy_rows(const Attention& a, const Keys& keys, const float* rows, int64_t stride, int start, int pitch,
                           float* tile) {
+#pragma unroll 1  // the addresses of several rows at once would spill
   for (int i = threadIdx.x; i < ROWS * (D / 4); i += kThreads) {
     const int row = i / (D / 4), at = i % (D / 4) * 4;
     const bool live = is_live(keys, start + row);
