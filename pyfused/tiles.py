@@ -43,6 +43,7 @@ _FOURIER = ("ROWS", "COLUMNS", "INNER", "num_warps")
 # The numbers that a row of each kernel must have. The comments say what `up_to` is.
 KERNELS: dict[str, tuple[str, ...]] = {
     "attention_forward": _ATTENTION,  # head size, as in all attention kernels
+    "attention_few": (*_ATTENTION, "PER_PROCESSOR", "LEAST_KEYS"),  # the forward of fewer blocks than multiprocessors
     "attention_decode": (*_ATTENTION, "PER_PROCESSOR", "LEAST_KEYS"),
     "attention_grad_query": _ATTENTION,
     "attention_grad_key_value": _ATTENTION,
@@ -72,7 +73,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "relative_bias_forward": ("ROWS", "COLUMNS", "num_warps"),
     "relative_bias_backward": ("ROWS", "COLUMNS", "num_warps"),
 }
-OPTIONAL = ("gated_ffn_product",)  # if no row serves a call, it does not run: the library multiplies
+# If no row serves a call, these do not run: the library multiplies, and few blocks have attention_forward's tile.
+OPTIONAL = ("gated_ffn_product", "attention_few")
 _LAUNCHER_NUMBERS = ("PER_PROCESSOR", "LEAST_KEYS", "LEAST_K")
 _ANY_NUMBER = ("num_stages", "GROUP", "PER_PROCESSOR")
 _LIMITS = {"num_warps": 32, "num_stages": 8, "GROUP": 64, "PER_PROCESSOR": 1024}  # a block has at most 32 warps
@@ -303,7 +305,7 @@ def least_shared(row: Row) -> int:
     tile, stages_in_flight = row.tile, row.tile.get("num_stages", 1) - 1
     if row.dtype not in ("half", "float16", "bfloat16"):
         return 0
-    if row.kernel in ("attention_forward", "attention_decode") and row.up_to <= 256:
+    if row.kernel in ("attention_forward", "attention_few", "attention_decode") and row.up_to <= 256:
         return stages_in_flight * 2 * tile["BLOCK_N"] * row.up_to * 2  # keys and values
     if row.kernel == "ffn_linear":
         of_x, of_weight = {"int8": (2, 1), "integers": (1, 1)}.get(row.case, (2, 2))

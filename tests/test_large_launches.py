@@ -146,6 +146,7 @@ CALLS = {  # each has a tensor of more than 2^31 elements
     "attention mask bias dropout": lambda: attend(4096, 64, 64, 128, 128, 128, mask=True, bias=True, dropout=True),
     "attention relative": lambda: attend(4096, 64, 64, 128, 128, 128, relative=True),
     "attention few": lambda: attend(4096, 64, 8, 1, 2048, 64, gradients=False),
+    "attention few blocks": lambda: attend(1, 2, 2, 200, 2**25, 64, gradients=False, mask=True),
     "attention chunks": lambda: attend(1, 16, 1, 1, 2**15, 64, gradients=False),
     "attention packed": lambda: packed(2**22, 4096, 12, 64),
     "ffn": lambda: feed_forward(2**20, 512, 4096),

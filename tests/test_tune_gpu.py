@@ -142,7 +142,10 @@ def test_what_a_killed_process_had_is_in_the_file(own):
 def test_candidates_are_tiles_that_a_kernel_takes():
     for architecture in tiles.ARCHITECTURES:
         for kernel in tiles.KERNELS:
-            tile = tiles.find(kernel, architecture, torch.bfloat16, 16)
+            tile = tiles.find(kernel, architecture, torch.bfloat16, 16, ("0", ""))
+            if tile is None:
+                assert kernel in tiles.OPTIONAL
+                continue
             found = tune_gpu.candidates(tile.row, torch.device("cpu"))
             assert tile.row.tile not in found
             assert 1 < len(found) < 24, kernel

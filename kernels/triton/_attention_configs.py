@@ -3,7 +3,8 @@ of extras (dense bias, dropout). Each takes registers, so the plain case's tile 
 
 The rows and their reasons are in pyfused/evidence/triton_*.json; `pyfused tune` writes its own to the user's file. Nothing is
 timed at a kernel's first call: that would take seconds a shape and could not run inside a CUDA graph. Masked tiles (the
-diagonal, the tail, padding with holes) always run unpipelined: MASKED_STAGES in _attention_tiles.py.
+diagonal, the tail, padding with holes) run unpipelined: MASKED_STAGES in _attention_tiles.py. Only the forward of few blocks
+pipelines them: half of a short text's tiles are masked, and no other block computes while a tile is on its way.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ def block_d(head_size: int) -> int:
 
 def config(
     kernel: str, head_size: int, dtype: torch.dtype, where: torch.device | str, extras: int, relative: bool = False
-) -> tiles.Tile:
-    """The tile of one launch.
+) -> tiles.Tile | None:
+    """The tile of one launch. None only for "few", if no row serves it.
 
     Args:
-        kernel: "forward", "decode", "grad_query" or "grad_key_value".
+        kernel: "forward", "few", "decode", "grad_query" or "grad_key_value".
         where: the tensors' device, or a name in tiles.ARCHITECTURES.
         extras: how many of attn_bias and dropout there are.
         relative: whether there is T5's bias.

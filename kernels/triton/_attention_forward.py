@@ -6,7 +6,6 @@ import triton.language as tl
 from ._attention_relative import BY_QUERY, far_biases, near_tiles, relative_rows, relative_tile, spread_row
 from ._attention_tiles import (
     LN2,
-    MASKED_STAGES,
     dot_rows,
     exponential,
     in_units,
@@ -180,6 +179,7 @@ def forward_kernel(
     SCALE_FIRST: tl.constexpr,
     PACKED: tl.constexpr,
     START_AT_BIAS: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):
     """Grid (query tiles * B * heads, chunks of keys). Chunk c writes its own normalised output and log-sum-exp at
     c * stride_oc and c * stride_lc.

@@ -17,6 +17,7 @@ from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import grad_query_kernel
 from ._attention_grad_table import corners, grad_table_kernel, parts, visits
 from ._attention_relative import COPIES, center, spread_kernel
+from ._attention_tiles import MASKED_STAGES
 from ._launch import starter
 
 _LOG2E = math.log2(math.e)
@@ -81,9 +82,18 @@ def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None)
     return batch * triton.cdiv(length, block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
-def _chunks(programs: int, key_length: int, c: tiles.Tile) -> tuple[int, int]:
+def _few(a, c: tiles.Tile, extras: int) -> tiles.Tile | None:
+    """The tile for a grid that leaves multiprocessors idle with the tile `c`, or None: there is no such row, or the grid is large
+    enough. Asked for in this order, so that `pyfused tune` tries it in no other call."""
+    b, h, sq, d = a.query.shape
+    if h * _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens) >= tiles.multiprocessors(a.query.device):
+        return None
+    return config("few", d, a.query.dtype, a.query.device, extras, a.bias_table is not None)
+
+
+def _chunks(wanted: int, key_length: int, c: tiles.Tile) -> tuple[int, int]:
     """(chunks, keys per chunk): enough programs to fill the chip when a few queries look at many keys."""
-    chunks = max(1, min(triton.cdiv(c.programs, programs), key_length // c.least_keys, _MOST_CHUNKS))
+    chunks = max(1, min(wanted, key_length // c.least_keys, _MOST_CHUNKS))
     block_n = c.options["BLOCK_N"]
     size = triton.cdiv(triton.cdiv(key_length, chunks), block_n) * block_n
     return triton.cdiv(key_length, size), size
@@ -104,8 +114,14 @@ def forward(a):
     packed = group * sq <= _PACK_ROWS and a.cu_seqlens is None
     extras, relative = (a.attn_bias is not None) + (a.seed is not None), a.bias_table is not None
     c = config("decode" if packed else "forward", d, dtype, device, extras, relative)
+    few = None if packed else _few(a, c, extras)
+    c = few or c
     programs = b * hkv if packed else h * _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens)
-    chunks, chunk = _chunks(programs, sk, c) if packed else (1, sk)
+    chunks, chunk = 1, sk
+    if packed:
+        chunks, chunk = _chunks(triton.cdiv(c.programs, programs), sk, c)
+    elif few and a.cu_seqlens is None:  # adding up the chunks is a launch: not for a chip that is more than half full
+        chunks, chunk = _chunks(c.programs // programs, sk, c)
     middle, spread = _spread(a, c)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
@@ -134,6 +150,7 @@ def forward(a):
         SCALE_FIRST=a.attn_bias is not None or not a.scale > 0,
         PACKED=packed,
         START_AT_BIAS=_starts_at_bias(a),
+        MASKED_STAGES=c.options["num_stages"] if few else MASKED_STAGES.value,
         **c.options,
     )
     new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)

@@ -66,7 +66,9 @@ def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, relative: bool
             return (F.scaled_dot_product_attention(t["query"], t["key"], t["value"], bias, enable_gqa=h != hkv),)
 
         def backward(bound: tuple[Any, ...], outputs: Any, grads: Any) -> tuple[Any, ...]:
-            return AttentionForward(*bound).backward(grads[0], outputs[0], outputs[1], wants_bias=False, wants_table=relative)
+            return AttentionForward(*bound).backward(
+                grads[0], outputs[0], outputs[1], wants_bias=False, wants_table=relative
+            )
 
         return Problem(tensors, bind, plain, backward, (*shapes, *(("table",) if relative else ())))
 
@@ -238,6 +240,7 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
                 yield Case("attention", function, name, attention(b, h, h, s, s, d, relative))
                 if not quick and not tiny:
                     yield Case("attention", function, f"{name}, short", attention(8, 12, 12, 512, 512, d, relative))
+                    yield Case("attention", function, f"{name}, one text", attention(1, 12, 12, 128, 128, d, relative))
 
     def norms(function: str) -> Iterator[Case]:
         for operator in ("layer_norm", "rms_norm"):

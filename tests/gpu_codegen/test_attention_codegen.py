@@ -1,6 +1,7 @@
 """Does attention compile for its target GPUs: no spills, shared memory that fits, matrix instructions, no gathers?"""
 
 import collections
+import dataclasses
 import inspect
 import re
 
@@ -13,6 +14,7 @@ from pyfused.kernels.triton import (
     _attention_grad_key_value,
     _attention_grad_query,
     _attention_grad_table,
+    _attention_tiles,
 )
 from pyfused.kernels.triton._attention_configs import block_d, config
 from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compile_cases
@@ -20,6 +22,7 @@ from pyfused.testing.triton_compile import TARGETS, Case, check_resources, compi
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = {
     "forward": (_attention_forward, "forward_kernel"),
+    "few": (_attention_forward, "forward_kernel"),
     "decode": (_attention_forward, "forward_kernel"),
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
@@ -47,6 +50,7 @@ def case(kernel, d, kind, target, given="causal"):
     constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
     constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given.split(), "PACKED": kernel == "decode"}
     constants["START_AT_BIAS"] = "relative" in given and kind != "fp32"
+    constants["MASKED_STAGES"] = stages if kernel == "few" else _attention_tiles.MASKED_STAGES.value
     constants["BUCKETS"] = 32 if "table" in given else 1
     absent = {
         "mask_ptr": "mask" not in given,
@@ -117,6 +121,23 @@ def relative_cases(target):
     if target == "sm_80":  # sm_90 runs float32 with the same tiles
         yield case("grad_query", 64, "fp32", target, "causal mask dropout relative table")
         yield case("decode", 64, "bf16", target, "causal relative")
+
+
+def test_few_blocks_take_short_steps():
+    """A warp has fewer instructions a tile than with the forward's tile, and masked tiles come by asynchronous copies too, so
+    that a text of two tiles waits for memory once."""
+    pair = [case(kernel, 64, "bf16", "sm_90", "causal") for kernel in ("few", "forward")]
+    pair.append(case("few", 128, "bf16", "sm_90", "causal mask relative"))
+    compiled = compile_cases([dataclasses.replace(each, sass=True) for each in pair], "sm_90")
+    for name, each in compiled.items():
+        check_resources(each, name, "sm_90")
+    few, many = (loops(compiled[each.name].asm["sass"]) for each in pair[:2])
+    assert sum(few[0].values()) < 0.7 * sum(many[0].values())
+    assert len(few) == 2
+    for counts in few:
+        assert count(counts, "BAR") <= 2, counts
+        assert count(counts, "LDGSTS") and not count(counts, "LDG.E."), counts
+        assert count(counts, "HGMMA"), counts
 
 
 def packed_cases(target):

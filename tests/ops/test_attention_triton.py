@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from pyfused import dispatch
+from pyfused import dispatch, tiles
 from pyfused.kernels.reference import attention as reference
 from pyfused.kernels.reference._philox import keep_mask
 from pyfused.testing import assert_close, available
@@ -82,6 +82,71 @@ def test_few_queries_many_keys(kernel, pad, h, hkv, sq, d):
         for t, garbage in zip(poisoned[1:], (float("nan"), float("inf"))):
             t.transpose(1, 2)[~mask] = garbage
     check(kernel, qkv, True, mask, poisoned=poisoned)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(kernel, grid) of each launch, as on a chip of 40 multiprocessors."""
+    module, found = dispatch.kernel("triton", "attention"), []
+    start = module.starter
+
+    def starter(kernel, grid, *rest, **options):
+        found.append((kernel.fn.__name__, grid))
+        return start(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(module, "starter", starter)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda where: 40)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "interpreter")
+    dispatch.forget()
+    yield found
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+FEW = {  # sizes; options; chunks
+    "chunks beyond the diagonal": ((1, 1, 1, 130, 130, 16), {"is_causal": True}, 2),
+    "a cached prefix": ((1, 2, 1, 40, 300, 16), {"is_causal": True, "pad": [211]}, 4),
+    "T5's bias": ((1, 2, 2, 33, 260, 24), {"table": (8, 12, True)}, 3),
+    "queries that see nothing": ((2, 1, 1, 90, 70, 8), {"is_causal": True, "pad": [0, 70]}, 1),
+    "dropout": ((1, 1, 1, 20, 200, 8), {"p": 0.3, "table": (8, 12, False)}, 3),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_few_blocks_split_the_keys(kernel, launched, case):
+    """A grid smaller than the chip has smaller tiles, and chunks of keys while programs are fewer than multiprocessors."""
+    sizes, options, chunks = FEW[case]
+    qkv, (b, h, _, sq, sk, _) = make(*sizes), sizes
+    mask, table, p = None, None, options.get("p", 0.0)
+    if "pad" in options:
+        mask = torch.arange(sk, device=DEVICE) < torch.tensor(options["pad"], device=DEVICE)[:, None]
+    relative = (None, True, 128)
+    if "table" in options:
+        num_buckets, *kind = options["table"]
+        table = torch.randn(num_buckets, h, device=DEVICE)
+        relative = (table, kind[1], kind[0])
+    seed = torch.tensor([5], device=DEVICE) if p else None
+    rest = (options.get("is_causal", False), mask, None, 0.3, p, seed, True, *relative)
+    out, lse = kernel.forward(*qkv, *rest)
+    assert launched[0 if table is None else 1] == ("forward_kernel", (b * h * -(-sq // 16), chunks))
+    assert ("combine_kernel", (b * h * sq,)) in launched or chunks == 1
+    assert torch.equal(out, kernel.forward(*qkv, *rest)[0])
+    plain, _ = reference.forward(*qkv, *rest)
+    wide = None if table is None else table.double()
+    truth, true_lse = reference.forward(*(t.double() for t in qkv), *rest[:7], wide, *relative[1:])
+    assert_close(out, plain, truth, "out")
+    assert torch.equal(lse.isinf(), true_lse.isinf())
+    torch.testing.assert_close(lse[lse.isfinite()], true_lse[lse.isfinite()])
+
+
+def test_few_blocks_of_packed_sequences(kernel, launched):
+    qkv, cu_seqlens = make(1, 2, 1, 42, 42, 8), sequences(19, 0, 22, 1)
+    rest = (True, None, None, 0.3, 0.0, None, True, None, True, 128, cu_seqlens, 22)
+    out, lse = kernel.forward(*qkv, *rest)
+    assert launched == [("forward_kernel", (2 * (42 // 16 + 4), 1))]
+    truth, true_lse = reference.forward(*(t.double() for t in qkv), *rest)
+    assert_close(out, reference.forward(*qkv, *rest)[0], truth, "out")
+    torch.testing.assert_close(lse, true_lse, check_dtype=False)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
