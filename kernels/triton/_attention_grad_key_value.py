@@ -1,6 +1,6 @@
 """How do the gradients of key and value run on a GPU? One program per tile of keys visits all queries that see the tile.
 
-The formulas are in _attention_grad_query.py. Its kernel runs first and writes delta.
+The formulas are in _attention_grad_query.py. Its kernel runs first and writes each row's log-sum-exp and delta.
 """
 
 import triton
@@ -19,6 +19,16 @@ from ._attention_tiles import (
 
 
 @triton.jit
+def _row_stats(stats_ptr, start, BLOCK_M: tl.constexpr):
+    """(lse, delta) of the queries from `start`, a multiple of BLOCK_M. Rows past the last query may hold anything.
+
+    A thread needs neighbouring pairs, 16 bytes. As two vectors, with a mask, they came by 4 bytes at a time.
+    """
+    pairs = tl.load(stats_ptr + start // BLOCK_M * (2 * BLOCK_M) + tl.arange(0, 2 * BLOCK_M))
+    return tl.split(tl.reshape(pairs, (BLOCK_M, 2)))
+
+
+@triton.jit
 def _key_step(
     grad_key,
     grad_value,
@@ -28,8 +38,7 @@ def _key_step(
     value_rows,
     query_ptr,
     grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     correction_ptr,
     bias_columns,
     spread,
@@ -68,13 +77,11 @@ def _key_step(
     dims = tl.arange(0, BLOCK_D)
     live = queries < query_length
     query_rows = queries.to(tl.int64)[:, None]
+    lse, delta = _row_stats(stats_ptr, start, BLOCK_M)
     if MASKED:
-        lse = tl.load(lse_ptr + queries, mask=live, other=float("inf"))  # p = 0 past the last query
+        lse = tl.where(live, lse, float("inf"))  # p = 0 past the last query
         live = live & (lse != float("inf"))  # the rows of a query that sees no key may hold anything too
-        delta = tl.load(delta_ptr + queries, mask=live, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + queries)
-        delta = tl.load(delta_ptr + queries)
+        delta = tl.where(live, delta, 0.0)
     query = load_tile(query_ptr + query_rows * stride_qs + dims[None, :], live, dims, D, MASKED)
     corner = start + (key_length - query_length) - first_key  # of negated distances
     if NATURAL:
@@ -90,9 +97,9 @@ def _key_step(
             bias_mask = bias_mask & live[None, :]
         bias = tl.load(bias_columns[:, None] + queries.to(tl.int64)[None, :] * stride_bq, mask=bias_mask, other=0.0)
         s += in_units(bias.to(tl.float32), NATURAL)
-    less = in_units(lse, NATURAL)
+    less = lse
     if far is not None:
-        less -= far
+        less = lse - far
     elif NEAR and not START_AT_BIAS:
         s += relative_tile(spread, corner, center, BLOCK_N, BLOCK_M, not NATURAL)
     if MASKED and IS_CAUSAL:
@@ -124,8 +131,7 @@ def grad_key_value_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     correction_ptr,
     mask_ptr,
     bias_ptr,
@@ -140,6 +146,7 @@ def grad_key_value_kernel(
     threshold,
     span,
     center,
+    stride_stats,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -197,8 +204,7 @@ def grad_key_value_kernel(
         grad_out_ptr += row * stride_gs
         grad_key_ptr += row * stride_ds
         grad_value_ptr += row * stride_ds
-        lse_ptr += row
-        delta_ptr += row
+        stats_ptr += 2 * row
         if correction_ptr is not None:
             correction_ptr += row
         batch64 = row * 0  # the tensors have B = 1; only dropout counts the sequence as the batch
@@ -252,8 +258,7 @@ def grad_key_value_kernel(
         row_head = flat_head
         if cu_seqlens_ptr is not None:
             row_head = head
-        lse_base = lse_ptr + row_head.to(tl.int64) * total
-        delta_base = delta_ptr + row_head.to(tl.int64) * total
+        stats_base = stats_ptr + row_head.to(tl.int64) * (2 * stride_stats)
         correction_base = correction_ptr
         if correction_ptr is not None:
             correction_base = correction_ptr + row_head.to(tl.int64) * total
@@ -269,14 +274,14 @@ def grad_key_value_kernel(
                 start = tl.where(i < before, full_start + i * BLOCK_M, near_end + (i - before) * BLOCK_M)
                 far = tl.where(i < before, far_before, far_after)
                 grad_key, grad_value = _key_step(
-                    grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                    grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, stats_base,
                     correction_base, bias_columns, spread, far, center, seed, flat_head, keys, first_key, visible, start,
                     scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
                     BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
                 )  # fmt: skip
         for start in range(near_start, near_end, BLOCK_M):
             grad_key, grad_value = _key_step(
-                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, stats_base,
                 correction_base, bias_columns, spread, None, center, seed, flat_head, keys, first_key, visible, start,
                 scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
                 BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, False,
@@ -284,7 +289,7 @@ def grad_key_value_kernel(
         for i in tl.range(0, front_count + tail_count, num_stages=MASKED_STAGES):
             start = tl.where(i < front_count, front_start + i * BLOCK_M, full_end + (i - front_count) * BLOCK_M)
             grad_key, grad_value = _key_step(
-                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, lse_base, delta_base,
+                grad_key, grad_value, key, key_rows, value, value_rows, query_base, grad_base, stats_base,
                 correction_base, bias_columns, spread, None, center, seed, flat_head, keys, first_key, visible, start,
                 scale, keep_scale, threshold, stride_qs, stride_gs, stride_bq, query_length, key_length, D, BLOCK_D,
                 BLOCK_M, BLOCK_N, IS_CAUSAL, START_AT_BIAS, True,

@@ -137,7 +137,7 @@ def grad_query_kernel(
     seed_ptr,
     cu_seqlens_ptr,
     grad_query_ptr,
-    delta_ptr,
+    stats_ptr,
     correction_ptr,
     grad_bias_ptr,
     table_sum_ptr,
@@ -148,6 +148,7 @@ def grad_query_kernel(
     span,
     center,
     table_rows,
+    stride_stats,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -181,7 +182,8 @@ def grad_query_kernel(
     START_AT_BIAS: tl.constexpr,
 ):
     """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
-    and delta and correction for grad_key_value_kernel. grad_query has the strides of out.
+    and correction and stats for the other kernels. stats are a row's log-sum-exp, in the scores' units, and delta. A head has
+    stride_stats rows of them. grad_query has the strides of out.
 
     Of the gradient of T5's table this kernel sums the tiles beyond span, in which a side's pairs share one bucket. Each program
     stores one (BUCKETS,) row, of a head's table_rows rows. _attention_grad_table.py has the other tiles.
@@ -230,11 +232,14 @@ def grad_query_kernel(
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     if cu_seqlens_ptr is not None:
         flat = row + head64 * total + queries
+        stats_ptr += 2 * row
     else:
         flat = (batch64 * heads + head64) * query_length + queries
-    tl.store(delta_ptr + flat, delta, mask=live)
     lse = tl.load(lse_ptr + flat, mask=live, other=float("inf"))
     lse = in_units(lse, NATURAL)
+    stats = stats_ptr + 2 * ((batch64 * heads + head64) * stride_stats + queries)
+    tl.store(stats, lse, mask=live)
+    tl.store(stats + 1, delta, mask=live)
     query = None
     if NATURAL:
         grad_out = None  # dot_rows reads it and query in pieces

@@ -69,8 +69,7 @@ def grad_table_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     correction_ptr,
     mask_ptr,
     bias_ptr,
@@ -92,6 +91,7 @@ def grad_table_kernel(
     parts,
     chunk,
     visits,
+    stride_stats,
     stride_gb,
     stride_gh,
     stride_gs,
@@ -166,7 +166,8 @@ def grad_table_kernel(
         if mask_ptr is not None:
             visible = visible & (tl.load(mask_ptr + tensor * key_length + key_places) != 0)
         flat = (tensor * heads + head) * query_length + query_places
-        lse, delta = tl.load(lse_ptr + flat), tl.load(delta_ptr + flat)
+        stats = stats_ptr + 2 * ((tensor * heads + head) * stride_stats + query_places)
+        lse, delta = tl.load(stats), tl.load(stats + 1)
         live = live & (lse != float("inf"))
         query_rows = query_ptr + tensor * stride_qb + query_places * stride_qs
         grad_rows = grad_out_ptr + tensor * stride_gb + query_places * stride_gs
@@ -195,7 +196,7 @@ def grad_table_kernel(
             bias_rows = bias_ptr + tensor * stride_bb + head64 * stride_bh + query_places * stride_bq
             bias = tl.load(bias_rows[:, None] + key_places[None, :] * stride_bk)
             s += in_units(bias.to(tl.float32), NATURAL)
-        p = exponential(s - in_units(lse, NATURAL)[:, None], NATURAL)
+        p = exponential(s - lse[:, None], NATURAL)
         if correction_ptr is not None:
             p *= tl.load(correction_ptr + flat)[:, None]
         if seed_ptr is not None:

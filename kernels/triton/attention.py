@@ -83,8 +83,8 @@ def _tiles(batch: int, length: int, block: int, cu_seqlens: torch.Tensor | None)
 
 
 def _few(a, c: tiles.Tile, extras: int) -> tiles.Tile | None:
-    """The tile for a grid that leaves multiprocessors idle with the tile `c`, or None: there is no such row, or the grid is large
-    enough. Asked for in this order, so that `pyfused tune` tries it in no other call."""
+    """The tile for a grid that leaves multiprocessors idle with the tile `c`. None if none is idle, or if no row serves.
+    Asked for only then, so that `pyfused tune` tries it in no other call."""
     b, h, sq, d = a.query.shape
     if h * _tiles(b, sq, c.options["BLOCK_M"], a.cu_seqlens) >= tiles.multiprocessors(a.query.device):
         return None
@@ -214,6 +214,8 @@ def backward(a):
     middle, spread = _spread(a, query_tile, key_tile)
     block_m, block_n = query_tile.options["BLOCK_M"], query_tile.options["BLOCK_N"]
     tiles_of_head = _tiles(b, sq, block_m, a.cu_seqlens)
+    # Room for the last tile of queries, wherever a packed sequence begins.
+    rows = (triton.cdiv(sq, key_tile.options["BLOCK_M"]) + (sequences is not None)) * key_tile.options["BLOCK_M"]
     # The registered operator may be called with an `out` of any strides. launch() copies it to these.
     out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
     wants_bias, wants_table = a.wants_bias, a.wants_table
@@ -238,6 +240,7 @@ def backward(a):
             shares,
             chunk,
             all_visits,
+            rows,
             *inputs,
             *_bias_strides(a.attn_bias),
             h,
@@ -257,6 +260,7 @@ def backward(a):
         *scalars,
         middle,
         table_rows,
+        rows,
         *inputs,
         *out_like[1][:3],
         *_bias_strides(a.attn_bias),
@@ -275,6 +279,7 @@ def backward(a):
         grad_scale,
         *scalars,
         middle,
+        rows,
         *inputs,
         *key_strides[:3],
         *_bias_strides(a.attn_bias),
@@ -286,7 +291,8 @@ def backward(a):
         **key_tile.options,
     )
     new_query, new_key = maker(out_like[0], dtype, out_like[1], device), maker(key_shape, dtype, key_strides, device)
-    new_delta = maker((b, h, sq), torch.float32, None, device)
+    new_stats = maker((b, h, rows, 2), torch.float32, None, device)
+    new_correction = maker((b, h, sq), torch.float32, None, device)
     # The kernels skip tiles that no query may see, so grad_bias must start as zeros there. With cu_seqlens, spare slots have
     # no tile and write nothing, so the sums must start as zeros too.
     new_bias = torch.zeros if a.is_causal or a.padding_mask is not None else torch.empty
@@ -297,8 +303,8 @@ def backward(a):
     def launch(grad_out, query, key, value, out, lse, mask, bias, seed, table, cu_seqlens):
         out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
         lse = lse.contiguous()
-        grad_query, grad_key, grad_value, delta = new_query(), new_key(), new_key(), new_delta()
-        correction = new_delta() if dtype == torch.float32 else None
+        grad_query, grad_key, grad_value, stats = new_query(), new_key(), new_key(), new_stats()
+        correction = new_correction() if dtype == torch.float32 else None
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
         by_distance = buckets = table_sums = grad_table = None
         if relative:
@@ -309,11 +315,11 @@ def backward(a):
             buckets = distance_buckets(bidirectional, table.shape[0], max_distance, device)
             table_sums = new_sums((h, table_rows, num_buckets), dtype=torch.float32, device=device)
         extra = mask, bias, by_distance
-        gradients = grad_query, delta, correction, grad_bias, table_sums
+        gradients = grad_query, stats, correction, grad_bias, table_sums
         by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
         if by_corner is not None:
-            rows = lse, delta, correction
-            by_corner(grad_out, query, key, value, *rows, *extra, buckets, seed, cu_seqlens, new_tiles(), table_sums)
+            behind = *extra, buckets, seed, cu_seqlens, new_tiles(), table_sums
+            by_corner(grad_out, query, key, value, stats, correction, *behind)
         if table_sums is not None:
             grad_table.copy_(table_sums.sum(1)[:, : table.shape[0]].t())
         if grad_bias is not None:
@@ -321,7 +327,7 @@ def backward(a):
                 grad_bias.zero_()
             elif correction is not None:
                 grad_bias *= correction[..., None]
-        by_key(grad_out, query, key, value, lse, delta, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
+        by_key(grad_out, query, key, value, stats, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
         return grad_query, grad_key, grad_value, grad_bias, grad_table
 
     return launch

@@ -30,7 +30,7 @@ KERNELS = {
 }
 UNALIGNED = ("threshold", "span", "center", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
 UNALIGNED += ("table_rows", "first_table_row", "first_corner", "count", "parts", "visits")
-FLOATS = ("lse_ptr", "delta_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr")
+FLOATS = ("lse_ptr", "stats_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
@@ -123,6 +123,20 @@ def relative_cases(target):
         yield case("decode", 64, "bf16", target, "causal relative")
 
 
+@pytest.mark.parametrize("given, width", [("causal", 128), ("causal packed", 64)])
+def test_row_stats_come_in_vectors(given, width):
+    """Without a mask a tile's log-sum-exps and deltas take 8 copies of 16 bytes, or 16 of 8 where a sequence begins anywhere.
+    They took 32 of 4 bytes."""
+    one = dataclasses.replace(case("grad_key_value", 64, "bf16", "sm_90", given), sass=True)
+    compiled = compile_cases([one], "sm_90")[one.name]
+    check_resources(compiled, one.name, "sm_90")
+    step = loops(compiled.asm["sass"])[0]
+    copies = {name: n for name, n in step.items() if name.startswith("LDG") and name != "LDGDEPBAR;"}
+    tiles_of_rows = 2 * 64 * 64 // (8 * BLOCK[one.name, "sm_90"])  # of queries and grad_out
+    assert sum(copies.values()) == tiles_of_rows + 1024 // width, copies
+    assert all(name.endswith(("64", "128")) for name in copies), copies
+
+
 def test_few_blocks_take_short_steps():
     """A warp has fewer instructions a tile than with the forward's tile, and masked tiles come by asynchronous copies too, so
     that a text of two tiles waits for memory once."""
@@ -136,7 +150,8 @@ def test_few_blocks_take_short_steps():
     assert len(few) == 2
     for counts in few:
         assert count(counts, "BAR") <= 2, counts
-        assert count(counts, "LDGSTS") and not count(counts, "LDG.E."), counts
+        assert count(counts, "LDGSTS"), counts
+        assert not count(counts, "LDG.E."), counts
         assert count(counts, "HGMMA"), counts
 
 
