@@ -40,7 +40,14 @@ MODELS = {
     ),
     "bart's encoder": lambda t: t.BartModel(
         t.BartConfig(
-            vocab_size=61, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=40
+            vocab_size=61,
+            d_model=24,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=40,
         )
     ).encoder,
     "fnet": lambda t: t.FNetModel(
