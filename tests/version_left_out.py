@@ -29,7 +29,6 @@ LEFT_OUT = {
         "models have no activation_checkpointing_enable": (
             "test_fused_t5.py::test_gradients_and_checkpointing",
             "test_fused_gpt2.py::test_gradients",
-            "test_fused_albert.py::test_gradients_and_checkpointing",
             "test_fused_fnet.py::test_gradients_and_checkpointing",
             "test_fused_fnet.py::test_what_runs",
         ),
