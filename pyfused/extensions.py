@@ -26,7 +26,7 @@ _emulated: Callable[[], ModuleType] | None = None
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(f"pyfused.{name}")
-        # torch has this capsule since 2.11. Without it C++ reads tensors more slowly, and CPU calls have no signature.
+        # torch 2.10 and later have this capsule. Without it C++ reads tensors more slowly, and CPU calls have no signature.
         if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
         return module, ""
@@ -76,7 +76,7 @@ def _cpp_reads_tensors() -> bool:
 def signature() -> Callable[..., Any]:
     """A function of a call's arguments. Its results for two calls are equal if and only if the calls differ only in the values
     of their tensors. A signature of GPU tensors includes device and alignment. The function returns None for arguments that it
-    does not know. Without the extension, or with torch 2.10, only calls on a GPU have a signature."""
+    does not know. Without the extension, or with a torch that lacks the capsule, only calls on a GPU have a signature."""
     if _cpp_reads_tensors():
         return _load("_cpu")[0].signature  # type: ignore[union-attr]
     return gpu_signature if torch.backends.cuda.is_built() else lambda *args: None

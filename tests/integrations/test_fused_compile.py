@@ -38,11 +38,20 @@ MODELS = {
             decoder_start_token_id=0,
         )
     ),
-    "bart's encoder": lambda t: t.BartModel(
-        t.BartConfig(
-            vocab_size=61, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=40
-        )
-    ).encoder,
+    "bart's encoder": lambda t: (
+        t.BartModel(
+            t.BartConfig(
+                vocab_size=61,
+                d_model=24,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=40,
+                decoder_ffn_dim=40,
+            )
+        ).encoder
+    ),
     "fnet": lambda t: t.FNetModel(
         t.FNetConfig(
             vocab_size=61, hidden_size=24, num_hidden_layers=1, intermediate_size=40, max_position_embeddings=48

@@ -3,7 +3,7 @@
 // pybind11 takes 1.3 us to convert the 19 arguments of a kernel, and Python takes 0.13 us to ask a tensor for its address. Here
 // all of them take 0.3 us. A tensor's address, sizes and strides come from the function table that torch.Tensor offers for
 // DLPack (https://dmlc.github.io/dlpack, C exchange API). Its ABI is stable, so no torch header is included. Without that
-// table (torch 2.10) a tensor is asked for its data_ptr(), and no call has a signature.
+// table (torch before 2.10) a tensor is asked for its data_ptr(), and no call has a signature.
 #pragma once
 
 #include <Python.h>

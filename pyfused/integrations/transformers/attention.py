@@ -107,12 +107,9 @@ def _without_mask(module, query, key, is_causal, window):
         )
     masks = getattr(getattr(module, "config", None), "masks", None)  # of a FusedConfig
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    own_mask = is_causal and isinstance(
-        getattr(module, "bias", None), Tensor
-    )  # of an older GPT-2, in its eager code too
-    if (
-        queries == 1 or not causal or (masks == "eager" and not own_mask)
-    ):  # eager code sees every key without a mask; Splinter's says no is_causal
+    # Eager code sees every key without a mask (Splinter's says no is_causal), but an older GPT-2's has a triangle of its own.
+    sees_all = masks == "eager" and not isinstance(getattr(module, "bias", None), Tensor)
+    if queries == 1 or not causal or sees_all:
         return EVERYTHING
     # sdpa masks: transformers passes no mask in the first call with a static cache; the keys after the queries' own are empty.
     # Our masks: the model has cut its queries (Gemma 4 does), and their own keys come last.

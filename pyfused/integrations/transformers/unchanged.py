@@ -135,7 +135,7 @@ class Watch:
         self.parameters: tuple[Tensor, ...] = tuple(w for w in weights if w is not None)
         self._unchanged, look, self._same_memory = _NATIVE
         self._memory = look(self.parameters)
-        if self._memory is None:  # C++ cannot read one of them, or no tensor of torch 2.10
+        if self._memory is None:  # C++ cannot read one of them
             self._memory, self._same_memory = memory(self.parameters), same_memory
         self._changes = changes()
         classes: Any = set(map(type, modules))
