@@ -323,8 +323,9 @@ def reduce_kernel(
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def whole_rows(n, tile):
     """The options of a kernel that keeps whole rows of n elements, in as few of the tile's blocks as hold them."""
-    block = min(tile.options["BLOCK"], max(triton.next_power_of_2(n), 16))
-    return {**tile.options, "BLOCKS": triton.cdiv(n, block), "BLOCK": block}
+    shortest = max(triton.next_power_of_2(n), 16)
+    columns = min(tile.options["BLOCK"], shortest)
+    return {**tile.options, "BLOCKS": triton.cdiv(n, columns), "BLOCK": columns}
 
 
 def loads_ahead(dtype, tile):
