@@ -51,7 +51,9 @@ def test_every_operator_runs():
     assert {case.operator for case in listed} == set(pyfused.ops.NAMES) - {"decode"}  # one kernel, and no tiles
     found = tune(listed, compile_ahead=lambda run, kernel, tiles: tiles.clear())
     assert found["refused"] == []
-    speeds = {(line["operator"], line["function"]): set(line["speed"]) for line in found["lines"]}
+    speeds: dict[tuple[str, str], set[str]] = {}  # int8 weights have no kernel in CUDA: a line of its own
+    for line in found["lines"]:
+        speeds.setdefault((line["operator"], line["function"]), set()).update(line["speed"])
     assert all("reference" in names for names in speeds.values())
     assert all("triton" in names for (operator, _), names in speeds.items() if operator != "linear")
     assert all("cuda" in speeds[operator, "forward"] for operator in ("attention", "rms_norm", "linear", "fourier_mix"))
