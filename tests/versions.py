@@ -25,7 +25,7 @@ TRANSFORMERS = {
     "installed": (),
 }
 TORCH = "2.10.0"  # pyproject.toml's oldest
-# What runs with it, beside `pyfused verify`: some three minutes of processor time. All of tests/ops would take four times that.
+# What runs with it, beside `pyfused verify`: a part, as all of tests/ops would take far longer.
 TORCH_TESTS = (
     *(f"tests/ops/test_{name}.py" for name in ("layer_norm", "rms_norm", "linear", "attention", "ffn")),
     "tests/test_compile.py::test_inductor_agrees_with_eager[albert]",

@@ -19,20 +19,6 @@ from torch.nn import functional as F
 import pyfused
 from pyfused import notices as fused_notices
 from pyfused.integrations.transformers import attend, make_mask, masks, support
-from pyfused.integrations.transformers import attention as attention_interface
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every pyfused.attention that a model makes."""
-    made = []
-
-    def recorded(*args, **kwargs):
-        made.append(kwargs)
-        return pyfused.attention(*args, **kwargs)
-
-    monkeypatch.setattr(attention_interface, "attention", recorded)
-    return made
 
 
 @pytest.fixture

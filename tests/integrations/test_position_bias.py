@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import pyfused
 from pyfused.integrations.transformers import attend, masks
-from pyfused.integrations.transformers import attention as attention_interface
 
 MODELS = {
     "T5": lambda: hf.T5Model(hf.T5Config(**T5)),
@@ -34,19 +33,6 @@ def built(name):
 def look(monkeypatch):
     """Looks at small tensors too."""
     monkeypatch.setattr(masks, "WORTH_A_LOOK", 0)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every pyfused.attention that a model makes."""
-    made = []
-
-    def recorded(*args, **kwargs):
-        made.append(kwargs)
-        return pyfused.attention(*args, **kwargs)
-
-    monkeypatch.setattr(attention_interface, "attention", recorded)
-    return made
 
 
 def kinds(calls):

@@ -70,6 +70,7 @@ def classes(stack: type, names: str) -> dict[str, Any] | None:
 
 
 def module_of(folder: str) -> str:
+    """The module of a model's classes, by its folder in transformers/models."""
     return f"transformers.models.{folder}.modeling_{folder}"
 
 
@@ -82,5 +83,6 @@ def _code(function: Any, prefix: str) -> str:
 
 
 def text_of(function: Any) -> str:
+    """The source of a function below its decorators. One of UNREADABLE is raised where there is none."""
     function = getattr(function, "__func__", function)
     return inspect.getsource(inspect.unwrap(function))

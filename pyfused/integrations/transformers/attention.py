@@ -108,7 +108,8 @@ def _without_mask(module, query, key, is_causal, window):
     masks = getattr(getattr(module, "config", None), "masks", None)  # of a FusedConfig
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # Eager code sees every key without a mask (Splinter's says no is_causal), but an older GPT-2's has a triangle of its own.
-    sees_all = masks == "eager" and not isinstance(getattr(module, "bias", None), Tensor)
+    triangle = getattr(module, "bias", None)
+    sees_all = masks == "eager" and not (isinstance(triangle, Tensor) and triangle.dtype == torch.bool)
     if queries == 1 or not causal or sees_all:
         return EVERYTHING
     # sdpa masks: transformers passes no mask in the first call with a static cache; the keys after the queries' own are empty.

@@ -95,6 +95,7 @@ def memory(tensors: tuple[Tensor, ...]) -> Any:
 
 
 def same_memory(tensors: tuple[Tensor, ...], known: Any) -> bool:
+    """Whether memory(tensors) is still what it was."""
     return bool(memory(tensors) == known)
 
 
