@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -12,11 +13,11 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-output_capturing: Any
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # it puts forwards on instances instead, for the time of a call
-    output_capturing = None
+output_capturing: Any = None  # without it, transformers puts forwards on instances for the time of a call
+with contextlib.suppress(ImportError):
+    from transformers.utils import output_capturing as _present
+
+    output_capturing = _present
 
 PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
 
