@@ -326,8 +326,9 @@ def page(runs: list[dict]) -> str:
         "This page is written by `python benchmarks/publish.py` from the files in `benchmarks/results`, which "
         "`pyfused bench --json` wrote.",
         "",
-        "`spread` is the middle half of the times over their median. `ceiling` is the share of what this machine's memory and "
-        "arithmetic allow; data that stays in caches gives more than 100%. `~` marks noise, `slow` a row below plain PyTorch.",
+        "`spread` is the middle half of the times over their median, `one` a single round of more than 30 s. `ceiling` is the "
+        "share of what this machine's memory and arithmetic allow; data that stays in caches gives more than 100%. `~` marks "
+        "noise, `slow` a row below plain PyTorch.",
         "",
     ]
     for found in runs:

@@ -25,6 +25,18 @@ def test_a_right_answer_is_timed():
     assert not row["left_out"]
 
 
+def test_a_call_of_half_a_minute_is_timed_once(monkeypatch):
+    monkeypatch.setattr("pyfused.bench.measure.VERY_SLOW", 0.0)
+    row = row_of(case())
+    assert row["rounds"] == 1
+    assert row["seconds"].keys() == {"pyfused", "eager"}
+    low, high = row["interval"]
+    assert low == high == row["ratio"]["eager"] == row["seconds"]["eager"] / row["seconds"]["pyfused"]
+    assert not row["spread"]
+    limits = {"float32_gflop_per_s": 1.0, "read_gb_per_s": 1.0, "copy_gb_per_s": 1.0}
+    assert " one " in report.line(row | {"noisy": False}, limits)
+
+
 def test_a_compiled_model_is_timed(monkeypatch):
     """Traces only: inductor takes half a minute whatever the sizes, so the benchmark has no small case."""
     compile = torch.compile

@@ -22,6 +22,7 @@ from .case import Calls, Case, Function, Values, wide
 from .cost import cost_of
 
 SLOW = 5.0  # seconds; if a round takes longer, three rounds are enough
+VERY_SLOW = 30.0  # seconds; if a round takes longer, one is: half precision on a CPU that has no instructions for it
 NOISY = 0.25  # a row is noisy if the middle half of its times spans more than this share of their median
 
 
@@ -33,13 +34,13 @@ def measure(case: Case, device: str, peers: dict[str, str], seconds: float) -> d
         device: "cpu" or "cuda".
         peers: requested peers -> why each cannot run here, "" if it can.
         seconds: how long to measure. There are at least six rounds: fewer give no interval of 95% confidence. If a round takes
-            longer than SLOW, three are enough, and the interval spans them all (75%).
+            longer than SLOW, three are enough, and the interval spans them all (75%); longer than VERY_SLOW, one.
 
     Returns:
         {"case", "dtype", "baseline", "rounds", "bytes", "flops", "left_out": {peer: why},
         "interval": [low, high] of the baseline's ratio, with 95% confidence}
         and by provider: "seconds" (the median), "undisturbed" (the first decile of the times), "spread" (the middle half of the
-        times / the median) and "ratio" (the provider's time / pyfused's, the median over the rounds).
+        times / the median; not of one round) and "ratio" (the provider's time / pyfused's, the median over the rounds).
         For Values: "unit", "values" and "ratio". If pyfused fails or its output is wrong: "error".
     """
     row: dict[str, Any] = {"case": case.name, "dtype": name_of(case.dtype)}
@@ -141,21 +142,26 @@ def _far_off(out: Any, exact: tuple[torch.Tensor, ...]) -> str:
 
 def _time_rounds(providers: dict[str, Callable[[], Any]], baseline: str, device: str, seconds: float) -> dict[str, Any]:
     clock = _clock(device)
-    repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    order, least, began = list(providers), 6, time.perf_counter()
-    while len(samples["pyfused"]) < least or time.perf_counter() - began < seconds:
-        for name in order:
-            samples[name].append(clock(providers[name], repeats[name]))
-        order.reverse()  # a provider finds the caches as the one before it left them
-        least = 3 if time.perf_counter() - began > SLOW * len(samples["pyfused"]) else 6
+    first = {name: clock(call, 1) for name, call in providers.items()}
+    if sum(first.values()) > VERY_SLOW:
+        samples = {name: [once] for name, once in first.items()}
+    else:
+        repeats = {name: 1 if device == "cuda" else _repeats(call) for name, call in providers.items()}
+        samples = {name: [] for name in providers}
+        order, least, began = list(providers), 6, time.perf_counter()
+        while len(samples["pyfused"]) < least or time.perf_counter() - began < seconds:
+            for name in order:
+                samples[name].append(clock(providers[name], repeats[name]))
+            order.reverse()  # a provider finds the caches as the one before it left them
+            least = 3 if time.perf_counter() - began > SLOW * len(samples["pyfused"]) else 6
     own = samples["pyfused"]
     ratios = {name: [t / o for t, o in zip(times, own)] for name, times in samples.items() if name != "pyfused"}
     medians = {name: statistics.median(times) for name, times in samples.items()}
     spread = {}
     for name, times in samples.items():
-        low, _, high = statistics.quantiles(times, n=4)
-        spread[name] = (high - low) / medians[name]
+        if len(times) > 1:
+            low, _, high = statistics.quantiles(times, n=4)
+            spread[name] = (high - low) / medians[name]
     return {
         "seconds": medians,
         "undisturbed": {name: sorted(times)[len(times) // 10] for name, times in samples.items()},

@@ -33,8 +33,8 @@ COLUMNS = (
 
 
 def line(row: dict[str, Any], limits: dict[str, float]) -> str:
-    """One row. "spread" is the middle half of the times over their median. "ceiling" is the share of the roofline; it can
-    exceed 100% if data stays in caches. "~" marks noise, "slow" a row below plain PyTorch."""
+    """One row. "spread" is the middle half of the times over their median, "one" a single round. "ceiling" is the share of the
+    roofline; it can exceed 100% if data stays in caches. "~" marks noise, "slow" a row below plain PyTorch."""
     first = f"{row['case'][:46]:<46} {row['dtype']:<9}"
     if "error" in row:
         return f"{first} FAILED  {row['error']}"
@@ -43,10 +43,10 @@ def line(row: dict[str, Any], limits: dict[str, float]) -> str:
         values = row["values"]
         others = "  ".join(f"{name} {ratio:.2f} ({values[name]:.0f})" for name, ratio in row["ratio"].items())
         return f"{first} {values['pyfused']:>8.0f} {row['unit']:<3}{'':<33} {others}"
-    seconds, noisy = row["seconds"]["pyfused"], row.get("noisy")
+    seconds, noisy, spread = row["seconds"]["pyfused"], row.get("noisy"), row["spread"].get("pyfused")
     part = share(row, limits)
     numbers = (
-        f"{_time(seconds):>11} {row['spread']['pyfused']:>6.0%}{'~' if noisy else ' '} "
+        f"{_time(seconds):>11} {'one' if spread is None else f'{spread:.0%}':>6}{'~' if noisy else ' '} "
         f"{_rate(row['bytes'], seconds):>7} {_rate(row['flops'], seconds):>8} {f'{part:.0%}' if part else '':>7}"
     )
     peers = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratio"].items())

@@ -54,7 +54,7 @@ def bench(
         setup: device and dtypes.
         threads: CPU threads during the run; 0 keeps torch's number.
         peers: peers to measure beside plain PyTorch; by default all. The result names those that are not installed.
-        seconds: how long to measure a row. There are at least six rounds, or three if calls are slow.
+        seconds: how long to measure a row. There are at least six rounds, or three or one if calls are slow.
         check: measure a row below LEAST twice more, three times as long, before it counts as slow.
         limit: begin no row after so many seconds.
         each: called before every row as each(result so far, "attention 1x12x512x64 float32", rows left).
