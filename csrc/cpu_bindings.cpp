@@ -4,7 +4,7 @@
 #include "pyfused/python_call.h"
 #include "pyfused/python_same.h"
 
-#ifdef PYFUSED_HAS_avx2
+#if defined(PYFUSED_HAS_avx2)
 #include <cpuid.h>
 #endif
 
@@ -21,16 +21,49 @@
 #include "kernels.h"
 #undef PYFUSED_ISA
 #endif
+#ifdef PYFUSED_HAS_avx2_vnni
+#define PYFUSED_ISA avx2_vnni
+#include "dot/kernels.h"
+#undef PYFUSED_ISA
+#endif
+#ifdef PYFUSED_HAS_avx512_vnni
+#define PYFUSED_ISA avx512_vnni
+#include "dot/kernels.h"
+#undef PYFUSED_ISA
+#endif
+#ifdef PYFUSED_HAS_avx512_bf16
+#define PYFUSED_ISA avx512_bf16
+#include "dot/kernels.h"
+#undef PYFUSED_ISA
+#endif
 
 namespace py = pybind11;
 namespace python = pyfused::python;
 
 #ifdef PYFUSED_HAS_avx2
-// clang 14 does not know has_f16c(). The check of "avx2" covers the system's part: it saves the registers.
+// What the processor says of itself, where compilers differ in what __builtin_cpu_supports knows. Whether the system saves the
+// registers is covered by its answers for "avx2" and "avx512f".
 static bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+static bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+// Bits of eax in leaf 7, part 1.
+static bool has_of_part_one(int bit) {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || eax < 1) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> bit & 1);
+}
+static bool has_avx2_vnni() { return has_avx2() && has_of_part_one(4); }
+static bool has_avx512_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 11 & 1);
+}
+static bool has_avx512_bf16() { return has_avx512_vnni() && has_of_part_one(5); }
 #endif
 
 #define KERNEL(isa, name) python::function<&pyfused::isa::name>(#name)
@@ -60,6 +93,14 @@ static bool has_f16c() {
     if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();\
   }
 
+#define OF_INTEGERS(isa) KERNEL(isa, linear_dynamic_forward)
+#define OF_BFLOAT16(isa) KERNEL(isa, linear_forward), KERNEL(isa, ffn_forward), KERNEL(isa, gated_ffn_forward)
+#define DOT_PRODUCTS(...)                                                          \
+  [](py::module_ m) {                                                              \
+    static PyMethodDef functions[] = {__VA_ARGS__, {}};                            \
+    if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();  \
+  }
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "pyfused's CPU kernels, one submodule per instruction set; tensors or raw pointers in, nothing out";
   static PyMethodDef functions[] = {
@@ -79,17 +120,25 @@ PYBIND11_MODULE(_cpu, m) {
   KERNELS(baseline)(m.def_submodule("baseline"));
   supported.append("baseline");
 #ifdef PYFUSED_HAS_avx2
-  KERNELS(avx2)(m.def_submodule("avx2"));
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
-    supported.append("avx2");
+  KERNELS(avx2)(m.def_submodule("avx2"));
+  if (has_avx2()) supported.append("avx2");
+#endif
+#ifdef PYFUSED_HAS_avx2_vnni
+  DOT_PRODUCTS(OF_INTEGERS(avx2_vnni))(m.def_submodule("avx2_vnni"));
+  if (has_avx2_vnni()) supported.append("avx2_vnni");
 #endif
 #ifdef PYFUSED_HAS_avx512
   KERNELS(avx512)(m.def_submodule("avx512"));
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    supported.append("avx512");
+  if (has_avx512()) supported.append("avx512");
+#endif
+#ifdef PYFUSED_HAS_avx512_vnni
+  DOT_PRODUCTS(OF_INTEGERS(avx512_vnni))(m.def_submodule("avx512_vnni"));
+  if (has_avx512_vnni()) supported.append("avx512_vnni");
+#endif
+#ifdef PYFUSED_HAS_avx512_bf16
+  DOT_PRODUCTS(OF_INTEGERS(avx512_bf16), OF_BFLOAT16(avx512_bf16))(m.def_submodule("avx512_bf16"));
+  if (has_avx512_bf16()) supported.append("avx512_bf16");
 #endif
   m.attr("supported") = supported;  // what this processor can run, weakest first
 }

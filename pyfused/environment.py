@@ -60,6 +60,7 @@ def describe() -> dict[str, Any]:
         "cpu": {
             "supported": extensions.cpu_supported(),
             "in_use": extensions.isa(),
+            "dot_products": extensions.dot_products(),
             "threads": torch.get_num_threads(),
         },
         "gpus": gpus,
@@ -78,6 +79,10 @@ def render(facts: dict[str, Any]) -> str:
     rows = [("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())), ("platform", facts["platform"])]
     supported = ", ".join(cpu["supported"]) or "none (the extension is not built)"
     rows.append(("cpu kernels", f"{supported}; in use: {cpu['in_use']}; threads: {cpu['threads']}"))
+    if cpu["dot_products"]:
+        forced = cpu["dot_products"] == cpu["in_use"]
+        when = "forced" if forced else "where `pyfused tune` measured them to be faster here"
+        rows.append(("dot products", f"{cpu['dot_products']}: {when}"))
     for gpu in facts["gpus"] or [None]:
         text = f"{gpu['name']}, sm_{gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else "none"
         rows.append(("gpu", text))

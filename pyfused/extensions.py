@@ -18,6 +18,9 @@ from torch.autograd import forward_ad
 # The kernels' numbers for dtypes (csrc/include/pyfused/simd.h).
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+# Instruction sets for dot products, weakest first, and the set whose other kernels they are used with (CMakeLists.txt).
+DOT_PRODUCTS = {"avx2_vnni": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512"}
+
 _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
 
@@ -46,17 +49,39 @@ def cpu_supported() -> list[str]:
 
 
 @functools.cache
-def _default_isa() -> str | None:
-    supported = cpu_supported()
-    forced = os.environ.get("PYFUSED_ISA")
+def _forced_isa() -> str | None:
+    """PYFUSED_ISA, or None if it is not set."""
+    supported, forced = cpu_supported(), os.environ.get("PYFUSED_ISA")
     if forced and supported and forced not in supported:
         raise ValueError(f"PYFUSED_ISA={forced!r} cannot run: this build and processor support {', '.join(supported)}")
-    return forced or (supported[-1] if supported else None)
+    return forced or None
+
+
+@functools.cache
+def _default_isa() -> str | None:
+    """The best set. Those for dot products are chosen product by product, where evidence shows them faster."""
+    return next((name for name in reversed(cpu_supported()) if name not in DOT_PRODUCTS), None)
 
 
 def isa() -> str | None:
     """The instruction set in use, or None without the extension."""
-    return _active_isa or _default_isa()
+    return _active_isa or _forced_isa() or _default_isa()
+
+
+def base_isa() -> str | None:
+    """The set of all kernels but those of dot_products()."""
+    name = isa()
+    return DOT_PRODUCTS.get(name, name) if name else None
+
+
+def dot_products() -> str | None:
+    """The set for dot products that may be used beside base_isa(): the forced one, or this processor's best if no set is forced;
+    else None. Evidence decides for each product (evidence.dot_products), unless it is forced."""
+    forced = _active_isa or _forced_isa()
+    if forced:
+        return forced if forced in DOT_PRODUCTS else None
+    base = base_isa()
+    return next((name for name in reversed(cpu_supported()) if DOT_PRODUCTS.get(name) == base), None)
 
 
 def set_isa(name: str | None) -> str | None:
@@ -147,12 +172,12 @@ def same() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] 
     return None if module is None else (module.unchanged, module.memory, module.same_memory)
 
 
-def cpu() -> ModuleType:
-    """The kernels for the instruction set in use: pyfused._cpu.<isa>."""
+def cpu(dot_products: str | None = None) -> ModuleType:
+    """The kernels for the instruction set in use, pyfused._cpu.<isa>; or those of a set for dot products, which has few."""
     module, reason = _load("_cpu")
     if module is None:
         raise RuntimeError(reason)
-    return getattr(module, _active_isa or _default_isa() or "baseline")
+    return getattr(module, dot_products or base_isa() or "baseline")
 
 
 def emulate_cuda(load: Callable[[], ModuleType]) -> None:

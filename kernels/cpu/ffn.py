@@ -9,11 +9,16 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.ffn import linear_gradients
+from . import dot
 from .linear import by_columns, library_is_faster
 
 
 def left_to_library_forward(x, w_in, b_in, w_out, *rest):
     return library_is_faster(x.shape[:-1].numel(), w_in, w_out)
+
+
+def remark_forward(x, w_in, b_in, w_out, *rest):
+    return dot.remark(dot.of_floats(x.shape[:-1].numel(), w_in, w_out))
 
 
 @prepares_launch
@@ -31,7 +36,8 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     (_, n, x_stride), (f, m), strides = of_x, (w_in.shape[0], w_out.shape[0]), (of_in[2], of_out[2], of_residual[2])
     outer, dtype = x.shape[:-1], x.dtype
     numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATIONS[activation].code
-    code, kernel = DTYPE_CODES[dtype], cpu().ffn_forward
+    kernels = dot.chosen(dot.of_floats(rows, w_in, w_out)) or cpu()
+    code, kernel = DTYPE_CODES[dtype], kernels.ffn_forward
     new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 

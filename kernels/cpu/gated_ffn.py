@@ -9,6 +9,7 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ..reference.gated_ffn import linear_gradients, widened
+from . import dot
 from .linear import library_is_faster, would_copy
 
 
@@ -20,6 +21,10 @@ def _hidden_dtype(x):
 def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
     weights = w_gate, w_up, w_out
     return would_copy(*weights) or library_is_faster(x.shape[:-1].numel(), *weights)
+
+
+def remark_forward(x, w_gate, w_up, w_out, *rest):
+    return dot.remark(dot.of_floats(x.shape[:-1].numel(), w_gate, w_up, w_out))
 
 
 @prepares_launch
@@ -35,7 +40,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     strides = (layout[2] for layout in layouts)
     outer, dtype, hidden_dtype = x.shape[:-1], x.dtype, _hidden_dtype(x)
     numbers = rows, n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
-    kernel, new_y, new_hidden = cpu().gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
+    kernels = dot.chosen(dot.of_floats(rows, w_gate, w_up, w_out)) or cpu()
+    kernel, new_y, new_hidden = kernels.gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):

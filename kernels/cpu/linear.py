@@ -1,4 +1,5 @@
-"""linear on the CPU: launches csrc/cpu/linear.cpp, or the library's product where that was measured to be faster."""
+"""linear on the CPU: launches csrc/cpu/linear.cpp or csrc/cpu/dot/linear_dynamic.cpp, or the library's product where that was
+measured to be faster."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,8 @@ from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared import int8
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
+
+from . import dot
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 _PART = 1 << 18  # elements of an int8 weight that are widened at a time: their float32 form stays in a cache
@@ -27,6 +30,8 @@ def would_copy(*weights):
 
 def library_is_faster(rows, *weights):
     """Why the library (MKL or oneDNN) does these products. None if the kernels do."""
+    if dot.chosen(dot.of_floats(rows, *weights)):
+        return None
     reason = None if by_columns(rows, *weights) else would_copy(*weights)
     if reason:
         return reason
@@ -37,9 +42,13 @@ def library_is_faster(rows, *weights):
 def in_float(x, weight):
     """Why the integer product of dynamic=True does not run; None if it does. Without integer instructions it takes 30 times as
     long as a product in float32."""
-    if not torch.cpu._is_vnni_supported():
+    reason = int8.in_float(x, weight, "cpu")
+    if reason or torch.cpu._is_vnni_supported():
+        return reason
+    instructions = dot.of_integers(x, weight)
+    if instructions is None:
         return "this processor has no instructions for products of int8"
-    return int8.in_float(x, weight, "cpu")
+    return None if instructions.used else f"{instructions.name}: {instructions.reason}"
 
 
 def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False):
@@ -47,14 +56,18 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
     if scale is None:
         return library_is_faster(rows, weight)
     if dynamic and in_float(x, weight) is None:
-        return "dynamic=True asks for torch._int_mm"
+        return None if dot.chosen(dot.of_integers(x, weight)) else "dynamic=True asks for torch._int_mm"
     shapes, size = evidence.product_shapes(rows, weight)
     return evidence.slower("cpu", "linear", "forward", "cpu", x.dtype, shapes, size)
 
 
 def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
+    if scale is None:
+        return dot.remark(dot.of_floats(x.shape[:-1].numel(), weight))
     reason = in_float(x, weight) if dynamic else None
-    return reason and f"dynamic=True keeps x in floating point: {reason}"
+    if reason:
+        return f"dynamic=True keeps x in floating point: {reason}"
+    return dot.remark(dot.of_integers(x, weight)) if dynamic else None
 
 
 @prepares_launch
@@ -71,8 +84,8 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
         return None
     (rows, k, x_stride), n, weight_stride, residual_stride = of_x, weight.shape[0], of_weight[2], of_residual[2]
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    numbers = rows, n, k, x_stride, weight_stride, residual_stride, transposed, DTYPE_CODES[dtype]
-    kernel, new = cpu().linear_forward, maker(shape, dtype)
+    numbers = rows, n, k, x_stride, weight_stride, residual_stride, *(() if dynamic else (transposed,)), DTYPE_CODES[dtype]
+    kernel, new = _kernel(x, weight, scale, dynamic), maker(shape, dtype)
 
     def launch(x, weight, bias, residual, scale=None, dynamic=False):
         y = new()
@@ -80,6 +93,13 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
         return (y,)
 
     return launch
+
+
+def _kernel(x, weight, scale, dynamic):
+    if dynamic:
+        return dot.chosen(dot.of_integers(x, weight)).linear_dynamic_forward
+    kernels = dot.chosen(dot.of_floats(x.shape[:-1].numel(), weight)) if scale is None else None
+    return (kernels or cpu()).linear_forward
 
 
 def _int8_by_library(x, weight, bias, residual, scale, dynamic):

@@ -10,18 +10,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .. import extensions
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
 from .shapes import SHAPES, product_shapes, shapes_of
-from .storage import SHIPPED, Line, files, line_from, lines, own_file, read, render, write
+from .storage import OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
 
 __all__ = [
     "OPERATORS",
     "SHIPPED",
+    "dot_products",
     "files",
     "forget",
     "found",
@@ -127,15 +129,10 @@ def slower(
         by_library = False
     if by_library is not None:
         return "asked for" if by_library else None
-    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
-    if by_threads is None:
-        return None
-    counts = _thread_counts.get()
-    if counts is not None and len({_is_slower(backend, line.at(size)) for line in by_threads.values()}) > 1:
-        counts.update(by_threads)
-    line = by_threads[nearest_threads(by_threads)]
-    speeds = line.at(size)
-    if not _is_slower(backend, speeds):
+    line, speeds = _decides(
+        operator, function, device, dtype, shapes, size, lambda speeds: _is_slower(backend, _usual(speeds))
+    )
+    if line is None or not _is_slower(backend, speeds := _usual(speeds)):
         return None
     best = max(speeds, key=speeds.__getitem__)
     other = "plain PyTorch" if best == "reference" else best
@@ -144,8 +141,69 @@ def slower(
     return f"{other} is {speeds[best] / speeds[backend]:.2f} times as fast ({line.describe(size)})"
 
 
+def _decides(
+    operator: str,
+    function: str,
+    device: str,
+    dtype: torch.dtype,
+    shapes: str,
+    size: int,
+    judge: Callable[[dict[str, float]], bool],
+) -> tuple[Line | None, dict[str, float]]:
+    """The line for this call and its speeds at this size. If judge(speeds) differs between the measured numbers of threads, the
+    set of threads_noticed() gets them."""
+    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    if by_threads is None:
+        return None, {}
+    counts = _thread_counts.get()
+    if counts is not None and len({judge(line.at(size)) for line in by_threads.values()}) > 1:
+        counts.update(by_threads)
+    line = by_threads[nearest_threads(by_threads)]
+    return line, line.at(size)
+
+
+def _usual(speeds: dict[str, float]) -> dict[str, float]:
+    """Without those of instructions for dot products."""
+    return {name: speed for name, speed in speeds.items() if name not in extensions.DOT_PRODUCTS}
+
+
 def _is_slower(backend: str, speeds: dict[str, float]) -> bool:
     return backend in speeds and max(speeds.values()) > speeds[backend]
+
+
+class Instructions(NamedTuple):
+    """Whether a product uses the processor's instructions for dot products: the set's name, and why, or why not."""
+
+    name: str
+    used: bool
+    reason: str
+
+
+def dot_products(operator: str, function: str, dtype: torch.dtype, shapes: str, size: int) -> Instructions | None:
+    """About a product on the CPU that extensions.dot_products() has. None if there is no such set.
+
+    The set is used if it is forced, or if it was measured on this kind of processor to be right, and faster than the usual
+    kernels and than the library. Inside one_way(library=True) it is not used; inside one_way(library=False) the library does
+    not count.
+    """
+    name, by_library = extensions.dot_products(), _by_library.get()
+    if name is None:
+        return None
+    if by_library:
+        return Instructions(name, False, "plain PyTorch's library is asked for")
+    if extensions.isa() == name:
+        return Instructions(name, True, "forced")
+
+    def fastest(speeds: dict[str, float]) -> bool:
+        others = {other: s for other, s in _usual(speeds).items() if by_library is None or other != "reference"}
+        return bool(speeds.get(name)) and speeds[name] > max(others.values(), default=0.0)
+
+    line, speeds = _decides(operator, function, "cpu", dtype, shapes, size, fastest)
+    if line is None or name not in speeds:
+        return Instructions(name, False, "not yet measured on this processor; `pyfused tune` does it")
+    return Instructions(
+        name, fastest(speeds), f"{speeds[name]:.2f} times the speed of plain PyTorch ({line.describe(size)})"
+    )
 
 
 def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | None:
@@ -162,7 +220,7 @@ _UNMEASURED = {"triton": 1.0 + 1e-9, "reference": 1.0}
 
 def ranks(operator: str, function: str, device: str) -> bool:
     """Whether rank() may change the order. Lines about CPU kernels never do: these choose the library themselves."""
-    return any(line[:2] == (operator, function) and set(line.speed) - {"cpu", "reference"} for line in lines(device))
+    return any(line[:2] == (operator, function) and line.speed.keys() - OF_CPU - {"reference"} for line in lines(device))
 
 
 @remembered

@@ -29,7 +29,7 @@ def kind(device: str = "cpu") -> str:
             return device.partition(":")[0]
         name = torch.cuda.get_device_name(device).lower()
         return f"{device.partition(':')[0]}_{re.sub('[^a-z0-9]+', '_', name)}"
-    ours = extensions.isa() or "none"
+    ours = extensions.base_isa() or "none"
     torchs = torch.backends.cpu.get_cpu_capability().lower()
     parts = ["cpu", _vendor(), ours]
     if torchs != {"baseline": "default"}.get(ours, ours):

@@ -8,7 +8,8 @@ A file is about one kind of machine (machine.py), and `pyfused tune` writes it:
 
 `shapes` is a class of shapes and "1", "16", "512" are sizes within it (shapes.py). `speed` is how many times as fast as plain
 PyTorch a backend was at each size; 0 means that its output was wrong. The backend `reference` has a speed of its own where
-users of plain PyTorch would call something else, such as SDPA for attention. A line about a GPU has no `threads`.
+users of plain PyTorch would call something else, such as SDPA for attention. A line about a GPU has no `threads`. In one about a
+CPU a set of extensions.DOT_PRODUCTS, such as "avx512_bf16", stands for the backend `cpu` with the products of that set.
 pyfused/tiles.py describes the rows of `tiles`.
 
 Three files are read, in this order: this machine's own, in the user's cache folder; the one shipped for its kind; the one
@@ -33,6 +34,7 @@ from .machine import kind, multiplies_itself, name_of
 from .shapes import SHAPES
 
 SHIPPED = Path(__file__).parent
+OF_CPU = frozenset({"cpu", *extensions.DOT_PRODUCTS})  # what a line about a CPU may hold speeds of
 _T = TypeVar("_T")
 _MOST = 1 << 62  # bound of a size, and of a number of threads
 
@@ -79,7 +81,7 @@ def files(device: str = "cpu") -> list[Path]:
     found = [own_file(device), SHIPPED / f"{kind(device)}.json"]
     if device == "cpu":
         similar = [f"cpu_{name_of(d)}" for d in (torch.bfloat16, torch.float16) if multiplies_itself(d)]
-        similar.append("cpu_amd_baseline_torch_avx2" if extensions.isa() == "baseline" else "cpu_amd_avx2")
+        similar.append("cpu_amd_baseline_torch_avx2" if extensions.base_isa() == "baseline" else "cpu_amd_avx2")
         found += [SHIPPED / f"{name}.json" for name in similar]
     return list(dict.fromkeys(found))
 
@@ -138,13 +140,14 @@ def line_from(row: dict[str, Any], file: str) -> Line:
     operator, function, dtype, shapes = (str(row[key]) for key in Line._fields[:4])
     if (operator, function) not in SHAPES:
         raise ValueError(f"no evidence is kept for {operator}'s {function}")
-    if not speed or not speed.keys() <= {"cpu", "triton", "cuda", "reference"}:
+    of_cpu = speed.keys() & OF_CPU
+    if not speed or not speed.keys() <= {*OF_CPU, "triton", "cuda", "reference"}:
         raise ValueError(f"speed of {operator}: unknown backends, or none: {sorted(speed)}")
     for by_size in speed.values():
         if not by_size or not all(0 < s < _MOST and 0 <= v < math.inf for s, v in by_size.items()):
             raise ValueError(f"speed of {operator}: a size must be positive, and a speed 0 or more")
     threads = int(row.get("threads", 0))
-    if not 0 <= threads < _MOST or ("cpu" in speed and (not threads or len(speed) > 1)):
+    if not 0 <= threads < _MOST or (of_cpu and (not threads or of_cpu != speed.keys())):
         raise ValueError(
             f"speed of {operator}: backends {sorted(speed)} with {threads} threads; cpu must be the only backend of its line, "
             "with 1 thread or more"
@@ -190,6 +193,6 @@ def render(found: Iterable[Line]) -> str:
         for backend, by_size in line.speed.items():
             speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
             threads = f"{line.threads} thread{'s' * (line.threads > 1)}" if line.threads else ""
-            call = f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<5}"
+            call = f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<11}"
             rows.append(f"{call} {speeds}  [{line.source}]")
     return "\n".join(rows)

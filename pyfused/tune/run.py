@@ -1,11 +1,13 @@
 """How fast are the CPU kernels on this machine? The evidence by which dispatch chooses them (evidence.py).
 
 A point is one call of an operator. The CPU kernel and plain PyTorch run it in turn on the same inputs, after the tolerance rule
-has checked the outputs. The evidence is the ratio of their times.
+has checked the outputs. The evidence is the ratio of their times. Where the processor has instructions for dot products
+(extensions.DOT_PRODUCTS), the products that use them are measured in the same way, beside the usual kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import statistics
 import time
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch, evidence, ops
+from .. import dispatch, evidence, extensions, ops
 from ..kernels.shared.int8 import dequantized
 from ..testing import judge
 
@@ -37,21 +39,32 @@ _SPECTRA = (
 
 class Point(NamedTuple):
     """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. scale: that of an int8
-    weight."""
+    weight. dynamic: as linear's."""
 
     operator: str
     plain: Callable[..., torch.Tensor]
     tensors: tuple[torch.Tensor, ...]
     residual: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    dynamic: bool = False
 
     def to(self, dtype: torch.dtype) -> Point:
         tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in self.tensors)
         return self._replace(tensors=tensors, residual=None if self.residual is None else self.residual.to(dtype))
 
     def options(self) -> dict[str, Any]:
-        given = {"residual": self.residual, "scale": self.scale}
+        given = {"residual": self.residual, "scale": self.scale, "dynamic": self.dynamic or None}
         return {name: value for name, value in given.items() if value is not None}
+
+    def has(self, instructions: str | None, dtype: torch.dtype) -> bool:
+        """Whether the kernels of an instruction set for dot products have this call; None for the usual kernels."""
+        if instructions is None:
+            return not self.dynamic
+        if self.operator != "linear" or self.tensors[1].stride()[1] != 1:
+            return False
+        name = "linear_dynamic_forward" if self.dynamic else "linear_forward"
+        fits = self.dynamic or (dtype == torch.bfloat16 and self.scale is None)
+        return fits and hasattr(extensions.cpu(instructions), name)
 
     def in_plain_torch(self) -> torch.Tensor:
         """The result without pyfused."""
@@ -59,15 +72,18 @@ class Point(NamedTuple):
         return self.plain(x if self.residual is None else x + self.residual, *rest)
 
 
-def _int8(rows: int, width: int) -> Point:
-    """A product with an int8 weight. Plain PyTorch multiplies by what the integers stand for, in x's dtype."""
+def _int8(rows: int, width: int, dynamic: bool = False) -> Point:
+    """A product with an int8 weight. Plain PyTorch multiplies by what the integers stand for, in x's dtype. dynamic: x is a
+    multiple of its own step, so that rounding its rows changes nothing."""
     weight = torch.randint(-127, 128, (width, width), dtype=torch.int8)
     scale = torch.rand(width) / width**0.5 / 64.0
+    x = torch.randint(-127, 128, (rows, width)) / 64.0 if dynamic else torch.randn(rows, width)
+    x[:, 0] = 127.0 / 64.0 if dynamic else x[:, 0]
 
     def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, dequantized(weight, scale, x.dtype))
 
-    return Point("linear", plain, (torch.randn(rows, width), weight), scale=scale)
+    return Point("linear", plain, (x, weight), scale=scale, dynamic=dynamic)
 
 
 def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
@@ -86,6 +102,8 @@ def points(quick: bool = False) -> Iterator[Point]:
             yield Point("linear", F.linear, (torch.randn(rows, width), weight.t()))
         for rows in (1, 128) if quick else (1, 16, 64, 512):
             yield _int8(rows, width)
+        for rows in (128,) if quick else (32, 128, 512):
+            yield _int8(rows, width, dynamic=True)
     for rows in (1, 128) if quick else (1, 16, 128, 1024):
         x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
         for added in (None, residual):
@@ -125,7 +143,7 @@ def tune(
         if name not in evidence.OPERATORS:
             raise ValueError(f"operators names {name!r}; evidence is kept for {', '.join(evidence.OPERATORS)}")
     before = torch.get_num_threads()
-    measured: dict[tuple[Any, ...], dict[int, float]] = {}
+    measured: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     refused = []
     try:
         with torch.inference_mode():
@@ -134,33 +152,49 @@ def tune(
                 dispatch.forget()
                 for dtype in DTYPES:
                     say(f"{count} thread{'s' * (count > 1)}, {evidence.name_of(dtype)}")
-                    for exact in points(quick):
-                        if operators and exact.operator not in operators:
+                    for point in points(quick):
+                        if operators and point.operator not in operators:
                             continue
-                        point = exact.to(dtype)
-                        bound = ops.MODULES[point.operator].bind(*point.tensors, **point.options())
-                        shapes, size = evidence.shapes_of(point.operator, "forward", bound)
-                        speed = _speed(point, 0.02 if quick else 0.1, clock)
-                        if speed is None:
-                            refused.append(f"{point.operator}, {evidence.name_of(dtype)}, {shapes}, size {size}")
-                            continue
-                        key = point.operator, "forward", evidence.name_of(dtype), shapes, count
-                        measured.setdefault(key, {})[size] = round(speed, 3)
+                        for way, size, line, speed in _measured(point.to(dtype), dtype, 0.02 if quick else 0.1, clock):
+                            if speed is None:
+                                refused.append(", ".join((*line, f"size {size}", *(() if way == "cpu" else (way,)))))
+                                continue
+                            key = line[0], "forward", *line[1:], count
+                            measured.setdefault(key, {}).setdefault(way, {})[size] = round(speed, 3)
     finally:
         torch.set_num_threads(before)
         dispatch.forget()
     names = "operator", "function", "dtype", "shapes", "threads"
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    lines = [{**dict(zip(names, key)), **about, "speed": {"cpu": speed}} for key, speed in sorted(measured.items())]
+    lines = [{**dict(zip(names, key)), **about, "speed": speed} for key, speed in sorted(measured.items())]
     return {"kind": evidence.kind(), "lines": lines, "refused": refused}
+
+
+def _measured(
+    point: Point, dtype: torch.dtype, seconds: float, clock: Callable[[], float]
+) -> Iterator[tuple[str, int, tuple[str, str, str], float | None]]:
+    """For each way to run the point on this CPU: its name in a line of evidence, the size, (operator, dtype, class of shapes), and
+    _speed()."""
+    dot_products = extensions.dot_products()
+    for instructions in (None, dot_products) if dot_products else (None,):
+        if not point.has(instructions, dtype):
+            continue
+        bound = ops.MODULES[point.operator].bind(*point.tensors, **point.options())
+        shapes, size = evidence.shapes_of(point.operator, "forward", bound)
+        isa = instructions or extensions.base_isa()
+        with dispatch.use_isa(isa) if isa else contextlib.nullcontext():
+            speed = _speed(point, seconds, clock)
+        yield instructions or "cpu", size, (point.operator, evidence.name_of(dtype), shapes), speed
 
 
 def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | None:
     """How many times as fast as PyTorch's library the CPU kernel is; None if its output is wrong. Both run through pyfused's
     operator, so both times include its overhead."""
-    function, options = getattr(ops, point.operator), point.options()
+    function = getattr(ops, point.operator)
 
     def run(library: bool, repeats: int) -> tuple[torch.Tensor, float]:
+        by_integers = point.dynamic and (not library or torch.cpu._is_vnni_supported())
+        options = point._replace(dynamic=by_integers).options()
         # Launches are remembered per backend() setting: the two ways do not share one.
         with dispatch.backend("cpu", strict=not library), evidence.one_way(library):
             began = clock()

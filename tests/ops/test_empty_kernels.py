@@ -45,7 +45,7 @@ def call(name, parameters, zero, given):
         elif kind == "addr":
             values.append(buffers[i].data_ptr())
         elif parameter in ("dtype", "device"):
-            values.append(0)
+            values.append({dtype})
         elif parameter == "multiprocessors":
             values.append(4)
         else:
@@ -77,9 +77,8 @@ def declared(header):
     return found
 
 
-def survives(load, header):
-    functions = declared(header)
-    script = SCRIPT.format(load=load, declared=functions)
+def survives(load, functions, dtype=0):
+    script = SCRIPT.format(load=load, declared=functions, dtype=dtype)
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'cuda_on_cpu')!r})\n"
     done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
@@ -90,9 +89,14 @@ def survives(load, header):
 
 @pytest.mark.parametrize("isa", extensions.cpu_supported())
 def test_cpu(isa):
-    survives(CPU + isa, "csrc/cpu/kernels.h")
+    """Sets for dot products have few kernels, those of floats for bfloat16 alone."""
+    functions = declared("csrc/cpu/kernels.h")
+    if isa in extensions.DOT_PRODUCTS:
+        functions += declared("csrc/cpu/dot/kernels.h")
+        functions = [function for function in functions if hasattr(extensions.cpu(isa), function[0])]
+    survives(CPU + isa, functions, dtype=2 if isa in extensions.DOT_PRODUCTS else 0)
 
 
 @pytest.mark.skipif(not extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
 def test_cuda():
-    survives(SHIM, "csrc/cuda/kernels.h")
+    survives(SHIM, declared("csrc/cuda/kernels.h"))

@@ -5,7 +5,8 @@
 // gemm, more rows: outer products. x is packed transposed in panels of two vectors of rows, (panel, K, 2 kWidth). Each
 //   step multiplies one element of each of 6 rows of W by the two vectors: 12 multiply-adds for 8 loads. It is the
 //   usual 6x16 micro-kernel with the roles swapped, so the small operand is packed: 60-80 GFLOP/s of about 100.
-//   Half-precision rows of W are widened six at a time into L1, once for all panels.
+//   Half-precision rows of W are widened six at a time into L1, once for all panels. With a processor's dot products
+//   (multiply.h) a lane of a panel is a group of elements, and W is read as it is.
 //
 // Both kernels work on rows of W that lie far apart, so a block is read as a few long streams. The prefetchers of one
 // Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16). One stream or four neighbouring rows of 3 KB get 13-15. Software
@@ -18,8 +19,8 @@
 #include <cstdlib>
 
 #include "activation.h"
+#include "multiply.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace pyfused::PYFUSED_ISA {
 
@@ -28,44 +29,16 @@ constexpr int kGemvUnit = 12;       // shares hold whole units of so many output
 constexpr int kWeightRows = 6;      // rows of W in the gemm's micro-kernel
 constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
-constexpr int64_t kBlockK = 384;    // a panel of 384 x 16 floats is 24 KB
-constexpr int64_t kSumChain = 128;  // most products summed in one register: longer chains lose bits
-constexpr int64_t kBlockM = 128;    // rows of x: their panels for kBlockK, 192 KB, stay in L2 (512: 8% slower)
+constexpr int64_t kBlockM = 128;    // rows of x: their panels for 384 of K, 192 KB, stay in L2 (512: 8% slower)
 constexpr int64_t kPairStep = 2 * kWidth;
-
-// ---- two vectors at once --------------------------------------------------------------------------------------------
-
-struct Pair { vfloat a, b; };
-
-// 2 kWidth consecutive elements as float32. bfloat16 gives the even ones, then the odd ones: one load, shift and mask.
-// x is stored in the order of the weights' pairs, so a dot product is right in either order.
-template <class T> PYFUSED_INLINE Pair load_pair(const T* p) { return {load(p), load(p + kWidth)}; }
-PYFUSED_INLINE Pair load_pair(const bf16* p) {
-  vuint u;
-  std::memcpy(&u, p, sizeof(u));
-  return {bits_as<vfloat>(u << 16), bits_as<vfloat>(u & 0xffff0000u)};
-}
-template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) {
-  T lanes[2 * kWidth] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
-  return load_pair(lanes);
-}
-
-// 2 kWidth elements of x in the order of load_pair(W*).
-template <class W, class X> PYFUSED_INLINE Pair pair_for(const X* p) { return {load(p), load(p + kWidth)}; }
-template <int... I> PYFUSED_INLINE Pair even_and_odd(Pair p, Lanes<I...>) {
-  return {__builtin_shufflevector(p.a, p.b, (2 * I)...), __builtin_shufflevector(p.a, p.b, (2 * I + 1)...)};
-}
-template <> PYFUSED_INLINE Pair pair_for<bf16>(const bf16* p) { return load_pair(p); }
-template <> PYFUSED_INLINE Pair pair_for<bf16>(const float* p) { return even_and_odd({load(p), load(p + kWidth)}, AllLanes{}); }
 
 // ---- one product ----------------------------------------------------------------------------------------------------
 
 // y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual. `pre` receives the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
 // X is float for T = f16 if x does not fit into f16, as gated_ffn's product of two float16 factors. W is int8_t for weights
-// that are scale[j] times an integer in row j.
-template <class T, class X = T, class W = T> struct Product {
+// that are scale[j] times an integer in row j. M says how x and W are multiplied; with Quads rows of x are rounded to int8.
+template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>::type> struct Product {
   const X* x;
   const W* weight;
   const T *bias, *residual;
@@ -76,18 +49,25 @@ template <class T, class X = T, class W = T> struct Product {
   float* packed = nullptr;   // packed_size() floats
   float* scratch = nullptr;  // scratch_size() floats for each share
 
+  static constexpr bool kScaled = sizeof(W) == 1, kOfIntegers = M::kGroup == 4;
+  using Lane = typename M::Lane;
+  static constexpr int64_t kWidened = M::kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
+
   // A gemm widens rows of W into L1 and reads them again, so half precision stays with gemv longer: 1.4 times faster at
   // 16 rows. float32 is as fast either way from 9 rows on.
-  static constexpr int64_t kGemvRows = sizeof(W) == 4 ? 8 : 16;
-  static constexpr bool kScaled = sizeof(W) == 1;
+  static constexpr int64_t kGemvRows = kOfIntegers ? -1 : sizeof(W) == 4 ? 8 : 16;
 
   bool by_gemv() const { return m <= kGemvRows; }
+  int64_t lanes() const { return (k + M::kGroup - 1) / M::kGroup; }
   int64_t padded_k() const { return (k + kPairStep - 1) / kPairStep * kPairStep; }
   static int64_t padded_m(int64_t rows) { return (rows + kWidth - 1) / kWidth * kWidth; }
   int64_t block_m() const { return padded_m(m < kBlockM ? m : kBlockM); }
-  int64_t packed_size() const { return by_gemv() ? m * padded_k() : padded_m(m) * k; }
+  int64_t packed_size() const {
+    return by_gemv() ? m * padded_k() / M::kGroup : padded_m(m) * (lanes() + kOfIntegers);
+  }
+  float* steps() const { return packed + padded_m(m) * lanes(); }  // of the rows of x, for kOfIntegers
   int64_t scratch_size() const {
-    return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kWeightRows * (kBlockK + kWidth) + kWidth * kGemmBlock;
+    return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kWeightRows * kWidened + kWidth * kGemmBlock;
   }
 
   int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
@@ -134,7 +114,11 @@ template <class T, class X = T, class W = T> struct Product {
 
   void pack_row(int64_t i) const {
     const X* from = x + i * x_stride;
-    float* to = packed + i * padded_k();
+    float* to = packed + i * padded_k() / M::kGroup;
+    if constexpr (M::kGroup == 2) {
+      for (int64_t c = 0; c < k; c += kPairStep) store(to + c / 2, M::lanes(from + c, k - c));
+      return;
+    }
     for (int64_t c = 0; c < k; c += kPairStep) {
       X lanes[2 * kWidth] = {};
       if (c + kPairStep > k)
@@ -155,14 +139,14 @@ template <class T, class X = T, class W = T> struct Product {
 
   // sums[i][r], rows kGemvBlock apart: the sum over k for row i and output j + r.
   void gemv_sums(int64_t j, int64_t count, float* sums) const {
-    switch (m) {  // the tile fills sixteen registers
-      case 1: dots<1, kScaled ? 6 : 4>(j, count, sums); break;
-      case 2: dots<2, 4>(j, count, sums); break;
-      case 3: dots<3, 4>(j, count, sums); break;
-      case 5: dots<5, 2>(j, count, sums); break;
-      case 6: dots<6, 2>(j, count, sums); break;
-      default: dots<4, 3>(j, count, sums);
-    }
+    if constexpr (!kOfIntegers) switch (m) {  // the tile fills sixteen registers
+        case 1: dots<1, kScaled ? 6 : 4>(j, count, sums); break;
+        case 2: dots<2, 4>(j, count, sums); break;
+        case 3: dots<3, 4>(j, count, sums); break;
+        case 5: dots<5, 2>(j, count, sums); break;
+        case 6: dots<6, 2>(j, count, sums); break;
+        default: dots<4, 3>(j, count, sums);
+      }
   }
 
   template <int MB, int R> void dots(int64_t j, int64_t count, float* sums) const {
@@ -183,7 +167,7 @@ template <class T, class X = T, class W = T> struct Product {
   }
 
   template <int MB, int R> void dot_tile(int64_t i, int64_t j, int64_t apart, float* sums) const {
-    const int64_t ldx = padded_k(), stream = apart * weight_stride;
+    const int64_t ldx = padded_k() / M::kGroup, stream = apart * weight_stride;
     const float* px = packed + i * ldx;
     const W* w = weight + j * weight_stride;
     vfloat acc[MB][R];
@@ -192,7 +176,17 @@ template <class T, class X = T, class W = T> struct Product {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[a][r] = vfloat{};
     auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
-      if constexpr (kScaled) {  // widened bytes take registers: with all rows of W at once some sums would be in memory
+      if constexpr (M::kGroup == 2) {
+        vuint v[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) v[r] = get(w + r * stream + c);
+#pragma GCC unroll 8
+        for (int a = 0; a < MB; ++a) {
+          const vfloat u = load(px + a * ldx + c / 2);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) acc[a][r] = M::add(acc[a][r], v[r], u);
+        }
+      } else if constexpr (kScaled) {  // widened bytes take registers: with all rows of W at once some sums would be in memory
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Pair v = get(w + r * stream + c);
@@ -201,27 +195,27 @@ template <class T, class X = T, class W = T> struct Product {
 #pragma GCC unroll 8
           for (int a = 0; a < MB; ++a) acc[a][r] += load(px + a * ldx + c + kWidth) * v.b;
         }
-        return;
-      }
-      Pair v[R];
+      } else {
+        Pair v[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) v[r] = get(w + r * stream + c);
+        for (int r = 0; r < R; ++r) v[r] = get(w + r * stream + c);
 #pragma GCC unroll 8
-      for (int a = 0; a < MB; ++a) {
-        vfloat u = load(px + a * ldx + c);
+        for (int a = 0; a < MB; ++a) {
+          vfloat u = load(px + a * ldx + c);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].a;
-      }
+          for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].a;
+        }
 #pragma GCC unroll 8
-      for (int a = 0; a < MB; ++a) {
-        vfloat u = load(px + a * ldx + c + kWidth);
+        for (int a = 0; a < MB; ++a) {
+          vfloat u = load(px + a * ldx + c + kWidth);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].b;
+          for (int r = 0; r < R; ++r) acc[a][r] += u * v[r].b;
+        }
       }
     };
     int64_t c = 0;
-    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return load_pair(p); });
-    if (c < k) step(c, [rest = k - c](const W* p) { return load_pair_partial(p, rest); });
+    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return M::some(p, kPairStep); });
+    if (c < k) step(c, [rest = k - c](const W* p) { return M::some(p, rest); });
 #pragma GCC unroll 8
     for (int a = 0; a < MB; ++a)
 #pragma GCC unroll 8
@@ -233,21 +227,25 @@ template <class T, class X = T, class W = T> struct Product {
 
   // ---- gemm ---------------------------------------------------------------------------------------------------------
 
-  // A panel holds (k, width). The last panel is one vector wide if its rows fit. Rows past m are zero.
+  // A panel holds (lanes of K, width). The last panel is one vector wide if its rows fit. Rows past m are zero.
   static int width_of(int64_t rows) { return rows > kWidth ? kPanel : kWidth; }
 
   void pack_panel(int64_t i) const {
     const int width = width_of(m - i);
-    float* to = packed + i * k;
+    float* to = packed + i * lanes();
     for (int half = 0; half < width; half += kWidth) {
       const int64_t rows = m - i - half < kWidth ? m - i - half : kWidth;
-      for (int64_t c = 0; c < k; c += kWidth) {
-        const int64_t rest = k - c;
+      const X* from = x + (i + half) * x_stride;
+      float step[kWidth] = {};
+      if constexpr (kOfIntegers) {
+        for (int r = 0; r < rows; ++r) step[r] = M::step(from + r * x_stride, k);
+        std::memcpy(steps() + i + half, step, sizeof(step));
+      }
+      for (int64_t c = 0; c < lanes(); c += kWidth) {
+        const int64_t rest = lanes() - c, at = c * M::kGroup;
         vfloat v[kWidth];
-        for (int r = 0; r < kWidth; ++r) {
-          const X* from = x + (i + half + (r < rows ? r : 0)) * x_stride + c;
-          v[r] = r >= rows ? vfloat{} : rest >= kWidth ? load(from) : load_partial(from, rest);
-        }
+        for (int r = 0; r < kWidth; ++r)
+          v[r] = r < rows ? M::lanes(from + r * x_stride + at, k - at, step[r]) : vfloat{};
         transpose(v);
         for (int r = 0; r < kWidth && r < rest; ++r) store(to + (c + r) * width + half, v[r]);
       }
@@ -256,7 +254,7 @@ template <class T, class X = T, class W = T> struct Product {
 
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float* widened = own + kGemmBlock * block_m();
-    float* sums = widened + kWeightRows * (kBlockK + kWidth);
+    float* sums = widened + kWeightRows * kWidened;
     for (int64_t i0 = 0; i0 < m; i0 += kBlockM) {
       const int64_t rows = m - i0 < kBlockM ? m - i0 : kBlockM, ld = padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
@@ -272,9 +270,17 @@ template <class T, class X = T, class W = T> struct Product {
 
   // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i.
   void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
-    for (int64_t c = 0; c < k || c == 0; c += kBlockK)
-      block(i0, rows, j, count, c, k - c < kBlockK ? k - c : kBlockK, own, ld, widened);
-    if constexpr (kScaled)
+    for (int64_t c = 0; c < k || c == 0; c += M::kDepth)
+      block(i0, rows, j, count, c, k - c < M::kDepth ? k - c : M::kDepth, own, ld, widened);
+    if constexpr (kOfIntegers)
+      for (int64_t r = 0; r < count; ++r) {
+        const uint32_t offset = 128u * M::sum_of(weight + (j + r) * weight_stride, k);  // the sums may have wrapped around
+        for (int64_t i = 0; i < ld; i += kWidth) {
+          const vint whole = bits_as<vint>(bits_as<vuint>(load(own + r * ld + i)) - offset);
+          store(own + r * ld + i, __builtin_convertvector(whole, vfloat) * load(steps() + i0 + i) * scale[j + r]);
+        }
+      }
+    else if constexpr (kScaled)
       for (int64_t r = 0; r < count; ++r)
         for (int64_t i = 0; i < ld; i += kWidth) store(own + r * ld + i, load(own + r * ld + i) * scale[j + r]);
   }
@@ -292,58 +298,54 @@ template <class T, class X = T, class W = T> struct Product {
   // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i; rows past `count` are not used.
   void block(int64_t i0, int64_t rows, int64_t j, int64_t count, int64_t c, int64_t depth, float* own, int64_t ld,
              float* widened) const {
-    const int64_t groups = (count + kWeightRows - 1) / kWeightRows;
+    const int64_t groups = (count + kWeightRows - 1) / kWeightRows, steps_of = (depth + M::kGroup - 1) / M::kGroup;
     for (int64_t g = 0; g < groups; ++g) {
-      const float* w[kWeightRows];
+      const Lane* w[kWeightRows];
       for (int64_t q = 0; q < kWeightRows; ++q) {
         const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
-        w[q] = as_float(weight + (j + r) * weight_stride + c, depth, widened + q * (kBlockK + kWidth));
+        w[q] = M::row(weight + (j + r) * weight_stride + c, depth, widened + q * kWidened);
       }
       for (int64_t i = 0; i < rows; i += kPanel) {
         const int width = width_of(m - i0 - i);
-        const float* panel = packed + (i0 + i) * k + c * width;
+        const float* panel = packed + (i0 + i) * lanes() + c / M::kGroup * width;
         float* out = own + g * ld + i;
-        width == kPanel ? outer_tile<2>(w, panel, depth, out, groups * ld, c == 0)
-                        : outer_tile<1>(w, panel, depth, out, groups * ld, c == 0);
+        width == kPanel ? outer_tile<2>(w, panel, steps_of, out, groups * ld, c == 0)
+                        : outer_tile<1>(w, panel, steps_of, out, groups * ld, c == 0);
       }
     }
   }
-  static const float* as_float(const float* from, int64_t, float*) { return from; }
-  template <class H> static const float* as_float(const H* from, int64_t depth, float* to) {
-    int64_t c = 0;
-    for (; c + kWidth <= depth; c += kWidth) store(to + c, load(from + c));
-    for (; c < depth; ++c) to[c] = load_one(from + c);
-    return to;
-  }
 
+  // depth: in lanes.
   template <int V>
-  static void outer_tile(const float* const* w, const float* panel, int64_t depth, float* out, int64_t ld, bool first) {
-    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *w4 = w[4], *w5 = w[5];
+  static void outer_tile(const Lane* const* w, const float* panel, int64_t depth, float* out, int64_t ld, bool first) {
+    const Lane *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *w4 = w[4], *w5 = w[5];
+    using Sum = typename M::Sum;
+    constexpr int64_t kChain = M::kChain / M::kGroup;
     int64_t c = 0;
     do {
-      const int64_t stop = depth - c < kSumChain ? depth : c + kSumChain;
-      vfloat acc[kWeightRows][V];
+      const int64_t stop = depth - c < kChain ? depth : c + kChain;
+      Sum acc[kWeightRows][V];
 #pragma GCC unroll 8
       for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] = vfloat{};
+        for (int v = 0; v < V; ++v) acc[r][v] = Sum{};
 #pragma GCC unroll 4  // the loop's own instructions take slots of the multiply-adds: 8% to 15%
       for (; c < stop; ++c) {
-        const float s[kWeightRows] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
+        const Lane s[kWeightRows] = {w0[c], w1[c], w2[c], w3[c], w4[c], w5[c]};
         vfloat u[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) u[v] = load(panel + (c * V + v) * kWidth);
 #pragma GCC unroll 8
         for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[r][v] += splat(s[r]) * u[v];
+          for (int v = 0; v < V; ++v) acc[r][v] = M::add(acc[r][v], s[r], u[v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kWeightRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           float* p = out + r * ld + v * kWidth;
-          store(p, first ? acc[r][v] : acc[r][v] + load(p));
+          store(p, bits_as<vfloat>(first ? acc[r][v] : acc[r][v] + bits_as<Sum>(load(p))));
         }
       first = false;
     } while (c < depth);
