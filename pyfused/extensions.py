@@ -75,8 +75,8 @@ def base_isa() -> str | None:
 
 
 def dot_products() -> str | None:
-    """The set for dot products that may be used beside base_isa(): the forced one, or this processor's best if no set is forced;
-    else None. Evidence decides for each product (evidence.dot_products), unless it is forced."""
+    """The set for dot products that may be used beside base_isa(): the forced one, or this processor's best if no set is
+    forced; else None. Evidence decides for each product (evidence.dot_products), unless it is forced."""
     forced = _active_isa or _forced_isa()
     if forced:
         return forced if forced in DOT_PRODUCTS else None

@@ -41,7 +41,11 @@ _C_TYPES = {"addr": ctypes.c_void_p, "int64_t": ctypes.c_int64, "bool": ctypes.c
 def build() -> Path:
     """The library with the kernels, compiled anew if a source has changed."""
     digest = hashlib.sha256(repr((FLAGS, shim.compiler())).encode())
-    for path in (DRIVER, *sorted((ROOT / "csrc").glob("cpu/**/*.[ch]*")), *sorted((ROOT / "csrc" / "include").rglob("*.h"))):
+    for path in (
+        DRIVER,
+        *sorted((ROOT / "csrc").glob("cpu/**/*.[ch]*")),
+        *sorted((ROOT / "csrc" / "include").rglob("*.h")),
+    ):
         digest.update(path.read_bytes())
     target = ROOT / "build" / "dot_on_cpu" / f"{digest.hexdigest()[:16]}.so"
     if not target.exists():
@@ -99,7 +103,9 @@ class Extension:
         self._real = real
         self.supported = ["baseline", base, name]
         self.kernels = Kernels(name)
-        setattr(self, base, getattr(real, [known for known in real.supported if known not in extensions.DOT_PRODUCTS][-1]))
+        setattr(
+            self, base, getattr(real, [known for known in real.supported if known not in extensions.DOT_PRODUCTS][-1])
+        )
         setattr(self, name, self.kernels)
 
     def __getattr__(self, name: str) -> Any:

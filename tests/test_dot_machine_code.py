@@ -16,30 +16,39 @@ FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 # The tile of the gemm, and that of the gemv where the set has it
-GEMM = "template void Product<float, float, int8_t, Quads>::outer_tile<2>(const lane32* const*, const float*, int64_t, float*, int64_t, bool);"
-PAIRS = """
-template void Product<bf16>::outer_tile<2>(const lane32* const*, const float*, int64_t, float*, int64_t, bool);
-template void Product<bf16>::dot_tile<4, 3>(int64_t, int64_t, int64_t, float*) const;
-"""
+OUTER = "outer_tile<2>(const lane32* const*, const float*, int64_t, float*, int64_t, bool);\n"
+GEMM = f"template void Product<float, float, int8_t, Quads>::{OUTER}"
+PAIRS = f"template void Product<bf16>::{OUTER}"
+PAIRS += "template void Product<bf16>::dot_tile<4, 3>(int64_t, int64_t, int64_t, float*) const;\n"
 
 
 @functools.cache
 def loops(name):
-    """{"outer_tile" or "dot_tile" of Pairs or Quads: the instructions of its loop with the most dot products}"""
-    source = '#include "pyfused/gemm.h"\nnamespace pyfused::PYFUSED_ISA {\n' + GEMM + (PAIRS if "bf16" in name else "") + "}"
-    flags = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-exceptions -fPIC -DPYFUSED_ISA=probe"
-    command = [shim.compiler(), "-x", "c++", *flags.split(), *FLAGS[name].split(), f"-I{ROOT / 'csrc' / 'include'}"]
-    done = subprocess.run([*command, "-S", "-o", "-", "-"], input=source, capture_output=True, text=True)
+    """{"Pairs gemm", "Pairs gemv" or "Quads gemm": the instructions of the tile's inner loop}"""
+    tiles = GEMM + (PAIRS if "bf16" in name else "")
+    source = f'#include "pyfused/gemm.h"\nnamespace pyfused::PYFUSED_ISA {{\n{tiles}}}'
+    flags = f"-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-exceptions -fPIC {FLAGS[name]}"
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    command = [shim.compiler(), "-x", "c++", *flags.split(), "-DPYFUSED_ISA=probe", include, "-S", "-o", "-", "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]
     found = {}
-    for function, body in re.findall(r"^(_ZN\w*(?:outer|dot)_tile\w*):\n(.*?)^\t\.cfi_endproc", done.stdout, re.M | re.S):
-        kind = ("Pairs" if "Pairs" in function else "Quads") + (" gemm" if "outer_tile" in function else " gemv")
-        lines = [line.strip() for line in body.splitlines() if re.match(r"\t[a-z]|\.L\w+:", line)]
-        labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-        ranges = [(labels[line.split()[-1]], i) for i, line in enumerate(lines) if line.startswith("j") and line.split()[-1] in labels]
-        bodies = [[line for line in lines[a:b] if not line.endswith(":")] for a, b in ranges if a < b]
-        found[kind] = max(bodies, key=lambda loop: (sum("vpdpb" in i or "vdpb" in i for i in loop), -len(loop)))
+    tile = r"^(_ZN\w*(?:outer|dot)_tile\w*):\n(.*?)^\t\.cfi_endproc"
+    for function, body in re.findall(tile, done.stdout, re.MULTILINE | re.DOTALL):
+        kind = "Pairs" if "Pairs" in function else "Quads"
+        found[f"{kind} {'gemm' if 'outer_tile' in function else 'gemv'}"] = inner_loop(body)
     return found
+
+
+def inner_loop(body):
+    """The instructions of the loop with the most dot products, of those that hold no other loop."""
+    lines = [line.strip() for line in body.splitlines() if re.match(r"\t[a-z{]|\.L\w+:", line)]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    jumps = [(labels.get(line.split()[-1], len(lines)), i) for i, line in enumerate(lines) if line.startswith("j")]
+    back = [jump for jump in jumps if jump[0] < jump[1]]
+    inner = [(a, b) for a, b in back if not any(a <= c and d <= b for c, d in back if (c, d) != (a, b))]
+    bodies = [[line for line in lines[a : b + 1] if not line.endswith(":")] for a, b in inner]
+    return max(bodies, key=lambda loop: sum("dpb" in line for line in loop))
 
 
 CASES = [
@@ -53,9 +62,10 @@ CASES = [
 @pytest.mark.parametrize("name, kind, instruction, register", CASES)
 def test_the_inner_loop(name, kind, instruction, register):
     loop = loops(name)[kind]
-    dots = [line for line in loop if line.startswith(instruction)]
+    dots = [line for line in loop if instruction in line]
     assert len(dots) in (12, 48), loop
     assert all(register in line for line in dots)
     assert len({line.rsplit("%", 1)[1] for line in dots}) == 12, "each of 12 sums has a register"
     assert not [line for line in loop if "(%rsp" in line or "(%rbp" in line], "a sum is in memory"
-    assert len(loop) / len(dots) < 1.8, loop  # loads, and the loop's own
+    most = 2.6 if kind.endswith("gemv") else 2.0
+    assert len(loop) / len(dots) < most, "loads, and the loop's own instructions"

@@ -84,7 +84,16 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
         return None
     (rows, k, x_stride), n, weight_stride, residual_stride = of_x, weight.shape[0], of_weight[2], of_residual[2]
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    numbers = rows, n, k, x_stride, weight_stride, residual_stride, *(() if dynamic else (transposed,)), DTYPE_CODES[dtype]
+    numbers = (
+        rows,
+        n,
+        k,
+        x_stride,
+        weight_stride,
+        residual_stride,
+        *(() if dynamic else (transposed,)),
+        DTYPE_CODES[dtype],
+    )
     kernel, new = _kernel(x, weight, scale, dynamic), maker(shape, dtype)
 
     def launch(x, weight, bias, residual, scale=None, dynamic=False):

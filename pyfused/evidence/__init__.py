@@ -220,7 +220,9 @@ _UNMEASURED = {"triton": 1.0 + 1e-9, "reference": 1.0}
 
 def ranks(operator: str, function: str, device: str) -> bool:
     """Whether rank() may change the order. Lines about CPU kernels never do: these choose the library themselves."""
-    return any(line[:2] == (operator, function) and line.speed.keys() - OF_CPU - {"reference"} for line in lines(device))
+    return any(
+        line[:2] == (operator, function) and line.speed.keys() - OF_CPU - {"reference"} for line in lines(device)
+    )
 
 
 @remembered

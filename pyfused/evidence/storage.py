@@ -8,8 +8,8 @@ A file is about one kind of machine (machine.py), and `pyfused tune` writes it:
 
 `shapes` is a class of shapes and "1", "16", "512" are sizes within it (shapes.py). `speed` is how many times as fast as plain
 PyTorch a backend was at each size; 0 means that its output was wrong. The backend `reference` has a speed of its own where
-users of plain PyTorch would call something else, such as SDPA for attention. A line about a GPU has no `threads`. In one about a
-CPU a set of extensions.DOT_PRODUCTS, such as "avx512_bf16", stands for the backend `cpu` with the products of that set.
+users of plain PyTorch would call something else, such as SDPA for attention. A line about a GPU has no `threads`. In one about
+a CPU a set of extensions.DOT_PRODUCTS, such as "avx512_bf16", stands for the backend `cpu` with the products of that set.
 pyfused/tiles.py describes the rows of `tiles`.
 
 Three files are read, in this order: this machine's own, in the user's cache folder; the one shipped for its kind; the one
@@ -193,6 +193,8 @@ def render(found: Iterable[Line]) -> str:
         for backend, by_size in line.speed.items():
             speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
             threads = f"{line.threads} thread{'s' * (line.threads > 1)}" if line.threads else ""
-            call = f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<11}"
+            call = (
+                f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<11}"
+            )
             rows.append(f"{call} {speeds}  [{line.source}]")
     return "\n".join(rows)

@@ -173,8 +173,8 @@ def tune(
 def _measured(
     point: Point, dtype: torch.dtype, seconds: float, clock: Callable[[], float]
 ) -> Iterator[tuple[str, int, tuple[str, str, str], float | None]]:
-    """For each way to run the point on this CPU: its name in a line of evidence, the size, (operator, dtype, class of shapes), and
-    _speed()."""
+    """For each way to run the point on this CPU: its name in a line of evidence, the size, (operator, dtype, class of shapes),
+    and _speed()."""
     dot_products = extensions.dot_products()
     for instructions in (None, dot_products) if dot_products else (None,):
         if not point.has(instructions, dtype):

@@ -17,7 +17,7 @@ from pyfused.kernels.shared import int8
 from pyfused.testing import assert_close, running
 
 WIDTH = dot_emulation.WIDTH
-# Few rows (by dot products up to 16), and many: one vector of rows, two, several panels, two blocks of 128. K ends inside a group,
+# Few rows (a gemv up to 16), and many: one vector of rows, two, several panels, two blocks of 128. K ends inside a group,
 # inside a vector, and after one block; N inside a group of six rows of W and inside a block of 48.
 SHAPES = [
     *itertools.product([1, 2, 3, 4, 5, 6, 7, 16, 17, 33], [(1, 5), (5, 1), (131, 97), (64, 48)]),
