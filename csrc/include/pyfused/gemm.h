@@ -214,7 +214,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       }
     };
     int64_t c = 0;
-    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return M::some(p, kPairStep); });
+    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return M::some(p); });
     if (c < k) step(c, [rest = k - c](const W* p) { return M::some(p, rest); });
 #pragma GCC unroll 8
     for (int a = 0; a < MB; ++a)

@@ -58,10 +58,9 @@ struct Elements {
 
   static PYFUSED_INLINE vfloat add(vfloat sum, float w, vfloat x) { return sum + splat(w) * x; }
 
-  // The next kPairStep elements of a row of W with `rest` left, for a gemv.
-  template <class W> static PYFUSED_INLINE Pair some(const W* from, int64_t rest) {
-    return rest >= 2 * kWidth ? load_pair(from) : load_pair_partial(from, rest);
-  }
+  // The next 2 kWidth elements of a row of W for a gemv, or the last ones.
+  template <class W> static PYFUSED_INLINE Pair some(const W* from) { return load_pair(from); }
+  template <class W> static PYFUSED_INLINE Pair some(const W* from, int64_t rest) { return load_pair_partial(from, rest); }
 
   // The next kWidth lanes of a row of x with `rest` elements left. The last argument is for Quads.
   template <class X> static PYFUSED_INLINE vfloat lanes(const X* from, int64_t rest, float) {
@@ -131,6 +130,7 @@ struct Pairs {
     else std::memcpy(&v, from, rest * sizeof(bf16));
     return v;
   }
+  static PYFUSED_INLINE vuint some(const bf16* from) { return some(from, kGroup * kWidth); }
   static PYFUSED_INLINE vuint some(const bf16* from, int64_t rest) { return bits_as<vuint>(lanes(from, rest)); }
   static const lane32* row(const bf16* from, int64_t count, float* to) { return whole_groups<kGroup>(from, count, to); }
 };
