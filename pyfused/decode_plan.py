@@ -224,3 +224,7 @@ class DecodeStep(NamedTuple):
     cross: list[Tensor]  # the same of the encoder, (sources, H, Se, d); B / sources rows share a source
     cross_mask: Tensor | None  # (sources, Se) bool
     choose: bool  # whether to return the likeliest tokens too
+    uniform: Tensor | None = None  # (B,) float64 in [0, 1): `choose` draws with these, in place of the likeliest tokens
+    temperature: float = 1.0  # of the draw, as top_k and top_p; kernels/shared/draw.py says what they mean
+    top_k: int = 0
+    top_p: float = 1.0

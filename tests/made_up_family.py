@@ -6,7 +6,7 @@ from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.options import SILENT
 from pyfused.checkpoints.plan import whole
 from pyfused.families import Family
-from pyfused.generation.sampling import likeliest_token
+from pyfused.generation.decoder import chosen
 from pyfused.models.backbone import Backbone
 from pyfused.models.dtypes import resolve_dtype
 from pyfused.nn import Mlp, ReversibleEmbedding, RMSNorm
@@ -60,7 +60,7 @@ class BigramDecoding:
 
     def step(self, tokens, choose=False):
         logits = self.model.logits(self.model(token_ids=tokens))
-        return likeliest_token(logits) if choose else logits
+        return chosen(logits, choose)
 
     def select(self, texts):
         pass

@@ -8,10 +8,11 @@
 //   "cross query", "cross attention", "cross output"   the same, if there is an encoder
 //   "up"                     norm, product with gate and inner, activation
 //   "down"                   one product
-// then "logits", and block 0 chooses a token. Every block keeps the residual stream in its shared memory and computes the norms
-// for itself: it reads 3 KB a row from the L2, which takes less time than a barrier. Activations are float32 from the embedding
-// to the logits; caches and logits have the weights' dtype. The next product's weights are on their way while a block waits
-// (decode_product.cuh). No atomics on floats: the result is the same to the last bit, with any number of blocks.
+// then "logits", and a token is chosen (decode_choice.cuh). Every block keeps the residual stream in its shared memory and
+// computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than a barrier. Activations are float32
+// from the embedding to the logits; caches and logits have the weights' dtype. The next product's weights are on their way
+// while a block waits (decode_product.cuh). No atomics on floats: the result is the same to the last bit, with any number of
+// blocks.
 //
 // Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
 //   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the
@@ -19,24 +20,24 @@
 //                 The head's 77 MB take 26 us. In all about 180 us.
 //   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
 //                 In all about 260 us.
-// `choose` adds a barrier. So barriers, not bytes, set the pace of small models, and int8 shortens only the head there. Of
-// GPT-2 XL's 3.1 GB (1,040 us, 240 barriers) about 60% hide behind barriers.
+// Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds 7 us, in which one block passes over them, and
+// 2 us for a search by index, or 7 us for one by score (4 to list a bucket, 3 for the bits): 9 us with a temperature alone, 21
+// with top p. As operators it is 15 to 20 launches, one of them a sort. So barriers, not bytes, set the pace of small models,
+// and int8 shortens only the head there. Of GPT-2 XL's 3.1 GB (1,040 us, 240 barriers) about 60% hide behind barriers.
 #include "kernels.h"
 
-#include "decode_attention.cuh"
+#include "decode_choice.cuh"
 
 namespace pyfused::cuda {
 namespace {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
-  using Base = DecodeAttention<T, ROWS>;
-  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::operand, Base::sums;
-  using Base::kSums;
+template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
+  using Base = DecodeChoice<T, ROWS>;
+  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::operand, Base::top;
 
   const int hidden = (int)this->a.plan.hidden, inner = (int)(this->a.plan.heads * this->a.plan.head_size);
-  Top top{-INFINITY, 0x7fffffff};  // of the logits that this lane wrote, all of one row
 
   __device__ Decode(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -74,7 +75,7 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
       }
       grid_barrier(a.barrier, ended);
     }
-    if (a.call.chosen) choose();
+    if (a.call.chosen) this->choose();
   }
 
   // A barrier has the name of the phase that it ends.
@@ -251,34 +252,6 @@ template <class T, int ROWS> struct Decode : DecodeAttention<T, ROWS> {
     const T rounded = narrow<T>(value);
     ((T*)a.call.logits)[(int64_t)row * a.plan.head.n + feature] = rounded;
     top = better(top, {widen(rounded), feature});
-  }
-
-  // The likeliest token of each row: of the block, then of the grid. -1 where the largest logit is not finite.
-  __device__ void choose() {
-    float* values = sums;
-    int* tokens = (int*)(values + warps * kSums);
-    __syncthreads();  // the product's sums have been read
-    if (lane < kSums) values[warp * kSums + lane] = top.value, tokens[warp * kSums + lane] = top.token;
-    __syncthreads();
-    if ((int)threadIdx.x < m) {
-      Top best{-INFINITY, 0x7fffffff};
-      for (int w = 0; w < warps; ++w)
-        for (int c = 0; c < kColumns; ++c) {
-          const int at = w * kSums + threadIdx.x * kColumns + c;
-          best = better(best, {values[at], tokens[at]});
-        }
-      a.top[blockIdx.x * m + threadIdx.x] = best.value, a.winner[blockIdx.x * m + threadIdx.x] = best.token;
-    }
-    grid_barrier(a.barrier, name_of(Phase::kLogits));
-    if (blockIdx.x > 0) return;
-    for (int row = warp; row < m; row += warps) {
-      Top best{-INFINITY, 0x7fffffff};
-      for (int block = lane; block < (int)gridDim.x; block += kWarp)
-        best = better(best, {__ldcg(a.top + block * m + row), __ldcg(a.winner + block * m + row)});
-      for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        best = better(best, {__shfl_xor_sync(kAllLanes, best.value, offset), __shfl_xor_sync(kAllLanes, best.token, offset)});
-      if (lane == 0) ((int64_t*)a.call.chosen)[row] = fabsf(best.value) < INFINITY ? best.token : -1;
-    }
   }
 };
 

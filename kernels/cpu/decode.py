@@ -6,6 +6,7 @@ import torch
 
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
+from pyfused.kernels.shared.draw import drawn_token
 from pyfused.kernels.shared.prepared import CPU
 
 from .linear import MOST_ROWS_BY_COLUMNS
@@ -50,7 +51,10 @@ def forward(like, plan, step):
         c_plan = plan.prepared["cpu"] = CPlan.of(plan)
     rows = step.tokens.shape[0]
     logits = torch.empty(rows, plan.outputs, dtype=like.dtype, device=CPU)
-    chosen = torch.empty(rows, dtype=torch.int64, device=CPU) if step.choose else None
+    draws = step.choose and step.uniform is not None
+    chosen = torch.empty(rows, dtype=torch.int64, device=CPU) if step.choose and not draws else None
     call = CCall.of(step, logits, chosen)
     cpu().decode_forward(ctypes.addressof(c_plan), ctypes.addressof(call), DTYPE_CODES[like.dtype])
+    if draws:
+        chosen = drawn_token(logits, step.uniform, step.temperature, step.top_k, step.top_p)
     return logits, chosen

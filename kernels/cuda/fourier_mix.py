@@ -14,7 +14,7 @@ from ._launch import pointers, shared_memory, where
 
 @kept_on_device
 def _fourier_table(n):
-    return plan(n)[1]
+    return plan(n, by_output=True)[1]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from pyfused.activations import ACTIVATIONS
 from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.draw import drawn_token, likeliest_token
 
 
 def forward(like, plan, step):
@@ -47,8 +48,9 @@ def forward(like, plan, step):
     logits = (_product(plan.head, y) * plan.logits_scale).to(like.dtype)
     if not step.choose:
         return logits, None
-    best = logits.argmax(-1, keepdim=True)
-    return logits, best.masked_fill(~logits.gather(-1, best).isfinite(), -1).squeeze(-1)
+    if step.uniform is None:
+        return logits, likeliest_token(logits)
+    return logits, drawn_token(logits, step.uniform, step.temperature, step.top_k, step.top_p)
 
 
 def _rows(matrix, ids, dtype):

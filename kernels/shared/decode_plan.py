@@ -121,7 +121,9 @@ class CCall(ctypes.Structure):
         *_fields(_INT, "batch_stride head_stride row_stride"),
         ("cross_caches", _ADDRESS),
         *_fields(_INT, "sources source_length cross_batch_stride cross_head_stride cross_row_stride"),
-        *_fields(_ADDRESS, "cross_mask logits chosen"),
+        *_fields(_ADDRESS, "cross_mask logits chosen uniform"),
+        *_fields(_FLOAT, "temperature top_p"),
+        ("top_k", _INT),
     )
 
     @classmethod
@@ -140,7 +142,8 @@ class CCall(ctypes.Structure):
             ctypes.addressof(caches),
             *step.caches[0].stride()[:3],
         )
-        made.logits, made.chosen = logits.data_ptr(), _address(chosen)
+        made.logits, made.chosen, made.uniform = logits.data_ptr(), _address(chosen), _address(step.uniform)
+        made.temperature, made.top_k, made.top_p = step.temperature, step.top_k, step.top_p
         of_cross = None
         if cross:
             of_cross = _addresses(cross)

@@ -1,6 +1,6 @@
 """How is a DFT split into stages, and what are its tables? Both are computed once per length, the tables in float64.
 
-csrc/cpu/fft.h and csrc/cuda/fft.cuh read them; fft.h documents their layout.
+csrc/cpu/fft.h and csrc/cuda/fft.cuh read them and say how they lie.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def _roots(numerators: torch.Tensor, n: int) -> torch.Tensor:
     return torch.stack((angles.cos(), angles.sin()), -1)
 
 
-def _stages(n: int) -> list[torch.Tensor]:
+def _stages(n: int, by_output: bool) -> list[torch.Tensor]:
     tables, length = [], n
     for r in radices(n):
         m = length // r
         if m > 1:
-            tables.append(_roots(torch.arange(m, device="cpu")[:, None] * torch.arange(1, r, device="cpu"), length))
+            twiddles = _roots(torch.arange(m, device="cpu")[:, None] * torch.arange(1, r, device="cpu"), length)
+            tables.append(twiddles.transpose(0, 1) if by_output else twiddles)
         if r not in _RADICES:
             conjugate = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
             tables.append(_roots(torch.arange(r, device="cpu"), r) * conjugate)
@@ -58,8 +59,11 @@ def _convolution_length(n: int) -> int:
 
 
 @functools.cache
-def plan(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(plan, tables) of a DFT of length n in the layout of csrc/cpu/fft.h: int64 and float32, on the CPU."""
+def plan(n: int, *, by_output: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(plan, tables) of a DFT of length n in the layout of csrc/cpu/fft.h: int64 and float32, on the CPU.
+
+    by_output: a stage's twiddles lie by a butterfly's output, then by butterfly, as csrc/cuda/fft.cuh reads them.
+    """
     tables: list[torch.Tensor] = []
     length = convolution = 0
     if max(radices(n), default=1) > LARGEST_DIRECT:
@@ -70,7 +74,7 @@ def plan(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         kernel[:n] = torch.view_as_complex(chirp).conj()
         kernel[length - n + 1 :] = kernel[1:n].flip(0)
         tables = [chirp, torch.view_as_real(torch.fft.fft(kernel) / length)]
-    tables += _stages(length or n)
+    tables += _stages(length or n, by_output)
     stages = radices(length or n)
     floats = torch.cat([t.reshape(-1) for t in tables]).float() if tables else torch.empty(0, device="cpu")
     return torch.tensor([n, convolution, len(stages), *stages], device="cpu"), floats

@@ -11,6 +11,7 @@ from ..models.call import Call
 from ..models.gpt2 import GPT2Backbone
 from ..nn import CAUSAL, KVCache, Visibility
 from .decoder import Decoder, chosen
+from .sampling import Choice
 
 
 def prefill(model: GPT2Backbone, cache: KVCache, prompts: list[np.ndarray]) -> Tensor:
@@ -103,7 +104,7 @@ class GPT2Decoding:
         else:
             self._cache.at_positions(torch.tensor(self._lengths, device=self._places.device), max(self._lengths) + 1)
 
-    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
+    def step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
         cache = self._cache
         found = None if self._decoder is None else self._decoder(tokens, choose)
         if found is None:
@@ -117,14 +118,14 @@ class GPT2Decoding:
         self._lengths = [n + 1 for n in self._lengths]
         return found
 
-    def fixed_step(self, tokens: Tensor) -> Tensor:
+    def fixed_step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
         assert self._positions is not None
-        logits = None if self._decoder is None else self._decoder(tokens, False)
-        if logits is None:
+        found = None if self._decoder is None else self._decoder(tokens, choose)
+        if found is None:
             mask = self._places <= self._positions[:, None]
-            logits = self._called(tokens, self._positions[:, None], mask)
+            found = chosen(self._called(tokens, self._positions[:, None], mask), choose)
         self._positions += 1
-        return logits
+        return found
 
     def _called(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
         call = Call(tokens[:, None], position_ids, visible=Visibility(padding_mask=mask), cache=self._cache)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sampling import NO_TOKEN, Sampler, no_token
+from .sampling import NO_TOKEN, Choice, Sampler, no_token
 
 
 @torch.inference_mode()
@@ -31,11 +31,8 @@ def run_queue(
     texts = [waiting.popleft() for _ in range(rows)]  # the prompt in each row
     tokens = torch.tensor([decoding.admit(row, prompts[text]) for row, text in enumerate(texts)], device=draws.device)
     while texts:
-        if sampler.is_greedy:
-            tokens = decoding.step(tokens, choose=True)
-        else:
-            uniform = draws[texts, [len(out[text]) for text in texts]]
-            tokens = sampler(decoding.step(tokens), uniform)
+        choose = sampler.is_greedy or Choice(sampler, draws[texts, [len(out[text]) for text in texts]])
+        tokens = decoding.step(tokens, choose)
         ended = []
         for row, (text, token) in enumerate(zip(texts, tokens.tolist())):
             if token == NO_TOKEN:

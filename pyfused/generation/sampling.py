@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Replaces a token if the logits choose none: they hold NaN or inf, or only -inf.
-NO_TOKEN = -1
+from ..kernels.shared.draw import NO_TOKEN, drawn_token, likeliest_token
+
+__all__ = ["NO_TOKEN", "Choice", "Sampler", "likeliest_token", "no_token", "uniforms"]
 
 # float32 can divide by these temperatures on every device. Some devices multiply by the reciprocal; some read subnormals as 0.
 _COLDEST, _HOTTEST = 2.0**-126, 2.0**126
@@ -51,36 +52,24 @@ class Sampler:
         """logits (B, V), uniform (B,) float64 in [0, 1) -> tokens (B,) int64; NO_TOKEN if the logits choose none."""
         if self.is_greedy:
             return likeliest_token(logits)
-        top, likeliest = logits.max(-1, keepdim=True)
-        # Subtract the maximum before dividing: a tiny temperature then gives -inf, not inf - inf.
-        scores = (logits.float() - top) / float(min(self.temperature, _HOTTEST))
-        order = None
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            scores, order = scores.topk(self.top_k)
-        elif self.top_p is not None and self.top_p < 1.0:
-            scores, order = scores.sort(descending=True)
-        probabilities = torch.softmax(scores, -1, dtype=torch.float64)
-        cumulative = probabilities.cumsum(-1)
-        last = torch.full_like(cumulative[:, :1], cumulative.shape[-1] - 1, dtype=torch.int64)
-        if order is not None and self.top_p is not None:
-            # A token stays if the tokens before it hold less than top_p. The first always stays.
-            last = (((cumulative - probabilities) < self.top_p).sum(-1, keepdim=True) - 1).clamp_(min=0)  # for NaN
-        total = cumulative.gather(-1, last)
-        pick = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).minimum(last)
-        token = pick if order is None else order.gather(-1, pick)
-        # In a parallel sum rounding may add to the total at a token of probability 0, and the draw may pick it.
-        return _or_none(torch.where(probabilities.gather(-1, pick) > 0.0, token, likeliest), top)
+        return drawn_token(logits, uniform, *self.cuts)
+
+    @property
+    def cuts(self) -> tuple[float, int, float]:
+        """Temperature, top k and top p as drawn_token and `decode` take them."""
+        return float(min(self.temperature, _HOTTEST)), self.top_k or 0, 1.0 if self.top_p is None else float(self.top_p)
 
 
-def likeliest_token(logits: Tensor) -> Tensor:
-    """logits (B, V) -> the first of the largest, (B,) int64; NO_TOKEN where the largest is not finite."""
-    token = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
-    return _or_none(token, logits.gather(-1, token))
+@dataclass(frozen=True)
+class Choice:
+    """What a step chooses its tokens with: a sampler, and a number of [0, 1) for each row, (B,) float64."""
 
+    sampler: Sampler
+    uniform: Tensor
 
-def _or_none(token: Tensor, top: Tensor) -> Tensor:
-    """tokens (B, 1) -> (B,), with NO_TOKEN where the largest logit is not finite. It is NaN if any logit is."""
-    return token.masked_fill(~top.isfinite(), NO_TOKEN).squeeze(-1)
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits (B, V) -> tokens (B,) int64."""
+        return self.sampler(logits, self.uniform)
 
 
 def no_token(row: int, step: int, dtype: torch.dtype) -> FloatingPointError:
@@ -88,7 +77,9 @@ def no_token(row: int, step: int, dtype: torch.dtype) -> FloatingPointError:
     hint = "the model's weights or what it computes of them are not finite"
     if dtype == torch.float16:
         hint = "float16 ends at 65504; dtype='bfloat16' and 'float32' reach further"
-    return FloatingPointError(f"the logits of new token {step} of prompts[{row}] choose none: they hold NaN or inf; {hint}")
+    return FloatingPointError(
+        f"the logits of new token {step} of prompts[{row}] choose none: they hold NaN or inf; {hint}"
+    )
 
 
 def uniforms(seed: int | None, rows: int, count: int) -> Tensor:

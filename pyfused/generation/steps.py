@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import dispatch
 from ..families import FAMILIES, families_of, load
 from ..models.backbone import Backbone
-from .sampling import Sampler
+from .sampling import Choice, Sampler
 
 _CAPTURING = threading.Lock()  # all captures share one stream
 
@@ -42,9 +42,9 @@ class Decoding(Protocol):
     def start(self, prompts: list[np.ndarray]) -> Tensor:
         """The logits of the first new token of each prompt, (B, V). With beams, of each beam."""
 
-    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
-        """Feeds one token to each row, (B,), and returns the next logits, (B, V). With `choose` it returns the likeliest next
-        tokens (B,), or NO_TOKEN."""
+    def step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
+        """Feeds one token to each row, (B,), and returns the next logits, (B, V). With True it returns the likeliest next
+        tokens (B,), with a Choice those that it chooses, or NO_TOKEN."""
 
     def begin(self) -> None:
         """Makes all rows empty, for admit(). It takes the place of start()."""
@@ -52,7 +52,7 @@ class Decoding(Protocol):
     def admit(self, row: int, prompt: np.ndarray) -> int:
         """Puts a text into a row, in place of the one before. Returns the first token to feed to it."""
 
-    def fixed_step(self, tokens: Tensor) -> Tensor:
+    def fixed_step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
         """As step, for a CUDA graph: shapes and addresses never change, and the host reads nothing."""
 
     @property
@@ -114,10 +114,7 @@ class EagerSteps:
         return self._tokens
 
     def next(self, uniform: Tensor) -> Tensor:
-        if self._sampler.is_greedy:
-            self._tokens = self._decoding.step(self._tokens, choose=True)
-        else:
-            self._tokens = self._sampler(self._decoding.step(self._tokens), uniform)
+        self._tokens = self._decoding.step(self._tokens, Choice(self._sampler, uniform))
         return self._tokens
 
     def read(self, tokens: Tensor) -> Callable[[], list[int]]:
@@ -229,7 +226,7 @@ class GraphSteps(Captured):
 
     def _step(self) -> None:
         fed = self._tokens.clamp(min=0)  # the host checks for NO_TOKEN later; until then the graph needs a valid id
-        self._tokens.copy_(self._sampler(self._decoding.fixed_step(fed), self._uniform))
+        self._tokens.copy_(self._decoding.fixed_step(fed, Choice(self._sampler, self._uniform)))
 
     def keep(self, slots: list[int]) -> bool:
         return False

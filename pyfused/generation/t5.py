@@ -18,6 +18,7 @@ from ..models.t5 import T5Backbone
 from ..nn import Visibility
 from ..ops import relative_bias
 from .decoder import Decoder, chosen
+from .sampling import Choice
 
 
 class T5Decoding:
@@ -117,7 +118,7 @@ class T5Decoding:
         else:
             cache.encoder_mask = mask
 
-    def step(self, tokens: Tensor, choose: bool = False) -> Tensor:
+    def step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
         cache = self._cache
         found = None if self._decoder is None else self._decoder(tokens, choose)
         if found is None:
@@ -135,15 +136,16 @@ class T5Decoding:
         bias = self._bias[0, :, 0][:, distance].transpose(0, 1)[:, :, None]  # (B, H, 1, extent)
         return Visibility(padding_mask=self._places[:extent] <= positions[:, None], attn_bias=bias)
 
-    def fixed_step(self, tokens: Tensor) -> Tensor:
-        logits = None if self._decoder is None else self._decoder(tokens, False)
-        if logits is None:
+    def fixed_step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
+        found = None if self._decoder is None else self._decoder(tokens, choose)
+        if found is None:
             capacity, position = self._cache.capacity, self._positions[:1]
             distance = (capacity - 1 - position + self._places).clamp_(max=capacity - 1)
             mask = (self._places <= position).expand(len(tokens), capacity)
-            logits = self._called(tokens, Visibility(padding_mask=mask, attn_bias=self._bias[..., distance]))
+            visible = Visibility(padding_mask=mask, attn_bias=self._bias[..., distance])
+            found = chosen(self._called(tokens, visible), choose)
         self._positions += 1
-        return logits
+        return found
 
     def _called(self, tokens: Tensor, visible: Visibility) -> Tensor:
         call = Call(tokens[:, None], visible=visible, cache=self._cache, memory_mask=self._cache.encoder_mask)

@@ -1,4 +1,4 @@
-"""decode: one generation step of a whole decoder. Token ids in, logits or the likeliest tokens out.
+"""decode: one generation step of a whole decoder. Token ids in, logits or the next tokens out.
 
 It is one call of one kernel, without Python between the layers. A plan (pyfused/decode_plan.py) says what the layers are. It
 gives no gradient. Each backend's `forward` takes a tensor of the plan's dtype and device, which dispatch looks at, the plan and
@@ -31,6 +31,10 @@ def decode(
     padding_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     choose: bool = False,
+    uniform: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Tensor:
     """Feeds one token to each row and counts it in the cache.
 
@@ -42,17 +46,22 @@ def decode(
             up to that one.
         padding_mask: (B, Sk), nonzero for a key that a row sees; Sk counts the new token. None hides none.
         position_ids: (B,) int64, the rows of the position table; None takes the places in the cache.
-        choose: return the likeliest tokens instead of the logits.
+        choose: return tokens instead of the logits: the likeliest ones, or with `uniform` drawn ones.
+        uniform: (B,) float64 in [0, 1). Row b draws a token of softmax(logits / temperature) with uniform[b].
+        temperature: of the draws, 2**-126 to 2**126.
+        top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds this much
+            probability. With both, top_p cuts the result of top_k. None cuts nothing.
 
     Returns:
-        Logits (B, V) of the plan's dtype, or with `choose` tokens (B,) int64: the first of the largest logits, -1 where the
-        largest is not finite. A plan without a head gives the hidden states behind the final norm, (B, D).
+        Logits (B, V) of the plan's dtype, or with `choose` tokens (B,) int64: the first of the largest logits, or drawn ones;
+        -1 where the largest is not finite. A plan without a head gives the hidden states behind the final norm, (B, D).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. IndexError: an id out of range, where the host
         holds it.
     """
-    logits, chosen = run(plan, bind(plan, tokens, cache, padding_mask, position_ids, choose)[2])
+    step = bind(plan, tokens, cache, padding_mask, position_ids, choose, uniform, temperature, top_k, top_p)[2]
+    logits, chosen = run(plan, step)
     cache.advance()
     return chosen if choose else logits  # type: ignore[return-value]
 
@@ -90,7 +99,10 @@ def step_of(
     return DecodeStep(tokens, places, position_ids, mask, place, most, cache.tensors, cross, cross_mask, choose)
 
 
-def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False) -> tuple[Any, ...]:
+def bind(
+    plan, tokens, cache, padding_mask=None, position_ids=None, choose=False, uniform=None, temperature=1.0, top_k=None,
+    top_p=None,
+) -> tuple[Any, ...]:  # fmt: skip
     """Checks the arguments. Returns what dispatch and the backends take."""
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.plan_of(model)")
@@ -128,7 +140,40 @@ def bind(plan, tokens, cache, padding_mask=None, position_ids=None, choose=False
         raise ValueError("choose is True; a plan without a head gives hidden states and takes False")
     if position_ids is not None:
         position_ids = position_ids.contiguous()
-    return like, plan, step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
+    step = step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
+    if uniform is not None or (temperature, top_k, top_p) != (1.0, None, None):
+        _check_draw(choose, uniform, temperature, top_k, top_p, b, like)
+        cut = 1.0 if top_p is None else float(top_p)
+        step = step._replace(uniform=uniform.contiguous(), temperature=float(temperature), top_k=top_k or 0, top_p=cut)
+    return like, plan, step
+
+
+def _check_draw(choose: Any, uniform: Any, temperature: Any, top_k: Any, top_p: Any, rows: int, like: Tensor) -> None:
+    if uniform is None:
+        raise ValueError("temperature, top_k or top_p is given without uniform; they take numbers to draw with")
+    if not isinstance(uniform, Tensor):
+        raise TypeError(f"uniform is a {type(uniform).__name__}; it takes a torch.Tensor or None")
+    if not choose:
+        raise ValueError("uniform is given and choose is False; draws take choose=True")
+    if uniform.dtype != torch.float64 or tuple(uniform.shape) != (rows,) or uniform.device != like.device:
+        what = f"{name_of(uniform.dtype)} {tuple(uniform.shape)} on {uniform.device}"
+        raise ValueError(f"uniform is {what}; it takes float64 (B,) = {(rows,)} on {like.device}")
+    if may_look(uniform) and not bool(((uniform >= 0) & (uniform < 1)).all()):
+        raise ValueError("uniform holds a number outside of [0, 1)")
+    number, none = (int, float), type(None)
+    for name, value, kinds, meaning in (
+        ("temperature", temperature, number, "a number"),
+        ("top_k", top_k, (int, none), "an int or None"),
+        ("top_p", top_p, (*number, none), "a number or None"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} is {value!r}; it takes {meaning}")
+    if not 2.0**-126 <= temperature <= 2.0**126:
+        raise ValueError(f"temperature is {temperature}; it takes 2**-126 to 2**126")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it takes at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; it takes 0 < top_p <= 1")
 
 
 def _check_cache(plan: DecodePlan, cache: KVCache, rows: int) -> None:
@@ -179,8 +224,8 @@ def _check_ids(ids: Any, name: str, rows: int, table: Any, like: Tensor) -> None
 
 _SCHEMA = (
     "decode(Tensor?[] weights, float[] numbers, str activation, Tensor tokens, Tensor? places, Tensor? position_ids, "
-    "Tensor? mask, SymInt place, SymInt most, Tensor(a!)[] caches, Tensor[] cross, Tensor? cross_mask, bool choose) "
-    "-> (Tensor logits, Tensor chosen)"
+    "Tensor? mask, SymInt place, SymInt most, Tensor(a!)[] caches, Tensor[] cross, Tensor? cross_mask, bool choose, "
+    "Tensor? uniform, float temperature, int top_k, float top_p) -> (Tensor logits, Tensor chosen)"
 )
 
 

@@ -15,7 +15,7 @@ from pyfused.decode_plan import DecodePlan
 from pyfused.kernels.cuda import decode
 from pyfused.kernels.shared.decode_plan import CCall, CPlan
 from pyfused.ops.decode import run
-from pyfused.testing import running
+from pyfused.testing import assert_close, running
 
 if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
@@ -75,6 +75,28 @@ def test_many_keys_and_all_threads_of_a_block(name, dtype, threads):
     check(once, 20)
 
 
+# More rows than a launch takes; then sources with 4 and with 11 rows each
+MANY = {
+    "rows": ((19, 20), {"uneven": True, "mask": True, "bias": True}),
+    "beams": ((20, 10), {"relative": True, "rms": True, "sources": 5, "source_length": 9}),
+    "many beams": ((22, 10), {"sources": 2, "source_length": 9}),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_more_rows_run_in_groups(name, monkeypatch):
+    monkeypatch.setitem(decode_cases.CASES, name, MANY[name])
+    plan, step = case(name, torch.float32)
+    launches, launch = [], shim.load().decode_forward
+    monkeypatch.setattr(shim.load(), "decode_forward", lambda *args: launches.append(args) or launch(*args))
+    truth = results(in_dtype(plan, torch.float64), as_dtype(step, torch.float64), "reference")
+    plain, found = results(plan, step, "reference"), results(plan, step)
+    assert len(launches) == {"rows": 3, "beams": 3, "many beams": 4}[name]
+    assert torch.equal(found[1], found[0].argmax(-1))
+    for i in (0, *range(2, len(found))):
+        assert_close(found[i], plain[i], truth[i], f"{name} {i}")
+
+
 # GPT-2 124M and XL, T5 1.1 base: hidden, heads, inner
 SIZES = {"gpt2": (768, 12, 3072), "gpt2 xl": (1600, 25, 6400), "t5 base": (768, 12, 2048)}
 
@@ -118,9 +140,9 @@ def reason(plan, step):
 
 def test_what_it_refuses(monkeypatch):
     new = operator_calls.Numbers("cpu", torch.float32)
-    assert reason(*decode_cases.made(new, 9, 3)) == "takes at most 8 rows"
-    assert "do not fit into a block's shared memory" in reason(*decode_cases.made(new, 8, 3, inner=8192))
-    assert not reason(*decode_cases.made(new, 1, 3, inner=8192))
+    assert reason(*decode_cases.made(new, 65, 3)) == "takes at most 64 rows"
+    assert "a row of this model does not fit into a block's" in reason(*decode_cases.made(new, 1, 3, inner=65536))
+    assert not reason(*decode_cases.made(new, 8, 3, inner=8192))  # in groups of fewer rows
     assert reason(*decode_cases.made(new, 1, 3, head_size=264)) == "takes heads of at most 256"
     plan, step = decode_cases.made(new, 1, 3)
     layer = plan.layers[0]

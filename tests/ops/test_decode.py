@@ -12,6 +12,7 @@ import pyfused
 from pyfused import GPT2Backbone, T5Backbone, dispatch
 from pyfused.decode_plan import DecodePlan, Matrix
 from pyfused.generation import plan_of
+from pyfused.generation.sampling import Sampler
 from pyfused.models.call import Call
 from pyfused.nn import KVCache, Visibility
 from pyfused.testing import available, running
@@ -325,6 +326,18 @@ def check_choices(plan, cache, tokens):
         assert torch.equal(chosen, expected)
 
 
+def test_drawn_tokens(each_backend, dtype, device):
+    """The generator's sampler is the truth, on the same logits."""
+    model = sharpened(gpt2()).to(device, dtype)
+    plan, cache, tokens = plan_of(model), filled_cache(model, 4, 3, dtype), torch.arange(4, device=device)
+    logits = pyfused.decode(plan, tokens, copy.deepcopy(cache))
+    uniform = torch.tensor([0.0, 0.9, 0.3, 0.6], dtype=torch.float64, device=device)
+    for options in ({}, {"temperature": 4.0, "top_k": 20}, {"temperature": 3.0, "top_k": 50, "top_p": 0.7}, {"top_p": 0.9}):
+        chosen = pyfused.decode(plan, tokens, copy.deepcopy(cache), choose=True, uniform=uniform, **options)
+        expected = Sampler(**{"temperature": 1.0} | options)(logits, uniform)
+        assert torch.equal(chosen, expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5 gated"])
 def test_threads_agree(device, dtype, name):
     """Bit by bit: no sum is cut differently."""
@@ -361,6 +374,9 @@ def test_registration(device, dtype, name):
     assert torch.equal(chosen, expected.argmax(-1))
 
 
+DRAWS = torch.tensor([0.25, 0.5], dtype=torch.float64)
+
+
 def bad(**change):
     model = gpt2(num_layers=1)
     given = {"plan": plan_of(model), "tokens": torch.tensor([1, 2]), "cache": model.new_cache(2, 4)}
@@ -392,6 +408,16 @@ def full(given):
         ({"padding_mask": [1]}, TypeError, "padding_mask is a list"),
         ({"position_ids": torch.tensor([0, 50])}, IndexError, "position_ids holds 50; it takes 0 to 49"),
         ({"choose": 1}, TypeError, "choose is 1"),
+        ({"temperature": 0.7}, ValueError, "temperature, top_k or top_p is given without uniform"),
+        ({"uniform": [0.5]}, TypeError, "uniform is a list"),
+        ({"uniform": DRAWS}, ValueError, "uniform is given and choose is False"),
+        ({"choose": True, "uniform": DRAWS.float()}, ValueError, r"uniform is float32 \(2,\) on cpu; it takes float64"),
+        ({"choose": True, "uniform": DRAWS + 0.5}, ValueError, r"uniform holds a number outside of \[0, 1\)"),
+        ({"choose": True, "uniform": DRAWS, "temperature": 0}, ValueError, "temperature is 0; it takes"),
+        ({"choose": True, "uniform": DRAWS, "temperature": None}, TypeError, "temperature is None; it takes a number$"),
+        ({"choose": True, "uniform": DRAWS, "top_k": 0}, ValueError, "top_k is 0"),
+        ({"choose": True, "uniform": DRAWS, "top_k": 2.5}, TypeError, "top_k is 2.5; it takes an int or None"),
+        ({"choose": True, "uniform": DRAWS, "top_p": 1.5}, ValueError, "top_p is 1.5"),
         (
             {"choose": True, "plan": lambda given: without_head(given["plan"])},
             ValueError,

@@ -63,6 +63,9 @@ struct DecodeCall {
   std::uintptr_t cross_mask;         // uint8 (sources, source_length)
   std::uintptr_t logits;             // T (B, vocabulary)
   std::uintptr_t chosen;             // int64 (B), the likeliest token, -1 where the largest logit is not finite; or 0
+  std::uintptr_t uniform;            // double (B) in [0, 1): choose a token drawn with it; or 0
+  double temperature, top_p;         // of the draw, see kernels/shared/draw.py
+  int64_t top_k;                     // 0 for all
 };
 
 // Whether there is nothing to compute. Then sizes that are divisors may be 0.
