@@ -20,10 +20,11 @@
 //                 The head's 77 MB take 26 us. In all about 180 us.
 //   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
 //                 In all about 260 us.
-// Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds 7 us, in which one block passes over them, and
-// 2 us for a search by index, or 7 us for one by score (4 to list a bucket, 3 for the bits): 9 us with a temperature alone, 21
-// with top p. As operators it is 15 to 20 launches, one of them a sort. So barriers, not bytes, set the pace of small models,
-// and int8 shortens only the head there. Of GPT-2 XL's 3.1 GB (1,040 us, 240 barriers) about 60% hide behind barriers.
+// Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
+// index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
+// bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
+// sort. So barriers, not bytes, set the pace of small models, and int8 shortens only the head there. Of GPT-2 XL's 3.1 GB
+// (1,040 us, 240 barriers) about 60% hide behind barriers.
 #include "kernels.h"
 
 #include "decode_choice.cuh"
