@@ -138,7 +138,7 @@ def line_from(row: dict[str, Any], file: str) -> Line:
     operator, function, dtype, shapes = (str(row[key]) for key in Line._fields[:4])
     if (operator, function) not in SHAPES:
         raise ValueError(f"no evidence is kept for {operator}'s {function}")
-    if not speed or not speed.keys() <= {"cpu", "triton", "cuda", "reference"}:
+    if not speed or not speed.keys() <= {"cpu", "triton", "cuda", "cudnn", "reference"}:
         raise ValueError(f"speed of {operator}: unknown backends, or none: {sorted(speed)}")
     for by_size in speed.values():
         if not by_size or not all(0 < s < _MOST and 0 <= v < math.inf for s, v in by_size.items()):
