@@ -31,6 +31,7 @@ OPERATORS = ("attention", "decode", "ffn", "fourier_mix", "gated_ffn", "layer_no
 CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
 )  # that one has no CUDA kernel, only Triton's
+CUDNN_OPERATORS = ("attention",)
 CUDA_CALLS = ROOT / "tests" / "gpu" / "cuda_calls.py"
 STREAMS = ROOT / "tests" / "gpu" / "test_streams_and_graphs.py"
 
@@ -48,8 +49,9 @@ def each(names: Sequence[str], dry: bool) -> list[str]:
 
 
 def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
-    """csrc/cuda first, since it needs no compilation."""
-    lists = {"cuda": [o for o in operators if o in CUDA_OPERATORS], "triton": list(operators)}
+    """csrc/cuda and cuDNN first, since they need no compilation."""
+    has = {"cuda": CUDA_OPERATORS, "cudnn": CUDNN_OPERATORS, "triton": OPERATORS}
+    lists = {backend: [name for name in operators if name in has[backend]] for backend in has}
     return [
         own("correct", group, backend, seconds=90, patience=60, resumes=True)
         for backend, names in lists.items()

@@ -252,6 +252,7 @@ def _attention() -> Iterator[Case]:
     for options in ((), ("causal",), ("table",), ("padding",)):
         yield attention(1, 2, 2, 2048, 2048, 64, *options)
     yield attention(1, 2, 2, 1025, 1025, 128, "causal")
+    yield attention(2, 4, 2, 200, 136, 64)
     yield attention(2, 4, 2, 137, 129, 64, "causal", "padding")
     yield attention(1, 2, 2, 129, 129, 80, "bias")
     yield attention(2, 2, 2, 127, 137, 40, "table", "padding")

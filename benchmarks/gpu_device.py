@@ -1,6 +1,7 @@
 """What do the items of gpu.py share? The device, the clocks, and how an error is reported.
 
-PYFUSED_GPU_DRY=1: tiny CPU tensors, Triton in its interpreter, csrc/cuda on the CPU (tests/cuda_on_cpu).
+PYFUSED_GPU_DRY=1: tiny CPU tensors, Triton in its interpreter, csrc/cuda and cuDNN on the CPU (tests/cuda_on_cpu,
+tests/cudnn_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ DRY = os.environ.get("PYFUSED_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 Row = dict[str, Any]
 if DRY:
+    import cudnn_on_cpu
     import shim
 
     from pyfused.testing.triton_interpreter import repair_interpreter
 
     repair_interpreter()
     extensions.emulate_cuda(shim.load)
+    cudnn_on_cpu.install()
     torch.set_num_threads(1)
 
 

@@ -99,7 +99,7 @@ def peers(start: int) -> Iterator[Row]:
 
                 providers = {
                     "pyfused": (contextlib.nullcontext, fused),
-                    **{f"pyfused {x}": (partial(running, x), fused) for x in ("triton", "cuda")},
+                    **{f"pyfused {x}": (partial(running, x), fused) for x in ("triton", "cuda", "cudnn")},
                     **{f"sdpa {x}": (partial(sdpa_kernel, which), sdpa) for x, which in SDPA.items()},
                     "flex": (contextlib.nullcontext, by_flex),
                 }

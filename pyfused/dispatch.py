@@ -1,13 +1,14 @@
 """Which backend runs an operator? One order of preference, and the reasons that overrule it.
 
-A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda). It has a module
-for each operator, with `forward`, `backward` or both. If it lacks one, the next backend runs that, even with strict=True.
+A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda), `cudnn`
+(NVIDIA's, attention alone). It has a module for each operator, with `forward`, `backward` or both. If it lacks one, the next
+backend runs that, even with strict=True.
 
 On a GPU the fastest backend in the evidence files (evidence/) is tried first, or Triton if nothing was measured. A backend is
 skipped for one of three reasons:
     unsupported_<function>(*args) of its module: it cannot run this case;
     declined_<function>(*args) of its module: the next backend is better on every machine, for example closer to float64;
-    evidence: it is a hand-written CUDA kernel, and nothing shows that it is right on this kind of machine.
+    evidence: it is a hand-written CUDA kernel or cuDNN's, and nothing shows that it is right on this kind of machine.
 A forced backend is skipped only for the first reason, and explain() shows that. CPU kernels can also call the library, where
 that was measured to be faster; left_to_library_<function>(*args) says why.
 
@@ -31,13 +32,13 @@ import torch
 
 from . import evidence, extensions
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "cudnn")
 
 # The order on each device where nothing was measured. `reference` is last and can run everything.
 PREFERENCES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    # The CUDA kernels have not run on every GPU: Triton comes first until evidence shows them right and faster.
-    "cuda": ("triton", "cuda", "reference"),
+    # The CUDA kernels and cuDNN's have not run on every GPU: Triton comes first until evidence shows them right and faster.
+    "cuda": ("triton", "cuda", "cudnn", "reference"),
 }
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +54,7 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Runs every operator inside the block on one backend, if that supports the call.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "cpu", "triton", "cuda" or "cudnn".
         strict: raise BackendError for a call that the backend does not support; by default the next backend runs it, as
             explain() shows. Two things run elsewhere even so: the backward of an operator, if the backend has only the
             forward, and calls with an empty tensor.
@@ -109,6 +110,8 @@ def missing(name: str) -> str:
             return "triton is not installed"
         if not (torch.cuda.is_available() or interpreting()):
             return "no CUDA device (and TRITON_INTERPRET=1 is not set)"
+    if name == "cudnn":
+        return extensions.cudnn_missing()
     return ""
 
 
@@ -117,7 +120,12 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     reason = missing(name)
     if reason or name == "reference":
         return reason
-    emulated = {"cpu": True, "cuda": extensions.emulating_cuda(), "triton": interpreting()}[name]
+    emulated = {
+        "cpu": True,
+        "cuda": extensions.emulating_cuda(),
+        "triton": interpreting(),
+        "cudnn": extensions.emulating_cudnn(),
+    }[name]
     takes = "cpu" if emulated else "cuda"
     if device != takes:
         return f"runs on {takes} tensors, not on {device}"

@@ -25,6 +25,7 @@ _BACKEND_COSTS = {
     "cpu": "operators on CPU tensors run in plain PyTorch, slower; to have it, install with a C++ compiler",
     "triton": "only GPU tensors need it",
     "cuda": "only GPU tensors need it; to have it, install with nvcc",
+    "cudnn": "only attention on GPU tensors can use it; torch for CUDA 12.9 and newer brings it along",
 }
 
 

@@ -1,4 +1,5 @@
-"""Which compiled kernels can run here? Loads pyfused._cpu and pyfused._cuda; missing() says why one cannot be used."""
+"""Which compiled kernels can run here? Loads pyfused._cpu and pyfused._cuda; missing() says why one cannot be used, and
+cudnn_missing() why torch's cuDNN cannot."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ DOT_PRODUCTS = {"avx2_vnni": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "av
 
 _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
+_emulated_cudnn = False
 
 
 @functools.cache
@@ -220,6 +222,33 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
         return capability == (major, minor)
     same = capability[0] == major and capability[1] >= minor
     return same or (kind != "real" and suffix == "" and capability >= (major, minor))
+
+
+def emulate_cudnn() -> None:
+    """From now on the backend cudnn takes CPU tensors. The tests give torch's cuDNN operators a stand-in there. Call it before
+    any operator runs."""
+    global _emulated_cudnn
+    _emulated_cudnn = True
+
+
+def emulating_cudnn() -> bool:
+    """Whether emulate_cudnn was called."""
+    return _emulated_cudnn
+
+
+def cudnn_missing() -> str:
+    """Why torch cannot call cuDNN's attention here; "" if it can."""
+    if _emulated_cudnn:
+        return ""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    version = torch.version.cuda
+    if version is None or not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    if tuple(map(int, version.split(".")[:2])) < (12, 9):
+        # pytorch's pull request 171627 switched it off there by default
+        return f"this torch is built for CUDA {version}; torch trusts cuDNN's attention from 12.9 on"
+    return ""
 
 
 def missing(name: str) -> str:

@@ -59,7 +59,7 @@ NEED_A_GPU = {"tune attention,layer_norm,rms_norm,linear,ffn,gated_ffn", "bench"
 def test_every_item_ends_well(rows):
     found = ends(rows)
     assert {name for name, status in found.items() if status != "ok"} == NEED_A_GPU, found
-    assert len(found) == 15
+    assert len(found) == 16
     assert [row for row in rows if row.get("ok") is False] == []
 
 
@@ -74,24 +74,28 @@ def test_the_environment_row(rows):
     assert about["versions"]["torch"] == torch.__version__
     assert about["kind"] == "cuda_dry_run"
     assert about["tools"]["ncu"]
-    assert {name for row in checks for name in row.values() if name in ("_cpu", "_cuda", "triton", "cuda")} == {
-        "_cpu", "_cuda", "triton", "cuda",
+    assert {name for row in checks for name in row.values() if name in ("_cpu", "_cuda", "triton", "cuda", "cudnn")} == {
+        "_cpu", "_cuda", "triton", "cuda", "cudnn",
     }  # fmt: skip
     assert ceilings == {"ceilings": {"copy_gb_per_s": 1.0}}
 
 
 def test_the_rows_of_correctness(rows):
-    """Every operator on every backend in every dtype, within the tolerance; Triton has neither linear nor decode."""
+    """Every operator on every backend in every dtype, within the tolerance; Triton has neither linear nor decode, and cuDNN
+    has no bias by distance."""
     found = [row for row in rows if row["item"].startswith("correct") and "status" not in row]
     assert {(row["operator"], row["backend"], row["dtype"]) for row in found} == {
         (operator, backend, dtype)
-        for backend, operators in (("triton", gpu.OPERATORS), ("cuda", gpu.CUDA_OPERATORS))
+        for backend, operators in (
+            ("triton", gpu.OPERATORS), ("cuda", gpu.CUDA_OPERATORS), ("cudnn", gpu.CUDNN_OPERATORS),
+        )
         for operator in operators
         for dtype in ("float32", "float16", "bfloat16")
     }
     assert {(row["operator"], row["backend"]) for row in found if row["ok"] is None} == {
         ("linear", "triton"),
         ("decode", "triton"),
+        ("attention", "cudnn"),
     }
     for row in found:
         assert row["case"]
@@ -133,11 +137,14 @@ def test_the_rows_of_peers(rows):
         f"1x1x16x16 {way}".strip()
         for way in ("", "T5 bias", "causal", "backward", "backward T5 bias", "backward causal")
     }
-    providers = {"pyfused", "pyfused triton", "pyfused cuda", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"}
+    ours = {"pyfused", "pyfused triton", "pyfused cuda", "pyfused cudnn"}
+    providers = ours | {"sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"}
     for case in {row["case"] for row in found}:
         mine = {row["provider"]: row for row in found if row["case"] == case}
         assert set(mine) == providers
-        for name in ("pyfused", "pyfused triton", "pyfused cuda"):
+        if "T5 bias" in case:
+            assert "a bias by distance" in mine["pyfused cudnn"]["missing"]
+        for name in ours - ({"pyfused cudnn"} if "T5 bias" in case else set()):
             assert mine[name]["seconds"] > 0
             assert mine[name]["tflops"] > 0
             assert mine[name]["of_allowed"] <= 1

@@ -3,6 +3,7 @@ interpreter, the CUDA kernels' host shim, tiny sizes and a clock that makes one 
 
 import json
 
+import cudnn_on_cpu
 import pytest
 import torch
 
@@ -49,7 +50,8 @@ def test_every_operator_runs():
     """No search: all tiles are equally fast."""
     listed = [case for case in cases(quick=True, tiny=True) if "many" not in case.name]
     assert {case.operator for case in listed} == set(pyfused.ops.NAMES) - {"decode"}  # one kernel, and no tiles
-    found = tune(listed, compile_ahead=lambda run, kernel, tiles: tiles.clear())
+    with cudnn_on_cpu.installed():
+        found = tune(listed, compile_ahead=lambda run, kernel, tiles: tiles.clear())
     assert found["refused"] == []
     speeds: dict[tuple[str, str], set[str]] = {}  # int8 weights have no kernel in CUDA: a line of its own
     for line in found["lines"]:
@@ -57,6 +59,9 @@ def test_every_operator_runs():
     assert all("reference" in names for names in speeds.values())
     assert all("triton" in names for (operator, _), names in speeds.items() if operator != "linear")
     assert all("cuda" in speeds[operator, "forward"] for operator in ("attention", "rms_norm", "linear", "fourier_mix"))
+    for line in found["lines"]:
+        takes = line["operator"] == "attention" and "bias" not in line["shapes"]
+        assert ("cudnn" in line["speed"]) == takes, line
     assert {"attention_grad_query", "row_norm_backward", "ffn_stream"} <= {row["kernel"] for row in found["tiles"]}
     for line in found["lines"]:
         evidence.line_from(line, "")

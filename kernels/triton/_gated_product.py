@@ -12,7 +12,7 @@ products are wgmma on two warpgroups, 128 registers of sums a thread. T5-base, 4
 a step of 64 takes 1024 clocks, an epilogue 3800: predicted 41 us, where the library's products and a pass take 56. Not yet
 measured.
 
-The backward has no such kernel: an epilogue that reads gate and up and makes three results spills its registers.
+The backward has no such kernel: docs/performance/h100_predicted.md says what it would take.
 """
 
 import math

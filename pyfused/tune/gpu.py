@@ -1,9 +1,9 @@
 """How fast is each backend on this GPU, and with which tiles is Triton fastest? The evidence by which dispatch chooses.
 
 For each call in cases.py, the tolerance rule first checks the outputs. Then the search tries tiles around Triton's present
-ones, unless an earlier call has tuned that row. Then Triton, the CUDA kernels, backend `reference` and plain PyTorch are timed
-in turn. A tile that does not compile, does not fit or gives a wrong output is skipped and counted. Without a GPU, and with
-TRITON_INTERPRET=1, everything runs on CPU tensors with tiny sizes, as a dry run.
+ones, unless an earlier call has tuned that row. Then Triton, the CUDA kernels, cuDNN, backend `reference` and plain PyTorch are
+timed in turn. A tile that does not compile, does not fit or gives a wrong output is skipped and counted. Without a GPU, and
+with TRITON_INTERPRET=1, everything runs on CPU tensors with tiny sizes, as a dry run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..testing import judge
 from .cases import Case, Problem, cases, saving
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BACKENDS = ("triton", "cuda", "reference")
+BACKENDS = ("triton", "cuda", "cudnn", "reference")
 # The position of `save` among a forward's arguments
 _SAVE = {
     "attention": AttentionForward._fields.index("save"),
