@@ -135,7 +135,7 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
         return output, weights
     if scaling is None and (reason := reason_to_scale(module)):
         raise ValueError(f'{reason}; use attn_implementation="eager"')
-    wanted = _attentions_wanted(module, kwargs)
+    wanted = attentions_wanted(module, kwargs)
     if wanted or dropout >= 1.0:
         if wanted:
             notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
@@ -291,7 +291,8 @@ def weights_wanted():
         _asked.reset(token)
 
 
-def _attentions_wanted(module, kwargs):
+def attentions_wanted(module, kwargs):
+    """Whether the caller of a layer wants its attention weights."""
     if not torch.compiler.is_compiling() and _asked.get():
         return True
     if output_capturing is None and getattr(getattr(module, "config", None), "output_attentions", False):
