@@ -62,6 +62,8 @@ FAMILIES = {
     "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**PICTURE, **NO_DROPOUT)), picture),
     "CLIP, vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**PICTURE)), picture),
     "SigLIP, vision": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**PICTURE)), picture),
+    "DPT": (lambda: hf.DPTModel(hf.DPTConfig(**PICTURE, **NO_DROPOUT)), picture),
+    "Longformer": (lambda: hf.LongformerModel(hf.LongformerConfig(**BERT, attention_window=4)), text),
     "Whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**SPEECH, max_source_positions=20)), speech),
     "BART": (lambda: hf.BartModel(hf.BartConfig(**BART)), pair),
     "Marian": (lambda: hf.MarianModel(hf.MarianConfig(**BART, decoder_start_token_id=1)), pair),
