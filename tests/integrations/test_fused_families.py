@@ -36,7 +36,9 @@ def test_outputs(name):
     trio.check(**FAMILIES[name][1]())
 
 
-@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT", "MPNet"])
+@pytest.mark.parametrize(
+    "name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT", "MPNet", "DPT"]
+)
 def test_gradients(name):
     torch.manual_seed(1)
     trio = Trio(copy.deepcopy(family(name)))

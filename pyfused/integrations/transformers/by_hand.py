@@ -114,7 +114,7 @@ class _Call:
         q, k, v = (x.to(value.dtype) for x in (query, key, value))
         if added.heads:
             q, k, v = (x.unflatten(0, (-1, added.heads)) for x in (q, k, v))
-        q, mask, bias = _without_hidden(q, k, added)
+        q, mask, bias = _without_hidden(q, added)
         if mask is not None:
             mask = mask.expand(q.shape[0], -1, q.shape[2], -1)  # padding is recognised then
         p = _probability(module, dropout)
@@ -123,19 +123,18 @@ class _Call:
         return seen.flatten(0, 1) if added.heads else seen
 
 
-def _without_hidden(query: Tensor, key: Tensor, added: Added) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(query, mask, bias): the hidden places are in the mask or in the bias."""
+def _without_hidden(query: Tensor, added: Added) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(query, mask, bias): the hidden places are in the mask, or in the bias if there is one. A query that sees no key is zero
+    and sees all of them: alike, and without a gradient."""
     mask, bias, hidden = added.mask, added.bias, added.hidden
     if hidden is None or (hidden.is_cpu and may_look() and not bool(hidden.any())):
         return query, mask, bias
-    least = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-    if query.requires_grad:
-        dead = hidden.all(-1, keepdim=True)  # such a query gets no gradient, and gives its keys none
-        query = query.masked_fill(dead.expand(*query.shape[:2], -1, -1), 0.0)
-    full = bias is not None and bias.shape[1:] == (query.shape[1], query.shape[2], key.shape[2])
-    if bias is not None and (full or hidden.shape[1] != 1):
-        return query, mask, torch.where(hidden, least, bias)
-    return query, torch.where(hidden, least, torch.zeros_like(least) if mask is None else mask), bias
+    blind = hidden.all(-1, keepdim=True)
+    query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
+    least, zero = query.new_full((), torch.finfo(query.dtype).min), query.new_zeros(())
+    total = _sum(mask, zero if bias is None else bias)
+    total = torch.where(blind, zero, torch.where(hidden, least, total))
+    return (query, total, None) if bias is None else (query, None, total)
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
