@@ -132,8 +132,7 @@ def _without_hidden(query: Tensor, added: Added) -> tuple[Tensor, Tensor | None,
     blind = hidden.all(-1, keepdim=True)
     query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
     least, zero = query.new_full((), torch.finfo(query.dtype).min), query.new_zeros(())
-    total = _sum(mask, zero if bias is None else bias)
-    total = torch.where(blind, zero, torch.where(hidden, least, total))
+    total = torch.where(hidden, torch.where(blind, zero, least), _sum(mask, zero if bias is None else bias))
     return (query, total, None) if bias is None else (query, None, total)
 
 
