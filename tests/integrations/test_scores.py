@@ -78,6 +78,22 @@ class ReadsTheProbabilities(Usual):
         return context * probabilities.amax()
 
 
+class ReadsThemBesideTheProduct(Usual):
+    def forward(self, q, k, v):
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        probabilities = F.softmax(scores, dim=-1)
+        context = torch.matmul(probabilities, v) * probabilities.amax()
+        return context
+
+
+class BringsItsSumAlong(Usual):
+    def forward(self, q, k, v, mask):
+        scores = mask.baddbmm(batch1=q, batch2=k, beta=1.0, out=None)
+        probabilities = F.softmax(scores, dim=-1)
+        context = torch.bmm(probabilities, v)
+        return context
+
+
 class OverAnotherDimension(Usual):
     def forward(self, q, k, v):
         scores = torch.matmul(q, k.transpose(-1, -2))
@@ -169,7 +185,14 @@ LEFT = [
     ScalesInOneCase,
     ChangesTheQueries,
 ]
-LEFT += [ChangesTheScale, HidesByANumber, KeepsTheProbabilities, DropsTwice]
+LEFT += [
+    ReadsThemBesideTheProduct,
+    BringsItsSumAlong,
+    ChangesTheScale,
+    HidesByANumber,
+    KeepsTheProbabilities,
+    DropsTwice,
+]
 
 
 @pytest.mark.parametrize("kind", LEFT)

@@ -87,8 +87,8 @@ class Added(NamedTuple):
 
     def clamped(self) -> Added:
         """Turns -inf into the least number."""
-        least = (x if x is None else x.clamp(min=torch.finfo(x.dtype).min) for x in (self.mask, self.bias))
-        return self._replace(**dict(zip(("mask", "bias"), least)))
+        mask, bias = (x if x is None else x.clamp(min=torch.finfo(x.dtype).min) for x in (self.mask, self.bias))
+        return self._replace(mask=mask, bias=bias)
 
     def _four(self, x: Tensor) -> Tensor:
         if x.dim() == 5:  # windows of a picture are rows of the batch

@@ -120,10 +120,11 @@ class _Reader:
     def _begins_with_sum(self, node: Any) -> bool:
         """Whether this is bias.baddbmm(batch1=query, batch2=key, beta=, alpha=), of a key that is transposed already."""
         given = {k.arg: k.value for k in node.keywords}
-        names = [given.get(name) for name in ("batch1", "batch2")]
-        if len(given) != 4 or node.args or not all(isinstance(name, ast.Name) for name in names):
+        query, key = given.get("batch1"), given.get("batch2")
+        if given.keys() != {"batch1", "batch2", "beta", "alpha"} or node.args:
             return False
-        query, key = names
+        if not isinstance(query, ast.Name) or not isinstance(key, ast.Name):
+            return False
         turned = ast.Call(ast.Attribute(key, "transpose", ast.Load()), [ast.Constant(-1), ast.Constant(-2)], [])
         self.query, self.key, self.found.flat = query.id, turned, True
         self.scales = [(ast.Mult(), given["alpha"])]
@@ -205,7 +206,7 @@ class _Reader:
         return _assign(self.scores, _call(self.scores, "filled", value.args[0]))
 
     def _branches(self, statement: Any) -> list[Any]:
-        blocks = statement.body, statement.orelse
+        blocks: tuple[Any, Any] = (statement.body, statement.orelse)
         if [type(inner) for inner in statement.body] == [ast.Raise] and not statement.orelse:
             return []  # a check of the scores' shape
         names = {_target(block[0]) if len(block) == 1 and self._is_softmax(block[0].value) else "" for block in blocks}
@@ -244,8 +245,9 @@ class _Reader:
         if not _mentions(statement, self.probabilities | self.names):
             return self._kept(statement)
         if isinstance(statement, ast.If):
-            names = set(self.probabilities)
-            for inner in (*statement.body, *statement.orelse):
+            names, inside = set(self.probabilities), [*statement.body, *statement.orelse]
+            inner: Any
+            for inner in inside:
                 if not _target(inner) or not (_is_none(inner.value) or _same(inner.value, names)):
                     return self._left_out(statement)
                 names.add(_target(inner))
@@ -273,6 +275,9 @@ class _Reader:
             for place, inner in ast.iter_fields(node):
                 left, value, flat = self._product(inner)
                 if isinstance(value, ast.Name) and _same(left, self.probabilities) and flat == self.found.flat:
+                    setattr(node, place, ast.Constant(None))
+                    if _mentions(statement.value, self.probabilities | self.names):
+                        raise _Unknown
                     given = _name(self.source.own), _name(self.query), self.key, value, _name(self.scores)
                     call = _call(CALL, "end", *given, self._scale(), ast.Constant(self.found.dropout))
                     setattr(node, place, ast.copy_location(call, inner))
