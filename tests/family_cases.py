@@ -2,6 +2,7 @@
 
 import torch
 import transformers as hf
+from by_hand_cases import MODELS as BY_HAND
 from hf_cases import BART, BERT, DECODER, DISTILBERT, IDS, NO_DROPOUT, T5, VOCABULARY, WIDTHS
 
 PICTURE = {**WIDTHS, "image_size": 32, "patch_size": 8}
@@ -44,6 +45,10 @@ def waves():
     return {"input_values": torch.randn(2, 400)}
 
 
+def melody():
+    return {"input_features": torch.randn(2, 9, 32), "decoder_input_ids": tokens(2, 7), "use_cache": False}
+
+
 # Name in the documents -> (a tiny model, its inputs)
 FAMILIES = {
     "BERT": (lambda: hf.BertModel(hf.BertConfig(**BERT)), text),
@@ -53,12 +58,12 @@ FAMILIES = {
     "ELECTRA": (lambda: hf.ElectraModel(hf.ElectraConfig(**BERT, embedding_size=16)), text),
     "DistilBERT": (lambda: hf.DistilBertModel(hf.DistilBertConfig(**DISTILBERT, dropout=0.0)), text),
     "MPNet": (lambda: hf.MPNetModel(hf.MPNetConfig(**BERT)), text),
-    "DeBERTa": (lambda: hf.DebertaModel(hf.DebertaConfig(**BERT)), text),
-    "DeBERTa v2": (lambda: hf.DebertaV2Model(hf.DebertaV2Config(**BERT)), text),
     "ModernBERT": (lambda: hf.ModernBertModel(hf.ModernBertConfig(**IDS, **WIDTHS)), text),
     "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**PICTURE, **NO_DROPOUT)), picture),
     "CLIP, vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**PICTURE)), picture),
     "SigLIP, vision": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**PICTURE)), picture),
+    "DPT": (lambda: hf.DPTModel(hf.DPTConfig(**PICTURE, **NO_DROPOUT)), picture),
+    "Longformer": (lambda: hf.LongformerModel(hf.LongformerConfig(**BERT, attention_window=4)), text),
     "Whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**SPEECH, max_source_positions=20)), speech),
     "BART": (lambda: hf.BartModel(hf.BartConfig(**BART)), pair),
     "Marian": (lambda: hf.MarianModel(hf.MarianConfig(**BART, decoder_start_token_id=1)), pair),
@@ -81,6 +86,8 @@ FAMILIES = {
     "UMT5": (lambda: hf.UMT5Model(hf.UMT5Config(**T5)), pair),
     "Switch Transformers": (lambda: hf.SwitchTransformersModel(hf.SwitchTransformersConfig(**SWITCH)), pair),
     "LongT5": (lambda: hf.LongT5Model(hf.LongT5Config(**T5)), pair),
+    "Pop2Piano": (lambda: hf.Pop2PianoForConditionalGeneration(hf.Pop2PianoConfig(**T5)), melody),
+    **{name: (make, inputs) for name, (_, make, inputs) in BY_HAND.items()},
 }
 
 

@@ -21,7 +21,8 @@ def bias_in(bias: Tensor, dtype: torch.dtype) -> Tensor:
     least number sees them all alike; as -inf in half precision they would be hidden."""
     if bias.dtype == dtype:
         return bias
-    return bias.clamp(min=torch.finfo(dtype).min).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)
+    least = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
+    return bias.clamp(min=least).masked_fill(bias == -torch.inf, -torch.inf).to(dtype)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from pyfused.own_forward import is_fused
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "families.md"
 EAGER_IN_FLOAT32 = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi-3", "OLMo 2", "GPT-NeoX")
+NOT_IN_DOUBLE = ("CANINE", "XGLM")  # float64 is no truth for them; see test_by_hand
 
 
 @functools.cache
@@ -28,14 +29,16 @@ def family(name):
     return livened(make())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_IN_DOUBLE])
 def test_outputs(name):
     trio = Trio(copy.deepcopy(family(name)))
     assert trio.report.replaced
     trio.check(**FAMILIES[name][1]())
 
 
-@pytest.mark.parametrize("name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT", "MPNet"])
+@pytest.mark.parametrize(
+    "name", ["BERT", "ViT", "Llama", "Gemma", "ModernBERT", "mT5", "UMT5", "DistilBERT", "MPNet", "DPT"]
+)
 def test_gradients(name):
     torch.manual_seed(1)
     trio = Trio(copy.deepcopy(family(name)))
@@ -286,3 +289,23 @@ def test_umt5_makes_no_dense_bias(monkeypatch):
     pyfused.fuse_(model)
     monkeypatch.setattr(type(model.encoder.block[0].layer[0].SelfAttention), "compute_bias", None)
     model(input_ids=tokens(2, 9))
+
+
+def test_pop2piano_reads_its_table(monkeypatch):
+    """No tensor of S x S is made for the bias, and the table gets its gradient; generation is as before."""
+    model = livened(hf.Pop2PianoForConditionalGeneration(hf.Pop2PianoConfig(**T5, composer_vocab_size=1)))
+    trio = Trio(model)
+    inputs = {"input_features": torch.randn(2, 140, 32), "decoder_input_ids": tokens(2, 7), "use_cache": False}
+    trio.check_gradients(lambda output: output.logits.square().mean(), **inputs)
+    for stack in (trio.fused.encoder, trio.fused.decoder):
+        assert stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.any()
+    notes = {entry.name: entry.note for entry in trio.report.replaced}
+    assert "relative position" in notes["encoder.block.0.layer.0.SelfAttention"]
+    written = []
+    for one in (trio.plain, trio.fused):
+        one.generation_config.composer_to_feature_token = {"composer1": 3}
+        one.generation_config.update(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        written.append(one.generate(inputs["input_features"], composer="composer1"))
+    assert torch.equal(*written)
+    monkeypatch.setattr(type(trio.fused.encoder.block[0].layer[0].SelfAttention), "compute_bias", None)
+    trio.fused(**inputs)

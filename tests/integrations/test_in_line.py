@@ -135,6 +135,39 @@ class Replaced(Layer):
         return self.norm(x)
 
 
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.act = nn.Linear(8, 16), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.dense(x))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.dropout = nn.Linear(16, 8), nn.Dropout(0.0)
+
+    def forward(self, x, residual):
+        x = self.dropout(self.dense(x))
+        return x + residual
+
+
+class Pair(nn.Module):
+    """Two modules, and a residual beside their input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(8), Inner(), Outer()
+
+    def forward(self, x, scale=1.0):
+        y = self.norm(x) * scale
+        y = self.inner(y)
+        y = self.outer(y, x)
+        return y
+
+
 FUSED = [Layer, Gated, InOneBranch, Doubled]
 LEFT = [ReadsTheMiddle, AddsTheMiddle, DoublesTheMiddle, DropsByANumber, DropsByAnotherFunction, Replaced]
 
@@ -201,6 +234,36 @@ def test_changes_after_fusing_count(pair, monkeypatch):
     )
     monkeypatch.setattr(Layer, "forward", lambda self, x: x * 3.0)
     assert torch.equal(fused(x), x * 3.0)
+
+
+def test_a_pair_with_a_residual_beside_its_input(pair, monkeypatch):
+    for part in (Inner, Outer):
+        monkeypatch.setattr(part.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
+    plain, fused, report = pair(Pair)
+    calls = counted(monkeypatch, shaped, "ffn", "linear")
+    notes = {entry.name: entry.note for entry in report.replaced}
+    assert notes["0"] == "as it is; the feed-forward in it is pyfused.ffn"
+    assert notes["0.outer"] == "pyfused.linear with the residual"
+
+    def check(ffn, linear):
+        before, outputs = dict(calls), []
+        for module in (fused.train(), plain.train()):
+            torch.manual_seed(0)
+            outputs.append(module(torch.linspace(-2.0, 2.0, 24).view(3, 8), scale=0.5))
+        torch.testing.assert_close(*outputs)
+        assert {name: count - before[name] for name, count in calls.items()} == {"ffn": ffn, "linear": linear}
+
+    check(1, 0)
+    handle = fused.inner.register_forward_hook(lambda module, args, out: None)
+    check(0, 1)
+    handle.remove()
+    for module in (plain, fused):
+        module.outer.dropout.p = 0.5
+    check(0, 0)
+    for module in (plain, fused):
+        module.outer.dropout.p, module.inner = 0.0, nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    plain.inner.load_state_dict(fused.inner.state_dict())
+    check(0, 1)
 
 
 def test_the_clamp_of_half_precision_stays(pair):

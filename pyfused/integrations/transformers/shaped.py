@@ -49,15 +49,17 @@ def _forward(module: nn.Module) -> Forward | str:
     if isinstance(shape, FeedForward):
         return _reason_against(module, shape) or (feed_forward if shape.gate is None else gated)
     if isinstance(shape, Layer):
-        own = vars(module).get("feed_forward_chunk")
+        own = vars(module).get(shape.method)
         if own is not None and not is_own(own):
-            return "this instance has a feed_forward_chunk of its own already"
-        return _reason_against(module, shape) or layer
+            return f"this instance has a {shape.method} of its own already"
+        return _reason_against(module, shape) or _LAYERS[shape.method]
     if isinstance(shape, InLine):
         reasons = [_reason_against(module, part.what) for part in shape.parts]
         has_gate = any(isinstance(part.what, FeedForward) and part.what.gate is not None for part in shape.parts)
         return reasons[0] if all(reasons) else _ready(module, gated_in_line if has_gate else in_line)
-    return norm if isinstance(shape, Norm) else centred_norm if isinstance(shape, LayerNorm) else output
+    if isinstance(shape, Output):
+        return output if shape.norm else sum_alone
+    return norm if isinstance(shape, Norm) else centred_norm
 
 
 def _reason_against(module: nn.Module, shape: FeedForward | Layer) -> str:
@@ -125,15 +127,33 @@ def output(module: Any, x: Tensor, residual: Tensor) -> Any:
     if not isinstance(shape, Output) or not _adds_residual(module, shape, x, residual):
         return original(module, x, residual)
     dense: Any = module._modules[shape.dense]
-    return getattr(module, shape.norm)(linear(x, dense.weight, dense.bias, residual=residual))
+    return _normed(module, shape, linear(x, dense.weight, dense.bias, residual=residual))
+
+
+def _normed(module: Any, shape: Output, x: Tensor) -> Any:
+    return getattr(module, shape.norm)(x) if shape.norm else x
+
+
+@fused_forward
+def sum_alone(module: Any, x: Tensor, residual: Tensor) -> Any:
+    """pyfused.linear with the residual"""
+    return output(module, x, residual)
 
 
 @fused_forward
 def chunk(module: Any, x: Tensor) -> Any:
     """pyfused.ffn with the residual, then the norm"""
     shape = shape_of(module)
-    y = _pair(module, shape, x) if isinstance(shape, Layer) else None
+    y = _pair(module, shape, x, x) if isinstance(shape, Layer) else None
     return type(module).feed_forward_chunk(module, x) if y is None else y
+
+
+@fused_forward
+def ff_chunk(module: Any, x: Tensor) -> Any:
+    """pyfused.ffn with the residual, then the norm"""
+    shape = shape_of(module)
+    y = _pair(module, shape, x, x) if isinstance(shape, Layer) else None
+    return type(module).ff_chunk(module, x) if y is None else y
 
 
 @fused_forward
@@ -142,7 +162,14 @@ def layer(module: Any, *args: Any, **kwargs: Any) -> Any:
     return original(module, *args, **kwargs)
 
 
-layer.methods = {"feed_forward_chunk": chunk}  # type: ignore[attr-defined]
+@fused_forward
+def ff_layer(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; its feed-forward is pyfused.ffn with the residual, then the norm"""
+    return original(module, *args, **kwargs)
+
+
+_LAYERS = {"feed_forward_chunk": layer, "ff_chunk": ff_layer}
+vars(layer)["methods"], vars(ff_layer)["methods"] = {"feed_forward_chunk": chunk}, {"ff_chunk": ff_chunk}
 
 
 @fused_forward
@@ -183,7 +210,7 @@ def _part(number: int, module: Any, x: Tensor, *residual: Tensor) -> Any:
 def _part_computed(module: Any, part: Part, x: Tensor, *residual: Tensor) -> Any:
     """None if the kernels cannot compute it."""
     if isinstance(part.what, Layer):
-        return _pair(module, part.what, x)
+        return _pair(module, part.what, x, *(residual or (x,)))
     if not _active(module, part.dropouts):
         return _computed(module, part.what, x, *residual)
     y = _computed(module, part.what, x)
@@ -222,8 +249,8 @@ def _adds_residual(module: Any, shape: Output, x: Tensor, residual: Tensor) -> b
     )
 
 
-def _pair(module: Any, shape: Layer, x: Tensor) -> Any:
-    """output(inner(x), x). None if the kernels cannot compute it."""
+def _pair(module: Any, shape: Layer, x: Tensor, residual: Tensor) -> Any:
+    """output(inner(x), residual). None if the kernels cannot compute it."""
     inner, outer = module._modules.get(shape.inner), module._modules.get(shape.output)
     if inner is None or outer is None:
         return None
@@ -234,10 +261,10 @@ def _pair(module: Any, shape: Layer, x: Tensor) -> Any:
     if activation is None or not is_bare(inner, outer) or not is_fused(outer):
         return None
     w_in, w_out = inner._modules.get(first.dense), outer._modules.get(last.dense)
-    if not is_plain_linear(x, w_in) or not _adds_residual(outer, last, x, x):
+    if not is_plain_linear(x, w_in) or not _adds_residual(outer, last, x, residual):
         return None
-    y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
-    return getattr(outer, last.norm)(y)
+    y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=residual)
+    return _normed(outer, last, y)
 
 
 def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
@@ -258,7 +285,7 @@ def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | Non
     return gated_ffn(x, w_gate, w_up, outer.weight, activation=activation, residual=residual)
 
 
-for _function in (norm, centred_norm, feed_forward, gated, normed, output, layer):
+for _function in (norm, centred_norm, feed_forward, gated, normed, output, sum_alone, layer, ff_layer):
     vars(_function)["prepare"] = shape_of
 for _function in (in_line, gated_in_line):
     vars(_function)["prepare"] = functools.partial(_ready, forward=_function)

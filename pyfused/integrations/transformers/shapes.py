@@ -4,10 +4,10 @@
     layer norm      weight * (x - mean(x)) / deviation(x) + bias
     dense, gated    outer(act(inner(x)));  outer(act(gate(x)) * up(x)), also with gate and up in one matrix
     normed dense    x + dense(norm(x)), or gated
-    output          norm(dense(x) + residual)
+    output          norm(dense(x) + residual), or the sum alone
     inner           act(dense(x))
-    layer           its feed_forward_chunk is output(inner(x), x)
-    in line         among its statements are dense(x) or gated, with a residual or without, or output(inner(x), x)
+    layer           a method of it, one of CHUNKS, is output(inner(x), x)
+    in line         among its statements are dense(x) or gated, with a residual or without, or output(inner(x), residual)
 
 Dropout may stand behind each product. Statements say what a layer does in line (statements.py): the whole of its forward has no
 trace. shaped.py has the forwards.
@@ -59,7 +59,7 @@ class Normed(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The children's names."""
+    """The children's names. norm: "" without one."""
 
     dense: str
     norm: str
@@ -74,10 +74,12 @@ class Inner(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The names of two children, an Inner and an Output, that are called as output(inner(x), x)."""
+    """The names of two children, an Inner and an Output, that are called as output(inner(x), residual); where a method does it,
+    that method's name, and the residual is x."""
 
     inner: str
     output: str
+    method: str = ""
 
 
 class Part(NamedTuple):
@@ -100,6 +102,7 @@ class InLine(NamedTuple):
     parts: tuple[Part, ...]
 
 
+CHUNKS = ("feed_forward_chunk", "ff_chunk")
 Shape = Norm | LayerNorm | FeedForward | Normed | Output | Inner | Layer | InLine
 _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
 
@@ -120,8 +123,11 @@ def find(module: nn.Module) -> Shape | None:
     if not children:
         vectors = len(own) if all(p.dim() == 1 for p in own) else 0
         return _norm(module) if vectors == 1 else _layer_norm(module) if vectors == 2 else None
-    if hasattr(type(module), "feed_forward_chunk"):
-        return _pair(module, trace(module, 1, torch.bfloat16, "feed_forward_chunk"))
+    for method in CHUNKS:
+        if hasattr(type(module), method):
+            pair = _pair(module, trace(module, 1, torch.bfloat16, method), method)
+            if pair is not None or method == CHUNKS[0]:  # a feed-forward by itself may have the other one
+                return pair
     return (None if own or len(children) > 8 else _traced(module)) or _in_line(module)
 
 
@@ -211,11 +217,11 @@ def _inner(module: nn.Module, found: Op) -> Inner | None:
 
 
 def _output(module: nn.Module, found: Op | None) -> Output | None:
-    norm, total = _child(found)
-    if not norm or total is None or total.name != "add" or not _is_layer_norm(module._modules[norm]):
-        return None
+    norm, total = _child(found) if found is not None and found.name == "child" else ("", found)
     residual = Op("input", (1,))
-    if residual not in total.args:
+    if total is None or total.name != "add" or residual not in total.args:
+        return None
+    if norm and not _is_layer_norm(module._modules[norm]):
         return None
     product, dropouts = _behind_dropout(module, total.args[1 - total.args.index(residual)])
     dense, x = _product(module, product)
@@ -226,7 +232,7 @@ def _is_layer_norm(module: Any) -> bool:
     return type(module) is nn.LayerNorm or isinstance(shape_of(module), LayerNorm)
 
 
-def _pair(module: nn.Module, found: Op | None) -> Layer | None:
+def _pair(module: nn.Module, found: Op | None, method: str = "") -> Layer | None:
     output, arguments = None, None
     if found is not None and found.name == "child" and not found.options and found.args[2:] == (_X,):
         output, arguments = found.args[:2]
@@ -234,7 +240,9 @@ def _pair(module: nn.Module, found: Op | None) -> Layer | None:
     if not output or not inner or x != _X or not isinstance(shape_of(module._modules[output]), Output):  # type: ignore[arg-type]
         return None
     first: Any = module._modules[inner]
-    return Layer(inner, output) if isinstance(find(first), Inner) and isinstance(shape_of(first), Inner) else None
+    return (
+        Layer(inner, output, method) if isinstance(find(first), Inner) and isinstance(shape_of(first), Inner) else None
+    )
 
 
 def _in_line(module: nn.Module) -> InLine | None:
@@ -254,6 +262,8 @@ def _part(module: nn.Module, source: Source, run: Run) -> Part | None:
     called = {op.args[0] for op in _operations(run.op) if op.name == "child"}
     if any(module._modules.get(name) is None for name in called):
         return None
+    if run.op.name == "child" and len(run.op.args) == 3 and not run.op.options:
+        return _part_of_pair(module, source, run)
     sides = (run.op.args, run.op.args[::-1]) if run.op.name == "add" else ((None, run.op),)
     for residual, branch in sides:
         added = residual.args if isinstance(residual, Op) and residual.name == "input" else ()
@@ -261,11 +271,22 @@ def _part(module: nn.Module, source: Source, run: Run) -> Part | None:
         if len(names) != 1 or bool(added) != (run.op.name == "add"):
             continue
         found, dropouts = _behind_dropout(module, _renamed(branch, *names))
-        what = _feed_forward(module, found) or (None if added or dropouts else _pair(module, found))
+        what = _feed_forward(module, found)
         if what is not None:
             given = (*names, *added)
             return Part(run, given, what, dropouts, source.alone(run, given))
     return None
+
+
+def _part_of_pair(module: nn.Module, source: Source, run: Run) -> Part | None:
+    """output(inner(x), residual)"""
+    output, branch, residual = run.op.args
+    names = {op.args[0] for op in _operations(branch) if op.name == "input"}
+    if len(names) != 1 or not isinstance(residual, Op) or residual.name != "input":
+        return None
+    what = _pair(module, Op("child", (output, _renamed(branch, *names), _X)))
+    given = tuple(dict.fromkeys((*names, *residual.args)))
+    return None if what is None else Part(run, given, what, (), source.alone(run, given))
 
 
 def _operations(op: Any) -> Iterator[Op]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from .alike import UNREADABLE
 from .symbols import Op, either_order
 
-_CALL = "_pyfused"  # the name in the copy
+CALL = "_pyfused"  # the name in the copy
 _SEE_ALL_NAMES = {"locals", "vars", "dir", "eval", "exec"}
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
@@ -48,26 +48,30 @@ class Source:
     """A function's source, and the functions made of it."""
 
     def __init__(self, wrappers: list[types.FunctionType], function: types.FunctionType, definition: ast.FunctionDef):
-        self._wrappers, self._function, self._definition = wrappers, function, definition
-        self._self = function.__code__.co_varnames[0]
+        self._wrappers, self.function, self.definition = wrappers, function, definition
+        self.own = function.__code__.co_varnames[0]  # `self`
         self.runs = tuple(_runs(function, definition))
         self._alone: dict[tuple[Run, tuple[str, ...]], Any] = {}
 
     def with_calls(self, function: Any, calls: list[tuple[Run, tuple[str, ...]]]) -> Any:
         """The forward, in which a call of the function, (number, self, *names), stands for each run."""
         memo: dict[int, Any] = {}
-        definition = copy.deepcopy(self._definition, memo)
+        definition = copy.deepcopy(self.definition, memo)
         for number, (run, names) in reversed(list(enumerate(calls))):  # from below, as places move
-            given = [ast.Constant(number), *(ast.Name(name, ast.Load()) for name in (self._self, *names))]
-            call = ast.Call(ast.Name(_CALL, ast.Load()), given, [])
+            given = [ast.Constant(number), *(ast.Name(name, ast.Load()) for name in (self.own, *names))]
+            call = ast.Call(ast.Name(CALL, ast.Load()), given, [])
             assignment = ast.Assign([ast.Name(run.result, ast.Store())], call)
             block = memo[id(run.block)]
             block[run.start : run.stop] = [ast.copy_location(assignment, block[run.start])]
-        around = copy.copy(self._definition)
-        around.args, around.body = _arguments(_CALL), [definition]
-        code = _inner(_compiled(around, self._function))
-        made = _like(self._function, code, (types.CellType(function),))
-        for inner, wrapper in pairwise((self._function, *reversed(self._wrappers))):
+        return self.remade(definition, function)
+
+    def remade(self, definition: ast.FunctionDef, call: Any) -> Any:
+        """The forward with another definition, in which CALL is the name of `call`."""
+        around = copy.copy(self.definition)
+        around.args, around.body = _arguments(CALL), [definition]
+        code = _inner(_compiled(around, self.function))
+        made = _like(self.function, code, (types.CellType(call),))
+        for inner, wrapper in pairwise((self.function, *reversed(self._wrappers))):
             cells: Any = (types.CellType(made) if _holds(cell, inner) else cell for cell in wrapper.__closure__ or ())
             made = _like(wrapper, wrapper.__code__, tuple(cells))
         return made
@@ -75,14 +79,22 @@ class Source:
     def alone(self, run: Run, names: tuple[str, ...]) -> Any:
         """A run as a function of (self, *names)."""
         if (run, names) not in self._alone:
-            definition = copy.copy(self._definition)
+            definition = copy.copy(self.definition)
             once = (f"_{name}" if name in names[:i] else name for i, name in enumerate(names))  # x + f(x) has x twice
-            definition.args = _arguments(self._self, *once)
+            definition.args = _arguments(self.own, *once)
             statements = copy.deepcopy(run.block[run.start : run.stop])
             definition.body = [*statements, ast.Return(ast.Name(run.result, ast.Load()))]
-            code = _compiled(definition, self._function)
-            self._alone[run, names] = types.FunctionType(code, self._function.__globals__)
+            code = _compiled(definition, self.function)
+            self._alone[run, names] = types.FunctionType(code, self.function.__globals__)
         return self._alone[run, names]
+
+    def attribute(self, node: ast.expr) -> str:
+        """The attribute of `self` that is read; "" for anything else."""
+        return _attribute(node, self.own)
+
+    def called(self, node: ast.expr) -> Any:
+        """The global function that is called; None for anything else."""
+        return _global(self.function, node.func) if isinstance(node, ast.Call) else None
 
 
 def _arguments(*names: str) -> ast.arguments:
@@ -126,7 +138,7 @@ def _read(function: Any) -> Source | None:
     if not isinstance(function, types.FunctionType) or function.__closure__:
         return None
     code = function.__code__
-    if not _SEE_ALL_NAMES.isdisjoint(code.co_names) or _CALL in code.co_names + code.co_varnames:
+    if not _SEE_ALL_NAMES.isdisjoint(code.co_names) or CALL in code.co_names + code.co_varnames:
         return None
     definition = _definition(function)
     return None if definition is None else Source(wrappers, function, definition)

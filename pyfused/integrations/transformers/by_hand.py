@@ -1,0 +1,257 @@
+"""What does fuse_ replace in attention that a class computes by hand? The scores, the softmax and the product with the values.
+
+scores.py finds these statements. The rest of the class's forward runs as it is: projections, caches, rotations, DeBERTa's
+biases. A call that wants attention weights runs the class's own forward, and so does one whose dropout has a hook. The classes
+in ROWS have been tried.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.wavlm import modeling_wavlm
+
+from ... import notices
+from ...nn.attention import additive
+from ...ops import attention as attend_with_kernels
+from ...ops.attention import MAX_HEAD_SIZE
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, original
+from ..torch_nn import takes
+from .attention import attend, attentions_wanted
+from .masks import may_look
+from .plain_modules import overridden
+from .releases import named
+from .scores import ByHand, by_hand
+from .statements import source_of
+
+# Folder (and file, where it has another name), then the class.
+ROWS = (
+    "big_bird.BigBirdSelfAttention",
+    "blip.BlipAttention",
+    "bloom.BloomAttention",
+    "canine.CanineSelfAttention",
+    "clap.ClapAudioSelfAttention",
+    "convbert.ConvBertSelfAttention",
+    "deberta.DisentangledSelfAttention",
+    "deberta_v2.DisentangledSelfAttention",
+    "donut:donut_swin.DonutSwinSelfAttention",
+    "flaubert.MultiHeadAttention",
+    "flava.FlavaSelfAttention",
+    "git.GitSelfAttention",
+    "led.LEDDecoderAttention",
+    "lxmert.LxmertAttention",
+    "megatron_bert.MegatronBertSelfAttention",
+    "mvp.MvpAttention",
+    "rembert.RemBertSelfAttention",
+    "roformer.RoFormerSelfAttention",
+    "speecht5.SpeechT5Attention",
+    "tapas.TapasSelfAttention",
+    "trocr.TrOCRAttention",
+    "visual_bert.VisualBertSelfAttention",
+    "xglm.XGLMAttention",
+    "xlm.MultiHeadAttention",
+)
+
+
+class Added(NamedTuple):
+    """What is added to the scores, in place of the scores.
+
+    heads: how many, where heads and batch are one dimension, else 0. batch: of the queries, heads left out. mask: (B or 1, 1,
+    Tq or 1, Sk), alike for all heads, without a gradient. bias: all else, (B or 1, H or 1, Tq or 1, Sk). hidden: True where the
+    scores become the least number, broadcasts to (B, H, Tq, Sk).
+    """
+
+    heads: int
+    batch: int
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def plus(self, x: Any) -> Added:
+        """Adds a tensor. A number changes no probability."""
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return self
+        x = self._four(x)
+        if x.shape[1] == 1 and not x.requires_grad:
+            return self._replace(mask=_sum(self.mask, x))
+        return self._replace(bias=_sum(self.bias, x))
+
+    def filled(self, hidden: Tensor) -> Added:
+        """Hides places behind the least number: a query that sees no key attends to all of them alike, without a gradient."""
+        hidden = self._four(hidden != 0)
+        return self._replace(hidden=hidden if self.hidden is None else self.hidden | hidden)
+
+    def clamped(self) -> Added:
+        """Turns -inf into the least number."""
+        mask, bias = (x if x is None else x.clamp(min=torch.finfo(x.dtype).min) for x in (self.mask, self.bias))
+        return self._replace(mask=mask, bias=bias)
+
+    def _four(self, x: Tensor) -> Tensor:
+        if x.dim() == 5:  # windows of a picture are rows of the batch
+            return x.expand(self.batch // x.shape[1], -1, -1, -1, -1).flatten(0, 1)
+        if x.dim() == 3 and self.heads:
+            return x.unflatten(0, (-1, self.heads))
+        return x[(None,) * (4 - x.dim())]
+
+
+class _Call:
+    """The functions that a copy of a forward calls, see scores.py."""
+
+    @staticmethod
+    def begin(module: Any, query: Tensor, flat: bool) -> Added:
+        heads = _heads(module) if flat else 0
+        return Added(heads, query.shape[0] // heads if heads else query.shape[0])
+
+    @staticmethod
+    def end(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, added: Added, scale: float | Tensor, dropout: str
+    ) -> Tensor:
+        """softmax(scale * query key^T + what is added) value, in the shape of a product with the values."""
+        q, k, v = (x.to(value.dtype) for x in (query, key, value))
+        if added.heads:
+            q, k, v = (x.unflatten(0, (-1, added.heads)) for x in (q, k, v))
+        q, mask, bias = _without_hidden(q, added)
+        if mask is not None:
+            mask = mask.expand(q.shape[0], -1, q.shape[2], -1)  # padding is recognised then
+        p = _probability(module, dropout)
+        seen, _ = attend(module, q, k, v, mask, dropout=p, scaling=scale, is_causal=False, position_bias=bias)
+        seen = seen.transpose(1, 2)
+        return seen.flatten(0, 1) if added.heads else seen
+
+
+def _without_hidden(query: Tensor, added: Added) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(query, mask, bias): the hidden places are in the mask, or in the bias if there is one. A query that sees no key is zero
+    and sees all of them: alike, and without a gradient."""
+    mask, bias, hidden = added.mask, added.bias, added.hidden
+    if hidden is None or (hidden.is_cpu and may_look() and not bool(hidden.any())):
+        return query, mask, bias
+    blind = hidden.all(-1, keepdim=True)
+    query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
+    least, zero = query.new_full((), torch.finfo(query.dtype).min), query.new_zeros(())
+    total = torch.where(hidden, torch.where(blind, zero, least), _sum(mask, zero if bias is None else bias))
+    return (query, total, None) if bias is None else (query, None, total)
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _heads(module: Any) -> int:
+    for name in ("num_heads", "num_attention_heads", "n_heads"):
+        if isinstance(heads := getattr(module, name, None), int):
+            return heads
+    return 0
+
+
+def _probability(module: Any, dropout: str) -> float:
+    """The chance that a probability becomes 0."""
+    found = getattr(module, dropout) if dropout else 0.0
+    if isinstance(found, nn.Module):
+        return found.p if isinstance(found, nn.Dropout) and found.training else 0.0
+    return float(found) if module.training else 0.0
+
+
+@fused_forward
+def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.attention"""
+    of, found, forward = _known.get(type(module), (None, None, None))
+    if forward is None or of is not type(module).forward or _keeps_own(module, found, named(module, args, kwargs)):
+        return original(module, *args, **kwargs)
+    return forward(module, *args, **kwargs)
+
+
+# By class: its forward, what was found in it, and the forward with calls of _Call
+_known: WeakKeyDictionary[type, tuple[Any, Any, Any]] = WeakKeyDictionary()
+
+
+def _ready(module: nn.Module) -> None:
+    kind: Any = type(module)
+    if _known.get(kind, (None, None, None))[0] is kind.forward:
+        return
+    source = source_of(kind.forward)
+    found = None if source is None else by_hand(source)
+    made = None if source is None or found is None else source.remade(found.definition, _Call)
+    _known[kind] = kind.forward, found, made
+
+
+vars(attention)["prepare"] = _ready
+
+
+def _keeps_own(module: Any, found: ByHand, given: dict[str, Any]) -> bool:
+    """Whether a call runs the class's own forward."""
+    if attentions_wanted(module, given):
+        notices.once("output_attentions: attention runs in transformers' own code, which has the probabilities")
+        return True
+    dropout = getattr(module, found.dropout) if found.dropout else None
+    if isinstance(dropout, nn.Module) and not (type(dropout) in (nn.Dropout, nn.Identity) and is_bare(dropout)):
+        return True
+    return any(getattr(module, name) is not None for name in found.absent)
+
+
+def _attention(module: Any) -> Forward | str:
+    _ready(module)
+    found: ByHand | None = _known[type(module)][1]
+    if found is None or (found.flat and not _heads(module)):
+        return "in this release of transformers its attention is code that fuse_ does not know"
+    for name in found.absent:
+        if getattr(module, name) is not None:
+            return f"its attention has a {name}"
+    return attention
+
+
+@fused_forward
+def heads_with_bias(
+    module: Any, hidden_states: Tensor, attention_mask: Any, gated_position_bias: Tensor, *more: Any, **kwargs: Any
+) -> Any:
+    """pyfused.attention"""
+    own = attentions_wanted(module, kwargs) or any(more) or module.head_dim > MAX_HEAD_SIZE
+    if own or not takes(hidden_states, module.q_proj.weight):
+        kind = type(module)
+        return kind.torch_multi_head_self_attention(
+            module, hidden_states, attention_mask, gated_position_bias, *more, **kwargs
+        )
+    # Like torch's function, this reads the weights and calls no projection.
+    q, k, v = (
+        F.linear(hidden_states, m.weight, m.bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for m in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    seen = attend_with_kernels(
+        *(q, k, v),
+        padding_mask=None if attention_mask is None else attention_mask == 1,
+        attn_bias=additive(gated_position_bias.unflatten(0, (-1, module.num_heads)), q.dtype),
+        dropout_p=module.dropout if module.training else 0.0,
+    )
+    return F.linear(seen.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias), None
+
+
+@fused_forward
+def wavlm_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.attention, with the gated bias of positions"""
+    return original(module, *args, **kwargs)
+
+
+vars(wavlm_attention)["methods"] = {"torch_multi_head_self_attention": heads_with_bias}
+
+
+def _wavlm(module: Any) -> Forward | str:
+    base = modeling_wavlm.WavLMAttention
+    return overridden(module, base, "torch_multi_head_self_attention") or wavlm_attention
+
+
+def _full_name(row: str) -> str:
+    folder, _, name = row.partition(".")
+    folder, _, file = folder.partition(":")
+    return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
+
+
+ADAPTERS: dict[str, Adapter] = {
+    **{_full_name(row): _attention for row in ROWS},
+    _full_name("wavlm.WavLMAttention"): _wavlm,
+    _full_name("led.LEDEncoderSelfAttention"): lambda module: (
+        "attention in local windows, which the kernels do not have"
+    ),
+}

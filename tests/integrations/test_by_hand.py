@@ -1,0 +1,240 @@
+"""Are models of transformers that compute attention by hand right on pyfused?"""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import transformers as hf
+from by_hand_cases import DEBERTA, MODELS, TROCR, WAVES, XGLM, pair, text
+from draws import to_double
+from fused_pairs import Trio, tensors
+from hf_cases import BART, DECODER, IDS, livened, tokens
+
+import pyfused
+from pyfused.integrations.transformers import by_hand
+from pyfused.own_forward import is_fused
+
+NOT_IN_DOUBLE = ("CANINE", "XGLM")  # their code makes a float32 number of float64's least
+SOFTMAX_IN_FLOAT32 = ("BLOOM", "FlauBERT", "XLM")
+
+
+def made(name):
+    torch.manual_seed(0)
+    _, make, inputs = MODELS[name]
+    return livened(make()), inputs()
+
+
+def in_double(model, inputs):
+    """(fused, plain, inputs), all in float64."""
+    plain = copy.deepcopy(model).double()
+    fused = copy.deepcopy(plain)
+    pyfused.fuse_(fused)
+    return fused, plain, {name: to_double(value) for name, value in inputs.items()}
+
+
+def fused_and_plain(name):
+    """(fused, plain, inputs), in float64 where the model can be."""
+    model, inputs = made(name)
+    if name not in NOT_IN_DOUBLE:
+        return in_double(model, inputs)
+    fused = copy.deepcopy(model)
+    pyfused.fuse_(fused)
+    return fused, model, inputs
+
+
+def states(output):
+    return torch.cat([t.flatten() for t in output.values() if isinstance(t, torch.Tensor)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_and_gradients(name):
+    """Padding on both sides, where there is a mask. test_fused_families judges float32."""
+    fused, plain, inputs = fused_and_plain(name)
+    tolerances = (1e-3, 1e-5) if name in (*NOT_IN_DOUBLE, *SOFTMAX_IN_FLOAT32) else (1e-7, 1e-9)
+    near = functools.partial(torch.testing.assert_close, rtol=tolerances[0], atol=tolerances[1], equal_nan=True)
+    ours, theirs = (states(one(**inputs)) for one in (fused, plain))
+    near(ours, theirs)
+    for found in (ours, theirs):
+        found.square().mean().backward()
+    expected = dict(plain.named_parameters())
+    for parameter, ours in fused.named_parameters():
+        if expected[parameter].grad is not None:
+            near(ours.grad, expected[parameter].grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_report(name):
+    row, make, _ = MODELS[name]
+    notes = {
+        entry.note.partition(",")[0] for entry in pyfused.fuse_(make()).replaced if entry.kind == row.rpartition(".")[2]
+    }
+    assert notes == {"pyfused.attention"}
+
+
+def test_every_row_is_tried():
+    assert {*by_hand.ROWS, "wavlm.WavLMAttention"} == {row for row, _, _ in MODELS.values()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_weights(name):
+    """A call that wants them runs the class's own code."""
+    fused, plain, inputs = fused_and_plain(name)
+    with torch.no_grad():
+        ours, theirs = (tensors(one(**inputs, output_attentions=True)) for one in (fused, plain))
+    assert ours.keys() == theirs.keys()
+    assert any("attentions" in name for name in ours)
+    for path, found in ours.items():
+        torch.testing.assert_close(found, theirs[path], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_deberta_rows_that_see_no_key(kind):
+    """A query that is padding sees all keys alike, and its scores have no gradient."""
+    config = getattr(hf, f"{kind}Config")(**DEBERTA)
+    fused, plain, _ = in_double(livened(getattr(hf, f"{kind}Model")(config)), {})
+    seen = torch.ones(2, 5, 5, dtype=torch.long)
+    seen[0, :, 3:], seen[0, 4], seen[1, 1] = 0, 0, 0
+    for one in (fused, plain):
+        x = torch.linspace(-1.0, 1.0, 320, dtype=torch.float64).view(2, 5, 32)
+        one.encoder(x, seen, return_dict=False)[0].square().sum().backward()
+    for a, b in zip(fused.parameters(), plain.parameters()):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def eager_llama():
+    config = hf.LlamaConfig(**DECODER)
+    config._attn_implementation = "eager"
+    return hf.LlamaModel(config)
+
+
+SEE_NOTHING = {"DeBERTa": MODELS["DeBERTa"][1], "BLOOM": MODELS["BLOOM"][1], "Llama, eager": eager_llama}
+
+
+@pytest.mark.parametrize("name", SEE_NOTHING)
+def test_gradients_of_queries_that_see_no_key(name):
+    """In float32, where the least number swallows the scores beside it. Padding counts in this loss."""
+    torch.manual_seed(0)
+    plain = livened(SEE_NOTHING[name]())
+    fused, inputs, found = copy.deepcopy(plain), text(left=3), []
+    pyfused.fuse_(fused)
+    for model in (fused, plain):
+        model(**inputs)[0].square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_deberta_is_left_where_heads_talk():
+    model = hf.DebertaModel(hf.DebertaConfig(**DEBERTA, talking_head=True))
+    left = {entry.kind: entry.note for entry in pyfused.fuse_(model).left}
+    assert left["DisentangledSelfAttention"] == "its attention has a head_logits_proj"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["DeBERTa v2", "BLOOM", "WavLM"])
+def test_half_precision(name, dtype):
+    model, inputs = made(name)
+    live = inputs["attention_mask"] if "input_ids" in inputs else None
+    Trio(model, dtype=dtype).check(live=live, **inputs)
+
+
+def test_dropout():
+    """Of all probabilities in training, of none in eval."""
+    torch.manual_seed(0)
+    config = hf.MvpConfig(**BART, attention_dropout=1.0)
+    fused, plain, inputs = in_double(livened(hf.MvpModel(config)), pair())
+    for train in (False, True):
+        fused.train(train), plain.train(train)
+        torch.testing.assert_close(*(one(**inputs)[0] for one in (fused, plain)))
+    plain.eval()
+    assert not torch.allclose(*(one(**inputs)[0] for one in (fused, plain)))
+
+
+def test_a_hook_on_the_dropout_sees_the_probabilities():
+    model, inputs = made("RemBERT")
+    pyfused.fuse_(model)
+    expected, seen = model(**inputs)[0], []
+    model.encoder.layer[0].attention.self.dropout.register_forward_hook(
+        lambda module, args, out: seen.append(out.shape)
+    )
+    torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+    assert seen == [(2, 4, 9, 9)]
+
+
+def causal(kind):
+    if kind == "TrOCR":
+        model = hf.TrOCRForCausalLM(hf.TrOCRConfig(**{**TROCR, "use_cache": True}))
+    elif kind == "XGLM":
+        model = hf.XGLMForCausalLM(hf.XGLMConfig(**XGLM))
+    else:
+        model = hf.BloomForCausalLM(hf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4))
+    return livened(model)
+
+
+@pytest.mark.parametrize(("kind", "beams"), [("TrOCR", 1), ("XGLM", 1), ("XGLM", 2), ("BLOOM", 1), ("BLOOM", 2)])
+def test_generate(kind, beams):
+    torch.manual_seed(1)
+    model, ids = causal(kind), tokens(2, 6)
+    padded = torch.ones_like(ids)
+    padded[0, :2] = 0
+    options = {
+        "attention_mask": padded,
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "num_beams": beams,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    if kind == "TrOCR":
+        options |= {"encoder_hidden_states": torch.randn(2, 5, 32)}
+    expected = model.generate(ids, **options)
+    pyfused.fuse_(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_padding_reaches_the_kernel_as_a_row_of_the_mask(calls):
+    model, inputs = made("RemBERT")
+    pyfused.fuse_(model)
+    model(**inputs)
+    assert [call["attn_bias"] for call in calls] == [None, None]
+    assert all(torch.equal(call["padding_mask"], inputs["attention_mask"] != 0) for call in calls)
+
+
+def test_copies_and_unfuse():
+    model, inputs = made("TrOCR")
+    plain = model(**inputs)[0]
+    pyfused.fuse_(model)
+    expected = model(**inputs)[0]
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        by_hand._known.clear()  # as in a new process
+        clone = pickle.loads(pickle.dumps(clone))
+        assert is_fused(clone.layers[0].self_attn)
+        assert torch.equal(clone(**inputs)[0], expected)
+    pyfused.unfuse_(model)
+    assert torch.equal(model(**inputs)[0], plain)
+
+
+def test_compiled():
+    model, inputs = made("Megatron-BERT")
+    pyfused.fuse_(model)
+    expected = model(**inputs)[0]
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0], expected)
+
+
+def test_wavlm_reads_weights_as_torch_does():
+    """torch's function calls no projection, so a hook on one does not run."""
+    model = livened(hf.WavLMModel(hf.WavLMConfig(**WAVES)))
+    pyfused.fuse_(model)
+    seen = []
+    model.encoder.layers[0].attention.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(1, 200))
+    assert not seen
+
+
+def test_led_is_named():
+    model, _ = made("LED")
+    left = {entry.kind: entry.note for entry in pyfused.fuse_(model).left}
+    assert left["LEDEncoderSelfAttention"] == "attention in local windows, which the kernels do not have"
