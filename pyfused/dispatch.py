@@ -130,7 +130,7 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
     if device != takes:
         return f"runs on {takes} tensors, not on {device}"
     if dtype not in KERNEL_DTYPES:
-        return f"takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"takes float32, float16 and bfloat16, not {evidence.name_of(dtype)}"
     return ""
 
 

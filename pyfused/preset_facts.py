@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoints import Checkpoint, open_checkpoint
+from .evidence import name_of
 from .families import FAMILIES
 from .models import Backbone
 from .nn import FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
@@ -102,7 +103,7 @@ def _open(preset: str | os.PathLike[str]) -> tuple[Checkpoint, bool]:
 
 def _dtype(checkpoint: Checkpoint) -> str | None:
     try:
-        return str(checkpoint.dtype).removeprefix("torch.")
+        return name_of(checkpoint.dtype)
     except ValueError:  # several, and the configuration states none
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .dispatch import backend
+from .evidence import name_of
 from .models import Backbone
 from .testing import available, judge, running
 
@@ -54,7 +55,7 @@ def verify(preset: str, *, device: str = "cpu", dtype: str | torch.dtype | None 
     of_plain = next(iter(judged.values())).values()  # plain PyTorch's errors are the same for every backend
     return {
         "preset": preset,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
         "device": device,
         "seeds": SEEDS,
         "inputs": {name: list(tensor.shape) for name, tensor in calls[0].items()},

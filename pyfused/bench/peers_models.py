@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evidence import name_of
 from .case import Function
 
 INT8 = "ctranslate2-int8"
@@ -154,7 +155,7 @@ _GPT2 = {"include_prompt_in_result": False, **_ALL_LOGITS}  # reads the whole pr
 
 def _kinds(model: Any, make: Callable[[str], Function]) -> dict[str, Callable[[], Function]]:
     """The peer in the model's dtype; for a float32 model also in int8. CTranslate2 raises if the processor lacks the dtype."""
-    name = str(model.dtype).removeprefix("torch.")
+    name = name_of(model.dtype)
     kinds = {"ctranslate2": name, INT8: "int8"} if name == "float32" else {"ctranslate2": name}
     return {peer: partial(make, kind) for peer, kind in kinds.items()}
 

@@ -24,6 +24,7 @@ from pyfused.checkpoints.parts import fill_part, whole_shape
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
 from pyfused.checkpoints.presets import published_config, resolve_preset
 from pyfused.checkpoints.storage import FLOATS, Entry, open_files
+from pyfused.evidence import name_of
 from pyfused.families import FAMILIES, load, of_hf_type
 from pyfused.spread import is_spread
 
@@ -64,7 +65,7 @@ class Checkpoint:
         if stated is not None:
             name = stated.removeprefix("torch.") if isinstance(stated, str) else stated
             for dtype in FLOATS:
-                if name == str(dtype).removeprefix("torch."):
+                if name == name_of(dtype):
                     return dtype
             raise ValueError(f"{file}: dtype is {stated!r}; pass dtype= one of {_names()}")
         found = {entry.dtype for entry in self._entries.values()}
@@ -268,4 +269,4 @@ def _packed(module: nn.Module, name: str) -> tuple[int, int]:
 
 
 def _names(dtypes: Any = FLOATS) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return ", ".join(sorted(map(name_of, dtypes)))

@@ -28,6 +28,7 @@ from pyfused.checkpoints.replace import replacing
 from pyfused.checkpoints.storage import FLOATS
 from pyfused.checkpoints.stored import Stored, shard_bytes, stored_tensors, write_file
 from pyfused.checkpoints.tokenizer_save import tokenizer_files
+from pyfused.evidence import name_of
 from pyfused.families import FAMILIES, Family, family_of, load
 from pyfused.spread import is_spread
 
@@ -80,7 +81,7 @@ def save_to_preset(
     own = {tensor.dtype for name, tensor in state.items() if tensor.dtype in FLOATS and not name.endswith(".scale")}
     if dtype is None and len(own) > 1:
         raise ValueError(f"model: its tensors have {sorted(map(str, own))}; pass dtype= to save them in one")
-    policy = config["dtype"] if dtype is None else _name(dtype)
+    policy = config["dtype"] if dtype is None else name_of(dtype)
     came_from = getattr(model, "preset_directory", None)
     kept = dtype or _stored_dtype(own, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -115,7 +116,7 @@ def convert(
         FAMILIES[checkpoint.model],
         checkpoint.config,
         kept,
-        f"mixed_{_name(checkpoint.compute_dtype)}" if mixed else _name(kept),
+        f"mixed_{name_of(checkpoint.compute_dtype)}" if mixed else name_of(kept),
         _remembering(checkpoint.reader(kept)),
         checkpoint.directory,
     )
@@ -163,7 +164,8 @@ def _stored(content: _Content, format: Format) -> list[Stored]:
 
 
 def _hf_files(content: _Content) -> dict[str, bytes]:
-    described = load(content.family.checkpoint).config_to_hf(content.config, _name(content.dtype)) | block(content.int8)
+    described = load(content.family.checkpoint).config_to_hf(content.config, name_of(content.dtype))
+    described |= block(content.int8)
     path = content.directory / "config.json" if content.directory is not None else None
     if path is not None and path.is_file() and "model_type" in (raw := read_json(path)):
         described |= {name: raw[name] for name in _SPECIAL if name in raw}  # the tokeniser's, no part of a backbone
@@ -260,10 +262,6 @@ def _import_h5py() -> None:
         import h5py  # noqa: F401
     except ImportError as error:
         raise ImportError("format='keras' needs h5py: pip install 'pyfused[keras]'") from error
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _json(content: Mapping[str, Any], sort_keys: bool = False) -> bytes:

@@ -75,6 +75,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from ..bench.case import DTYPES, Setup
     from ..bench.plot import drawable, plot
     from ..bench.run import bench
+    from ..evidence import name_of
 
     if arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; it takes at least 1")
@@ -88,7 +89,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         drawable(arguments.plot)
         _check_writable(arguments.plot, "--plot")
-    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    by_name = {name_of(dtype): dtype for dtype in DTYPES}
     for name in arguments.dtype:
         if name not in by_name:
             raise ValueError(f"--dtype is {name!r}; it takes {', '.join(by_name)}")

@@ -57,5 +57,5 @@ def multiplies_itself(dtype: torch.dtype) -> bool:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
+    """A dtype as people write it: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import open_checkpoint, presets_of, save_to_preset
+from ..evidence import name_of
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
 from ..quantize import hold_int8_
@@ -23,6 +24,7 @@ from .mixed_precision import compute_in
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
+
 
 def model_names(cls: type) -> set[str]:
     """The checkpoints' names of the models that ``cls`` can hold. Backbone itself can hold all."""
@@ -70,7 +72,7 @@ class Backbone(nn.Module, ABC):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON types. `from_config` makes an equal, untrained model from them."""
-        name = str(self.dtype).removeprefix("torch.")
+        name = name_of(self.dtype)
         mixed = next(self.parameters()).dtype != self.dtype
         return {**self._config, "dtype": f"mixed_{name}" if mixed else name}
 

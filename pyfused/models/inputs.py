@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..nn import KVCache
 from ..nn.attention import additive
-from ..ops.checks import may_look
+from ..ops.checks import may_look, name_of
 from ..tracing import tracing
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -55,7 +55,7 @@ def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: 
     """Integers in [0, limit) as int64 on `device`. None in `size` allows any length; `shape` is the size in letters."""
     found = tensor(value, name)
     if found.dtype not in _INTEGERS:
-        raise TypeError(f"{name} is {_dtype(found)}; it takes integers")
+        raise TypeError(f"{name} is {name_of(found.dtype)}; it takes integers")
     if found.dim() != len(size) or any(s is not None and s != n for s, n in zip(size, found.shape)):
         wanted = "" if None in size else f" = {size}"
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape}{wanted}")
@@ -84,7 +84,7 @@ def mask(value: Any, name: str, shape: str, size: tuple[int, ...], device: torch
     if tuple(found.shape) != size:
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape} = {size}")
     if found.dtype.is_complex:
-        raise TypeError(f"{name} is {_dtype(found)}; it takes integers, bool or floats")
+        raise TypeError(f"{name} is {name_of(found.dtype)}; it takes integers, bool or floats")
     real = found if found.dtype == torch.bool else found.trunc() != 0 if found.is_floating_point() else found != 0
     if found.device.type == "cpu" and not tracing() and bool(real.all()):
         return None
@@ -95,7 +95,7 @@ def states(value: Any, name: str, shape: str, size: tuple[int | None, ...], like
     """Floats of the given shape, in the dtype and on the device of `like`."""
     found = tensor(value, name)
     if not found.is_floating_point():
-        raise TypeError(f"{name} is {_dtype(found)}; it takes floats")
+        raise TypeError(f"{name} is {name_of(found.dtype)}; it takes floats")
     if found.dim() != len(size) or any(s is not None and s != n for s, n in zip(size, found.shape)):
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes {shape} with {size}")
     return found.to(like.device, like.dtype)
@@ -108,7 +108,7 @@ def score_bias(value: Any, name: str, size: tuple[int, int, int, int], like: Ten
     if found.dim() != 4 or any(n not in (1, s) for n, s in zip(found.shape, size)):
         raise ValueError(f"{name} has shape {tuple(found.shape)}; it takes (B, 1 or H, S, Sk) = {size}{hint}")
     if not (found.dtype == torch.bool or found.is_floating_point()):
-        raise TypeError(f"{name} is {_dtype(found)}; it takes bool, or floats that are added to the scores")
+        raise TypeError(f"{name} is {name_of(found.dtype)}; it takes bool, or floats that are added to the scores")
     return additive(found.to(like.device), like.dtype)
 
 
@@ -169,7 +169,3 @@ def padded(prompts: Sequence[np.ndarray], length: int | None = None) -> tuple[np
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     return ids, lengths
-
-
-def _dtype(found: Tensor) -> str:
-    return str(found.dtype).removeprefix("torch.")

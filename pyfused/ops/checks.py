@@ -6,17 +6,13 @@ import os
 
 import torch
 
+from ..evidence import name_of as name_of
 from ..tracing import tracing
 
 # A call's checks cost as much as a small kernel, so each check tests the usual case first. Reading a tensor's device takes
 # 0.15 us, comparing two devices 0.3, is_cpu 0.06, reading a shape 0.3.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype as people write it: float32, not torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_floating(tensor: torch.Tensor, argument: str) -> None:
