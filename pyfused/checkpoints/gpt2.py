@@ -9,10 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options
 from pyfused.checkpoints.names import settle_head
-from pyfused.checkpoints.options import REFUSED, SILENT, check_activation, check_keras, finish_keras, read_activation
-from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
+from pyfused.checkpoints.options import (
+    REFUSED,
+    SILENT,
+    check_activation,
+    check_heads,
+    check_keras,
+    finish_keras,
+    read_activation,
+    read_keras,
+)
+from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = "transformer."  # in front of the names that pyfused saves, as in models with a head
@@ -21,13 +31,28 @@ HF_SAVED_PREFIX = "transformer."  # in front of the names that pyfused saves, as
 HF_BUFFERS = (r"h\.\d+\.(attn|crossattention)\.(masked_)?bias", r"(.*\.)?position_ids")
 # The output matrix, the token embedding, tied copies of it, and a prefix that names may lack
 HF_HEAD, HF_EMBEDDING, HF_COPIES, HF_BARE = "lm_head.weight", "wte.weight", (), ""
-DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, "max_sequence_length": 1024}
+_SIZED = {"max_sequence_length": 1024}
+DEFAULTS = {"tie_embedding_weights": True, "cross_attention": False, **_SIZED}
 DEPTHS = ("num_layers",)  # the arguments that count stored layers
 KERAS_TASKS = ("CausalLM",)  # KerasHub's classes that take this backbone
+_KERAS_SIZES = ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim")
 _KERAS_FIXED = {
     "activation": "gelu_new", "layer_norm_epsilon": 1e-5, "embedding_dropout": None, "attention_dropout": None,
     "residual_dropout": None, "scale_attention": True, "scale_attention_by_inverse_layer_index": False,
     "upcast_attention": False, "cross_attention": False, "tie_embedding_weights": True,
+}  # fmt: skip
+
+# pyfused's argument -> transformers' option, its default and other names
+_SIZES: dict[str, Any] = {
+    "vocabulary_size": ("vocab_size", 50257), "num_layers": ("n_layer", 12, ["num_hidden_layers"]),
+    "num_heads": ("n_head", 12, ["num_attention_heads"]), "hidden_dim": ("n_embd", 768, ["hidden_size"]),
+    "max_sequence_length": ("n_positions", 1024, ["max_position_embeddings"]),
+}  # fmt: skip
+_FLAGS = {
+    "scale_attention": ("scale_attn_weights", True),
+    "scale_attention_by_inverse_layer_index": ("scale_attn_by_inverse_layer_idx", False),
+    "upcast_attention": ("reorder_and_upcast_attn", False), "cross_attention": ("add_cross_attention", False),
+    "tie_embedding_weights": ("tie_word_embeddings", True),
 }  # fmt: skip
 
 
@@ -35,35 +60,23 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """GPT2Backbone's constructor arguments. Raises ValueError for an unsupported option that changes the outputs."""
     options = Options(raw, file)
     options.refuse(REFUSED)
-    hidden_dim = options.integer("n_embd", 768, ["hidden_size"])
-    inner = options.raw("n_inner", None)
-    dropout = options.number("resid_pdrop", 0.1, high=1.0)
-    config: dict[str, Any] = {
-        "vocabulary_size": options.integer("vocab_size", 50257),
-        "num_layers": options.integer("n_layer", 12, ["num_hidden_layers"]),
-        "num_heads": options.integer("n_head", 12, ["num_attention_heads"]),
-        "hidden_dim": hidden_dim,
-        "intermediate_dim": 4 * hidden_dim if inner is None else Options({"n_inner": inner}, file).integer("n_inner"),
-        "dropout": dropout,
-        "max_sequence_length": options.integer("n_positions", 1024, ["max_position_embeddings"]),
-    }
+    config: dict[str, Any] = {name: options.integer(*theirs) for name, theirs in _SIZES.items()}
+    hidden_dim, inner = config["hidden_dim"], options.raw("n_inner", None)
     if hidden_dim % config["num_heads"]:
         raise ValueError(f"{file}: n_embd is {hidden_dim}, not a multiple of n_head, {config['num_heads']}")
-    activation = read_activation(options, "activation_function")
-    embedding = options.number("embd_pdrop", 0.1, high=1.0)
-    attention = options.number("attn_pdrop", 0.1, high=1.0)
+    dropout, embedding, attention = (
+        options.number(f"{site}_pdrop", 0.1, high=1.0) for site in ("resid", "embd", "attn")
+    )
     config |= {
-        "activation": activation,
+        "intermediate_dim": 4 * hidden_dim if inner is None else Options({"n_inner": inner}, file).integer("n_inner"),
+        "activation": read_activation(options, "activation_function"),
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-5),
         # None means `dropout`: from_preset(..., dropout=0.0) then turns all three off
+        "dropout": dropout,
         "embedding_dropout": None if embedding == dropout else embedding,
         "attention_dropout": None if attention == dropout else attention,
         "residual_dropout": None,
-        "scale_attention": options.boolean("scale_attn_weights", True),
-        "scale_attention_by_inverse_layer_index": options.boolean("scale_attn_by_inverse_layer_idx", False),
-        "upcast_attention": options.boolean("reorder_and_upcast_attn", False),
-        "cross_attention": options.boolean("add_cross_attention", False),
-        "tie_embedding_weights": options.boolean("tie_word_embeddings", True),
+        **{name: options.boolean(*theirs) for name, theirs in _FLAGS.items()},
     }
     options.finish(SILENT | {"n_ctx"}, ("summary_",))
     return config
@@ -71,10 +84,10 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """transformers' configuration for GPT2Backbone's arguments. Raises ValueError for one that it has no option for."""
+    config = {name: default for name, (_, default) in _FLAGS.items()} | DEFAULTS | config
     hidden_dim, num_heads = config["hidden_dim"], config["num_heads"]
     if hidden_dim % num_heads:
         raise ValueError(f"hidden_dim is {hidden_dim}; transformers' GPT-2 takes multiples of num_heads, {num_heads}")
-    activation = check_activation(config, whose="transformers' GPT-2")
     dropout = config.get("dropout", 0.1)
     rates = {name: config.get(f"{name}_dropout") for name in ("embedding", "attention", "residual")}
     rates = {name: dropout if rate is None else rate for name, rate in rates.items()}
@@ -84,38 +97,23 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "dtype": dtype,
-        "vocab_size": config["vocabulary_size"],
         "bos_token_id": end,
         "eos_token_id": end,
-        "n_positions": config.get("max_sequence_length", 1024),
-        "n_embd": hidden_dim,
-        "n_layer": config["num_layers"],
-        "n_head": num_heads,
+        **{theirs[0]: config[name] for name, theirs in (_SIZES | _FLAGS).items()},
         "n_inner": config["intermediate_dim"],
-        "activation_function": activation,
+        "activation_function": check_activation(config, whose="transformers' GPT-2"),
         "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
         "embd_pdrop": rates["embedding"],
         "attn_pdrop": rates["attention"],
         "resid_pdrop": rates["residual"],
-        "scale_attn_weights": config.get("scale_attention", True),
-        "scale_attn_by_inverse_layer_idx": config.get("scale_attention_by_inverse_layer_index", False),
-        "reorder_and_upcast_attn": config.get("upcast_attention", False),
-        "add_cross_attention": config.get("cross_attention", False),
-        "tie_word_embeddings": config.get("tie_embedding_weights", True),
     }
 
 
 def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """GPT2Backbone's constructor arguments from the ``config`` of a serialised KerasHub GPT2Backbone."""
     options = Options(raw, file)
-    config: dict[str, Any] = {
-        name: options.integer(name)
-        for name in ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim")
-    }
-    config["dropout"] = options.number("dropout", 0.1, high=1.0)
-    config["max_sequence_length"] = options.integer("max_sequence_length", 1024)
-    if config["num_heads"] > config["hidden_dim"]:
-        raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
+    config = read_keras(options, _KERAS_SIZES, _SIZED)
+    check_heads(config, file)
     return config | finish_keras(options, _KERAS_FIXED)
 
 
@@ -123,16 +121,7 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     """KerasHub's arguments for GPT2Backbone's. Raises ValueError for one that its class does not have."""
     config = {"dropout": 0.1} | DEFAULTS | config
     check_keras(config, _KERAS_FIXED, "GPT2Backbone")
-    names = (
-        "vocabulary_size",
-        "num_layers",
-        "num_heads",
-        "hidden_dim",
-        "intermediate_dim",
-        "dropout",
-        "max_sequence_length",
-    )
-    return {name: config[name] for name in names}
+    return {name: config[name] for name in (*_KERAS_SIZES, *_SIZED, "dropout")}
 
 
 def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -149,62 +138,44 @@ def hf_plan(config: dict[str, Any]) -> Plan:
         plan["token_embedding.reverse_weight"] = whole((config["vocabulary_size"], width), HF_HEAD)
     plan["position_embedding.weight"] = whole((config["max_sequence_length"], width), "wpe.weight")
 
-    def norm(ours: str, theirs: str) -> None:
-        for kind in ("weight", "bias"):
-            plan[f"{ours}.{kind}"] = whole((width,), f"{theirs}.{kind}")
-
     def linear(ours: str, theirs: str, out: int, into: int) -> None:
         plan[f"{ours}.weight"] = transposed((out, into), f"{theirs}.weight")
         plan[f"{ours}.bias"] = whole((out,), f"{theirs}.bias")
 
     for i in range(config["num_layers"]):
         ours, theirs = f"layers.{i}", f"h.{i}"
-        norm(f"{ours}.attention_norm", f"{theirs}.ln_1")
+        plan |= layers.hf_norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width)
         linear(f"{ours}.attention.query_key_value", f"{theirs}.attn.c_attn", 3 * heads, width)
         linear(f"{ours}.attention.output", f"{theirs}.attn.c_proj", width, heads)
         if config["cross_attention"]:
-            norm(f"{ours}.cross_attention_norm", f"{theirs}.ln_cross_attn")
+            plan |= layers.hf_norm(f"{ours}.cross_attention_norm", f"{theirs}.ln_cross_attn", width)
             linear(f"{ours}.cross_attention.query", f"{theirs}.crossattention.q_attn", heads, width)
             linear(f"{ours}.cross_attention.key_value", f"{theirs}.crossattention.c_attn", 2 * heads, width)
             linear(f"{ours}.cross_attention.output", f"{theirs}.crossattention.c_proj", width, heads)
-        norm(f"{ours}.feed_forward_norm", f"{theirs}.ln_2")
+        plan |= layers.hf_norm(f"{ours}.feed_forward_norm", f"{theirs}.ln_2", width)
         linear(f"{ours}.feed_forward.inner", f"{theirs}.mlp.c_fc", inner, width)
         linear(f"{ours}.feed_forward.outer", f"{theirs}.mlp.c_proj", width, inner)
-    norm("final_norm", "ln_f")
+    plan |= layers.hf_norm("final_norm", "ln_f", width)
     return plan
 
 
 def keras_plan(config: dict[str, Any]) -> Plan:
     """pyfused's names from h5 paths. Keras stores query, key and value as three datasets."""
-    width, inner, heads = config["hidden_dim"], config["intermediate_dim"], config["num_heads"]
-    size = width // heads
+    width, inner = config["hidden_dim"], config["intermediate_dim"]
     plan: Plan = {
         "token_embedding.weight": whole((config["vocabulary_size"], width), "layers/reversible_embedding/vars/0"),
         "position_embedding.weight": whole((config["max_sequence_length"], width), "layers/position_embedding/vars/0"),
     }
 
-    def norm(ours: str, theirs: str) -> None:
-        for index, kind in enumerate(("weight", "bias")):
-            plan[f"{ours}.{kind}"] = whole((width,), f"{theirs}/vars/{index}")
-
     for i in range(config["num_layers"]):
         ours, theirs = f"layers.{i}", "layers/transformer_decoder" + (f"_{i}" if i else "")
-        attention = f"{theirs}/_self_attention_layer"
-        norm(f"{ours}.attention_norm", f"{theirs}/_self_attention_layer_norm")
-        parts = [f"{attention}/{part}_dense/vars" for part in ("query", "key", "value")]
-        plan[f"{ours}.attention.query_key_value.weight"] = Target(
-            (3 * heads * size, width), tuple(Piece(f"{part}/0", (width, heads, size), True) for part in parts)
+        plan |= layers.keras_norm(f"{ours}.attention_norm", f"{theirs}/_self_attention_layer_norm", width)
+        plan |= layers.keras_attention(
+            f"{ours}.attention", f"{theirs}/_self_attention_layer", width, config["num_heads"]
         )
-        plan[f"{ours}.attention.query_key_value.bias"] = Target(
-            (3 * heads * size,), tuple(Piece(f"{part}/1", (heads, size)) for part in parts)
+        plan |= layers.keras_norm(f"{ours}.feed_forward_norm", f"{theirs}/_feedforward_layer_norm", width)
+        plan |= layers.keras_linear(
+            f"{ours}.feed_forward.inner", f"{theirs}/_feedforward_intermediate_dense", inner, width
         )
-        output = f"{attention}/output_dense/vars"
-        plan[f"{ours}.attention.output.weight"] = transposed((width, heads * size), f"{output}/0", (heads, size, width))
-        plan[f"{ours}.attention.output.bias"] = whole((width,), f"{output}/1")
-        norm(f"{ours}.feed_forward_norm", f"{theirs}/_feedforward_layer_norm")
-        for name, dense, out, into in (("inner", "intermediate", inner, width), ("outer", "output", width, inner)):
-            variables = f"{theirs}/_feedforward_{dense}_dense/vars"
-            plan[f"{ours}.feed_forward.{name}.weight"] = transposed((out, into), f"{variables}/0")
-            plan[f"{ours}.feed_forward.{name}.bias"] = whole((out,), f"{variables}/1")
-    norm("final_norm", "layers/layer_normalization")
-    return plan
+        plan |= layers.keras_linear(f"{ours}.feed_forward.outer", f"{theirs}/_feedforward_output_dense", width, inner)
+    return plan | layers.keras_norm("final_norm", "layers/layer_normalization", width)

@@ -5,6 +5,8 @@ An option that is in neither table and that no model reads causes a warning.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pyfused.activations import ACTIVATIONS, SPELLINGS
@@ -62,6 +64,22 @@ REFUSED = {
     "use_bfloat16": Refused("pass dtype='bfloat16' and drop the option"),
     "position_embedding_type": Refused("pyfused supports only absolute positions", "absolute"),
 }
+
+
+def read_keras(
+    options: Options, sizes: Iterable[str], defaults: Mapping[str, int], dropout: float = 0.1
+) -> dict[str, Any]:
+    """The sizes and the rate of dropout in a configuration of Keras. defaults: of the sizes that it may lack."""
+    config: dict[str, Any] = {name: options.integer(name) for name in sizes}
+    config |= {name: options.integer(name, default) for name, default in defaults.items()}
+    config["dropout"] = options.number("dropout", dropout, high=1.0)
+    return config
+
+
+def check_heads(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError if a head would have no size. In KerasHub num_heads need not divide hidden_dim."""
+    if config["num_heads"] > config["hidden_dim"]:
+        raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
 
 
 def finish_keras(options: Options, fixed: dict[str, Any]) -> dict[str, Any]:

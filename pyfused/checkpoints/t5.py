@@ -20,8 +20,10 @@ from pyfused.checkpoints.options import (
     SILENT,
     activation_name,
     check_activation,
+    check_heads,
     check_keras,
     finish_keras,
+    read_keras,
 )
 from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
 from pyfused.checkpoints.storage import Entry
@@ -40,6 +42,15 @@ DEFAULTS: dict[str, Any] = {
 DEPTHS = ("num_layers", "num_decoder_layers")
 FOLLOWS = {"num_decoder_layers": "num_layers", "scale_logits": "tie_embedding_weights"}  # while the two are equal
 KERAS_TASKS = ("Seq2SeqLM",)  # KerasHub's classes that take this backbone
+_KERAS_SIZES = ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim")
+
+# pyfused's argument -> transformers' option, its default and other names
+_SIZES: dict[str, Any] = {
+    "vocabulary_size": ("vocab_size", 32128), "num_layers": ("num_layers", 6, ["num_hidden_layers"]),
+    "num_heads": ("num_heads", 8, ["num_attention_heads"]), "hidden_dim": ("d_model", 512, ["hidden_size"]),
+    "intermediate_dim": ("d_ff", 2048), "key_value_dim": ("d_kv", 64, ["head_dim"]),
+    "num_buckets": ("relative_attention_num_buckets", 32), "max_distance": ("relative_attention_max_distance", 128),
+}  # fmt: skip
 
 # mT5's defaults that differ from T5's, and a setting that its class has whatever the configuration says
 _MT5 = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
@@ -58,7 +69,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         raw = _MT5 | raw | _MT5_ALWAYS
     options = Options(raw, file)
     options.refuse(_REFUSED)
-    num_layers = options.integer("num_layers", 6, ["num_hidden_layers"])
+    config: dict[str, Any] = {name: options.integer(*theirs) for name, theirs in _SIZES.items()}
     decoder_layers = options.raw("num_decoder_layers", None)
     if decoder_layers is not None:
         decoder_layers = Options({"num_decoder_layers": decoder_layers}, file).integer("num_decoder_layers")
@@ -68,21 +79,13 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         decoder_layers = 0
     activation, gated = _hf_feed_forward(options, file)
     tied = options.boolean("tie_word_embeddings", True)
-    config: dict[str, Any] = {
-        "vocabulary_size": options.integer("vocab_size", 32128),
-        "num_layers": num_layers,
-        "num_heads": options.integer("num_heads", 8, ["num_attention_heads"]),
-        "hidden_dim": options.integer("d_model", 512, ["hidden_size"]),
-        "intermediate_dim": options.integer("d_ff", 2048),
-        "key_value_dim": options.integer("d_kv", 64, ["head_dim"]),
+    config |= {
         "dropout": options.number("dropout_rate", 0.1, high=1.0),
         "activation": activation,
         "use_gated_activation": gated,
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
         "tie_embedding_weights": tied or decoder_layers == 0,
-        "num_decoder_layers": num_layers if decoder_layers is None else decoder_layers,
-        "num_buckets": options.integer("relative_attention_num_buckets", 32),
-        "max_distance": options.integer("relative_attention_max_distance", 128),
+        "num_decoder_layers": config["num_layers"] if decoder_layers is None else decoder_layers,
         # transformers 4 reads tie_word_embeddings for this; 5 always ties and has this option
         "scale_logits": options.boolean("scale_decoder_outputs", tied),
         "decoder_start_token_id": _start_token(options, file),
@@ -124,25 +127,18 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     # transformers reads "gated-gelu" as the tanh formula, so a gate with the erf formula is "gated-gelu_python"
     spelled = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation) if gated else activation
     scaled = config["tie_embedding_weights"] if config["scale_logits"] is None else config["scale_logits"]
-    heads = config["num_heads"]
     alone = config["num_decoder_layers"] == 0
     return {
         "architectures": ["T5EncoderModel" if alone else "T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": not alone,
         "dtype": dtype,
-        "vocab_size": config["vocabulary_size"],
-        "num_layers": config["num_layers"],
+        **{theirs[0]: config[name] for name, theirs in _SIZES.items()},
         "num_decoder_layers": config["num_decoder_layers"] or config["num_layers"],  # transformers has no 0
-        "num_heads": heads,
-        "d_model": config["hidden_dim"],
-        "d_ff": config["intermediate_dim"],
-        "d_kv": config["key_value_dim"] or config["hidden_dim"] // heads,
+        "d_kv": config["key_value_dim"] or config["hidden_dim"] // config["num_heads"],
         "dropout_rate": config.get("dropout", 0.1),
         "feed_forward_proj": f"gated-{spelled}" if gated else spelled,
         "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
-        "relative_attention_num_buckets": config["num_buckets"],
-        "relative_attention_max_distance": config["max_distance"],
         "tie_word_embeddings": scaled,
         "scale_decoder_outputs": scaled,
         "decoder_start_token_id": config["decoder_start_token_id"],
@@ -154,15 +150,12 @@ def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     """T5Backbone's constructor arguments from the ``config`` of a serialised KerasHub T5Backbone."""
     options = Options(raw, file)
-    config: dict[str, Any] = {
-        name: options.integer(name)
-        for name in ("vocabulary_size", "num_layers", "num_heads", "hidden_dim", "intermediate_dim")
-    }
+    config = read_keras(options, _KERAS_SIZES, {})
     size = options.raw("key_value_dim", None)
     if size is not None:
         size = Options({"key_value_dim": size}, file).integer("key_value_dim")
-    elif config["num_heads"] > config["hidden_dim"]:
-        raise ValueError(f"{file}: num_heads is {config['num_heads']}, more than hidden_dim, {config['hidden_dim']}")
+    else:
+        check_heads(config, file)
     stated = options.raw("activation", "relu")
     activation = activation_name(stated)
     if activation is None:
@@ -171,7 +164,6 @@ def config_from_keras(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         )
     config |= {
         "key_value_dim": size,
-        "dropout": options.number("dropout", 0.1, high=1.0),
         "activation": activation,
         "use_gated_activation": options.boolean("use_gated_activation", True),
         "layer_norm_epsilon": options.number("layer_norm_epsilon", 1e-6),
@@ -190,10 +182,9 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "activation is 'quick_gelu', which KerasHub's T5Backbone does not have; save it with format='hf'"
         )
-    names = ("vocabulary_size", "hidden_dim", "intermediate_dim", "num_layers", "num_heads", "key_value_dim", "dropout",
-             "use_gated_activation", "layer_norm_epsilon", "tie_embedding_weights")  # fmt: skip
+    shared = ("key_value_dim", "dropout", "use_gated_activation", "layer_norm_epsilon", "tie_embedding_weights")
     # "gelu" is the erf formula in Keras too
-    return {name: config[name] for name in names} | {
+    return {name: config[name] for name in (*_KERAS_SIZES, *shared)} | {
         "activation": KERAS_GELU if activation == "gelu_new" else activation
     }
 
