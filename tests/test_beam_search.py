@@ -6,10 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from gpt2_cases import hf_gpt2
-from gpt2_cases import like_hf as like_gpt2
-from t5_cases import hf_t5
-from t5_cases import like_hf as like_t5
+from backbone_cases import hf_gpt2, hf_t5, like_hf
 
 from pyfused import Generator
 from pyfused.generation import plan_of
@@ -33,7 +30,7 @@ def pairs():
     gpt2.transformer.load_state_dict(bare.state_dict())
     gpt2.tie_weights()
     t5, bare, gpt2 = t5.double(), bare.double(), gpt2.double()
-    return {"t5": (t5, like_t5(t5).to(DEVICE)), "gpt2": (gpt2, like_gpt2(bare).to(DEVICE))}
+    return {"t5": (t5, like_hf(t5).to(DEVICE)), "gpt2": (gpt2, like_hf(bare).to(DEVICE))}
 
 
 @pytest.fixture(scope="module")

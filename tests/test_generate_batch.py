@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from gpt2_cases import hf_gpt2
-from gpt2_cases import like_hf as like_hf_gpt2
-from t5_cases import hf_t5, like_hf
+from backbone_cases import hf_gpt2, hf_t5, like_hf
 
 from pyfused import Generator
 from pyfused.generation.decoder import Decoder
@@ -20,7 +18,7 @@ def model(request):
     """Weights so large that logits are far apart; rounding changes no token."""
     torch.manual_seed(5)
     if request.param == "gpt2":
-        return like_hf_gpt2(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64))
+        return like_hf(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64))
     return like_hf(hf_t5(spread=0.5))
 
 
@@ -67,7 +65,9 @@ def test_rows_that_stop_take_the_next_prompt(model, prompts, alone, monkeypatch)
 def test_sampled_tokens_depend_on_seed_and_prompt_alone(model, prompts):
     generator, options = Generator(model), {"temperature": 2.0, "top_k": 20, "seed": 4}
     assert generator.generate_batch(prompts, NEW, 3, **options) == generator.generate(prompts, NEW, **options)
-    assert generator.generate_batch(prompts, NEW, 3, **options | {"seed": 5}) != generator.generate(prompts, NEW, **options)
+    assert generator.generate_batch(prompts, NEW, 3, **options | {"seed": 5}) != generator.generate(
+        prompts, NEW, **options
+    )
 
 
 @pytest.mark.parametrize("how", ["modules", "reference"])

@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpt2_cases import hf_gpt2
-from gpt2_cases import like_hf as like_hf_gpt2
-from t5_cases import hf_t5, like_hf
+from backbone_cases import hf_gpt2, hf_t5, like_hf
 
 import pyfused
 from pyfused import Generator, cli, dispatch
@@ -14,7 +12,7 @@ from pyfused.generation.decoder import Decoder
 
 NEW = 8
 MODELS = {
-    "gpt2": lambda: like_hf_gpt2(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)),
+    "gpt2": lambda: like_hf(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)),
     "t5, tied": lambda: like_hf(hf_t5(spread=0.5, feed_forward_proj="relu", seed=2)),
     "t5, untied": lambda: like_hf(hf_t5(spread=0.5, tie_word_embeddings=False, seed=1)),
 }
@@ -76,7 +74,9 @@ def test_the_copy_is_its_own(model, prompts, expected):
     other.to(torch.bfloat16)
     assert generator.generate(prompts, NEW) == expected
     read = sum(t.numel() * t.element_size() for t in made.buffers())
-    assert read < 0.5 * sum(p.numel() * p.element_size() for p in model.parameters())  # scales count in so small a model
+    assert read < 0.5 * sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )  # scales count in so small a model
 
 
 def test_unknown_weights_are_refused(model):
@@ -84,7 +84,9 @@ def test_unknown_weights_are_refused(model):
         Generator(model, weights="int3")
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "In", "--max-new-tokens", "9"], ["encode", "--text", "In"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "In", "--max-new-tokens", "9"], ["encode", "--text", "In"]]
+)
 def test_on_the_command_line(command, capsys):
     options = [command[0], "gpt2_tiny_en", *command[1:], "--json"]
     assert cli.main(options) == 0

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from gpt2_cases import hf_gpt2, like_hf
+from backbone_cases import hf_gpt2, like_hf
 
 import pyfused
 from pyfused import Generator

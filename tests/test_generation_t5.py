@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from t5_cases import hf_t5, like_hf
+from backbone_cases import hf_t5, like_hf
 
 from pyfused import Generator, T5Backbone
 from pyfused.generation import plan_of

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gpt2_cases import hf_gpt2, like_hf
-from t5_cases import hf_t5
-from t5_cases import like_hf as like_hf_t5
+from backbone_cases import hf_gpt2, hf_t5, like_hf
 
 from pyfused import Generator
 from pyfused.generation.beam_search import BeamSearch
@@ -109,7 +107,7 @@ class Replayed(GraphSteps):
 
 
 def made(kind):
-    return like_hf(hf_gpt2()) if kind == "gpt2" else like_hf_t5(hf_t5())
+    return like_hf(hf_gpt2() if kind == "gpt2" else hf_t5())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])

@@ -6,9 +6,7 @@ import threading
 
 import pytest
 import torch
-from gpt2_cases import hf_gpt2, like_hf
-from t5_cases import hf_t5
-from t5_cases import like_hf as like_hf_t5
+from backbone_cases import hf_gpt2, hf_t5, like_hf
 
 from pyfused import AlbertBackbone, Generator, encode
 
@@ -20,7 +18,7 @@ def gpt2():
 
 
 def t5():
-    return like_hf_t5(hf_t5())
+    return like_hf(hf_t5())
 
 
 def together(*calls):

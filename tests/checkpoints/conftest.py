@@ -2,14 +2,10 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import gpt2_standin
 import pytest
 import torch
-
-from pyfused.families import FAMILIES
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -17,13 +13,6 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 @pytest.fixture
 def golden():
     return GOLDEN
-
-
-@pytest.fixture
-def standin(monkeypatch):
-    """A module with GPT2Backbone's parameters, registered in its place."""
-    monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], backbone="gpt2_standin:Standin"))
-    return gpt2_standin.Standin
 
 
 @pytest.fixture
@@ -50,6 +39,17 @@ def edit():
         path.write_text(json.dumps(content))
 
     return rewrite
+
+
+@pytest.fixture
+def edit_keras(edit):
+    """A function that changes the backbone's arguments in a directory of Keras."""
+
+    def change(directory: Path, **changes) -> None:
+        path = directory / "config.json"
+        edit(path, config=json.loads(path.read_text())["config"] | changes)
+
+    return change
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pyfused import GPT2Backbone
 from pyfused.checkpoints import open_checkpoint
 from pyfused.families import FAMILIES, family_of
 from pyfused.models.backbone import Backbone, model_names
@@ -24,17 +25,18 @@ def test_resolve_dtype():
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "keras_gpt2", "keras_gpt2_bf16"])
-def test_from_preset(golden, standin, same, name):
+def test_from_preset(golden, same, name):
     directory = golden / "ckpt" / name
     checkpoint = open_checkpoint(directory)
-    for cls in (Backbone, standin):
+    for cls in (Backbone, GPT2Backbone):
         model = cls.from_preset(directory)
-        assert type(model) is standin
+        assert type(model) is GPT2Backbone
         assert not model.training
         same(model.state_dict(), checkpoint.tensors())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert model.get_config() == checkpoint.config | {"dtype": str(checkpoint.dtype).removeprefix("torch.")}
-    again = standin.from_config(model.get_config())
+    own = {"dtype": str(checkpoint.dtype).removeprefix("torch."), "name": None, "trainable": True}
+    assert model.get_config() == checkpoint.config | own
+    again = GPT2Backbone.from_config(model.get_config())
     assert {n: (t.shape, t.dtype) for n, t in again.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in model.state_dict().items()
     }
@@ -43,13 +45,13 @@ def test_from_preset(golden, standin, same, name):
         same(model.state_dict(), checkpoint.tensors(resolve_dtype(dtype)))
 
 
-def test_overrides_and_random_weights(golden, standin):
+def test_overrides_and_random_weights(golden):
     directory = golden / "ckpt" / "hf_gpt2"
     assert Backbone.from_preset(directory, dropout=0.0).get_config()["dropout"] == 0.0
     with pytest.raises(ValueError, match=r"overrides: unknown \['depth', 'dropuot'\]; they take vocabulary_size, "):
         Backbone.from_preset(directory, dropuot=0.0, depth=3)
     with pytest.raises(
-        ValueError, match=r"'position_embedding.weight' has shape \(16, 12\), this Standin takes \(8, 12\)"
+        ValueError, match=r"'position_embedding.weight' has shape \(16, 12\), this GPT2Backbone takes \(8, 12\)"
     ):
         Backbone.from_preset(directory, max_sequence_length=8)
     fresh = Backbone.from_preset(directory, load_weights=False, num_layers=1, dtype="bfloat16")
@@ -60,19 +62,19 @@ def test_overrides_and_random_weights(golden, standin):
     assert not torch.equal(loaded.token_embedding.weight, Backbone.from_preset(directory, False).token_embedding.weight)
 
 
-def test_load_weights_false_needs_no_weight_file(preset, standin):
+def test_load_weights_false_needs_no_weight_file(preset):
     directory = preset("keras_gpt2")
     (directory / "model.weights.h5").unlink()
-    assert isinstance(Backbone.from_preset(directory, load_weights=False), standin)
+    assert isinstance(Backbone.from_preset(directory, load_weights=False), GPT2Backbone)
     with pytest.raises(ValueError, match="no weights found"):
         Backbone.from_preset(directory)
 
 
-def test_a_subclass_refuses_another_model(golden, monkeypatch, standin):
+def test_a_subclass_refuses_another_model(golden, monkeypatch):
     class Other(Backbone):
         pass
 
-    class Mine(standin):
+    class Mine(GPT2Backbone):
         pass
 
     assert type(Mine.from_preset(golden / "ckpt" / "hf_gpt2")) is Mine
@@ -82,22 +84,22 @@ def test_a_subclass_refuses_another_model(golden, monkeypatch, standin):
         Other.from_preset(golden / "ckpt" / "hf_gpt2")
 
 
-def test_the_families_of_a_class(standin):
+def test_the_families_of_a_class():
     assert model_names(Backbone) == {"gpt2", "albert", "t5", "fnet"}
-    assert model_names(standin) == {"gpt2"}
-    assert family_of(standin).name == "gpt2"
+    assert model_names(GPT2Backbone) == {"gpt2"}
+    assert family_of(GPT2Backbone).name == "gpt2"
     with pytest.raises(TypeError, match="model is a Linear; it takes a backbone of one of gpt2"):
         family_of(torch.nn.Linear)
-    assert set(standin.presets) >= {"gpt2_base_en", "gpt2_extra_large_en"}
-    assert standin.presets["gpt2_base_en"]["metadata"]["params"] == 124_439_808
+    assert set(GPT2Backbone.presets) >= {"gpt2_base_en", "gpt2_extra_large_en"}
+    assert GPT2Backbone.presets["gpt2_base_en"]["metadata"]["params"] == 124_439_808
     with pytest.raises(TypeError, match="config is of type list"):
-        standin.from_config([1])
+        GPT2Backbone.from_config([1])
 
 
-def test_tensors_outside_the_state_dict_are_refused(golden, standin, monkeypatch):
+def test_tensors_outside_the_state_dict_are_refused(golden, monkeypatch):
     """Nothing would fill them on the way from the meta device."""
 
-    class Hidden(standin):
+    class Hidden(GPT2Backbone):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.register_buffer("positions", torch.arange(3), persistent=False)
@@ -106,8 +108,8 @@ def test_tensors_outside_the_state_dict_are_refused(golden, standin, monkeypatch
         Hidden.from_preset(golden / "ckpt" / "hf_gpt2")
 
 
-def test_shared_parameters_stay_shared(golden, standin):
-    class Shared(standin):
+def test_shared_parameters_stay_shared(golden):
+    class Shared(GPT2Backbone):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.layers[1].attention_norm.weight = self.layers[0].attention_norm.weight

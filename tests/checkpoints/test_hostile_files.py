@@ -11,11 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from gpt2_standin import Standin
 from mutations import mutants
 from safetensors.torch import load_file
 
-from pyfused import Tokenizer
+from pyfused import GPT2Backbone, Tokenizer
 from pyfused.checkpoints import apart, hf, keras, open_checkpoint
 from pyfused.checkpoints.presets import bundled_directory
 from pyfused.models.backbone import Backbone
@@ -85,7 +84,7 @@ def test_a_module_stays_as_it_was(preset):
     path = directory / "model.safetensors"
     config = open_checkpoint(directory).config
     good = path.read_bytes()
-    module = Standin(**config)
+    module = GPT2Backbone(**config)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     refused = 0
     for bad in mutants(good, 120, seed=7, upto=3000):

@@ -28,13 +28,12 @@ INPUTS = {
 
 
 @pytest.fixture
-def mixed(preset, edit):
+def mixed(preset, edit_keras):
     """A function that gives a golden Keras directory another dtype policy."""
 
     def write(name, policy):
         directory = preset(name)
-        config = json.loads((directory / "config.json").read_text())["config"]
-        edit(directory / "config.json", config=config | {"dtype": policy})
+        edit_keras(directory, dtype=policy)
         return directory
 
     return write

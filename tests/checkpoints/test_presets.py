@@ -253,16 +253,6 @@ def test_a_configuration_needs_no_h5py(golden, without):
     assert open_checkpoint(golden / "ckpt" / "keras_gpt2", weights=False).model == "gpt2"
 
 
-def test_published_names_are_kerashubs():
-    keras_hub = pytest.importorskip("keras_hub")
-    theirs = keras_hub.models.GPT2Backbone.presets
-    ours = presets_of({"gpt2"})
-    assert set(theirs) <= set(ours)
-    for name, entry in theirs.items():
-        assert ours[name]["kaggle_handle"] == entry["kaggle_handle"]
-        assert ours[name]["metadata"]["params"] == entry["metadata"]["params"]
-
-
 def test_nothing_is_unpickled(golden, monkeypatch):
     """Opening and loading any golden directory calls neither pickle nor torch.load, nor opens a file for writing."""
     import pickle

@@ -1,113 +1,15 @@
-"""Does GPT-2 equal its two originals run live, in every dtype, and refuse what it cannot do?"""
-
-import copy
+"""Does GPT-2 do with masks, caches and an encoder what its two originals do, and refuse what it cannot do?"""
 
 import numpy as np
 import pytest
 import torch
-from gpt2_cases import gpt2_arguments, hf_gpt2, like_hf
+from backbone_cases import backbone_of, call_of, hf_model, ids_of, weights_of
+from golden_cases import case
 
-import pyfused
 from pyfused import GPT2Backbone
 from pyfused.testing import assert_close
 
 SIZES = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "intermediate_dim": 56}
-
-
-def ids_of(shape, vocabulary=61, seed=0):
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def against_hf(hf, ids, mask, dtype, device, **call):
-    """Same weights rounded to dtype: transformers in float64, transformers in dtype, pyfused in dtype."""
-    rounded = copy.deepcopy(hf).to(dtype)
-    wide = copy.deepcopy(rounded).double()
-    with torch.no_grad():
-        truth = wide(ids, attention_mask=mask).last_hidden_state
-        plain = rounded(ids, attention_mask=mask).last_hidden_state
-        actual = like_hf(rounded).to(device)(token_ids=ids, padding_mask=mask, **call)
-    assert actual.dtype == dtype
-    return actual, plain, truth
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_equals_transformers(dtype, padding, device):
-    ids = ids_of((3, 17))
-    mask = torch.ones_like(ids)
-    if padding == "right":
-        mask[1, 9:] = 0
-    if padding == "left":
-        mask[1, :4], mask[2, :16] = 0, 0
-    options = {"activation_function": "gelu", "layer_norm_epsilon": 1e-3, "scale_attn_by_inverse_layer_idx": True}
-    for config in ({}, options):
-        hf = hf_gpt2(spread=0.2, **config)
-        assert_close(*against_hf(hf, ids, mask, dtype, device), f"{dtype} {padding} {config}")
-
-
-def test_equals_transformers_at_base_size(device):
-    hf = hf_gpt2(n_layer=12, n_head=12, n_embd=768, n_inner=None, vocab_size=500, n_positions=128, spread=0.02)
-    assert_close(*against_hf(hf, ids_of((1, 96), 500), None, torch.float32, device))
-
-
-def keras_gpt2(dtype, **sizes):
-    import keras_hub
-
-    return keras_hub.models.GPT2Backbone(**sizes, dtype=dtype)
-
-
-def from_keras(backbone):
-    """The state dict of KerasHub's GPT2Backbone under pyfused's names."""
-
-    def array(variable):
-        return variable.value.detach().cpu().clone()
-
-    state = {
-        "token_embedding.weight": array(backbone.token_embedding.embeddings),
-        "position_embedding.weight": array(backbone.position_embedding.position_embeddings),
-        "final_norm.weight": array(backbone.layer_norm.gamma),
-        "final_norm.bias": array(backbone.layer_norm.beta),
-    }
-    for i, layer in enumerate(backbone.transformer_layers):
-        attention, ours = layer._self_attention_layer, f"layers.{i}."
-        norms = {"attention_norm": layer._self_attention_layer_norm, "feed_forward_norm": layer._feedforward_layer_norm}
-        for name, norm in norms.items():
-            state[f"{ours}{name}.weight"], state[f"{ours}{name}.bias"] = array(norm.gamma), array(norm.beta)
-        parts = [attention.query_dense, attention.key_dense, attention.value_dense]
-        state[f"{ours}attention.query_key_value.weight"] = torch.cat([array(p.kernel).flatten(1).t() for p in parts])
-        state[f"{ours}attention.query_key_value.bias"] = torch.cat([array(p.bias).flatten() for p in parts])
-        state[f"{ours}attention.output.weight"] = array(attention.output_dense.kernel).flatten(0, 1).t()
-        state[f"{ours}attention.output.bias"] = array(attention.output_dense.bias)
-        for name, dense in (
-            ("inner", layer._feedforward_intermediate_dense),
-            ("outer", layer._feedforward_output_dense),
-        ):
-            state[f"{ours}feed_forward.{name}.weight"] = array(dense.kernel).t()
-            state[f"{ours}feed_forward.{name}.bias"] = array(dense.bias)
-    return state
-
-
-@pytest.mark.parametrize("hidden_dim", [24, 26], ids=["divisible", "not-divisible"])
-def test_equals_keras_hub(hidden_dim, device):
-    sizes = {**SIZES, "hidden_dim": hidden_dim, "max_sequence_length": 40}
-    keras = keras_gpt2("float32", **sizes)
-    for weight in keras.weights:
-        values = 0.2 * torch.randn(tuple(weight.shape)) + (1.0 if weight.path.endswith("gamma") else 0.0)
-        weight.assign(values.numpy())
-    wide = keras_gpt2("float64", **sizes)
-    for target, weight in zip(wide.weights, keras.weights):
-        target.assign(weight)
-    ids, mask = ids_of((3, 17)).numpy(), np.ones((3, 17), "int32")
-    mask[1, 9:], mask[2, :4] = 0, 0
-    inputs = {"token_ids": ids, "padding_mask": mask}
-    model = GPT2Backbone(**sizes)
-    model.load_state_dict(from_keras(keras))
-    with torch.no_grad():
-        truth, plain = wide(inputs).double(), keras(inputs)
-        assert_close(model.eval().to(device)(inputs), plain, truth)
-        logits = model.token_embedding(model(inputs), reverse=True)
-        wide_logits = wide.token_embedding(wide(inputs), reverse=True).double()
-        assert_close(logits, keras.token_embedding(keras(inputs), reverse=True), wide_logits)
 
 
 def test_a_query_that_sees_no_key_gets_zeros(device):
@@ -169,56 +71,12 @@ def test_a_mask_of_ones_is_no_mask(device):
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
-def test_empty(shape, device):
-    model = GPT2Backbone(**SIZES).to(device)
-    out = model(token_ids=torch.zeros(shape, dtype=torch.int64), padding_mask=np.zeros(shape))
-    assert out.shape == (*shape, 24)
-
-
-def test_config_round_trip():
-    model = GPT2Backbone(
-        **SIZES, dropout=0.2, dtype="bfloat16", activation="relu", attention_dropout=0.0, tie_embedding_weights=False,
-        name="small", trainable=False, cross_attention=True,
-    )  # fmt: skip
-    again = GPT2Backbone.from_config(model.get_config())
-    assert again.get_config() == model.get_config()
-    assert {k: (v.shape, v.dtype) for k, v in again.state_dict().items()} == {
-        k: (v.shape, v.dtype) for k, v in model.state_dict().items()
-    }
-    assert again.dtype == torch.bfloat16
-    assert not any(p.requires_grad for p in again.parameters())
-    assert again.name == "small"
-    assert model.to(torch.float32).get_config()["dtype"] == "float32"
-
-
 def test_untied_reverse_embedding(device):
     model = GPT2Backbone(**SIZES, tie_embedding_weights=False).to(device)
     hidden = torch.randn(2, 3, 24, device=device)
     expected = hidden @ model.token_embedding.reverse_weight.t()
     torch.testing.assert_close(model.token_embedding(hidden, reverse=True), expected)
     assert (expected - hidden @ model.token_embedding.weight.t()).abs().max() > 1e-3
-
-
-def test_parameter_names_and_initial_weights():
-    model = GPT2Backbone(**{**SIZES, "num_layers": 8, "hidden_dim": 128}, cross_attention=True)
-    names = set(dict(model.named_parameters()))
-    assert {"token_embedding.weight", "position_embedding.weight", "final_norm.weight", "final_norm.bias"} < names
-    layer = {n.removeprefix("layers.7.") for n in names if n.startswith("layers.7.")}
-    modules = [
-        "attention_norm",
-        "attention.query_key_value",
-        "attention.output",
-        "feed_forward_norm",
-        "feed_forward.inner",
-    ]
-    modules += ["feed_forward.outer", "cross_attention_norm"]
-    modules += [f"cross_attention.{part}" for part in ("query", "key_value", "output")]
-    assert layer == {f"{m}.{kind}" for m in modules for kind in ("weight", "bias")}
-    assert abs(model.layers[3].attention.query_key_value.weight.std().item() / 0.02 - 1) < 0.03
-    assert abs(model.layers[3].feed_forward.outer.weight.std().item() / (0.02 / 16**0.5) - 1) < 0.05
-    assert model.layers[3].attention.output.bias.abs().max() == 0
-    assert (model.final_norm.weight == 1).all()
 
 
 GOOD = {"token_ids": torch.zeros(2, 5, dtype=torch.int64), "padding_mask": None}
@@ -312,50 +170,83 @@ def test_a_cache_carries_no_gradient(device):
     assert not model(GOOD, cache=model.new_cache(2, 5)).requires_grad
 
 
-def test_dropout_sites(device):
-    """In training each rate alone changes the output, repeatably for a seed; in evaluation none does."""
-    for site in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-        model = GPT2Backbone(**SIZES, dropout=0.0, **{site: 0.5}).to(device)
-        expected = model.eval()(GOOD)
-        torch.manual_seed(7)
-        first = model.train()(GOOD)
-        torch.manual_seed(7)
-        assert torch.equal(model(GOOD), first), site
-        assert not torch.equal(model(GOOD), first), site
-        assert not torch.equal(expected, first), site
-        assert torch.equal(model.eval()(GOOD), expected), site
+# ---- recorded cases beyond test_golden.py ------------------------------------------------------------------------------
 
 
-def test_training_follows_transformers(device):
-    """Ten steps of SGD without dropout: the losses meet the tolerance rule against transformers in float64."""
-    hf = hf_gpt2(spread=0.1, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0).train()
-    data = ids_of((4, 12)).expand(10, -1, -1)
-    mine = GPT2Backbone(**gpt2_arguments(hf.config.to_dict())).train()
-    mine.load_state_dict(like_hf(hf).state_dict())
-    mine = mine.to(device)
-
-    def losses(model, hidden_of, head_of):
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.2)
-        out = []
-        for ids in data:
-            logits = head_of(hidden_of(ids[:, :-1]))
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            out.append(loss.detach())
-        return torch.stack(out)
-
-    def of_hf(model):
-        return losses(model, lambda ids: model(ids).last_hidden_state, lambda h: h @ model.wte.weight.t())
-
-    truth, plain = of_hf(copy.deepcopy(hf).double()), of_hf(copy.deepcopy(hf))
-    actual = losses(
-        mine, lambda ids: mine(token_ids=ids, padding_mask=None), lambda h: mine.token_embedding(h, reverse=True)
-    )
-    assert truth[-1] < 0.9 * truth[0]
-    assert_close(actual, plain, truth)
+def test_attention_mask_replaces_causality(device):
+    entry, inputs, outputs = case("gpt2_a_mask4d")
+    config, state = weights_of(entry)
+    hf = hf_model("gpt2", torch.float64, **config)
+    hf.load_state_dict(state)
+    allowed = inputs["attention_mask_bool"]
+    with torch.no_grad():
+        truth = hf(inputs["input_ids"], attention_mask=allowed).last_hidden_state
+    model = backbone_of(entry).to(device)
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    for attention_mask in (allowed, additive, allowed.expand(-1, 4, -1, -1).numpy()):
+        actual = model(token_ids=inputs["input_ids"], padding_mask=None, attention_mask=attention_mask)
+        for source in ("hf_sdpa", "hf_eager"):
+            assert_close(actual, outputs[source]["last_hidden_state"], truth, source)
 
 
-def test_it_is_exported():
-    assert pyfused.GPT2Backbone is GPT2Backbone
+def test_past_keys_and_values(device):
+    entry, inputs, outputs = case("gpt2_a_past_kv")
+    model, cache = backbone_of(entry).to(device), None
+    actual, end = {}, 0
+    cache = model.new_cache(2, 9)
+    for step, new in enumerate((5, 1, 3)):
+        end += new
+        ids, mask = inputs["input_ids"][:, end - new : end], inputs["attention_mask"][:, :end]
+        actual[f"step{step}"] = model(token_ids=ids, padding_mask=mask, cache=cache)
+        assert cache.length == end
+        for layer in range(3):
+            actual[f"step{step}.key.{layer}"] = cache.keys(layer).clone()
+            actual[f"step{step}.value.{layer}"] = cache.values(layer).clone()
+    assert outputs["ref64_zero"].keys() <= actual.keys()
+    for key, truth in outputs["ref64_zero"].items():
+        assert_close(actual[key], outputs["hf_sdpa"][key], truth, key)
+
+
+def test_keras_cache(device):
+    entry, inputs, outputs = case("gpt2_a_keras_cache")
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        model = backbone_of(entry, dtype).to(device)
+        cache = model.new_cache(2, 9)
+        hidden = model(token_ids=inputs["input_ids"], padding_mask=None, cache=cache)
+        pairs = [torch.stack([cache.keys(i), cache.values(i)], 1) for i in range(3)]  # (B, 2, H, T, d)
+        kept = torch.stack(pairs, 1).transpose(3, 4).clone()
+        cache.length = 4
+        again = model(token_ids=inputs["input_ids"][:, 4:5], padding_mask=None, cache=cache)
+        logits = model.token_embedding(hidden, reverse=True)
+        results[dtype] = {"hidden": hidden, "cache": kept, "hidden_at4": again, "logits": logits}
+    truth = results[torch.float64]
+    assert torch.allclose(truth["hidden_at4"], truth["hidden"][:, 4:5], rtol=0, atol=1e-12)
+    for key, plain in outputs["keras"].items():
+        assert_close(results[torch.float32][key], plain, truth[key], key)
+
+
+def test_cross_attention(device):
+    entry, inputs, outputs = case("gpt2_cross_t7")
+    model = backbone_of(entry).to(device)
+    call = call_of("gpt2", inputs)
+    encoder = {k: call[k] for k in ("encoder_hidden_states", "encoder_padding_mask")}
+    ids, mask = call["token_ids"], call["padding_mask"]
+    cache = model.new_cache(3, 7)
+    model(token_ids=ids[:, :4], padding_mask=mask[:, :4], cache=cache, **encoder)
+    with torch.no_grad():
+        actual = {
+            "last_hidden_state": model(call),
+            "no_encoder": model(token_ids=ids, padding_mask=mask),
+            "cached_tail": model(token_ids=ids[:, 4:], padding_mask=mask, cache=cache),
+            "cross.key.0": cache.cross[0][0],
+        }
+    truth = outputs["ref64_zero"]
+    assert actual.keys() == truth.keys()
+    for key, value in actual.items():
+        assert_close(value, outputs["hf_sdpa"][key], truth[key], key)
+    out = model(call, return_attentions=True)
+    assert [tuple(p.shape) for p in out.cross_attentions] == [(3, 3, 7, 5)] * 2
+    assert out.cross_attentions[0][2].abs().max() == 0  # every encoder key of row 2 is masked
+    with pytest.raises(ValueError, match="encoder_hidden_states is given, but the cache"):
+        model(token_ids=ids[:, :0], padding_mask=mask, cache=cache, **encoder)
