@@ -4,6 +4,7 @@ import copy
 
 import draws
 import torch
+from torch import nn
 
 import pyfused
 
@@ -97,6 +98,74 @@ class Trio:
                 fused.mul_(1 + 0.1 * torch.randn_like(fused))
                 plain.copy_(fused)
                 truth.copy_(fused)
+
+
+class Doubled(nn.Linear):
+    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def check_changed_child(trio, block_of, place, **inputs):
+    """A child of a block, replaced if it is a linear layer and then hooked, is called by all three models.
+
+    block_of: model -> the block.
+    """
+    seen = []
+
+    def hook(module, args, output):
+        seen.append(module)
+        return (1.5 * output[0], *output[1:]) if isinstance(output, tuple) else 1.5 * output
+
+    for model in trio.models:
+        block = block_of(model)
+        child = block.get_submodule(place)
+        if isinstance(child, nn.Linear):
+            sizes = child.in_features, child.out_features, child.bias is not None
+            other = Doubled(*sizes, dtype=child.weight.dtype)
+            other.load_state_dict(child.state_dict())
+            block.set_submodule(place, other)
+        block.get_submodule(place).register_forward_hook(hook)
+    trio.check(**inputs)
+    assert len(set(seen)) == 3
+
+
+def check_dropout(trio, **inputs):
+    """Means over many equal rows differ from the plain model's no more than two plain means do; p = 0 is exact."""
+    with torch.no_grad():
+        still = trio.fused(**inputs).last_hidden_state[0]
+        means = [model.train()(**inputs).last_hidden_state.mean(0) for model in (trio.fused, trio.plain, trio.plain)]
+    noise = (means[1] - means[2]).std()
+    assert (means[0] - means[1]).std() < 1.5 * noise
+    assert noise < (means[0] - still).abs().max()  # dropout was on
+    for module in trio.fused.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif type(module).__name__ == "T5Attention":
+            module.dropout = 0.0
+    with torch.no_grad():
+        assert torch.equal(trio.fused(**inputs).last_hidden_state[0], still)
+
+
+def check_resized(trio, size, **inputs):
+    """A larger vocabulary, whose new rows are the same in all three models."""
+    for model in trio.models:
+        torch.manual_seed(0)
+        old, width = model.get_input_embeddings().weight.shape
+        model.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[old:] = torch.randn(size - old, width).to(model.dtype)
+    trio.check(**inputs)
+
+
+def check_two_models_of_one_config(kind, config, **inputs):
+    """Fusing one leaves the other as it was."""
+    one, other = kind(config).eval(), kind(config).eval()
+    before = other(**inputs).last_hidden_state
+    pyfused.fuse_(one)
+    assert {m.config._attn_implementation for m in other.modules() if hasattr(m, "config")} == {"sdpa"}
+    assert torch.equal(other(**inputs).last_hidden_state, before)
 
 
 def counted(monkeypatch, file, *names):

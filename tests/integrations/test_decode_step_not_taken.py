@@ -43,6 +43,10 @@ def stepped(model, ids=None, filled=None, **options):
     return model(**call)
 
 
+def check_stepped(plain, fused, ids, atol=1e-4):
+    torch.testing.assert_close(stepped(fused, ids).logits, stepped(plain, ids).logits, rtol=1e-4, atol=atol)
+
+
 def hook(model):
     model.transformer.h[1].mlp.dropout.register_forward_hook(lambda *_: None)
 
@@ -100,15 +104,7 @@ CHANGES = (
     hook, pre_hook, new_forward, lora, subclass, parametrized, pruned, training, partly_unfused, other_attention,
     asked_by_config,
 )  # fmt: skip
-
-
-COMPUTING = (
-    new_forward,
-    lora,
-    parametrized,
-    pruned,
-    subclass,
-)  # what these modules compute, or where, is not the class's own
+COMPUTING = (new_forward, lora, parametrized, pruned, subclass)  # something else than their class, or elsewhere
 
 
 @torch.no_grad()
@@ -192,8 +188,7 @@ class _Mode(TorchDispatchMode):
 @torch.no_grad()
 def test_many_rows_run_the_modules(steps):
     plain, fused = pair()
-    ids = tokens(9, 6)
-    torch.testing.assert_close(stepped(fused, ids).logits, stepped(plain, ids).logits, rtol=1e-4, atol=1e-4)
+    check_stepped(plain, fused, tokens(9, 6))
     assert not steps
 
 
@@ -290,8 +285,7 @@ def test_layers_of_different_widths_run_the_modules(steps):
     plain, fused = pair()
     for m in (plain, fused):
         narrow(m.transformer.h[0].mlp)
-    ids = tokens(2, 6)
-    torch.testing.assert_close(stepped(fused, ids).logits, stepped(plain, ids).logits, rtol=1e-4, atol=2e-4)
+    check_stepped(plain, fused, tokens(2, 6), 2e-4)
     assert not steps
 
 
@@ -383,8 +377,7 @@ def test_an_epsilon_of_zero(steps):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 0.0
-    ids = tokens(2, 6)
-    torch.testing.assert_close(stepped(fused, ids).logits, stepped(plain, ids).logits)
+    check_stepped(plain, fused, tokens(2, 6), 1e-5)
     assert steps
 
 

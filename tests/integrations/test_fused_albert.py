@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from fused_pairs import Trio, counted, padded
-from torch import nn
+from fused_pairs import (
+    Trio,
+    check_changed_child,
+    check_dropout,
+    check_resized,
+    check_two_models_of_one_config,
+    counted,
+    padded,
+)
 
 import pyfused
 from pyfused.own_forward import is_fused
@@ -94,33 +101,11 @@ def test_chunked_feed_forward(chunk):
     Trio(albert(chunk_size_feed_forward=chunk)).check(input_ids=ids, attention_mask=mask)
 
 
-class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 @pytest.mark.parametrize(
     "place", ["ffn", "ffn_output", "activation", "attention.dense", "attention.query", "attention"]
 )
 def test_children_replaced_or_hooked_later(place):
-    trio, seen = Trio(albert()), []
-
-    def hook(module, args, output):
-        seen.append(module)
-        return (1.5 * output[0], output[1]) if isinstance(output, tuple) else 1.5 * output
-
-    for model in trio.models:
-        layer = model.encoder.albert_layer_groups[1].albert_layers[0]
-        child = layer.get_submodule(place)
-        if isinstance(child, nn.Linear):
-            other = Doubled(child.in_features, child.out_features, dtype=child.weight.dtype)
-            other.load_state_dict(child.state_dict())
-            layer.set_submodule(place, other)
-        layer.get_submodule(place).register_forward_hook(hook)
-    trio.check(**inputs())
-    assert len(set(seen)) == 3
+    check_changed_child(Trio(albert()), lambda m: m.encoder.albert_layer_groups[1].albert_layers[0], place, **inputs())
 
 
 def test_another_attention_implementation_later():
@@ -141,21 +126,8 @@ def test_autocast():
 
 
 def test_dropout():
-    """Means over many masks differ from the plain model's no more than two plain means do; p = 0 is exact."""
     options = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "num_hidden_layers": 2}
-    trio = Trio(albert(**options))
-    x = torch.randint(2, 61, (1, 9)).repeat(512, 1)
-    with torch.no_grad():
-        still = trio.fused(x).last_hidden_state[0]
-        means = [model.train()(x).last_hidden_state.mean(0) for model in (trio.fused, trio.plain, trio.plain)]
-    noise = (means[1] - means[2]).std()
-    assert (means[0] - means[1]).std() < 1.5 * noise
-    assert noise < (means[0] - still).abs().max()  # dropout was on
-    for module in trio.fused.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    with torch.no_grad():
-        assert torch.equal(trio.fused(x).last_hidden_state[0], still)
+    check_dropout(Trio(albert(**options)), input_ids=torch.randint(2, 61, (1, 9)).repeat(512, 1))
 
 
 def test_filter_unfuse_and_files(tmp_path):
@@ -171,20 +143,8 @@ def test_filter_unfuse_and_files(tmp_path):
 
 
 def test_two_models_of_one_config():
-    config = transformers.AlbertConfig(**SIZES)
-    one, other = transformers.AlbertModel(config).eval(), transformers.AlbertModel(config).eval()
-    given = inputs()
-    before = other(**given).last_hidden_state
-    pyfused.fuse_(one)
-    assert other.config._attn_implementation == "sdpa"
-    assert torch.equal(other(**given).last_hidden_state, before)
+    check_two_models_of_one_config(transformers.AlbertModel, transformers.AlbertConfig(**SIZES), **inputs())
 
 
 def test_resized_embeddings():
-    trio = Trio(albert("AlbertForMaskedLM"))
-    for model in trio.models:
-        torch.manual_seed(0)
-        model.resize_token_embeddings(70, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[61:] = torch.randn(9, 12).to(model.dtype)
-    trio.check(input_ids=inputs()["input_ids"] + 8)
+    check_resized(Trio(albert("AlbertForMaskedLM")), 70, input_ids=inputs()["input_ids"] + 8)

@@ -5,8 +5,7 @@ import functools
 
 import pytest
 import torch
-from fused_pairs import Trio, counted, gradients, vary
-from torch import nn
+from fused_pairs import Trio, check_changed_child, check_dropout, check_resized, counted, gradients, vary
 
 import pyfused
 from pyfused import notices
@@ -126,28 +125,9 @@ def test_a_transform_changed_later_is_used():
     trio.check(input_ids=ids())
 
 
-class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 @pytest.mark.parametrize("place", ["intermediate.dense", "output.dense", "output.dropout", "output.LayerNorm"])
 def test_children_replaced_or_hooked_later(place):
-    trio, seen = Trio(fnet()), []
-    for model in trio.models:
-        layer = model.encoder.layer[0]
-        child = layer.get_submodule(place)
-        if isinstance(child, nn.Linear):
-            other = Doubled(child.in_features, child.out_features, dtype=child.weight.dtype)
-            other.load_state_dict(child.state_dict())
-            parent, name = place.split(".")
-            setattr(getattr(layer, parent), name, other)
-        child = layer.get_submodule(place)
-        child.register_forward_hook(lambda module, args, output: seen.append(module) or 1.5 * output)
-    trio.check(input_ids=ids())
-    assert len(set(seen)) == 3
+    check_changed_child(Trio(fnet()), lambda m: m.encoder.layer[0], place, input_ids=ids())
 
 
 def test_gradients_and_checkpointing():
@@ -164,20 +144,9 @@ def test_autocast():
 
 
 def test_dropout():
-    """The mean over many masks is as near to the output without dropout as the plain model's; p = 0 is exact."""
     torch.manual_seed(0)
-    trio, x = Trio(fnet(hidden_dropout_prob=0.1, num_hidden_layers=1)), ids(shape=(1,)).repeat(512, 1)
-    with torch.no_grad():
-        still = trio.fused(x).last_hidden_state[0]
-        means = [model.train()(x).last_hidden_state.mean(0) for model in (trio.fused, trio.plain)]
-        noise = (trio.plain(x).last_hidden_state.mean(0) - means[1]).std()
-    assert (means[0] - means[1]).std() < 1.5 * noise
-    assert noise < (means[0] - still).abs().max()  # dropout was on
-    for module in trio.fused.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    with torch.no_grad():
-        assert torch.equal(trio.fused(x).last_hidden_state[0], still)
+    trio = Trio(fnet(hidden_dropout_prob=0.1, num_hidden_layers=1))
+    check_dropout(trio, input_ids=ids(shape=(1,)).repeat(512, 1))
 
 
 def test_filter_unfuse_and_files(tmp_path):
@@ -192,14 +161,4 @@ def test_filter_unfuse_and_files(tmp_path):
 
 
 def test_resized_embeddings():
-    trio = Trio(fnet("FNetForMaskedLM"))
-    state = None
-    for model in trio.models:
-        model.resize_token_embeddings(70, mean_resizing=False)
-        state = state or model.state_dict()
-        model.load_state_dict(like_state(model, state))
-    trio.check(input_ids=ids() + 8)
-
-
-def like_state(model, state):
-    return {name: t.to(model.dtype) for name, t in state.items()}
+    check_resized(Trio(fnet("FNetForMaskedLM")), 70, input_ids=ids() + 8)

@@ -4,8 +4,17 @@ import copy
 
 import pytest
 import torch
-from fused_pairs import Trio, counted, gradients, padded, rows
-from torch import nn
+from fused_pairs import (
+    Trio,
+    check_changed_child,
+    check_dropout,
+    check_resized,
+    check_two_models_of_one_config,
+    counted,
+    gradients,
+    padded,
+    rows,
+)
 
 import pyfused
 from pyfused.own_forward import is_fused
@@ -188,13 +197,6 @@ def test_generate(options):
     assert torch.equal(*tokens)
 
 
-class Doubled(nn.Linear):
-    """Stands for LoRA and quantised layers, which replace a layer after fuse_."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 class Block(t5_integration.modeling_t5.T5Block):
     """Stands for the block subclasses that FSDP makes."""
 
@@ -208,22 +210,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 def test_children_replaced_or_hooked_later(place):
-    trio, seen = Trio(t5()), []
-
-    def hook(module, args, output):
-        seen.append(module)
-        return (1.5 * output[0], *output[1:]) if isinstance(output, tuple) else 1.5 * output
-
-    for model in trio.models:
-        block = model.decoder.block[0]
-        child = block.get_submodule(place)
-        if isinstance(child, nn.Linear):
-            other = Doubled(child.in_features, child.out_features, bias=False, dtype=child.weight.dtype)
-            other.load_state_dict(child.state_dict())
-            block.set_submodule(place, other)
-        block.get_submodule(place).register_forward_hook(hook)
-    trio.check(**inputs())
-    assert len(set(seen)) == 3
+    check_changed_child(Trio(t5()), lambda m: m.decoder.block[0], place, **inputs())
 
 
 @pytest.mark.parametrize("left", ["block.1.layer.0.SelfAttention", "block.0.layer.0.SelfAttention", "layer.0", "stack"])
@@ -274,22 +261,8 @@ def test_autocast():
 
 
 def test_dropout():
-    """Means over many masks differ from the plain model's no more than two plain means do; p = 0 is exact."""
-    trio = Trio(t5(dropout_rate=0.1, num_layers=1, num_decoder_layers=1))
     x = {name: torch.randint(2, 61, (1, 7)).repeat(512, 1) for name in ("input_ids", "decoder_input_ids")}
-    with torch.no_grad():
-        still = trio.fused(**x).last_hidden_state[0]
-        means = [model.train()(**x).last_hidden_state.mean(0) for model in (trio.fused, trio.plain, trio.plain)]
-    noise = (means[1] - means[2]).std()
-    assert (means[0] - means[1]).std() < 1.5 * noise
-    assert noise < (means[0] - still).abs().max()  # dropout was on
-    for module in trio.fused.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif type(module).__name__ == "T5Attention":
-            module.dropout = 0.0
-    with torch.no_grad():
-        assert torch.equal(trio.fused(**x).last_hidden_state[0], still)
+    check_dropout(Trio(t5(dropout_rate=0.1, num_layers=1, num_decoder_layers=1)), **x)
 
 
 def test_unfuse_copies_and_files(tmp_path):
@@ -304,20 +277,9 @@ def test_unfuse_copies_and_files(tmp_path):
 
 
 def test_resized_embeddings():
-    trio = Trio(t5("T5ForConditionalGeneration"))
-    for model in trio.models:
-        torch.manual_seed(0)
-        model.resize_token_embeddings(70, mean_resizing=False)
-        with torch.no_grad():
-            model.shared.weight[61:] = torch.randn(9, 24).to(model.dtype)
-    given = inputs()
-    trio.check(input_ids=given["input_ids"] + 8, decoder_input_ids=given["decoder_input_ids"] + 8)
+    given = {name: inputs()[name] + 8 for name in ("input_ids", "decoder_input_ids")}
+    check_resized(Trio(t5("T5ForConditionalGeneration")), 70, **given)
 
 
 def test_two_models_of_one_config():
-    config, given = transformers.T5Config(**SIZES), inputs()
-    one, other = transformers.T5Model(config).eval(), transformers.T5Model(config).eval()
-    before = other(**given).last_hidden_state
-    pyfused.fuse_(one)
-    assert {other.config._attn_implementation, other.decoder.config._attn_implementation} == {"sdpa"}
-    assert torch.equal(other(**given).last_hidden_state, before)
+    check_two_models_of_one_config(transformers.T5Model, transformers.T5Config(**SIZES), **inputs())
