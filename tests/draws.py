@@ -31,6 +31,26 @@ def together(found):
     return torch.stack(actual), plain, torch.stack(truth)
 
 
+def with_gradients(ours, plain, tensors, cotangents):
+    """{"output 0": (actual, plain, truth), ...} of two functions: their results, then the gradients of all tensors but None.
+
+    cotangents: one for each result; a function that gives fewer results takes the first.
+    """
+    dtype = cotangents[0].dtype
+
+    def run(function, dtype):
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * c.to(dtype)).sum() for o, c in zip(out, cotangents))
+        return [*out, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
+
+    actual = run(ours, dtype)
+    assert {t.dtype for t in actual} == {dtype}
+    compared = zip(actual, run(plain, dtype), run(plain, torch.float64), strict=True)
+    return {f"output {i}": found for i, found in enumerate(compared)}
+
+
 def check_modules(modules, inputs, run):
     """Judges values, and gradients of parameters and inputs.
 

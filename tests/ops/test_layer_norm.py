@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import with_gradients
 from opchecks import check_registered
 
 import pyfused
@@ -22,6 +23,21 @@ def plain(x, weight, bias, eps, residual=None):
     return F.layer_norm(total, weight.shape, weight, bias, eps), total
 
 
+def check(x, weight, bias, residual):
+    """Judges results and gradients."""
+
+    def theirs(x, weight, bias, residual):
+        y, total = plain(x, weight, bias, 1e-5, residual)
+        return y if residual is None else (y, total)
+
+    cotangents = [torch.randn_like(x) for _ in range(2)]
+    found = with_gradients(
+        lambda x, w, b, r: pyfused.layer_norm(x, w, b, residual=r), theirs, (x, weight, bias, residual), cotangents
+    )
+    for what, tensors in found.items():
+        assert_close(*tensors, what)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
@@ -29,47 +45,15 @@ def test_forward_and_backward(each_backend, dtype, device, shape, with_bias, wit
     if each_backend == "triton" and device == "cpu" and len(shape) == 3:
         shape = (shape[0], min(shape[1], 5), shape[2])  # the interpreter takes 20 ms a row
     n = shape[-1]
-    inputs = {"x": make(shape, dtype, device), "weight": make((n,), dtype, device)}
-    inputs["bias"] = make((n,), dtype, device) if with_bias else None
-    inputs["residual"] = make(shape, dtype, device) if with_residual else None
-    cotangents = [make(shape, dtype, device), make(shape, dtype, device)]
-
-    def run(function, wide):
-        cast = {k: None if v is None else v.to(wide).requires_grad_() for k, v in inputs.items()}
-        out = function(cast)
-        out = out if isinstance(out, tuple) else (out,)
-        loss = sum((o * c.to(wide)).sum() for o, c in zip(out, cotangents))
-        grads = torch.autograd.grad(loss, [v for v in cast.values() if v is not None])
-        return [*out, *grads]
-
-    def mine(t):
-        return pyfused.layer_norm(t["x"], t["weight"], t["bias"], eps=1e-5, residual=t["residual"])
-
-    def theirs(t):
-        y, total = plain(t["x"], t["weight"], t["bias"], 1e-5, t["residual"])
-        return (y, total) if with_residual else y
-
-    actual = run(mine, dtype)
-    expected, truth = run(theirs, dtype), run(theirs, torch.float64)
-    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
-        assert a.dtype == dtype
-        assert_close(a, p, t, f"output {i}")
+    x, weight = make(shape, dtype, device), make((n,), dtype, device)
+    bias = make((n,), dtype, device) if with_bias else None
+    residual = make(shape, dtype, device) if with_residual else None
+    check(x, weight, bias, residual)
 
 
 def test_rows_too_long_for_one_tile(each_backend, device):
     """Such rows exceed a Triton program's registers: tests a row's blocks and the backward's column sums."""
-    inputs = [make(s, torch.float32, device) for s in [(3, 16400), (16400,), (16400,), (3, 16400)]]
-    cotangents = [make((3, 16400), torch.float32, device) for _ in range(2)]
-
-    def run(function, wide):
-        x, w, b, r = (t.to(wide).requires_grad_() for t in inputs)
-        out = function(x, w, b, r)
-        return [*out, *torch.autograd.grad(out, (x, w, b, r), [c.to(wide) for c in cotangents])]
-
-    actual = run(lambda x, w, b, r: pyfused.layer_norm(x, w, b, residual=r), torch.float32)
-    expected, truth = (run(lambda x, w, b, r: plain(x, w, b, 1e-5, r), wide) for wide in (torch.float32, torch.float64))
-    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
-        assert_close(a, p, t, f"output {i}")
+    check(*(make(s, torch.float32, device) for s in [(3, 16400), (16400,), (16400,), (3, 16400)]))
 
 
 def test_no_grad_matches_grad(each_backend, device):

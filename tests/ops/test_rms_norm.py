@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import with_gradients
 from opchecks import check_registered
 
 import pyfused
@@ -20,53 +21,35 @@ def plain(x, weight, eps=1e-6, residual=None):
     return F.rms_norm(total, weight.shape, weight, eps), total
 
 
+def check(x, weight, residual):
+    """Judges results and gradients."""
+
+    def theirs(x, weight, residual):
+        y, total = plain(x, weight, residual=residual)
+        return y if residual is None else (y, total)
+
+    cotangents = [torch.randn_like(x) for _ in range(2)]
+    found = with_gradients(
+        lambda x, w, r: pyfused.rms_norm(x, w, residual=r), theirs, (x, weight, residual), cotangents
+    )
+    for what, tensors in found.items():
+        assert_close(*tensors, what)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
 def test_forward_and_backward(each_backend, dtype, device, shape, with_residual):
     if each_backend == "triton" and device == "cpu" and len(shape) == 3:
         shape = (shape[0], min(shape[1], 5), shape[2])  # the interpreter takes 20 ms a row
-    inputs = {"x": make(shape, dtype, device), "weight": make(shape[-1:], dtype, device)}
+    x, weight = make(shape, dtype, device), make(shape[-1:], dtype, device)
     if shape[-1] == 1:  # the gradient cancels and its rest is divided by x: one tiny x would decide
-        inputs["x"] += inputs["x"].sign()
-    inputs["residual"] = make(shape, dtype, device) if with_residual else None
-    cotangents = [make(shape, dtype, device), make(shape, dtype, device)]
-
-    def run(function, wide):
-        cast = {k: None if v is None else v.to(wide).requires_grad_() for k, v in inputs.items()}
-        out = function(cast)
-        out = out if isinstance(out, tuple) else (out,)
-        loss = sum((o * c.to(wide)).sum() for o, c in zip(out, cotangents))
-        grads = torch.autograd.grad(loss, [v for v in cast.values() if v is not None])
-        return [*out, *grads]
-
-    def mine(t):
-        return pyfused.rms_norm(t["x"], t["weight"], residual=t["residual"])
-
-    def theirs(t):
-        y, total = plain(t["x"], t["weight"], residual=t["residual"])
-        return (y, total) if with_residual else y
-
-    actual = run(mine, dtype)
-    expected, truth = run(theirs, dtype), run(theirs, torch.float64)
-    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
-        assert a.dtype == dtype
-        assert_close(a, p, t, f"output {i}")
+        x += x.sign()
+    check(x, weight, make(shape, dtype, device) if with_residual else None)
 
 
 def test_rows_too_long_for_one_tile(each_backend, device):
     """Such rows exceed a Triton program's registers: tests a row's blocks and the backward's column sums."""
-    inputs = [make(s, torch.float32, device) for s in [(3, 16400), (16400,), (3, 16400)]]
-    cotangents = [make((3, 16400), torch.float32, device) for _ in range(2)]
-
-    def run(function, wide):
-        x, w, r = (t.to(wide).requires_grad_() for t in inputs)
-        out = function(x, w, r)
-        return [*out, *torch.autograd.grad(out, (x, w, r), [c.to(wide) for c in cotangents])]
-
-    actual = run(lambda x, w, r: pyfused.rms_norm(x, w, residual=r), torch.float32)
-    expected, truth = (run(lambda x, w, r: plain(x, w, residual=r), wide) for wide in (torch.float32, torch.float64))
-    for i, (a, p, t) in enumerate(zip(actual, expected, truth)):
-        assert_close(a, p, t, f"output {i}")
+    check(*(make(s, torch.float32, device) for s in [(3, 16400), (16400,), (3, 16400)]))
 
 
 def test_no_grad_matches_grad(each_backend, device):
