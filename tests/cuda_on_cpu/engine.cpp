@@ -1,28 +1,22 @@
-// The fibers, their scheduler and the barriers behind engine.h. One launch at a time; any number of OS threads may ask.
-#include "engine.h"
+// How do the threads of a launch run? The scheduler of their fibers, and the barriers behind engine.h.
+#include "scheduler.h"
 
-#include <sys/mman.h>
-
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "fibers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #define SANITIZED 1
 #else
 #define SANITIZED 0
-#endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
 #endif
 
 // The linker's names for the section that holds every static __shared__ array (see shim.py); absent when there is none.
@@ -34,76 +28,12 @@ extern unsigned char __stop_cuda_shared[] __attribute__((weak, visibility("hidde
 namespace cuda_on_cpu {
 
 Now now;
+uint64_t order = 0;
+std::string grid_barriers;
 
 namespace {
 
-constexpr size_t kStack = 256 * 1024, kGuard = 4096;
 constexpr int kWarp = 32;
-constexpr size_t kSharedWithoutAsking = 48 * 1024, kSharedMost = 227 * 1024;
-
-// ---- fibers ---------------------------------------------------------------------------------------------------------
-// A stack and the place where it stopped. On x86-64 the switch is written out: swapcontext makes two system calls.
-#if defined(__x86_64__)
-struct Context {
-  void* stack_pointer = nullptr;
-};
-extern "C" void cuda_on_cpu_switch(void** save, void* load);
-asm(R"(
-.text
-.globl cuda_on_cpu_switch
-.hidden cuda_on_cpu_switch
-.type cuda_on_cpu_switch, @function
-cuda_on_cpu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
-)");
-void prepare(Context& c, unsigned char* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + kStack);
-  *--top = nullptr;  // keeps the stack aligned as a call would
-  *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  c.stack_pointer = top;
-}
-void jump(Context& from, Context& to) { cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer); }
-#else
-struct Context {
-  ucontext_t at;
-};
-void prepare(Context& c, unsigned char* stack, void (*entry)()) {
-  getcontext(&c.at);
-  c.at.uc_stack.ss_sp = stack;
-  c.at.uc_stack.ss_size = kStack;
-  c.at.uc_link = nullptr;
-  makecontext(&c.at, entry, 0);
-}
-void jump(Context& from, Context& to) { swapcontext(&from.at, &to.at); }
-#endif
-
-// Stacks outlive a launch: mapping them is slow. Below each lies a page that must not be touched.
-std::vector<unsigned char*> stacks;
-unsigned char* stack_of(size_t index) {
-  while (stacks.size() <= index) {
-    void* p = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) abort();
-    mprotect(p, kGuard, PROT_NONE);
-    stacks.push_back(static_cast<unsigned char*>(p) + kGuard);
-  }
-  return stacks[index];
-}
 
 // ---- what runs ------------------------------------------------------------------------------------------------------
 enum class State { kReady, kBlockBarrier, kWarpOperation, kGridBarrier, kDone };
@@ -142,28 +72,10 @@ Thread* thread = nullptr;
 Context scheduler;
 Body body = nullptr;
 const void* body_context = nullptr;
-bool failed = false;
-std::string failure;
-cudaError_t last_error = cudaSuccess;
-std::map<const void*, size_t> shared_allowed;
-uint64_t order = 0;
-bool looking = false;  // launches are checked and written down, not run
-std::string seen;
-std::string grid_barriers;  // of the last cooperative launch: a line each
-std::mutex launching;
 
 std::string place(const Site& site) {
   const char* name = strrchr(site.file, '/');
   return std::string(site.what) + " (" + (name ? name + 1 : site.file) + ":" + std::to_string(site.line) + ")";
-}
-
-std::string text(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
-void fail(const std::string& message) {
-  if (!failed) failure = message;
-  failed = true;
 }
 
 // ---- switching ------------------------------------------------------------------------------------------------------
@@ -287,13 +199,11 @@ void forget_abandoned_fibers() {
 #endif
 }
 
-#if SANITIZED
-void poison_static_shared() {}  // its red zones may not be written; the other build does it
-#else
 void poison_static_shared() {
+#if !SANITIZED  // its red zones may not be written; the other build does it
   if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
-}
 #endif
+}
 
 __attribute__((no_sanitize("address"))) void copy_bytes(unsigned char* to, const unsigned char* from, size_t bytes) {
   for (volatile size_t i = 0; i < bytes; i = i + 1) to[i] = from[i];
@@ -386,7 +296,17 @@ void run_together(dim3 grid, dim3 dim, size_t shared) {
 
 }  // namespace
 
-// ---- what kernels and launchers call --------------------------------------------------------------------------------
+void run_grid(dim3 grid, dim3 dim, size_t shared, bool cooperative, Body run_body, const void* context) {
+  now.block_dim = dim;
+  now.grid_dim = grid;
+  body = run_body;
+  body_context = context;
+  if (cooperative) run_together(grid, dim, shared);
+  else run_one_by_one(grid, dim, shared);
+  if (failed) forget_abandoned_fibers();
+}
+
+// ---- what kernels call --------------------------------------------------------------------------------
 int block_barrier(Site site, int value) {
   Block& b = *block;
   if (b.at_barrier == 0) b.barrier = site;
@@ -472,78 +392,4 @@ void async_wait(int newest_left) {
   thread->copies.swap(left);
 }
 
-void launch(const void* kernel, const char* name, dim3 grid, dim3 dim, size_t shared, bool cooperative, Body run_body,
-            const void* context) {
-  std::lock_guard<std::mutex> guard(launching);
-  const uint64_t threads = (uint64_t)dim.x * dim.y * dim.z;
-  const size_t allowed = shared_allowed.count(kernel) ? shared_allowed[kernel] : kSharedWithoutAsking;
-  failed = false;
-  if (threads == 0 || threads > 1024) fail("a block of " + std::to_string(threads) + " threads");
-  else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    fail("a grid of " + text({grid.x, grid.y, grid.z}) + " blocks");
-  else if (shared > allowed)
-    fail(std::to_string(shared) + " bytes of dynamic shared memory; allowed are " + std::to_string(allowed));
-  else if (looking)
-    seen += std::string(name) + " " + std::to_string(grid.x) + " " + std::to_string(grid.y) + " " +
-            std::to_string(grid.z) + " " + std::to_string(threads) + " " + std::to_string(shared) + "\n";
-  else {
-    now.block_dim = dim;
-    now.grid_dim = grid;
-    body = run_body;
-    body_context = context;
-    if (cooperative) run_together(grid, dim, shared);
-    else run_one_by_one(grid, dim, shared);
-  }
-  if (failed) {
-    forget_abandoned_fibers();
-    failure = std::string(name) + ": " + failure;
-    last_error = cudaErrorLaunchFailure;
-  }
-}
-
 }  // namespace cuda_on_cpu
-
-using namespace cuda_on_cpu;
-
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = last_error;
-  last_error = cudaSuccess;
-  return error;
-}
-cudaError_t cudaPeekAtLastError() { return last_error; }
-const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaSuccess) return "no error";
-  return error == cudaErrorLaunchFailure ? failure.c_str() : "invalid argument";
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || (size_t)bytes > kSharedMost) return last_error = cudaErrorInvalidValue;
-  std::lock_guard<std::mutex> guard(launching);
-  shared_allowed[kernel] = bytes;
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  memset(p, value, bytes);
-  return cudaSuccess;
-}
-
-// From now on launches are looked at, or run again; what was seen of them since looking began: a line each.
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_look(bool on) {
-  std::lock_guard<std::mutex> guard(launching);
-  looking = on;
-  if (on) seen.clear();
-}
-extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_seen() { return seen.c_str(); }
-
-// The names of the grid barriers of the last cooperative launch: a line each.
-extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_grid_barriers() { return grid_barriers.c_str(); }
-
-// Which way threads and blocks are run from now on; see Order.
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_set_order(uint64_t which) {
-  std::lock_guard<std::mutex> guard(launching);
-  order = which;
-}

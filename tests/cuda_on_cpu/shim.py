@@ -28,6 +28,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
+ENGINE = (HERE / "engine.cpp", HERE / "launch.cpp")
 INCLUDES = (HERE / "include", ROOT / "csrc" / "include", ROOT / "csrc" / "cuda")
 # No contraction: __fmul_rn must round. No fast maths: the kernels' NaN poison must survive.
 FLAGS = [
@@ -66,7 +67,7 @@ def compiler() -> str:
 
 
 def sources() -> list[Path]:
-    return [HERE / "engine.cpp", ROOT / "csrc" / "cuda_bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    return [*ENGINE, ROOT / "csrc" / "cuda_bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shim
 import torch
 
 ORDERS = (0, 1, 2, 3)
-PLANTED = tuple(shim.HERE / name for name in ("engine.cpp", "planted.cu", "planted_bindings.cpp"))
+PLANTED = (*shim.ENGINE, shim.HERE / "planted.cu", shim.HERE / "planted_bindings.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def test_the_sanitizer_finds_a_read_out_of_bounds(which, beyond):
     number = ["global memory", "static shared memory", "dynamic shared memory"].index(which)
     program = (  # without torch, which takes ten seconds to import under the sanitizers
         "import ctypes, shim\n"
-        "names = ('engine.cpp', 'planted.cu', 'planted_bindings.cpp')\n"
-        "planted = shim.load('planted', tuple(shim.HERE / name for name in names))\n"
+        "files = (shim.HERE / name for name in ('planted.cu', 'planted_bindings.cpp'))\n"
+        "planted = shim.load('planted', (*shim.ENGINE, *files))\n"
         "x, out = (ctypes.c_float * 64)(*[1.0] * 64), (ctypes.c_float * 64)()\n"
         f"planted.read_beyond(ctypes.addressof(x), ctypes.addressof(out), {number}, {beyond})\n"
         "print('done', sum(out))"
