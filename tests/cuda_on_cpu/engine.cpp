@@ -58,9 +58,17 @@ struct Thread {
   void* fake_stack = nullptr;
 };
 
+// The lanes that wait at a warp operation. While all have the same mask and stand at the same place, one comparison does.
+struct Warp {
+  unsigned waiting = 0, mask = 0;
+  Site site{};
+  bool alike = true;
+};
+
 struct Block {
   uint3 index{};
   std::vector<Thread> threads;
+  std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> dynamic_shared;
   std::vector<unsigned char> saved_static;
   int done = 0, at_barrier = 0, at_grid_barrier = 0;
@@ -72,6 +80,10 @@ Thread* thread = nullptr;
 Context scheduler;
 Body body = nullptr;
 const void* body_context = nullptr;
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && (a.what == b.what || strcmp(a.what, b.what) == 0);
+}
 
 std::string place(const Site& site) {
   const char* name = strrchr(site.file, '/');
@@ -218,6 +230,7 @@ void start_block(Block& b, uint3 index, dim3 dim, size_t shared, size_t first_st
   if (!b.dynamic_shared) b.dynamic_shared.reset(new unsigned char[shared + 1]);
   memset(b.dynamic_shared.get(), 0xff, shared);
   b.threads.resize(count);
+  b.warps.assign((count + kWarp - 1) / kWarp, {});
   for (size_t i = 0; i < count; ++i) {
     Thread& t = b.threads[i];
     t.state = State::kReady;
@@ -310,9 +323,7 @@ void run_grid(dim3 grid, dim3 dim, size_t shared, bool cooperative, Body run_bod
 int block_barrier(Site site, int value) {
   Block& b = *block;
   if (b.at_barrier == 0) b.barrier = site;
-  if (b.barrier.line != site.line || strcmp(b.barrier.what, site.what) != 0) {
-    broken(site, ("divergent barrier: another thread is at " + place(b.barrier)).c_str());
-  }
+  if (!same(b.barrier, site)) broken(site, ("divergent barrier: another thread is at " + place(b.barrier)).c_str());
   Thread* me = thread;
   me->value = value;
   if (++b.at_barrier == (int)b.threads.size()) {
@@ -339,30 +350,32 @@ unsigned lane() {
 
 void warp_operation(Site site, unsigned mask, void* mine, Apply apply) {
   Thread* me = thread;
-  const size_t first = (size_t)me->warp * kWarp, count = block->threads.size();
-  if (!(mask >> lane() & 1)) broken(site, "the lane is not in its own mask");
+  Warp& warp = block->warps[me->warp];
+  Thread* const lanes_of = block->threads.data() + (size_t)me->warp * kWarp;
+  const size_t count = block->threads.data() + block->threads.size() - lanes_of;
+  const unsigned own = 1u << (me - lanes_of);
+  if (!(mask & own)) broken(site, "the lane is not in its own mask");
+  if (count < (size_t)kWarp && mask >> count) broken(site, "the mask names lanes that the block does not have");
   me->mask = mask;
   me->mine = mine;
   me->site = site;
   me->state = State::kWarpOperation;
-  void* lanes[kWarp] = {};
-  bool all = true;
-  for (int l = 0; l < kWarp; ++l) {
-    if (!(mask >> l & 1)) continue;
-    if (first + l >= count) broken(site, "the mask names lanes that the block does not have");
-    Thread& t = block->threads[first + l];
-    if (t.state != State::kWarpOperation) {
-      all = false;
-      continue;
-    }
-    if (t.mask != mask || t.site.line != site.line || strcmp(t.site.what, site.what) != 0)
+  if (!warp.waiting) warp = {0, mask, site, true};
+  warp.alike = warp.alike && warp.mask == mask && same(warp.site, site);
+  for (int l = 0; l < kWarp && !warp.alike; ++l) {
+    const Thread& t = lanes_of[l];
+    if ((warp.waiting & mask) >> l & 1 && (t.mask != mask || !same(t.site, site)))
       broken(site, ("divergent warp operation: another lane is at " + place(t.site)).c_str());
-    lanes[l] = t.mine;
   }
-  if (all) {
+  warp.waiting |= own;
+  if ((warp.waiting & mask) == mask) {
+    void* lanes[kWarp] = {};
+    for (int l = 0; l < kWarp; ++l)
+      if (mask >> l & 1) lanes[l] = lanes_of[l].mine;
     apply(lanes);
     for (int l = 0; l < kWarp; ++l)
-      if (mask >> l & 1) block->threads[first + l].state = State::kReady;
+      if (mask >> l & 1) lanes_of[l].state = State::kReady;
+    warp.waiting &= ~mask;
   }
   back_to_scheduler(false);
 }
@@ -380,16 +393,17 @@ void async_copy(void* to, const void* from, size_t bytes) {
 }
 void async_commit() { ++thread->group; }
 void async_wait(int newest_left) {
-  std::vector<Copy> left;
-  for (const Copy& c : thread->copies) {
+  std::vector<Copy>& copies = thread->copies;
+  size_t left = 0;
+  for (const Copy c : copies) {
     if (c.group >= thread->group - newest_left) {
-      left.push_back(c);
+      copies[left++] = c;
       continue;
     }
     memset(c.to, 0, 16);
     if (c.bytes) memcpy(c.to, c.from, c.bytes);
   }
-  thread->copies.swap(left);
+  copies.resize(left);
 }
 
 }  // namespace cuda_on_cpu

@@ -47,8 +47,11 @@ struct Product {
 inline float half_of(uint32_t pair, int i, __half*) { return __half2float({(uint16_t)(pair >> (16 * i))}); }
 inline float half_of(uint32_t pair, int i, __nv_bfloat16*) { return __bfloat162float({(uint16_t)(pair >> (16 * i))}); }
 
+typedef float Columns __attribute__((vector_size(32)));  // one row of d, or of b
+
 template <class T> void multiply(void** lanes) {
-  float a[16][16], b[16][8];
+  float a[16][16];
+  Columns b[16], d[16];
   for (int l = 0; l < 32; ++l) {
     const auto* p = static_cast<const Product*>(lanes[l]);
     const int g = l / 4, t = l % 4 * 2;
@@ -57,15 +60,12 @@ template <class T> void multiply(void** lanes) {
       for (int r = 0; r < 2; ++r) b[t + r * 8 + i][g] = half_of(p->b[r], i, (T*)nullptr);
     }
   }
-  for (int l = 0; l < 32; ++l) {
-    float* d = static_cast<Product*>(lanes[l])->d;
-    for (int r = 0; r < 4; ++r) {
-      const int row = l / 4 + r / 2 * 8, column = l % 4 * 2 + r % 2;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      d[r] += sum;
-    }
+  for (int row = 0; row < 16; ++row) {
+    d[row] = Columns{};
+    for (int k = 0; k < 16; ++k) d[row] += a[row][k] * b[k];
   }
+  for (int l = 0; l < 32; ++l)
+    for (int r = 0; r < 4; ++r) static_cast<Product*>(lanes[l])->d[r] += d[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
 }
 
 }  // namespace on_cpu
