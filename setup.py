@@ -9,6 +9,7 @@ Environment variables:
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 # Packages whose folders are outside pyfused/.
 FOLDERS = {f"pyfused.kernels.{p.name}": f"kernels/{p.name}" for p in sorted((ROOT / "kernels").iterdir()) if p.is_dir()}
 FOLDERS["pyfused.bench.benchmarks"] = "benchmarks"
+INTERFACE = runpy.run_path(str(ROOT / "pyfused" / "interface.py"))["digest"]  # importing pyfused would need torch
 
 
 class CMakeBuild(build_ext):
@@ -68,6 +70,7 @@ class CMakeBuild(build_ext):
             f"-DPYFUSED_BUILD_CUDA={os.environ.get('PYFUSED_BUILD_CUDA', '1')}",
             f"-DPYFUSED_BUILD_ISAS={os.environ.get('PYFUSED_BUILD_ISAS', '').replace(' ', ';')}",
             f"-DPYFUSED_BUILD_ARCHITECTURES={os.environ.get('PYFUSED_BUILD_ARCHITECTURES', '').replace(' ', ';')}",
+            *(f"-DPYFUSED_INTERFACE{name}={INTERFACE(name)}" for name in ("_cpu", "_cuda")),
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         # pip's build environment, and ninja in it, have another place each time. The object files stay.

@@ -40,6 +40,10 @@
 namespace py = pybind11;
 namespace python = pyfused::python;
 
+#ifndef PYFUSED_INTERFACE
+#define PYFUSED_INTERFACE ""
+#endif
+
 #ifdef PYFUSED_HAS_avx2
 // What the processor says of itself, where compilers differ in what __builtin_cpu_supports knows. Whether the system saves the
 // registers is covered by its answers for "avx2" and "avx512f".
@@ -116,6 +120,7 @@ PYBIND11_MODULE(_cpu, m) {
        "same_memory(tensors, known) -> memory(tensors) == known"},
       {}};
   if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
+  m.attr("interface") = PYFUSED_INTERFACE;  // pyfused/interface.py's digest when this was built
   py::list supported;
   KERNELS(baseline)(m.def_submodule("baseline"));
   supported.append("baseline");

@@ -8,6 +8,9 @@ namespace py = pybind11;
 #ifndef PYFUSED_ARCHITECTURES
 #define PYFUSED_ARCHITECTURES ""
 #endif
+#ifndef PYFUSED_INTERFACE
+#define PYFUSED_INTERFACE ""
+#endif
 
 // Every launcher runs without the interpreter's lock: it touches no Python object.
 #define KERNEL(name) m.def(#name, &pyfused::cuda::name, py::call_guard<py::gil_scoped_release>())
@@ -15,6 +18,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "pyfused's CUDA kernels; raw pointers and a stream in, nothing out";
   m.attr("architectures") = PYFUSED_ARCHITECTURES;  // CMake's names: "80-real 90-virtual" is code for sm_80, PTX for sm_90
+  m.attr("interface") = PYFUSED_INTERFACE;          // pyfused/interface.py's digest when this was built
   KERNEL(layer_norm_forward);
   KERNEL(layer_norm_backward_parts);
   KERNEL(layer_norm_backward);

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import interface
+
 # The kernels' numbers for dtypes (csrc/include/pyfused/simd.h).
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -31,6 +33,9 @@ _emulated_cudnn = False
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(f"pyfused.{name}")
+        if reason := _outdated(name, module):
+            warnings.warn(f"{reason}. Until then it is not used", RuntimeWarning, stacklevel=2)
+            return None, reason
         # torch 2.10 and later have this capsule. Without it C++ reads tensors more slowly, and CPU calls have no signature.
         if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
@@ -42,6 +47,18 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except Exception as error:  # a broken build must not break `import pyfused`
         warnings.warn(f"pyfused.{name} cannot be loaded and is not used: {error}", RuntimeWarning, stacklevel=2)
         return None, f"the extension pyfused.{name} cannot be loaded: {error}"
+
+
+def _outdated(name: str, module: ModuleType) -> str:
+    """Why an extension does not fit this checkout; "" if it does, or if there is no checkout. Its kernels would take their
+    arguments for others. One that was built without setup.py does not say what it was built for."""
+    built, wanted = getattr(module, "interface", ""), interface.digest(name)
+    if not built or not wanted or built == wanted:
+        return ""
+    checkout = interface.SOURCES.parent
+    return (
+        f"the extension pyfused.{name} was built from other sources: build it again (`pip install -e .` in {checkout})"
+    )
 
 
 def cpu_supported() -> list[str]:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, tuple[str, ...]] = {
     "facts": (
         *("_version", "published", "families", "activations", "arguments", "decode_plan", "notices", "tracing", "timing"),
-        *("own_forward", "spread"),
+        *("own_forward", "spread", "interface"),
     ),
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),
     "kernels": ("kernels",),  # dispatch loads them by name, when an operator is first called
