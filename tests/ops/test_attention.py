@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import check
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 from plain_attention import plain
 
 import pyfused
@@ -297,7 +297,7 @@ def test_opcheck(each_backend, device, full):
     args = [None if t is None else t.detach() for t in (query, key, value)]
     out, lse = torch.ops.pyfused.attention(*args, *(t.detach() if t is bias and full else t for t in common), True)
     common = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in common)
-    torch.library.opcheck(torch.ops.pyfused.attention_backward, (torch.randn_like(out), *args, out, lse, *common, full))
+    opcheck(torch.ops.pyfused.attention_backward, (torch.randn_like(out), *args, out, lse, *common, full))
 
 
 def test_no_grad_matches_grad(each_backend, device):

@@ -7,7 +7,7 @@ import pytest
 import test_attention_relative_bias as biased
 import torch
 from draws import check
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 from test_attention import check_threads, drawn_seed, gradients
 from test_attention import plain as plain_attention
 
@@ -165,7 +165,7 @@ def test_opcheck(each_backend, device):
     args = [t.detach() for t in (query, key, value)]
     out, lse = torch.ops.pyfused.attention(*args, *common, True, *packed[0], *packed[1])
     args = (torch.randn_like(out), *args, out, lse, *common, False, *packed[0], True, *packed[1])
-    torch.library.opcheck(torch.ops.pyfused.attention_backward, args)
+    opcheck(torch.ops.pyfused.attention_backward, args)
 
 
 @pytest.mark.cpu_kernels

@@ -7,7 +7,7 @@ import pytest
 import test_relative_bias
 import torch
 from draws import check
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 from test_attention import Case, drawn_seed, gradients, make
 from test_attention import plain as plain_attention
 
@@ -267,7 +267,7 @@ def test_opcheck(each_backend, device):
     args = [t.detach() for t in (query, key, value)]
     out, lse = torch.ops.pyfused.attention(*args, *common, True, table.detach(), *relative)
     args = (torch.randn_like(out), *args, out, lse, *common, False, table.detach(), *relative, True)
-    torch.library.opcheck(torch.ops.pyfused.attention_backward, args)
+    opcheck(torch.ops.pyfused.attention_backward, args)
 
 
 def test_compiles_without_a_break(device):

@@ -3,11 +3,11 @@
 import functools
 import itertools
 
+import draws
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import chained_linear, together
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 
 import pyfused
 from pyfused import dispatch
@@ -34,31 +34,32 @@ def plain(x, w_in, b_in, w_out, b_out, activation, residual, linear=F.linear):
     return y if residual is None else y + residual
 
 
-def check(activation, dtype, device, lead, n, f, m, biases, with_residual, draws=1, chained=False):
-    """Judges outputs and gradients of several draws together: plain PyTorch's error in one number says little. `chained`: a
-    GPU kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
+def check(activation, dtype, device, lead, n, f, m, biases, with_residual, chained=False):
+    """Judges outputs and gradients, of up to 20 draws: plain PyTorch's error in one output says little. `chained`: a GPU
+    kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
 
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)
 
-    def run(function, wide):
-        x, w_in, b_in, w_out, b_out, residual = (None if t is None else t.to(wide).requires_grad_() for t in inputs)
-        y = function(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
-        leaves = [t for t in (x, w_in, b_in, w_out, b_out, residual) if t is not None]
-        return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
-
-    drawn = []
-    for _ in range(draws):
+    def once():
         inputs = [make(*lead, n), make(f, n, scale=n**-0.5), make(f) if biases[0] else None]
         inputs += [make(m, f, scale=f**-0.5), make(m) if biases[1] else None, make(*lead, m) if with_residual else None]
         cotangent = make(*lead, m)
-        ways = [plain, functools.partial(plain, linear=chained_linear)] if chained else [plain]
-        plains = zip(*(run(way, dtype) for way in ways))
-        drawn.append(list(zip(run(pyfused.ffn, dtype), plains, run(plain, torch.float64))))
-    for i, judged in enumerate(zip(*drawn)):
-        assert all(actual.dtype == dtype for actual, _, _ in judged)
-        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, biases {biases}, residual {with_residual}: output {i}"
-        assert_close(*together(judged), what)
+
+        def run(function, wide):
+            x, w_in, b_in, w_out, b_out, residual = (None if t is None else t.to(wide).requires_grad_() for t in inputs)
+            y = function(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
+            leaves = [t for t in (x, w_in, b_in, w_out, b_out, residual) if t is not None]
+            return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
+
+        ways = [plain, functools.partial(plain, linear=draws.chained_linear)] if chained else [plain]
+        actual, truth, *plains = run(pyfused.ffn, dtype), run(plain, torch.float64), *(run(way, dtype) for way in ways)
+        assert all(t.dtype == dtype for t in actual)
+        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, biases {biases}, residual {with_residual}: output"
+        every = zip(actual, zip(*plains), truth, strict=True)
+        return {f"{what} {i}": (a, list(p), t) for i, (a, p, t) in enumerate(every)}
+
+    draws.check(once, 20)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -72,20 +73,10 @@ def test_forward_and_backward(each_backend, dtype, device, activation):
             continue
         if activation != "gelu_tanh" and (rows, size) not in ((7, SIZES[2]), (17, SIZES[0])):
             continue
-        draws = 20 if 1 in size else 5 if rows < 3 else 2
         for biases, with_residual in (options[i % 8], options[(i + 3) % 8]):  # 36 cases: each option with most sizes
-            check(
-                activation,
-                dtype,
-                device,
-                (rows,),
-                *size,
-                biases,
-                with_residual,
-                min(draws, 5) if interpreted else draws,
-            )
+            check(activation, dtype, device, (rows,), *size, biases, with_residual)
     check(activation, dtype, device, (2, 3), 10, 20, 10, (True, True), True)
-    check(activation, dtype, device, (), 10, 20, 10, (True, True), True, draws=2)
+    check(activation, dtype, device, (), 10, 20, 10, (True, True), True)
 
 
 @pytest.mark.parametrize("rows, n, f, m", LARGE)
@@ -103,7 +94,7 @@ def scalar(x, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_on_a_dense_grid(each_backend, dtype, device, activation):
     """Judges chunk by chunk, so that small values next to large ones are judged at their own scale."""
-    points, chunks = (2000, 20) if each_backend == "triton" and device == "cpu" else (200000, 40)
+    points, chunks = (2000, 20) if each_backend in ("triton", "cuda") and device == "cpu" else (50000, 40)
     fine = torch.logspace(-6, 0, points // 10)
     # Far to the left gelu's formulas cancel even in float64, so one scale serves the whole tail.
     grids = [
@@ -224,8 +215,8 @@ def test_opcheck(each_backend, device, full):
     check_registered("ffn", (x, w_in, b_in, w_out, b_out, "gelu", residual, True), save=7)
     grad_y, pre = torch.randn(3, 6, device=device), torch.randn(3, 10, device=device)
     arguments = (grad_y, x.detach(), w_in.detach(), w_out.detach(), pre, "gelu")
-    torch.library.opcheck(torch.ops.pyfused.ffn_backward, (*arguments, True, True, full, True, full))
-    torch.library.opcheck(torch.ops.pyfused.ffn_backward, (*arguments, full, *[not full] * 4))
+    opcheck(torch.ops.pyfused.ffn_backward, (*arguments, True, True, full, True, full))
+    opcheck(torch.ops.pyfused.ffn_backward, (*arguments, full, *[not full] * 4))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])

@@ -7,7 +7,7 @@ import draws
 import pytest
 import torch
 import torch.nn.functional as F
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 
 import pyfused
 from pyfused import dispatch
@@ -249,7 +249,7 @@ def test_opcheck(each_backend, device, kind, with_residual):
     grad_y = torch.randn(3, 6, device=device).to(kind)
     arguments = (grad_y, *(t.detach() for t in tensors[:4]), gate, up, "gelu")
     for wants in ([True] * 4, [with_residual, *[not with_residual] * 3]):
-        torch.library.opcheck(torch.ops.pyfused.gated_ffn_backward, (*arguments, *wants))
+        opcheck(torch.ops.pyfused.gated_ffn_backward, (*arguments, *wants))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import with_gradients
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 
 import pyfused
 from pyfused.testing import assert_close
@@ -95,7 +95,7 @@ def test_opcheck(each_backend, device, residual):
     g = torch.randn(3, 16, device=device)
     stats = torch.randn(3, device=device), torch.rand(3, device=device)
     args = (g, g if residual else None, x.detach(), w.detach(), *stats, True)
-    torch.library.opcheck(torch.ops.pyfused.layer_norm_backward, args)
+    opcheck(torch.ops.pyfused.layer_norm_backward, args)
 
 
 @pytest.mark.parametrize(

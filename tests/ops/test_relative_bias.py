@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from opchecks import check_registered
+from opchecks import check_registered, opcheck
 
 import pyfused
 from pyfused.kernels.shared.buckets import distance_buckets
@@ -140,7 +140,7 @@ def test_opcheck(each_backend, device):
     table = torch.randn(8, 2, device=device, requires_grad=True)
     check_registered("relative_bias", (table, 3, 5, True, 20, 2))
     grad = torch.randn(1, 2, 3, 5, device=device)
-    torch.library.opcheck(torch.ops.pyfused.relative_bias_backward, (grad, 8, True, 20, 2))
+    opcheck(torch.ops.pyfused.relative_bias_backward, (grad, 8, True, 20, 2))
 
 
 @pytest.mark.parametrize(
