@@ -15,10 +15,9 @@ from pyfused.testing import running
 
 if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
-FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# bfloat16's kernels are float16's templates: the same addresses and barriers. tests/ops judge its values.
+FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16}
 SANITIZED = os.environ.get("PYFUSED_SANITIZE") == "1"
-if SANITIZED:
-    del FLOAT_TYPES["bfloat16"]  # see shim.SANITIZE
 
 
 def on_cuda_kernels(name, dtype):
@@ -73,4 +72,4 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour():
     command = [sys.executable, "-m", "pytest", *options, __file__]
     done = shim.sanitized(command, cwd=shim.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 2 * len(operator_calls.CALLS)
