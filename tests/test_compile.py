@@ -56,10 +56,10 @@ def test_a_backbone_is_one_graph_for_all_sizes(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_how_often_a_model_is_compiled(name):
     """Without dynamic=True, torch.compile learns from the first change of batch and length that they vary. backend="eager":
-    tracing alone decides this."""
+    tracing alone decides this. What fixes a size in one of the other models, shows in their one graph for all sizes above."""
     model = backbone(name, num_layers=1).eval()
     with torch.no_grad(), torch._dynamo.config.patch(specialize_float=False):
         call, counter = compiled(model, None, "eager")
@@ -114,8 +114,10 @@ def test_everything_that_a_model_returns_comes_out_of_the_graph(name):
     assert all(torch.equal(a, e) for key in expected for a, e in zip(found[key], expected[key], strict=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["t5", "fnet"])
 def test_inductor_agrees_with_eager(name):
+    """These two models call every operator. Whether an operator keeps what it declares to Inductor, strides and no change of its
+    inputs, is tests/ops' test_opcheck."""
     model, exact = (backbone(name, dtype, num_layers=1).eval() for dtype in (torch.float32, torch.float64))
     call, counter = compiled(model, backend="inductor")
     with torch.no_grad():
