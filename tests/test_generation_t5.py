@@ -35,12 +35,15 @@ def model(hf):
     return like_hf(hf).to(DEVICE)
 
 
+LENGTHS = (1, 2, 3, 5, 9, 17, 28, 40)  # transformers generates for all sources of a length at once
+
+
 @pytest.fixture(scope="module")
 def chosen(hf):
     """100 of 130 prompts with the greedy tokens of transformers' generate in float64. Their two best logits are never close,
     so every right implementation gives these tokens on any processor."""
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 41, (130,), generator=generator).tolist()
+    lengths = [LENGTHS[i] for i in torch.randint(len(LENGTHS), (130,), generator=generator).tolist()]
     prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
     tokens, wide = greedy(copy.deepcopy(hf).double(), prompts), like_hf(hf, torch.float64)
     pairs = sorted(zip(prompts, tokens), key=lambda pair: -margins(logits_of(wide, pair[0], pair[1][:-1])).min())
@@ -93,7 +96,7 @@ def test_the_best_two_logits_are_further_apart_than_noise(hf, prompts, expected,
         truth, mine = (logits_of(m, prompt, new[:-1]) for m in (wide, model))
         assert truth.argmax(-1).tolist() == new  # and a run without cache agrees
         assert (margins(truth) > 10 * (mine.double() - truth).abs().amax(-1)).all()
-    assert len({tuple(new) for new in expected}) > 80  # and the texts differ
+    assert len({tuple(new) for new in expected}) > 70  # and the texts differ
     assert len({token for new in expected for token in new}) > 30
 
 

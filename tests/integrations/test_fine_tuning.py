@@ -1,6 +1,6 @@
 """Does fine-tuning a fused transformers model follow the unfused model's loss curve?
 
-80 steps of AdamW from each bundled preset on the book of Genesis. By the tolerance rule, the fused curve in float32 is at most
+30 steps of AdamW from each bundled preset on the book of Genesis. By the tolerance rule, the fused curve in float32 is at most
 twice as far from the unfused float64 curve as the unfused float32 curve is. The float64 curve takes long and never changes:
 tests/data/fine_tuning.json holds 200 steps of it, and running this file writes it anew.
 """
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
 TRUTH = ROOT / "tests" / "data" / "fine_tuning.json"
-STEPS, STORED, BATCH, LENGTH = 80, 200, 2, 24
+STEPS, STORED, BATCH, LENGTH = 30, 200, 2, 24
 CLASSES = {
     "gpt2_tiny_en": ("GPT2LMHeadModel", "GPT2LMHeadModel"),
     "t5_tiny_en": ("T5ForConditionalGeneration", "T5ForConditionalGeneration"),
@@ -91,7 +91,7 @@ def test_fused_follows_unfused(preset):
     torch.testing.assert_close(start, truth[:2], msg="the stored curve is of other weights or data; run this file")
     plain, fused = curve(model_of(preset), preset), curve(fused_of(preset), preset)
     assert_close(fused, plain, truth, "loss curve")
-    assert fused[-20:].mean() < 0.9 * fused[:20].mean()
+    assert fused[-10:].mean() < 0.97 * fused[:10].mean()
 
 
 if __name__ == "__main__":
