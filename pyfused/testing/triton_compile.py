@@ -163,6 +163,7 @@ def _compiler() -> ProcessPoolExecutor:
 def _begin() -> None:
     """The process starts without TRITON_INTERPRET, and ends with its parent, even one that is killed."""
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # nobody reads it, and ptxas and the disassembler take longer with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
