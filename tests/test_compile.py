@@ -116,8 +116,8 @@ def test_everything_that_a_model_returns_comes_out_of_the_graph(name):
 
 @pytest.mark.parametrize("name", ["t5", "fnet"])
 def test_inductor_agrees_with_eager(name):
-    """These two models call every operator. Whether an operator keeps what it declares to Inductor, strides and no change of its
-    inputs, is tests/ops' test_opcheck."""
+    """These two models call every operator. Whether an operator keeps what it declares to Inductor, strides and no change of
+    its inputs, is tests/ops' test_opcheck."""
     model, exact = (backbone(name, dtype, num_layers=1).eval() for dtype in (torch.float32, torch.float64))
     call, counter = compiled(model, backend="inductor")
     with torch.no_grad():
