@@ -14,7 +14,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc"  # only a checkout has it
 
 _SHARED = tuple(f"include/pyfused/{name}.h" for name in ("activation_codes", "attention_layout", "decode_plan"))
 FILES = {
-    "_cpu": ("cpu_bindings.cpp", "cpu/kernels.h", "cpu/fft.h", *_SHARED),
+    "_cpu": ("cpu_bindings.cpp", "cpu/kernels.h", "cpu/dot/kernels.h", "cpu/fft.h", *_SHARED),
     "_cuda": ("cuda_bindings.cpp", "cuda/kernels.h", "cuda/fft.cuh", *_SHARED),
 }
 
