@@ -13,6 +13,7 @@ from pyfused.bench import Case
 from pyfused.bench.peers import compiled
 from pyfused.bench.peers_models import INT8, t5_encoder, t5_token
 from pyfused.generation.t5 import T5Decoding
+from pyfused.weight_format import FORMATS
 
 from .models import model_calls, pair, train_calls
 
@@ -27,8 +28,8 @@ def cases(setup):
         if setup.device == "cpu":
             name = f"token, {cached} cached, source of {short}"
             yield Case(name, dtype, partial(token, setup, short, cached, dtype))
-            if dtype == torch.float32:
-                yield Case(f"int8 {name}", dtype, partial(token, setup, short, cached, dtype, weights="int8"))
+            for weights in FORMATS if dtype == torch.float32 else ():
+                yield Case(f"{weights} {name}", dtype, partial(token, setup, short, cached, dtype, weights=weights))
         yield Case(f"train 1x{short} + {short}", dtype, partial(train, setup, short, dtype))
 
 
@@ -41,12 +42,12 @@ def config_of(setup, **more):
     )
 
 
-def models(setup, dtype, length):
+def models(setup, dtype, length, weights=None):
     from transformers import T5ForConditionalGeneration
 
     config = config_of(setup)
     ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
-    return *pair(T5ForConditionalGeneration, config, pyfused.T5Backbone, setup, dtype), ids
+    return *pair(T5ForConditionalGeneration, config, pyfused.T5Backbone, setup, dtype, weights), ids
 
 
 def encoder(setup, length, dtype):
@@ -63,12 +64,10 @@ def encoder(setup, length, dtype):
 
 
 def token(setup, length, cached, dtype, weights=None):
-    """weights="int8": beside the peers with int8 weights. The truth is that of our own rounded weights."""
+    """weights: "int8" or "int4", beside the peers with int8 weights. All have the rounded weights."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    mine, theirs, ids = models(setup, dtype, length)
-    if weights:
-        pyfused.quantize_(mine, weights)
+    mine, theirs, ids = models(setup, dtype, length, weights)
     last = torch.zeros(1, dtype=torch.int64, device=setup.device)
 
     def last_logits(model):

@@ -6,14 +6,19 @@ from functools import partial
 
 import torch
 
+import pyfused
 from pyfused.bench import Calls
 from pyfused.testing import running
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def pair(cls, config, backbone, setup, dtype):
-    """(pyfused's model, transformers' model) in eval mode, with the same random weights in this dtype."""
+def pair(cls, config, backbone, setup, dtype, weights=None):
+    """(pyfused's model, transformers' model) in eval mode, with the same random weights in this dtype.
+
+    weights: "int8" or "int4" for pyfused's model; transformers' has the values that the integers stand for. Random weights lose
+        so much in int4 that the results of others would count as wrong.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -21,6 +26,10 @@ def pair(cls, config, backbone, setup, dtype):
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mine = backbone.from_preset(directory, device=setup.device, dtype=dtype)
+        if weights:
+            pyfused.quantize_(mine, weights)
+            pyfused.unquantize_(copy.deepcopy(mine)).save_to_preset(directory)
+            theirs = cls.from_pretrained(directory, config=config, dtype=dtype).eval()
     return mine.eval(), theirs.to(setup.device)
 
 

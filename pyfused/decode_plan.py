@@ -17,13 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .weight_format import format_of
+
 
 class Matrix(NamedTuple):
     """x weight^T + bias. Without a weight the layer has no such matrix."""
 
-    weight: Tensor | None = None  # (N, K), or int8 with a scale
+    weight: Tensor | None = None  # (N, K), or integers with a scale, as weight_format.py says
     bias: Tensor | None = None  # (N,)
-    scale: Tensor | None = None  # (N,) float32: row j of the weight is scale[j] times the integers
+    scale: Tensor | None = None
+
+
+def sizes(matrix: Matrix) -> tuple[int, int]:
+    """(N, K) of a matrix that exists."""
+    weight = matrix.weight
+    assert weight is not None
+    form = format_of(matrix.scale)
+    return weight.shape[0], weight.shape[1] if form is None else form.columns(weight)
 
 
 class Norm(NamedTuple):
@@ -123,7 +133,7 @@ class DecodePlan:
             rows = 0 if matrix.weight is None else matrix.weight.shape[0]
             self._check_matrix(matrix, name, (rows, hidden))
         if self.position_embedding.scale is not None:
-            raise ValueError("plan: position_embedding is int8; it takes the plan's dtype")
+            raise ValueError("plan: position_embedding holds integers; it takes the plan's dtype")
         table = self.bias_table
         if table is not None and (table.dim() != 2 or table.shape[1] != self.heads):
             raise ValueError(f"plan: bias_table has shape {tuple(table.shape)}; it takes (num_buckets, {self.heads})")
@@ -134,24 +144,29 @@ class DecodePlan:
         weight, bias, scale = matrix
         if weight is None:
             return
-        if tuple(weight.shape) != size:
-            raise ValueError(f"plan: {name} has shape {tuple(weight.shape)}; it takes {size}")
-        self._check_like(weight, name, torch.int8 if scale is not None else None)
-        self._check_vector(bias, f"the bias of {name}", size[0])
-        wide = torch.promote_types(self.dtype_and_device.dtype, torch.float32)  # float64 in a plan that gives the truth
-        self._check_vector(scale, f"the scale of {name}", size[0], wide)
+        form = format_of(scale)
+        if sizes(matrix) != size:
+            raise ValueError(f"plan: {name} has shape {sizes(matrix)}; it takes {size}")
+        self._check_like(weight, name, None if form is None else torch.int8)
+        self._check_dense(bias, f"the bias of {name}", (size[0],))
+        if form is not None:
+            is_truth = self.dtype_and_device.dtype == torch.float64
+            dtype = torch.float64 if is_truth else form.scale_dtype
+            self._check_dense(scale, f"the scale of {name}", form.scale_shape(*size), dtype)
 
     def _check_norm(self, norm: Norm, name: str) -> None:
-        self._check_vector(norm.weight, name, self.hidden)
-        self._check_vector(norm.bias, f"the bias of {name}", self.hidden)
+        self._check_dense(norm.weight, name, (self.hidden,))
+        self._check_dense(norm.bias, f"the bias of {name}", (self.hidden,))
 
-    def _check_vector(self, vector: Tensor | None, name: str, size: int, dtype: torch.dtype | None = None) -> None:
-        if vector is None:
+    def _check_dense(
+        self, tensor: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> None:
+        if tensor is None:
             return
-        if tuple(vector.shape) != (size,) or not vector.is_contiguous():
-            what = f"shape {tuple(vector.shape)} and strides {vector.stride()}"
-            raise ValueError(f"plan: {name} has {what}; it takes a contiguous ({size},)")
-        self._check_like(vector, name, dtype)
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            what = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            raise ValueError(f"plan: {name} has {what}; it takes a contiguous {shape}")
+        self._check_like(tensor, name, dtype)
 
     def _check_like(self, tensor: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
         like = self.dtype_and_device

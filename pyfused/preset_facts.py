@@ -19,6 +19,8 @@ from .models import Backbone
 from .nn import FourierMixing, GatedMlp, LayerNorm, Linear, Mlp, ReversibleEmbedding, RMSNorm
 from .nn.attention import RelativeSelfAttention, SelfAttention
 from .ops.explain import explain
+from .quantize import format_for
+from .weight_format import FORMATS
 
 _TOKENS = 128  # the length of the text that the operators are asked about
 
@@ -28,9 +30,9 @@ def describe(preset: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A dict with `preset`, `directory`, `format` ("hf" or "keras"), `class`, `dtype` (None if the files do not say),
-        `weights` ("float", "int8", or None if their files are not here), `config`, `parameters`, `bytes` (of the weights by
-        dtype), `cache_bytes_per_token` (of a decoder's keys and values by dtype; None for an encoder), `layers`, `vocabulary`,
-        `device`, and `operators`: a row with `operator`, `module`, `backend` and `reason` for each kind of call.
+        `weights` ("float", "int8", "int4", or None if their files are not here), `config`, `parameters`, `bytes` (of the
+        weights by dtype), `cache_bytes_per_token` (of a decoder's keys and values by dtype; None for an encoder), `layers`,
+        `vocabulary`, `device`, and `operators`: a row with `operator`, `module`, `backend` and `reason` for each kind of call.
 
     Raises:
         ValueError: what `open_checkpoint` refuses.
@@ -54,10 +56,11 @@ def describe(preset: str | os.PathLike[str]) -> dict[str, Any]:
         "format": "keras" if checkpoint.is_keras else "hf",
         "class": FAMILIES[checkpoint.model].class_name,
         "dtype": dtype,
-        "weights": ("int8" if checkpoint.int8 else "float") if has_weights else None,
+        "weights": (checkpoint.variant or "float") if has_weights else None,
         "config": checkpoint.config,
         "parameters": parameters,
-        "bytes": {name: size * parameters for name, size in counts.items()} | {"int8": _int8_bytes(model)},
+        "bytes": {name: size * parameters for name, size in counts.items()}
+        | {name: _integer_bytes(model, name) for name in FORMATS},
         "cache_bytes_per_token": None if cached is None else {name: size * cached for name, size in counts.items()},
         "layers": {name: config[name] for name in ("num_layers", "num_decoder_layers") if name in config},
         "vocabulary": config["vocabulary_size"],
@@ -70,9 +73,8 @@ def render(facts: dict[str, Any]) -> str:
     """The result of `describe` as lines of text."""
     layers = facts["layers"]
     depth = str(layers["num_layers"]) + (f" + {layers['num_decoder_layers']}" if "num_decoder_layers" in layers else "")
-    weights = {None: "not on this machine", "int8": "int8", "float": facts["dtype"] or "several dtypes"}[
-        facts["weights"]
-    ]
+    kinds = {None: "not on this machine", "float": facts["dtype"] or "several dtypes"}
+    weights = kinds.get(facts["weights"], facts["weights"])
     lines = [
         f"{facts['preset']}: {facts['class']}, {'Keras' if facts['format'] == 'keras' else 'Hugging Face'} format",
         f"  directory   {facts['directory']}",
@@ -108,14 +110,15 @@ def _dtype(checkpoint: Checkpoint) -> str | None:
         return None
 
 
-def _int8_bytes(model: nn.Module) -> int:
-    """The bytes of a float32 model after `quantize_`: linear layers and token tables in int8, a float32 scale for each row."""
+def _integer_bytes(model: nn.Module, scheme: str) -> int:
+    """The bytes of a float32 model after `quantize_`: linear layers and token tables as integers with scales."""
     total = sum(4 * parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, Linear | ReversibleEmbedding):
             for name in ("weight", "reverse_weight"):
                 if (weight := module._parameters.get(name)) is not None:
-                    total += 4 * weight.shape[0] - 3 * weight.numel()
+                    form = format_for(module, scheme)
+                    total += form.nbytes(*weight.shape) - 4 * weight.numel()
     return total
 
 

@@ -1,7 +1,7 @@
-"""How does an existing model get int8 weights? quantize_ gives its linear layers and token tables another class, in place.
+"""How does an existing model get integer weights? quantize_ gives its linear layers and token tables another class, in place.
 
 The modules stay the same objects: names, hooks, training flags, biases and other attributes remain, and whoever holds a module
-holds the quantised one. unquantize_ gives the class back. Modules that shared one weight share one int8 copy.
+holds the quantised one. unquantize_ gives the class back. Modules that shared one weight share one copy of the integers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, ReversibleEmbedding
-from .nn.quantized import int8_of
+from .nn.quantized import Scheme
 from .own_forward import Entry, check_module, has_another_forward, summary
 from .spread import has_spread_weights
+from .weight_format import FORMATS, INT8, WeightFormat
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"  # by name, so that transformers is not imported
 _LINEARS = {f"{c.__module__}.{c.__qualname__}" for c in (nn.Linear, Linear)} | {_CONV1D}
@@ -37,7 +38,8 @@ class Original(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What quantize_ did; print() it. Modules in `replaced` now have int8 weights. Those in `left` do not; their notes say why.
+    """What quantize_ did; print() it. Modules in `replaced` now have integer weights; their notes say of which format, and why
+    if it is not the one that was asked for. Those in `left` do not; their notes say why.
 
     bytes_before, bytes_after: of the model's parameters and buffers, each counted once.
     """
@@ -67,16 +69,18 @@ def quantize_(
     dynamic: bool = False,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> QuantizeReport:
-    """Stores a model's weights in int8, in place: nn.Linear, transformers' Conv1D, and tables of token embeddings.
+    """Stores a model's weights as integers, in place: nn.Linear, transformers' Conv1D, and tables of token embeddings.
 
-    Each output has one scale, max|w| / 127. Sums are in float32. It takes pyfused's backbones and any model, fused or not.
-    Modules that share a weight, such as a token table and the head, share one int8 copy. The int8 weights take no gradients;
-    biases, norms and inputs do.
+    int8: each output has one scale, max|w| / 127. int4: each 32 values of a row have one scale, the one of several that leaves
+    the least squared error: 4.5 bits a weight. Token tables and heads, which project to the vocabulary, are int8 all the same,
+    and so are layers whose K is no multiple of 32. Sums are in float32. It takes pyfused's backbones and any model, fused or
+    not. Modules that share a weight, such as a token table and the head, share one copy of the integers. These take no
+    gradients; biases, norms and inputs do.
 
     Args:
         model: any module. Layers that are already quantised stay as they are.
-        scheme: "int8".
-        dynamic: lets products of many rows round the rows to int8 too; see pyfused.linear.
+        scheme: "int8" or "int4".
+        dynamic: lets products of many rows round the rows to int8 too; see pyfused.linear. Only with "int8".
         filter_fn: takes (name in the model, module) and returns whether to quantise it. It is called for every module that
             could be quantised.
 
@@ -87,24 +91,26 @@ def quantize_(
         TypeError: an argument of a wrong type. ValueError: an unknown scheme, a model spread over a mesh.
     """
     check_module(model)
-    if scheme != "int8":
-        raise ValueError(f"scheme is {scheme!r}; it takes 'int8'")
-    if not isinstance(dynamic, bool):
-        raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
+    wanted = Scheme(scheme, dynamic)
+    wanted.check()
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
     if has_spread_weights(model):
-        raise ValueError("model: its weights are spread over a mesh; int8 takes a model on one device")
+        raise ValueError(f"model: its weights are spread over a mesh; {scheme} takes a model on one device")
     before = _bytes(model)
+    heads = _heads(model)
     replaced, left = [], []
     for group in _groups(model, filter_fn or (lambda name, module: True)):
         reason = _together(group)
         notes = [found.reason or reason for found in group]
         kinds = [type(found.module).__name__ for found in group]
         if not any(notes):
-            _replace([found.module for found in group], dynamic)
+            modules = [found.module for found in group]
+            why = "" if scheme == "int8" else _why_int8(modules, scheme, heads)
+            _replace(modules, Scheme("int8") if why else wanted)
             notes = [
-                _note(found.module) + (f", shared with {group[0].name}" if i else "") for i, found in enumerate(group)
+                _note(found.module) + why + (f", shared with {group[0].name}" if i else "")
+                for i, found in enumerate(group)
             ]
             replaced += [Entry(found.name, kind, note) for found, kind, note in zip(group, kinds, notes)]
         else:
@@ -113,8 +119,8 @@ def quantize_(
 
 
 def unquantize_(model: nn.Module) -> nn.Module:
-    """Undoes quantize_: gives the modules their classes back, with the weights that the integers stand for. What rounding to
-    int8 took does not come back. The dtype is the module's, the original one unless the model was cast since.
+    """Undoes quantize_: gives the modules their classes back, with the weights that the integers stand for. What rounding took
+    does not come back. The dtype is the module's, the original one unless the model was cast since.
 
     Returns:
         The model itself.
@@ -130,19 +136,26 @@ def unquantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def hold_int8_(model: nn.Module, modules: Mapping[str, bool]) -> None:
-    """Gives the named modules of a model on the meta device int8 weights, which a checkpoint then fills.
+def format_for(module: nn.Module, scheme: str) -> WeightFormat:
+    """The format that quantize_ gives a layer of a pyfused model."""
+    return INT8 if scheme == "int8" or _why_int8([module], scheme, set()) else FORMATS[scheme]
 
-    modules: name -> dynamic, of every quantised module. Raises ValueError for a module that cannot hold int8 weights.
+
+def hold_integers_(model: nn.Module, modules: Mapping[str, Scheme]) -> None:
+    """Gives the named modules of a model on the meta device integer weights, which a checkpoint then fills.
+
+    modules: name -> scheme, of every quantised module. Raises ValueError for a module that cannot hold such weights.
     """
     held = dict(model.named_modules())
     heads = {f"{name}.reverse" for name in modules}  # made with their tables
-    for name, dynamic in modules.items():
+    for name, scheme in modules.items():
         if name not in heads:
             module = held.get(name)
             if module is None or _kind(module) not in _LINEARS | _TABLES:
                 raise ValueError(f"{name!r} is no linear layer or token table of this {type(model).__name__}")
-            _replace([module], dynamic)
+            if scheme.name != "int8" and (why := _why_int8([module], scheme.name, set())):
+                raise ValueError(f"{name!r} cannot be {scheme.name}{why}")
+            _replace([module], scheme)
 
 
 # ---- which modules ----------------------------------------------------------------------------------------------------
@@ -197,6 +210,27 @@ def _token_tables(model: nn.Module) -> set[int]:
     return {id(module._parameters.get("weight")) for module in found if isinstance(module, nn.Module)}
 
 
+def _heads(model: nn.Module) -> set[int]:
+    """The ids of the models' output embeddings, as transformers' models name them."""
+    found = []
+    for module in model.modules():
+        if callable(getter := getattr(module, "get_output_embeddings", None)):
+            try:
+                found.append(getter())
+            except (NotImplementedError, AttributeError):
+                continue
+    return {id(module) for module in found if isinstance(module, nn.Module)}
+
+
+def _why_int8(modules: list[Any], scheme: str, heads: set[int]) -> str:
+    """Why modules that share a weight are int8 in place of the scheme; "" if they are not."""
+    if any(isinstance(m, nn.Embedding) or id(m) in heads for m in modules):
+        return ": tables of tokens and heads are"
+    n, k = modules[0].weight.shape
+    misfit = FORMATS[scheme].misfit(n if _kind(modules[0]) == _CONV1D else k)
+    return misfit and f": {misfit}"
+
+
 def _reason(module: Any, kind: str, reader: nn.Module | None, tables: set[int]) -> str:
     """Why a layer must stay as it is; "" if it may be quantised."""
     if kind == "quantised":
@@ -229,7 +263,7 @@ def _unfit(parameter: Tensor) -> str:
     if type(parameter) is not nn.Parameter:
         return f"has a parameter of class {type(parameter).__name__}, such as sharded models have"
     if parameter.dtype not in _DTYPES:
-        return f"is {str(parameter.dtype).removeprefix('torch.')}; int8 replaces float32, float16 and bfloat16"
+        return f"is {str(parameter.dtype).removeprefix('torch.')}; integers replace float32, float16 and bfloat16"
     if parameter.is_meta:
         return "is on the meta device and has no values"
     if not parameter.numel():
@@ -248,46 +282,43 @@ def _together(group: list[_Found]) -> str:
 
 
 def _note(module: Any) -> str:
-    return f"int8 {tuple(module.weight.shape)}, a scale for each output"
+    form = module.format
+    n, k = module.weight.shape[0], form.columns(module.weight)
+    return f"{form.name} ({n}, {k}), a scale for {f'each {form.group} values' if form.group else 'each output'}"
 
 
 # ---- the exchange -----------------------------------------------------------------------------------------------------
 
 
-def _replace(modules: list[Any], dynamic: bool) -> None:
+def _replace(modules: list[Any], scheme: Scheme) -> None:
     """Quantises modules that share one weight. They share the dict of buffers, so that it stays one copy after .to(device)."""
-    weight = modules[0].weight
-    transposed = _kind(modules[0]) == _CONV1D
-    integers, scale = (_unfilled if weight.is_meta else int8_of)(weight.t() if transposed else weight)
+    weight, form = modules[0].weight, FORMATS[scheme.name]
+    matrix = weight.t() if _kind(modules[0]) == _CONV1D else weight
+    n, k = matrix.shape
+    integers, scale = form.unfilled(n, k, weight.device) if weight.is_meta else form.quantized(matrix)
     buffers = {"weight": integers, "scale": scale}
     for module in modules:
         is_table = isinstance(module, nn.Embedding)
         original = Original(type(module), weight.requires_grad)
         if "reverse_weight" in module._parameters:
-            module.add_module("reverse", _head(module, dynamic))
+            module.add_module("reverse", _head(module, scheme))
         del module._parameters["weight"]
         module._buffers = buffers
         module.__class__ = QuantizedEmbedding if is_table else QuantizedLinear
-        module.dtype, module.dynamic, module.original = weight.dtype, dynamic, original
+        module.dtype, module.dynamic, module.original = weight.dtype, scheme.dynamic, original
 
 
-def _unfilled(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight, dtype=torch.int8), torch.empty(
-        len(weight), dtype=torch.float32, device=weight.device
-    )
-
-
-def _head(table: Any, dynamic: bool) -> nn.Module:
+def _head(table: Any, scheme: Scheme) -> nn.Module:
     """The projection of a ReversibleEmbedding with a matrix of its own."""
     weight = table._parameters.pop("reverse_weight")
     head = Linear(weight.shape[1], weight.shape[0], False, device="meta", dtype=weight.dtype)
     head.weight = weight
-    _replace([head], dynamic)
+    _replace([head], scheme)
     return head
 
 
 def _restore(module: Any, shared: dict[int, nn.Parameter]) -> None:
-    """shared: the parameters made so far, by the id of the int8 weight."""
+    """shared: the parameters made so far, by the id of the buffers."""
     default = Original(ReversibleEmbedding if isinstance(module, QuantizedEmbedding) else Linear, True)
     kind, requires_grad = vars(module).pop("original", default)
     key = id(module._buffers)

@@ -3,6 +3,7 @@
 import torch
 
 from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm
+from pyfused.weight_format import FORMATS
 
 VOCABULARY = 203
 
@@ -10,20 +11,21 @@ VOCABULARY = 203
 def made(new, rows, keys, **options):
     """A plan of two layers and a step that can be repeated: it writes the same places again. `new` is operator_calls.Numbers.
 
-    options: hidden, heads, kv_heads, head_size, inner: sizes. relative: T5's bias. gated, rms, bias, int8: as a plan says.
+    options: hidden, heads, kv_heads, head_size, inner: sizes. relative: T5's bias. gated, rms, bias: as a plan says.
+    integers: the format of the weights, "int8" or "int4".
     sources: with cross-attention to `source_length` keys each. uneven: each row has its own place. mask: hide some keys.
     """
     given = {"hidden": 96, "heads": 4, "kv_heads": 4, "head_size": 24, "inner": 160, "source_length": 70} | options
     hidden, heads, kv_heads, d = (given[name] for name in ("hidden", "heads", "kv_heads", "head_size"))
-    has = {name: bool(given.get(name)) for name in ("relative", "gated", "rms", "bias", "int8", "sources", "uneven", "mask")}
+    has = {name: bool(given.get(name)) for name in ("relative", "gated", "rms", "bias", "sources", "uneven", "mask")}
 
     def matrix(n, k):
         bias = new(n, scale=0.3) if has["bias"] else None
         weight = new(n, k, scale=k**-0.5)
-        if not has["int8"]:
+        if "integers" not in given:
             return Matrix(weight, bias)
-        scale = weight.float().abs().amax(1) / 127
-        return Matrix((weight.float() / scale[:, None]).round().to(torch.int8), bias, scale)
+        integers, scale = FORMATS[given["integers"]].quantized(weight)
+        return Matrix(integers, bias, scale)
 
     def norm():
         return Norm(1 + new(hidden, scale=0.2), None if has["rms"] else new(hidden, scale=0.2), 1e-5)
@@ -48,7 +50,9 @@ def made(new, rows, keys, **options):
         bias_table=new(16, heads) if has["relative"] else None, max_distance=40,
     )  # fmt: skip
     device, capacity = new.device, keys + 9
-    places = torch.tensor([(keys - 1) * (row + 1) // rows for row in range(rows)], device=device) if has["uneven"] else None
+    places = (
+        torch.tensor([(keys - 1) * (row + 1) // rows for row in range(rows)], device=device) if has["uneven"] else None
+    )
     sources = given.get("sources", 0)
     step = DecodeStep(
         tokens=torch.arange(rows, device=device) * 17 % VOCABULARY,
@@ -77,8 +81,11 @@ CASES = {
     "one row": ((1, 300), {"bias": True}),
     "short": ((2, 1), {"bias": True, "hidden": 51, "heads": 3, "kv_heads": 1, "head_size": 17, "inner": 77}),
     "uneven": ((3, 150), {"bias": True, "uneven": True, "mask": True, "kv_heads": 2}),
-    "int8": ((4, 40), {"int8": True, "bias": True, "head_size": 64, "hidden": 1040, "inner": 48}),
+    "int8": ((4, 40), {"integers": "int8", "bias": True, "head_size": 64, "hidden": 1040, "inner": 48}),
     "relative": ((8, 90), {"relative": True, "rms": True, "gated": True, "sources": 2, "inner": 1100, "uneven": True}),
-    "wide head": ((1, 200), {"rms": True, "heads": 1, "kv_heads": 1, "head_size": 136, "sources": 1, "source_length": 300}),
-    "grouped": ((5, 70), {"heads": 6, "kv_heads": 1, "head_size": 8, "gated": True, "int8": True, "mask": True}),
+    "wide head": (
+        (1, 200),
+        {"rms": True, "heads": 1, "kv_heads": 1, "head_size": 136, "sources": 1, "source_length": 300},
+    ),
+    "grouped": ((5, 70), {"heads": 6, "kv_heads": 1, "head_size": 8, "gated": True, "integers": "int8", "mask": True}),
 }

@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From bottom to top. A file imports only its own layer and earlier ones. A name stands for a file or a folder.
 LAYERS: dict[str, tuple[str, ...]] = {
     "facts": (
-        *("_version", "published", "families", "activations", "arguments", "decode_plan", "notices", "tracing", "timing"),
+        *("_version", "published", "families", "activations", "arguments", "decode_plan", "weight_format"),
+        *("notices", "tracing", "timing"),
         *("own_forward", "spread", "interface"),
     ),
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),

@@ -28,7 +28,8 @@ def test_info_is_true_of_the_loaded_model(capsys, preset):
     assert facts["config"].items() <= model.get_config().items()
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert facts["bytes"]["bfloat16"] == 2 * facts["parameters"]
-    assert facts["bytes"]["int8"] == quantize_(Backbone.from_preset(preset, dtype="float32")).bytes_after
+    for scheme in ("int8", "int4"):
+        assert facts["bytes"][scheme] == quantize_(Backbone.from_preset(preset, dtype="float32"), scheme).bytes_after
     if hasattr(model, "new_cache"):
         tensors = model.new_cache(1, 5).tensors
         assert 5 * facts["cache_bytes_per_token"]["float32"] == 4 * sum(tensor.numel() for tensor in tensors)

@@ -80,7 +80,7 @@ def test_the_copy_is_its_own(model, prompts, expected):
 
 
 def test_unknown_weights_are_refused(model):
-    with pytest.raises(ValueError, match="weights is 'int3'; it takes 'int8' or None"):
+    with pytest.raises(ValueError, match="weights is 'int3'; it takes 'int8', 'int4' or None"):
         Generator(model, weights="int3")
 
 
@@ -91,5 +91,6 @@ def test_on_the_command_line(command, capsys):
     options = [command[0], "gpt2_tiny_en", *command[1:], "--json"]
     assert cli.main(options) == 0
     plain = capsys.readouterr().out
-    assert cli.main([*options, "--weights", "int8"]) == 0
-    assert capsys.readouterr().out != plain
+    for weights in ("int8", "int4"):
+        assert cli.main([*options, "--weights", weights]) == 0
+        assert capsys.readouterr().out != plain

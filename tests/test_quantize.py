@@ -190,7 +190,7 @@ def test_drop_in_feed_forward_networks():
     "given, error, message",
     [
         (("model",), TypeError, "model is a str; it takes a torch.nn.Module"),
-        ((nn.Linear(1, 1), "int4"), ValueError, "scheme is 'int4'; it takes 'int8'"),
+        ((nn.Linear(1, 1), "int3"), ValueError, "scheme is 'int3'; it takes 'int8' or 'int4'"),
         ((nn.Linear(1, 1), 8), ValueError, "scheme is 8"),
     ],
 )
@@ -199,6 +199,8 @@ def test_bad_input(given, error, message):
         quantize_(*given)
     with pytest.raises(TypeError, match="dynamic is 1; it takes True or False"):
         quantize_(nn.Linear(1, 1), dynamic=1)
+    with pytest.raises(ValueError, match="dynamic is True; with scheme 'int4' it takes False"):
+        quantize_(nn.Linear(1, 1), "int4", dynamic=True)
     with pytest.raises(TypeError, match="filter_fn is a str"):
         quantize_(nn.Linear(1, 1), filter_fn="all")
     with pytest.raises(TypeError, match="model is a str"):

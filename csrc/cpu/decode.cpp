@@ -122,7 +122,9 @@ template <class T> struct Decode {
     for (int64_t b = 0; b < m; ++b) {
       const int64_t token = ((const int64_t*)call.tokens)[b];
       float* x = o.x + b * hidden;
-      if (t.scale) {
+      if (t.kind == kInt4) {
+        widen_groups((const int4x2*)t.weight + token * t.stride, (const bf16*)t.scale + token * (hidden / kScaleGroup), hidden, x);
+      } else if (t.kind == kInt8) {
         const int8_t* row = (const int8_t*)t.weight + token * t.stride;
         const float scale = ((const float*)t.scale)[token];
         each(x, hidden, [&](int64_t c, auto get) { return get(row + c) * scale; });

@@ -8,12 +8,12 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Weights stored by rows, as T or int8.
+// Weights stored by rows, as T, int8 or int4.
 template <class T, class W> struct ByRows : Product<T, float, W> {
   static constexpr int64_t kChunk = kGemvBlock, kUnit = kGemvUnit;
   ByRows(const DecodeMatrix& w, const float* x, int64_t rows, float* packed)
       : Product<T, float, W>{x, (const W*)w.weight, nullptr, nullptr, nullptr, nullptr, rows, w.n, w.k, w.k, w.stride, 0,
-                             kIdentity, (const float*)w.scale} {
+                             kIdentity, (const typename ScaleOf<W>::type*)w.scale} {
     this->packed = packed;
   }
   void pack_rows() const {
@@ -36,8 +36,9 @@ template <class T> struct ByColumns : ColumnsProduct<T, float> {
 
 template <class P> struct Kind { using type = P; };
 template <class T, class Body> void by_kind(const DecodeMatrix& w, const Body& body) {
-  if (w.scale) body(Kind<ByRows<T, int8_t>>{});
-  else if (w.transposed) body(Kind<ByColumns<T>>{});
+  if (w.kind == kInt4) body(Kind<ByRows<T, int4x2>>{});
+  else if (w.kind == kInt8) body(Kind<ByRows<T, int8_t>>{});
+  else if (w.kind == kByColumns) body(Kind<ByColumns<T>>{});
   else body(Kind<ByRows<T, T>>{});
 }
 

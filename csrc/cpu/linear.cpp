@@ -1,5 +1,4 @@
-// linear on the CPU: y = x W^T + b (+ residual), with the kernels of gemm.h and gemv_columns.h. With a scale W is int8, and row
-// j of it stands for scale[j] times its integers.
+// linear on the CPU: y = x W^T + b (+ residual), with the kernels of gemm.h and gemv_columns.h. W may be int8 or int4, with scales.
 #include "kernels.h"
 
 #include "pyfused/gemv_columns.h"
@@ -7,13 +6,16 @@
 namespace pyfused::PYFUSED_ISA {
 
 void linear_forward(addr x, addr weight, addr scale, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
-                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int dtype) {
+                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int bits, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    if (scale) {
-      Product<T, T, int8_t> p{(const T*)x, (const int8_t*)weight, (const T*)bias, (const T*)residual, (T*)y, nullptr,
-                              rows, n, k, x_stride, weight_stride, residual_stride, kIdentity, (const float*)scale};
-      return run_in_order(p);
-    }
+    auto by_integers = [&](auto* integers, auto* scales) {
+      Product<T, T, std::remove_const_t<std::remove_pointer_t<decltype(integers)>>> p{
+          (const T*)x, integers, (const T*)bias, (const T*)residual, (T*)y, nullptr, rows, n, k, x_stride, weight_stride,
+          residual_stride, kIdentity, scales};
+      run_in_order(p);
+    };
+    if (bits == 4) return by_integers((const int4x2*)weight, (const bf16*)scale);
+    if (bits == 8) return by_integers((const int8_t*)weight, (const float*)scale);
     Product<T> p{(const T*)x, (const T*)weight, (const T*)bias, (const T*)residual, (T*)y, nullptr,
                  rows, n, k, x_stride, weight_stride, residual_stride, kIdentity};
     if (transposed) {

@@ -8,6 +8,7 @@ from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
 from pyfused.kernels.shared.draw import drawn_token
 from pyfused.kernels.shared.prepared import CPU
+from pyfused.weight_format import format_of
 
 from .linear import MOST_ROWS_BY_COLUMNS
 
@@ -37,9 +38,9 @@ def _layout(plan):
         if not transposed and matrix.weight.stride()[1] != 1:
             return "takes weights whose rows or columns are contiguous", False
         if matrix.scale is not None and transposed:
-            return "takes int8 weights by rows", False
+            return "takes integer weights by rows", False
     for layer in plan.layers:
-        kinds = {(is_transposed(m), m.scale is None) for m in (layer.gate, layer.inner)}
+        kinds = {(is_transposed(m), format_of(m.scale)) for m in (layer.gate, layer.inner)}
         if layer.gate.weight is not None and len(kinds) > 1:
             return "takes gate and inner weights that are stored alike", False
     return "", any(by_columns)

@@ -9,11 +9,12 @@ from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared import int8
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
+from pyfused.weight_format import dequantized, format_of
 
 from . import dot
 
 MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
-_PART = 1 << 18  # elements of an int8 weight that are widened at a time: their float32 form stays in a cache
+_PART = 1 << 18  # values of an integer weight that are widened at a time: their float32 form stays in a cache
 
 
 def by_columns(rows, *weights):
@@ -57,7 +58,7 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
         return library_is_faster(rows, weight)
     if dynamic and in_float(x, weight) is None:
         return None if dot.chosen(dot.of_integers(x, weight)) else "dynamic=True asks for torch._int_mm"
-    shapes, size = evidence.product_shapes(rows, weight)
+    shapes, size = evidence.product_shapes(rows, weight, scale=scale)
     return evidence.slower("cpu", "linear", "forward", "cpu", x.dtype, shapes, size)
 
 
@@ -76,7 +77,7 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
         int8.say_once(reason)
         dynamic = False
     if left_to_library_forward(x, weight, bias, residual, scale, dynamic):
-        return _library_forward if scale is None else _int8_by_library
+        return _library_forward if scale is None else _integers_by_library
     of_x, of_residual = rows_of(x), rows_of(residual)
     transposed = scale is None and by_columns(x.shape[:-1].numel(), weight)
     of_weight = rows_of(weight.t() if transposed else weight)
@@ -84,16 +85,9 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
         return None
     (rows, k, x_stride), n, weight_stride, residual_stride = of_x, weight.shape[0], of_weight[2], of_residual[2]
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    numbers = (
-        rows,
-        n,
-        k,
-        x_stride,
-        weight_stride,
-        residual_stride,
-        *(() if dynamic else (transposed,)),
-        DTYPE_CODES[dtype],
-    )
+    bits = 0 if scale is None else format_of(scale).bits
+    more = () if dynamic else (transposed, bits)
+    numbers = rows, n, k, x_stride, weight_stride, residual_stride, *more, DTYPE_CODES[dtype]
     kernel, new = _kernel(x, weight, scale, dynamic), maker(shape, dtype)
 
     def launch(x, weight, bias, residual, scale=None, dynamic=False):
@@ -111,7 +105,7 @@ def _kernel(x, weight, scale, dynamic):
     return (kernels or cpu()).linear_forward
 
 
-def _int8_by_library(x, weight, bias, residual, scale, dynamic):
+def _integers_by_library(x, weight, bias, residual, scale, dynamic):
     if dynamic and in_float(x, weight) is None:
         y = int8.product(x, weight, scale)
     else:
@@ -123,14 +117,14 @@ def _int8_by_library(x, weight, bias, residual, scale, dynamic):
 
 def _widened(x, weight, scale):
     """The library's product with parts of the weight in float32, or in x's dtype where the processor multiplies that."""
-    n, k = weight.shape
+    n, k = weight.shape[0], x.shape[-1]
     dtype = x.dtype if evidence.multiplies_itself(x.dtype) else torch.float32
     rows = x.reshape(-1, k).to(dtype)
     y = torch.empty(rows.shape[0], n, dtype=torch.float32, device=CPU)
     step = max(1, _PART // max(k, 1))
     for first in range(0, n, step):
         part = slice(first, first + step)
-        y[:, part] = F.linear(rows, int8.dequantized(weight[part], scale[part], dtype))
+        y[:, part] = F.linear(rows, dequantized(weight[part], scale[part], dtype))
     return y.view(*x.shape[:-1], n)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
+from pyfused.weight_format import INT4, format_of
 
 from ._launch import multiprocessors, shared_memory, where
 
@@ -54,6 +55,8 @@ def _layout(plan):
     for matrix in (*plan.matrices(), plan.token_embedding, plan.position_embedding):
         if matrix.weight is not None and (is_transposed(matrix) or matrix.weight.stride()[1] != 1):
             return "takes weights whose rows are contiguous"  # the lanes of a warp share a row
+        if format_of(matrix.scale) is INT4:
+            return "takes no int4 weights"
     for layer in plan.layers:
         for names in ("query, key and value", "gate and inner"):  # in one product
             matrices = [getattr(layer, name) for name in names.replace(" and ", ", ").split(", ")]

@@ -17,7 +17,7 @@ def few(rows, *weights):
 
 
 def unsupported_forward(x, weight, bias, residual, scale=None, dynamic=False):
-    return None if scale is None else "has no product with int8 weights"
+    return None if scale is None else "has no product with integer weights"
 
 
 @prepares_launch

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from pyfused.activations import ACTIVATIONS
 from pyfused.kernels.shared.buckets import distance_buckets
 from pyfused.kernels.shared.draw import drawn_token, likeliest_token
+from pyfused.weight_format import dequantized, format_of
 
 
 def forward(like, plan, step):
@@ -55,7 +56,7 @@ def forward(like, plan, step):
 
 def _rows(matrix, ids, dtype):
     rows = matrix.weight[ids]
-    return rows if matrix.scale is None else (rows * matrix.scale[ids, None]).to(dtype)
+    return rows if matrix.scale is None else dequantized(rows, matrix.scale[ids], dtype)
 
 
 def _norm(plan, norm, x, dtype):
@@ -69,7 +70,10 @@ def _product(matrix, x):
         weight = matrix.weight.to(x.dtype)
         return F.linear(x, weight, None if matrix.bias is None else matrix.bias.to(x.dtype))
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(x.to(wide), matrix.weight.to(wide)) * matrix.scale
+    if format_of(matrix.scale).group:
+        y = F.linear(x.to(wide), dequantized(matrix.weight, matrix.scale, wide))
+    else:
+        y = F.linear(x.to(wide), matrix.weight.to(wide)) * matrix.scale
     return (y if matrix.bias is None else y + matrix.bias).to(x.dtype)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pyfused.activations import ACTIVATIONS
-from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm
+from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm, sizes
+from pyfused.weight_format import format_of
 
 from .buckets import distance_buckets
 
@@ -23,7 +24,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 class CMatrix(ctypes.Structure):
     """DecodeMatrix."""
 
-    _fields_ = (*_fields(_ADDRESS, "weight bias scale"), *_fields(_INT, "n k stride transposed"))
+    _fields_ = (*_fields(_ADDRESS, "weight bias scale"), *_fields(_INT, "n k stride kind"))
 
     @classmethod
     def of(cls, matrix: Matrix) -> CMatrix:
@@ -32,9 +33,9 @@ class CMatrix(ctypes.Structure):
             return cls()
         transposed = is_transposed(matrix)
         stride = weight.stride()[1 if transposed else 0]
-        return cls(
-            weight.data_ptr(), _address(matrix.bias), _address(matrix.scale), *weight.shape, stride, int(transposed)
-        )
+        addresses = weight.data_ptr(), _address(matrix.bias), _address(matrix.scale)
+        form = format_of(matrix.scale)
+        return cls(*addresses, *sizes(matrix), stride, int(transposed) if form is None else form.bits)
 
 
 class CNorm(ctypes.Structure):
@@ -88,7 +89,7 @@ class CPlan(ctypes.Structure):
             heads=plan.heads,
             kv_heads=plan.kv_heads,
             head_size=plan.head_size,
-            intermediate=_sizes(plan.layers[0].inner)[0] if plan.layers else 0,
+            intermediate=sizes(plan.layers[0].inner)[0] if plan.layers else 0,
             is_rms=plan.is_rms,
             activation=ACTIVATIONS[plan.activation].code,
             token_embedding=CMatrix.of(plan.token_embedding),
@@ -177,9 +178,3 @@ def _address(tensor: Tensor | None) -> int:
 
 def _addresses(tensors: list[Tensor]) -> Any:
     return (_ADDRESS * len(tensors))(*[t.data_ptr() for t in tensors])
-
-
-def _sizes(matrix: Matrix) -> tuple[int, int]:
-    assert matrix.weight is not None
-    n, k = matrix.weight.shape
-    return n, k

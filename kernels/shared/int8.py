@@ -1,26 +1,14 @@
-"""How is a product with int8 weights computed in plain PyTorch? In floating point, or of integers with rows of x in int8 too.
-
-Row j of an int8 weight (N, K) stands for scale[j] times its integers.
-"""
+"""When and how is a product with int8 weights one of integers, with the rows of x in int8 too? For dynamic=True."""
 
 import torch
 
 from pyfused.notices import once
+from pyfused.weight_format import wide
 
 # Up to so many rows the weights set the pace, and integer rows of x would gain nothing. torch._int_mm on CUDA takes more rows.
 FEW_ROWS = 16
 _MOST_K = (2**31 - 1) // 127**2  # longer sums may leave int32
 _FEW = f"up to {FEW_ROWS} rows stay in floating point: reading the weights takes the time"
-
-
-def wide(dtype):
-    """The dtype of the sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def dequantized(weight, scale, dtype):
-    """The weight (N, K) that the integers stand for."""
-    return (weight.to(wide(dtype)) * scale[:, None]).to(dtype)
 
 
 def in_float(x, weight, device):

@@ -24,6 +24,7 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._launch import starter
 from pyfused.kernels.triton._product import FEW_ROWS, prepare_product
+from pyfused.weight_format import INT8, format_of
 
 
 @triton.jit
@@ -54,7 +55,9 @@ def in_float(x, weight):
 
 
 def unsupported_forward(x, weight, bias, residual, scale=None, dynamic=False):
-    return "takes int8 weights alone; the library multiplies others" if scale is None else None
+    if format_of(scale) is INT8:
+        return None
+    return "takes int8 weights alone; " + ("the library multiplies others" if scale is None else "int4 is widened")
 
 
 def declined_forward(*args):

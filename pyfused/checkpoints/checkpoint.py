@@ -18,7 +18,7 @@ from torch import nn
 from pyfused.checkpoints import hf, keras, progress
 from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
-from pyfused.checkpoints.int8 import int8_modules, int8_plan, without_prefix
+from pyfused.checkpoints.integers import Modules, integer_modules, integer_plan, variant, without_prefix
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.parts import fill_part, whole_shape
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
@@ -39,7 +39,7 @@ class Checkpoint:
     model: the family's name, such as "gpt2".
     config: the backbone's constructor arguments, without dtype.
     directory: the folder of its files; for a published name without its weights, which needs no files, that name.
-    int8: the modules whose weights it holds in int8, as pyfused.quantize_ makes them, and whether each is dynamic.
+    integers: the modules whose weights it holds in int8 or int4, as pyfused.quantize_ makes them.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Checkpoint:
     _stated_dtype: Any = field(repr=False)
     _plan: Plan | None = field(repr=False)
     _entries: Mapping[str, Entry] = field(repr=False)
-    int8: Mapping[str, bool] = field(default_factory=dict)
+    integers: Modules = field(default_factory=dict)
 
     @property
     def is_keras(self) -> bool:
@@ -72,6 +72,11 @@ class Checkpoint:
         if len(found) > 1:
             raise ValueError(f"{file} states no dtype and the tensors have {_names(found)}; pass dtype=")
         return found.pop() if found else torch.float32
+
+    @property
+    def variant(self) -> str:
+        """The narrowest integers that hold its weights, "int8" or "int4"; "" if all are in floating point."""
+        return variant(self.integers)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -98,8 +103,8 @@ class Checkpoint:
         return {name: target.shape for name, target in self._weights().items()}
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields one (pyfused name, CPU tensor) at a time, in ``dtype`` or the checkpoint's own. int8 weights stay int8, and
-        their scales float32."""
+        """Yields one (pyfused name, CPU tensor) at a time, in ``dtype`` or the checkpoint's own. Integer weights and
+        their scales stay as they are."""
         read = self.reader(dtype)
         for name in self._weights():
             yield name, read(name)
@@ -201,22 +206,22 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
         known = ", ".join(name for f in FAMILIES.values() for name in f.hf_types)
         raise ValueError(f"{file}: model_type is {stated!r}; pyfused reads {known}{why}")
     model, maps = family.name, load(family.checkpoint)
-    int8, raw = int8_modules(raw, file)
+    integers, raw = integer_modules(raw, file)
     config = maps.config_from_hf(raw, file)
     hf.note_class(raw, file)
     _check_layers(config, file)
     dtypes = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) not in (None, "auto")]
     dtype = ("hf", dtypes[0] if dtypes else None)
     if not weights:
-        return Checkpoint(model, config, directory, dtype, None, {}, int8)
+        return Checkpoint(model, config, directory, dtype, None, {}, integers)
     stored = hf.read_entries(directory)
     files = list(dict.fromkeys(entry.file for entry in stored.values())) or hf.weight_files(directory)
     _check_depth(maps, config, len(stored), file, files)
-    if int8:
+    if integers:
         config, stored = maps.settle(config, without_prefix(stored, maps))
-        plan = int8_plan(maps.hf_plan(config), int8)
+        plan = integer_plan(maps.hf_plan(config), integers, file)
         check_plan(plan, stored, files, file)
-        return Checkpoint(model, config, directory, dtype, plan, stored, int8)
+        return Checkpoint(model, config, directory, dtype, plan, stored, integers)
     found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps)
     config, entries = maps.settle(config, found.entries)
     plan = maps.hf_plan(config)

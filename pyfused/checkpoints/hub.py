@@ -27,7 +27,7 @@ _FILES: dict[Want, tuple[str, ...]] = {
     "tokenizer": (_CONFIG, *TOKENIZER),
     "weights": (
         _CONFIG, "metadata.json", *TOKENIZER, "model.safetensors", "model.safetensors.index.json",
-        "model-*-of-*.safetensors", "model.int8*.safetensors", "model.safetensors.index.int8.json",
+        "model-*-of-*.safetensors", "model.int[48]*.safetensors", "model.safetensors.index.int[48].json",
         "model.weights.h5", "model.weights.json", "model_*.weights.h5",
     ),
 }  # fmt: skip

@@ -11,7 +11,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.tx
 
 # Names of both formats, and Keras's tasks and preprocessors, which repeat the configuration of the backbone
 _MODEL = re.compile(
-    r"config\.json|metadata\.json|model(\.int8)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(\.int8)?\.json|"
+    r"config\.json|metadata\.json|model(\.int[48])?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(\.int[48])?\.json|"
     r"model(_\d+)?\.weights\.h5|model\.weights\.json|(task|preprocessor)\.json|task\.weights\.h5"
 )
 

@@ -21,7 +21,7 @@ from torch import nn
 from pyfused.checkpoints import hf_write, keras_write
 from pyfused.checkpoints.checkpoint import open_checkpoint
 from pyfused.checkpoints.files import read_json
-from pyfused.checkpoints.int8 import VARIANT, block, int8_plan, modules_of
+from pyfused.checkpoints.integers import Modules, block, integer_plan, modules_of, variant
 from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.replace import replacing
@@ -55,7 +55,7 @@ class _Content:
     policy: str
     read: Callable[[str], torch.Tensor]
     directory: Path | None
-    int8: Mapping[str, bool] = field(default_factory=dict)
+    integers: Modules = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -71,12 +71,12 @@ def save_to_preset(
     family = family_of(type(model))
     backbone: Any = model
     config = backbone.get_config()
-    state, int8 = model.state_dict(), modules_of(model)
-    _check_state(state, load(family.checkpoint).hf_plan(load(family.checkpoint).DEFAULTS | config), int8)
-    if int8 and (format == "keras" or dtype is not None):
+    state, integers = model.state_dict(), modules_of(model)
+    _check_state(state, load(family.checkpoint).hf_plan(load(family.checkpoint).DEFAULTS | config), integers)
+    if integers and (format == "keras" or dtype is not None):
         got, takes = (f"format is {format!r}", "'hf'") if format == "keras" else (f"dtype is {dtype}", "None")
         raise ValueError(
-            f"{got}; the weights are int8, for which it takes {takes}; call unquantize_ to save them otherwise"
+            f"{got}; the weights are {variant(integers)}, for which it takes {takes}; call unquantize_ to save them otherwise"
         )
     own = {tensor.dtype for name, tensor in state.items() if tensor.dtype in FLOATS and not name.endswith(".scale")}
     if dtype is None and len(own) > 1:
@@ -85,7 +85,7 @@ def save_to_preset(
     came_from = getattr(model, "preset_directory", None)
     kept = dtype or _stored_dtype(own, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    content = _Content(family, config, kept, policy, state.__getitem__, came_from, int8, shapes)
+    content = _Content(family, config, kept, policy, state.__getitem__, came_from, integers, shapes)
     _save(content, directory, format, max_shard_size, tokenizer)
 
 
@@ -108,8 +108,9 @@ def convert(
     tensors are left out, with a warning. Returns the names of the files.
     """
     checkpoint = open_checkpoint(preset)
-    if checkpoint.int8:
-        raise ValueError(f"{checkpoint.directory}: the weights are int8; convert the preset that they were made from")
+    if checkpoint.integers:
+        why = f"the weights are {checkpoint.variant}; convert the preset that they were made from"
+        raise ValueError(f"{checkpoint.directory}: {why}")
     kept = checkpoint.dtype if dtype is None else dtype
     mixed = dtype is None and checkpoint.compute_dtype != checkpoint.dtype
     content = _Content(
@@ -140,7 +141,7 @@ def _save(
         if format == "keras":
             keras_write.write_weights(folder, tensors, most)
         else:
-            hf_write.write_weights(folder, tensors, most, VARIANT if content.int8 else "")
+            hf_write.write_weights(folder, tensors, most, variant(content.integers))
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, text)
@@ -151,7 +152,7 @@ def _stored(content: _Content, format: Format) -> list[Stored]:
     """The tensors by their names in the files."""
     maps = load(content.family.checkpoint)
     config = maps.DEFAULTS | content.config
-    plan = maps.keras_plan(config) if format == "keras" else int8_plan(maps.hf_plan(config), content.int8)
+    plan = maps.keras_plan(config) if format == "keras" else integer_plan(maps.hf_plan(config), content.integers)
     for name, shape in content.shapes.items():
         if shape != plan[name].shape:
             raise ValueError(f"model: {name} has shape {shape}, but its configuration calls for {plan[name].shape}")
@@ -165,7 +166,7 @@ def _stored(content: _Content, format: Format) -> list[Stored]:
 
 def _hf_files(content: _Content) -> dict[str, bytes]:
     described = load(content.family.checkpoint).config_to_hf(content.config, name_of(content.dtype))
-    described |= block(content.int8)
+    described |= block(content.integers)
     path = content.directory / "config.json" if content.directory is not None else None
     if path is not None and path.is_file() and "model_type" in (raw := read_json(path)):
         described |= {name: raw[name] for name in _SPECIAL if name in raw}  # the tokeniser's, no part of a backbone
@@ -223,8 +224,8 @@ def _tokenizer_files(content: _Content, format: Format, tokenizer: TokenizerSour
     return found
 
 
-def _check_state(state: Mapping[str, torch.Tensor], plan: Plan, int8: Mapping[str, bool]) -> None:
-    plan = int8_plan(plan, int8)
+def _check_state(state: Mapping[str, torch.Tensor], plan: Plan, integers: Modules) -> None:
+    plan = integer_plan(plan, integers)
     if differ := sorted(state.keys() ^ plan.keys()):
         raise ValueError(f"model: its tensors are not those of its configuration: {differ}")
     for name, tensor in state.items():
@@ -237,7 +238,7 @@ def _check_state(state: Mapping[str, torch.Tensor], plan: Plan, int8: Mapping[st
 
 
 def _stored_dtype(own: set[torch.dtype], config: dict[str, Any]) -> torch.dtype:
-    """The one dtype of the parameters. A model of int8 weights alone has none; then it is that of its results."""
+    """The one dtype of the parameters. A model of integer weights alone has none; then it is that of its results."""
     if own:
         return next(iter(own))
     dtype: torch.dtype = getattr(torch, config["dtype"])

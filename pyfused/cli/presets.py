@@ -48,7 +48,11 @@ def add(commands: Any) -> None:
     warm.set_defaults(run=_warm)
 
     for command in (generate, encode):
-        command.add_argument("--weights", choices=("int8",), help="int8: round the weights to 8 bits, a quarter of float32")
+        command.add_argument(
+            "--weights",
+            choices=("int8", "int4"),
+            help="round the weights to 8 bits, a quarter of float32, or to 4 bits",
+        )
     for command in (generate, encode, verify, warm):
         command.add_argument("--device", metavar="DEVICE", help="cpu (default without a GPU) or cuda[:N]")
         command.add_argument(

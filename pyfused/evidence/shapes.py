@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..arguments import AttentionBackward, AttentionForward, taking
+from ..weight_format import format_of
 
 _LARGE = 1 << 18  # elements of a weight: 1 MB in float32, as much as a core's L2 cache holds
 
@@ -25,12 +26,14 @@ def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str,
     return SHAPES[operator, function](*args)
 
 
-def product_shapes(rows: int, *weights: torch.Tensor) -> tuple[str, int]:
+def product_shapes(rows: int, *weights: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[str, int]:
     """x W^T by the smallest weight, "large" or "small". Weights are stored by rows, as in nn.Linear, or by columns, as in
-    Conv1D. Those in int8 are classes of their own. The size is how many rows x has."""
+    Conv1D. Integers are classes of their own. The size is how many rows x has."""
+    form = format_of(scale)
+    if form is not None:
+        extent = "large" if min(form.columns(w) * w.shape[0] for w in weights) >= _LARGE else "small"
+        return f"{extent}, {form.name}", rows
     extent = "large" if min(w.numel() for w in weights) >= _LARGE else "small"
-    if weights[0].dtype == torch.int8:
-        return f"{extent}, int8", rows
     by_rows = all(w.stride()[1] == 1 for w in weights)
     return extent if by_rows else f"{extent}, by columns", rows
 
@@ -50,7 +53,7 @@ def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
 
 
 def _linear(x, weight, bias, residual, scale=None, dynamic=False):
-    shapes, size = product_shapes(x.shape[:-1].numel(), weight)
+    shapes, size = product_shapes(x.shape[:-1].numel(), weight, scale=scale)
     return f"{shapes}, dynamic" if dynamic else shapes, size
 
 

@@ -17,6 +17,7 @@ from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from ..quantize import quantize_
 from ..spread import has_spread_weights, is_wrapped
+from ..weight_format import FORMATS
 from .beam_search import BeamSearch
 from .beam_steps import BeamSteps, EagerBeams, GraphBeams
 from .queue import run_queue
@@ -36,8 +37,9 @@ class Generator:
 
     Args:
         model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
-        weights: None takes the model's. "int8" takes a copy of the model with int8 weights (see pyfused.quantize_), made now;
-            the model itself stays as it is. A CPU then reads a quarter of float32's bytes for a token. Tokens may differ.
+        weights: None takes the model's. "int8" and "int4" take a copy of the model with such weights (see pyfused.quantize_),
+            made now; the model itself stays as it is. A CPU then reads a quarter of float32's bytes for a token, or less.
+            Tokens may differ.
         warm: True does the first call's preparations now. On a GPU it compiles the Triton kernels in parallel and keeps
             them on disk. `pyfused warm` does that ahead of a program.
 
@@ -52,7 +54,7 @@ class Generator:
                 "model: fully_shard gathers its weights for calls of the model alone; generation takes a mesh"
             )
         if weights is not None:
-            model = _copy_in_int8(model, weights)
+            model = _quantized_copy(model, weights)
         self.model = model
         self._graphs: dict[object, GraphSteps | GraphBeams] = {}
         if warm:
@@ -226,13 +228,13 @@ class Generator:
         return frozenset(int(token) for token in stop_token_ids)
 
 
-def _copy_in_int8(model: Backbone, weights: str) -> Backbone:
-    """A copy of the model with int8 weights. Matrices are copied only if they are not quantised."""
-    if weights != "int8":
-        raise ValueError(f"weights is {weights!r}; it takes 'int8' or None")
+def _quantized_copy(model: Backbone, weights: str) -> Backbone:
+    """A copy of the model with integer weights. Matrices are copied only if they are not quantised."""
+    if weights not in FORMATS:
+        raise ValueError(f"weights is {weights!r}; it takes {', '.join(map(repr, FORMATS))} or None")
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     found = copy.deepcopy(model, dict(shared))
-    quantize_(found)
+    quantize_(found, weights)
     own = {key: nn.Parameter(p.detach().clone(), p.requires_grad) for key, p in shared.items() if _holds(found, p)}
     for module in found.modules():
         for name, p in module._parameters.items():

@@ -16,7 +16,7 @@ from ..checkpoints import open_checkpoint, presets_of, save_to_preset
 from ..evidence import name_of
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
-from ..quantize import hold_int8_
+from ..quantize import hold_integers_
 from .dtypes import MIXED, resolve_dtype, resolve_policy
 from .loading import Uninitialised, allocate, place_of
 from .mixed_precision import compute_in
@@ -189,11 +189,12 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
         config = checkpoint.config_with(overrides) | {"dtype": variable}
-        if checkpoint.int8 and (variable is torch.float64 or compute != variable):
-            raise ValueError(f"dtype is {dtype!r}; a checkpoint with int8 weights takes float32, float16 or bfloat16")
+        if checkpoint.integers and (variable is torch.float64 or compute != variable):
+            takes = f"a checkpoint with {checkpoint.variant} weights takes float32, float16 or bfloat16"
+            raise ValueError(f"dtype is {dtype!r}; {takes}")
         place = place_of(device, mesh)
-        if mesh is not None and (checkpoint.int8 or not load_weights):
-            what = "the weights are int8" if checkpoint.int8 else "load_weights is False"
+        if mesh is not None and (checkpoint.integers or not load_weights):
+            what = f"the weights are {checkpoint.variant}" if checkpoint.integers else "load_weights is False"
             raise ValueError(f"mesh is given and {what}; it takes a model whose floating-point weights are loaded")
         if not load_weights:
             with place, Uninitialised() if place.type == "meta" else nullcontext():
@@ -202,7 +203,7 @@ class Backbone(nn.Module, ABC):
             return _finished(model, variable, compute, skip_padding)
         with torch.device("meta"), Uninitialised():
             model = kind.from_config(config)
-            hold_int8_(model, checkpoint.int8)
+            hold_integers_(model, checkpoint.integers)
         checkpoint.check_module(model)
         bare = {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - model.state_dict().keys()
         if bare:
@@ -237,7 +238,7 @@ class Backbone(nn.Module, ABC):
             or a pyfused Tokenizer brings others; False saves none. Files of the other format are converted, or left out with
             a warning.
 
-        int8 weights of `quantize_` are saved in pyfused's own form of Hugging Face's format, which only `from_preset` reads.
+        Integer weights of `quantize_` are saved in pyfused's own form of Hugging Face's format, which only `from_preset` reads.
         Memory peaks at the model and a few MB. Raises ValueError for an argument that the format cannot express, OSError if the
         files cannot be written; the directory is then as before. Raises ImportError without h5py for "keras".
         """

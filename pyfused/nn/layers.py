@@ -81,9 +81,9 @@ def dropped(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
 
 
-def any_int8(*modules: nn.Module) -> bool:
-    """Whether one of these layers is quantised. The operators of several products take no int8 weights, so layers are called
-    one by one then."""
+def any_quantized(*modules: nn.Module) -> bool:
+    """Whether one of these layers is quantised. The operators of several products take no integer weights, so layers are
+    called one by one then."""
     return any(isinstance(m, QuantizedLinear) for m in modules)
 
 
@@ -97,8 +97,8 @@ def wide_call(outer: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
 def feed_forward(
     x: Tensor, inner: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout and int8 weights."""
-    if any_int8(inner, outer):
+    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout and integer weights."""
+    if any_quantized(inner, outer):
         return outer(dropped(ACTIVATIONS[activation].function(inner(x)), dropout), residual)
     if dropout:
         hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
@@ -109,9 +109,9 @@ def feed_forward(
 def gated_feed_forward(
     x: Tensor, gate: Any, up: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout and int8
-    weights."""
-    if any_int8(gate, up, outer):
+    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout and
+    integer weights."""
+    if any_quantized(gate, up, outer):
         if x.dtype == torch.float16:  # as in the operator, float32 holds the product of two float16 factors
             return wide_call(outer, dropped(_gated(x, gate, up, activation), dropout), residual).to(x.dtype)
         hidden = ACTIVATIONS[activation].function(gate(x)) * up(x)

@@ -1,31 +1,41 @@
-"""How does a layer keep its weight in int8? QuantizedLinear and QuantizedEmbedding, with a scale for each row of the weight.
+"""How does a layer keep its weight as integers? QuantizedLinear and QuantizedEmbedding hold them in int8 or int4, with scales.
 
-Row j of the weight stands for scale[j] times its integers. Both are buffers, so state dicts, copies and moves to a device take
+pyfused/weight_format.py says what weight and scale are. Both are buffers, so state dicts, copies and moves to a device take
 them along. The dtype of the results is the attribute `dtype`. It follows .half() and .to(dtype); the buffers keep theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.shared.int8 import dequantized, wide
 from ..ops import linear
+from ..weight_format import FORMATS, WeightFormat, dequantized, format_of, wide
 
-_KEPT = {"weight": torch.int8, "scale": torch.float32}
 
+class Scheme(NamedTuple):
+    """How a quantised layer computes. name: its weight's format, "int8" or "int4"; dynamic: as pyfused.linear's."""
 
-def int8_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A floating-point matrix (N, K) as int8 (N, K) and scale (N,) float32: 127 steps of the largest value in each row. A row
-    of zeros has scale 1."""
-    rows = weight.detach().float()
-    scale = rows.abs().amax(1) / 127.0
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale
+    name: str
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, module: _Quantized) -> Scheme:
+        """A module's."""
+        return cls(module.format.name, module.dynamic)
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError unless layers can have it."""
+        if self.name not in FORMATS:
+            raise ValueError(f"scheme is {self.name!r}; it takes {' or '.join(map(repr, FORMATS))}")
+        if not isinstance(self.dynamic, bool):
+            raise TypeError(f"dynamic is {self.dynamic!r}; it takes True or False")
+        if self.dynamic and self.name != "int8":
+            raise ValueError(f"dynamic is True; with scheme {self.name!r} it takes False")
 
 
 class _Quantized(nn.Module):
@@ -36,11 +46,24 @@ class _Quantized(nn.Module):
     dtype: torch.dtype
     dynamic: bool
 
-    def _hold(self, rows: int, columns: int, dynamic: bool, device: Any, dtype: torch.dtype | None) -> None:
-        self.register_buffer("weight", torch.zeros(rows, columns, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(rows, dtype=torch.float32, device=device))
-        self.dynamic = dynamic
+    def _hold(self, rows: int, columns: int, scheme: Scheme, device: Any, dtype: torch.dtype | None) -> None:
+        scheme.check()
+        form = FORMATS[scheme.name]
+        if misfit := form.misfit(columns):
+            raise ValueError(f"scheme is {scheme.name!r} and {misfit}")
+        self.register_buffer("weight", torch.zeros(form.shape(rows, columns), dtype=torch.int8, device=device))
+        self.register_buffer(
+            "scale", torch.ones(form.scale_shape(rows, columns), dtype=form.scale_dtype, device=device)
+        )
+        self.dynamic = scheme.dynamic
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+
+    @property
+    def format(self) -> WeightFormat:
+        """How the weight is stored."""
+        found = format_of(self.scale)
+        assert found is not None
+        return found
 
     def dequantized(self) -> Tensor:
         """The weight (N, K) in `dtype`."""
@@ -50,30 +73,34 @@ class _Quantized(nn.Module):
         """Module.to, half and the others. They may move the buffers, and change only `dtype`."""
         before = dict(self._buffers)
         found = super()._apply(fn, recurse)
-        for name, dtype in _KEPT.items():
-            moved, was = self._buffers[name], before[name]
-            if moved is not None and was is not None and moved.dtype != dtype:
+        for name, was in before.items():
+            moved = self._buffers[name]
+            if moved is not None and was is not None and moved.dtype != was.dtype:
                 self._buffers[name] = was.to(moved.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return found
 
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuses a weight in floating point, which copy_ would cut to integers."""
-        given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.dtype != torch.int8:
-            args[4].append(f"{prefix}weight is {given.dtype}; this layer is quantised and takes int8 with a scale")
-            return
+        """Refuses another weight than its own format's. copy_ would cut floats to integers, and take the other's integers."""
+        form = self.format
+        for name, dtype in (("weight", torch.int8), ("scale", form.scale_dtype)):
+            given = state_dict.get(f"{prefix}{name}")
+            if given is not None and given.dtype != dtype:
+                takes = f"this layer is quantised and takes {form.name}, whose {name} is {dtype}"
+                args[4].append(f"{prefix}{name} is {given.dtype}; {takes}")
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantizedLinear(_Quantized):
-    """torch.nn.Linear with an int8 weight, plus a residual that is added in the same pass.
+    """torch.nn.Linear with a weight of integers, plus a residual that is added in the same pass.
 
     Args:
-        in_features, out_features: K and N. The buffers are weight (N, K) int8 and scale (N,) float32; the parameter is bias
-            (N,) or None. A new weight is all zeros: load a state dict, or let pyfused.quantize_ make the module.
-        dynamic: as pyfused.linear's.
+        in_features, out_features: K and N. The buffers are weight and scale, for int8 (N, K) int8 and (N,) float32, for int4
+            (N, K / 2) int8 and (N, K / 32) bfloat16. The parameter is bias (N,) or None. A new weight is all zeros: load a
+            state dict, or let pyfused.quantize_ make the module.
+        scheme: "int8" or "int4", which takes multiples of 32 for K.
+        dynamic: as pyfused.linear's; False for int4.
         dtype: of the bias and the results; torch's default dtype if None.
     """
 
@@ -85,13 +112,14 @@ class QuantizedLinear(_Quantized):
         out_features: int,
         bias: bool = True,
         *,
+        scheme: str = "int8",
         dynamic: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._hold(out_features, in_features, dynamic, device, dtype)
+        self._hold(out_features, in_features, Scheme(scheme, dynamic), device, dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=self.dtype)) if bias else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -110,8 +138,9 @@ class QuantizedLinear(_Quantized):
         return linear(hidden.float(), self.weight, bias, residual=residual, scale=self.scale, dynamic=self.dynamic)
 
     def extra_repr(self) -> str:
-        n, k = self.weight.shape
-        return f"in_features={k}, out_features={n}, bias={self.bias is not None}, dtype={self.dtype}, dynamic={self.dynamic}"
+        n, k = self.weight.shape[0], self.format.columns(self.weight)
+        sizes = f"in_features={k}, out_features={n}, bias={self.bias is not None}"
+        return f"{sizes}, {self.format.name}, dtype={self.dtype}, dynamic={self.dynamic}"
 
 
 class QuantizedEmbedding(_Quantized):
@@ -136,7 +165,7 @@ class QuantizedEmbedding(_Quantized):
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.tie_weights = num_embeddings, embedding_dim, tie_weights
-        self._hold(num_embeddings, embedding_dim, dynamic, device, dtype)
+        self._hold(num_embeddings, embedding_dim, Scheme("int8", dynamic), device, dtype)
         if not tie_weights:
             sizes = embedding_dim, num_embeddings
             self.reverse = QuantizedLinear(*sizes, False, dynamic=dynamic, device=device, dtype=dtype)

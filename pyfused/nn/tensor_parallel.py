@@ -207,7 +207,7 @@ class _Style(ParallelStyle):
         for m in module.modules():
             if isinstance(m, (QuantizedLinear, QuantizedEmbedding)):
                 raise ValueError(
-                    f"module: a {type(m).__name__} in it has int8 weights; it takes floats: call unquantize_"
+                    f"module: a {type(m).__name__} in it has {m.format.name} weights; it takes floats: call unquantize_"
                 )
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise ValueError(f"module: the weights of this {type(module).__name__} are spread over a mesh already")

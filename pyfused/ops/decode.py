@@ -7,13 +7,14 @@ a DecodeStep.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..decode_plan import DecodePlan, DecodeStep
+from ..decode_plan import DecodePlan, DecodeStep, sizes
 from .call import WATCHERS
 from .checks import may_look, name_of
 from .cost import COSTS, Cost, size
@@ -251,7 +252,7 @@ def _cost(weights, numbers, activation, *step):
     keys = sum(t[:, :, : call.most].numel() for t in call.caches) + sum(t.numel() for t in call.cross)
     element = plan.dtype_and_device.element_size()
     written = rows * plan.outputs * element
-    flops = 2 * rows * sum(m.weight.numel() for m in matrices if m.weight is not None)
+    flops = 2 * rows * sum(math.prod(sizes(m)) for m in matrices)
     group = plan.heads // plan.kv_heads
     return Cost(read + keys * element + written, flops + 2 * keys * group)
 

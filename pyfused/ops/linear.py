@@ -1,5 +1,5 @@
 """linear: y = x weight^T + bias (+ residual), torch.nn.functional.linear with the residual inside the kernel. The weight may be
-int8, with a scale for each output."""
+int8 or int4, with scales."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..kernels.shared.int8 import dequantized
 from ..tracing import jit_is_tracing
+from ..weight_format import INT8, WeightFormat, dequantized, format_of
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .call import transformed
 from .checks import check_floating, check_like, check_shape, name_of
@@ -28,18 +28,19 @@ def linear(
 ) -> torch.Tensor:
     """The affine map of nn.Linear, plus a residual.
 
-    torch.autocast casts all tensors but an int8 weight and its scale. A wider residual is not cast: it is added to the result,
-    which is float32.
+    torch.autocast casts all tensors but an integer weight and its scale. A wider residual is not cast: it is added to the
+    result, which is float32.
 
-    With an int8 weight the result is (x weight^T) * scale + bias + residual, summed in float32 and rounded once. Gradients
-    reach x, bias and residual; weight and scale get none.
+    An int8 weight (N, K) has a scale (N,) float32: row j stands for scale[j] times its integers. An int4 weight is int8
+    (N, K / 2) with a scale (N, K / 32) bfloat16: pyfused/weight_format.py says how. Sums are in float32 and rounded once.
+    Gradients reach x, bias and residual; weight and scale get none.
 
     Args:
         x: (..., K), float32, float16, bfloat16 (float64 runs on the reference).
         weight, bias: (N, K) as nn.Linear stores it, and (N,) or None; of x's dtype and device, as is residual. The weight may
-            also be int8.
+            also be int8 or int4.
         residual: (..., N), added to the result, or None.
-        scale: (N,) float32, exactly if the weight is int8: row j of the weight stands for scale[j] times its integers.
+        scale: of an int8 or int4 weight; None beside any other.
         dynamic: with an int8 weight, lets a backend round each row of x to int8 too, so that the products are of integers. It
             is faster for many rows where the processor has such products, and less exact. Up to 16 rows stay as they are.
 
@@ -67,47 +68,67 @@ def bind(x, weight, bias=None, *, residual=None, scale=None, dynamic=False) -> t
     return _bound(x, weight, bias, residual, *(() if scale is None and dynamic is False else (scale, dynamic)))
 
 
-def _bound(x, weight, bias, residual, *of_int8) -> tuple[Any, ...]:
-    """of_int8: scale and dynamic, or nothing where both have their defaults."""
+def _bound(x, weight, bias, residual, *of_integers) -> tuple[Any, ...]:
+    """of_integers: scale and dynamic, or nothing where both have their defaults."""
     check_floating(x, "x")
     shape = x.shape
     if not shape:
         raise ValueError("x has shape (); it takes (..., K)")
-    is_int8 = isinstance(weight, torch.Tensor) and weight.dtype is torch.int8
-    if not is_int8:
+    form = None
+    if isinstance(weight, torch.Tensor) and weight.dtype is torch.int8:
+        scale = of_integers[0] if of_integers else None
+        form = format_of(scale) if isinstance(scale, torch.Tensor) else INT8
+    if form is None:
         check_like(weight, "weight", x, "x")
     elif weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}; it takes x's device, {x.device}")
-    of_weight = weight.shape
-    if len(of_weight) != 2 or of_weight[1] != shape[-1]:
-        raise ValueError(f"weight has shape {tuple(of_weight)}; it takes (N, K) with x's K = {shape[-1]}")
+    of_weight, k = weight.shape, shape[-1]
+    if len(of_weight) != 2 or k != (of_weight[1] if form is None else form.columns(weight)):
+        takes = "(N, K)" if form is None else form.weight_takes
+        raise ValueError(f"weight has shape {tuple(of_weight)}; it takes {takes} with x's K = {k}")
     n = of_weight[0]
-    if is_int8 or of_int8:
-        _check_int8(x, weight, *(of_int8 or (None, False)))
+    if form is not None:
+        _check_integers(x, weight, form, *(of_integers or (None, False)))
+    elif of_integers:
+        _check_none(weight, *of_integers)
     if bias is not None:
         check_like(bias, "bias", x, "x")
         check_shape(bias, "bias", (n,), "(N,)")
     if residual is not None:
         check_like(residual, "residual", x, "x")
         check_shape(residual, "residual", (*shape[:-1], n), "(..., N)")
-    return x, weight, bias, residual, *of_int8
+    return x, weight, bias, residual, *of_integers
 
 
-def _check_int8(x, weight, scale, dynamic) -> None:
+def _check_none(weight, scale, dynamic) -> None:
+    """Refuses what only integer weights have."""
+    _check_dynamic(dynamic)
+    if scale is not None or dynamic:
+        what, takes = ("scale is given", "integer") if scale is not None else ("dynamic is True", "int8")
+        raise ValueError(f"{what} beside a weight of {name_of(weight.dtype)}; it is for {takes} weights")
+
+
+def _check_dynamic(dynamic) -> None:
     if not isinstance(dynamic, bool):
         raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
-    if weight.dtype != torch.int8:
-        name, value = ("dynamic", "True") if scale is None else ("scale", "given")
-        raise ValueError(f"{name} is {value} beside a weight of {name_of(weight.dtype)}; it is for int8 weights")
+
+
+def _check_integers(x, weight, form: WeightFormat, scale, dynamic) -> None:
+    _check_dynamic(dynamic)
+    takes = name_of(form.scale_dtype)
     if scale is None:
-        raise ValueError("scale is None; beside an int8 weight it takes float32 (N,)")
+        raise ValueError(f"scale is None; beside an {form.name} weight it takes {takes} {form.scale_takes}")
     if not isinstance(scale, torch.Tensor):
         raise TypeError(f"scale is a {type(scale).__name__}; it takes a torch.Tensor")
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scale is {name_of(scale.dtype)}; it takes float32")
+    if scale.dtype != form.scale_dtype:
+        raise TypeError(f"scale is {name_of(scale.dtype)}; beside an {form.name} weight it takes {takes}")
     if scale.device != x.device:
         raise ValueError(f"scale is on {scale.device}; it takes x's device, {x.device}")
-    check_shape(scale, "scale", (weight.shape[0],), "(N,)")
+    if misfit := form.misfit(x.shape[-1]):
+        raise ValueError(f"weight is {form.name} and {misfit}")
+    check_shape(scale, "scale", form.scale_shape(weight.shape[0], x.shape[-1]), form.scale_takes)
+    if dynamic and form is not INT8:
+        raise ValueError(f"dynamic is True beside an {form.name} weight; it is for int8 weights")
 
 
 def _fake(x, weight, bias, residual, scale=None, dynamic=False):
@@ -115,19 +136,19 @@ def _fake(x, weight, bias, residual, scale=None, dynamic=False):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, _, *of_int8 = inputs
-    if of_int8 and of_int8[0] is not None:
-        ctx.save_for_backward(weight, of_int8[0])  # not x: only the weight's gradient would need it
-        ctx.shape, ctx.is_int8 = x.shape, True
+    x, weight, _, _, *of_integers = inputs
+    if of_integers and of_integers[0] is not None:
+        ctx.save_for_backward(weight, of_integers[0])  # not x: only the weight's gradient would need it
+        ctx.shape, ctx.of_integers = x.shape, True
     else:
         ctx.save_for_backward(x, weight)
-        ctx.is_int8 = False
+        ctx.of_integers = False
 
 
 def _backward(ctx, grad_y):
     """Library products: these are plain matrix products, which cuBLAS and MKL do well."""
-    wants_x, wants_weight, wants_bias, wants_residual, *of_int8 = ctx.needs_input_grad
-    if ctx.is_int8:
+    wants_x, wants_weight, wants_bias, wants_residual, *of_integers = ctx.needs_input_grad
+    if ctx.of_integers:
         weight, scale = ctx.saved_tensors
         shape, wants_weight = ctx.shape, False
         x: Any = None
@@ -135,18 +156,18 @@ def _backward(ctx, grad_y):
     else:
         x, weight = ctx.saved_tensors
         shape = x.shape
-    n, k = weight.shape
+    n, k = weight.shape[0], shape[-1]
     rows = grad_y.reshape(math.prod(shape[:-1]), n)
     grad_x = (rows @ weight).view(shape) if wants_x else None
     grad_weight = rows.t() @ x.reshape(rows.shape[0], k) if wants_weight else None
     grad_bias = rows.sum(0) if wants_bias else None
-    return grad_x, grad_weight, grad_bias, grad_y if wants_residual else None, *[None] * len(of_int8)
+    return grad_x, grad_weight, grad_bias, grad_y if wants_residual else None, *[None] * len(of_integers)
 
 
 def _cost(x, weight, bias, residual, scale=None, dynamic=False):
     rows = x.shape[:-1].numel()
     written = rows * weight.shape[0] * x.element_size()
-    return Cost(size(x, weight, bias, residual, scale) + written, 2 * rows * weight.numel())
+    return Cost(size(x, weight, bias, residual, scale) + written, 2 * rows * weight.shape[0] * x.shape[-1])
 
 
 _LINEAR = Operator(

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch, evidence, extensions, ops
-from ..kernels.shared.int8 import dequantized
 from ..testing import judge
+from ..weight_format import FORMATS, dequantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # a small and a large weight
@@ -38,8 +38,8 @@ _SPECTRA = (
 
 
 class Point(NamedTuple):
-    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. scale: that of an int8
-    weight. dynamic: as linear's."""
+    """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. scale: that of an
+    integer weight. dynamic: as linear's."""
 
     operator: str
     plain: Callable[..., torch.Tensor]
@@ -72,11 +72,10 @@ class Point(NamedTuple):
         return self.plain(x if self.residual is None else x + self.residual, *rest)
 
 
-def _int8(rows: int, width: int, dynamic: bool = False) -> Point:
-    """A product with an int8 weight. Plain PyTorch multiplies by what the integers stand for, in x's dtype. dynamic: x is a
+def _integers(rows: int, width: int, scheme: str, dynamic: bool = False) -> Point:
+    """A product with an integer weight. Plain PyTorch multiplies by what the integers stand for, in x's dtype. dynamic: x is a
     multiple of its own step, so that rounding its rows changes nothing."""
-    weight = torch.randint(-127, 128, (width, width), dtype=torch.int8)
-    scale = torch.rand(width) / width**0.5 / 64.0
+    weight, scale = FORMATS[scheme].quantized(torch.randn(width, width) / width**0.5)
     x = torch.randint(-127, 128, (rows, width)) / 64.0 if dynamic else torch.randn(rows, width)
     x[:, 0] = 127.0 / 64.0 if dynamic else x[:, 0]
 
@@ -100,10 +99,11 @@ def points(quick: bool = False) -> Iterator[Point]:
             yield Point("linear", F.linear, (torch.randn(rows, width), weight))
         for rows in (1, 8) if quick else (1, 2, 4, 8):
             yield Point("linear", F.linear, (torch.randn(rows, width), weight.t()))
-        for rows in (1, 128) if quick else (1, 16, 64, 512):
-            yield _int8(rows, width)
+        for scheme in FORMATS:
+            for rows in (1, 128) if quick else (1, 16, 64, 512):
+                yield _integers(rows, width, scheme)
         for rows in (128,) if quick else (32, 128, 512):
-            yield _int8(rows, width, dynamic=True)
+            yield _integers(rows, width, "int8", dynamic=True)
     for rows in (1, 128) if quick else (1, 16, 128, 1024):
         x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
         for added in (None, residual):

@@ -1,4 +1,4 @@
-"""Are the parts right that tests/ops does not reach on ARM? Conversions between dtypes, int8 weights, the reading of masks.
+"""Are the parts right that tests/ops does not reach on ARM? Conversions between dtypes, integer weights, the reading of masks.
 
 run.py runs this file. `make test` does not: it needs a cross compiler and an emulator.
 """
@@ -15,6 +15,7 @@ from pyfused import extensions
 from pyfused.extensions import DTYPE_CODES
 from pyfused.kernels.cpu.mask_structure import all_zero, structure
 from pyfused.testing import running
+from pyfused.weight_format import FORMATS, dequantized
 
 HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
@@ -60,24 +61,23 @@ def test_every_int8_widens_exactly():
     assert torch.equal(y, x.float())
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["alike", "int8"])
+@pytest.mark.parametrize("scheme", [None, *FORMATS])
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
-def test_products(dtype, int8):
+def test_products(dtype, scheme):
     """Both kernels of gemm.h, every width of their tiles, and all remainders."""
+    widths = [(32, 5), (64, 1), (160, 97), (416, 51)] if scheme == "int4" else [(1, 5), (5, 1), (131, 97), (420, 51)]
 
     def once():
         found = {}
-        for rows, (k, n) in itertools.product([1, 2, 3, 4, 5, 6, 7, 9, 17, 37], [(1, 5), (5, 1), (131, 97), (420, 51)]):
-            x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
-            if int8:
-                weight, scale = torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n) / (127 * k**0.5)
-                y = torch.full((rows, n), torch.nan, dtype=dtype)
-                kernels().linear_int8(x, weight, scale, bias, y, rows, n, k, DTYPE_CODES[dtype])
-                plain = (F.linear(x.float(), weight.float()) * scale + bias.float()).to(dtype)
-                wide = weight.double() * scale.double()[:, None]
-            else:
-                weight = (torch.randn(n, k) * k**-0.5).to(dtype)
-                y, plain, wide = pyfused.linear(x, weight, bias), F.linear(x, weight, bias), weight.double()
+        for rows, (k, n) in itertools.product([1, 2, 3, 4, 5, 6, 7, 9, 17, 37], widths):
+            x, bias, weight, scale = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype), torch.randn(n, k), None
+            weight = (weight * k**-0.5).to(dtype)
+            plain, wide = F.linear(x, weight, bias), weight.double()
+            if scheme:
+                weight, scale = FORMATS[scheme].quantized(weight)
+                plain = F.linear(x.float(), dequantized(weight, scale, torch.float32), bias.float()).to(dtype)
+                wide = dequantized(weight, scale, torch.float64)
+            y = pyfused.linear(x, weight, bias, scale=scale)
             found[f"rows {rows}, K {k}, N {n}"] = y, plain, F.linear(x.double(), wide, bias.double())
         return found
 

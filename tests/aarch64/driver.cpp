@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "pyfused/gemm.h"
+#include "pyfused/simd.h"
 
 namespace pyfused::PYFUSED_ISA {
 
@@ -36,14 +36,6 @@ void convert(addr x, addr y, int64_t count, int from, int to) {
 }
 void widen_int8(addr x, addr y, int64_t count) {
   for (int64_t i = 0; i + kWidth <= count; i += kWidth) store((float*)y + i, load((const int8_t*)x + i));
-}
-// A linear whose weight is scale[j] times int8.
-void linear_int8(addr x, addr weight, addr scale, addr bias, addr y, int64_t rows, int64_t n, int64_t k, int dtype) {
-  PYFUSED_BY_DTYPE(dtype, {
-    Product<T, T, int8_t> p{(const T*)x, (const int8_t*)weight, (const T*)bias, nullptr, (T*)y, nullptr,
-                            rows, n, k, k, k, 0, kIdentity, (const float*)scale};
-    run_in_order(p);
-  })
 }
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -38,7 +38,6 @@ FLAGS = (
 OWN = """
 void convert(addr x, addr y, int64_t count, int from, int to);
 void widen_int8(addr x, addr y, int64_t count);
-void linear_int8(addr x, addr weight, addr scale, addr bias, addr y, int64_t rows, int64_t n, int64_t k, int dtype);
 """
 
 

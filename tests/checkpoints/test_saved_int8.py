@@ -1,4 +1,4 @@
-"""Are int8 weights saved and loaded bit by bit, and does transformers refuse the files instead of misreading them?"""
+"""Are int8 and int4 weights saved and loaded bit by bit, and does transformers refuse the files instead of misreading them?"""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from quantized_cases import BACKBONES, spread
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pyfused
 from pyfused import Backbone, GPT2Backbone, T5Backbone, quantize_, unquantize_
@@ -38,6 +38,56 @@ def test_bit_by_bit(tmp_path, same, case, shards):
     assert kinds[0] == kinds[1]
     same(dict(open_checkpoint(tmp_path).tensors()), model.state_dict())
     same(unquantize_(again).state_dict(), unquantize_(model).state_dict())
+
+
+@pytest.mark.parametrize("shards", ["10GB", 3000])
+@pytest.mark.parametrize("case", ["gpt2", "t5", "albert"])
+def test_int4_bit_by_bit(tmp_path, same, case, shards):
+    """Beside int8 layers and float ones; GPT-2's files hold floats and int8 by columns, and int4 by rows."""
+    model = spread(CASES[case]()).eval()
+    quantize_(model, "int4", filter_fn=lambda name, module: not name.endswith("layers.1.attention.output"))
+    model.save_to_preset(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.int4.safetensors").exists() == (shards == "10GB")
+    again = Backbone.from_preset(tmp_path)
+    same(again.state_dict(), model.state_dict())
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    same(dict(open_checkpoint(tmp_path).tensors()), model.state_dict())
+    model = spread(CASES[case]()).eval()
+    model.save_to_preset(tmp_path)
+    assert not list(tmp_path.glob("*int4*")), "a reader could take them for the new ones"
+
+
+def test_int4_files_that_do_not_fit_are_named(tmp_path, edit):
+    model = GPT2Backbone(29, 1, 2, 64, 96)
+    quantize_(model, "int4")
+    model.save_to_preset(tmp_path)
+    file = tmp_path / "model.int4.safetensors"
+    block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert block["version"] == 2
+    assert block["modules"]["layers.0.attention.output"] == "int4"
+    assert block["modules"]["token_embedding"] is False
+    good, name = load_file(file), "transformer.h.0.mlp.c_fc.weight"
+    assert (good[name].shape, good[f"{name}_scale"].shape) == ((96, 32), (96, 2))
+    for change, message in [
+        (
+            {name: good[name].view(torch.uint8)},
+            r"c_fc.weight' has dtype torch.uint8, but .*config.json calls for torch.int8",
+        ),
+        ({name: good[name].view(-1, 1)}, r"c_fc.weight' has shape \(3072, 1\), but .*config.json calls for \(96, 32\)"),
+        ({f"{name}_scale": good[f"{name}_scale"].float()}, r"c_fc.weight_scale' has dtype torch.float32"),
+    ]:
+        save_file(good | change, file)
+        with pytest.raises(ValueError, match=message):
+            Backbone.from_preset(tmp_path)
+    save_file(good, file)
+    for change, message in [
+        ({"modules": block["modules"] | {"final_norm": "int4"}}, "config.json: 'final_norm' cannot be int4: K = 1"),
+        ({"modules": block["modules"] | {"final_norm": "int5"}}, 'true, false or "int4"'),
+        ({"modules": dict.fromkeys(block["modules"], False)}, r"has shape \(.*\), but .*config.json calls for"),
+    ]:
+        edit(tmp_path / "config.json", quantization_config=block | change)
+        with pytest.raises(ValueError, match=message):
+            Backbone.from_preset(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -99,8 +149,8 @@ def test_what_is_refused(tmp_path, edit):
             Backbone.from_preset(tmp_path, dtype=dtype)
     block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     for change, message in [
-        ({"version": 2}, "version 2; this pyfused reads version 1"),
-        ({"modules": {}}, "must map names of modules to true or false"),
+        ({"version": 3}, "version 3; this pyfused reads versions 1 and 2"),
+        ({"modules": {}}, "must map names of modules to true, false"),
         ({"modules": {"final_norm": False}}, "final_norm|ln_f"),
         ({"modules": {"layers.0.attention.output": False}}, "has dtype torch.int8, so it is quantised"),
     ]:

@@ -13,7 +13,7 @@ bf16* out(addr p) { return (bf16*)p; }
 }  // namespace
 
 void linear_forward(addr x, addr weight, addr, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
-                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool, int) {
+                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool, int, int) {
   Product<bf16> p{in(x), in(weight), in(bias), in(residual), out(y), nullptr,
                   rows, n, k, x_stride, weight_stride, residual_stride, kIdentity};
   run_in_order(p);

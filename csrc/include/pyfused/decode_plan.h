@@ -9,14 +9,16 @@
 
 namespace pyfused {
 
+enum DecodeKind : int64_t { kByRows = 0, kByColumns = 1, kInt4 = 4, kInt8 = 8 };
+
 // y = x W^T + bias, W (n, k). n is 0 for a matrix that a layer lacks.
 struct DecodeMatrix {
-  std::uintptr_t weight;  // T, or int8 if there is a scale
-  std::uintptr_t bias;    // T (n)
-  std::uintptr_t scale;   // float (n): row j of W is scale[j] times the integers
+  std::uintptr_t weight;
+  std::uintptr_t bias;   // T (n)
+  std::uintptr_t scale;  // of integers, which pyfused/weight_format.py explains: float (n) for int8, bfloat16 (n, k / 32) for int4
   int64_t n, k;
-  int64_t stride;      // between the rows of memory
-  int64_t transposed;  // 1: memory holds (k, n), as Hugging Face's Conv1D does
+  int64_t stride;  // between the rows of memory, of int4 in bytes
+  int64_t kind;    // kByRows: T; kByColumns: T, but memory holds (k, n), as Hugging Face's Conv1D does; integers: how many bits
 };
 
 struct DecodeNorm {

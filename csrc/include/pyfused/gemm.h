@@ -17,8 +17,10 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 
 #include "activation.h"
+#include "int4.h"
 #include "multiply.h"
 #include "parallel.h"
 
@@ -37,7 +39,8 @@ constexpr int64_t kPairStep = 2 * kWidth;
 // y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual. `pre` receives the activation's argument.
 // Strides count elements between rows; bias, residual and pre may be null; y and pre are contiguous.
 // X is float for T = f16 if x does not fit into f16, as gated_ffn's product of two float16 factors. W is int8_t for weights
-// that are scale[j] times an integer in row j. M says how x and W are multiplied; with Quads rows of x are rounded to int8.
+// that are scale[j] times an integer in row j. It is int4x2 for weights (n, k / 2) whose groups have scales (n, k / kScaleGroup).
+// M says how x and W are multiplied; with Quads rows of x are rounded to int8.
 template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>::type> struct Product {
   const X* x;
   const W* weight;
@@ -45,11 +48,12 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   T *y, *pre;
   int64_t m, n, k, x_stride, weight_stride, residual_stride;
   int activation;
-  const float* scale = nullptr;  // (n), only for W = int8_t
+  const typename ScaleOf<W>::type* scale = nullptr;  // for integers
   float* packed = nullptr;   // packed_size() floats
   float* scratch = nullptr;  // scratch_size() floats for each share
 
-  static constexpr bool kScaled = sizeof(W) == 1, kOfIntegers = M::kGroup == 4;
+  static constexpr bool kGrouped = std::is_same_v<W, int4x2>, kScaled = sizeof(W) == 1 && !kGrouped;
+  static constexpr bool kOfIntegers = M::kGroup == 4;
   using Lane = typename M::Lane;
   static constexpr int64_t kWidened = M::kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
 
@@ -123,7 +127,11 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       X lanes[2 * kWidth] = {};
       if (c + kPairStep > k)
         for (int64_t q = c; q < k; ++q) lanes[q - c] = from[q];
-      const Pair p = pair_for<W>(c + kPairStep <= k ? from + c : lanes);
+      Pair p = pair_for<W>(c + kPairStep <= k ? from + c : lanes);
+      if constexpr (kGrouped) {
+        if (!(c & kHalfGroup)) p.a *= splat(kLowStep);
+        if (!((c + kWidth) & kHalfGroup)) p.b *= splat(kLowStep);
+      }
       store(to + c, p.a);
       store(to + c + kWidth, p.b);
     }
@@ -139,13 +147,13 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
 
   // sums[i][r], rows kGemvBlock apart: the sum over k for row i and output j + r.
   void gemv_sums(int64_t j, int64_t count, float* sums) const {
-    if constexpr (!kOfIntegers) switch (m) {  // the tile fills sixteen registers
-        case 1: dots<1, kScaled ? 6 : 4>(j, count, sums); break;
+    if constexpr (!kOfIntegers) switch (m) {  // the tile fills sixteen registers; a group's sum and values take some too
+        case 1: dots<1, sizeof(W) == 1 ? 6 : 4>(j, count, sums); break;
         case 2: dots<2, 4>(j, count, sums); break;
-        case 3: dots<3, 4>(j, count, sums); break;
-        case 5: dots<5, 2>(j, count, sums); break;
-        case 6: dots<6, 2>(j, count, sums); break;
-        default: dots<4, 3>(j, count, sums);
+        case 3: dots<3, kGrouped ? 3 : 4>(j, count, sums); break;
+        case 5: dots<kGrouped ? 4 : 5, 2>(j, count, sums); break;
+        case 6: dots<kGrouped ? 4 : 6, 2>(j, count, sums); break;
+        default: dots<4, kGrouped ? 2 : 3>(j, count, sums);
       }
   }
 
@@ -175,7 +183,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     for (int a = 0; a < MB; ++a)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[a][r] = vfloat{};
-    auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
+    [[maybe_unused]] auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
       if constexpr (M::kGroup == 2) {
         vuint v[R];
 #pragma GCC unroll 8
@@ -213,15 +221,21 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
         }
       }
     };
-    int64_t c = 0;
-    for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return M::some(p); });
-    if (c < k) step(c, [rest = k - c](const W* p) { return M::some(p, rest); });
+    if constexpr (kGrouped) {
+      const int64_t groups = k / kScaleGroup;
+      add_groups(px, ldx, w, stream, scale + j * groups, apart * groups, groups, acc);
+    } else {
+      int64_t c = 0;
+      for (; c + kPairStep <= k; c += kPairStep) step(c, [](const W* p) { return M::some(p); });
+      if (c < k) step(c, [rest = k - c](const W* p) { return M::some(p, rest); });
+    }
 #pragma GCC unroll 8
     for (int a = 0; a < MB; ++a)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const float sum = sum_lanes(acc[a][r]);
-        sums[(i + a) * kGemvBlock + r * apart] = kScaled ? sum * scale[j + r * apart] : sum;
+        float sum = sum_lanes(acc[a][r]);
+        if constexpr (kScaled) sum *= scale[j + r * apart];
+        sums[(i + a) * kGemvBlock + r * apart] = sum;
       }
   }
 
@@ -303,7 +317,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       const Lane* w[kWeightRows];
       for (int64_t q = 0; q < kWeightRows; ++q) {
         const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
-        w[q] = M::row(weight + (j + r) * weight_stride + c, depth, widened + q * kWidened);
+        w[q] = row_of(j + r, c, depth, widened + q * kWidened);
       }
       for (int64_t i = 0; i < rows; i += kPanel) {
         const int width = width_of(m - i0 - i);
@@ -313,6 +327,13 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
                         : outer_tile<1>(w, panel, steps_of, out, groups * ld, c == 0);
       }
     }
+  }
+
+  // The values [c, c + depth) of a row of W as lanes. int4 is widened with its scales.
+  const Lane* row_of(int64_t row, int64_t c, int64_t depth, float* to) const {
+    const W* from = weight + row * weight_stride;
+    if constexpr (kGrouped) return widen_groups(from + c / 2, scale + (row * k + c) / kScaleGroup, depth, to);
+    else return M::row(from + c, depth, to);
   }
 
   // depth: in lanes.

@@ -131,21 +131,24 @@ PYFUSED_INLINE vhalf narrow_f16(vfloat x) {
 PYFUSED_INLINE vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof(v)); return v; }
 PYFUSED_INLINE vfloat load(const f16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_f16(v); }
 PYFUSED_INLINE vfloat load(const bf16* p) { vhalf v; std::memcpy(&v, p, sizeof(v)); return widen_bf16(v); }
-PYFUSED_INLINE vfloat load(const int8_t* p) {
+// kWidth signed bytes as integers.
+PYFUSED_INLINE vint load_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
-  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  return (vint)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  return (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #elif defined(__aarch64__)
   uint32_t four;
   std::memcpy(&four, p, sizeof(four));
-  return (vfloat)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+  return (vint)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
 #else
   vbyte v;
   std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, vfloat);
+  return __builtin_convertvector(v, vint);
 #endif
 }
+PYFUSED_INLINE vfloat to_float(vint v) { return __builtin_convertvector(v, vfloat); }
+PYFUSED_INLINE vfloat load(const int8_t* p) { return to_float(load_bytes(p)); }
 PYFUSED_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 PYFUSED_INLINE void store(f16* p, vfloat v) { vhalf h = narrow_f16(v); std::memcpy(p, &h, sizeof(h)); }
 PYFUSED_INLINE void store(bf16* p, vfloat v) { vhalf h = narrow_bf16(v); std::memcpy(p, &h, sizeof(h)); }

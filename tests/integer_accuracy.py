@@ -1,11 +1,13 @@
-"""How much do int8 weights change what the bundled presets predict? `python -m tests.int8_accuracy` writes the table of
-docs/guides/int8.md.
+"""How much do int8 and int4 weights change what the bundled presets predict? `python -m tests.integer_accuracy` writes the
+tables of docs/guides/int8.md.
 
 Text: Genesis 1 to 4. GPT-2 predicts each next token, T5 the tokens of masked spans. ALBERT and FNet predict masked tokens.
 Their presets have no head: a linear one is fitted to float32 states of half of the windows, and judged on the others.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ LANGUAGE_MODELS = ("gpt2_tiny_en", "t5_tiny_en")
 PRESETS = (*LANGUAGE_MODELS, "albert_tiny_en", "fnet_tiny_en")
 WINDOW = 64
 PAGE = ROOT / "docs" / "guides" / "int8.md"
-BEGIN, END = "<!-- int8 accuracy -->", "<!-- end -->"
+BEGIN, END = "<!-- integer accuracy -->", "<!-- end -->"
 
 
 def windows(preset: str, length: int = WINDOW) -> torch.Tensor:
@@ -93,62 +95,93 @@ class Probe:
         )
 
 
+@functools.cache
 @torch.no_grad()
-def compare(preset: str, *, dynamic: bool = False) -> dict[str, float]:
-    """The measures before and after quantize_, and the bytes. `dynamic` runs on the reference, which has the integer product on
-    every processor."""
+def in_float32(preset: str) -> tuple[Callable[[pyfused.Backbone], torch.Tensor], float, float]:
+    """A function that measures a model of this preset, and the measures of the float32 model."""
     model = pyfused.Backbone.from_preset(preset, dtype="float32")
     measure = Probe(preset, model) if preset not in LANGUAGE_MODELS else lambda m: measures(preset, m)
     loss, right = measure(model).tolist()
-    report = pyfused.quantize_(model, "int8", dynamic=dynamic)
-    if dynamic:
-        with pyfused.backend("reference"):
-            loss8, right8 = measure(model).tolist()
-    else:
-        loss8, right8 = measure(model).tolist()
-    found = {"loss": loss, "right": right, "int8 loss": loss8, "int8 right": right8}
-    return found | {"bytes": report.bytes_before, "int8 bytes": report.bytes_after}
+    return measure, loss, right
 
 
 @torch.no_grad()
-def cosine_at_width(*, dynamic: bool = False) -> float:
+def compare(preset: str, scheme: str = "int8", *, dynamic: bool = False) -> dict[str, float]:
+    """The measures before and after quantize_, and the bytes. `dynamic` runs on the reference, which has the integer product on
+    every processor."""
+    measure, loss, right = in_float32(preset)
+    model = pyfused.Backbone.from_preset(preset, dtype="float32")
+    report = pyfused.quantize_(model, scheme, dynamic=dynamic)
+    if dynamic:
+        with pyfused.backend("reference"):
+            rounded_loss, rounded_right = measure(model).tolist()
+    else:
+        rounded_loss, rounded_right = measure(model).tolist()
+    found = {"loss": loss, "right": right, "rounded loss": rounded_loss, "rounded right": rounded_right}
+    return found | {"bytes": report.bytes_before, "rounded bytes": report.bytes_after}
+
+
+@torch.no_grad()
+def cosine_at_width(scheme: str = "int8", *, dynamic: bool = False, outliers: float = 20.0) -> float:
     """Of the logits of a GPT-2 of width 768 with three layers, random weights, and outliers such as GPT-2's: six channels of
-    the stream are twenty times as large as the others."""
+    the stream are `outliers` times as large as the others."""
     torch.manual_seed(0)
     model = pyfused.GPT2Backbone(
         vocabulary_size=5000, num_layers=3, num_heads=12, hidden_dim=768, intermediate_dim=3072, max_sequence_length=128
     ).eval()
-    outliers = torch.randperm(768)[:6]
+    large = torch.randperm(768)[:6]
     for name, p in model.named_parameters():
         if p.dim() == 2 and "embedding" not in name:
             p.normal_(0.0, p.shape[-1] ** -0.5)
         if name.endswith(("output.weight", "outer.weight")):
-            p[outliers] *= 20.0
+            p[large] *= outliers
     ids = torch.randint(5000, (2, 64))
     before = model.logits(model(token_ids=ids, padding_mask=None))
-    pyfused.quantize_(model, dynamic=dynamic)
+    pyfused.quantize_(model, scheme, dynamic=dynamic)
     with pyfused.backend("reference" if dynamic else "cpu"):
         after = model.logits(model(token_ids=ids, padding_mask=None))
     return float(F.cosine_similarity(before, after, -1).mean())
 
 
-def main() -> None:
-    """Measures, and writes the table into the guide."""
-    lines = ["| preset | measure | float32 | int8 | int8, dynamic | MB | int8 MB |", "|---|---|---|---|---|---|---|"]
-    for preset in PRESETS:
-        exact, rounded = compare(preset), compare(preset, dynamic=True)
-        sizes = f"{exact['bytes'] / 1e6:.2f} | {exact['int8 bytes'] / 1e6:.2f} |"
-        if preset in LANGUAGE_MODELS:
-            values = [math.exp(v) for v in (exact["loss"], exact["int8 loss"], rounded["int8 loss"])]
-            lines.append(f"| `{preset}` | perplexity | {' | '.join(f'{v:.3f}' for v in values)} | {sizes}")
-        values = [exact["right"], exact["int8 right"], rounded["int8 right"]]
-        what = "accuracy" if preset in LANGUAGE_MODELS else "masked accuracy"
-        lines.append(f"| `{preset}` | {what} | {' | '.join(f'{v:.2%}' for v in values)} | {sizes}")
-    lines += [
-        "",
-        "In a GPT-2 of width 768 with random weights, six channels are twenty times as large as the others. The cosine of its",
-        f"logits to float32's is {cosine_at_width():.4f}, and with `dynamic` {cosine_at_width(dynamic=True):.4f}.",
+# The columns of the table: its heading, and the arguments of compare().
+SCHEMES = {"int8": {}, "int8, dynamic": {"dynamic": True}, "int4": {"scheme": "int4"}}
+
+
+def rows() -> list[str]:
+    """The table. Its last columns say what int4 costs: how much the perplexity grows, or how accuracy changes."""
+    lines = [
+        "| preset | measure | float32 | int8 | int8, dynamic | int4 | int4 costs | MB | int8 MB | int4 MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    for preset in PRESETS:
+        found = {name: compare(preset, **options) for name, options in SCHEMES.items()}
+        sizes = [found["int8"]["bytes"], found["int8"]["rounded bytes"], found["int4"]["rounded bytes"]]
+        in_mb = " | ".join(f"{size / 1e6:.2f}" for size in sizes)
+        if preset in LANGUAGE_MODELS:
+            values = [math.exp(found["int8"]["loss"]), *(math.exp(f["rounded loss"]) for f in found.values())]
+            cost = f"{values[-1] / values[0] - 1:+.1%}"
+            shown = " | ".join(f"{value:.3f}" for value in values)
+            lines.append(f"| `{preset}` | perplexity | {shown} | {cost} | {in_mb} |")
+        values = [found["int8"]["right"], *(f["rounded right"] for f in found.values())]
+        what = "accuracy" if preset in LANGUAGE_MODELS else "masked accuracy"
+        shown = " | ".join(f"{value:.2%}" for value in values)
+        lines.append(f"| `{preset}` | {what} | {shown} | {100 * (values[-1] - values[0]):+.2f} points | {in_mb} |")
+    return lines
+
+
+def at_width() -> list[str]:
+    """The table of cosines."""
+    lines = ["| logits of a GPT-2 of width 768 | int8 | int8, dynamic | int4 |", "|---|---|---|---|"]
+    for name, outliers in (("random weights", 1.0), ("and six channels twenty times as large as the others", 20.0)):
+        cosines = (cosine_at_width(outliers=outliers, **options) for options in SCHEMES.values())
+        lines.append(f"| {name} | {' | '.join(f'{cosine:.5f}' for cosine in cosines)} |")
+    return lines
+
+
+def main() -> None:
+    """Measures, and writes the tables into the guide."""
+    cosines = "The cosine of logits to float32's, at the width of GPT-2 124M:"
+    lines = [*rows(), "", cosines, "", *at_width()]
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text("\n".join([before + BEGIN, *lines, END + rest.partition(END)[2]]))
     print("\n".join(lines))
