@@ -67,6 +67,13 @@ def test_temperatures_beyond_float32_are_uniform(temperature):
     assert (found[[0, 1, 3, 4, 5, 6, 7]] - 1 / 7).abs().max() <= 2.0 / DRAWS
 
 
+def test_any_top_k_fits_into_the_kernels_64_bits():
+    logits, uniform = torch.randn(3, 7), torch.rand(3, dtype=torch.float64)
+    huge = Sampler(1.0, top_k=2**64 + 1)
+    assert huge.cuts[1] < 2**31
+    assert torch.equal(huge(logits, uniform), Sampler(1.0)(logits, uniform))
+
+
 @pytest.mark.parametrize("u", [0.0, 0.25, 1 - 2.0**-53])
 def test_what_has_no_probability_is_never_drawn(u):
     uniform = torch.tensor([u], dtype=torch.float64)

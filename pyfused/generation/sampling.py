@@ -14,6 +14,7 @@ __all__ = ["NO_TOKEN", "Choice", "Sampler", "likeliest_token", "no_token", "unif
 
 # float32 can divide by these temperatures on every device. Some devices multiply by the reciprocal; some read subnormals as 0.
 _COLDEST, _HOTTEST = 2.0**-126, 2.0**126
+_ALL = 2**31 - 1  # no vocabulary has more tokens. Kernels take top_k as 64 bits
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Sampler:
     @property
     def cuts(self) -> tuple[float, int, float]:
         """Temperature, top k and top p as drawn_token and `decode` take them."""
-        return float(min(self.temperature, _HOTTEST)), self.top_k or 0, 1.0 if self.top_p is None else float(self.top_p)
+        top_k = min(self.top_k or 0, _ALL)
+        return float(min(self.temperature, _HOTTEST)), top_k, 1.0 if self.top_p is None else float(self.top_p)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ def bind(
     if uniform is not None or (temperature, top_k, top_p) != (1.0, None, None):
         _check_draw(choose, uniform, temperature, top_k, top_p, b, like)
         cut = 1.0 if top_p is None else float(top_p)
-        step = step._replace(uniform=uniform.contiguous(), temperature=float(temperature), top_k=top_k or 0, top_p=cut)
+        most = min(top_k or 0, plan.outputs)  # backends take 64 bits
+        step = step._replace(uniform=uniform.contiguous(), temperature=float(temperature), top_k=most, top_p=cut)
     return like, plan, step
 
 

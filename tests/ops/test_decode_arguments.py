@@ -172,6 +172,18 @@ def test_bad_input_is_refused_by_name(change, error, message):
         pyfused.decode(**bad(**change))
 
 
+def test_any_top_k_fits_into_the_operator():
+    """The operator that is registered takes 64 bits."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = gpt2()
+    plan, cache, draws = plan_of(model), cache_of(model), torch.rand(3, dtype=torch.float64)
+    expected = step(model, cache, choose=True, uniform=draws)
+    with FlopCounterMode(display=False):
+        found = pyfused.decode(plan, TOKENS, cache, choose=True, uniform=draws, top_k=2**64 + 1)
+    assert torch.equal(found, expected)
+
+
 def test_matrices_that_do_not_fit_together_are_refused():
     model = gpt2()
     plan, other = plan_of(model), plan_of(gpt2(intermediate_dim=50))
