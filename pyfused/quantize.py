@@ -118,6 +118,20 @@ def quantize_(
     return QuantizeReport(tuple(replaced), tuple(left), before, _bytes(model))
 
 
+def quantize_all_(model: nn.Module, scheme: str, name: str) -> None:
+    """quantize_ for a caller who shows no report. name: of the option that holds the scheme. Raises ValueError for a pyfused
+    model that has integers of another format and nothing to quantise."""
+    if quantize_(model, scheme).replaced:
+        return
+    heads = {id(module._modules.get("reverse")) for module in model.modules()}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and id(module) not in heads:
+            form, wanted = module.format, FORMATS[scheme]
+            if form is not wanted and not wanted.misfit(form.columns(module.weight)):
+                back = "pyfused.unquantize_ undoes that"
+                raise ValueError(f"{name} is {scheme!r}, and the model has {form.name} weights already; {back}")
+
+
 def unquantize_(model: nn.Module) -> nn.Module:
     """Undoes quantize_: gives the modules their classes back, with the weights that the integers stand for. What rounding took
     does not come back. The dtype is the module's, the original one unless the model was cast since.

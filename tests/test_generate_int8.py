@@ -82,6 +82,24 @@ def test_the_copy_is_its_own(model, prompts, expected):
 def test_unknown_weights_are_refused(model):
     with pytest.raises(ValueError, match="weights is 'int3'; it takes 'int8', 'int4' or None"):
         Generator(model, weights="int3")
+    with pytest.raises(ValueError, match=r"weights is \['int4'\]; it takes"):
+        Generator(model, weights=["int4"])
+
+
+@pytest.mark.parametrize("has, asked", [("int8", "int4"), ("int4", "int8")])
+def test_integers_of_the_other_format_are_refused(has, asked, tmp_path, capsys):
+    """They would stay as they are, and nobody would hear of it."""
+    model = pyfused.GPT2Backbone.from_preset("gpt2_tiny_en")
+    pyfused.quantize_(model, has)
+    Generator(model, weights=has)
+    message = f"is {asked!r}, and the model has {has} weights already"
+    with pytest.raises(ValueError, match=f"weights {message}"):
+        Generator(model, weights=asked)
+    model.save_to_preset(tmp_path)
+    command = ["encode", str(tmp_path), "--text", "In", "--json", "--quiet", "--weights"]
+    assert cli.main([*command, asked]) == 2
+    assert f"--weights {message}" in capsys.readouterr().err
+    assert cli.main([*command, has]) == 0
 
 
 @pytest.mark.parametrize(

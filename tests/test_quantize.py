@@ -191,6 +191,7 @@ def test_drop_in_feed_forward_networks():
     [
         (("model",), TypeError, "model is a str; it takes a torch.nn.Module"),
         ((nn.Linear(1, 1), "int3"), ValueError, "scheme is 'int3'; it takes 'int8' or 'int4'"),
+        ((nn.Linear(1, 1), ["int4"]), ValueError, r"scheme is \['int4'\]; it takes 'int8' or 'int4'"),
         ((nn.Linear(1, 1), 8), ValueError, "scheme is 8"),
     ],
 )

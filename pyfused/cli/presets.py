@@ -84,12 +84,12 @@ def _device(name: str | None) -> str:
 
 def _model(arguments: argparse.Namespace) -> Any:
     """The preset's backbone as the options say."""
-    from .. import quantize_
     from ..models import Backbone
+    from ..quantize import quantize_all_
 
     model = Backbone.from_preset(arguments.preset, device=_device(arguments.device), dtype=arguments.dtype).eval()
     if arguments.weights is not None:
-        quantize_(model, arguments.weights)
+        quantize_all_(model, arguments.weights, "--weights")
     return model
 
 

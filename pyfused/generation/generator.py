@@ -15,7 +15,7 @@ from torch import nn
 from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
-from ..quantize import quantize_
+from ..quantize import quantize_all_
 from ..spread import has_spread_weights, is_wrapped
 from ..weight_format import FORMATS
 from .beam_search import BeamSearch
@@ -39,7 +39,7 @@ class Generator:
         model: a GPT2Backbone or T5Backbone, on any device and in any dtype.
         weights: None takes the model's. "int8" and "int4" take a copy of the model with such weights (see pyfused.quantize_),
             made now; the model itself stays as it is. A CPU then reads a quarter of float32's bytes for a token, or less.
-            Tokens may differ.
+            Tokens may differ. A model that is quantised already must have this format.
         warm: True does the first call's preparations now. On a GPU it compiles the Triton kernels in parallel and keeps
             them on disk. `pyfused warm` does that ahead of a program.
 
@@ -230,11 +230,11 @@ class Generator:
 
 def _quantized_copy(model: Backbone, weights: str) -> Backbone:
     """A copy of the model with integer weights. Matrices are copied only if they are not quantised."""
-    if weights not in FORMATS:
+    if weights not in list(FORMATS):
         raise ValueError(f"weights is {weights!r}; it takes {', '.join(map(repr, FORMATS))} or None")
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     found = copy.deepcopy(model, dict(shared))
-    quantize_(found, weights)
+    quantize_all_(found, weights, "weights")
     own = {key: nn.Parameter(p.detach().clone(), p.requires_grad) for key, p in shared.items() if _holds(found, p)}
     for module in found.modules():
         for name, p in module._parameters.items():

@@ -30,7 +30,7 @@ class Scheme(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError or TypeError unless layers can have it."""
-        if self.name not in FORMATS:
+        if self.name not in list(FORMATS):  # a list compares; a dict would hash a name that is no string
             raise ValueError(f"scheme is {self.name!r}; it takes {' or '.join(map(repr, FORMATS))}")
         if not isinstance(self.dynamic, bool):
             raise TypeError(f"dynamic is {self.dynamic!r}; it takes True or False")
