@@ -2,6 +2,8 @@
 //
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
+// Float rounds lse by up to |lse| 2^-24, an error that all P of a row share. Behind a bias of -1e9 it loses the sum, and P
+// would be 1 for each key. Groups of queries with such rows take another pass: P = exp(S - highest) / sum.
 // The gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
 //
 // Five products of 2 Sq Sk D operations each; the forward has two. An item is a key head. One thread sums its dK and dV
@@ -43,6 +45,45 @@ template <class T> struct Backward {
       distances = grad_scores + tile;
     }
   };
+
+  // The largest |lse| that serves. For float it is an error of P of 2^-18, as large as that of scores of this size. For the
+  // others it is 2^-13, a quarter of the rounding step of half precision or less.
+  static constexpr float kServes = sizeof(T) == sizeof(float) ? 64.0f : 2048.0f;
+
+  // Whether a group has a row with a larger one. That of a blind query is infinite.
+  static bool is_far(const vfloat* row_lse) {
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const float x = std::abs(row_lse[i / kWidth][i % kWidth]);
+      if (x > kServes && x < INFINITY) return true;
+    }
+    return false;
+  }
+
+  // Makes each row's shift its highest score, and its factor 1 / sum of exp(S - shift). s is scratch for a tile's scores.
+  void softmax_again(const Group<T>& g, const Keys<T>& keys, const float* query_lanes, float* s, vfloat* shift,
+                     vfloat* factor) const {
+    vfloat highest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {};
+    for (int64_t c0 = 0; c0 < g.most; c0 += kTileKeys) {
+      const int64_t n = g.most - c0 < kTileKeys ? g.most - c0 : kTileKeys;
+      const float* plus[kTileKeys];
+      dots(n, keys.key + c0 * keys.key_step, keys.key_step, query_lanes, kGroup, p.d, s, kGroup, splat(p.scale),
+           g.relative(p, keys, c0, n, plus));
+      g.finish_scores(p, keys, c0, n, s, kGroup);
+      for (int v = 0; v < 2; ++v) {
+        vfloat now = highest[v], sum{};
+        for (int64_t c = 0; c < n; ++c) now = max(now, load(s + c * kGroup + v * kWidth));
+        const vfloat safe = now == splat(-INFINITY) ? vfloat{} : now;  // -inf - -inf would be NaN
+        for (int64_t c = 0; c < n; ++c) sum += exp_of_score(load(s + c * kGroup + v * kWidth) - safe);
+        total[v] = total[v] * exp_of_score(highest[v] - safe) + sum;
+        highest[v] = now;
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      const vint sees = shift[v] < splat(INFINITY);  // blind queries keep +inf, and P = 0
+      shift[v] = sees ? highest[v] : shift[v];
+      factor[v] = sees ? 1.0f / total[v] : splat(1.0f);
+    }
+  }
 
   // A blind query saw no key. Its rows may hold anything, even NaN, and count as zeros.
   static bool is_blind(const vfloat* row_lse, int64_t i) { return row_lse[i / kWidth][i % kWidth] == INFINITY; }
@@ -96,7 +137,7 @@ template <class T> struct Backward {
     const int groups = (int)((rows + kGroup - 1) / kGroup);
     const int64_t lanes = p.d * kGroup;
     Group<T> group[kBlockGroups];
-    vfloat row_lse[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
+    vfloat row_lse[kBlockQueries / kWidth], row_factor[kBlockQueries / kWidth], row_delta[kBlockQueries / kWidth];
     for (int64_t i = 0; i < groups * kGroup; ++i)
       row_lse[i / kWidth][i % kWidth] = i < rows ? lse[p.row(b, h, first + i)] : INFINITY;
     for (int g = 0; g < groups; ++g) {
@@ -109,6 +150,9 @@ template <class T> struct Backward {
       float* out_lanes = x.grad_query_lanes + g * lanes;  // grad_query_lanes is still free
       to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
       deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
+      row_factor[2 * g] = row_factor[2 * g + 1] = splat(1.0f);
+      if (is_far(row_lse + 2 * g))
+        softmax_again(group[g], keys, x.query_lanes + g * lanes, x.weights, row_lse + 2 * g, row_factor + 2 * g);
     }
     for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});
     copy_rows(p.query, b, h, first, rows, row_lse, x.query_rows);
@@ -129,7 +173,7 @@ template <class T> struct Backward {
              group[g].relative(p, keys, c0, seen, plus));
         group[g].finish_scores(p, keys, c0, seen, w, kBlockQueries);
         dots(seen, value, keys.value_step, x.grad_out_lanes + g * lanes, kGroup, p.d, ds, kBlockQueries, one);
-        gradient_of_scores(group[g], keys, c0, seen, w, ds, row_lse + 2 * g, row_delta + 2 * g);
+        gradient_of_scores(group[g], keys, c0, seen, w, ds, row_lse + 2 * g, row_factor + 2 * g, row_delta + 2 * g);
         for (int64_t c = seen; c < n; ++c)
           for (int v = 0; v < 2; ++v)
             store(w + c * kBlockQueries + v * kWidth, vfloat{}), store(ds + c * kBlockQueries + v * kWidth, vfloat{});
@@ -154,12 +198,12 @@ template <class T> struct Backward {
 
   // w: scores -> dropped-out probabilities; ds: grad_out value^T -> the gradient of the scores.
   void gradient_of_scores(const Group<T>& g, const Keys<T>& keys, int64_t c0, int64_t n, float* w, float* ds,
-                          const vfloat* row_lse, const vfloat* row_delta) const {
+                          const vfloat* row_lse, const vfloat* row_factor, const vfloat* row_delta) const {
     const bool alone = keys.count == 1;  // the softmax of one score is exactly 1; exp(s - lse) has a rounding error
     auto each = [&](int64_t c, int v, auto mask) {
       float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
       const vfloat unseen = row_lse[v] < splat(INFINITY) ? vfloat{} : splat(-INFINITY);
-      const vfloat e = exp_of_score(alone ? unseen : load(pw) - row_lse[v]);
+      const vfloat e = exp_of_score(alone ? unseen : load(pw) - row_lse[v]) * row_factor[v];
       store(ps, e * (mask(load(ps)) - row_delta[v]));
       store(pw, mask(e));
     };

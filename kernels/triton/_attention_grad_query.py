@@ -20,6 +20,9 @@ from ._attention_tiles import (
     sequence_tile,
 )
 
+# A larger log-sum-exp is rounded so much that half precision's P, which has no correction, may be off by a fifth.
+_LARGEST_LSE = tl.constexpr(2.0**20)
+
 
 @triton.jit
 def _query_step(
@@ -236,6 +239,8 @@ def grad_query_kernel(
     else:
         flat = (batch64 * heads + head64) * query_length + queries
     lse = tl.load(lse_ptr + flat, mask=live, other=float("inf"))
+    if not NATURAL:
+        lse = tl.where(tl.abs(lse) > _LARGEST_LSE, float("inf"), lse)  # no gradient, rather than a wild one
     lse = in_units(lse, NATURAL)
     stats = stats_ptr + 2 * ((batch64 * heads + head64) * stride_stats + queries)
     tl.store(stats, lse, mask=live)

@@ -49,6 +49,11 @@ def attention(
     no key. Keys hidden by is_causal or by a bias of -inf only get a probability of zero: NaN or inf among their values may
     reach queries that do not see them, as in PyTorch.
 
+    A finite number hides no key, however small: a query whose keys are all behind torch.finfo(dtype).min attends to all of them
+    alike, as in PyTorch, and has that softmax's gradient. In half precision on a GPU this has two limits. Numbers below -2.3e38
+    count as -inf. A query whose log-sum-exp is beyond 2^20 has zero gradient, and passes none to its keys and values; short of
+    that, float32's rounding of the log-sum-exp, a part in 2^24, is in the gradient.
+
     Gradients are differentiable: with create_graph=True the backward runs in plain PyTorch, in O(Sq Sk) memory.
 
     Args:

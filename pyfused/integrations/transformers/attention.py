@@ -18,7 +18,7 @@ from ...nn.attention import additive
 from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
-from .masks import blinds, is_zero, read_mask, with_dense_bias, with_position_bias
+from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
 from .releases import output_capturing
 
 # Arguments that change the result and are not supported. A model passes one only if it has that feature.
@@ -136,7 +136,7 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
     if scaling is None and (reason := reason_to_scale(module)):
         raise ValueError(f'{reason}; use attn_implementation="eager"')
     wanted = attentions_wanted(module, kwargs)
-    if wanted or dropout >= 1.0 or _loses_a_gradient(query, key, value, visible):
+    if wanted or dropout >= 1.0:
         if wanted:
             notices.once("output_attentions: attention runs in plain PyTorch, which has the probabilities")
         return _with_weights(query, key, value, _dense_bias(*plain), dropout, scaling, head_mask)
@@ -166,14 +166,6 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
             max_seqlen=None if packed is None else packed[1],
         ).transpose(1, 2)
     return output if head_mask is None else output * head_mask[:, None], None
-
-
-def _loses_a_gradient(query, key, value, visible):
-    """Whether some query attends to all keys alike, behind finite numbers, and has a gradient. The log-sum-exp, from which the
-    kernels compute the probabilities again, is then no more than that number."""
-    if visible.attn_bias is None or not torch.is_grad_enabled():
-        return False
-    return any(t.requires_grad for t in (query, key, value)) and blinds(visible.attn_bias)
 
 
 def _with_weights(query, key, value, dense, dropout, scaling, head_mask):

@@ -114,14 +114,6 @@ def is_zero(bias: Tensor) -> bool:
     return not bias.requires_grad and may_look() and all_zero(bias)
 
 
-def blinds(bias: Tensor) -> bool:
-    """Whether a query sees no key, by finite numbers. Reads the values only if no device has to wait."""
-    if not bias.is_cpu or not may_look():
-        return False
-    largest = bias.amax(-1)
-    return bool(((largest <= torch.finfo(bias.dtype).min / 2) & (largest > -torch.inf)).any())
-
-
 def with_position_bias(visible: Visibility, bias: Tensor, query: Tensor, key: Tensor) -> Visibility:
     """Adds a position bias: as a table that the kernel reads, where every value is known to depend on the distance alone.
 
