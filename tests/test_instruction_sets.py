@@ -34,7 +34,7 @@ def zen4(tmp_path, monkeypatch):
 def few_points(monkeypatch):
     """`pyfused tune` measures small products alone."""
     monkeypatch.setattr(run, "_ROWS", (1, 2, 4, 20))  # with quick=True the first and the last
-    monkeypatch.setattr(run, "_WIDTHS", (24,))
+    monkeypatch.setattr(run, "_WIDTHS", (32,))
 
 
 def tuned(**speeds):

@@ -24,11 +24,11 @@ def of_floats(rows, *weights):
     return evidence.dot_products("linear", "forward", weights[0].dtype, shapes, size)
 
 
-def of_integers(x, weight):
+def of_integers(x, weight, scale):
     """The same about rows of x rounded to int8, times an int8 weight."""
     if not _by_rows(weight) or not _has("linear_dynamic_forward"):
         return None
-    shapes, size = evidence.product_shapes(x.shape[:-1].numel(), weight)
+    shapes, size = evidence.product_shapes(x.shape[:-1].numel(), weight, scale=scale)
     return evidence.dot_products("linear", "forward", x.dtype, f"{shapes}, dynamic", size)
 
 

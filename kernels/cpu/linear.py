@@ -40,13 +40,13 @@ def library_is_faster(rows, *weights):
     return evidence.slower("cpu", "linear", "forward", "cpu", weights[0].dtype, shapes, size)
 
 
-def in_float(x, weight):
+def in_float(x, weight, scale):
     """Why the integer product of dynamic=True does not run; None if it does. Without integer instructions it takes 30 times as
     long as a product in float32."""
     reason = int8.in_float(x, weight, "cpu")
     if reason or torch.cpu._is_vnni_supported():
         return reason
-    instructions = dot.of_integers(x, weight)
+    instructions = dot.of_integers(x, weight, scale)
     if instructions is None:
         return "this processor has no instructions for products of int8"
     return None if instructions.used else f"{instructions.name}: {instructions.reason}"
@@ -56,8 +56,8 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
     rows = x.shape[:-1].numel()
     if scale is None:
         return library_is_faster(rows, weight)
-    if dynamic and in_float(x, weight) is None:
-        return None if dot.chosen(dot.of_integers(x, weight)) else "dynamic=True asks for torch._int_mm"
+    if dynamic and in_float(x, weight, scale) is None:
+        return None if dot.chosen(dot.of_integers(x, weight, scale)) else "dynamic=True asks for torch._int_mm"
     shapes, size = evidence.product_shapes(rows, weight, scale=scale)
     return evidence.slower("cpu", "linear", "forward", "cpu", x.dtype, shapes, size)
 
@@ -65,15 +65,15 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
 def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
     if scale is None:
         return dot.remark(dot.of_floats(x.shape[:-1].numel(), weight))
-    reason = in_float(x, weight) if dynamic else None
+    reason = in_float(x, weight, scale) if dynamic else None
     if reason:
         return f"dynamic=True keeps x in floating point: {reason}"
-    return dot.remark(dot.of_integers(x, weight)) if dynamic else None
+    return dot.remark(dot.of_integers(x, weight, scale)) if dynamic else None
 
 
 @prepares_launch
 def forward(x, weight, bias, residual, scale=None, dynamic=False):
-    if dynamic and (reason := in_float(x, weight)):
+    if dynamic and (reason := in_float(x, weight, scale)):
         int8.say_once(reason)
         dynamic = False
     if left_to_library_forward(x, weight, bias, residual, scale, dynamic):
@@ -100,13 +100,13 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
 
 def _kernel(x, weight, scale, dynamic):
     if dynamic:
-        return dot.chosen(dot.of_integers(x, weight)).linear_dynamic_forward
+        return dot.chosen(dot.of_integers(x, weight, scale)).linear_dynamic_forward
     kernels = dot.chosen(dot.of_floats(x.shape[:-1].numel(), weight)) if scale is None else None
     return (kernels or cpu()).linear_forward
 
 
 def _integers_by_library(x, weight, bias, residual, scale, dynamic):
-    if dynamic and in_float(x, weight) is None:
+    if dynamic and in_float(x, weight, scale) is None:
         y = int8.product(x, weight, scale)
     else:
         y = _widened(x, weight, scale)
