@@ -133,7 +133,6 @@ def test_verify_as_json(capsys, no_interpreter):
 
 
 def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch, no_interpreter):
-
     module = dispatch.kernel("cpu", "layer_norm")
     original = module.forward
 
