@@ -22,11 +22,13 @@ _PACKAGES = {
     "kagglehub": "no presets from Kaggle (pip install 'pyfused[hub]')",
 }
 _BACKEND_COSTS = {
-    "cpu": "operators on CPU tensors run in plain PyTorch, slower; to have it, install with a C++ compiler",
+    "cpu": "operators on CPU tensors run in plain PyTorch, slower",
     "triton": "only GPU tensors need it",
-    "cuda": "only GPU tensors need it; to have it, install with nvcc",
+    "cuda": "only GPU tensors need it",
     "cudnn": "only attention on GPU tensors can use it; torch for CUDA 12.9 and newer brings it along",
 }
+# What to do about an extension that is not built.
+_BUILD = {"cpu": "; to have it, install with a C++ compiler", "cuda": "; to have it, install with nvcc"}
 
 
 def describe() -> dict[str, Any]:
@@ -44,7 +46,8 @@ def describe() -> dict[str, Any]:
         reason = dispatch.missing(name)
         backends[name] = reason or "available"
         if reason:
-            missing[f"backend {name}"] = f"{reason}: {_BACKEND_COSTS[name]}"
+            build = _BUILD.get(name, "") if reason.endswith("is not built") else ""
+            missing[f"backend {name}"] = f"{reason}: {_BACKEND_COSTS[name]}{build}"
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -78,7 +81,7 @@ def render(facts: dict[str, Any]) -> str:
     """The lines that `pyfused env` prints."""
     cpu = facts["cpu"]
     rows = [("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())), ("platform", facts["platform"])]
-    supported = ", ".join(cpu["supported"]) or "none (the extension is not built)"
+    supported = ", ".join(cpu["supported"]) or f"none ({facts['backends']['cpu']})"
     rows.append(("cpu kernels", f"{supported}; in use: {cpu['in_use']}; threads: {cpu['threads']}"))
     if cpu["dot_products"]:
         forced = cpu["dot_products"] == cpu["in_use"]

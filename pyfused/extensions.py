@@ -36,6 +36,10 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         if reason := _outdated(name, module):
             warnings.warn(f"{reason}. Until then it is not used", RuntimeWarning, stacklevel=2)
             return None, reason
+        if name == "_cpu" and not module.supported:  # as PYFUSED_BUILD_ISAS="avx512" on a processor without it
+            reason = "the extension pyfused._cpu was built for instruction sets that this processor lacks"
+            warnings.warn(f"{reason}; it is not used", RuntimeWarning, stacklevel=2)
+            return None, reason
         # torch 2.10 and later have this capsule. Without it C++ reads tensors more slowly, and CPU calls have no signature.
         if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
@@ -51,8 +55,9 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 def _outdated(name: str, module: ModuleType) -> str:
     """Why an extension does not fit this checkout; "" if it does, or if there is no checkout. Its kernels would take their
-    arguments for others. One that was built without setup.py does not say what it was built for."""
-    built, wanted = getattr(module, "interface", ""), interface.digest(name)
+    arguments for others. One that was built without setup.py says "": nobody knows what it was built for. One that says
+    nothing is older than this check."""
+    built, wanted = getattr(module, "interface", "none"), interface.digest(name)
     if not built or not wanted or built == wanted:
         return ""
     checkout = interface.SOURCES.parent

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from pyfused import dispatch, environment
 from pyfused import verify as verifying
-from pyfused.cli import main
+from pyfused.cli import _parser, main
 from pyfused.extensions import cpu_supported
 
 PRESET = "gpt2_tiny_en"
@@ -30,6 +31,29 @@ def test_env_says_what_is_missing_and_what_it_costs(capsys):
     assert facts["backends"]["reference"] == "available"
     assert facts["cpu"]["in_use"] in facts["cpu"]["supported"]
     assert all(cost for cost in facts["missing"].values())
+
+
+def test_env_asks_for_a_compiler_only_where_an_extension_is_not_built(monkeypatch):
+    reasons = {"cpu": "the extension pyfused._cpu was built from other sources", "cuda": "no CUDA device"}
+    monkeypatch.setattr(dispatch, "missing", lambda name: reasons.get(name, ""))
+    missing = environment.describe()["missing"]
+    assert "compiler" not in missing["backend cpu"]
+    assert "nvcc" not in missing["backend cuda"]
+    assert "built from other sources" in environment.render({**environment.describe(), "missing": {}})
+    reasons["cpu"], reasons["cuda"] = (f"the extension pyfused._{name} is not built" for name in reasons)
+    missing = environment.describe()["missing"]
+    assert "install with a C++ compiler" in missing["backend cpu"]
+    assert "install with nvcc" in missing["backend cuda"]
+
+
+@pytest.mark.parametrize("command", ["generate", "encode", "verify", "warm", "info", "convert", "download"])
+def test_help_says_what_a_preset_is_and_what_each_option_does(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a directory, hf://owner/repo[@revision], or kaggle://" in text
+    parsers = next(a for a in _parser()._actions if isinstance(a.choices, dict))
+    assert [action.dest for action in parsers.choices[command]._actions if not action.help] == []
 
 
 def test_generate_streams_text_that_the_model_learned(capsys):
@@ -109,8 +133,6 @@ def test_verify_as_json(capsys, no_interpreter):
 
 
 def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch, no_interpreter):
-    from pyfused import dispatch
-
     module = dispatch.kernel("cpu", "layer_norm")
     original = module.forward
 
@@ -148,6 +170,7 @@ def test_errors_are_one_line(capsys, arguments, said):
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("pyfused: ")
     assert said in err
+    assert out == ""  # nor does the error stand behind a prompt
     assert "Traceback" not in err + out
 
 

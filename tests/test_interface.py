@@ -1,4 +1,4 @@
-"""Is an extension that was built for another interface found, and does its user read how to build it again?"""
+"""Is an extension found that was built for another interface or another processor, and does its user read what to do?"""
 
 import shutil
 from types import SimpleNamespace
@@ -37,8 +37,9 @@ def test_code_counts_and_comments_do_not(tmp_path, file, before, after, changes)
     assert [name for name in interface.FILES if interface.digest(name, copy) != interface.digest(name)] == changes
 
 
-def test_another_interface_is_a_warning_and_not_used(monkeypatch):
-    old = SimpleNamespace(interface="0123456789abcdef", supported=["baseline"])
+@pytest.mark.parametrize("says", [{"interface": "0123456789abcdef"}, {}], ids=["another", "older than the check"])
+def test_another_interface_is_a_warning_and_not_used(monkeypatch, says):
+    old = SimpleNamespace(**says, supported=["baseline"])
     monkeypatch.setattr(extensions.importlib, "import_module", lambda name: old)
     with pytest.warns(RuntimeWarning, match="_cpu was built from other sources: build it again .`pip install -e .`"):
         module, reason = extensions._load.__wrapped__("_cpu")
@@ -52,3 +53,13 @@ def test_what_cannot_be_compared_is_used(monkeypatch, built, sources):
     found = interface.digest("_cpu", sources)
     monkeypatch.setattr(interface, "digest", lambda name: found)
     assert extensions._outdated("_cpu", SimpleNamespace(interface=built)) == ""
+
+
+def test_an_extension_without_a_set_for_this_processor_is_a_warning_and_not_used(monkeypatch):
+    """Its sets are chosen when it is built (PYFUSED_BUILD_ISAS), perhaps on another machine."""
+    wheel = SimpleNamespace(interface=interface.digest("_cpu"), supported=[])
+    monkeypatch.setattr(extensions.importlib, "import_module", lambda name: wheel)
+    with pytest.warns(RuntimeWarning, match="_cpu was built for instruction sets that this processor lacks"):
+        module, reason = extensions._load.__wrapped__("_cpu")
+    assert module is None
+    assert "this processor lacks" in reason

@@ -8,15 +8,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from .hub import PRESET
+
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
     info = commands.add_parser("info", help="a preset's options, memory and kernels, without loading its weights")
-    info.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
+    info.add_argument("preset", metavar="PRESET", help=PRESET)
     info.set_defaults(run=_info)
 
     convert = commands.add_parser("convert", help="write a preset in another format, dtype or size of files")
-    convert.add_argument("preset", metavar="SRC", help="a bundled name such as gpt2_tiny_en, or a directory")
+    convert.add_argument("preset", metavar="SRC", help=PRESET)
     convert.add_argument("directory", metavar="DST", help="a directory; a checkpoint in it is replaced all at once")
     convert.add_argument("--format", required=True, choices=("hf", "keras"), help="of transformers, or of KerasHub")
     convert.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default")

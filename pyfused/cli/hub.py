@@ -9,6 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+# What every command takes for a preset.
+PRESET = (
+    "a name such as gpt2_tiny_en, a directory, hf://owner/repo[@revision], or kaggle://owner/model/framework/variation"
+)
 _HEADINGS = ("preset", "family", "parameters", "size", "where", "source")
 
 
@@ -18,11 +22,7 @@ def add(commands: Any) -> None:
     presets.set_defaults(run=_presets)
 
     download = commands.add_parser("download", help="fetch a preset, and print its directory")
-    download.add_argument(
-        "preset",
-        metavar="PRESET",
-        help="a name, hf://owner/repo[@revision], or kaggle://owner/model/framework/variation",
-    )
+    download.add_argument("preset", metavar="PRESET", help=PRESET)
     download.add_argument("--quiet", action="store_true", help="no progress")
     download.set_defaults(run=_download)
 

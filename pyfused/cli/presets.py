@@ -8,24 +8,38 @@ import sys
 import time
 from typing import Any
 
+from .hub import PRESET
+
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
     generate = commands.add_parser("generate", help="continue a text, or answer it, streaming to the terminal")
-    generate.add_argument("preset", metavar="PRESET", help="a bundled name such as gpt2_tiny_en, or a directory")
-    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    generate.add_argument("--top-k", type=int, metavar="K")
-    generate.add_argument("--top-p", type=float, metavar="P")
-    generate.add_argument("--seed", type=int, metavar="N")
+    generate.add_argument("preset", metavar="PRESET", help=PRESET)
+    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="what to continue or answer")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default 64)")
     generate.add_argument(
-        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, printed at the end"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default) takes the likeliest token; above 0 tokens are drawn",
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="the same draws each time")
+    generate.add_argument(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search for the likeliest text with N beams, printed at the end",
     )
     generate.set_defaults(run=_generate)
 
     encode = commands.add_parser("encode", help="hidden states of texts, printed or saved")
-    encode.add_argument("preset", metavar="PRESET", help="a bundled name such as albert_tiny_en, or a directory")
+    encode.add_argument("preset", metavar="PRESET", help=PRESET)
     encode.add_argument(
         "--text", required=True, type=_text, action="append", metavar="TEXT", help="may be given several times"
     )
@@ -38,11 +52,11 @@ def add(commands: Any) -> None:
     verify = commands.add_parser(
         "verify", help="compare every backend with the float64 reference on a preset's weights"
     )
-    verify.add_argument("preset", metavar="PRESET")
+    verify.add_argument("preset", metavar="PRESET", help=PRESET)
     verify.set_defaults(run=_verify)
 
     warm = commands.add_parser("warm", help="compile a preset's kernels ahead of use, in parallel")
-    warm.add_argument("preset", metavar="PRESET")
+    warm.add_argument("preset", metavar="PRESET", help=PRESET)
     warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="lengths of the expected texts, in tokens")
     warm.add_argument("--workers", type=int, metavar="N", help="compiling processes; by default one per core")
     warm.set_defaults(run=_warm)
@@ -101,15 +115,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = tokenizer.encode(arguments.prompt)
     stream, generator = tokenizer.stream(), Generator(model)
     began, first = time.perf_counter(), 0.0
+    # A decoder alone continues its prompt; T5 answers it. With the first token, so that an error has a line of its own.
+    echo = arguments.prompt if len(model.texts) == 1 else ""
 
     def on_token(_row: int, token: int) -> None:
-        nonlocal first
+        nonlocal first, echo
         first = first or time.perf_counter()
+        if not arguments.json:
+            print(echo, end="")
+            echo = ""
         if not arguments.json and token != tokenizer.end_token_id:
             print(stream.push(token), end="", flush=True)
 
-    if not arguments.json and len(model.texts) == 1:  # a decoder alone continues its prompt; T5 answers it
-        print(arguments.prompt, end="", flush=True)
     stop = () if tokenizer.end_token_id is None else (tokenizer.end_token_id,)
     (tokens,) = generator.generate(
         [prompt],
