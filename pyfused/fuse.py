@@ -44,10 +44,11 @@ def fuse_(
 ) -> FuseReport:
     """Makes an existing model run on pyfused's kernels, in place. Only this instance changes, no class and nothing global.
 
-    It supports transformers' GPT-2, ALBERT, T5 and FNet with any head; attention and norms of every transformers model that
-    uses the attention interface; the heads of language models; and torch.nn's LayerNorm, RMSNorm, MultiheadAttention,
-    TransformerEncoderLayer, TransformerDecoderLayer and TransformerEncoder, anywhere in the model. Parameters, state dict,
-    hooks, classes, configs and outputs stay.
+    It supports transformers' GPT-2, ALBERT, T5 and FNet with any head; attention of every transformers model that uses the
+    attention interface, and of DeBERTa, BLOOM and others that compute it by hand; norms, feed-forwards of the usual shapes and
+    the heads of language models; and torch.nn's LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer,
+    TransformerDecoderLayer and TransformerEncoder, anywhere in the model. Parameters, state dict, hooks, classes, configs and
+    outputs stay.
 
     Args:
         model: any module. Modules that are already fused stay fused.

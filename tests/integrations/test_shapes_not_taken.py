@@ -133,6 +133,20 @@ def test_biases_beside_a_gate_are_reported():
     assert {e.note for e in report.left if e.kind == "LlamaMLP"} == {"has biases beside a gate; the kernels take none"}
 
 
+UNNAMED = {
+    "MixtralExperts": lambda: hf.MixtralModel(hf.MixtralConfig(**DECODER, num_local_experts=2)),
+    "MegatronBertLayer": lambda: hf.MegatronBertModel(hf.MegatronBertConfig(**BERT)),
+    "EsmLayer": lambda: hf.EsmModel(hf.EsmConfig(**BERT, mask_token_id=4)),
+}
+
+
+@pytest.mark.parametrize("kind", UNNAMED)
+def test_products_that_are_no_linear_children_are_named(kind):
+    """A stack of experts' weights, and a feed-forward that is a method of its layer."""
+    report = pyfused.fuse_(UNNAMED[kind]())
+    assert {entry.note for entry in report.left if entry.kind == kind} == {"of no shape that fuse_ knows"}
+
+
 def test_a_pickle_in_a_new_process_compiles():
     model = livened(hf.MT5EncoderModel(hf.MT5Config(**{**T5, "num_layers": 1})))
     pyfused.fuse_(model)

@@ -19,7 +19,7 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, i
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, is_plain_linear
-from .shapes import FeedForward, InLine, Inner, Layer, LayerNorm, Norm, Normed, Output, Part, find, shape_of
+from .shapes import CHUNKS, FeedForward, InLine, Inner, Layer, LayerNorm, Norm, Normed, Output, Part, find, shape_of
 from .statements import source_of
 
 
@@ -31,8 +31,19 @@ def adapter_for(module: nn.Module) -> Adapter | None:
         return None
     if not isinstance(shape_of(module), Inner | None):
         return _forward
-    products = sum(type(child) is nn.Linear for child in module._modules.values())
-    return _unknown if products > 1 and "Attention" not in kind.__name__ else None
+    return _unknown if _computes(module) and "Attention" not in kind.__name__ else None
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module of no usual shape has products of its own: several linear layers, weights such as a stack of experts',
+    or a feed-forward that is a method, while no child is one."""
+    children = module._modules.values()
+    if sum(type(child) is nn.Linear for child in children) > 1:
+        return True
+    if sum(p is not None and p.dim() > 1 and min(p.shape) > 1 for p in module._parameters.values()) > 1:
+        return True
+    own = any(hasattr(type(module), method) for method in CHUNKS)
+    return own and not any(isinstance(shape_of(child), FeedForward | Normed) for child in children if child is not None)
 
 
 def _unknown(module: nn.Module) -> str:
