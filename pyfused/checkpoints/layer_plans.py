@@ -20,19 +20,22 @@ def embeddings(config: Mapping[str, Any], names: Mapping[str, str]) -> Plan:
 
 
 def hf_norm(ours: str, theirs: str, size: int) -> Plan:
+    """A layer norm of `size` features in Hugging Face's format. ours, theirs: the layer's name in pyfused and in the file."""
     return {f"{ours}.{kind}": whole((size,), f"{theirs}.{kind}") for kind in ("weight", "bias")}
 
 
 def hf_linear(ours: str, theirs: str, out: int, into: int) -> Plan:
+    """A linear map in Hugging Face's format: (out, into), as pyfused stores it."""
     return {f"{ours}.weight": whole((out, into), f"{theirs}.weight"), f"{ours}.bias": whole((out,), f"{theirs}.bias")}
 
 
 def keras_norm(ours: str, theirs: str, size: int) -> Plan:
+    """A layer norm of `size` features in Keras's format."""
     return {f"{ours}.{kind}": whole((size,), f"{theirs}/vars/{i}") for i, kind in enumerate(("weight", "bias"))}
 
 
 def keras_linear(ours: str, theirs: str, out: int, into: int, stored: tuple[int, ...] | None = None) -> Plan:
-    """stored: the matrix's shape in the file, if one side is split into dimensions."""
+    """A linear map in Keras's format: (into, out). stored: its shape in the file, if one side is split into dimensions."""
     return {
         f"{ours}.weight": transposed((out, into), f"{theirs}/vars/0", stored),
         f"{ours}.bias": whole((out,), f"{theirs}/vars/1"),
