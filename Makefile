@@ -19,7 +19,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what it imports. To compile every installed file takes a minute, and most are never read.
-PIP := $(BIN)/pip install --quiet --no-compile
+PIP := $(BIN)/pip install --quiet
 SOURCES := $(shell find csrc kernels -type f -not -name '*.pyc') pyproject.toml setup.py CMakeLists.txt
 GPU_PYTHON ?= python3.12
 CALL ?= first
