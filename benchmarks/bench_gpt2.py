@@ -26,6 +26,9 @@ def cases(setup):
     prompt, cached = (9, 12) if setup.small else (128, 160)
     for dtype in setup.model_dtypes:
         yield Case(f"prompt of {prompt}", dtype, partial(first, setup, prompt, dtype))
+        if setup.device == "cpu" and dtype == torch.float32:
+            name = f"int8 dynamic prompt of {prompt}"
+            yield Case(name, dtype, partial(first, setup, prompt, dtype, weights="int8", dynamic=True))
         if setup.device == "cpu":
             yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))
             for weights in FORMATS if dtype == torch.float32 else ():
@@ -34,12 +37,12 @@ def cases(setup):
         yield Case(f"train 1x{prompt}", dtype, partial(train, setup, prompt, dtype))
 
 
-def models(setup, dtype, length, weights=None):
+def models(setup, dtype, length, *quantized):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(**NO_DROPOUT, **(SMALL if setup.small else {}))
     ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
-    return *pair(GPT2LMHeadModel, config, pyfused.GPT2Backbone, setup, dtype, weights), ids
+    return *pair(GPT2LMHeadModel, config, pyfused.GPT2Backbone, setup, dtype, *quantized), ids
 
 
 def last_logits(ids, model):
@@ -47,8 +50,9 @@ def last_logits(ids, model):
     return model.logits(model(token_ids=ids, padding_mask=None)[:, -1])
 
 
-def first(setup, length, dtype):
-    mine, theirs, ids = models(setup, dtype, length)
+def first(setup, length, dtype, weights=None, dynamic=False):
+    """weights, dynamic: as pair's. Rows of integers are beside the peers with int8 weights."""
+    mine, theirs, ids = models(setup, dtype, length, weights, dynamic)
     cache, prompt = mine.new_cache(1, length + 64), [ids[0].cpu().numpy()]
 
     def fill():
@@ -58,7 +62,8 @@ def first(setup, length, dtype):
     def their_prompt(model):
         return model(ids, logits_to_keep=1, use_cache=True).logits[:, -1]
 
-    peers = {**compiled(partial(their_prompt, theirs)), **gpt2_prompt(theirs, ids)}
+    peers = gpt2_prompt(theirs, ids)
+    peers = {INT8: peers[INT8]} if weights else {**compiled(partial(their_prompt, theirs)), **peers}
     return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers, loose=(INT8,))
 
 

@@ -25,6 +25,9 @@ def cases(setup):
     source, short, cached = (9, 7, 3) if setup.small else (512, 128, 32)
     for dtype in setup.model_dtypes:
         yield Case(f"encoder, {source} tokens", dtype, partial(encoder, setup, source, dtype))
+        if setup.device == "cpu" and dtype == torch.float32:
+            name = f"int8 dynamic encoder, {source} tokens"
+            yield Case(name, dtype, partial(encoder, setup, source, dtype, weights="int8", dynamic=True))
         if setup.device == "cpu":
             name = f"token, {cached} cached, source of {short}"
             yield Case(name, dtype, partial(token, setup, short, cached, dtype))
@@ -42,16 +45,17 @@ def config_of(setup, **more):
     )
 
 
-def models(setup, dtype, length, weights=None):
+def models(setup, dtype, length, *quantized):
     from transformers import T5ForConditionalGeneration
 
     config = config_of(setup)
     ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
-    return *pair(T5ForConditionalGeneration, config, pyfused.T5Backbone, setup, dtype, weights), ids
+    return *pair(T5ForConditionalGeneration, config, pyfused.T5Backbone, setup, dtype, *quantized), ids
 
 
-def encoder(setup, length, dtype):
-    mine, theirs, ids = models(setup, dtype, length)
+def encoder(setup, length, dtype, weights=None, dynamic=False):
+    """weights, dynamic: as pair's. Rows of integers are beside the peers with int8 weights."""
+    mine, theirs, ids = models(setup, dtype, length, weights, dynamic)
 
     def states(model):
         return model.encode(encoder_token_ids=ids, encoder_padding_mask=None)
@@ -59,7 +63,8 @@ def encoder(setup, length, dtype):
     def their_states(model):
         return model.get_encoder()(ids).last_hidden_state
 
-    peers = {**compiled(partial(their_states, theirs)), **t5_encoder(theirs, ids)}
+    peers = t5_encoder(theirs, ids)
+    peers = {INT8: peers[INT8]} if weights else {**compiled(partial(their_states, theirs)), **peers}
     return model_calls(mine, theirs, states, their_states, peers=peers, loose=(INT8,))
 
 

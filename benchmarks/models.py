@@ -13,11 +13,12 @@ from pyfused.testing import running
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def pair(cls, config, backbone, setup, dtype, weights=None):
+def pair(cls, config, backbone, setup, dtype, weights=None, dynamic=False):
     """(pyfused's model, transformers' model) in eval mode, with the same random weights in this dtype.
 
     weights: "int8" or "int4" for pyfused's model; transformers' has the values that the integers stand for. Random weights lose
         so much in int4 that the results of others would count as wrong.
+    dynamic: as quantize_'s.
     """
     from transformers.utils import logging
 
@@ -27,7 +28,7 @@ def pair(cls, config, backbone, setup, dtype, weights=None):
         theirs.save_pretrained(directory)
         mine = backbone.from_preset(directory, device=setup.device, dtype=dtype)
         if weights:
-            pyfused.quantize_(mine, weights)
+            pyfused.quantize_(mine, weights, dynamic=dynamic)
             pyfused.unquantize_(copy.deepcopy(mine)).save_to_preset(directory)
             theirs = cls.from_pretrained(directory, config=config, dtype=dtype).eval()
     return mine.eval(), theirs.to(setup.device)

@@ -3,7 +3,8 @@
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
 // Float rounds lse by up to |lse| 2^-24, an error that all P of a row share. Behind a bias of -1e9 it loses the sum, and P
-// would be 1 for each key. Groups of queries with such rows take another pass: P = exp(S - highest) / sum.
+// would be 1 for each key. Groups of queries with such rows take another pass: P = exp(S - highest) / sum. So do few queries:
+// their forward (attention_few.h) sums a score in another order, and all P of a row would share the difference.
 // The gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
 //
 // Five products of 2 Sq Sk D operations each; the forward has two. An item is a key head. One thread sums its dK and dV
@@ -151,7 +152,7 @@ template <class T> struct Backward {
       to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
       deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
       row_factor[2 * g] = row_factor[2 * g + 1] = splat(1.0f);
-      if (is_far(row_lse + 2 * g))
+      if (is_far(row_lse + 2 * g) || p.few_queries())
         softmax_again(group[g], keys, x.query_lanes + g * lanes, x.weights, row_lse + 2 * g, row_factor + 2 * g);
     }
     for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});

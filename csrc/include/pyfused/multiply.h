@@ -173,7 +173,17 @@ struct Quads {
     return (found > least ? found : least) + sum_lanes(strange);
   }
 
-  template <class X> static PYFUSED_INLINE vfloat lanes(const X* from, int64_t rest, float step) {
+  // The low byte of each lane. GCC's own conversion takes each lane through a general register.
+  static PYFUSED_INLINE vubyte low_bytes(vuint u) {
+#if defined(__AVX512F__)
+    return (vubyte)_mm512_cvtepi32_epi8((__m512i)u);
+#else
+    return __builtin_convertvector(u, vubyte);
+#endif
+  }
+
+  // rate: 1 / step. To divide every element would take a tenth of a product of 768 outputs.
+  template <class X> static PYFUSED_INLINE vfloat lanes(const X* from, int64_t rest, float rate) {
     X own[kGroup * kWidth] = {};
     if (rest < kGroup * kWidth) {
       std::memcpy(own, from, rest * sizeof(X));
@@ -182,8 +192,8 @@ struct Quads {
     uint8_t bytes[kGroup * kWidth];
     for (int g = 0; g < kGroup; ++g) {
       const vfloat shift = splat(12582912.0f + 128.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-      const vuint rounded = bits_as<vuint>(load(from + g * kWidth) / splat(step) + shift);
-      const vubyte low = __builtin_convertvector(rounded, vubyte);
+      const vuint rounded = bits_as<vuint>(load(from + g * kWidth) * splat(rate) + shift);
+      const vubyte low = low_bytes(rounded);
       std::memcpy(bytes + g * kWidth, &low, sizeof(low));
     }
     vfloat v;
