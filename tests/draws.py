@@ -5,7 +5,7 @@ import torch
 from pyfused.testing import judge
 
 
-def check(once, draws=8):
+def check(once, draws=20):
     """once() -> {name: (actual, plain, truth)} from new random numbers at every call; plain may be a list, as for `judge`.
 
     Elements may share one cause of error (the log-sum-exp of a row, the only row of a product). Then one draw may break the

@@ -89,7 +89,7 @@ class Trio:
                 assert fused.is_floating_point() or torch.equal(fused, plain), name
             return {name: found for name, found in compared.items() if found[0].is_floating_point()}
 
-        draws.check(moved, 6)
+        draws.check(moved)
         return first
 
     def _move_weights(self):

@@ -1,5 +1,6 @@
 """Do measurements decide which backend runs, and does a bad file do no harm?"""
 
+import collections
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 import pyfused
 from pyfused import dispatch, evidence
+from pyfused.tune import run
 from pyfused.tune.run import tune
 
 X, W = torch.randn(16, 8), torch.randn(8, 8)
@@ -317,6 +319,21 @@ def test_tune_writes_what_dispatch_reads(cache, tmp_path):
     evidence.write(evidence.own_file(), found)
     assert {line.operator for line in evidence.lines() if line.source.startswith(evidence.kind())} >= {"linear", "rms_norm"}
     assert f"{evidence.own_file().name}, {found['lines'][0]['date']}" in str(pyfused.explain("linear", X, W))
+
+
+def test_a_disturbed_moment_does_not_decide(monkeypatch):
+    """Of three measurements that lie apart the middle one counts."""
+    found_so_far = collections.Counter()
+
+    def speed(point, seconds, clock):
+        call = point.tensors[0].shape, point.tensors[0].dtype
+        found_so_far[call] += 1
+        return {1: 2.0, 2: 0.5, 3: 2.5}[found_so_far[call]]
+
+    monkeypatch.setattr(run, "_speed", speed)
+    monkeypatch.setattr(run, "_SPECTRA", ((1, 2, 128), (1, 64, 64)))
+    found = tune(operators=["fourier_mix"], threads=[1])
+    assert {speed for line in found["lines"] for speed in line["speed"]["cpu"].values()} == {2.0}
 
 
 def test_tune_keeps_nothing_of_a_wrong_kernel(monkeypatch):

@@ -74,7 +74,9 @@ torch.set_num_threads({threads})
 given, expected = torch.load({directory!r} + "/example.pt")
 call = {load}
 found = call(given)
-print(all(torch.equal(found[name], expected[name]) for name in expected))
+for name in expected:  # a compiled package rounds in another way than torch where the processor has wider vectors
+    torch.testing.assert_close(found[name], expected[name])
+print(True)
 """
 
 

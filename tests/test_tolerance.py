@@ -160,5 +160,5 @@ def test_draws_together_excuse_one_by_chance_and_no_fault():
         return once
 
     draws.check(drawn(3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
-    with pytest.raises(AssertionError, match="8 draws together"):
-        draws.check(drawn(*[3.0] * 8))
+    with pytest.raises(AssertionError, match="20 draws together"):
+        draws.check(drawn(*[3.0] * 20))

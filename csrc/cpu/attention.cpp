@@ -140,7 +140,7 @@ void attention_forward(addr query, addr key, addr value, addr mask, addr bias, a
   PYFUSED_BY_DTYPE(dtype, {
     Problem<T> p(query, key, value, mask, bias, seed, starts, n);
     if (p.no_queries()) return;
-    const bool few = p.few_queries();
+    const bool few = Few<T>::fits(p);
     p.with_relative(table, buckets, n, few ? 1 : -1, few ? kWidth : kGroup);
     if (few) Few<T>{p, (T*)out, (float*)lse}.run();
     else Forward<T>{p, (T*)out, (float*)lse}.run();

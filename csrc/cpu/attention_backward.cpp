@@ -3,8 +3,7 @@
 //   P = exp(S - lse), recomputed tile by tile;  M = dropout's mask / (1 - p);  delta = rowsum(grad_out * out)
 //   dV = (P M)^T grad_out;  dS = P (M (grad_out V^T) - delta);  dQ = scale dS K;  dK = scale dS^T Q;  dbias = dS
 // Float rounds lse by up to |lse| 2^-24, an error that all P of a row share. Behind a bias of -1e9 it loses the sum, and P
-// would be 1 for each key. Groups of queries with such rows take another pass: P = exp(S - highest) / sum. So do few queries:
-// their forward (attention_few.h) sums a score in another order, and all P of a row would share the difference.
+// would be 1 for each key. Groups of queries with such rows take another pass: P = exp(S - highest) / sum.
 // The gradient of T5's table sums dS by distance, in float for a block of queries, then in double, then by bucket.
 //
 // Five products of 2 Sq Sk D operations each; the forward has two. An item is a key head. One thread sums its dK and dV
@@ -47,15 +46,15 @@ template <class T> struct Backward {
     }
   };
 
-  // The largest |lse| that serves. For float it is an error of P of 2^-18, as large as that of scores of this size. For the
-  // others it is 2^-13, a quarter of the rounding step of half precision or less.
-  static constexpr float kServes = sizeof(T) == sizeof(float) ? 64.0f : 2048.0f;
+  // The largest |lse| that serves. For float it is an error of P of 2^-18, as large as that of scores of this size; scores of few
+  // products are more exact. For the others it is 2^-13, a quarter of the rounding step of half precision or less.
+  float serves() const { return sizeof(T) < sizeof(float) ? 2048.0f : p.d > 16 ? 64.0f : 4.0f; }
 
   // Whether a group has a row with a larger one. That of a blind query is infinite.
-  static bool is_far(const vfloat* row_lse) {
+  bool is_far(const vfloat* row_lse) const {
     for (int64_t i = 0; i < kGroup; ++i) {
       const float x = std::abs(row_lse[i / kWidth][i % kWidth]);
-      if (x > kServes && x < INFINITY) return true;
+      if (x > serves() && x < INFINITY) return true;
     }
     return false;
   }
@@ -152,7 +151,7 @@ template <class T> struct Backward {
       to_lanes(out.at(b, h, i), out.row, group[g].rows, p.d, out_lanes, kGroup);
       deltas(x.grad_out_lanes + g * lanes, out_lanes, row_delta + 2 * g);
       row_factor[2 * g] = row_factor[2 * g + 1] = splat(1.0f);
-      if (is_far(row_lse + 2 * g) || p.few_queries())
+      if (is_far(row_lse + 2 * g))
         softmax_again(group[g], keys, x.query_lanes + g * lanes, x.weights, row_lse + 2 * g, row_factor + 2 * g);
     }
     for (int64_t i = 0; i < groups * lanes; i += kWidth) store(x.grad_query_lanes + i, vfloat{});

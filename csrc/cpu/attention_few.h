@@ -14,10 +14,12 @@ namespace {
 
 // The result has type O: float in decode.
 template <class T, class O = T> struct Few {
-  static constexpr int64_t kTile = 64, kLeastSplit = 256;
+  static constexpr int64_t kMost = kWidth / 2, kTile = 64, kLeastSplit = 256;
   Problem<T> p;
   O* out;
   float* lse;
+
+  static bool fits(const Problem<T>& p) { return p.sq <= kMost && !p.dropout && !p.starts; }
 
   // A split's state of one query: highest score, sum of exponentials, weighted sum of values.
   int64_t padded() const { return (p.d + kWidth - 1) / kWidth * kWidth; }

@@ -57,9 +57,6 @@ template <class T> struct Problem {
   int64_t token(int64_t b, int64_t i) const { return starts ? i : b * sq + i; }
   int64_t row(int64_t b, int64_t h, int64_t i) const { return starts ? h * sq + i : (b * this->h + h) * sq + i; }
 
-  // Whether the forward is that of attention_few.h.
-  bool few_queries() const { return sq <= kWidth / 2 && !dropout && !starts; }
-
   // Makes T5's bias by distance; release() frees it. Query i has position i + sk - sq. A row of the bias follows ascending
   // keys for sign 1, ascending queries for sign -1.
   void with_relative(addr table, addr buckets, const AttentionLayout& n, int64_t sign, int64_t lanes) {

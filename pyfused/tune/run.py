@@ -1,7 +1,8 @@
 """How fast are the CPU kernels on this machine? The evidence by which dispatch chooses them (evidence.py).
 
 A point is one call of an operator. The CPU kernel and plain PyTorch run it in turn on the same inputs, after the tolerance rule
-has checked the outputs. The evidence is the ratio of their times. Where the processor has instructions for dot products
+has checked the outputs. The evidence is the ratio of their times, the median of three turns that lie apart: other work on the
+machine may spoil all measurements of one moment. Where the processor has instructions for dot products
 (extensions.DOT_PRODUCTS), the products that use them are measured in the same way, beside the usual kernels.
 """
 
@@ -23,6 +24,7 @@ from ..weight_format import FORMATS, dequantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # a small and a large weight
+_TURNS, _SECONDS = 3, 0.03  # of measurements, unless they are to be quick; for each point in a turn
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
 # (B, S, N): from few, long signals, which leave most lanes of a vector empty, to many
 _SPECTRA = (
@@ -143,8 +145,8 @@ def tune(
         if name not in evidence.OPERATORS:
             raise ValueError(f"operators names {name!r}; evidence is kept for {', '.join(evidence.OPERATORS)}")
     before = torch.get_num_threads()
-    measured: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
-    refused = []
+    measured: dict[tuple[Any, ...], dict[str, dict[int, list[float]]]] = {}
+    refused: dict[str, None] = {}
     try:
         with torch.inference_mode():
             for count in dict.fromkeys(threads or (1, before)):
@@ -152,22 +154,29 @@ def tune(
                 dispatch.forget()
                 for dtype in DTYPES:
                     say(f"{count} thread{'s' * (count > 1)}, {evidence.name_of(dtype)}")
-                    for point in points(quick):
-                        if operators and point.operator not in operators:
-                            continue
-                        for way, size, line, speed in _measured(point.to(dtype), dtype, 0.02 if quick else 0.1, clock):
-                            if speed is None:
-                                refused.append(", ".join((*line, f"size {size}", *(() if way == "cpu" else (way,)))))
+                    for _ in range(1 if quick else _TURNS):
+                        for point in points(quick):
+                            if operators and point.operator not in operators:
                                 continue
-                            key = line[0], "forward", *line[1:], count
-                            measured.setdefault(key, {}).setdefault(way, {})[size] = round(speed, 3)
+                            for way, size, line, speed in _measured(point.to(dtype), dtype, _SECONDS, clock):
+                                if speed is None:
+                                    refused[", ".join((*line, f"size {size}", *(() if way == "cpu" else (way,))))] = None
+                                    continue
+                                key = line[0], "forward", *line[1:], count
+                                measured.setdefault(key, {}).setdefault(way, {}).setdefault(size, []).append(speed)
     finally:
         torch.set_num_threads(before)
         dispatch.forget()
     names = "operator", "function", "dtype", "shapes", "threads"
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    lines = [{**dict(zip(names, key)), **about, "speed": speed} for key, speed in sorted(measured.items())]
-    return {"kind": evidence.kind(), "lines": lines, "refused": refused}
+    lines = []
+    for key, ways in sorted(measured.items()):
+        speed = {
+            way: {size: round(statistics.median(found), 3) for size, found in by_size.items()}
+            for way, by_size in ways.items()
+        }
+        lines.append({**dict(zip(names, key)), **about, "speed": speed})
+    return {"kind": evidence.kind(), "lines": lines, "refused": [*refused]}
 
 
 def _measured(

@@ -59,7 +59,7 @@ def check(activation, dtype, device, lead, n, f, m, biases, with_residual, chain
         every = zip(actual, zip(*plains), truth, strict=True)
         return {f"{what} {i}": (a, list(p), t) for i, (a, p, t) in enumerate(every)}
 
-    draws.check(once, 20)
+    draws.check(once)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -61,7 +61,7 @@ def check(activation, dtype, device, lead, n, f, m, with_residual, chained=False
         assert all(actual.dtype == dtype for actual, _, _ in found.values())
         return found
 
-    draws.check(once, 20)
+    draws.check(once)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
