@@ -16,10 +16,10 @@ FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 # The tile of the gemm, and that of the gemv where the set has it
-OUTER = "outer_tile<2>(const lane32* const*, const float*, int64_t, float*, int64_t, bool);\n"
+OUTER = "outer_tile<2>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool);\n"
 GEMM = f"template void Product<float, float, int8_t, Quads>::{OUTER}"
 PAIRS = f"template void Product<bf16>::{OUTER}"
-PAIRS += "template void Product<bf16>::dot_tile<4, 3>(int64_t, int64_t, int64_t, float*) const;\n"
+PAIRS += "template void Product<bf16>::dot_tile<4, 4>(int64_t, int64_t, int64_t, float*) const;\n"
 
 
 @functools.cache
@@ -52,20 +52,20 @@ def inner_loop(body):
 
 
 CASES = [
-    ("avx2_vnni", "Quads gemm", "vpdpbusd", "ymm"),
-    ("avx512_vnni", "Quads gemm", "vpdpbusd", "zmm"),
-    ("avx512_bf16", "Pairs gemm", "vdpbf16ps", "zmm"),
-    ("avx512_bf16", "Pairs gemv", "vdpbf16ps", "zmm"),
+    ("avx2_vnni", "Quads gemm", "vpdpbusd", "ymm", 12),
+    ("avx512_vnni", "Quads gemm", "vpdpbusd", "zmm", 24),
+    ("avx512_bf16", "Pairs gemm", "vdpbf16ps", "zmm", 24),
+    ("avx512_bf16", "Pairs gemv", "vdpbf16ps", "zmm", 16),
 ]
 
 
-@pytest.mark.parametrize("name, kind, instruction, register", CASES)
-def test_the_inner_loop(name, kind, instruction, register):
+@pytest.mark.parametrize("name, kind, instruction, register, sums", CASES)
+def test_the_inner_loop(name, kind, instruction, register, sums):
     loop = loops(name)[kind]
     dots = [line for line in loop if instruction in line]
-    assert len(dots) in (12, 48), loop
+    assert len(dots) in (sums, 4 * sums), loop
     assert all(register in line for line in dots)
-    assert len({line.rsplit("%", 1)[1] for line in dots}) == 12, "each of 12 sums has a register"
+    assert len({line.rsplit("%", 1)[1] for line in dots}) == sums, "each sum has a register"
     assert not [line for line in loop if "(%rsp" in line or "(%rbp" in line], "a sum is in memory"
-    most = 2.6 if kind.endswith("gemv") else 2.0
-    assert len(loop) / len(dots) < most, "loads, and the loop's own instructions"
+    most = 2.8 if kind.endswith("gemv") else 2.0
+    assert len(loop) / len(dots) < most, "loads, prefetches, and the loop's own instructions"

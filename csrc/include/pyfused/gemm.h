@@ -287,17 +287,16 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     for (int half = 0; half < width; half += kWidth) {
       const int64_t rows = m - i - half < kWidth ? m - i - half : kWidth;
       const X* from = x + (i + half) * x_stride;
-      float rate[kWidth] = {};
-      if constexpr (kOfIntegers)
-        for (int r = 0; r < kWidth; ++r) {
-          const float step = r < rows ? M::step(from + r * x_stride, k) : 1.0f;
-          rate[r] = 1.0f / step, steps()[i + half + r] = step;
-        }
+      float step[kWidth] = {};
+      if constexpr (kOfIntegers) {
+        for (int r = 0; r < rows; ++r) step[r] = M::step(from + r * x_stride, k);
+        std::memcpy(steps() + i + half, step, sizeof(step));
+      }
       for (int64_t c = 0; c < lanes(); c += kWidth) {
         const int64_t rest = lanes() - c, at = c * M::kGroup;
         vfloat v[kWidth];
         for (int r = 0; r < kWidth; ++r)
-          v[r] = r < rows ? M::lanes(from + r * x_stride + at, k - at, rate[r]) : vfloat{};
+          v[r] = r < rows ? M::lanes(from + r * x_stride + at, k - at, step[r]) : vfloat{};
         transpose(v);
         for (int r = 0; r < kWidth && r < rest; ++r) store(to + (c + r) * width + half, v[r]);
       }
@@ -312,39 +311,46 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
         gemm_sums(i0, rows, j, count, own, ld, widened);
+        float factor[kGemmBlock] = {};
+        uint32_t offset[kGemmBlock] = {};
+        if constexpr (kScaled) std::memcpy(factor, scale + j, count * sizeof(float));
+        if constexpr (kOfIntegers)
+          for (int64_t r = 0; r < count; ++r) offset[r] = 128u * M::sum_of(weight + (j + r) * weight_stride, k);
         for (int64_t i = 0; i < rows; i += kWidth) {
-          by_rows(own + i, ld, count, sums);
+          by_rows(own + i, ld, count, sums, [&](vfloat v, int64_t r) __attribute__((always_inline)) {
+            if constexpr (kOfIntegers) {  // the sums may have wrapped around
+              const vint whole = bits_as<vint>(bits_as<vuint>(v) - offset[r]);
+              return to_float(whole) * load(steps() + i0 + i) * factor[r];
+            } else if constexpr (kScaled) {
+              return v * factor[r];
+            } else {
+              return v;
+            }
+          });
           for (int64_t q = 0; q < kWidth && i + q < rows; ++q) finish(i0 + i + q, j, count, sums + q * kGemmBlock);
         }
       }
     }
   }
 
-  // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i.
+  // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i, without scales.
   void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
     for (int64_t c = 0; c < k || c == 0; c += M::kDepth)
       block(i0, rows, j, count, c, k - c < M::kDepth ? k - c : M::kDepth, own, ld, widened);
-    if constexpr (kOfIntegers)
-      for (int64_t r = 0; r < count; ++r) {
-        const uint32_t offset = 128u * M::sum_of(weight + (j + r) * weight_stride, k);  // the sums may have wrapped around
-        for (int64_t i = 0; i < ld; i += kWidth) {
-          const vint whole = bits_as<vint>(bits_as<vuint>(load(own + r * ld + i)) - offset);
-          store(own + r * ld + i, __builtin_convertvector(whole, vfloat) * load(steps() + i0 + i) * scale[j + r]);
-        }
-      }
-    else if constexpr (kScaled)
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < ld; i += kWidth) store(own + r * ld + i, load(own + r * ld + i) * scale[j + r]);
   }
 
-  // kWidth rows of those sums as rows, kGemmBlock apart.
-  static void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
+  // kWidth rows of value(those sums, output) as rows, kGemmBlock apart.
+  template <class Value>
+  static PYFUSED_INLINE void by_rows(const float* own, int64_t ld, int64_t count, float* sums, const Value& value) {
     for (int64_t r = 0; r < count; r += kWidth) {
       vfloat v[kWidth];
-      for (int q = 0; q < kWidth; ++q) v[q] = load(own + (r + q) * ld);
+      for (int q = 0; q < kWidth; ++q) v[q] = value(load(own + (r + q) * ld), r + q);
       transpose(v);
       for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
     }
+  }
+  static void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
+    by_rows(own, ld, count, sums, [](vfloat v, int64_t) { return v; });
   }
 
   // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i; rows past `count` are not used.

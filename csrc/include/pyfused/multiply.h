@@ -182,8 +182,17 @@ struct Quads {
 #endif
   }
 
-  // rate: 1 / step. To divide every element would take a tenth of a product of 768 outputs.
-  template <class X> static PYFUSED_INLINE vfloat lanes(const X* from, int64_t rest, float rate) {
+  // x / step, correctly rounded: a product with 1 / step, and what it lacks. To divide would take a tenth of a whole product.
+  static PYFUSED_INLINE vfloat quotient(vfloat x, float step) {
+#if defined(__FMA__)
+    const vfloat rate = splat(1.0f / step), near = rounded(x * rate);
+    return near + (x - near * splat(step)) * rate;
+#else
+    return x / splat(step);
+#endif
+  }
+
+  template <class X> static PYFUSED_INLINE vfloat lanes(const X* from, int64_t rest, float step) {
     X own[kGroup * kWidth] = {};
     if (rest < kGroup * kWidth) {
       std::memcpy(own, from, rest * sizeof(X));
@@ -192,8 +201,8 @@ struct Quads {
     uint8_t bytes[kGroup * kWidth];
     for (int g = 0; g < kGroup; ++g) {
       const vfloat shift = splat(12582912.0f + 128.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-      const vuint rounded = bits_as<vuint>(load(from + g * kWidth) * splat(rate) + shift);
-      const vubyte low = low_bytes(rounded);
+      const vuint whole = bits_as<vuint>(quotient(load(from + g * kWidth), step) + shift);
+      const vubyte low = low_bytes(whole);
       std::memcpy(bytes + g * kWidth, &low, sizeof(low));
     }
     vfloat v;
