@@ -4,13 +4,15 @@
 #include "pyfused/python_call.h"
 #include "pyfused/python_same.h"
 
-#if defined(PYFUSED_HAS_avx2)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+#ifdef PYFUSED_HAS_baseline
 #define PYFUSED_ISA baseline
 #include "kernels.h"
 #undef PYFUSED_ISA
+#endif
 #ifdef PYFUSED_HAS_avx2
 #define PYFUSED_ISA avx2
 #include "kernels.h"
@@ -44,7 +46,7 @@ namespace python = pyfused::python;
 #define PYFUSED_INTERFACE ""
 #endif
 
-#ifdef PYFUSED_HAS_avx2
+#if defined(__x86_64__)
 // What the processor says of itself, where compilers differ in what __builtin_cpu_supports knows. Whether the system saves the
 // registers is covered by its answers for "avx2" and "avx512f".
 static bool has_f16c() {
@@ -122,10 +124,14 @@ PYBIND11_MODULE(_cpu, m) {
   if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   m.attr("interface") = PYFUSED_INTERFACE;  // pyfused/interface.py's digest when this was built
   py::list supported;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+#ifdef PYFUSED_HAS_baseline
   KERNELS(baseline)(m.def_submodule("baseline"));
   supported.append("baseline");
+#endif
 #ifdef PYFUSED_HAS_avx2
-  __builtin_cpu_init();
   KERNELS(avx2)(m.def_submodule("avx2"));
   if (has_avx2()) supported.append("avx2");
 #endif

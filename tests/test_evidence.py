@@ -291,6 +291,18 @@ def test_a_line_that_makes_no_sense_leaves_the_file_out(cache, speed):
         evidence.lines()
 
 
+def test_a_processor_that_multiplies_matrices_is_another_kind(monkeypatch):
+    """A virtual machine may have AVX512_BF16 alone, on the same chip."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    kinds = []
+    for has_it in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_it=has_it: has_it)
+        dispatch.forget()
+        kinds.append(evidence.kind())
+        assert "cpu_bfloat16.json" in {path.name for path in evidence.files()}
+    assert kinds[1] == f"{kinds[0]}_amx"
+
+
 def test_shipped_files_are_whole():
     found = list(evidence.SHIPPED.glob("*.json"))
     assert {"cpu_amd_avx2.json", "cpu_amd_baseline_torch_avx2.json", "cpu_bfloat16.json"} <= {path.name for path in found}

@@ -1,10 +1,15 @@
 """Are instructions for dot products used where they were measured to be faster, and never without that unless forced?"""
 
+import platform
 import re
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import dot_emulation
+import pybind11
 import pytest
+import shim
 import torch
 
 import pyfused
@@ -219,3 +224,15 @@ def test_no_set_that_the_processor_lacks(monkeypatch, capability):
     assert list(module.supported) == [name for name in built if needs[name] <= flags]
     assert extensions._default_isa.__wrapped__() in module.supported
     assert extensions._default_isa.__wrapped__() not in extensions.DOT_PRODUCTS
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86")
+@pytest.mark.parametrize("sets", ["avx512", "baseline avx512 avx512_vnni avx512_bf16"])
+def test_an_extension_may_have_any_sets(sets):
+    """PYFUSED_BUILD_ISAS chooses them."""
+    folders = *dot_emulation.INCLUDES, pybind11.get_include(), sysconfig.get_path("include")
+    given = *(f"-DPYFUSED_HAS_{name}" for name in sets.split()), *(f"-I{folder}" for folder in folders)
+    source = dot_emulation.ROOT / "csrc" / "cpu_bindings.cpp"
+    command = [shim.compiler(), "-std=c++17", "-fsyntax-only", *given, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]

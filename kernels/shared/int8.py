@@ -42,5 +42,17 @@ def product(x, weight, scale):
     rows = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
     steps = (rows.abs().amax(-1, keepdim=True) / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
     integers = (rows / steps).round_().clamp_(-127, 127).to(torch.int8)
-    sums = torch._int_mm(integers, weight.t()).to(rows.dtype)
+    sums = torch._int_mm(integers, _columns(weight)).to(rows.dtype)
     return (sums * steps * scale).view(*x.shape[:-1], weight.shape[0])
+
+
+def _columns(weight):
+    """weight (N, K) as (K, N) for torch._int_mm: rows that lie apart are not copied.
+
+    With integer instructions torch 2.13's product on a CPU returns unwritten memory where a weight has one column or its rows
+    overlap (expanded): oneDNN refuses the strides, and nobody notices."""
+    k, (row, column) = weight.shape[1], weight.stride()
+    if column == 1 and row >= k > 1:
+        return weight.t()
+    weight = weight.clone(memory_format=torch.contiguous_format)
+    return weight.t() if k > 1 else weight.view(weight.shape[::-1])  # strides of t() would be (1, 1)

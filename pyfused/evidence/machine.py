@@ -19,8 +19,9 @@ def kind(device: str = "cpu") -> str:
     "meta" and "mps", run plain PyTorch and have no evidence; theirs is the device's own name.
 
     A CPU's name has its vendor and the instruction set of our kernels; then the one that torch uses, if it is another; then the
-    half-precision dtypes that the processor multiplies itself: "cpu_amd_avx2", "cpu_amd_baseline_torch_avx2". A GPU's name is
-    "cuda_" and its model. The interpreter's name is "triton_interpreter".
+    half-precision dtypes that the processor multiplies itself; then "amx", if it has instructions for whole matrices:
+    "cpu_amd_avx2", "cpu_amd_baseline_torch_avx2", "cpu_intel_avx512_bfloat16_amx". A GPU's name is "cuda_" and its model. The
+    interpreter's name is "triton_interpreter".
     """
     if device == "interpreter":
         return "triton_interpreter"
@@ -34,7 +35,10 @@ def kind(device: str = "cpu") -> str:
     parts = ["cpu", _vendor(), ours]
     if torchs != {"baseline": "default"}.get(ours, ours):
         parts.append(f"torch_{torchs}")
-    return "_".join(parts + [name_of(dtype) for dtype in (torch.bfloat16, torch.float16) if multiplies_itself(dtype)])
+    parts += [name_of(dtype) for dtype in (torch.bfloat16, torch.float16) if multiplies_itself(dtype)]
+    if torch.cpu._is_amx_tile_supported():  # torch's products of bfloat16 and int8 are many times as fast there
+        parts.append("amx")
+    return "_".join(parts)
 
 
 @functools.cache

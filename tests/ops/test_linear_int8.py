@@ -254,6 +254,31 @@ def test_rows_are_rounded_to_their_own_steps(of_integers, dtype):
     assert ((y.double() - exact).norm(dim=1) > 1e-4 * exact.norm(dim=1)).sum() > 30, "the rows were not rounded"
 
 
+def test_the_library_gets_strides_that_it_can_read(device, monkeypatch):
+    """On some processors it returns garbage for a weight of one column and for rows that overlap."""
+    product = torch._int_mm
+
+    def strict(a, b):
+        (k, n), (row, column) = b.shape, b.stride()
+        assert (row == 1 and column >= k and (column > 1 or n == 1)) or (column == 1 and row >= n)
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    stored = torch.randint(-127, 128, (40, 64), dtype=torch.int8, device=device)
+    one_column, one_row = stored[:, 3:4], stored[0]
+    for weight in (
+        *(stored, stored[:, 8:24], stored[::2], stored[:, ::2], stored.t()),
+        *(one_column, one_column.contiguous(), one_row.expand(24, 64), one_row.expand(1, 64), stored[:1, :1], stored[:0, :1]),
+    ):
+        n, k = weight.shape
+        if device == "cuda" and (n % 8 or k % 8):
+            continue
+        x = torch.randint(-127, 128, (20, k), device=device).float()
+        x[:, 0] = 127.0
+        y = int8.product(x, weight, torch.ones(n, device=device))
+        assert torch.equal(y, F.linear(x.double(), weight.double()).float()), (weight.shape, weight.stride())
+
+
 def test_few_rows_stay_as_they_are(of_integers):
     weight, scale = quantised("cpu", 30, 64)
     x = torch.randn(16, 64)
