@@ -14,7 +14,6 @@ from hf_cases import BART, DECODER, IDS, livened, tokens
 
 import pyfused
 from pyfused.integrations.transformers import by_hand
-from pyfused.own_forward import is_fused
 
 NOT_IN_DOUBLE = ("CANINE", "XGLM")  # their code makes a float32 number of float64's least
 SOFTMAX_IN_FLOAT32 = ("BLOOM", "CodeGen", "FlauBERT", "GPT-J", "GPT-Neo", "MPT", "XLM")

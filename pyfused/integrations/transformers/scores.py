@@ -261,11 +261,11 @@ class _Reader:
 
     def _is_softmax(self, node: Any) -> bool:
         node = _bare(node)
-        given = node.keywords if isinstance(node, ast.Call) else []
-        if given == [] and self.source.called(getattr(node, "func", None)) is nn.Softmax and len(node.args) == 1:
-            options, dims = node.func.keywords, node.func.args  # nn.Softmax(dim=-1)(scores)
+        made: Any = getattr(node, "func", None)
+        if self.source.called(made) is nn.Softmax and len(node.args) == 1 and not node.keywords:
+            options, dims = made.keywords, made.args  # nn.Softmax(dim=-1)(scores)
         elif self.source.called(node) in (F.softmax, torch.softmax):
-            options, dims = given, node.args[1:]
+            options, dims = node.keywords, node.args[1:]
         else:
             return False
         dims = [*dims, *(k.value for k in options if k.arg == "dim")]

@@ -18,7 +18,7 @@ from ...ops import ffn, gated_ffn, layer_norm, linear, rms_norm
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, is_own, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
-from .plain_modules import drops, is_plain_linear
+from .plain_modules import drops, is_plain_linear, other_linear
 from .shapes import (
     CHUNKS,
     FeedForward,
@@ -61,7 +61,8 @@ def _computes(module: nn.Module) -> bool:
     if sum(p is not None and p.dim() > 1 and min(p.shape) > 1 for p in module._parameters.values()) > 1:
         return True
     own = any(hasattr(type(module), method) for method in CHUNKS)
-    return own and not any(isinstance(shape_of(child), FeedForward | Normed) for child in children if child is not None)
+    whole = FeedForward | Normed | InLine
+    return own and not any(isinstance(shape_of(child), whole) for child in children if child is not None)
 
 
 def _unknown(module: nn.Module) -> str:
@@ -87,19 +88,28 @@ def _forward(module: nn.Module) -> Forward | str:
         has_gate = any(isinstance(part.what, FeedForward) and part.what.gate is not None for part in shape.parts)
         return reasons[0] if all(reasons) else _ready(module, gated_in_line if has_gate else in_line)
     if isinstance(shape, Output):
-        return output if shape.norm else sum_alone
+        return _other_linear([(module, shape.dense)]) or (output if shape.norm else sum_alone)
     return norm if isinstance(shape, Norm) else centred_norm
 
 
 def _reason_against(module: nn.Module, shape: FeedForward | Layer) -> str:
     children: Any = module._modules
     if isinstance(shape, Layer):
-        first = children[shape.inner]
-        return _activation_reason(first, shape_of(first).activation)
+        first, last = children[shape.inner], children[shape.output]
+        products = [(half, shape_of(half).dense) for half in (first, last)]
+        return _other_linear(products) or _activation_reason(first, shape_of(first).activation)
     products = [children[name] for name in (shape.inner, shape.gate, shape.outer) if name]
     if shape.gate is not None and any(getattr(product, "bias", None) is not None for product in products):
         return "has biases beside a gate; the kernels take none"
+    if reason := _other_linear([(module, name) for name in (shape.inner, shape.gate, shape.outer) if name]):
+        return reason
     return _activation_reason(module, shape.activation)
+
+
+def _other_linear(products: list[tuple[Any, str]]) -> str:
+    """Why one of these children, each with its owner, is no plain linear layer; "" if all are."""
+    reasons = [(name, other_linear(owner._modules[name])) for owner, name in products]
+    return next((f"its {name} {reason}" for name, reason in reasons if reason), "")
 
 
 def _activation_reason(module: Any, activation: str | Function) -> str:

@@ -11,13 +11,12 @@
     in line         among its statements are dense(x), gated or outer(inner(x)), with a residual or without, or
                     output(inner(x), residual)
 
-Dropout may stand behind each product. An activation is a child or a function. Statements say what a layer does in line (statements.py): the whole of its forward has no
-trace. shaped.py has the forwards.
+Dropout may stand behind each product. An activation is a child or a function. Statements say what a layer does in line
+(statements.py): the whole of its forward has no trace. shaped.py has the forwards.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,6 +24,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .activations import traced_activation
+from .plain_modules import other_linear
 from .statements import Run, Source, source_of
 from .symbols import Op, either_order, trace
 
@@ -91,8 +92,8 @@ class Outer(NamedTuple):
 
 class Layer(NamedTuple):
     """The names of two children, an Inner and an Output, that are called as output(inner(x), residual), or an Inner and an
-    Outer. Where a method does it, that method's name; the residual is x then, and the child `norm`, if there is one, comes before
-    `inner`."""
+    Outer. Where a method does it, that method's name; the residual is x then, and the child `norm`, if there is one, comes
+    before `inner`."""
 
     inner: str
     output: str
@@ -153,9 +154,7 @@ def find(module: nn.Module) -> Shape | None:
 def _traced(module: nn.Module) -> Shape | None:
     wide, half = (trace(module, 1, dtype) for dtype in (torch.float32, torch.bfloat16))
     if wide is not None and wide == half:
-        return (
-            _feed_forward(module, wide) or _normed(module, wide) or _outer(module, wide) or _inner(module, wide)
-        )
+        return _feed_forward(module, wide) or _normed(module, wide) or _outer(module, wide) or _inner(module, wide)
     return _output(module, trace(module, 2, torch.bfloat16))
 
 
@@ -356,32 +355,8 @@ def _child(found: Any) -> tuple[Any, Any]:
 
 def _activated(found: Any) -> tuple[Any, Any]:
     """(activation, argument) of a child or a function that may be one; (None, None) for anything else."""
-    if not isinstance(found, Op):
-        return None, None
-    for name, formula in _FUNCTIONS.items():
-        x = found.args[0] if found.args else None
-        if found.name != "mul" and found == formula(x):
-            return Function(name), x
-    for factor in found.args if found.name == "mul" else ():
-        x = next((f for f in getattr(factor, "args", ()) if isinstance(f, Op)), None)
-        if found == _erf_gelu(x):
-            return Function("gelu"), x
-    return _child(found)
-
-
-def _erf_gelu(x: Any) -> Op:
-    """x * 0.5 * (1.0 + erf(x / sqrt(2)))"""
-    half = either_order("mul", 0.5, x)
-    return either_order("mul", half, either_order("add", 1.0, Op("erf", (Op("div", (x, math.sqrt(2.0))),))))
-
-
-_FUNCTIONS: dict[str, Callable[[Any], Op]] = {
-    "gelu": lambda x: Op("gelu", (x,)),
-    "gelu_tanh": lambda x: Op("gelu", (x,), (("approximate", "tanh"),)),
-    "silu": lambda x: Op("silu", (x,)),
-    "tanh": lambda x: Op("tanh", (x,)),
-    "relu": lambda x: Op("relu", (x,)),
-}
+    name, x = traced_activation(found)
+    return (Function(name), x) if name else _child(found)
 
 
 def _product(module: nn.Module, found: Any) -> tuple[Any, Any]:
@@ -391,7 +366,11 @@ def _product(module: nn.Module, found: Any) -> tuple[Any, Any]:
 
 
 def _linear(module: nn.Module, name: str) -> bool:
-    return isinstance(module._modules[name], nn.Linear)
+    child = module._modules[name]
+    if not isinstance(child, nn.Linear):
+        return False
+    other_linear(child)  # a process that loads a pickle looks here too
+    return True
 
 
 def _behind_dropout(module: nn.Module, found: Any) -> tuple[Any, tuple[str, ...]]:
