@@ -20,6 +20,12 @@ SPEECH |= dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_drop
 WAVES = {**WIDTHS, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4}
 WAVES |= {"num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
 WAVES |= {"num_buckets": 8, "max_bucket_distance": 20}
+GPTJ = {"vocab_size": 50, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+GPTJ |= {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NEO = {"vocab_size": 50, "max_position_embeddings": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": 4, "bos_token_id": 1, "eos_token_id": 2}
+NEO |= {"resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0}
+MPT = {"vocab_size": 50, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
 
 
 def mask(length=9, left=1):
@@ -32,6 +38,10 @@ def mask(length=9, left=1):
 
 def text(left=1):
     return {"input_ids": tokens(2, 9), "attention_mask": mask(left=left)}
+
+
+def prompt():
+    return {**text(left=0), "use_cache": False}
 
 
 def pair():
@@ -70,13 +80,14 @@ MODELS = {
     "BLOOM": (
         "bloom.BloomAttention",
         lambda: hf.BloomModel(hf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4)),
-        lambda: {**text(left=0), "use_cache": False},
+        prompt,
     ),
     "CANINE": (
         "canine.CanineSelfAttention",
         bert("Canine", local_transformer_stride=4, upsampling_kernel_size=4, num_hash_buckets=16, num_hash_functions=2),
         lambda: {"input_ids": tokens(2, 16), "attention_mask": mask(16)},
     ),
+    "CodeGen": ("codegen.CodeGenAttention", lambda: hf.CodeGenModel(hf.CodeGenConfig(**GPTJ)), prompt),
     "ConvBERT": ("convbert.ConvBertSelfAttention", bert("ConvBert", embedding_size=32), text),
     "DeBERTa": ("deberta.DisentangledSelfAttention", lambda: hf.DebertaModel(hf.DebertaConfig(**DEBERTA)), text),
     "DeBERTa v2": (
@@ -96,6 +107,8 @@ MODELS = {
         lambda: hf.GitModel(hf.GitConfig(**BERT, vision_config={**WIDTHS, "image_size": 16, "patch_size": 8})),
         lambda: {**text(), **picture(16), "use_cache": False},
     ),
+    "GPT-J": ("gptj.GPTJAttention", lambda: hf.GPTJModel(hf.GPTJConfig(**GPTJ)), prompt),
+    "GPT-Neo": ("gpt_neo.GPTNeoSelfAttention", lambda: hf.GPTNeoModel(hf.GPTNeoConfig(**NEO)), prompt),
     "LED": (
         "led.LEDDecoderAttention",
         lambda: hf.LEDModel(
@@ -116,6 +129,7 @@ MODELS = {
         with_boxes,
     ),
     "Megatron-BERT": ("megatron_bert.MegatronBertSelfAttention", bert("MegatronBert"), text),
+    "MPT": ("mpt.MptAttention", lambda: hf.MptModel(hf.MptConfig(**MPT)), prompt),
     "MVP": ("mvp.MvpAttention", lambda: hf.MvpModel(hf.MvpConfig(**BART)), pair),
     "RemBERT": (
         "rembert.RemBertSelfAttention",
@@ -152,7 +166,7 @@ MODELS = {
     "XGLM": (
         "xglm.XGLMAttention",
         lambda: hf.XGLMModel(hf.XGLMConfig(**XGLM)),
-        lambda: {**text(left=0), "use_cache": False},
+        prompt,
     ),
     "XLM": ("xlm.MultiHeadAttention", lambda: hf.XLMModel(hf.XLMConfig(**XLM)), text),
     "CLAP, audio": (

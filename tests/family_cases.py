@@ -3,6 +3,7 @@
 import torch
 import transformers as hf
 from by_hand_cases import MODELS as BY_HAND
+from by_hand_cases import WINDOWS
 from hf_cases import BART, BERT, DECODER, DISTILBERT, IDS, NO_DROPOUT, T5, VOCABULARY, WIDTHS
 
 PICTURE = {**WIDTHS, "image_size": 32, "patch_size": 8}
@@ -12,6 +13,17 @@ WAVES = {**WIDTHS, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [
          "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "layerdrop": 0.0}  # fmt: skip
 OPT = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "dropout": 0.0}
 HEADS = {**DECODER, "head_dim": 8}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "experts_implementation": "eager"}
+PATCHES = {"num_patches": 16, "patch_size": 8}
+FLORENCE = {"text_config": {**BART, "model_type": "bart"}, "image_token_id": 49}
+FLORENCE |= {"vision_config": {"depths": [1, 1], "embed_dim": [16, 32], "num_heads": [2, 2], "num_groups": [2, 2],
+             "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True],
+             "window_size": 2, "projection_dim": 32, "max_position_embeddings": 8}}  # fmt: skip
+LANDMARKS = {"num_landmarks": 9, "segment_means_seq_len": 9}
+FUNNEL = {"vocab_size": 50, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITH_ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
 SWITCH = {
     **T5,
     "num_decoder_layers": 2,
@@ -47,6 +59,29 @@ def waves():
 
 def melody():
     return {"input_features": torch.randn(2, 9, 32), "decoder_input_ids": tokens(2, 7), "use_cache": False}
+
+
+def patches():
+    seen = torch.ones(2, 16, dtype=torch.long)
+    seen[1, 12:] = 0
+    shapes = torch.tensor([[4, 4], [3, 4]])
+    return {"pixel_values": torch.randn(2, 16, 192), "pixel_attention_mask": seen, "spatial_shapes": shapes}
+
+
+def with_picture():
+    """The first 17 tokens are the picture's places."""
+    ids = torch.cat((torch.full((2, 17), 49), torch.randint(3, 49, (2, 5))), 1)
+    return {"input_ids": ids, "decoder_input_ids": tokens(2, 7), "use_cache": False, **picture()}
+
+
+def boxes():
+    corner = torch.randint(0, 100, (2, 9, 2))
+    return {**text(), "bbox": torch.cat((corner, corner + 50), 2)}
+
+
+def entities():
+    places = torch.tensor([[[1, 2, -1], [3, -1, -1]], [[2, -1, -1], [4, 5, 6]]])
+    return {**text(), "entity_ids": tokens(2, 2) % 10, "entity_position_ids": places}
 
 
 # Name in the documents -> (a tiny model, its inputs)
@@ -87,6 +122,34 @@ FAMILIES = {
     "Switch Transformers": (lambda: hf.SwitchTransformersModel(hf.SwitchTransformersConfig(**SWITCH)), pair),
     "LongT5": (lambda: hf.LongT5Model(hf.LongT5Config(**T5)), pair),
     "Pop2Piano": (lambda: hf.Pop2PianoForConditionalGeneration(hf.Pop2PianoConfig(**T5)), melody),
+    "ESM": (lambda: hf.EsmModel(hf.EsmConfig(**BERT, mask_token_id=4)), text),
+    "Swin": (lambda: hf.SwinModel(hf.SwinConfig(**WINDOWS)), picture),
+    "Swin v2": (lambda: hf.Swinv2Model(hf.Swinv2Config(**WINDOWS)), picture),
+    "Data2Vec, text": (lambda: hf.Data2VecTextModel(hf.Data2VecTextConfig(**BERT)), text),
+    "Data2Vec, vision": (lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**PICTURE, **NO_DROPOUT)), picture),
+    "DINOv2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**PICTURE, mlp_ratio=2)), picture),
+    "DINOv3": (lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURE, num_register_tokens=2)), picture),
+    "SigLIP 2, vision": (lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**WIDTHS, **PATCHES)), patches),
+    "Florence-2": (lambda: hf.Florence2ForConditionalGeneration(hf.Florence2Config(**FLORENCE)), with_picture),
+    "Gemma 3": (lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(**HEADS, **SLIDING)), text),
+    "Ministral 3": (lambda: hf.Ministral3Model(hf.Ministral3Config(**DECODER)), text),
+    "Granite": (lambda: hf.GraniteModel(hf.GraniteConfig(**DECODER, residual_multiplier=0.5)), text),
+    "Cohere 2": (lambda: hf.Cohere2Model(hf.Cohere2Config(**DECODER, **SLIDING)), text),
+    "SmolLM3": (lambda: hf.SmolLM3Model(hf.SmolLM3Config(**DECODER)), text),
+    "ModernBERT, decoder": (
+        lambda: hf.ModernBertDecoderModel(hf.ModernBertDecoderConfig(**IDS, **WIDTHS, local_attention=4)),
+        text,
+    ),
+    "Qwen3-MoE": (lambda: hf.Qwen3MoeModel(hf.Qwen3MoeConfig(**HEADS, **EXPERTS)), text),
+    "MobileBERT": (lambda: hf.MobileBertModel(hf.MobileBertConfig(**BERT)), text),
+    "SqueezeBERT": (lambda: hf.SqueezeBertModel(hf.SqueezeBertConfig(**BERT, embedding_size=32)), text),
+    "Nystromformer": (lambda: hf.NystromformerModel(hf.NystromformerConfig(**BERT, **LANDMARKS)), text),
+    "LiLT": (lambda: hf.LiltModel(hf.LiltConfig(**{**BERT, "hidden_size": 48}, channel_shrink_ratio=2)), boxes),
+    "LUKE": (lambda: hf.LukeModel(hf.LukeConfig(**BERT, entity_vocab_size=10, entity_emb_size=16)), entities),
+    "XLNet": (lambda: hf.XLNetModel(hf.XLNetConfig(vocab_size=50, d_model=32, n_layer=2, n_head=4, d_inner=48)), text),
+    "Funnel": (lambda: hf.FunnelModel(hf.FunnelConfig(**FUNNEL)), text),
+    "Falcon": (lambda: hf.FalconModel(hf.FalconConfig(**IDS, **FALCON)), text),
+    "Falcon, ALiBi": (lambda: hf.FalconModel(hf.FalconConfig(**IDS, **FALCON, **WITH_ALIBI)), text),
     **{name: (make, inputs) for name, (_, make, inputs) in BY_HAND.items()},
 }
 

@@ -21,7 +21,9 @@ _COMPANIONS = ("huggingface_hub>=1.5,<2", "tokenizers>=0.22,<=0.23.0", "httpx", 
 TRANSFORMERS = {
     "4.57.6": ("huggingface_hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0"),
     "5.0.0": _COMPANIONS,
+    "5.5.4": _COMPANIONS,
     "5.10.4": _COMPANIONS,
+    "5.15.1": _COMPANIONS,
     "installed": (),
 }
 TORCH = "2.10.0"  # pyproject.toml's oldest

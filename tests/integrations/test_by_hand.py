@@ -7,17 +7,16 @@ import pickle
 import pytest
 import torch
 import transformers as hf
-from by_hand_cases import DEBERTA, MODELS, TROCR, WAVES, XGLM, pair, text
+from by_hand_cases import DEBERTA, GPTJ, MODELS, MPT, NEO, TROCR, WAVES, XGLM, pair, text
 from draws import to_double
 from fused_pairs import Trio, tensors
 from hf_cases import BART, DECODER, IDS, livened, tokens
 
 import pyfused
 from pyfused.integrations.transformers import by_hand
-from pyfused.own_forward import is_fused
 
 NOT_IN_DOUBLE = ("CANINE", "XGLM")  # their code makes a float32 number of float64's least
-SOFTMAX_IN_FLOAT32 = ("BLOOM", "FlauBERT", "XLM")
+SOFTMAX_IN_FLOAT32 = ("BLOOM", "CodeGen", "FlauBERT", "GPT-J", "GPT-Neo", "MPT", "XLM")
 
 
 def made(name):
@@ -74,7 +73,8 @@ def test_the_report(name):
 
 
 def test_every_row_is_tried():
-    assert {*by_hand.ROWS, "wavlm.WavLMAttention"} == {row for row, _, _ in MODELS.values()}
+    rows = {*by_hand.ROWS, *by_hand.ROWS_OF_METHODS, "wavlm.WavLMAttention"}
+    assert rows == {row for row, _, _ in MODELS.values()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,7 +110,8 @@ def eager_llama():
     return hf.LlamaModel(config)
 
 
-SEE_NOTHING = {"DeBERTa": MODELS["DeBERTa"][1], "BLOOM": MODELS["BLOOM"][1], "Llama, eager": eager_llama}
+SEE_NOTHING = {name: MODELS[name][1] for name in ("DeBERTa", "BLOOM", "CodeGen", "GPT-J", "GPT-Neo", "MPT")}
+SEE_NOTHING |= {"Llama, eager": eager_llama}
 
 
 @pytest.mark.parametrize("name", SEE_NOTHING)
@@ -134,7 +135,7 @@ def test_deberta_is_left_where_heads_talk():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["DeBERTa v2", "BLOOM", "WavLM"])
+@pytest.mark.parametrize("name", ["DeBERTa v2", "BLOOM", "CodeGen", "GPT-J", "GPT-Neo", "MPT", "WavLM"])
 def test_half_precision(name, dtype):
     model, inputs = made(name)
     live = inputs["attention_mask"] if "input_ids" in inputs else None
@@ -164,30 +165,35 @@ def test_a_hook_on_the_dropout_sees_the_probabilities():
     assert seen == [(2, 4, 9, 9)]
 
 
-def causal(kind):
-    if kind == "TrOCR":
-        model = hf.TrOCRForCausalLM(hf.TrOCRConfig(**{**TROCR, "use_cache": True}))
-    elif kind == "XGLM":
-        model = hf.XGLMForCausalLM(hf.XGLMConfig(**XGLM))
-    else:
-        model = hf.BloomForCausalLM(hf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4))
-    return livened(model)
+CAUSAL = {
+    "BLOOM": lambda: hf.BloomForCausalLM(hf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4)),
+    "CodeGen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**GPTJ)),
+    "GPT-J": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**GPTJ)),
+    "GPT-Neo": lambda: hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**NEO)),
+    "MPT": lambda: hf.MptForCausalLM(hf.MptConfig(**MPT)),
+    "TrOCR": lambda: hf.TrOCRForCausalLM(hf.TrOCRConfig(**{**TROCR, "use_cache": True})),
+    "XGLM": lambda: hf.XGLMForCausalLM(hf.XGLMConfig(**XGLM)),
+}
+WITH_BEAMS = [("TrOCR", 1), *((kind, beams) for kind in CAUSAL if kind != "TrOCR" for beams in (1, 2))]
 
 
-@pytest.mark.parametrize(("kind", "beams"), [("TrOCR", 1), ("XGLM", 1), ("XGLM", 2), ("BLOOM", 1), ("BLOOM", 2)])
+@pytest.mark.parametrize(("kind", "beams"), [*WITH_BEAMS, ("GPT-J", "static"), ("GPT-Neo", "static")])
 def test_generate(kind, beams):
+    """With a static cache GPT-Neo's window hides all that the mask shows."""
     torch.manual_seed(1)
-    model, ids = causal(kind), tokens(2, 6)
+    model, ids = livened(CAUSAL[kind]()), tokens(2, 6)
     padded = torch.ones_like(ids)
     padded[0, :2] = 0
     options = {
         "attention_mask": padded,
         "max_new_tokens": 6,
         "min_new_tokens": 6,
-        "num_beams": beams,
+        "num_beams": 1 if beams == "static" else beams,
         "do_sample": False,
         "pad_token_id": 0,
     }
+    if beams == "static":
+        options |= {"cache_implementation": "static"}
     if kind == "TrOCR":
         options |= {"encoder_hidden_states": torch.randn(2, 5, 32)}
     expected = model.generate(ids, **options)
@@ -203,22 +209,25 @@ def test_padding_reaches_the_kernel_as_a_row_of_the_mask(calls):
     assert all(torch.equal(call["padding_mask"], inputs["attention_mask"] != 0) for call in calls)
 
 
-def test_copies_and_unfuse():
-    model, inputs = made("TrOCR")
+@pytest.mark.parametrize("name", ["TrOCR", "GPT-J"])
+def test_copies_and_unfuse(name, calls):
+    model, inputs = made(name)
     plain = model(**inputs)[0]
     pyfused.fuse_(model)
     expected = model(**inputs)[0]
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         by_hand._known.clear()  # as in a new process
         clone = pickle.loads(pickle.dumps(clone))
-        assert is_fused(clone.layers[0].self_attn)
+        calls.clear()
         assert torch.equal(clone(**inputs)[0], expected)
+        assert len(calls) >= 2
     pyfused.unfuse_(model)
     assert torch.equal(model(**inputs)[0], plain)
 
 
-def test_compiled():
-    model, inputs = made("Megatron-BERT")
+@pytest.mark.parametrize("name", ["Megatron-BERT", "GPT-J"])
+def test_compiled(name):
+    model, inputs = made(name)
     pyfused.fuse_(model)
     expected = model(**inputs)[0]
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0], expected)
@@ -232,6 +241,24 @@ def test_wavlm_reads_weights_as_torch_does():
     model.encoder.layers[0].attention.q_proj.register_forward_hook(lambda *_: seen.append(1))
     model(torch.randn(1, 200))
     assert not seen
+
+
+def test_positions_stay_in_float32_beside_half_precision():
+    """So does a checkpoint load CodeGen: its queries are float32 then."""
+    model, inputs = made("CodeGen")
+    trio = Trio(model, dtype=torch.bfloat16)
+    for one in (trio.fused, trio.plain):
+        for block in one.h:
+            block.attn.embed_positions = model.h[0].attn.embed_positions.float()
+    trio.check(**inputs)
+
+
+def test_a_method_of_the_users_own():
+    model, _ = made("GPT-J")
+    mine = model.h[0].attn._attn = lambda *args: None
+    left = {entry.name: entry.note for entry in pyfused.fuse_(model).left}
+    assert left == {"h.0.attn": "this instance has an _attn of its own already"}
+    assert vars(pyfused.unfuse_(model).h[0].attn)["_attn"] is mine
 
 
 def test_led_is_named():

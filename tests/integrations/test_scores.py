@@ -63,6 +63,34 @@ class Flat(Usual):
         return context.view(-1, 2, q.shape[1], v.shape[2])
 
 
+class ScalesTheMask(Usual):
+    def forward(self, q, k, v, mask=None):
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        if mask is not None:
+            scores = scores + mask
+        scores = scores + torch.arange(5).view(1, 1, 1, 5) * 0.1
+        scores = scores / self.size
+        probabilities = nn.Softmax(dim=-1)(scores)
+        context = torch.matmul(probabilities, v)
+        return context
+
+
+class Chooses(Usual):
+    """Behind the mask of one query nothing is left."""
+
+    def forward(self, q, k, v, mask=None):
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        visible = torch.ones(3, 5, dtype=torch.bool).tril(1)
+        least = torch.finfo(scores.dtype).min
+        least = torch.tensor(least, dtype=scores.dtype, device=scores.device)
+        scores = torch.where(visible, scores, least)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = F.softmax(scores, dim=-1)
+        context = torch.matmul(probabilities, v)
+        return context
+
+
 class ReadsTheScores(Usual):
     def forward(self, q, k, v):
         scores = torch.matmul(q, k.transpose(-1, -2))
@@ -110,12 +138,30 @@ class Subtracts(Usual):
         return context
 
 
-class ScalesTheMask(Usual):
-    def forward(self, q, k, v, mask):
+class ChoosesAnotherNumber(Usual):
+    def forward(self, q, k, v, visible):
         scores = torch.matmul(q, k.transpose(-1, -2))
-        scores = scores + mask
-        scores = scores / 2.0
+        least = torch.finfo(scores.dtype).min
+        least = least * 0.0
+        scores = torch.where(visible, scores, least)
         probabilities = F.softmax(scores, dim=-1)
+        context = torch.matmul(probabilities, v)
+        return context
+
+
+class ChoosesTheOthers(Usual):
+    def forward(self, q, k, v, visible):
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        scores = torch.where(visible, torch.finfo(scores.dtype).min, scores)
+        probabilities = F.softmax(scores, dim=-1)
+        context = torch.matmul(probabilities, v)
+        return context
+
+
+class AnotherSoftmax(Usual):
+    def forward(self, q, k, v):
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        probabilities = nn.Softmax(dim=-2)(scores)
         context = torch.matmul(probabilities, v)
         return context
 
@@ -181,7 +227,9 @@ LEFT = [
     ReadsTheProbabilities,
     OverAnotherDimension,
     Subtracts,
-    ScalesTheMask,
+    ChoosesAnotherNumber,
+    ChoosesTheOthers,
+    AnotherSoftmax,
     ScalesInOneCase,
     ChangesTheQueries,
 ]
@@ -201,7 +249,7 @@ def test_other_statements_are_left(kind):
     assert isinstance(by_hand._attention(kind()), str)
 
 
-@pytest.mark.parametrize("kind", [Usual, InOtherWords, Flat])
+@pytest.mark.parametrize("kind", [Usual, InOtherWords, Flat, ScalesTheMask, Chooses])
 @pytest.mark.parametrize("masked", [False, True])
 def test_statements_that_are_taken(kind, masked, monkeypatch):
     counts = counted(monkeypatch, by_hand, "attend")

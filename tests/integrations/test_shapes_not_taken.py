@@ -135,14 +135,15 @@ def test_biases_beside_a_gate_are_reported():
 
 UNNAMED = {
     "MixtralExperts": lambda: hf.MixtralModel(hf.MixtralConfig(**DECODER, num_local_experts=2)),
-    "MegatronBertLayer": lambda: hf.MegatronBertModel(hf.MegatronBertConfig(**BERT)),
-    "EsmLayer": lambda: hf.EsmModel(hf.EsmConfig(**BERT, mask_token_id=4)),
+    "MobileBertLayer": lambda: hf.MobileBertModel(hf.MobileBertConfig(**BERT)),
+    "FFNLayer": lambda: hf.MobileBertModel(hf.MobileBertConfig(**BERT)),
+    "TransformerFFN": lambda: hf.XLMModel(hf.XLMConfig(emb_dim=32, n_heads=4, n_layers=1, vocab_size=9)),
 }
 
 
 @pytest.mark.parametrize("kind", UNNAMED)
 def test_products_that_are_no_linear_children_are_named(kind):
-    """A stack of experts' weights, and a feed-forward that is a method of its layer."""
+    """A stack of experts' weights, a feed-forward in two halves, and one that is a method."""
     report = pyfused.fuse_(UNNAMED[kind]())
     assert {entry.note for entry in report.left if entry.kind == kind} == {"of no shape that fuse_ knows"}
 

@@ -1,7 +1,8 @@
-"""Which kernel activation matches an activation module of torch.nn or transformers?"""
+"""Which kernel activation matches an activation module of torch.nn or transformers, or operations of a forward?"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import activations as of_transformers
 
 from ...activations import ACTIVATIONS, name_of
 from ...own_forward import is_bare
+from .symbols import Op, either_order
 
 _BY_CLASS: dict[type, str] = {
     getattr(of_transformers, name): row.name
@@ -36,3 +38,31 @@ def activation_reason(activation: Any) -> str:
         type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", activation)
     )
     return f"the kernels do not have the activation {name}"
+
+
+_CALLED = ("gelu", "relu", "silu", "tanh")  # functions of torch
+
+
+def traced_activation(found: Any) -> tuple[str, Any]:
+    """(name, argument) where this operation of a trace is an activation; ("", None) for others."""
+    if not isinstance(found, Op):
+        return "", None
+    if found.name in _CALLED and len(found.args) == 1:
+        if found.options in ((), (("inplace", False),)):
+            return found.name, found.args[0]
+        return ("gelu_tanh", found.args[0]) if found == _gelu_tanh(found.args[0]) else ("", None)
+    for factor in found.args if found.name == "mul" else ():
+        x = next((f for f in getattr(factor, "args", ()) if isinstance(f, Op)), None)
+        if found == _gelu(x):
+            return "gelu", x
+    return "", None
+
+
+def _gelu_tanh(x: Any) -> Op:
+    return Op("gelu", (x,), (("approximate", "tanh"),))
+
+
+def _gelu(x: Any) -> Op:
+    """x * 0.5 * (1.0 + erf(x / sqrt(2)))"""
+    half = either_order("mul", 0.5, x)
+    return either_order("mul", half, either_order("add", 1.0, Op("erf", (Op("div", (x, math.sqrt(2.0))),))))

@@ -7,6 +7,7 @@ in ROWS have been tried.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,9 @@ from ... import notices
 from ...nn.attention import additive
 from ...ops import attention as attend_with_kernels
 from ...ops.attention import MAX_HEAD_SIZE
-from ...own_forward import Adapter, Forward, fused_forward, is_bare, original
+from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_own, original
 from ..torch_nn import takes
-from .attention import attend, attentions_wanted
+from .attention import attend, attentions_wanted, weights_wanted
 from .masks import may_look
 from .plain_modules import overridden
 from .releases import named
@@ -45,6 +46,7 @@ ROWS = (
     "led.LEDDecoderAttention",
     "lxmert.LxmertAttention",
     "megatron_bert.MegatronBertSelfAttention",
+    "mpt.MptAttention",
     "mvp.MvpAttention",
     "rembert.RemBertSelfAttention",
     "roformer.RoFormerSelfAttention",
@@ -55,6 +57,9 @@ ROWS = (
     "xglm.XGLMAttention",
     "xlm.MultiHeadAttention",
 )
+# Classes whose forward calls this method for it.
+METHOD = "_attn"
+ROWS_OF_METHODS = ("codegen.CodeGenAttention", "gpt_neo.GPTNeoSelfAttention", "gptj.GPTJAttention")
 
 
 class Added(NamedTuple):
@@ -76,9 +81,18 @@ class Added(NamedTuple):
         if not isinstance(x, Tensor) or x.dim() == 0:
             return self
         x = self._four(x)
-        if x.shape[1] == 1 and not x.requires_grad:
+        if x.shape[1] > 1 or x.requires_grad:
+            return self._replace(bias=_sum(self.bias, x))
+        if self.hidden is None:
             return self._replace(mask=_sum(self.mask, x))
-        return self._replace(bias=_sum(self.bias, x))
+        return self._replace(mask=_hidden_before(self.hidden, _sum(self.mask, x)), hidden=None)
+
+    def scaled(self, by: Any) -> Added:
+        """Multiplies what is added so far. The least number stays: what it hides stays hidden, and is known as a mask."""
+        mask = self.mask
+        if mask is not None:
+            mask = torch.where(mask == torch.finfo(mask.dtype).min, mask, mask * by)
+        return self._replace(mask=mask, bias=None if self.bias is None else self.bias * by)
 
     def filled(self, hidden: Tensor) -> Added:
         """Hides places behind the least number: a query that sees no key attends to all of them alike, without a gradient."""
@@ -136,6 +150,19 @@ def _without_hidden(query: Tensor, added: Added) -> tuple[Tensor, Tensor | None,
     return (query, total, None) if bias is None else (query, None, total)
 
 
+def _hidden_before(hidden: Tensor, mask: Tensor) -> Tensor:
+    """A mask that was added to scores with hidden places. Of keys that only the mask hides a query that sees no other one sees
+    all alike; it never sees the hidden places."""
+    look = hidden.is_cpu and may_look()
+    if look and not bool(hidden.any()):
+        return mask
+    least = torch.finfo(mask.dtype).min
+    total = torch.where(hidden, mask.new_full((), least), mask)
+    if look and not bool((total <= least).all(-1).any()):
+        return total
+    return torch.where(hidden, mask + least, mask)
+
+
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
@@ -164,21 +191,54 @@ def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     return forward(module, *args, **kwargs)
 
 
-# By class: its forward, what was found in it, and the forward with calls of _Call
+@fused_forward
+def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.attention"""
+    own: Any = getattr(type(module), METHOD)
+    of, found, made = _known.get(type(module), (None, None, None))
+    if made is None or of is not own or _keeps_own(module, found, {}):
+        return own(module, *args, **kwargs)
+    return made(module, *args, **kwargs)
+
+
+@fused_forward
+def calls_method(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """pyfused.attention"""
+    return _telling(module, args, kwargs)
+
+
+@fused_forward
+def tells(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """as it is; its attention hears whether weights are wanted"""
+    return _telling(module, args, kwargs)
+
+
+def _telling(module: Any, args: Any, kwargs: Any) -> Any:
+    """Runs the class's forward, which does not tell what it calls whether attention weights are wanted."""
+    if not named(module, args, kwargs).get("output_attentions"):
+        return original(module, *args, **kwargs)
+    with weights_wanted():
+        return original(module, *args, **kwargs)
+
+
+# By class: its forward or method, what was found in it, and the same with calls of _Call
 _known: WeakKeyDictionary[type, tuple[Any, Any, Any]] = WeakKeyDictionary()
 
 
-def _ready(module: nn.Module) -> None:
+def _ready(module: nn.Module, function: str = "forward") -> None:
     kind: Any = type(module)
-    if _known.get(kind, (None, None, None))[0] is kind.forward:
+    own = getattr(kind, function)
+    if _known.get(kind, (None, None, None))[0] is own:
         return
-    source = source_of(kind.forward)
+    source = source_of(own)
     found = None if source is None else by_hand(source)
     made = None if source is None or found is None else source.remade(found.definition, _Call)
-    _known[kind] = kind.forward, found, made
+    _known[kind] = own, found, made
 
 
 vars(attention)["prepare"] = _ready
+vars(calls_method)["prepare"] = functools.partial(_ready, function=METHOD)
+vars(calls_method)["methods"] = {METHOD: method}
 
 
 def _keeps_own(module: Any, found: ByHand, given: dict[str, Any]) -> bool:
@@ -193,14 +253,26 @@ def _keeps_own(module: Any, found: ByHand, given: dict[str, Any]) -> bool:
 
 
 def _attention(module: Any) -> Forward | str:
-    _ready(module)
+    return _found(module, "forward") or attention
+
+
+def _method(module: Any) -> Forward | str:
+    own = vars(module).get(METHOD)
+    if own is not None and not is_own(own):
+        return f"this instance has an {METHOD} of its own already"
+    return _found(module, METHOD) or calls_method
+
+
+def _found(module: Any, function: str) -> str:
+    """Why the attention in this function of the module's class is left; "" if it is fused."""
+    _ready(module, function)
     found: ByHand | None = _known[type(module)][1]
     if found is None or (found.flat and not _heads(module)):
         return "in this release of transformers its attention is code that fuse_ does not know"
     for name in found.absent:
         if getattr(module, name) is not None:
             return f"its attention has a {name}"
-    return attention
+    return ""
 
 
 @fused_forward
@@ -250,7 +322,9 @@ def _full_name(row: str) -> str:
 
 ADAPTERS: dict[str, Adapter] = {
     **{_full_name(row): _attention for row in ROWS},
+    **{_full_name(row): _method for row in ROWS_OF_METHODS},
     _full_name("wavlm.WavLMAttention"): _wavlm,
+    _full_name("mpt.MptBlock"): lambda module: tells,
     _full_name("led.LEDEncoderSelfAttention"): lambda module: (
         "attention in local windows, which the kernels do not have"
     ),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .statements import CALL, Source
 
@@ -67,6 +68,7 @@ class _Reader:
         self.scales: list[tuple[ast.operator, Any]] = []
         self.names: set[str] = set()  # that the scores have had
         self.probabilities: set[str] = set()
+        self.least: set[str] = set()  # that hold the least number
         self.added = False
 
     def read(self, number: int) -> bool:
@@ -169,8 +171,11 @@ class _Reader:
         names = {n.id for node in read for n in ast.walk(node) if isinstance(n, ast.Name)}
         names |= {self.query, *self.names, *self.probabilities}
         inside = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-        if any(n.id in names for n in inside):
+        changed = {n.id for n in inside}
+        if changed & names:
             raise _Unknown
+        least = {_target(statement)} if _target(statement) and self._is_least(statement.value) else set()
+        self.least = self.least - changed | least
         return [statement]
 
     def _changed(self, value: Any, inside: bool) -> list[Any]:
@@ -178,15 +183,19 @@ class _Reader:
         if isinstance(value, ast.BinOp):
             left, right = _same(value.left, {self.scores}), _same(value.right, {self.scores})
             if left and isinstance(value.op, ast.Mult | ast.Div):
-                if self.added or inside or _mentions(value.right, self.names):
+                if inside or _mentions(value.right, self.names):
                     raise _Unknown
                 self.scales.append((value.op, value.right))
-                return []
+                by = ast.BinOp(ast.Constant(1.0), value.op, value.right)
+                return [_assign(self.scores, _call(self.scores, "scaled", by))] if self.added else []
             if left or right:
                 return [self._plus(value.right if left else value.left, value.op)]
-        if self.source.called(value) is not torch.max:
+        function = self.source.called(value)
+        if function is torch.where:
+            return [self._chosen(value)]
+        if function is not torch.max:
             return [self._filled(value)]
-        if len(value.args) != 2 or not _same(value.args[0], {self.scores}) or not _is_least(value.args[1]):
+        if len(value.args) != 2 or not _same(value.args[0], {self.scores}) or not self._is_least(value.args[1]):
             raise _Unknown
         return [_assign(self.scores, _call(self.scores, "clamped"))]
 
@@ -200,10 +209,28 @@ class _Reader:
         """scores.masked_fill(hidden, the least number)"""
         if not _is_method(value, "masked_fill", "masked_fill_") or not _same(value.func.value, {self.scores}):
             raise _Unknown
-        if len(value.args) != 2 or not _is_least(value.args[1]) or _mentions(value.args[0], self.names):
+        if len(value.args) != 2 or not self._is_least(value.args[1]) or _mentions(value.args[0], self.names):
             raise _Unknown
         self.added = True
         return _assign(self.scores, _call(self.scores, "filled", value.args[0]))
+
+    def _chosen(self, value: Any) -> Any:
+        """torch.where(visible, scores, the least number)"""
+        if len(value.args) != 3 or value.keywords or _mentions(value.args[0], self.names):
+            raise _Unknown
+        if not _same(value.args[1], {self.scores}) or not self._is_least(value.args[2]):
+            raise _Unknown
+        self.added = True
+        return _assign(self.scores, _call(self.scores, "filled", _call(value.args[0], "logical_not")))
+
+    def _is_least(self, node: Any) -> bool:
+        """Whether this is a dtype's least number, or a tensor of it."""
+        if isinstance(node, ast.Name):
+            return node.id in self.least
+        if self.source.called(node) is torch.tensor and {k.arg for k in node.keywords} <= {"dtype", "device"}:
+            return len(node.args) == 1 and self._is_least(node.args[0])
+        text = ast.unparse(node)
+        return text.startswith(("torch.finfo(", "torch.full((), torch.finfo(")) and ").min" in text
 
     def _branches(self, statement: Any) -> list[Any]:
         blocks: tuple[Any, Any] = (statement.body, statement.orelse)
@@ -234,10 +261,15 @@ class _Reader:
 
     def _is_softmax(self, node: Any) -> bool:
         node = _bare(node)
-        if self.source.called(node) not in (F.softmax, torch.softmax):
+        made: Any = getattr(node, "func", None)
+        if self.source.called(made) is nn.Softmax and len(node.args) == 1 and not node.keywords:
+            options, dims = made.keywords, made.args  # nn.Softmax(dim=-1)(scores)
+        elif self.source.called(node) in (F.softmax, torch.softmax):
+            options, dims = node.keywords, node.args[1:]
+        else:
             return False
-        dims = [*node.args[1:], *(k.value for k in node.keywords if k.arg == "dim")]
-        known = {k.arg for k in node.keywords} <= {"dim", "dtype"} and list(map(_number, dims)) == [-1]
+        dims = [*dims, *(k.value for k in options if k.arg == "dim")]
+        known = {k.arg for k in options} <= {"dim", "dtype"} and list(map(_number, dims)) == [-1]
         return known and _same(node.args[0], {self.scores})
 
     def _between(self, statement: Any) -> list[Any]:
@@ -347,12 +379,6 @@ def _is_none(node: Any) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
 
 
-def _is_least(node: Any) -> bool:
-    """Whether this is a dtype's least number, or a tensor of it."""
-    text = ast.unparse(node)
-    return text.startswith(("torch.finfo(", "torch.full((), torch.finfo(")) and ").min" in text
-
-
 def _number(node: Any) -> Any:
     try:
         return ast.literal_eval(node)
@@ -364,8 +390,9 @@ def _name(name: str) -> Any:
     return ast.Name(name, ast.Load())
 
 
-def _call(of: str, function: str, *arguments: Any) -> Any:
-    return ast.Call(ast.Attribute(_name(of), function, ast.Load()), list(arguments), [])
+def _call(of: Any, function: str, *arguments: Any) -> Any:
+    """of.function(*arguments); `of` is a name or a node."""
+    return ast.Call(ast.Attribute(_name(of) if isinstance(of, str) else of, function, ast.Load()), list(arguments), [])
 
 
 def _assign(name: str, value: Any) -> Any:

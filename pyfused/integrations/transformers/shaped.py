@@ -18,8 +18,24 @@ from ...ops import ffn, gated_ffn, layer_norm, linear, rms_norm
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, is_own, original
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
-from .plain_modules import drops, is_plain_linear
-from .shapes import CHUNKS, FeedForward, InLine, Inner, Layer, LayerNorm, Norm, Normed, Output, Part, find, shape_of
+from .plain_modules import drops, is_plain_linear, other_linear
+from .shapes import (
+    CHUNKS,
+    FeedForward,
+    Function,
+    Half,
+    InLine,
+    Inner,
+    Layer,
+    LayerNorm,
+    Norm,
+    Normed,
+    Outer,
+    Output,
+    Part,
+    find,
+    shape_of,
+)
 from .statements import source_of
 
 
@@ -29,21 +45,24 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     source = str(getattr(kind.forward, "__module__", ""))
     if not source.startswith("transformers"):  # or transformers_modules, from the hub
         return None
-    if not isinstance(shape_of(module), Inner | None):
+    if not isinstance(shape_of(module), Half | None):
         return _forward
     return _unknown if _computes(module) and "Attention" not in kind.__name__ else None
 
 
 def _computes(module: nn.Module) -> bool:
     """Whether a module of no usual shape has products of its own: several linear layers, weights such as a stack of experts',
-    or a feed-forward that is a method, while no child is one."""
+    the two halves of a feed-forward, or one that is a method, while no child is one."""
     children = module._modules.values()
     if sum(type(child) is nn.Linear for child in children) > 1:
+        return True
+    if any(isinstance(shape_of(child), Inner) for child in children if child is not None):
         return True
     if sum(p is not None and p.dim() > 1 and min(p.shape) > 1 for p in module._parameters.values()) > 1:
         return True
     own = any(hasattr(type(module), method) for method in CHUNKS)
-    return own and not any(isinstance(shape_of(child), FeedForward | Normed) for child in children if child is not None)
+    whole = FeedForward | Normed | InLine
+    return own and not any(isinstance(shape_of(child), whole) for child in children if child is not None)
 
 
 def _unknown(module: nn.Module) -> str:
@@ -69,19 +88,36 @@ def _forward(module: nn.Module) -> Forward | str:
         has_gate = any(isinstance(part.what, FeedForward) and part.what.gate is not None for part in shape.parts)
         return reasons[0] if all(reasons) else _ready(module, gated_in_line if has_gate else in_line)
     if isinstance(shape, Output):
-        return output if shape.norm else sum_alone
+        return _other_linear([(module, shape.dense)]) or (output if shape.norm else sum_alone)
     return norm if isinstance(shape, Norm) else centred_norm
 
 
 def _reason_against(module: nn.Module, shape: FeedForward | Layer) -> str:
     children: Any = module._modules
     if isinstance(shape, Layer):
-        first = children[shape.inner]
-        return activation_reason(first._modules[shape_of(first).activation])
+        first, last = children[shape.inner], children[shape.output]
+        products = [(half, shape_of(half).dense) for half in (first, last)]
+        return _other_linear(products) or _activation_reason(first, shape_of(first).activation)
     products = [children[name] for name in (shape.inner, shape.gate, shape.outer) if name]
     if shape.gate is not None and any(getattr(product, "bias", None) is not None for product in products):
         return "has biases beside a gate; the kernels take none"
-    return activation_reason(children[shape.activation])
+    if reason := _other_linear([(module, name) for name in (shape.inner, shape.gate, shape.outer) if name]):
+        return reason
+    return _activation_reason(module, shape.activation)
+
+
+def _other_linear(products: list[tuple[Any, str]]) -> str:
+    """Why one of these children, each with its owner, is no plain linear layer; "" if all are."""
+    reasons = [(name, other_linear(owner._modules[name])) for owner, name in products]
+    return next((f"its {name} {reason}" for name, reason in reasons if reason), "")
+
+
+def _activation_reason(module: Any, activation: str | Function) -> str:
+    return "" if isinstance(activation, Function) else activation_reason(module._modules[activation])
+
+
+def _kernel_activation(module: Any, activation: str | Function) -> str | None:
+    return activation.name if isinstance(activation, Function) else kernel_activation(module._modules.get(activation))
 
 
 @fused_forward
@@ -220,11 +256,12 @@ def _part(number: int, module: Any, x: Tensor, *residual: Tensor) -> Any:
 
 def _part_computed(module: Any, part: Part, x: Tensor, *residual: Tensor) -> Any:
     """None if the kernels cannot compute it."""
-    if isinstance(part.what, Layer):
-        return _pair(module, part.what, x, *(residual or (x,)))
+    compute: Any = _pair if isinstance(part.what, Layer) else _computed
+    if len(part.run.op.args) == 3:  # output(inner(x), residual)
+        return compute(module, part.what, x, *(residual or (x,)))
     if not _active(module, part.dropouts):
-        return _computed(module, part.what, x, *residual)
-    y = _computed(module, part.what, x)
+        return compute(module, part.what, x, *residual)
+    y = compute(module, part.what, x)
     if y is None:
         return None
     for name in part.dropouts:
@@ -252,40 +289,55 @@ def _dropped(module: Any, name: str, x: Tensor) -> Tensor:
 
 def _adds_residual(module: Any, shape: Output, x: Tensor, residual: Tensor) -> bool:
     dense = module._modules.get(shape.dense)
-    return (
-        x.dtype == residual.dtype
-        and not _active(module, shape.dropouts)
-        and is_plain_linear(x, dense)
-        and residual.shape == (*x.shape[:-1], dense.out_features)
-    )
+    return not _active(module, shape.dropouts) and is_plain_linear(x, dense) and _fits(dense, x, residual)
 
 
-def _pair(module: Any, shape: Layer, x: Tensor, residual: Tensor) -> Any:
-    """output(inner(x), residual). None if the kernels cannot compute it."""
-    inner, outer = module._modules.get(shape.inner), module._modules.get(shape.output)
+def _pair(module: Any, shape: Layer, x: Tensor, residual: Tensor | None = None) -> Any:
+    """output(inner(x), residual), or outer(inner(x)) + residual. None if the kernels cannot compute it."""
+    norm, inner, outer = (module._modules.get(name) for name in (shape.norm, shape.inner, shape.output))
     if inner is None or outer is None:
         return None
-    first, last = shape_of(inner), shape_of(outer)
-    if not isinstance(first, Inner) or not isinstance(last, Output):
+    if not shape.norm:
+        return _halves(inner, outer, x, residual)
+    if norm is None:
         return None
-    activation = kernel_activation(inner._modules.get(first.activation))
-    if activation is None or not is_bare(inner, outer) or not is_fused(outer):
+    given = norm(x)
+    y = _halves(inner, outer, given, residual)
+    return outer(inner(given), residual) if y is None else y
+
+
+def _halves(inner: Any, outer: Any, x: Tensor, residual: Tensor | None) -> Any:
+    """None if the kernels cannot compute it."""
+    first, last = shape_of(inner), shape_of(outer)
+    if not isinstance(first, Inner) or not isinstance(last, Output | Outer):
+        return None
+    activation = _kernel_activation(inner, first.activation)
+    if activation is None or not is_bare(inner, outer):
         return None
     w_in, w_out = inner._modules.get(first.dense), outer._modules.get(last.dense)
-    if not is_plain_linear(x, w_in) or not _adds_residual(outer, last, x, residual):
+    if not is_plain_linear(x, w_in, w_out) or _active(outer, last.dropouts) or not _fits(w_out, x, residual):
+        return None
+    if isinstance(last, Output) and (residual is None or not is_fused(outer)):
         return None
     y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=residual)
-    return _normed(outer, last, y)
+    return _normed(outer, last, y) if isinstance(last, Output) else y
+
+
+def _fits(dense: Any, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels can add this residual to a product with x."""
+    if residual is None:
+        return True
+    return residual.dtype == x.dtype and residual.shape == (*x.shape[:-1], dense.out_features)
 
 
 def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
     """None if the kernels cannot compute it: active dropout, replaced layers, other dtypes, biases beside a gate."""
     children = module._modules
-    activation = kernel_activation(children.get(shape.activation))
+    activation = _kernel_activation(module, shape.activation)
     inner, outer = children.get(shape.inner), children.get(shape.outer)
     if activation is None or _active(module, shape.dropouts) or not is_plain_linear(x, inner, outer):
         return None
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], outer.out_features)):
+    if not _fits(outer, x, residual):
         return None
     if shape.gate is None:
         return ffn(x, inner.weight, inner.bias, outer.weight, outer.bias, activation=activation, residual=residual)

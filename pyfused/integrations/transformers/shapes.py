@@ -6,11 +6,13 @@
     normed dense    x + dense(norm(x)), or gated
     output          norm(dense(x) + residual), or the sum alone
     inner           act(dense(x))
-    layer           a method of it, one of CHUNKS, is output(inner(x), x)
-    in line         among its statements are dense(x) or gated, with a residual or without, or output(inner(x), residual)
+    outer           dense(x)
+    layer           a method of it, one of CHUNKS, is output(inner(x), x) or output(inner(norm(x)), x)
+    in line         among its statements are dense(x), gated or outer(inner(x)), with a residual or without, or
+                    output(inner(x), residual)
 
-Dropout may stand behind each product. Statements say what a layer does in line (statements.py): the whole of its forward has no
-trace. shaped.py has the forwards.
+Dropout may stand behind each product. An activation is a child or a function. Statements say what a layer does in line
+(statements.py): the whole of its forward has no trace. shaped.py has the forwards.
 """
 
 from __future__ import annotations
@@ -22,8 +24,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .activations import traced_activation
+from .plain_modules import other_linear
 from .statements import Run, Source, source_of
 from .symbols import Op, either_order, trace
+
+
+class Function(NamedTuple):
+    """An activation that is no child: the kernels' name for it."""
+
+    name: str
 
 
 class Norm(NamedTuple):
@@ -45,7 +55,7 @@ class FeedForward(NamedTuple):
 
     inner: str
     outer: str
-    activation: str
+    activation: str | Function
     gate: str | None
     dropouts: tuple[str, ...]
 
@@ -70,16 +80,25 @@ class Inner(NamedTuple):
     """The first half of a feed-forward. It has no forward of its own here."""
 
     dense: str
-    activation: str
+    activation: str | Function
+
+
+class Outer(NamedTuple):
+    """The second half of a feed-forward, without the residual. It has no forward of its own here."""
+
+    dense: str
+    dropouts: tuple[str, ...]
 
 
 class Layer(NamedTuple):
-    """The names of two children, an Inner and an Output, that are called as output(inner(x), residual); where a method does it,
-    that method's name, and the residual is x."""
+    """The names of two children, an Inner and an Output, that are called as output(inner(x), residual), or an Inner and an
+    Outer. Where a method does it, that method's name; the residual is x then, and the child `norm`, if there is one, comes
+    before `inner`."""
 
     inner: str
     output: str
     method: str = ""
+    norm: str = ""
 
 
 class Part(NamedTuple):
@@ -103,7 +122,8 @@ class InLine(NamedTuple):
 
 
 CHUNKS = ("feed_forward_chunk", "ff_chunk")
-Shape = Norm | LayerNorm | FeedForward | Normed | Output | Inner | Layer | InLine
+Shape = Norm | LayerNorm | FeedForward | Normed | Output | Inner | Outer | Layer | InLine
+Half = Inner | Outer  # these have no forward of their own here
 _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
 
 
@@ -134,7 +154,7 @@ def find(module: nn.Module) -> Shape | None:
 def _traced(module: nn.Module) -> Shape | None:
     wide, half = (trace(module, 1, dtype) for dtype in (torch.float32, torch.bfloat16))
     if wide is not None and wide == half:
-        return _feed_forward(module, wide) or _normed(module, wide) or _inner(module, wide)
+        return _feed_forward(module, wide) or _normed(module, wide) or _outer(module, wide) or _inner(module, wide)
     return _output(module, trace(module, 2, torch.bfloat16))
 
 
@@ -177,18 +197,18 @@ def _feed_forward(module: nn.Module, found: Any) -> FeedForward | None:
     if outer is None or found is None:
         return None
     dropouts += more
-    if found.name == "child":
-        activation, found = _child(found)
-        found, more = _behind_dropout(module, found)
-        inner, x = _product(module, found)
-        return (
-            FeedForward(inner, outer, activation, None, dropouts + more) if inner and x == _X and activation else None
-        )
+    activation, product = _activated(found)
+    if activation is not None:
+        product, more = _behind_dropout(module, product)
+        inner, x = _product(module, product)
+        return FeedForward(inner, outer, activation, None, dropouts + more) if inner and x == _X else None
     if found.name != "mul" or not all(isinstance(f, Op) for f in found.args):
         return None
     for first, up in (found.args, found.args[::-1]):
-        activation, gate = _child(first)
-        if activation is None or gate is None or _linear(module, activation):
+        activation, gate = _activated(first)
+        if activation is None or not isinstance(gate, Op):
+            continue
+        if not isinstance(activation, Function) and _linear(module, activation):
             continue
         if gate.name == up.name == "part" and gate.args[1:] == (0, 2) and up.args == (gate.args[0], 1, 2):
             inner, x = _product(module, gate.args[0])
@@ -211,9 +231,19 @@ def _normed(module: nn.Module, found: Op) -> Normed | None:
 
 
 def _inner(module: nn.Module, found: Op) -> Inner | None:
-    activation, product = _child(found)
+    activation, product = _activated(found)
     dense, x = _product(module, product)
-    return Inner(dense, activation) if activation and dense and x == _X else None
+    if not isinstance(activation, Function):  # a norm is none
+        child = module._modules[activation] if activation else None
+        if child is None or next(child.parameters(), None) is not None:
+            return None
+    return Inner(dense, activation) if dense and x == _X else None
+
+
+def _outer(module: nn.Module, found: Op) -> Outer | None:
+    found, dropouts = _behind_dropout(module, found)
+    dense, x = _product(module, found)
+    return Outer(dense, dropouts) if dense and x == _X else None
 
 
 def _output(module: nn.Module, found: Op | None) -> Output | None:
@@ -232,17 +262,27 @@ def _is_layer_norm(module: Any) -> bool:
     return type(module) is nn.LayerNorm or isinstance(shape_of(module), LayerNorm)
 
 
+def _is_norm(module: Any) -> bool:
+    return _is_layer_norm(module) or isinstance(shape_of(module), Norm)
+
+
 def _pair(module: nn.Module, found: Op | None, method: str = "") -> Layer | None:
-    output, arguments = None, None
-    if found is not None and found.name == "child" and not found.options and found.args[2:] == (_X,):
-        output, arguments = found.args[:2]
-    inner, x = _child(arguments)
-    if not output or not inner or x != _X or not isinstance(shape_of(module._modules[output]), Output):  # type: ignore[arg-type]
+    if found is None or found.name != "child" or found.options or found.args[2:] not in ((_X,), ()):
         return None
-    first: Any = module._modules[inner]
-    return (
-        Layer(inner, output, method) if isinstance(find(first), Inner) and isinstance(shape_of(first), Inner) else None
-    )
+    output, arguments = found.args[:2]
+    inner, x = _child(arguments)
+    norm, of = _child(x) if method else ("", None)
+    if norm and of == _X and _is_norm(module._modules[norm]):
+        x = _X
+    else:
+        norm = ""
+    if not inner or x != _X:
+        return None
+    first, last = (module._modules[name] for name in (inner, output))
+    wanted: Any = Output if found.args[2:] else Outer
+    shapes: Any = find(first), shape_of(first), shape_of(last)  # type: ignore[arg-type]
+    known = isinstance(shapes[0], Inner) and isinstance(shapes[1], Inner) and isinstance(shapes[2], wanted)
+    return Layer(inner, output, method, norm) if known else None
 
 
 def _in_line(module: nn.Module) -> InLine | None:
@@ -271,7 +311,7 @@ def _part(module: nn.Module, source: Source, run: Run) -> Part | None:
         if len(names) != 1 or bool(added) != (run.op.name == "add"):
             continue
         found, dropouts = _behind_dropout(module, _renamed(branch, *names))
-        what = _feed_forward(module, found)
+        what = _feed_forward(module, found) or _pair(module, found)
         if what is not None:
             given = (*names, *added)
             return Part(run, given, what, dropouts, source.alone(run, given))
@@ -313,6 +353,12 @@ def _child(found: Any) -> tuple[Any, Any]:
     return None, None
 
 
+def _activated(found: Any) -> tuple[Any, Any]:
+    """(activation, argument) of a child or a function that may be one; (None, None) for anything else."""
+    name, x = traced_activation(found)
+    return (Function(name), x) if name else _child(found)
+
+
 def _product(module: nn.Module, found: Any) -> tuple[Any, Any]:
     """(name, argument) of an nn.Linear's call."""
     name, x = _child(found)
@@ -320,7 +366,11 @@ def _product(module: nn.Module, found: Any) -> tuple[Any, Any]:
 
 
 def _linear(module: nn.Module, name: str) -> bool:
-    return isinstance(module._modules[name], nn.Linear)
+    child = module._modules[name]
+    if not isinstance(child, nn.Linear):
+        return False
+    other_linear(child)  # a process that loads a pickle looks here too
+    return True
 
 
 def _behind_dropout(module: nn.Module, found: Any) -> tuple[Any, tuple[str, ...]]:

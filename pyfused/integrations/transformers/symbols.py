@@ -108,6 +108,13 @@ class _Symbol:
     def __sub__(self, other: Any) -> Any:
         return _record("sub", (self, other), {})
 
+    def __matmul__(self, other: Any) -> Any:
+        return _record("matmul", (self, other), {})
+
+    @property
+    def T(self) -> Any:
+        return _record("T", (self,), {})
+
     def __truediv__(self, other: Any) -> Any:
         return _record("div", (self, other), {})
 
