@@ -9,8 +9,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import pyfused
-from pyfused import Backbone, Generator, GPT2Backbone, T5Backbone, quantize_, unquantize_
-from pyfused.generation.decoder import Decoder
+from pyfused import Backbone, GPT2Backbone, T5Backbone, quantize_, unquantize_
 from pyfused.nn import QuantizedEmbedding, QuantizedLinear
 
 
@@ -83,32 +82,6 @@ MODELS = {
 def model(request):
     torch.manual_seed(5)
     return spread(MODELS[request.param]())
-
-
-PROMPTS = [[3, 4, 5], [9, 10, 11, 12, 13, 14], [7]]
-
-
-def test_generator(model, monkeypatch):
-    """A step is the operator, and its tokens are those of the dequantised weights, one by one, in a batch and in a beam."""
-    plain = copy.deepcopy(model)
-    quantize_(plain, "int4")
-    unquantize_(plain)
-    expected = Generator(plain).generate(PROMPTS, 8)
-    plans, call = [], Decoder.__call__
-
-    def counting(self, tokens, choose):
-        found = call(self, tokens, choose)
-        plans.append((self._plan, found is not None))
-        return found
-
-    monkeypatch.setattr(Decoder, "__call__", counting)
-    generator = Generator(model, weights="int4")
-    assert generator.generate(PROMPTS, 8) == expected
-    assert all(ran and plan.layers[0].inner.scale.dim() == 2 for plan, ran in plans)
-    assert plans or pyfused.dispatch.missing("cpu")
-    assert generator.generate_batch(PROMPTS, 8, 2) == expected
-    assert generator.generate(PROMPTS, 6, num_beams=2) == Generator(plain).generate(PROMPTS, 6, num_beams=2)
-    assert not formats(model)
 
 
 def test_files_and_state_dicts(model, tmp_path):

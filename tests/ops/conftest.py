@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("each_backend", "")
         slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
-        foreign = item.get_closest_marker("cpu_kernels") is not None and not backend.startswith("cpu")
+        foreign = item.get_closest_marker("cpu_kernels") is not None and backend and not backend.startswith("cpu")
         left = left_to_plain_pytorch(item, parameters) or of_the_other_half(item, parameters)
         (dropped if slow or foreign or lacks(item, backend) or left else kept).append(item)
     if dropped:

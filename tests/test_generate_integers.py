@@ -1,4 +1,4 @@
-"""Does generation with int8 weights give the tokens of these weights, leave the model alone, and run as one operator?"""
+"""Does generation with integer weights give their tokens, leave the model alone, and run as one operator?"""
 
 import copy
 
@@ -9,18 +9,25 @@ from backbone_cases import hf_gpt2, hf_t5, like_hf
 import pyfused
 from pyfused import Generator, cli, dispatch
 from pyfused.generation.decoder import Decoder
+from pyfused.weight_format import FORMATS, format_of
 
 NEW = 8
+T5 = {"spread": 0.5, "d_model": 32, "d_kv": 16, "d_ff": 64}  # multiples of 32, as int4 wants
 MODELS = {
-    "gpt2": lambda: like_hf(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)),
-    "t5, tied": lambda: like_hf(hf_t5(spread=0.5, feed_forward_proj="relu", seed=2)),
-    "t5, untied": lambda: like_hf(hf_t5(spread=0.5, tie_word_embeddings=False, seed=1)),
+    "gpt2": lambda: like_hf(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64, n_embd=32, n_inner=64)),
+    "t5, tied": lambda: like_hf(hf_t5(**T5, feed_forward_proj="relu", seed=2)),
+    "t5, untied": lambda: like_hf(hf_t5(**T5, tie_word_embeddings=False, seed=1)),
 }
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def weights(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +38,35 @@ def prompts(model):
 
 
 @pytest.fixture(scope="module")
-def expected(model, prompts):
-    """The greedy tokens of the dequantised weights."""
+def plain(model, weights):
+    """A Generator of the dequantised weights."""
     other = copy.deepcopy(model)
-    pyfused.quantize_(other)
+    pyfused.quantize_(other, weights)
     pyfused.unquantize_(other)
-    return Generator(other).generate(prompts, NEW)
+    return Generator(other)
 
 
-def test_tokens_are_those_of_the_dequantised_weights(model, prompts, expected):
+@pytest.fixture(scope="module")
+def expected(plain, prompts):
+    return plain.generate(prompts, NEW)
+
+
+def test_tokens_are_those_of_the_dequantised_weights(model, weights, prompts, plain, expected):
+    """One by one, in a batch and in a beam."""
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    generator = Generator(model, weights="int8")
+    generator = Generator(model, weights=weights)
     assert generator.generate(prompts, NEW) == expected
     assert generator.generate_batch(prompts, NEW, 4) == expected
+    assert generator.generate(prompts, 6, num_beams=2) == plain.generate(prompts, 6, num_beams=2)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     other = copy.deepcopy(model)
-    pyfused.quantize_(other)
+    pyfused.quantize_(other, weights)
     assert Generator(other).generate(prompts, NEW) == expected
 
 
-def test_a_step_is_one_operator(model, prompts, monkeypatch):
+def test_a_step_is_one_operator(model, weights, prompts, monkeypatch):
+    """Token tables and heads are int8 beside int4 layers."""
     if not dispatch.missing("cpu"):
         plans, call = [], Decoder.__call__
 
@@ -61,14 +76,17 @@ def test_a_step_is_one_operator(model, prompts, monkeypatch):
             return found
 
         monkeypatch.setattr(Decoder, "__call__", counting)
-        Generator(model, weights="int8").generate(prompts[:2], 4)
+        Generator(model, weights=weights).generate(prompts[:2], 4)
         assert plans
-        assert all(ran and all(m.scale is not None for m in plan.matrices()) for plan, ran in plans)
+        for plan, ran in plans:
+            assert ran
+            assert format_of(plan.layers[0].inner.scale).name == weights
+            assert {m.scale is None or format_of(m.scale).name for m in plan.matrices()} == {"int8", weights}
 
 
-def test_the_copy_is_its_own(model, prompts, expected):
+def test_the_copy_is_its_own(model, weights, prompts, expected):
     other = copy.deepcopy(model)
-    generator = Generator(other, weights="int8")
+    generator = Generator(other, weights=weights)
     made = generator.model
     assert not {p.data_ptr() for p in made.parameters()} & {p.data_ptr() for p in other.parameters()}
     other.to(torch.bfloat16)
