@@ -81,6 +81,8 @@ def files(device: str = "cpu") -> list[Path]:
     found = [own_file(device), SHIPPED / f"{kind(device)}.json"]
     if device == "cpu":
         similar = [f"cpu_{name_of(d)}" for d in (torch.bfloat16, torch.float16) if multiplies_itself(d)]
+        if extensions.base_isa() == "avx512" and not kind(device).endswith("_amx"):
+            similar.append("cpu_intel_avx512_bfloat16")
         similar.append("cpu_amd_baseline_torch_avx2" if extensions.base_isa() == "baseline" else "cpu_amd_avx2")
         found += [SHIPPED / f"{name}.json" for name in similar]
     return list(dict.fromkeys(found))
