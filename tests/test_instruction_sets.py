@@ -14,6 +14,7 @@ import torch
 
 import pyfused
 from pyfused import dispatch, environment, evidence, extensions
+from pyfused.evidence import machine
 from pyfused.testing import assert_close
 from pyfused.tune import run
 
@@ -24,8 +25,9 @@ UNKNOWN = "not yet measured on this processor; `pyfused tune` does it"
 
 @pytest.fixture
 def zen4(tmp_path, monkeypatch):
-    """A processor with AVX512_BF16 and VNNI, as torch sees it too, and an empty cache folder."""
+    """A processor with AVX512_BF16 and VNNI, as torch sees it too, of a kind without a shipped file; an empty cache folder."""
     monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
+    monkeypatch.setattr(machine, "_vendor", lambda: "amd")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.delenv("PYFUSED_ISA", raising=False)

@@ -4,7 +4,7 @@
 // bfloat16 (Pairs) or four int8 (Quads). nn.Linear stores a row's K together, so such a group of W is one word of memory. W is
 // never packed, and these two need not widen it.
 //
-// No machine that builds this has the two instructions. So PYFUSED_EMULATED_DOT gives their documented arithmetic in plain C++,
+// A machine that builds this may lack the two instructions. So PYFUSED_EMULATED_DOT gives their documented arithmetic in plain C++,
 // and the tests run the same products with it.
 #pragma once
 
@@ -184,7 +184,7 @@ struct Quads {
 
   // x / step, correctly rounded: a product with 1 / step, and what it lacks. To divide would take a tenth of a whole product.
   static PYFUSED_INLINE vfloat quotient(vfloat x, float step) {
-#if defined(__FMA__)
+#if defined(__FMA__) && !defined(PYFUSED_EMULATED_DOT)
     const vfloat rate = splat(1.0f / step), near = rounded(x * rate);
     return near + (x - near * splat(step)) * rate;
 #else
