@@ -83,7 +83,7 @@ template <class T> struct Forward {
     if (!lse) return;
     for (int64_t i = 0; i < g.group.rows; ++i) {
       const float m = g.highest[i / kWidth][i % kWidth], l = g.total[i / kWidth][i % kWidth];
-      lse[p.row(b, h, first + i)] = m == -INFINITY ? INFINITY : m + std::log(l);
+      lse[p.row(b, h, first + i)] = l == 0 ? INFINITY : m + std::log(l);  // NaN if a score is: max() may drop it
     }
   }
 

@@ -136,7 +136,7 @@ template <class T, class O = T> struct Few {
         if (p.d - k >= kWidth) store(to + k, x);
         else store_partial(to + k, x, p.d - k);
       }
-      if (lse) lse[(b * p.h + head) * p.sq + i] = own[0] == -INFINITY ? INFINITY : own[0] + std::log(own[1]);
+      if (lse) lse[(b * p.h + head) * p.sq + i] = own[1] == 0 ? INFINITY : own[0] + std::log(own[1]);
     }
   }
 

@@ -343,9 +343,10 @@ def combine_kernel(
     lse = tl.load(part_lse_ptr + parts.to(tl.int64) * rows + row64, mask=parts < chunks, other=float("inf"))
     lse = tl.where(lse == float("inf"), -float("inf"), lse)  # +inf marks a chunk in which the query sees no key
     peak = tl.max(lse, 0)
-    dead = peak == -float("inf")
-    weight = tl.exp(lse - tl.where(dead, 0.0, peak))
-    total = tl.where(dead, 1.0, tl.sum(weight, 0))
+    weight = tl.exp(lse - tl.where(peak == -float("inf"), 0.0, peak))
+    total = tl.sum(weight, 0)
+    dead = total == 0.0  # not by the peak: a maximum may drop NaN
+    total = tl.where(dead, 1.0, total)
     tile = (parts.to(tl.int64) * rows + row64)[:, None] * D + dims[None, :]
     part = tl.load(part_ptr + tile, mask=(parts < chunks)[:, None] & (dims < D)[None, :], other=0.0)
     out = tl.sum(part * weight[:, None], 0) / total

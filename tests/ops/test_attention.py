@@ -13,7 +13,7 @@ from plain_attention import plain
 import pyfused
 from pyfused.kernels.reference import attention as reference
 from pyfused.kernels.reference._philox import keep_mask
-from pyfused.testing import assert_close
+from pyfused.testing import assert_close, running
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +187,27 @@ def test_what_padding_hides_does_not_matter(each_backend, device, sizes):
     for garbage in (1e30, *((torch.nan, torch.inf) if each_backend.startswith("cpu") else ())):
         for a, b in zip(clean, run(garbage)):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_nan_reaches_the_gradients(each_backend, device, queries):
+    """Also where it is the only score, or the only one of the last tile of keys."""
+    if each_backend == "cuda":
+        pytest.skip("csrc/cuda has no backward")
+    for keys, lone in (65, False), (300, False), (40, True):
+        query, key, value, bias = (torch.randn(1, 1, s, 16, device=device) for s in (queries, keys, keys, keys))
+        (key[:, :, 3] if lone else query[:, :, 0]).fill_(torch.nan)
+        bias = bias[..., 0][:, :, None].masked_fill((torch.arange(keys, device=device) != 3) & lone, -torch.inf)
+        cotangent = torch.randn_like(query)
+
+        def gradients(query=query, key=key, value=value, bias=bias, cotangent=cotangent):
+            leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+            return torch.autograd.grad(pyfused.attention(*leaves, attn_bias=bias), leaves, cotangent)
+
+        found = gradients()
+        with running("reference"):
+            for one, plain in zip(found, gradients()):
+                assert torch.equal(one.isnan(), plain.isnan())
 
 
 def test_dead_rows_are_zero(each_backend, dtype, device):
