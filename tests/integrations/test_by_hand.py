@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from by_hand_cases import DEBERTA, GPTJ, MODELS, MPT, NEO, TROCR, WAVES, XGLM, pair, text
 from draws import to_double
+from family_cases import FAMILIES
 from fused_pairs import Trio, tensors
 from hf_cases import BART, DECODER, IDS, livened, tokens
 
@@ -261,7 +262,9 @@ def test_a_method_of_the_users_own():
     assert vars(pyfused.unfuse_(model).h[0].attn)["_attn"] is mine
 
 
-def test_led_is_named():
-    model, _ = made("LED")
-    left = {entry.kind: entry.note for entry in pyfused.fuse_(model).left}
-    assert left["LEDEncoderSelfAttention"] == "attention in local windows, which the kernels do not have"
+@pytest.mark.parametrize("name", ["Funnel", "LED", "LiLT", "Longformer", "LUKE", "Nystromformer", "XLNet"])
+def test_attention_of_another_shape_is_named(name):
+    report = pyfused.fuse_(FAMILIES[name][0]())
+    notes = {entry.note for entry in report.left if "Attention" in entry.kind}
+    assert notes
+    assert notes <= set(by_hand.LEFT.values())

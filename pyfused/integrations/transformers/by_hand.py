@@ -60,6 +60,16 @@ ROWS = (
 # Classes whose forward calls this method for it.
 METHOD = "_attn"
 ROWS_OF_METHODS = ("codegen.CodeGenAttention", "gpt_neo.GPTNeoSelfAttention", "gptj.GPTJAttention")
+# Classes whose attention is of another shape, and why.
+LEFT = {
+    "funnel.FunnelRelMultiheadAttention": "scores by position are shifted from row to row, which the kernels do not do",
+    "led.LEDEncoderSelfAttention": "attention in local windows, which the kernels do not have",
+    "lilt.LiltSelfAttention": "scores of text and of layout are added to each other",
+    "longformer.LongformerSelfAttention": "attention in local windows, which the kernels do not have",
+    "luke.LukeSelfAttention": "words and entities may have queries of their own for each other",
+    "nystromformer.NystromformerSelfAttention": "attention by landmarks, which the kernels do not have",
+    "xlnet.XLNetRelativeAttention": "scores by position are shifted from row to row, which the kernels do not do",
+}
 
 
 class Added(NamedTuple):
@@ -314,18 +324,21 @@ def _wavlm(module: Any) -> Forward | str:
     return overridden(module, base, "torch_multi_head_self_attention") or wavlm_attention
 
 
-def _full_name(row: str) -> str:
+def _left(row: str) -> Adapter:
+    return lambda module: LEFT[row]
+
+
+def full_name(row: str) -> str:
+    """Of the class of a row."""
     folder, _, name = row.partition(".")
     folder, _, file = folder.partition(":")
     return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
 
 
 ADAPTERS: dict[str, Adapter] = {
-    **{_full_name(row): _attention for row in ROWS},
-    **{_full_name(row): _method for row in ROWS_OF_METHODS},
-    _full_name("wavlm.WavLMAttention"): _wavlm,
-    _full_name("mpt.MptBlock"): lambda module: tells,
-    _full_name("led.LEDEncoderSelfAttention"): lambda module: (
-        "attention in local windows, which the kernels do not have"
-    ),
+    **{full_name(row): _attention for row in ROWS},
+    **{full_name(row): _method for row in ROWS_OF_METHODS},
+    full_name("wavlm.WavLMAttention"): _wavlm,
+    full_name("mpt.MptBlock"): lambda module: tells,
+    **{full_name(row): _left(row) for row in LEFT},
 }
