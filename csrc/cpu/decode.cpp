@@ -249,14 +249,6 @@ template <class T> struct Decode {
     return count;
   }
 
-  // Query r of a key head, scaled and padded with zeros.
-  void take_query(const float* from, double scale, float* to) const {
-    for (int64_t k = 0; k < plan.head_size; k += kWidth) {
-      const int64_t rest = plan.head_size - k;
-      store(to + k, (rest >= kWidth ? load(from + k) : load_partial(from + k, rest)) * (float)scale);
-    }
-  }
-
   // Attends from `queries` rows of o.query to the listed keys of one key head.
   void attend_head(const Few<T, float>& few, int64_t b, int64_t kv, int64_t queries, const Own& o, int64_t count) const {
     for (int64_t r = 0; r < queries * state_size(); ++r) o.state[r] = r % state_size() ? 0 : -INFINITY;
@@ -279,7 +271,8 @@ template <class T> struct Decode {
         count = list(call.mask ? (const uint8_t*)call.mask + b * call.mask_stride : nullptr, few.p.sk, o.position);
       }
       for (int64_t r = 0; r < group; ++r)
-        take_query(query() + b * inner + (kv * group + r) * plan.head_size, layer(i).scale, o.query + r * padded_head());
+        few.take(query() + b * inner + (kv * group + r) * plan.head_size, plan.head_size, (float)layer(i).scale,
+                 o.query + r * padded_head());
       attend_head(few, b, kv, group, o, count);
     }
   }
@@ -297,7 +290,8 @@ template <class T> struct Decode {
         listed = source, count = list(mask ? mask + source * call.source_length : nullptr, call.source_length, o.position);
       }
       for (int64_t r = 0; r < times; ++r)
-        take_query(query() + (source * times + r) * inner + head * plan.head_size, layer(i).cross_scale, o.query + r * padded_head());
+        few.take(query() + (source * times + r) * inner + head * plan.head_size, plan.head_size, (float)layer(i).cross_scale,
+                 o.query + r * padded_head());
       attend_head(few, source, head, times, o, count);
     }
   }

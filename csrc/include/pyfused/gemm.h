@@ -35,7 +35,6 @@ constexpr int kWeightRows = kManyRegisters ? 12 : 6;  // rows of W in the gemm's
 constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups, or 4
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
 constexpr int64_t kBlockM = 128;    // rows of x: their panels for 384 of K, 192 KB, stay in L2 (512: 8% slower)
-constexpr int64_t kPairStep = 2 * kWidth;
 
 // ---- one product ----------------------------------------------------------------------------------------------------
 

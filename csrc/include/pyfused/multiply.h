@@ -24,6 +24,7 @@ typedef uint32_t lane32 __attribute__((aligned(1), may_alias));  // two bfloat16
 // ---- two vectors at once --------------------------------------------------------------------------------------------
 
 struct Pair { vfloat a, b; };
+constexpr int64_t kPairStep = 2 * kWidth;
 
 // 2 kWidth consecutive elements as float32. bfloat16 gives the even ones, then the odd ones: one load, shift and mask.
 // x is stored in the order of the weights' pairs, so a dot product is right in either order.
@@ -46,6 +47,14 @@ template <int... I> PYFUSED_INLINE Pair even_and_odd(Pair p, Lanes<I...>) {
 }
 template <> PYFUSED_INLINE Pair pair_for<bf16>(const bf16* p) { return load_pair(p); }
 template <> PYFUSED_INLINE Pair pair_for<bf16>(const float* p) { return even_and_odd({load(p), load(p + kWidth)}, AllLanes{}); }
+
+// Values in the order of load_pair(W*) in their own order again.
+template <int... I> PYFUSED_INLINE Pair zipped(Pair p, Lanes<I...>) {
+  return {__builtin_shufflevector(p.a, p.b, (I / 2 + I % 2 * kWidth)...),
+          __builtin_shufflevector(p.a, p.b, (kWidth / 2 + I / 2 + I % 2 * kWidth)...)};
+}
+template <class W> PYFUSED_INLINE Pair in_order(Pair p) { return p; }
+template <> PYFUSED_INLINE Pair in_order<bf16>(Pair p) { return zipped(p, AllLanes{}); }
 
 // ---- elements in float32 --------------------------------------------------------------------------------------------
 
