@@ -104,16 +104,15 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 	$(PIP) "transformers==5.23.0"
 	touch $@
 
-# For minutes the build needs every processor and pip needs one, so they run side by side. The last line finds all object files.
+# For minutes the build needs every processor and pip needs one, so they run side by side. The group has what the extras ask for.
 # keras-hub without its dependencies, which include TensorFlow.
 $(VENV)/test.stamp: export PATH := $(CURDIR)/$(BIN):$(PATH)
 $(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
 	$(PIP) --group build
-	$(BIN)/python setup.py --quiet build_ext --inplace & build=$$!; \
+	$(BIN)/pip install --verbose --no-build-isolation --no-deps -e . & build=$$!; \
 	  { $(PIP) --group test && $(PIP) --no-deps "keras-hub==0.32.0" && \
 	    $(BIN)/python tests/versions.py --install transformers-4.57.6; } || { kill $$build; exit 1; }; \
 	  wait $$build
-	$(PIP) --no-build-isolation -e ".[text,keras]"
 	touch $(VENV)/lib.stamp $@
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp

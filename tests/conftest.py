@@ -63,15 +63,20 @@ def seeded():
     (torch.manual_seed if HAS_GPU else torch.default_generator.manual_seed)(1234)
 
 
-# These take a minute or more each. They start first, so that no worker runs one alone at the end.
+# These take longest. They start first, the longest at the head, so that no worker runs one alone at the end.
 LONG = (
-    "test_packaging.py",
-    "test_gpu_script_dry.py",
     "test_kernels.py",
+    "test_attention_codegen.py",
+    "test_compile.py",
+    "test_gpu_script_dry.py",
+    "test_packaging.py",
+    "test_memory.py",
     "test_export.py",
+    "test_tensor_parallel.py",
     "test_examples.py",
     "test_fine_tuning.py",
-    "test_compile.py",
+    "test_training.py",
+    "test_speed.py",
 )
 ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
 
@@ -98,7 +103,8 @@ def pytest_collection_modifyitems(config, items):
     if dropped := [item for item in items if left_out_of_interpreter(item)]:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not left_out_of_interpreter(item)]
-    items.sort(key=lambda item: item.path.name not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     for item in items:
         if HAS_GPU and str(item.path.relative_to(item.config.rootpath)).startswith(ON_THE_DEVICE):
             item.add_marker(pytest.mark.gpu)
