@@ -179,7 +179,7 @@ def threads_of(found: dict) -> str:
 def about_bfloat16(found: dict) -> str:
     """What one must know of a machine that multiplies bfloat16 by way of float32: plain PyTorch is slow there."""
     rates = [found["ceilings"].get(f"{dtype}_gflop_per_s", 0.0) for dtype in DTYPES[:2]]
-    if not 0 < rates[1] < rates[0] / 2:
+    if not 0 < rates[1] < rates[0] / 4:
         return ""
     return (
         f" torch multiplies bfloat16 at {rates[1]:.0f} GFLOP/s here, float32 at {rates[0]:.0f}: where a processor has "
