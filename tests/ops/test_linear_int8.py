@@ -96,7 +96,7 @@ def test_the_library_gets_strides_that_it_can_read(device, monkeypatch):
         x = torch.randint(-127, 128, (20, k), device=device).float()
         x[:, 0] = 127.0
         y = int8.product(x, weight, torch.ones(n, device=device))
-        assert torch.equal(y, F.linear(x.double(), weight.double()).float()), (weight.shape, weight.stride())
+        assert torch.equal(y, (x.double() @ weight.double().t()).float()), (weight.shape, weight.stride())
 
 
 def test_few_rows_stay_as_they_are(of_integers):
