@@ -12,6 +12,7 @@ from typing import Any
 
 from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options, Refused
+from pyfused.checkpoints.names import settle_pooler
 from pyfused.checkpoints.options import (
     REFUSED,
     SILENT,
@@ -23,7 +24,6 @@ from pyfused.checkpoints.options import (
     read_keras,
 )
 from pyfused.checkpoints.plan import Piece, Plan, Target
-from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
 
@@ -83,9 +83,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     return config
 
 
-def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Sets ``pooler`` from the weight files; the configuration does not say. Masked language models are saved without one."""
-    return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
+settle = settle_pooler
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.names import settle_pooler
 from pyfused.checkpoints.options import (
     REFUSED,
     SILENT,
@@ -17,7 +18,6 @@ from pyfused.checkpoints.options import (
     read_keras,
 )
 from pyfused.checkpoints.plan import Plan
-from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
 
@@ -59,9 +59,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     return config
 
 
-def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Sets ``pooler`` from the weight files; the configuration does not say."""
-    return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
+settle = settle_pooler
 
 
 def config_to_hf(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -147,6 +147,11 @@ def _without_copies(found: dict[str, Entry], maps: ModuleType) -> dict[str, Entr
     return found
 
 
+def settle_pooler(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Sets ``pooler`` from the weight files; the configuration does not say. Masked language models are saved without one."""
+    return config | {"pooler": any(name.startswith("pooler.") for name in entries)}, entries
+
+
 def settle_head(
     config: dict[str, Any], entries: dict[str, Entry], head_name: str, embedding_name: str
 ) -> tuple[dict[str, Any], dict[str, Entry]]:

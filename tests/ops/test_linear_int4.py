@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from integer_cases import BACKENDS, plain, quantised
+from integer_cases import BACKENDS, double, plain, quantised
 from opchecks import check_registered
 
 import pyfused
 from pyfused import dispatch
-from pyfused.testing import available, running
+from pyfused.testing import assert_close, available, running
 from pyfused.weight_format import INT4, dequantized
 
 
@@ -33,8 +33,8 @@ def test_launches_of_the_two_formats_are_not_mixed_up(device):
     int8, scale8 = quantised("int8", device, 12, 32)
     for _ in range(2):
         for k, weight, scale in ((64, int4, scale4), (32, int8, scale8)):
-            x = torch.randn(3, k, device=device)
-            torch.testing.assert_close(pyfused.linear(x, weight, scale=scale), plain(x, weight, scale))
+            given = torch.randn(3, k, device=device), weight, scale
+            assert_close(pyfused.linear(given[0], weight, scale=scale), plain(*given), plain(*double(*given)))
 
 
 @pytest.mark.parametrize("backend, full", [("reference", True), (BACKENDS["int4"][-1], False)])
