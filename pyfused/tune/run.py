@@ -171,11 +171,11 @@ def tune(
     about = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     lines = []
     for key, ways in sorted(measured.items()):
-        speed = {
+        middle = {
             way: {size: round(statistics.median(found), 3) for size, found in by_size.items()}
             for way, by_size in ways.items()
         }
-        lines.append({**dict(zip(names, key)), **about, "speed": speed})
+        lines.append({**dict(zip(names, key)), **about, "speed": middle})
     return {"kind": evidence.kind(), "lines": lines, "refused": [*refused]}
 
 
