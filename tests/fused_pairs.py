@@ -21,6 +21,7 @@ class Trio:
         self.truth = copy.deepcopy(self.plain).double()
         self.fused = copy.deepcopy(self.plain)
         self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
+        self.first = None  # the weights of the first draw
 
     @property
     def models(self):
@@ -93,9 +94,11 @@ class Trio:
         return first
 
     def _move_weights(self):
+        """Away from the first ones, not from the last: weights that wander grow, and one draw's errors would be all that counts."""
         with torch.no_grad():
-            for fused, plain, truth in zip(*(model.parameters() for model in self.models)):
-                fused.mul_(1 + 0.1 * torch.randn_like(fused))
+            self.first = self.first or [p.clone() for p in self.fused.parameters()]
+            for first, fused, plain, truth in zip(self.first, *(model.parameters() for model in self.models)):
+                fused.copy_(first * (1 + 0.1 * torch.randn_like(first)))
                 plain.copy_(fused)
                 truth.copy_(fused)
 

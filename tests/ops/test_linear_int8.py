@@ -38,8 +38,9 @@ def test_repeated_calls_have_launches(device):
 
 @pytest.fixture(params=[name for name in ("reference", "cpu", "triton") if name == "cpu" or name in BACKENDS["int8"]])
 def of_integers(request, monkeypatch):
-    """Every backend with its integer products, on any processor."""
+    """Every backend with its integer products, on any processor; "cpu" has torch's (test_dot_products.py has pyfused's own)."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(extensions, "dot_products", lambda: None)
     dispatch.forget()
     with dispatch.backend(request.param, strict=True):
         yield request.param
