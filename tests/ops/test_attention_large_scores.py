@@ -98,6 +98,18 @@ def test_scores_that_are_large_themselves(each_backend, dtype, device, sq, optio
     check(once)
 
 
+@pytest.mark.cpu_kernels
+def test_small_heads(each_backend, device):
+    """A score of few products is more exact than its row's rounded log-sum-exp, which all keys of the row share."""
+    options = {"is_causal": False, "scale": 6.0}  # scores of 17
+
+    def once():
+        inputs = {name: torch.randn(2, 4, 16, 8, device=device) for name in ("query", "key", "value")}
+        return found(lambda t: pyfused.attention(**t, **options), functools.partial(plain, options=options), inputs, False)
+
+    check(once)
+
+
 @pytest.mark.interpreted(packed=True)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "batch"])
 def test_a_table_of_large_numbers(each_backend, device, packed):

@@ -361,9 +361,9 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       const Lane *w = nullptr, *second = nullptr;  // of the tile's rows, which lie equally far apart
       for (int64_t q = 0; q < kWeightRows; ++q) {
         const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
-        float* own = widened + q * kWidened;
-        const Lane* at = row_of(j + r, c, depth, own);
-        if (!whole && (const void*)at != own) at = (const Lane*)std::memcpy(own, at, steps_of * sizeof(Lane));
+        float* to = widened + q * kWidened;
+        const Lane* at = row_of(j + r, c, depth, to);
+        if (!whole && (const void*)at != to) at = (const Lane*)std::memcpy(to, at, steps_of * sizeof(Lane));
         if (q < 2) (q ? second : w) = at;
       }
       const int64_t apart = (const char*)second - (const char*)w;
