@@ -94,7 +94,7 @@ class Trio:
         return first
 
     def _move_weights(self):
-        """Away from the first ones, not from the last: weights that wander grow, and one draw's errors would be all that counts."""
+        """Away from the first ones, not from the last: weights that wander grow, and one draw would decide alone."""
         with torch.no_grad():
             self.first = self.first or [p.clone() for p in self.fused.parameters()]
             for first, fused, plain, truth in zip(self.first, *(model.parameters() for model in self.models)):
