@@ -18,15 +18,23 @@ template <class T> using Hidden = typename HiddenType<T>::type;
 template <class T> struct GatedProduct {
   Product<T> gate, up;  // each one's `pre` is kept for the backward, or null; the activation is gate's
   Hidden<T>* hidden;
+  static constexpr int64_t kBlockM = Product<T>::kBlockM, kShareM = Product<T>::kShareM;
   float* scratch = nullptr;
 
   int64_t packed_size() const { return gate.packed_size(); }
   int64_t scratch_size() const { return gate.scratch_size() + second_size() + kWidth * kGemmBlock; }
   int64_t second_size() const { return gate.by_gemv() ? gate.m * kGemvBlock : kGemmBlock * gate.block_m(); }
+  int64_t row_count() const { return gate.m; }
   int64_t pack_items() const { return gate.pack_items(); }
   int64_t run_items() const { return gate.run_items(); }
   int64_t run_work() const { return 2 * gate.run_work(); }
-  void use(float* panels, float* own) { gate.packed = up.packed = panels, scratch = own; }
+  void use(float* panels, float* own) {
+    gate.packed = up.packed = panels, scratch = own;
+    if constexpr (std::is_same_v<Hidden<T>, T>) up.y = hidden;  // for up to fetch it
+  }
+  GatedProduct of_rows(int64_t i, int64_t count) const {
+    return {gate.of_rows(i, count), up.of_rows(i, count), hidden + i * gate.n};
+  }
 
   void pack(int64_t begin, int64_t end) const { gate.pack(begin, end); }
   void run(int share, int64_t begin, int64_t end) const {
@@ -48,8 +56,9 @@ template <class T> struct GatedProduct {
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float *other = own + second_size(), *widened = other + second_size();
     float *sums = widened + kWeightRows * gate.kWidened, *others = sums + kWidth * kGemmBlock;
-    for (int64_t i0 = 0; i0 < gate.m; i0 += kBlockM) {
-      const int64_t rows = gate.m - i0 < kBlockM ? gate.m - i0 : kBlockM, ld = gate.padded_m(rows);
+    const int64_t block = gate.block_m();
+    for (int64_t i0 = 0; i0 < gate.m; i0 += block) {
+      const int64_t rows = gate.m - i0 < block ? gate.m - i0 : block, ld = gate.padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
         gate.gemm_sums(i0, rows, j, count, own, ld, widened);

@@ -21,6 +21,7 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
   static constexpr int kStreams = 8;
   static constexpr int64_t kDepth = 32 * kStreams;  // most products summed in one chain: longer chains lose bits
 
+  ColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
   int64_t packed_size() const { return m * k; }
   int64_t scratch_size() const { return 2 * m * kChunk; }
   int64_t pack_items() const { return m; }
