@@ -1,5 +1,5 @@
-"""An activation between two layers that no operator joins, such as those with integer weights: torch's own takes up to ten times as
-long on a CPU. It is no operator: whoever watches, or wants a gradient, sees plain PyTorch."""
+"""An activation between two layers that no operator joins, such as those with integer weights: on a CPU torch's own takes up
+to ten times as long. It is no operator: whoever watches, or wants a gradient, sees plain PyTorch."""
 
 from __future__ import annotations
 
