@@ -17,8 +17,9 @@ template <class T> using Hidden = typename HiddenType<T>::type;
 // hidden = activation(x w_gate^T) * (x w_up^T): two products that share the packed x, with the interface of one.
 template <class T> struct GatedProduct {
   Product<T> gate, up;  // each one's `pre` is kept for the backward, or null; the activation is gate's
-  Hidden<T>* hidden;
+  Hidden<T>* hidden = nullptr;
   static constexpr int64_t kBlockM = Product<T>::kBlockM, kShareM = Product<T>::kShareM;
+  static constexpr bool kOfElements = Product<T>::kOfElements;
   float* scratch = nullptr;
 
   int64_t packed_size() const { return gate.packed_size(); }
@@ -30,11 +31,13 @@ template <class T> struct GatedProduct {
   int64_t run_work() const { return 2 * gate.run_work(); }
   void use(float* panels, float* own) {
     gate.packed = up.packed = panels, scratch = own;
-    if constexpr (std::is_same_v<Hidden<T>, T>) up.y = hidden;  // for up to fetch it
+    if constexpr (std::is_same_v<Hidden<T>, T>) up.y = hidden;  // so that it is fetched
   }
   GatedProduct of_rows(int64_t i, int64_t count) const {
-    return {gate.of_rows(i, count), up.of_rows(i, count), hidden + i * gate.n};
+    return {gate.of_rows(i, count), up.of_rows(i, count), hidden ? hidden + i * gate.n : nullptr};
   }
+  bool keeps() const { return gate.pre; }
+  void give(Hidden<T>* to) { hidden = to; }
 
   void pack(int64_t begin, int64_t end) const { gate.pack(begin, end); }
   void run(int share, int64_t begin, int64_t end) const {
@@ -70,6 +73,20 @@ template <class T> struct GatedProduct {
             finish(i0 + i + q, j, count, sums + q * kGemmBlock, others + q * kGemmBlock);
         }
       }
+    }
+  }
+
+  // As Product's.
+  void run_into(float* panels) const {
+    float *own = scratch, *other = own + second_size(), *widened = other + second_size();
+    const int64_t ld = gate.padded_m(gate.m);
+    for (int64_t j = 0; j < gate.n; j += kGemmBlock) {
+      const int64_t count = gate.n - j < kGemmBlock ? gate.n - j : kGemmBlock;
+      gate.gemm_sums(0, gate.m, j, count, own, ld, widened);
+      up.gemm_sums(0, gate.m, j, count, other, ld, widened);
+      PYFUSED_BY_ACTIVATION(gate.activation, gate.into_panels(panels, j, count, [&](int64_t r, int64_t i) {
+        return A::value(load(own + r * ld + i)) * load(other + r * ld + i);
+      });)
     }
   }
 

@@ -38,12 +38,12 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATIONS[activation].code
     kernels = dot.chosen(dot.of_floats(rows, w_in, w_out)) or cpu()
     code, kernel = DTYPE_CODES[dtype], kernels.ffn_forward
-    new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
+    new_y = maker((*outer, m), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
-        y, inner, pre = new_y(), new_inner(), new_pre() if save else None
-        kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
+        y, pre = new_y(), new_pre() if save else None
+        kernel(x, w_in, b_in, w_out, b_out, residual, pre, y, *numbers, code)
         return y, pre
 
     return launch

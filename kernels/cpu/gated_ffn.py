@@ -38,16 +38,16 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
         return None
     (rows, n, _), (f, _, _), _, (m, _, _), _ = layouts
     strides = (layout[2] for layout in layouts)
-    outer, dtype, hidden_dtype = x.shape[:-1], x.dtype, _hidden_dtype(x)
+    outer, dtype = x.shape[:-1], x.dtype
     numbers = rows, n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
     kernels = dot.chosen(dot.of_floats(rows, w_gate, w_up, w_out)) or cpu()
-    kernel, new_y, new_hidden = kernels.gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype)
+    kernel, new_y = kernels.gated_ffn_forward, maker((*outer, m), dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
-        y, hidden = new_y(), new_hidden()
+        y = new_y()
         gate, up = (new_inner(), new_inner()) if save else (None, None)
-        kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
+        kernel(x, w_gate, w_up, w_out, residual, gate, up, y, *numbers)
         return y, gate, up
 
     return launch

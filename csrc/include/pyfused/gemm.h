@@ -53,7 +53,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   float* scratch = nullptr;  // scratch_size() floats for each share
 
   static constexpr bool kGrouped = std::is_same_v<W, int4x2>, kScaled = sizeof(W) == 1 && !kGrouped;
-  static constexpr bool kOfIntegers = M::kGroup == 4;
+  static constexpr bool kOfIntegers = M::kGroup == 4, kOfElements = M::kGroup == 1;
+  using Input = X;
   using Lane = typename M::Lane;
   static constexpr int64_t kWidened = M::kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
 
@@ -94,6 +95,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   }
 
   int64_t row_count() const { return m; }
+  bool keeps() const { return pre; }
+  void give(T* to) { y = to; }
   int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
   int64_t run_unit() const { return by_gemv() ? kGemvUnit : kGemmBlock; }
   int64_t run_items() const { return (n + run_unit() - 1) / run_unit(); }
@@ -103,7 +106,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   // The product of rows [i, i + count) alone.
   Product of_rows(int64_t i, int64_t count) const {
     Product part = *this;
-    part.m = count, part.x += i * x_stride;
+    part.m = count;
+    if (x) part.x += i * x_stride;
     if (residual) part.residual += i * residual_stride;
     if (y) part.y += i * n;
     if (pre) part.pre += i * n;
@@ -355,6 +359,29 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
           for (int64_t q = 0; q < kWidth && i + q < rows; ++q) finish(i0 + i + q, j, count, sums + q * kGemmBlock);
         }
       }
+    }
+  }
+
+  // Instead of run(): activation(x weight^T + bias) goes into the panels of a product that multiplies it. What a gemm sums lies in
+  // the order of a panel, so nothing is transposed, rounded to T or moved through memory. Of one block of rows.
+  void run_into(float* panels) const {
+    const int64_t ld = padded_m(m);
+    for (int64_t j = 0; j < n; j += kGemmBlock) {
+      const int64_t count = n - j < kGemmBlock ? n - j : kGemmBlock;
+      gemm_sums(0, m, j, count, scratch, ld, scratch + kGemmBlock * block_m());
+      PYFUSED_BY_ACTIVATION(activation, into_panels(panels, j, count, [&](int64_t r, int64_t i) __attribute__((always_inline)) {
+        return A::value(load(scratch + r * ld + i) + splat(bias ? load_one(bias + j + r) : 0.0f));
+      });)
+    }
+  }
+
+  // panels get value(output, row of x) for outputs [j, j + count), kWidth rows at a time; n outputs are the next product's k.
+  template <class Value> PYFUSED_INLINE void into_panels(float* panels, int64_t j, int64_t count, const Value& value) const {
+    for (int64_t i = 0; i < m; i += kPanel) {
+      const int width = width_of(m - i);
+      float* to = panels + i * n + j * width;
+      for (int64_t r = 0; r < count; ++r)
+        for (int half = 0; half < width; half += kWidth) store(to + r * width + half, value(r, i + half));
     }
   }
 
