@@ -1,4 +1,5 @@
-"""GPT-2 124M with random weights beside transformers: a prompt of 128, one generated token with 160 cached, a training step.
+"""GPT-2 124M with random weights beside transformers: a prompt of 128, a generated token of one text or eight with 160 cached, a
+training step.
 
 For the prompt both compute only the last position's logits, as in generation. Lower bound of a token: reading 124M weights
 once: 498 MB in float32, 124 in int8, 86 in int4, whose head is int8. On a GPU a token is one CUDA graph, which
@@ -6,6 +7,7 @@ benchmarks/gpu.py measures.
 """
 
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -30,18 +32,19 @@ def cases(setup):
             name = f"int8 dynamic prompt of {prompt}"
             yield Case(name, dtype, partial(first, setup, prompt, dtype, weights="int8", dynamic=True))
         if setup.device == "cpu":
-            yield Case(f"token, {cached} cached", dtype, partial(token, setup, cached, dtype))
-            for weights in FORMATS if dtype == torch.float32 else ():
-                name = f"{weights} token, {cached} cached"
-                yield Case(name, dtype, partial(token, setup, cached, dtype, weights=weights))
+            for texts, weights in product((1, 8), (None, *FORMATS)):
+                if weights is None or dtype == torch.float32:
+                    what = "token" if texts == 1 else f"{texts} texts, a token each"
+                    name = f"{weights} {what}" if weights else what
+                    yield Case(f"{name}, {cached} cached", dtype, partial(token, setup, cached, dtype, weights, texts))
         yield Case(f"train 1x{prompt}", dtype, partial(train, setup, prompt, dtype))
 
 
-def models(setup, dtype, length, *quantized):
+def models(setup, dtype, length, *quantized, texts=1):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(**NO_DROPOUT, **(SMALL if setup.small else {}))
-    ids = torch.randint(config.vocab_size, (1, length), device=setup.device)
+    ids = torch.randint(config.vocab_size, (texts, length), device=setup.device)
     return *pair(GPT2LMHeadModel, config, pyfused.GPT2Backbone, setup, dtype, *quantized), ids
 
 
@@ -67,24 +70,24 @@ def first(setup, length, dtype, weights=None, dynamic=False):
     return model_calls(mine, theirs, partial(last_logits, ids), their_prompt, run=fill, peers=peers, loose=(INT8,))
 
 
-def token(setup, cached, dtype, weights=None):
+def token(setup, cached, dtype, weights=None, texts=1):
     """weights: "int8" or "int4", beside the peers with int8 weights. All have the rounded weights."""
-    mine, theirs, ids = models(setup, dtype, cached + 1, weights)
-    decoding, last = GPT2Decoding(mine, (1, cached + 64)), ids[:, cached:]
-    decoding.start([ids[0, :cached].cpu().numpy()])
+    mine, theirs, ids = models(setup, dtype, cached + 1, weights, texts=texts)
+    decoding, last = GPT2Decoding(mine, (texts, cached + 64)), ids[:, cached:]
+    decoding.start([text[:cached].cpu().numpy() for text in ids])
     past = theirs(ids[:, :cached], use_cache=True).past_key_values
 
     def step():
-        decoding._cache.length, decoding._lengths = cached, [cached]
-        return decoding.step(last[0])
+        decoding._cache.length, decoding._lengths = cached, [cached] * texts
+        return decoding.step(last[:, 0])
 
     def their_token(model):
         logits = model(last, past_key_values=past, use_cache=True).logits[:, -1]
         past.crop(-1)
         return logits
 
-    peers = gpt2_token(theirs, ids)
-    peers = {INT8: peers[INT8]} if weights else peers
+    peers = gpt2_token(theirs, ids) if texts == 1 else {}  # CTranslate2 hands out the tokens of one text alone
+    peers = {INT8: peers[INT8]} if weights and peers else peers
     return model_calls(mine, theirs, partial(last_logits, ids), their_token, run=step, peers=peers, loose=(INT8,))
 
 

@@ -11,6 +11,7 @@ import pyfused
 from pyfused import Generator
 from pyfused.bench.beside_transformers import same
 from pyfused.generation import plan_of
+from pyfused.generation.gpt2 import GPT2Decoding
 from pyfused.generation.sampling import Sampler, uniforms
 from pyfused.generation.steps import GraphSteps
 from pyfused.testing import running
@@ -376,3 +377,14 @@ def test_a_captured_graph_gives_the_same_tokens(model, prompts, expected):
     for rows in range(1, 7):
         assert generator.generate(prompts[:rows], NEW) == expected[:rows]
     assert len(generator._graphs) == 4
+
+
+def test_tokens_out_of_a_column():
+    """A step takes tokens that lie apart, as a column of a table does."""
+    model = pyfused.GPT2Backbone(vocabulary_size=61, num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=24).eval()
+    ids = torch.randint(61, (3, 6))
+    with torch.inference_mode():
+        decoding = GPT2Decoding(model, (3, 8))
+        decoding.start([text[:5].numpy() for text in ids])
+        expected = model.logits(model(token_ids=ids, padding_mask=None)[:, -1])
+        torch.testing.assert_close(decoding.step(ids[:, 5]), expected)

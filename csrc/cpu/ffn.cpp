@@ -1,8 +1,8 @@
 // ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h in one region.
 //
 // For a few rows it moves the weights once, N F + F M elements, and nothing else of that size. The activation, the
-// biases and the residual are applied while the sums are in L1. `inner` (rows, F) is stored in x's dtype, as in plain
-// PyTorch.
+// biases and the residual are applied while the sums are in L1. What lies between the products, (rows, F), is stored in x's
+// dtype, as in plain PyTorch; of many rows only a block's exists at a time, in float32 (run_in_order.h).
 #include "kernels.h"
 
 #include "pyfused/gemv_columns.h"

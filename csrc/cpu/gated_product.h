@@ -1,8 +1,8 @@
 // How is activation(x w_gate^T) * (x w_up^T) computed on the CPU? As two products of gemm.h in one.
 //
 // x is packed once. A block of gate and the same block of up are summed one after the other, so the activation and the
-// product find both in L1. Only `hidden` (rows, F) is stored. It has x's dtype, but float32 for float16, where the
-// product does not fit. For a few rows the weights are moved once, 2 N F + F M elements, and nothing else of that size.
+// product find both in L1. Only `hidden` (rows, F) is stored, of many rows a block's. It has x's dtype, but float32 for
+// float16, where the product does not fit. For a few rows the weights are moved once, 2 N F + F M elements, and nothing else of that size.
 #pragma once
 
 #include "pyfused/gemm.h"

@@ -57,11 +57,10 @@ void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s
                          int64_t s, int64_t n, int64_t batch_stride, int64_t row_stride, int dtype);
 
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
-// hidden is float32 if dtype is float16, which cannot hold activation(gate) * up. keep_gate and keep_up may be 0.
-void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr keep_gate,
-                       addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
-                       int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
-                       int activation, int dtype);
+// keep_gate and keep_up may be 0. hidden and grad_hidden are float32 if dtype is float16, which cannot hold activation(gate) * up.
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr keep_gate, addr keep_up, addr y, int64_t rows,
+                       int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_gate_stride, int64_t w_up_stride,
+                       int64_t w_out_stride, int64_t residual_stride, int activation, int dtype);
 void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up,
                           int64_t count, int activation, int dtype);
 

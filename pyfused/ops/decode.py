@@ -97,7 +97,7 @@ def step_of(
         places = places.contiguous()
     if cross_mask is not None and (cross_mask.dtype != torch.bool or not cross_mask.is_contiguous()):
         cross_mask = (cross_mask != 0).contiguous()
-    return DecodeStep(tokens, places, position_ids, mask, place, most, cache.tensors, cross, cross_mask, choose)
+    return DecodeStep(tokens.contiguous(), places, position_ids, mask, place, most, cache.tensors, cross, cross_mask, choose)
 
 
 def bind(
@@ -141,7 +141,7 @@ def bind(
         raise ValueError("choose is True; a plan without a head gives hidden states and takes False")
     if position_ids is not None:
         position_ids = position_ids.contiguous()
-    step = step_of(tokens.contiguous(), cache, padding_mask, position_ids, choose)
+    step = step_of(tokens, cache, padding_mask, position_ids, choose)
     if uniform is not None or (temperature, top_k, top_p) != (1.0, None, None):
         _check_draw(choose, uniform, temperature, top_k, top_p, b, like)
         cut = 1.0 if top_p is None else float(top_p)
