@@ -1,5 +1,5 @@
-"""GPT-2 124M with random weights beside transformers: a prompt of 128, a generated token of one text or eight with 160 cached, a
-training step.
+"""GPT-2 124M with random weights beside transformers: a prompt of 128, a generated token of one text or eight with 160 cached,
+a training step.
 
 For the prompt both compute only the last position's logits, as in generation. Lower bound of a token: reading 124M weights
 once: 498 MB in float32, 124 in int8, 86 in int4, whose head is int8. On a GPU a token is one CUDA graph, which
