@@ -16,7 +16,19 @@ from types import ModuleType
 
 from torch import nn
 
-from .own_forward import Adapter, Entry, Forward, check_module, give, has_another_forward, is_fused, summary, take_back
+from .own_forward import (
+    Adapter,
+    Entry,
+    Forward,
+    check_module,
+    checked_filter,
+    give,
+    has_another_forward,
+    is_fused,
+    summary,
+    take_back,
+)
+from .rules import FLAG, check
 
 # From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
 # table by the full name of a class. It may have adapter_for(module), for classes that the table lacks; LINEAR and ENCODERS,
@@ -70,12 +82,8 @@ def fuse_(
         ValueError: skip_padding is True, and the model has no encoder that can leave padding out. Nothing was changed then.
     """
     check_module(model)
-    for name, value in (("skip_padding", skip_padding), ("linear", linear)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; it takes True or False")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
-    wanted = filter_fn or (lambda name, module: True)
+    check(FLAG, skip_padding=skip_padding, linear=linear)
+    wanted = checked_filter(filter_fn)
     adapters = _adapters(model, skip_padding, linear)
     replaced: dict[str, Entry] = {}  # by name: an adapter's note replaces enter's, and says more
     left: list[Entry] = []

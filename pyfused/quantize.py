@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, ReversibleEmbedding
 from .nn.quantized import Scheme
-from .own_forward import Entry, check_module, has_another_forward, summary
+from .own_forward import Entry, check_module, checked_filter, has_another_forward, summary
 from .spread import has_spread_weights
 from .weight_format import FORMATS, INT8, WeightFormat
 
@@ -93,14 +93,13 @@ def quantize_(
     check_module(model)
     wanted = Scheme(scheme, dynamic)
     wanted.check()
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    chosen = checked_filter(filter_fn)
     if has_spread_weights(model):
         raise ValueError(f"model: its weights are spread over a mesh; {scheme} takes a model on one device")
     before = _bytes(model)
     heads = _heads(model)
     replaced, left = [], []
-    for group in _groups(model, filter_fn or (lambda name, module: True)):
+    for group in _groups(model, chosen):
         reason = _together(group)
         notes = [found.reason or reason for found in group]
         kinds = [type(found.module).__name__ for found in group]

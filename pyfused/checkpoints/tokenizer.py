@@ -21,6 +21,7 @@ from pyfused.checkpoints.tokenizer_bytes import BYTE_OF_CHARACTER, token_bytes
 from pyfused.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
 from pyfused.checkpoints.tokenizer_options import NAMES
 from pyfused.checkpoints.tokenizer_stream import StreamDecoder
+from pyfused.rules import SIZE, check
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
 
@@ -278,10 +279,7 @@ class Tokenizer:
                     "max_length is None, and the tokeniser's files name no model_max_length; it takes an int"
                 )
             return self.model_max_length if used else None
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise TypeError(f"max_length is {max_length!r}; it takes an int")
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}; it takes at least 1")
+        check(SIZE, max_length=max_length)
         if not used:
             raise ValueError(f"max_length is {max_length}, but neither truncation nor padding='max_length' uses it")
         return max_length

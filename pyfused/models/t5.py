@@ -25,12 +25,13 @@ from ..families import FAMILIES
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..nn.layers import dropped
 from ..nn.wide import widened
+from ..rules import SIZE, check
 from . import inputs as model_inputs
 from .backbone import Backbone
 from .call import FLAGS, Call, Reader, cache_of
 from .dtypes import resolve_dtype
 from .evaluation import skips_padding
-from .options import SIZE, check, configuration, head_size
+from .options import configuration, head_size
 from .pre_norm import RelativeLayer, through
 
 ENCODER_INPUTS = ("encoder_token_ids", "encoder_padding_mask", "encoder_inputs_embeds")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from ...nn.attention import additive
 from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
+from ...setting import set_to
 from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
 from .releases import output_capturing
 
@@ -281,14 +281,9 @@ def _read_packing(kwargs, query, key):
 _asked: ContextVar[bool] = ContextVar("whether a layer's caller wants attention weights", default=False)
 
 
-@contextmanager
 def weights_wanted():
     """For one call of a layer that does not tell its attention function that the weights are wanted."""
-    token = _asked.set(True)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+    return set_to(_asked, True)
 
 
 def attentions_wanted(module, kwargs):
