@@ -16,6 +16,7 @@ from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, o
 from ..torch_nn import takes
 from .activations import activation_reason, kernel_activation
 from .plain_modules import drops, is_fused_norm, is_plain_linear, overridden
+from .releases import full_name
 
 _OTHER_TRANSFORM = "FNet's transform is another than torch.fft.fftn (use_tpu_fourier_optimizations): it stays as it is"
 
@@ -97,10 +98,9 @@ def _layer(module: Any) -> Forward | str:
     return changed or activation_reason(module.intermediate.intermediate_act_fn) or layer
 
 
-_PREFIX = "transformers.models.fnet.modeling_fnet"
 ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.FNetBasicFourierTransform": _mixing,
-    f"{_PREFIX}.FNetBasicOutput": lambda module: basic_output,
-    f"{_PREFIX}.FNetOutput": lambda module: output,
-    f"{_PREFIX}.FNetLayer": _layer,
+    full_name("fnet.FNetBasicFourierTransform"): _mixing,
+    full_name("fnet.FNetBasicOutput"): lambda module: basic_output,
+    full_name("fnet.FNetOutput"): lambda module: output,
+    full_name("fnet.FNetLayer"): _layer,
 }

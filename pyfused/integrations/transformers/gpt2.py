@@ -22,7 +22,7 @@ from .activations import activation_reason, kernel_activation
 from .attention import reason_to_scale
 from .decode import Ready, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
-from .releases import named, parameters
+from .releases import full_name, named, parameters
 from .unchanged import Kind, Watch, known
 
 
@@ -199,7 +199,7 @@ def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
 
 _block_forward = block_of_tuples_forward if "output_attentions" in parameters(GPT2Block) else block_forward
 ADAPTERS: dict[str, Adapter] = {
-    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _adapter(GPT2MLP, mlp_forward),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _adapter(GPT2Block, _block_forward),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Model": _adapter(GPT2Model, model_forward),
+    full_name("gpt2.GPT2MLP"): _adapter(GPT2MLP, mlp_forward),
+    full_name("gpt2.GPT2Block"): _adapter(GPT2Block, _block_forward),
+    full_name("gpt2.GPT2Model"): _adapter(GPT2Model, model_forward),
 }
