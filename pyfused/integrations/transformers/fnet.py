@@ -1,5 +1,7 @@
-"""What does fuse_ replace in transformers' FNet? The Fourier mixing, and the residual before the norm behind it. Its feed-forward
-has a usual shape: shaped.py."""
+"""What does fuse_ replace in transformers' FNet? The Fourier mixing, and the residual before the norm behind it.
+
+The feed-forward has a usual shape, so shaped.py replaces it.
+"""
 
 from __future__ import annotations
 
