@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..kernels.reference import relative_bias as reference
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]
 Call = Callable[[Tensors], Any]
 
 
@@ -78,7 +78,8 @@ def _added(y: torch.Tensor, t: Tensors) -> torch.Tensor:
 
 def linear(rows: int, n: int, m: int, residual: bool = True) -> Problem:
     """A linear layer with bias, (rows, n) to (rows, m)."""
-    shapes = {"x": (rows, n), "weight": (m, n), "bias": (m,), **({"residual": (rows, m)} if residual else {})}
+    shapes = {"x": (rows, n), "weight": (m, n), "bias": (m,)}
+    shapes |= {"residual": (rows, m)} if residual else {}
 
     def plain(t: Tensors) -> Any:
         return _added(F.linear(t["x"], t["weight"], t["bias"]), t)
@@ -101,7 +102,7 @@ def ffn(rows: int, n: int, f: int, activation: str = "gelu", residual: bool = Tr
 
 def gated_ffn(rows: int, n: int, f: int, residual: bool = True) -> Problem:
     """T5 1.1's gated feed-forward network of (rows, n): inner width f, tanh GELU on the gate, no biases."""
-    shapes = {"x": (rows, n), "w_gate": (f, n), "w_up": (f, n), "w_out": (n, f)}
+    shapes: dict[str, tuple[int, ...]] = {"x": (rows, n), "w_gate": (f, n), "w_up": (f, n), "w_out": (n, f)}
     shapes |= {"residual": (rows, n)} if residual else {}
 
     def plain(t: Tensors) -> Any:
