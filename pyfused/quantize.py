@@ -6,7 +6,8 @@ holds the quantised one. unquantize_ gives the class back. Modules that shared o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,28 +212,24 @@ def _kind(module: nn.Module) -> str:
 def _token_tables(model: nn.Module) -> set[int]:
     """The ids of the parameters that embed tokens: the models' own input embeddings, and weights that a linear layer shares.
     Tables of positions or of a relative bias are small, and some are read directly."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, ReversibleEmbedding) or _kind(module) in _LINEARS:
-            found.append(module)
-        elif callable(getter := getattr(module, "get_input_embeddings", None)):
-            try:
-                found.append(getter())
-            except (NotImplementedError, AttributeError):
-                continue
-    return {id(module._parameters.get("weight")) for module in found if isinstance(module, nn.Module)}
+    shared = [m for m in model.modules() if isinstance(m, ReversibleEmbedding) or _kind(m) in _LINEARS]
+    return {id(module._parameters.get("weight")) for module in (*shared, *_told_by(model, "get_input_embeddings"))}
 
 
 def _heads(model: nn.Module) -> set[int]:
     """The ids of the models' output embeddings, as transformers' models name them."""
-    found = []
+    return {id(module) for module in _told_by(model, "get_output_embeddings")}
+
+
+def _told_by(model: nn.Module, getter: str) -> Iterator[nn.Module]:
+    """The modules that this method of the model's modules returns."""
     for module in model.modules():
-        if callable(getter := getattr(module, "get_output_embeddings", None)):
-            try:
-                found.append(getter())
-            except (NotImplementedError, AttributeError):
-                continue
-    return {id(module) for module in found if isinstance(module, nn.Module)}
+        found = None
+        if callable(method := getattr(module, getter, None)):
+            with suppress(NotImplementedError, AttributeError):
+                found = method()
+        if isinstance(found, nn.Module):
+            yield found
 
 
 def _why_int8(modules: list[Any], scheme: str, heads: set[int]) -> str:

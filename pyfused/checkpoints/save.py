@@ -7,7 +7,6 @@ is refused by name before anything is written.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from torch import nn
 
 from pyfused.checkpoints import hf_write, keras_write
 from pyfused.checkpoints.checkpoint import open_checkpoint
-from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.files import json_bytes, read_json
 from pyfused.checkpoints.integers import Modules, block, integer_plan, modules_of, variant
 from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.presets import resolve_preset
@@ -170,7 +169,7 @@ def _hf_files(content: _Content) -> dict[str, bytes]:
     path = content.directory / "config.json" if content.directory is not None else None
     if path is not None and path.is_file() and "model_type" in (raw := read_json(path)):
         described |= {name: raw[name] for name in _SPECIAL if name in raw}  # the tokeniser's, no part of a backbone
-    return {"config.json": _json(described, sort_keys=True)}
+    return {"config.json": json_bytes(described, sort_keys=True)}
 
 
 def _keras_files(content: _Content) -> dict[str, bytes]:
@@ -201,7 +200,7 @@ def _keras_files(content: _Content) -> dict[str, bytes]:
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
         "tasks": list(maps.KERAS_TASKS),
     }
-    return {"config.json": _json(described), "metadata.json": _json(metadata)}
+    return {"config.json": json_bytes(described), "metadata.json": json_bytes(metadata)}
 
 
 def _tokenizer_files(content: _Content, format: Format, tokenizer: TokenizerSource) -> dict[str, bytes]:
@@ -263,7 +262,3 @@ def _import_h5py() -> None:
         import h5py  # noqa: F401
     except ImportError as error:
         raise ImportError("format='keras' needs h5py: pip install 'pyfused[keras]'") from error
-
-
-def _json(content: Mapping[str, Any], sort_keys: bool = False) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode("utf-8")
