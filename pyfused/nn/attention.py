@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ CAUSAL = Visibility(is_causal=True)
 class _Attention(nn.Module):
     """Self- and cross-attention share the sizes, the operator call, and the output projection (D, H * d)."""
 
-    projects: ClassVar[dict[str, int]]  # the projections' names, and how many parts of (H * d, D) each has
+    projects: tuple[tuple[str, int], ...]  # the projections' names, and how many parts of (H * d, D) each has
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Attention(nn.Module):
         self.scale = 1.0 / math.sqrt(head_size) if scale is None else scale
         self.dropout = dropout
         self.output = Linear(inner, hidden_dim, bias, device=device, dtype=dtype)
-        for name, parts in self.projects.items():
+        for name, parts in self.projects:
             self.add_module(name, Linear(hidden_dim, parts * inner, bias, device=device, dtype=dtype))
 
     def _parts(self, projected: Tensor, count: int) -> Tensor:
@@ -154,7 +154,7 @@ class SelfAttention(_Attention):
         dropout: of the probabilities, in training.
     """
 
-    projects: ClassVar = {"query_key_value": 3}
+    projects = (("query_key_value", 3),)
     query_key_value: nn.Module
 
     def forward(
@@ -240,7 +240,7 @@ class CrossAttention(_Attention):
     (2 * H * d, D), bias} and output.{weight (D, H * d), bias}.
     """
 
-    projects: ClassVar = {"query": 1, "key_value": 2}
+    projects = (("query", 1), ("key_value", 2))
     query: nn.Module
     key_value: nn.Module
 
