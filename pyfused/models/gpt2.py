@@ -110,7 +110,7 @@ class GPT2Backbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(GPT2Backbone, named, OPTIONS, kwargs)
         check(ACTIVATION_NAME, activation=config["activation"])
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name, self.embedding_dropout = config["name"], rate(config, "embedding")
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=config["tie_embedding_weights"], **factory

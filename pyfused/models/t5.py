@@ -148,7 +148,7 @@ class T5Backbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(T5Backbone, named, OPTIONS, kwargs)
         config["activation"] = check_activation(config)
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=tie_embedding_weights, **factory
