@@ -66,12 +66,12 @@ def fuse_(
         model: any module. Modules that are already fused stay fused.
         filter_fn: takes (name in the model, module) and returns whether to fuse it. It is called for every module that could be
             fused.
-        skip_padding: encoders of transformers' models compute the real tokens of a padded batch alone, packed one after the
-            other, so that a batch which is half padding costs half. Real tokens get the same states; padding gets zeros. A
-            call that asks for hidden states or attentions, a trace of torch.compile, modules with hooks or of the user's own
-            classes inside the encoder, and a chunk_size_feed_forward compute the padding as ever. On a GPU a call waits for
+        skip_padding: encoders of transformers' models compute only the real tokens of a padded batch, packed one after the
+            other. A batch that is half padding costs half. Real tokens get the same states; padding gets zeros. Padding is
+            still computed in traces of torch.compile, with a chunk_size_feed_forward, where a call asks for hidden states or
+            attentions, and where the encoder holds modules with hooks or of your own classes. On a GPU each call waits for
             the device once.
-        linear: every other nn.Linear runs on pyfused.linear too. It is for weights in half precision on a CPU without
+        linear: every other nn.Linear runs on pyfused.linear too. Use it for weights in half precision on a CPU without
             instructions for them, where torch's product is slow.
 
     Returns:

@@ -34,11 +34,11 @@ class Tokenizer:
 
     directory: the folder that it was read from.
     backend: the `tokenizers.Tokenizer` that does the work.
-    family: the name of the model that `__call__` makes inputs for: "gpt2", "albert", "t5" or "fnet"; None if no file tells.
+    family: the name of the model that `__call__` makes inputs for: "gpt2", "albert", "t5" or "fnet"; None if no file says.
     model_max_length: the longest text in tokens by the files; None if they name none. Truncation's default.
     padding_side, truncation_side: "right", or what the files say.
-    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the tokens with a part to play, as text; None
-        where the vocabulary has none for it. Each has its id beside it: bos_token_id and so on. As in KerasHub, GPT-2 has no
+    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the special tokens, as text; None
+        where the vocabulary has none. Each has an id: bos_token_id and so on. As in KerasHub, GPT-2 has no
         token for padding but pads with its end token.
     sentinel_ids: the ids of T5's <extra_id_0>, <extra_id_1> and so on, in this order. Empty for other vocabularies.
     end_token_id: the token that ends a text and at which generation stops: eos_token_id.
