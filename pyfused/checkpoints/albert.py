@@ -23,7 +23,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan
 
 HF_SAVED_PREFIX = ""
 
@@ -136,17 +135,8 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (*_KERAS_SIZES, *_SIZED, "dropout")}
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's, without the ``albert.`` prefix of models with a head."""
-    return _planned(Tensors(is_keras=False), config)
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras numbers the layers through all groups."""
-    return _planned(Tensors(is_keras=True), config)
-
-
-def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras numbers the layers through all groups."""
     width, inner, narrow = config["hidden_dim"], config["intermediate_dim"], config["embedding_dim"]
     tensors.embeddings(config)
     tensors.norm("embedding_norm", "embeddings.LayerNorm", "layers/layer_normalization", narrow)
@@ -166,4 +156,3 @@ def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
         layer.norm("feed_forward_norm", "full_layer_layer_norm", "_feedforward_layer_norm", width)
     if config["pooler"]:
         tensors.linear("pooler", "pooler", "layers/dense_1", width, width)
-    return tensors.plan

@@ -17,7 +17,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan
 
 HF_SAVED_PREFIX = ""
 
@@ -95,17 +94,8 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (*_KERAS_SIZES, *_SIZED, "dropout")}
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's."""
-    return _planned(Tensors(is_keras=False), config)
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths."""
-    return _planned(Tensors(is_keras=True), config)
-
-
-def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats."""
     width, inner = config["hidden_dim"], config["intermediate_dim"]
     tensors.embeddings(config)
     tensors.norm("embedding_norm", "embeddings.LayerNorm", "layers/layer_normalization", width)
@@ -118,4 +108,3 @@ def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
         layer.norm("feed_forward_norm", "output.LayerNorm", "_output_layer_norm", width)
     if config["pooler"]:
         tensors.linear("pooler", "pooler.dense", "layers/dense_1", width, width)
-    return tensors.plan

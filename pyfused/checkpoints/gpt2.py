@@ -22,7 +22,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = "transformer."  # in front of the names that pyfused saves, as in models with a head
@@ -129,17 +128,9 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's, without the ``transformer.`` prefix of models with a head."""
-    return _planned(Tensors(is_keras=False, by_inputs=True), config)
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras stores query, key and value as three datasets."""
-    return _planned(Tensors(is_keras=True), config)
-
-
-def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras stores query, key and value as three datasets."""
+    tensors.hf_by_inputs = True
     vocabulary, width, inner = config["vocabulary_size"], config["hidden_dim"], config["intermediate_dim"]
     heads = width // config["num_heads"] * config["num_heads"]  # their width
     tensors.whole("token_embedding.weight", "wte.weight", "layers/reversible_embedding/vars/0", vocabulary, width)
@@ -160,4 +151,3 @@ def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
         layer.linear("feed_forward.inner", "mlp.c_fc", "_feedforward_intermediate_dense", inner, width)
         layer.linear("feed_forward.outer", "mlp.c_proj", "_feedforward_output_dense", width, inner)
     tensors.norm("final_norm", "ln_f", "layers/layer_normalization", width)
-    return tensors.plan

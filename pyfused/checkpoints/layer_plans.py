@@ -18,13 +18,13 @@ ONLY_HF = ""  # Keras's name of a layer that its model does not have
 class Tensors:
     """A plan in the making. The methods add a layer: its name in pyfused, in Hugging Face's and in Keras's format, its sizes.
 
-    is_keras: the format. by_inputs: whether Hugging Face stores linear maps as (in, out).
+    is_keras: the format. hf_by_inputs: whether Hugging Face stores linear maps as (in, out).
     """
 
-    def __init__(self, is_keras: bool, *, by_inputs: bool = False):
+    def __init__(self, is_keras: bool):
         self.plan: Plan = {}
         self.is_keras = is_keras
-        self._transposed = is_keras or by_inputs
+        self.hf_by_inputs = False
         self._ours = self._theirs = ""
 
     def inside(self, ours: str, hf: str, keras: str) -> Tensors:
@@ -55,9 +55,10 @@ class Tensors:
         """Several linear maps of the same features, which are one in pyfused: the rows of the first, then of the next."""
         names = [self._name(*pair) for pair in zip(hf, keras)]
         weight, of_bias = ("/vars/0", "/vars/1") if self.is_keras else (".weight", ".bias")
-        shape = (into, out) if self._transposed else (out, into)
+        transposed = self.is_keras or self.hf_by_inputs
+        shape = (into, out) if transposed else (out, into)
         rows, place = len(names) * out, self._ours + ours
-        pieces = tuple(Piece(name + weight, shape, self._transposed) for name in names)
+        pieces = tuple(Piece(name + weight, shape, transposed) for name in names)
         self.plan[f"{place}.weight"] = Target((rows, into), pieces)
         if bias:
             self.plan[f"{place}.bias"] = Target((rows,), tuple(Piece(name + of_bias, (out,)) for name in names))
@@ -90,6 +91,22 @@ class Tensors:
         ):
             theirs = f"embeddings.{hf}_embeddings.weight"
             self.whole(f"{ours}_embedding.weight", theirs, f"layers/{keras}/vars/0", config[rows], width)
+
+
+def hf_plan(family: Any, config: dict[str, Any]) -> Plan:
+    """pyfused's names from Hugging Face's, without the prefix of models with a head. family: its module, such as `gpt2`."""
+    return _plan(family, config, is_keras=False)
+
+
+def keras_plan(family: Any, config: dict[str, Any]) -> Plan:
+    """pyfused's names from h5 paths."""
+    return _plan(family, config, is_keras=True)
+
+
+def _plan(family: Any, config: dict[str, Any], is_keras: bool) -> Plan:
+    tensors = Tensors(is_keras)
+    family.name_tensors(tensors, config)
+    return tensors.plan
 
 
 def numbered(name: str, count: int) -> str:

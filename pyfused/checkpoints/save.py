@@ -21,6 +21,7 @@ from pyfused.checkpoints import hf_write, keras_write
 from pyfused.checkpoints.checkpoint import open_checkpoint
 from pyfused.checkpoints.files import json_bytes, read_json
 from pyfused.checkpoints.integers import Modules, block, integer_plan, modules_of, variant
+from pyfused.checkpoints.layer_plans import hf_plan, keras_plan
 from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.replace import replacing
@@ -71,7 +72,8 @@ def save_to_preset(
     backbone: Any = model
     config = backbone.get_config()
     state, integers = model.state_dict(), modules_of(model)
-    _check_state(state, load(family.checkpoint).hf_plan(load(family.checkpoint).DEFAULTS | config), integers)
+    maps = load(family.checkpoint)
+    _check_state(state, hf_plan(maps, maps.DEFAULTS | config), integers)
     if integers and (format == "keras" or dtype is not None):
         got, takes = (f"format is {format!r}", "'hf'") if format == "keras" else (f"dtype is {dtype}", "None")
         raise ValueError(
@@ -151,7 +153,7 @@ def _stored(content: _Content, format: Format) -> list[Stored]:
     """The tensors by their names in the files."""
     maps = load(content.family.checkpoint)
     config = maps.DEFAULTS | content.config
-    plan = maps.keras_plan(config) if format == "keras" else integer_plan(maps.hf_plan(config), content.integers)
+    plan = keras_plan(maps, config) if format == "keras" else integer_plan(hf_plan(maps, config), content.integers)
     for name, shape in content.shapes.items():
         if shape != plan[name].shape:
             raise ValueError(f"model: {name} has shape {shape}, but its configuration calls for {plan[name].shape}")
@@ -192,7 +194,7 @@ def _keras_files(content: _Content) -> dict[str, bytes]:
         "config": own | arguments,
         "registered_name": f"keras_hub>{family.keras_name}Backbone",
     }
-    plan = maps.keras_plan(maps.DEFAULTS | content.config)
+    plan = keras_plan(maps, maps.DEFAULTS | content.config)
     metadata = {
         "keras_version": _KERAS,
         "keras_hub_version": _KERAS_HUB,

@@ -26,7 +26,7 @@ from pyfused.checkpoints.options import (
     finish_keras,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan, transposed
+from pyfused.checkpoints.plan import transposed
 from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
@@ -209,17 +209,8 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's."""
-    return _planned(Tensors(is_keras=False), config)
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras numbers the layers through both stacks."""
-    return _planned(Tensors(is_keras=True), config)
-
-
-def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras numbers the layers through both stacks."""
     vocabulary, width = config["vocabulary_size"], config["hidden_dim"]
     embedding, head = "layers/reversible_embedding/vars", "token_embedding.reverse_weight"
     tensors.whole("token_embedding.weight", HF_EMBEDDING, f"{embedding}/0", vocabulary, width)
@@ -236,7 +227,6 @@ def _planned(tensors: Tensors, config: dict[str, Any]) -> Plan:
             count += 1
         norm = numbered("layers/t5_layer_norm", index)
         tensors.norm(f"{stack}.final_norm", f"{stack}.final_layer_norm", norm, width, bias=False)
-    return tensors.plan
 
 
 def _plan_layer(layer: Tensors, config: dict[str, Any], *, has_table: bool, is_decoder: bool) -> None:
