@@ -40,7 +40,7 @@ template <class T> struct Decode {
   int64_t state_size() const { return 2 + padded_head(); }
   int64_t widest() const {
     const int64_t k = hidden > inner ? hidden : inner;
-    return (k > plan.intermediate ? k : plan.intermediate) + kPairStep;
+    return (k > plan.intermediate ? k : plan.intermediate) + kMostPadding;
   }
   int64_t beams() const { return call.sources ? m / call.sources : 1; }  // rows that share an encoder's keys
   int64_t most_queries() const {  // of one key head

@@ -6,22 +6,23 @@
 #include "kernels.h"
 
 #include "pyfused/gemv_columns.h"
+#include "pyfused/run_in_order.h"
 
 namespace pyfused::PYFUSED_ISA {
 
-void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr pre, addr y,
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, bool transposed, int activation, int dtype) {
   PYFUSED_BY_DTYPE(dtype, {
-    Product<T> in{(const T*)x, (const T*)w_in, (const T*)b_in, nullptr, (T*)inner, (T*)pre,
+    Product<T> in{(const T*)x, (const T*)w_in, (const T*)b_in, nullptr, nullptr, (T*)pre,
                   rows, f, n, x_stride, w_in_stride, 0, activation};
-    Product<T> out{(const T*)inner, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
+    Product<T> out{nullptr, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
                    rows, m, f, f, w_out_stride, residual_stride, kIdentity};
     if (transposed) {
       ColumnsProduct<T> in_columns{in}, out_columns{out};
-      run_in_order(in_columns, out_columns);
+      run_network(in_columns, out_columns);
     } else {
-      run_in_order(in, out);
+      run_network(in, out);
     }
   })
 }

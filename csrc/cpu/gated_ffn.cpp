@@ -2,10 +2,11 @@
 #include "kernels.h"
 
 #include "gated_product.h"
+#include "pyfused/run_in_order.h"
 
 namespace pyfused::PYFUSED_ISA {
 
-void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr keep_gate,
                        addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
                        int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
                        int activation, int dtype) {
@@ -13,11 +14,10 @@ void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual
     GatedProduct<T> in{{(const T*)x, (const T*)w_gate, nullptr, nullptr, nullptr, (T*)keep_gate,
                         rows, f, n, x_stride, w_gate_stride, 0, activation},
                        {(const T*)x, (const T*)w_up, nullptr, nullptr, nullptr, (T*)keep_up,
-                        rows, f, n, x_stride, w_up_stride, 0, kIdentity},
-                       (Hidden<T>*)hidden};
-    Product<T, Hidden<T>> out{(const Hidden<T>*)hidden, (const T*)w_out, nullptr, (const T*)residual, (T*)y, nullptr,
+                        rows, f, n, x_stride, w_up_stride, 0, kIdentity}};
+    Product<T, Hidden<T>> out{nullptr, (const T*)w_out, nullptr, (const T*)residual, (T*)y, nullptr,
                               rows, m, f, f, w_out_stride, residual_stride, kIdentity};
-    run_in_order(in, out);
+    run_network(in, out);
   })
 }
 

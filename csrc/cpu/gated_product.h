@@ -17,16 +17,27 @@ template <class T> using Hidden = typename HiddenType<T>::type;
 // hidden = activation(x w_gate^T) * (x w_up^T): two products that share the packed x, with the interface of one.
 template <class T> struct GatedProduct {
   Product<T> gate, up;  // each one's `pre` is kept for the backward, or null; the activation is gate's
-  Hidden<T>* hidden;
+  Hidden<T>* hidden = nullptr;
+  static constexpr int64_t kBlockM = Product<T>::kBlockM, kShareM = Product<T>::kShareM;
+  static constexpr bool kOfElements = Product<T>::kOfElements;
   float* scratch = nullptr;
 
   int64_t packed_size() const { return gate.packed_size(); }
   int64_t scratch_size() const { return gate.scratch_size() + second_size() + kWidth * kGemmBlock; }
   int64_t second_size() const { return gate.by_gemv() ? gate.m * kGemvBlock : kGemmBlock * gate.block_m(); }
+  int64_t row_count() const { return gate.m; }
   int64_t pack_items() const { return gate.pack_items(); }
   int64_t run_items() const { return gate.run_items(); }
   int64_t run_work() const { return 2 * gate.run_work(); }
-  void use(float* panels, float* own) { gate.packed = up.packed = panels, scratch = own; }
+  void use(float* panels, float* own) {
+    gate.packed = up.packed = panels, scratch = own;
+    if constexpr (std::is_same_v<Hidden<T>, T>) up.y = hidden;  // so that it is fetched
+  }
+  GatedProduct of_rows(int64_t i, int64_t count) const {
+    return {gate.of_rows(i, count), up.of_rows(i, count), hidden ? hidden + i * gate.n : nullptr};
+  }
+  bool keeps() const { return gate.pre; }
+  void give(Hidden<T>* to) { hidden = to; }
 
   void pack(int64_t begin, int64_t end) const { gate.pack(begin, end); }
   void run(int share, int64_t begin, int64_t end) const {
@@ -48,8 +59,9 @@ template <class T> struct GatedProduct {
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float *other = own + second_size(), *widened = other + second_size();
     float *sums = widened + kWeightRows * gate.kWidened, *others = sums + kWidth * kGemmBlock;
-    for (int64_t i0 = 0; i0 < gate.m; i0 += kBlockM) {
-      const int64_t rows = gate.m - i0 < kBlockM ? gate.m - i0 : kBlockM, ld = gate.padded_m(rows);
+    const int64_t block = gate.block_m();
+    for (int64_t i0 = 0; i0 < gate.m; i0 += block) {
+      const int64_t rows = gate.m - i0 < block ? gate.m - i0 : block, ld = gate.padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
         gate.gemm_sums(i0, rows, j, count, own, ld, widened);
@@ -61,6 +73,20 @@ template <class T> struct GatedProduct {
             finish(i0 + i + q, j, count, sums + q * kGemmBlock, others + q * kGemmBlock);
         }
       }
+    }
+  }
+
+  // As Product's.
+  void run_into(float* panels) const {
+    float *own = scratch, *other = own + second_size(), *widened = other + second_size();
+    const int64_t ld = gate.padded_m(gate.m);
+    for (int64_t j = 0; j < gate.n; j += kGemmBlock) {
+      const int64_t count = gate.n - j < kGemmBlock ? gate.n - j : kGemmBlock;
+      gate.gemm_sums(0, gate.m, j, count, own, ld, widened);
+      up.gemm_sums(0, gate.m, j, count, other, ld, widened);
+      PYFUSED_BY_ACTIVATION(gate.activation, gate.into_panels(panels, j, count, [&](int64_t r, int64_t i) {
+        return A::value(load(own + r * ld + i)) * load(other + r * ld + i);
+      });)
     }
   }
 

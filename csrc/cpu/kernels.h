@@ -40,7 +40,7 @@ void linear_forward(addr x, addr weight, addr scale, addr bias, addr residual, a
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int bits, int dtype);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------
-void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
+void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr pre, addr y,
                  int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
                  int64_t w_out_stride, int64_t residual_stride, bool transposed, int activation, int dtype);
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t count, int activation, int dtype);
@@ -58,7 +58,7 @@ void fourier_mix_forward(addr x, addr y, addr scratch, addr plan_s, addr table_s
 
 // ---- gated_ffn ------------------------------------------------------------------------------------------------------
 // hidden is float32 if dtype is float16, which cannot hold activation(gate) * up. keep_gate and keep_up may be 0.
-void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr hidden, addr keep_gate,
+void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual, addr keep_gate,
                        addr keep_up, addr y, int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride,
                        int64_t w_gate_stride, int64_t w_up_stride, int64_t w_out_stride, int64_t residual_stride,
                        int activation, int dtype);

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "pyfused/gemv_columns.h"
+#include "pyfused/run_in_order.h"
 
 namespace pyfused::PYFUSED_ISA {
 

@@ -38,12 +38,12 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     numbers = rows, n, f, m, x_stride, *strides, transposed, ACTIVATIONS[activation].code
     kernels = dot.chosen(dot.of_floats(rows, w_in, w_out)) or cpu()
     code, kernel = DTYPE_CODES[dtype], kernels.ffn_forward
-    new_y, new_inner = maker((*outer, m), dtype), maker((rows, f), dtype)
+    new_y = maker((*outer, m), dtype)
     new_pre = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
-        y, inner, pre = new_y(), new_inner(), new_pre() if save else None
-        kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, code)
+        y, pre = new_y(), new_pre() if save else None
+        kernel(x, w_in, b_in, w_out, b_out, residual, pre, y, *numbers, code)
         return y, pre
 
     return launch
@@ -52,13 +52,13 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     pre = F.linear(x.reshape(-1, x.shape[-1]), w_in, b_in)
     inner = torch.empty_like(pre) if save else pre
-    _activation(pre, None, inner, None, activation)
+    activate(pre, None, inner, None, activation)
     inner, pre = (t.view(*x.shape[:-1], w_in.shape[0]) for t in (inner, pre))
     y = F.linear(inner, w_out, b_out)
     return y if residual is None else y.add_(residual), pre if save else None
 
 
-def _activation(pre, grad_inner, inner, grad_pre, activation):
+def activate(pre, grad_inner, inner, grad_pre, activation):
     """inner = activation(pre), grad_pre = grad_inner activation'(pre). Contiguous; an output may be its own input."""
     cpu().ffn_activation(
         pre, grad_inner, inner, grad_pre, pre.numel(), ACTIVATIONS[activation].code, DTYPE_CODES[pre.dtype]
@@ -69,5 +69,5 @@ def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     pre = pre.contiguous()
     grad_pre = (grad_y @ w_out).contiguous()
     inner = torch.empty_like(pre)
-    _activation(pre, grad_pre, inner, grad_pre, activation)
+    activate(pre, grad_pre, inner, grad_pre, activation)
     return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)

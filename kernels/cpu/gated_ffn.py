@@ -36,13 +36,13 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     outer, dtype = x.shape[:-1], x.dtype
     numbers = rows, n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
     kernels = dot.chosen(dot.of_floats(rows, w_gate, w_up, w_out)) or cpu()
-    kernel, new_y, new_hidden = kernels.gated_ffn_forward, maker((*outer, m), dtype), maker((rows, f), hidden_dtype(x))
+    kernel, new_y = kernels.gated_ffn_forward, maker((*outer, m), dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
-        y, hidden = new_y(), new_hidden()
+        y = new_y()
         gate, up = (new_inner(), new_inner()) if save else (None, None)
-        kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers)
+        kernel(x, w_gate, w_up, w_out, residual, gate, up, y, *numbers)
         return y, gate, up
 
     return launch
@@ -51,13 +51,13 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
     hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=hidden_dtype(gate))
-    _activation(gate, up, None, hidden, None, None, activation)
+    activate(gate, up, None, hidden, None, None, activation)
     wide = F.linear(hidden, *widened(w_out))
     wide = wide if residual is None else wide.add_(residual)
     return wide.to(x.dtype), gate if save else None, up if save else None
 
 
-def _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
+def activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
     """hidden = activation(gate) * up. If grad_hidden is given, also both gradients. Contiguous; may be in place."""
     numbers = gate.numel(), ACTIVATIONS[activation].code, DTYPE_CODES[gate.dtype]
     cpu().gated_ffn_activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, *numbers)
@@ -69,5 +69,5 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     grad_hidden = (wide_grad @ wide_out).contiguous()
     hidden = torch.empty_like(gate, dtype=hidden_dtype(gate))
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
+    activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
     return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)

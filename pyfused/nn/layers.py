@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, canonical
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
+from ..ops.activation import activated
 from ..ops.rms_norm import default_eps
 from .quantized import QuantizedLinear
 from .wide import wide_norm, wide_product
@@ -99,7 +100,7 @@ def feed_forward(
 ) -> Tensor:
     """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout and integer weights."""
     if any_quantized(inner, outer):
-        return outer(dropped(ACTIVATIONS[activation].function(inner(x)), dropout), residual)
+        return outer(dropped(activated(inner(x), activation), dropout), residual)
     if dropout:
         hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
         return linear(hidden, outer.weight, outer.bias, residual=residual)
@@ -112,20 +113,14 @@ def gated_feed_forward(
     """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout and
     integer weights."""
     if any_quantized(gate, up, outer):
-        if x.dtype == torch.float16:  # as in the operator, float32 holds the product of two float16 factors
-            return wide_call(outer, dropped(_gated(x, gate, up, activation), dropout), residual).to(x.dtype)
-        hidden = ACTIVATIONS[activation].function(gate(x)) * up(x)
-        return outer(dropped(hidden, dropout), residual)
+        hidden = dropped(activated(gate(x), activation, up(x)), dropout)
+        if x.dtype == torch.float16:  # hidden is float32
+            return wide_call(outer, hidden, residual).to(x.dtype)
+        return outer(hidden, residual)
     if dropout:
         hidden = ACTIVATIONS[activation].function(linear(x, gate.weight)) * linear(x, up.weight)
         return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)
     return gated_ffn(x, gate.weight, up.weight, outer.weight, activation=activation, residual=residual)
-
-
-def _gated(x: Tensor, gate: nn.Module, up: nn.Module, activation: str) -> Tensor:
-    """activation(gate(x)) * up(x) in float32."""
-    hidden: Tensor = ACTIVATIONS[activation].function(gate(x).float()) * up(x).float()
-    return hidden
 
 
 class Mlp(nn.Module):
@@ -164,7 +159,7 @@ class Mlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return feed_forward(x, self.inner, self.outer, self.activation, dropout, residual)
-        hidden = ACTIVATIONS[self.activation].function(self.inner(x).float())
+        hidden = activated(self.inner(x).float(), self.activation)
         return wide_call(self.outer, dropped(hidden, dropout), residual)
 
     def extra_repr(self) -> str:
@@ -205,7 +200,8 @@ class GatedMlp(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if not wide:
             return gated_feed_forward(x, self.gate, self.up, self.outer, self.activation, dropout, residual)
-        return wide_call(self.outer, dropped(_gated(x, self.gate, self.up, self.activation), dropout), residual)
+        hidden = activated(self.gate(x), self.activation, self.up(x)).float()
+        return wide_call(self.outer, dropped(hidden, dropout), residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")

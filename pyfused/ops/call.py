@@ -55,6 +55,13 @@ def _wants_gradient(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def watched(*tensors: Any) -> bool:
+    """Whether somebody has to see what is done to these: a tracer, a transform, autograd, a subclass. The profiler has not."""
+    if _is_compiling() or transformed() or modes() or jit_is_tracing() or _wants_gradient(tensors):
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 

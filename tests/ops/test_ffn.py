@@ -85,6 +85,17 @@ def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
     check("gelu_tanh", dtype, device, (rows,), n, f, m, (True, True), True, chained=chained)
 
 
+@pytest.mark.cpu_kernels
+def test_threads_share_many_rows(each_backend, dtype):
+    shapes = [(301, 72), (200, 72), (200,), (56, 200), (56,)]
+    tensors = [(torch.randn(s) * s[-1] ** -0.5).to(dtype) for s in shapes]
+    truth = plain(*(t.double() for t in tensors), "gelu", None)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        actual = pyfused.ffn(*tensors, activation="gelu")
+        assert_close(actual, plain(*tensors, "gelu", None), truth, f"{threads} threads")
+
+
 def scalar(x, activation):
     """activation(x) elementwise, through an ffn with one feature and weights of one."""
     one = torch.ones(1, 1, dtype=x.dtype, device=x.device)

@@ -85,6 +85,16 @@ def test_large_sizes(each_backend, dtype, device, rows, n, f, m):
     check("gelu_tanh", dtype, device, (rows,), n, f, m, True, chained)
 
 
+@pytest.mark.cpu_kernels
+def test_threads_share_many_rows(each_backend, dtype):
+    tensors = [(torch.randn(s) * s[1] ** -0.5).to(dtype) for s in [(301, 72), (200, 72), (200, 72), (56, 200)]]
+    truth = plain(*(t.double() for t in tensors), "gelu_tanh", None)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        actual = pyfused.gated_ffn(*tensors, activation="gelu_tanh")
+        assert_close(actual, plain(*tensors, "gelu_tanh", None), truth, f"{threads} threads")
+
+
 @pytest.mark.interpreted(dtype=torch.float32, rows=5)
 @pytest.mark.parametrize("rows", [5, 13])
 def test_many_features(each_backend, dtype, device, rows):

@@ -207,12 +207,12 @@ def test_autocast(form, device):
 
 @pytest.mark.cpu_kernels
 @on_each_backend
-def test_two_threads_agree_with_one(form, each_backend, dtype):
-    x, (weight, scale), bias = make(dtype, "cpu", 33, 512), quantised(form, "cpu", 700, 512), make(dtype, "cpu", 700)
-    for rows in (1, 5, 33):
+def test_threads_agree(form, each_backend, dtype):
+    x, (weight, scale), bias = make(dtype, "cpu", 400, 480), quantised(form, "cpu", 700, 480), make(dtype, "cpu", 700)
+    for rows in (1, 5, 33, 131, 400):
         given = x[:rows], weight, scale, bias
         expected = plain(*given), plain(*double(*given))
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             assert_close(pyfused.linear(x[:rows], weight, bias, scale=scale), *expected, f"{threads} threads")
 

@@ -2,7 +2,7 @@
 // (+ residual), a gemm of int32 sums. 127 steps of a row are its largest value.
 #include "kernels.h"
 
-#include "pyfused/gemm.h"
+#include "pyfused/run_in_order.h"
 
 namespace pyfused::PYFUSED_ISA {
 

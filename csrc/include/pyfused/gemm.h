@@ -14,17 +14,15 @@
 // prefetch made every variant slower there. On an Emerald Rapids core, with AVX-512, it makes a gemv of 380 MB 1.1 times as fast
 // (int8), 1.2 (bfloat16 and 4 rows of float32), and one of 154 MB of float32 1.3 times.
 //
-// A Product runs in two phases, pack and run, with a barrier between; several products can share one parallel region.
+// run_in_order.h says how threads share a Product, or several.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <type_traits>
 
 #include "activation.h"
 #include "int4.h"
 #include "multiply.h"
-#include "parallel.h"
 
 namespace pyfused::PYFUSED_ISA {
 
@@ -34,7 +32,7 @@ constexpr bool kManyRegisters = kWidth == 16;        // AVX-512 has 32 vector re
 constexpr int kWeightRows = kManyRegisters ? 12 : 6;  // rows of W in the gemm's micro-kernel
 constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups, or 4
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
-constexpr int64_t kBlockM = 128;    // rows of x: their panels for 384 of K, 192 KB, stay in L2 (512: 8% slower)
+constexpr int64_t kMostPadding = kGroupsAtOnce * kScaleGroup > kPairStep ? kGroupsAtOnce * kScaleGroup : kPairStep;
 
 // ---- one product ----------------------------------------------------------------------------------------------------
 
@@ -55,7 +53,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   float* scratch = nullptr;  // scratch_size() floats for each share
 
   static constexpr bool kGrouped = std::is_same_v<W, int4x2>, kScaled = sizeof(W) == 1 && !kGrouped;
-  static constexpr bool kOfIntegers = M::kGroup == 4;
+  static constexpr bool kOfIntegers = M::kGroup == 4, kOfElements = M::kGroup == 1;
+  using Input = X;
   using Lane = typename M::Lane;
   static constexpr int64_t kWidened = M::kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
 
@@ -64,6 +63,10 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   static constexpr int64_t kGemvRows = kOfIntegers      ? -1
                                        : kManyRegisters ? (sizeof(W) == 2 ? 24 : 12)
                                                         : (sizeof(W) == 4 ? 8 : 16);
+
+  // Most rows of x in a block of a gemm, and fewest that a thread takes for its own. A block's panels, 288 KB for K = 768, stay in
+  // L2 (K = 3072: 7% faster than with 128 rows). W is widened for each block.
+  static constexpr int64_t kBlockM = sizeof(W) == 4 ? 96 : 128, kShareM = sizeof(W) == 4 ? 64 : 128;
 
   // Of K, how much a gemv sums in one register's lanes. With four lanes the chains of longer sums lose bits that a library with
   // wider vectors keeps.
@@ -74,9 +77,15 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
 
   bool by_gemv() const { return m <= kGemvRows; }
   int64_t lanes() const { return (k + M::kGroup - 1) / M::kGroup; }
-  int64_t padded_k() const { return (k + kPairStep - 1) / kPairStep * kPairStep; }
+  int64_t padded_k() const {
+    constexpr int64_t step = kGrouped ? kMostPadding : kPairStep;
+    return (k + step - 1) / step * step;
+  }
   static int64_t padded_m(int64_t rows) { return (rows + kWidth - 1) / kWidth * kWidth; }
-  int64_t block_m() const { return padded_m(m < kBlockM ? m : kBlockM); }
+  int64_t block_m() const {  // whole panels, as even as they come
+    const int64_t panels = (m + kPanel - 1) / kPanel, blocks = (m + kBlockM - 1) / kBlockM;
+    return blocks > 1 ? (panels + blocks - 1) / blocks * kPanel : padded_m(m);
+  }
   int64_t packed_size() const {
     return by_gemv() ? m * padded_k() / M::kGroup : padded_m(m) * (lanes() + kOfIntegers);
   }
@@ -85,11 +94,25 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     return by_gemv() ? m * kGemvBlock : kGemmBlock * block_m() + kWeightRows * kWidened + kWidth * kGemmBlock;
   }
 
+  int64_t row_count() const { return m; }
+  bool keeps() const { return pre; }
+  void give(T* to) { y = to; }
   int64_t pack_items() const { return by_gemv() ? m : (m + kPanel - 1) / kPanel; }
   int64_t run_unit() const { return by_gemv() ? kGemvUnit : kGemmBlock; }
   int64_t run_items() const { return (n + run_unit() - 1) / run_unit(); }
   int64_t run_work() const { return run_unit() * k * m; }
   void use(float* panels, float* own) { packed = panels, scratch = own; }
+
+  // The product of rows [i, i + count) alone.
+  Product of_rows(int64_t i, int64_t count) const {
+    Product part = *this;
+    part.m = count;
+    if (x) part.x += i * x_stride;
+    if (residual) part.residual += i * residual_stride;
+    if (y) part.y += i * n;
+    if (pre) part.pre += i * n;
+    return part;
+  }
 
   void pack(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) by_gemv() ? pack_row(i) : pack_panel(i * kPanel);
@@ -132,6 +155,10 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     float* to = packed + i * padded_k() / M::kGroup;
     if constexpr (M::kGroup == 2) {
       for (int64_t c = 0; c < k; c += kPairStep) store(to + c / 2, M::lanes(from + c, k - c));
+      return;
+    }
+    if constexpr (kGrouped && kGroupsAtOnce > 1) {
+      for (int64_t c = 0; c < k; c += kGroupsAtOnce * kScaleGroup) pack_groups(from + c, k - c, to + c);
       return;
     }
     for (int64_t c = 0; c < k; c += kPairStep) {
@@ -248,16 +275,19 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       }
     };
     auto finish = [&](bool first) __attribute__((always_inline)) {
+      constexpr int kVectors = (MB * R + kWidth - 1) / kWidth;
+      vfloat all[kVectors * kWidth] = {};
+      float found[kVectors * kWidth];
+#pragma GCC unroll 32
+      for (int t = 0; t < MB * R; ++t) all[t] = acc[t / R][t % R], acc[t / R][t % R] = vfloat{};
 #pragma GCC unroll 8
-      for (int a = 0; a < MB; ++a)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          float* to = sums + (i + a) * kGemvBlock + r * apart;
-          float sum = sum_lanes(acc[a][r]);
-          if constexpr (kScaled) sum *= scale[j + r * apart];
-          *to = first ? sum : *to + sum;
-          acc[a][r] = vfloat{};
-        }
+      for (int t = 0; t < kVectors; ++t) store(found + t * kWidth, sums_of_lanes(all + t * kWidth));
+#pragma GCC unroll 32
+      for (int t = 0; t < MB * R; ++t) {
+        float *to = sums + (i + t / R) * kGemvBlock + t % R * apart, sum = found[t];
+        if constexpr (kScaled) sum *= scale[j + t % R * apart];
+        *to = first ? sum : *to + sum;
+      }
     };
     if constexpr (kGrouped) {
       const int64_t groups = k / kScaleGroup;
@@ -305,8 +335,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   void run_gemm(int64_t first, int64_t last, float* own) const {
     float* widened = own + kGemmBlock * block_m();
     float* sums = widened + kWeightRows * kWidened;
-    for (int64_t i0 = 0; i0 < m; i0 += kBlockM) {
-      const int64_t rows = m - i0 < kBlockM ? m - i0 : kBlockM, ld = padded_m(rows);
+    for (int64_t i0 = 0; i0 < m; i0 += block_m()) {
+      const int64_t rows = m - i0 < block_m() ? m - i0 : block_m(), ld = padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
         gemm_sums(i0, rows, j, count, own, ld, widened);
@@ -332,6 +362,29 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     }
   }
 
+  // Instead of run(): activation(x weight^T + bias) goes into the panels of a product that multiplies it. What a gemm sums lies in
+  // the order of a panel, so nothing is transposed, rounded to T or moved through memory. Of one block of rows.
+  void run_into(float* panels) const {
+    const int64_t ld = padded_m(m);
+    for (int64_t j = 0; j < n; j += kGemmBlock) {
+      const int64_t count = n - j < kGemmBlock ? n - j : kGemmBlock;
+      gemm_sums(0, m, j, count, scratch, ld, scratch + kGemmBlock * block_m());
+      PYFUSED_BY_ACTIVATION(activation, into_panels(panels, j, count, [&](int64_t r, int64_t i) __attribute__((always_inline)) {
+        return A::value(load(scratch + r * ld + i) + splat(bias ? load_one(bias + j + r) : 0.0f));
+      });)
+    }
+  }
+
+  // panels get value(output, row of x) for outputs [j, j + count), kWidth rows at a time; n outputs are the next product's k.
+  template <class Value> PYFUSED_INLINE void into_panels(float* panels, int64_t j, int64_t count, const Value& value) const {
+    for (int64_t i = 0; i < m; i += kPanel) {
+      const int width = width_of(m - i);
+      float* to = panels + i * n + j * width;
+      for (int64_t r = 0; r < count; ++r)
+        for (int half = 0; half < width; half += kWidth) store(to + r * width + half, value(r, i + half));
+    }
+  }
+
   // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i, without scales.
   void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
     for (int64_t c = 0; c < k || c == 0; c += M::kDepth)
@@ -352,6 +405,12 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     by_rows(own, ld, count, sums, [](vfloat v, int64_t) { return v; });
   }
 
+  // Memory that will be written is on its way while the last sums are computed: up to 10% of the time if y is large.
+  static PYFUSED_INLINE void fetch(const T* to, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64 / sizeof(T)) __builtin_prefetch(to + at, 1);
+    __builtin_prefetch(to + count - 1, 1);
+  }
+
   // own[r][i] (+)= the sum over [c, c + depth) for outputs j + r and rows i0 + i; rows past `count` are not used.
   void block(int64_t i0, int64_t rows, int64_t j, int64_t count, int64_t c, int64_t depth, float* own, int64_t ld,
              float* widened) const {
@@ -368,6 +427,9 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       }
       const int64_t apart = (const char*)second - (const char*)w;
       for (int64_t i = 0; i < rows; i += kPanel) {
+        if (c + depth == k && y)
+          for (int64_t q = i + g * kPanel / groups; q < i + (g + 1) * kPanel / groups && q < rows; ++q)
+            fetch(y + (i0 + q) * n + j, count);
         const int width = width_of(m - i0 - i);
         const float* panel = packed + (i0 + i) * lanes() + c / M::kGroup * width;
         float* out = own + g * ld + i;
@@ -423,30 +485,5 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     } while (c < depth);
   }
 };
-
-// Runs products of any types in order in one parallel region. Each product sees the results of the one before.
-template <class... P> void run_in_order(P&... products) {
-  int threads = 1;
-  int64_t packed = 0, scratch = 0;
-  auto most = [](auto& value, auto other) { value = other > value ? other : value; };
-  ((most(threads, threads_for(products.run_items(), products.run_work())), most(packed, products.packed_size()),
-    most(scratch, products.scratch_size())), ...);
-  // All products share one allocation: a product packs only after every share of the one before has run.
-  packed = (packed + 15) / 16 * 16;
-  scratch = (scratch + 15) / 16 * 16;
-  void* memory = std::malloc((packed + threads * scratch) * sizeof(float) + 64);
-  float* base = (float*)(((std::uintptr_t)memory + 63) / 64 * 64);
-  (products.use(base, base + packed), ...);
-  parallel_phases(threads, 2 * (int)sizeof...(P), [&](int phase, int share) {
-    auto one = [&](const auto& p) {
-      const int64_t items = phase % 2 ? p.run_items() : p.pack_items();
-      const int64_t begin = items * share / threads, end = items * (share + 1) / threads;
-      phase % 2 ? p.run(share, begin, end) : p.pack(begin, end);
-    };
-    int turn = 0;
-    ((turn++ == phase / 2 ? one(products) : void()), ...);
-  });
-  std::free(memory);
-}
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -21,6 +21,7 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
   static constexpr int kStreams = 8;
   static constexpr int64_t kDepth = 32 * kStreams;  // most products summed in one chain: longer chains lose bits
 
+  ColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
   int64_t packed_size() const { return m * k; }
   int64_t scratch_size() const { return 2 * m * kChunk; }
   int64_t pack_items() const { return m; }
@@ -28,8 +29,13 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
   int64_t run_work() const { return kUnit * k * m; }
 
   void pack(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < k; ++c) packed[i * k + c] = load_one(x + i * x_stride + c);
+    for (int64_t i = begin; i < end; ++i) {
+      const X* from = x + i * x_stride;
+      float* to = packed + i * k;
+      int64_t c = 0;
+      for (; c + kWidth <= k; c += kWidth) store(to + c, load(from + c));
+      for (; c < k; ++c) to[c] = load_one(from + c);
+    }
   }
 
   void run(int share, int64_t begin, int64_t end) const {

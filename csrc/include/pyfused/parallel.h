@@ -88,7 +88,7 @@ template <class Body> inline void parallel_phases(int threads, int phases, const
   in_parallel(threads, [&] {
     for (int phase = 0; phase < phases; ++phase) {
       for (int share = omp_get_thread_num(); share < threads; share += omp_get_num_threads()) body(phase, share);
-      barrier();
+      if (phase + 1 < phases) barrier();  // the region's end is one
     }
   });
 #endif

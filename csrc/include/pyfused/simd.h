@@ -278,4 +278,15 @@ template <int S, int... I> PYFUSED_INLINE void transpose_step(vfloat* v, Lanes<I
 // Transposes kWidth vectors of kWidth lanes in place.
 PYFUSED_INLINE void transpose(vfloat* v) { transpose_step<kWidth / 2>(v, AllLanes{}); }
 
+template <int S, int... I> PYFUSED_INLINE vfloat fold(vfloat* v, Lanes<I...> lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < S; ++i)
+    v[i] = __builtin_shufflevector(v[i], v[i + S], (I & S ? kWidth + I - S : I)...) +
+           __builtin_shufflevector(v[i], v[i + S], (I & S ? kWidth + I : I + S)...);
+  if constexpr (S > 1) return fold<S / 2>(v, lanes);
+  else return v[0];
+}
+// Lane i is the sum of v[i]'s lanes. Half the instructions of kWidth times sum_lanes(). v is used up.
+PYFUSED_INLINE vfloat sums_of_lanes(vfloat* v) { return fold<kWidth / 2>(v, AllLanes{}); }
+
 }  // namespace pyfused::PYFUSED_ISA
