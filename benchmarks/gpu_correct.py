@@ -8,152 +8,46 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import draws
 import torch
-import torch.nn.functional as F
 from plain_attention import plain as plain_attention
 
 import pyfused
 from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm
 from pyfused.dispatch import BackendError
 from pyfused.kernels.reference import decode as plain_decode
-from pyfused.kernels.reference import relative_bias as buckets
 from pyfused.ops.decode import run as run_decode
 from pyfused.testing import judge, running
+from pyfused.testing.problems import (
+    Call,
+    Problem,
+    Tensors,
+    attention,
+    ffn,
+    fourier_mix,
+    gated_ffn,
+    linear,
+    norm,
+    outputs_of,
+    relative_bias,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MANY = 70_000
 DRAWS = 6  # with few numbers a single draw may break the rule by chance: see pyfused/testing/tolerance.py
 
-Tensors = dict[str, torch.Tensor]
-Call = Callable[[Tensors], Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator.
-
-    Args:
-        name: such as "17x1000 residual".
-        shapes: shapes of the inputs by name. Matrices whose names start with "w" are scaled like a layer's weights.
-        own: the call.
-        plain: the same in plain PyTorch. A second way, if there is one, sets the scale for gradients.
-        gradients: whether to check the gradients of all inputs too.
-    """
-
-    name: str
-    shapes: dict[str, tuple[int, ...]]
-    own: Call
-    plain: tuple[Call, ...]
-    gradients: bool = True
+# Two ways of plain PyTorch, see plain_attention
+WAYS = tuple(partial(plain_attention, logarithm=logarithm) for logarithm in (False, True))
+attend = partial(attention, ways=WAYS)
 
 
-def norm(operator: str, rows: int, n: int, residual: bool) -> Case:
-    shapes = {"x": (rows, n), "weight": (n,), **({"bias": (n,)} if operator == "layer_norm" else {})}
-    shapes |= {"residual": (rows, n)} if residual else {}
-
-    def own(t: Tensors) -> Any:
-        return getattr(pyfused, operator)(**t)
-
-    def plain(t: Tensors) -> Any:
-        total = t["x"] + t["residual"] if residual else t["x"]
-        if operator == "rms_norm":
-            y = F.rms_norm(total, (n,), t["weight"], 1e-6)
-        else:
-            y = F.layer_norm(total, (n,), t["weight"], t["bias"])
-        return (y, total) if residual else y
-
-    return Case(f"{rows}x{n}{' residual' * residual}", shapes, own, (plain,))
-
-
-def linear(rows: int, n: int, m: int) -> Case:
-    shapes = {"x": (rows, n), "weight": (m, n), "bias": (m,), "residual": (rows, m)}
-
-    def plain(t: Tensors) -> Any:
-        return F.linear(t["x"], t["weight"], t["bias"]) + t["residual"]
-
-    return Case(f"{rows}x{n}x{m}", shapes, lambda t: pyfused.linear(**t), (plain,))
-
-
-def ffn(rows: int, n: int, f: int) -> Case:
-    shapes = {"x": (rows, n), "w_in": (f, n), "b_in": (f,), "w_out": (n, f), "b_out": (n,), "residual": (rows, n)}
-
-    def plain(t: Tensors) -> Any:
-        hidden = F.gelu(F.linear(t["x"], t["w_in"], t["b_in"]))
-        return F.linear(hidden, t["w_out"], t["b_out"]) + t["residual"]
-
-    return Case(f"{rows}x{n}x{f}", shapes, lambda t: pyfused.ffn(**t, activation="gelu"), (plain,))
-
-
-def gated_ffn(rows: int, n: int, f: int) -> Case:
-    shapes = {"x": (rows, n), "w_gate": (f, n), "w_up": (f, n), "w_out": (n, f), "residual": (rows, n)}
-
-    def plain(t: Tensors) -> Any:
-        gate = F.gelu(F.linear(t["x"], t["w_gate"]), approximate="tanh")
-        return F.linear(gate * F.linear(t["x"], t["w_up"]), t["w_out"]) + t["residual"]
-
-    return Case(f"{rows}x{n}x{f}", shapes, lambda t: pyfused.gated_ffn(**t, activation="gelu_tanh"), (plain,))
-
-
-def fourier_mix(*shape: int) -> Case:
-    def plain(t: Tensors) -> Any:
-        x = t["x"]
-        return torch.fft.fft2(x if x.dtype == torch.float64 else x.float()).real.to(x.dtype)
-
-    return Case("x".join(map(str, shape)), {"x": shape}, lambda t: pyfused.fourier_mix(t["x"]), (plain,))
-
-
-def gathered(table: torch.Tensor, sq: int, sk: int, bidirectional: bool) -> torch.Tensor:
-    """The dense bias. Its gradient is a sum over all pairs, so it is computed at least in float32 to set a sensible scale."""
-    wide = table if table.dtype == torch.float64 else table.float()
-    return buckets.forward(wide, sq, sk, bidirectional, 128, sk - sq)[0].to(table.dtype)
-
-
-def relative_bias(heads: int, sq: int, sk: int, bidirectional: bool) -> Case:
-    def own(t: Tensors) -> Any:
-        return pyfused.relative_bias(t["table"], sq, sk, bidirectional=bidirectional, query_offset=sk - sq)
-
-    def plain(t: Tensors) -> Any:
-        return gathered(t["table"], sq, sk, bidirectional)
-
-    name = f"{heads}x{sq}x{sk}{'' if bidirectional else ' causal'}"
-    return Case(name, {"table": (32, heads)}, own, (plain,))
-
-
-def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, *options: str, gradients: bool = True) -> Case:
-    """options: "causal", "padding", "bias" (dense), "table" (T5's)."""
-    shapes = {"query": (b, h, sq, d), "key": (b, hkv, sk, d), "value": (b, hkv, sk, d)}
-    shapes |= {"attn_bias": (1, h, sq, sk)} if "bias" in options else {}
-    shapes |= {"table": (32, h)} if "table" in options else {}
-
-    def shared(t: Tensors) -> dict[str, Any]:
-        given: dict[str, Any] = {"is_causal": "causal" in options, "scale": None}
-        if "padding" in options:  # lengths from half of sk to sk
-            lengths = torch.linspace((sk + 1) // 2, sk, b, device=t["query"].device).long()
-            given["padding_mask"] = torch.arange(sk, device=lengths.device) < lengths[:, None]
-        return given
-
-    def own(t: Tensors) -> Any:
-        rest = {name: tensor for name, tensor in t.items() if name != "table"}
-        table = {"relative_bias": pyfused.RelativeBias(t["table"], True)} if "table" in t else {}
-        return pyfused.attention(**rest, **shared(t), **table)
-
-    def plain(t: Tensors, logarithm: bool) -> Any:
-        inputs = dict(t)
-        if "table" in t:
-            inputs["attn_bias"] = gathered(inputs.pop("table"), sq, sk, True)
-        return plain_attention(inputs, shared(t), logarithm=logarithm)
-
-    name = " ".join([f"{b}x{h}/{hkv}x{sq}/{sk}x{d}", *options])
-    ways = (lambda t: plain(t, False), lambda t: plain(t, True))  # see plain_attention
-    return Case(name, shapes, own, ways, gradients)
-
-
-def packed(h: int, d: int, *lengths: int) -> Case:
+def packed(h: int, d: int, *lengths: int) -> Problem:
     """Packed sequences: one after the other, without padding."""
     shape = (1, h, sum(lengths), d)
 
@@ -161,18 +55,17 @@ def packed(h: int, d: int, *lengths: int) -> Case:
         ends = torch.tensor([0, *lengths], device=t["query"].device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return pyfused.attention(**t, is_causal=True, cu_seqlens=ends, max_seqlen=max(lengths))
 
-    def plain(t: Tensors, logarithm: bool) -> Any:
+    def plain(way: Any, t: Tensors) -> Any:
         parts = zip(*(t[name].split(lengths, 2) for name in ("query", "key", "value")))
-        options = {"is_causal": True, "scale": None}
         every = [dict(zip(("query", "key", "value"), part)) for part in parts]
-        return torch.cat([plain_attention(one, options, logarithm=logarithm) for one in every], 2)
+        return torch.cat([way(one, {"is_causal": True, "scale": None}) for one in every], 2)
 
     name = f"packed {h}x{'+'.join(map(str, lengths))}x{d}"
-    ways = (lambda t: plain(t, False), lambda t: plain(t, True))
-    return Case(name, dict.fromkeys(("query", "key", "value"), shape), own, ways)
+    ways = tuple(partial(plain, way) for way in WAYS)
+    return Problem(name, dict.fromkeys(("query", "key", "value"), shape), own, ways)
 
 
-def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: str) -> Case:
+def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: str) -> Problem:
     """A step of two layers that sees `keys` tokens. options: "t5" (RMS norms, gated, relative bias, cross-attention with one
     source), "uneven" (each row has its own place)."""
     t5, d, layers, vocabulary = "t5" in options, 64 if hidden > 100 else 8, 2, 1003
@@ -218,14 +111,14 @@ def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: 
         return plain_decode.forward(plan.dtype_and_device, plan, step)
 
     name = " ".join([f"{rows} rows, {keys} keys, {hidden}x{inner}", *options])
-    return Case(name, shapes, lambda t: call(t, run_decode), (lambda t: call(t, plain),), gradients=False)
+    return Problem(name, shapes, lambda t: call(t, run_decode), (lambda t: call(t, plain),), gradients=False)
 
 
 NORMS = ((2048, 768), (MANY, 24), (129, 1000), (7, 4097), (3, 16400), (200, 5))
 WIDE = ((1, 768, 2048), (3, 1000, 137), (16, 768, 3072), (17, 131, 96), (2048, 768, 3072), (MANY, 24, 40))
 
 
-def cases(operator: str, tiny: bool) -> list[Case]:
+def cases(operator: str, tiny: bool) -> list[Problem]:
     """The cases of an operator. tiny: few and small ones, for Triton's interpreter."""
     if operator in ("layer_norm", "rms_norm"):
         shapes = ((40, 37),) if tiny else NORMS
@@ -244,33 +137,33 @@ def cases(operator: str, tiny: bool) -> list[Case]:
         shapes = ((2, 20, 24, 2, 40),) if tiny else wide
         return [decode(*shape, *options) for shape in shapes for options in ((), ("t5", "uneven"))[: 2 - tiny]]
     if operator == "attention":
-        return [attention(1, 2, 1, 17, 20, 16, "causal", "table")] if tiny else list(_attention())
+        return [attend(1, 2, 1, 17, 20, 16, "causal", "table")] if tiny else list(_attention())
     raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(pyfused.ops.NAMES)}")
 
 
-def _attention() -> Iterator[Case]:
+def _attention() -> Iterator[Problem]:
     for options in ((), ("causal",), ("table",), ("padding",)):
-        yield attention(1, 2, 2, 2048, 2048, 64, *options)
-    yield attention(1, 2, 2, 1025, 1025, 128, "causal")
-    yield attention(2, 4, 2, 200, 136, 64)
-    yield attention(2, 4, 2, 137, 129, 64, "causal", "padding")
-    yield attention(1, 2, 2, 129, 129, 80, "bias")
-    yield attention(2, 2, 2, 127, 137, 40, "table", "padding")
+        yield attend(1, 2, 2, 2048, 2048, 64, *options)
+    yield attend(1, 2, 2, 1025, 1025, 128, "causal")
+    yield attend(2, 4, 2, 200, 136, 64)
+    yield attend(2, 4, 2, 137, 129, 64, "causal", "padding")
+    yield attend(1, 2, 2, 129, 129, 80, "bias")
+    yield attend(2, 2, 2, 127, 137, 40, "table", "padding")
     yield packed(2, 64, 70, 1, 129, 40)
     # one token against a cache (no gradients needed), and grids of many programs
-    yield attention(2, 8, 2, 1, 1025, 64, gradients=False)
-    yield attention(1, 12, 12, 1, 300, 64, "table", "padding", gradients=False)
-    yield attention(MANY, 1, 1, 3, 5, 16, gradients=False)
-    yield attention(1, 1, 1, MANY, 40, 64, gradients=False)
+    yield attend(2, 8, 2, 1, 1025, 64, gradients=False)
+    yield attend(1, 12, 12, 1, 300, 64, "table", "padding", gradients=False)
+    yield attend(MANY, 1, 1, 3, 5, 16, gradients=False)
+    yield attend(1, 1, 1, MANY, 40, 64, gradients=False)
 
 
-def every(operators: str, tiny: bool) -> list[tuple[str, torch.dtype, Case]]:
+def every(operators: str, tiny: bool) -> list[tuple[str, torch.dtype, Problem]]:
     """(operator, dtype, case) of comma-separated operators, in a fixed order."""
     named = ((name, case) for name in operators.split(",") for case in cases(name, tiny))
     return [(name, dtype, case) for (name, case), dtype in product(named, DTYPES)]
 
 
-def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def check(case: Problem, backend: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Checks a case by the tolerance rule.
 
     Returns {"ok", "ratio" (the largest error over the allowed one), "worst" (the result that has it), "draws", "seconds"}, or
@@ -294,15 +187,14 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str
     return {"ok": ok, "ratio": ratio, "worst": worst, "draws": draw + 1, "seconds": time.perf_counter() - began}
 
 
-def _draw(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, tuple[Any, Any, Any]]:
+def _draw(case: Problem, backend: str, dtype: torch.dtype, device: str) -> dict[str, tuple[Any, Any, Any]]:
     """Runs the case on new random numbers. Returns {result: (actual, plain, truth)}."""
-    inputs = {name: random(name, shape, dtype, device) for name, shape in case.shapes.items()}
+    inputs = case.inputs(dtype, device)
     cotangents: list[torch.Tensor] = []
 
     def results(call: Call, wide: torch.dtype) -> Tensors:
         leaves = {name: t.to(wide).requires_grad_(case.gradients) for name, t in inputs.items()}
-        outputs = call(leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = outputs_of(call(leaves))
         named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
         if case.gradients:
             cotangents.extend(torch.randn_like(out) for out in outputs[len(cotangents) :])
@@ -317,14 +209,6 @@ def _draw(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str
         plain |= {what: t for what, t in results(case.plain[1], dtype).items() if what.startswith("gradient")}
     assert all(t.dtype == dtype for t in actual.values())
     return {what: (actual[what], plain[what], truth[what]) for what in actual}
-
-
-def random(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    scale = shape[-1] ** -0.5 if name.startswith("w") and len(shape) == 2 else 1.0
-    t = (torch.randn(shape, device=device) * scale).to(dtype)
-    if name in ("query", "key", "value"):  # (B, S, H, D) in memory, as a projection writes them
-        t = t.transpose(1, 2).contiguous().transpose(1, 2)
-    return t
 
 
 class _poisoned:

@@ -84,11 +84,11 @@ def host(start: int) -> Iterator[Row]:
         "gated_ffn": gpu_correct.gated_ffn(1, 64, 64),
         "fourier_mix": gpu_correct.fourier_mix(1, 2, 8),
         "relative_bias": gpu_correct.relative_bias(2, 1, 8, True),
-        "attention": gpu_correct.attention(1, 2, 2, 1, 8, 16),
+        "attention": gpu_correct.attend(1, 2, 2, 1, 8, 16),
         "decode": gpu_correct.decode(1, 4, 16, 2, 16),
     }
     for operator, case in small.items():
-        tensors = {k: gpu_correct.random(k, shape, torch.bfloat16, DEVICE) for k, shape in case.shapes.items()}
+        tensors = case.inputs(torch.bfloat16, DEVICE)
         for backend in (None, "triton", "cuda", "reference"):
             try:
                 with running(backend) if backend else contextlib.nullcontext(), torch.no_grad():

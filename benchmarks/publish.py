@@ -135,7 +135,7 @@ def others(found: dict) -> list[str]:
     ]
     if compiled:
         lines.append(
-            f"- Compiled beside eager, {len(compiled)} models: {min(compiled):.2f} to {max(compiled):.2f}, "
+            f"- {len(compiled)} compiled models compared with eager ones: {min(compiled):.2f} to {max(compiled):.2f}, "
             f"median {statistics.median(compiled):.2f}."
         )
     host = [r for r in rows_of(found, "host_overhead").values() if "undisturbed" in r]
@@ -163,11 +163,11 @@ def verdict(found: dict) -> str:
     slow = [r for r in checked if r["slow"]]
     unsure = [r for r in checked if not r["slow"] and r["ratio"][r["baseline"]] < LEAST]
     cut = f" ({found['left']} more were cut off)" if found["left"] else ""
-    text = f"Of {len(checked)} rows{cut} beside plain PyTorch in the same dtype "
+    text = f"{len(checked)} rows{cut} compare with plain PyTorch in the same dtype. "
     text += (
-        f"these are slower (below {LEAST} with 95% confidence): {named(slow)}."
+        f"These are slower (below {LEAST} with 95% confidence): {named(slow)}."
         if slow
-        else (f"none is slower (below {LEAST} with 95% confidence).")
+        else f"None is slower (below {LEAST} with 95% confidence)."
     )
     return text + (f" Below {LEAST}, but not with that confidence: {named(unsure)}." if unsure else "")
 
@@ -302,7 +302,7 @@ def tables(runs: list[dict]) -> str:
         ]
         if found["device"] == "cpu":
             lines += [
-                "Operators, beside plain PyTorch in the same dtype (attention: scaled_dot_product_attention):",
+                "Operators, compared with plain PyTorch in the same dtype (attention: scaled_dot_product_attention):",
                 "",
             ]
             lines += [*operators(found), ""]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from . import dispatch, tiles
 from .kernels.shared.prepared import recorder
+from .setting import set_to
 
 
 class Launch(NamedTuple):
@@ -86,13 +87,12 @@ def recording() -> Iterator[list[Launch]]:
             kernel.warmup(*arguments, grid=grid, **options)
 
     dispatch.forget()  # prepared launches would run
-    token = recorder.set(record)
     knobs.runtime.jit_cache_hook = note
     try:
-        yield found
+        with set_to(recorder, record):
+            yield found
     finally:
         knobs.runtime.jit_cache_hook = before
-        recorder.reset(token)
         found += launches
 
 

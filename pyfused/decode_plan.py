@@ -27,6 +27,17 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None  # (N,)
     scale: Tensor | None = None
 
+    @classmethod
+    def of(cls, module: Any, *, by_inputs: bool = False) -> Matrix:
+        """Of a linear layer or an embedding. by_inputs: the module's weight is (K, N)."""
+        weight, bias, scale = (_held(module, name) for name in cls._fields)
+        return cls(weight.t() if by_inputs and weight is not None else weight, bias, scale)
+
+    def split(self, parts: int) -> list[Matrix]:
+        """The matrices that lie one below the other in this one."""
+        rows: list[Any] = [(None,) * parts if t is None else t.chunk(parts) for t in self]
+        return [Matrix(*row) for row in zip(*rows)]
+
 
 def sizes(matrix: Matrix) -> tuple[int, int]:
     """(N, K) of a matrix that exists."""
@@ -42,6 +53,18 @@ class Norm(NamedTuple):
     weight: Tensor | None = None  # (D,)
     bias: Tensor | None = None
     eps: float = 0.0
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """Of a norm of torch, pyfused or transformers."""
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return cls(_held(module, "weight"), _held(module, "bias"), eps)
+
+
+def _held(module: Any, name: str) -> Tensor | None:
+    """The module's tensor, detached, so that the plan keeps this memory if the module gets another."""
+    tensor: Tensor | None = getattr(module, name, None)
+    return None if tensor is None else tensor.detach()
 
 
 class DecodeLayer(NamedTuple):

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from . import evidence, extensions
+from .setting import set_to
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "cudnn")
 
@@ -63,12 +64,8 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
         ValueError: `name` is not a backend, or cannot run on this machine at all.
     """
     _check_backend(name, "name")
-    token = _forced.set((name, strict))
-    try:
-        with evidence.one_way(library=False):
-            yield
-    finally:
-        _forced.reset(token)
+    with set_to(_forced, (name, strict)), evidence.one_way(library=False):
+        yield
 
 
 def _check_backend(name: str, argument: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .models import inputs as model_inputs
 from .models.backbone import Backbone
 from .models.evaluation import evaluating, skipping_padding
+from .rules import SIZE, check
 
 
 def encode(
@@ -53,10 +54,7 @@ def encode(
         raise ValueError(
             f"pool is 'cls', but the texts of a {type(model).__name__} do not begin with [CLS]; it takes 'mean'"
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size is {batch_size!r}; it takes an int")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it takes at least 1")
+    check(SIZE, batch_size=batch_size)
     config = model.get_config()
     arrays = model_inputs.texts(texts, "texts", config["vocabulary_size"])
     longest = config.get("max_sequence_length")

@@ -16,7 +16,19 @@ from types import ModuleType
 
 from torch import nn
 
-from .own_forward import Adapter, Entry, Forward, check_module, give, has_another_forward, is_fused, summary, take_back
+from .own_forward import (
+    Adapter,
+    Entry,
+    Forward,
+    check_module,
+    checked_filter,
+    give,
+    has_another_forward,
+    is_fused,
+    summary,
+    take_back,
+)
+from .rules import FLAG, check
 
 # From the library that defines a model's classes to the module of pyfused/integrations for it. Such a module has ADAPTERS, a
 # table by the full name of a class. It may have adapter_for(module), for classes that the table lacks; LINEAR and ENCODERS,
@@ -54,12 +66,12 @@ def fuse_(
         model: any module. Modules that are already fused stay fused.
         filter_fn: takes (name in the model, module) and returns whether to fuse it. It is called for every module that could be
             fused.
-        skip_padding: encoders of transformers' models compute the real tokens of a padded batch alone, packed one after the
-            other, so that a batch which is half padding costs half. Real tokens get the same states; padding gets zeros. A
-            call that asks for hidden states or attentions, a trace of torch.compile, modules with hooks or of the user's own
-            classes inside the encoder, and a chunk_size_feed_forward compute the padding as ever. On a GPU a call waits for
+        skip_padding: encoders of transformers' models compute only the real tokens of a padded batch, packed one after the
+            other. A batch that is half padding costs half. Real tokens get the same states; padding gets zeros. Padding is
+            still computed in traces of torch.compile, with a chunk_size_feed_forward, where a call asks for hidden states or
+            attentions, and where the encoder holds modules with hooks or of your own classes. On a GPU each call waits for
             the device once.
-        linear: every other nn.Linear runs on pyfused.linear too. It is for weights in half precision on a CPU without
+        linear: every other nn.Linear runs on pyfused.linear too. Use it for weights in half precision on a CPU without
             instructions for them, where torch's product is slow.
 
     Returns:
@@ -70,12 +82,8 @@ def fuse_(
         ValueError: skip_padding is True, and the model has no encoder that can leave padding out. Nothing was changed then.
     """
     check_module(model)
-    for name, value in (("skip_padding", skip_padding), ("linear", linear)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; it takes True or False")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
-    wanted = filter_fn or (lambda name, module: True)
+    check(FLAG, skip_padding=skip_padding, linear=linear)
+    wanted = checked_filter(filter_fn)
     adapters = _adapters(model, skip_padding, linear)
     replaced: dict[str, Entry] = {}  # by name: an adapter's note replaces enter's, and says more
     left: list[Entry] = []

@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_module
 
 Forward = Callable[..., Any]  # takes (module, *args, **kwargs), and stands at the top level of a file
 Adapter = Callable[[nn.Module], "Forward | str"]  # returns the forward for this instance, or why there is none
+Filter = Callable[[str, nn.Module], bool]  # (name in the model, module) -> whether the module is wanted
 F = TypeVar("F", bound=Forward)
 
 _REPLICATE = "_replicate_for_data_parallel"
@@ -59,6 +60,13 @@ def check_module(model: Any) -> None:
     """Raises TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
+
+
+def checked_filter(filter_fn: Filter | None) -> Filter:
+    """filter_fn, or a function that wants every module. Raises TypeError for anything but a function or None."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    return filter_fn or (lambda name, module: True)
 
 
 def fused_forward(function: F) -> F:

@@ -6,7 +6,8 @@ holds the quantised one. unquantize_ gives the class back. Modules that shared o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .nn import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, ReversibleEmbedding
 from .nn.quantized import Scheme
-from .own_forward import Entry, check_module, has_another_forward, summary
+from .own_forward import Entry, check_module, checked_filter, has_another_forward, summary
 from .spread import has_spread_weights
 from .weight_format import FORMATS, INT8, WeightFormat
 
@@ -71,11 +72,11 @@ def quantize_(
 ) -> QuantizeReport:
     """Stores a model's weights as integers, in place: nn.Linear, transformers' Conv1D, and tables of token embeddings.
 
-    int8: each output has one scale, max|w| / 127. int4: each 32 values of a row have one scale, the one of several that leaves
-    the least squared error: 4.5 bits a weight. Token tables and heads, which project to the vocabulary, are int8 all the same,
-    and so are layers whose K is no multiple of 32. Sums are in float32. It takes pyfused's backbones and any model, fused or
-    not. Modules that share a weight, such as a token table and the head, share one copy of the integers. These take no
-    gradients; biases, norms and inputs do.
+    int8: each output has one scale, max|w| / 127. int4: each 32 values of a row have one scale, of several candidates the one
+    with the least squared error; a weight takes 4.5 bits. With int4 some layers become int8: token tables, heads, which
+    project to the vocabulary, and layers whose K is no multiple of 32. Sums are in float32. It takes pyfused's backbones
+    and any model, fused or not. Modules that share a weight, such as a token table and the head, share one copy of the
+    integers. Integers get no gradients; biases, norms and inputs do.
 
     Args:
         model: any module. Layers that are already quantised stay as they are.
@@ -93,14 +94,13 @@ def quantize_(
     check_module(model)
     wanted = Scheme(scheme, dynamic)
     wanted.check()
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+    chosen = checked_filter(filter_fn)
     if has_spread_weights(model):
         raise ValueError(f"model: its weights are spread over a mesh; {scheme} takes a model on one device")
     before = _bytes(model)
     heads = _heads(model)
     replaced, left = [], []
-    for group in _groups(model, filter_fn or (lambda name, module: True)):
+    for group in _groups(model, chosen):
         reason = _together(group)
         notes = [found.reason or reason for found in group]
         kinds = [type(found.module).__name__ for found in group]
@@ -212,28 +212,24 @@ def _kind(module: nn.Module) -> str:
 def _token_tables(model: nn.Module) -> set[int]:
     """The ids of the parameters that embed tokens: the models' own input embeddings, and weights that a linear layer shares.
     Tables of positions or of a relative bias are small, and some are read directly."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, ReversibleEmbedding) or _kind(module) in _LINEARS:
-            found.append(module)
-        elif callable(getter := getattr(module, "get_input_embeddings", None)):
-            try:
-                found.append(getter())
-            except (NotImplementedError, AttributeError):
-                continue
-    return {id(module._parameters.get("weight")) for module in found if isinstance(module, nn.Module)}
+    shared = [m for m in model.modules() if isinstance(m, ReversibleEmbedding) or _kind(m) in _LINEARS]
+    return {id(module._parameters.get("weight")) for module in (*shared, *_told_by(model, "get_input_embeddings"))}
 
 
 def _heads(model: nn.Module) -> set[int]:
     """The ids of the models' output embeddings, as transformers' models name them."""
-    found = []
+    return {id(module) for module in _told_by(model, "get_output_embeddings")}
+
+
+def _told_by(model: nn.Module, getter: str) -> Iterator[nn.Module]:
+    """The modules that this method of the model's modules returns."""
     for module in model.modules():
-        if callable(getter := getattr(module, "get_output_embeddings", None)):
-            try:
-                found.append(getter())
-            except (NotImplementedError, AttributeError):
-                continue
-    return {id(module) for module in found if isinstance(module, nn.Module)}
+        found = None
+        if callable(method := getattr(module, getter, None)):
+            with suppress(NotImplementedError, AttributeError):
+                found = method()
+        if isinstance(found, nn.Module):
+            yield found
 
 
 def _why_int8(modules: list[Any], scheme: str, heads: set[int]) -> str:

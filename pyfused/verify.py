@@ -111,13 +111,13 @@ def render(report: dict[str, Any]) -> str:
         f"{report['preset']} in {report['dtype']} on {report['device']}; {shapes}; {report['seeds']} seeds",
         f"largest magnitude {report['scale']:.4g}; plain PyTorch against float64: RMS error {report['plain_rms']:.3e}, largest "
         f"error {report['plain_worst']:.3e}",
-        f"{'backend':<14} {'RMS error':>10} {'allowed':>10} {'ratio':>6}   {'worst':>10} {'allowed':>10} {'ratio':>6}",
+        f"{'backend':<15} {'RMS error':>10} {'allowed':>10} {'ratio':>6}   {'worst':>10} {'allowed':>10} {'ratio':>6}",
     ]
     for row in report["backends"]:
         figures = "   ".join(
             f"{row[kind + '_error']:>10.3e} {row[kind + '_bound']:>10.3e} {row[kind + '_error'] / row[kind + '_bound']:>6.2f}"
             for kind in ("rms", "worst")
         )
-        lines.append(f"{row['backend']:<14} {figures}  {'PASS' if row['passed'] else 'FAIL'}")
+        lines.append(f"{row['backend']:<15} {figures}  {'PASS' if row['passed'] else 'FAIL'}")
     lines.append("PASS" if report["passed"] else "FAIL")
     return "\n".join(lines)

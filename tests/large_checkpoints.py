@@ -16,10 +16,11 @@ XXL = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_hea
 def write(folder: Path, shard_bytes: int, **changes) -> tuple[int, int]:
     """Writes the shards, in bfloat16. Returns the bytes of all and of the largest."""
     from pyfused.checkpoints import t5
+    from pyfused.checkpoints.layer_plans import hf_plan
 
     config = {"model_type": "t5", "torch_dtype": "bfloat16", **XXL, **changes}
     (folder / "config.json").write_text(json.dumps(config))
-    plan = t5.hf_plan(t5.config_from_hf(config, folder / "config.json"))
+    plan = hf_plan(t5, t5.config_from_hf(config, folder / "config.json"))
     shapes = {piece.name: piece.shape for target in plan.values() for piece in target.pieces}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     sizes = [0]

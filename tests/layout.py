@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, tuple[str, ...]] = {
     "facts": (
         *("_version", "published", "families", "activations", "arguments", "decode_plan", "weight_format"),
-        *("notices", "tracing", "timing"),
+        *("notices", "tracing", "timing", "setting", "rules"),
         *("own_forward", "spread", "interface"),
     ),
     "this machine": ("extensions", "evidence", "tiles", "dispatch"),

@@ -3,8 +3,8 @@
 import torch
 
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.layer_plans import ONLY_HF
 from pyfused.checkpoints.options import SILENT
-from pyfused.checkpoints.plan import whole
 from pyfused.families import Family
 from pyfused.generation.decoder import chosen
 from pyfused.models.backbone import Backbone
@@ -29,7 +29,7 @@ FAMILY = Family(
 class BigramBackbone(Backbone):
     def __init__(self, vocabulary_size, hidden_dim, dtype=None):
         super().__init__()
-        factory = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory = {"dtype": resolve_dtype(dtype)}
         self._config = {"vocabulary_size": vocabulary_size, "hidden_dim": hidden_dim}
         self.token_embedding = ReversibleEmbedding(vocabulary_size, hidden_dim, **factory)
         self.norm = RMSNorm(hidden_dim, 1e-6, **factory)
@@ -87,7 +87,7 @@ def settle(config, entries):
     return config, entries
 
 
-def hf_plan(config):
+def name_tensors(tensors, config):
     vocabulary, width = config["vocabulary_size"], config["hidden_dim"]
     shapes = {
         "token_embedding.weight": ((vocabulary, width), "embedding.weight"),
@@ -97,4 +97,5 @@ def hf_plan(config):
         "feed_forward.outer.weight": ((width, 2 * width), "down.weight"),
         "feed_forward.outer.bias": ((width,), "down.bias"),
     }
-    return {name: whole(*target) for name, target in shapes.items()}
+    for name, (shape, theirs) in shapes.items():
+        tensors.whole(name, theirs, ONLY_HF, *shape)

@@ -71,7 +71,7 @@ def test_rows_name_what_is_there():
         assert getattr(pyfused, family.class_name) is backbone
         assert family.class_name in pyfused.__all__
         assert families.family_of(backbone) is family
-        names = "config_from_hf", "config_to_hf", "hf_plan", "config_from_keras", "config_to_keras", "keras_plan", "settle"
+        names = "config_from_hf", "config_to_hf", "config_from_keras", "config_to_keras", "name_tensors", "settle"
         for name in names:
             assert callable(getattr(families.load(family.checkpoint), name))
         for place in (family.decoding, family.adapters):

@@ -2,6 +2,7 @@
 interpreter, the CUDA kernels' host shim, tiny sizes and a clock that makes one tile fast."""
 
 import json
+from dataclasses import replace
 
 import cudnn_on_cpu
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 import pyfused
 from pyfused import dispatch, evidence, tiles
+from pyfused.testing.problems import norm
 from pyfused.tune import gpu as tune_gpu
-from pyfused.tune.cases import cases, norm
+from pyfused.tune.cases import cases
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run, where there is no GPU")
 
@@ -140,7 +142,8 @@ def test_what_a_killed_process_had_is_in_the_file(own):
         pass
 
     listed = work("rms_norm")
-    listed[1] = listed[1]._replace(make=lambda new: (_ for _ in ()).throw(Killed()))
+    killed = replace(listed[1].problem, own=lambda tensors: (_ for _ in ()).throw(Killed()))
+    listed[1] = listed[1]._replace(problem=killed)
     with pytest.raises(Killed):
         tune(listed, save=lambda found: evidence.write(own, found))
     assert [line["operator"] for line in json.loads(own.read_text())["lines"]] == ["rms_norm"]
@@ -168,7 +171,7 @@ def test_norms_of_few_rows_judge_too():
         y[-1] = torch.nan
         return y, None, None
 
-    case = work("rms_norm")[0]._replace(make=norm("rms_norm", 3, 16, False))
+    case = work("rms_norm")[0]._replace(problem=norm("rms_norm", 3, 16, False))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dispatch.kernel("triton", "rms_norm"), "forward", forgetful)
         assert tune([case])["refused"]

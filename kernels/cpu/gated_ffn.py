@@ -8,14 +8,9 @@ from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
-from ..reference.gated_ffn import linear_gradients, widened
+from ..reference.gated_ffn import hidden_dtype, linear_gradients, widened
 from . import dot
 from .linear import library_is_faster, would_copy
-
-
-def _hidden_dtype(x):
-    """The dtype of activation(gate) * up, which overflows float16."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
@@ -55,7 +50,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
     gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
-    hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=_hidden_dtype(gate))
+    hidden = gate if not save and gate.dtype != torch.float16 else torch.empty_like(gate, dtype=hidden_dtype(gate))
     activate(gate, up, None, hidden, None, None, activation)
     wide = F.linear(hidden, *widened(w_out))
     wide = wide if residual is None else wide.add_(residual)
@@ -64,24 +59,15 @@ def _library_forward(x, w_gate, w_up, w_out, activation, residual, save):
 
 def activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
     """hidden = activation(gate) * up. If grad_hidden is given, also both gradients. Contiguous; may be in place."""
-    cpu().gated_ffn_activation(
-        gate,
-        up,
-        grad_hidden,
-        hidden,
-        grad_gate,
-        grad_up,
-        gate.numel(),
-        ACTIVATIONS[activation].code,
-        DTYPE_CODES[gate.dtype],
-    )
+    numbers = gate.numel(), ACTIVATIONS[activation].code, DTYPE_CODES[gate.dtype]
+    cpu().gated_ffn_activation(gate, up, grad_hidden, hidden, grad_gate, grad_up, *numbers)
 
 
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     gate, up = gate.contiguous(), up.contiguous()
     wide_grad, wide_out = widened(grad_y, w_out)
     grad_hidden = (wide_grad @ wide_out).contiguous()
-    hidden = torch.empty_like(gate, dtype=_hidden_dtype(gate))
+    hidden = torch.empty_like(gate, dtype=hidden_dtype(gate))
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
     return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)

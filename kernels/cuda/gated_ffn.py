@@ -13,13 +13,9 @@ from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
-from ..reference.gated_ffn import linear_gradients
+from ..reference.gated_ffn import hidden_dtype, linear_gradients
 from ._launch import pointers, where
 from .linear import few
-
-
-def _hidden_dtype(x):
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 @prepares_launch
@@ -37,7 +33,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     numbers = outer.numel(), n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
     place, kernel = where(device), cuda().gated_ffn_forward
     new, new_y = maker((*outer, f), dtype, None, device), maker((*outer, m), dtype, None, device)
-    new_hidden = maker((*outer, f), _hidden_dtype(x), None, device)
+    new_hidden = maker((*outer, f), hidden_dtype(x), None, device)
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         y, hidden = new_y(), new_hidden()
@@ -51,11 +47,8 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
 def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dtype, device):
     code, rows, place = ACTIVATIONS[activation].code, outer.numel(), where(device)
     activate = prepare_activation(rows * f, activation, dtype, device)
-    new_scale, scaled, unscale = (
-        maker((rows,), torch.float32, None, device),
-        cuda().gated_ffn_scaled,
-        cuda().gated_ffn_unscale,
-    )
+    new_scale = maker((rows,), torch.float32, None, device)
+    scaled, unscale = cuda().gated_ffn_scaled, cuda().gated_ffn_unscale
 
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         gate, up = (F.linear(x, w).contiguous() for w in (w_gate, w_up))
@@ -88,7 +81,7 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
         return None
     dtype, device = gate.dtype, gate.device
     activate = prepare_activation(gate.numel(), activation, dtype, device)
-    new_hidden, new_grad = maker(gate.shape, _hidden_dtype(gate), None, device), maker(gate.shape, dtype, None, device)
+    new_hidden, new_grad = maker(gate.shape, hidden_dtype(gate), None, device), maker(gate.shape, dtype, None, device)
 
     def launch(grad_y, x, w_gate, w_up, w_out, gate, up, _activation, *wants):
         grad_hidden, hidden, grad_up = (grad_y @ w_out).contiguous(), new_hidden(), new_grad()

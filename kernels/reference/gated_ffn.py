@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from .ffn import activate, activation_gradient
 
 
+def hidden_dtype(x):
+    """The dtype of activation(gate) * up, which overflows float16."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def widened(*tensors):
     """float16 as float32, anything else as it is."""
-    return tuple(t.float() if t.dtype == torch.float16 else t for t in tensors)
+    return tuple(t.to(hidden_dtype(t)) for t in tensors)
 
 
 def forward(x, w_gate, w_up, w_out, activation, residual, save):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..ops.cost import COSTS, Cost, size
+from ..ops.registration import operator_of
 
 
 class _Counter(TorchDispatchMode):
@@ -21,8 +21,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "pyfused":
-            name = re.sub("_inference(_sum)?$", "", func._schema.name.partition("::")[2])
+        if name := operator_of(func):
             cost = COSTS[name](*args, **(kwargs or {}))
         elif func.overloadpacket in flop_registry:
             written = out if isinstance(out, tuple | list) else (out,)

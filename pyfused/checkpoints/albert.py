@@ -6,12 +6,12 @@ applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options, Refused
+from pyfused.checkpoints.layer_plans import Tensors, numbered
 from pyfused.checkpoints.names import settle_pooler
 from pyfused.checkpoints.options import (
     REFUSED,
@@ -23,7 +23,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Piece, Plan, Target
 
 HF_SAVED_PREFIX = ""
 
@@ -136,51 +135,24 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (*_KERAS_SIZES, *_SIZED, "dropout")}
 
 
-def _layers(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(pyfused's name, group, place in the group) of every stored layer."""
-    for group in range(config["num_groups"]):
-        for inner in range(config["num_inner_repetitions"]):
-            yield f"layers.{group}.{inner}", group, inner
-
-
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's, without the ``albert.`` prefix of models with a head."""
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras numbers the layers through all groups."""
     width, inner, narrow = config["hidden_dim"], config["intermediate_dim"], config["embedding_dim"]
-    tables = {"token": "word", "position": "position", "segment": "token_type"}
-    plan = layers.embeddings(config, {kind: f"embeddings.{name}_embeddings.weight" for kind, name in tables.items()})
-    plan |= layers.hf_norm("embedding_norm", "embeddings.LayerNorm", narrow)
-    plan |= layers.hf_linear("projection", "encoder.embedding_hidden_mapping_in", width, narrow)
-    for ours, group, place in _layers(config):
-        theirs = f"encoder.albert_layer_groups.{group}.albert_layers.{place}"
-        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
-            pieces = tuple(Piece(f"{theirs}.attention.{part}.{kind}", shape) for part in ("query", "key", "value"))
-            plan[f"{ours}.attention.query_key_value.{kind}"] = Target((3 * width, *shape[1:]), pieces)
-        plan |= layers.hf_linear(f"{ours}.attention.output", f"{theirs}.attention.dense", width, width)
-        plan |= layers.hf_norm(f"{ours}.attention_norm", f"{theirs}.attention.LayerNorm", width)
-        plan |= layers.hf_linear(f"{ours}.feed_forward.inner", f"{theirs}.ffn", inner, width)
-        plan |= layers.hf_linear(f"{ours}.feed_forward.outer", f"{theirs}.ffn_output", width, inner)
-        plan |= layers.hf_norm(f"{ours}.feed_forward_norm", f"{theirs}.full_layer_layer_norm", width)
-    if config["pooler"]:
-        plan |= layers.hf_linear("pooler", "pooler", width, width)
-    return plan
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras numbers the layers through all groups."""
-    width, inner, narrow = config["hidden_dim"], config["intermediate_dim"], config["embedding_dim"]
-    tables = {"token": "reversible_embedding", "position": "position_embedding", "segment": "embedding"}
-    plan = layers.embeddings(config, {kind: f"layers/{name}/vars/0" for kind, name in tables.items()})
-    plan |= layers.keras_norm("embedding_norm", "layers/layer_normalization", narrow)
-    plan |= layers.keras_linear("projection", "layers/dense", width, narrow)
-    for count, (ours, _, _) in enumerate(_layers(config)):
-        theirs = "layers/transformer_encoder" + (f"_{count}" if count else "")
-        attention = f"{theirs}/_self_attention_layer"
-        plan |= layers.keras_attention(f"{ours}.attention", attention, width, config["num_heads"])
-        plan |= layers.keras_norm(f"{ours}.attention_norm", f"{theirs}/_self_attention_layer_norm", width)
-        plan |= layers.keras_linear(
-            f"{ours}.feed_forward.inner", f"{theirs}/_feedforward_intermediate_dense", inner, width
+    tensors.embeddings(config)
+    tensors.norm("embedding_norm", "embeddings.LayerNorm", "layers/layer_normalization", narrow)
+    tensors.linear("projection", "encoder.embedding_hidden_mapping_in", "layers/dense", width, narrow)
+    places = product(range(config["num_groups"]), range(config["num_inner_repetitions"]))
+    for count, (group, place) in enumerate(places):
+        layer = tensors.inside(
+            f"layers.{group}.{place}",
+            f"encoder.albert_layer_groups.{group}.albert_layers.{place}",
+            numbered("layers/transformer_encoder", count),
         )
-        plan |= layers.keras_linear(f"{ours}.feed_forward.outer", f"{theirs}/_feedforward_output_dense", width, inner)
-        plan |= layers.keras_norm(f"{ours}.feed_forward_norm", f"{theirs}/_feedforward_layer_norm", width)
-    plan |= layers.keras_linear("pooler", "layers/dense_1", width, width)
-    return plan
+        projections = [f"attention.{part}" for part in ("query", "key", "value")]
+        layer.attention(projections, "attention.dense", "_self_attention_layer", width, config["num_heads"])
+        layer.norm("attention_norm", "attention.LayerNorm", "_self_attention_layer_norm", width)
+        layer.linear("feed_forward.inner", "ffn", "_feedforward_intermediate_dense", inner, width)
+        layer.linear("feed_forward.outer", "ffn_output", "_feedforward_output_dense", width, inner)
+        layer.norm("feed_forward_norm", "full_layer_layer_norm", "_feedforward_layer_norm", width)
+    if config["pooler"]:
+        tensors.linear("pooler", "pooler", "layers/dense_1", width, width)

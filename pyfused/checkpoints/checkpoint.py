@@ -19,6 +19,7 @@ from pyfused.checkpoints import hf, keras, progress
 from pyfused.checkpoints.diagnose import error_answer, no_configuration
 from pyfused.checkpoints.files import read_json
 from pyfused.checkpoints.integers import Modules, integer_modules, integer_plan, variant, without_prefix
+from pyfused.checkpoints.layer_plans import hf_plan, keras_plan
 from pyfused.checkpoints.names import check_prefix, find, note_others
 from pyfused.checkpoints.parts import fill_part, whole_shape
 from pyfused.checkpoints.plan import Plan, check_plan, fill, missing_from
@@ -219,12 +220,12 @@ def _open_hf(directory: Path, file: Path, raw: dict[str, Any], weights: bool) ->
     _check_depth(maps, config, len(stored), file, files)
     if integers:
         config, stored = maps.settle(config, without_prefix(stored, maps))
-        plan = integer_plan(maps.hf_plan(config), integers, file)
+        plan = integer_plan(hf_plan(maps, config), integers, file)
         check_plan(plan, stored, files, file)
         return Checkpoint(model, config, directory, dtype, plan, stored, integers)
-    found = find(stored, maps.hf_plan(config | {"tie_embedding_weights": False}), maps)
+    found = find(stored, hf_plan(maps, config | {"tie_embedding_weights": False}), maps)
     config, entries = maps.settle(config, found.entries)
-    plan = maps.hf_plan(config)
+    plan = hf_plan(maps, config)
     check_prefix(found, missing_from(plan, entries), files)
     check_plan(plan, entries, files, file)
     note_others(found, directory)
@@ -247,7 +248,7 @@ def _open_keras(directory: Path, file: Path, raw: dict[str, Any], weights: bool)
         return Checkpoint(model, config, directory, dtype, None, {})
     entries, files = keras.read_entries(directory), keras.weight_files(directory)
     _check_depth(maps, config, len(entries), file, files)
-    plan = maps.keras_plan(config)
+    plan = keras_plan(maps, config)
     check_plan(plan, entries, files, file)
     return Checkpoint(model, config, directory, dtype, plan, entries)
 

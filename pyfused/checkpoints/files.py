@@ -45,6 +45,11 @@ def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
     return content
 
 
+def json_bytes(content: Mapping[str, Any], sort_keys: bool = False) -> bytes:
+    """The content of a JSON file that pyfused writes."""
+    return (json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode("utf-8")
+
+
 def shard_path(index: Path, name: object, suffix: str) -> Path:
     """The path of the shard ``name``. It must be the plain name of a file beside the index, not a path."""
     if isinstance(name, str) and any(character in name for character in "/\\:\0"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.layer_plans import Tensors, numbered
 from pyfused.checkpoints.names import settle_pooler
 from pyfused.checkpoints.options import (
     REFUSED,
@@ -17,7 +17,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan
 
 HF_SAVED_PREFIX = ""
 
@@ -95,36 +94,17 @@ def config_to_keras(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in (*_KERAS_SIZES, *_SIZED, "dropout")}
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's."""
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats."""
     width, inner = config["hidden_dim"], config["intermediate_dim"]
-    tables = {"token": "word", "position": "position", "segment": "token_type"}
-    plan = layers.embeddings(config, {kind: f"embeddings.{name}_embeddings.weight" for kind, name in tables.items()})
-    plan |= layers.hf_norm("embedding_norm", "embeddings.LayerNorm", width)
-    plan |= layers.hf_linear("projection", "embeddings.projection", width, width)
+    tensors.embeddings(config)
+    tensors.norm("embedding_norm", "embeddings.LayerNorm", "layers/layer_normalization", width)
+    tensors.linear("projection", "embeddings.projection", "layers/dense", width, width)
     for i in range(config["num_layers"]):
-        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
-        plan |= layers.hf_norm(f"{ours}.mixing_norm", f"{theirs}.fourier.output.LayerNorm", width)
-        plan |= layers.hf_linear(f"{ours}.feed_forward.inner", f"{theirs}.intermediate.dense", inner, width)
-        plan |= layers.hf_linear(f"{ours}.feed_forward.outer", f"{theirs}.output.dense", width, inner)
-        plan |= layers.hf_norm(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm", width)
+        layer = tensors.inside(f"layers.{i}", f"encoder.layer.{i}", numbered("layers/f_net_encoder", i))
+        layer.norm("mixing_norm", "fourier.output.LayerNorm", "_mixing_layer_norm", width)
+        layer.linear("feed_forward.inner", "intermediate.dense", "_intermediate_dense", inner, width)
+        layer.linear("feed_forward.outer", "output.dense", "_output_dense", width, inner)
+        layer.norm("feed_forward_norm", "output.LayerNorm", "_output_layer_norm", width)
     if config["pooler"]:
-        plan |= layers.hf_linear("pooler", "pooler.dense", width, width)
-    return plan
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths."""
-    width, inner = config["hidden_dim"], config["intermediate_dim"]
-    tables = {"token": "reversible_embedding", "position": "position_embedding", "segment": "embedding"}
-    plan = layers.embeddings(config, {kind: f"layers/{name}/vars/0" for kind, name in tables.items()})
-    plan |= layers.keras_norm("embedding_norm", "layers/layer_normalization", width)
-    plan |= layers.keras_linear("projection", "layers/dense", width, width)
-    for i in range(config["num_layers"]):
-        ours, theirs = f"layers.{i}", "layers/f_net_encoder" + (f"_{i}" if i else "")
-        plan |= layers.keras_norm(f"{ours}.mixing_norm", f"{theirs}/_mixing_layer_norm", width)
-        plan |= layers.keras_linear(f"{ours}.feed_forward.inner", f"{theirs}/_intermediate_dense", inner, width)
-        plan |= layers.keras_linear(f"{ours}.feed_forward.outer", f"{theirs}/_output_dense", width, inner)
-        plan |= layers.keras_norm(f"{ours}.feed_forward_norm", f"{theirs}/_output_layer_norm", width)
-    plan |= layers.keras_linear("pooler", "layers/dense_1", width, width)
-    return plan
+        tensors.linear("pooler", "pooler.dense", "layers/dense_1", width, width)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints import layer_plans as layers
 from pyfused.checkpoints.files import Options
+from pyfused.checkpoints.layer_plans import ONLY_HF, Tensors, numbered
 from pyfused.checkpoints.names import settle_head
 from pyfused.checkpoints.options import (
     REFUSED,
@@ -22,7 +22,6 @@ from pyfused.checkpoints.options import (
     read_activation,
     read_keras,
 )
-from pyfused.checkpoints.plan import Plan, transposed, whole
 from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = "transformer."  # in front of the names that pyfused saves, as in models with a head
@@ -129,53 +128,26 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's, without the ``transformer.`` prefix of models with a head."""
-    width, inner = config["hidden_dim"], config["intermediate_dim"]
-    heads = width // config["num_heads"] * config["num_heads"]
-    plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), "wte.weight")}
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras stores query, key and value as three datasets."""
+    tensors.hf_by_inputs = True
+    vocabulary, width, inner = config["vocabulary_size"], config["hidden_dim"], config["intermediate_dim"]
+    heads = width // config["num_heads"] * config["num_heads"]  # their width
+    tensors.whole("token_embedding.weight", "wte.weight", "layers/reversible_embedding/vars/0", vocabulary, width)
     if not config["tie_embedding_weights"]:
-        plan["token_embedding.reverse_weight"] = whole((config["vocabulary_size"], width), HF_HEAD)
-    plan["position_embedding.weight"] = whole((config["max_sequence_length"], width), "wpe.weight")
-
-    def linear(ours: str, theirs: str, out: int, into: int) -> None:
-        plan[f"{ours}.weight"] = transposed((out, into), f"{theirs}.weight")
-        plan[f"{ours}.bias"] = whole((out,), f"{theirs}.bias")
-
+        tensors.whole("token_embedding.reverse_weight", HF_HEAD, ONLY_HF, vocabulary, width)
+    places = config["max_sequence_length"]
+    tensors.whole("position_embedding.weight", "wpe.weight", "layers/position_embedding/vars/0", places, width)
     for i in range(config["num_layers"]):
-        ours, theirs = f"layers.{i}", f"h.{i}"
-        plan |= layers.hf_norm(f"{ours}.attention_norm", f"{theirs}.ln_1", width)
-        linear(f"{ours}.attention.query_key_value", f"{theirs}.attn.c_attn", 3 * heads, width)
-        linear(f"{ours}.attention.output", f"{theirs}.attn.c_proj", width, heads)
+        layer = tensors.inside(f"layers.{i}", f"h.{i}", numbered("layers/transformer_decoder", i))
+        layer.norm("attention_norm", "ln_1", "_self_attention_layer_norm", width)
+        layer.attention(["attn.c_attn"], "attn.c_proj", "_self_attention_layer", width, config["num_heads"])
         if config["cross_attention"]:
-            plan |= layers.hf_norm(f"{ours}.cross_attention_norm", f"{theirs}.ln_cross_attn", width)
-            linear(f"{ours}.cross_attention.query", f"{theirs}.crossattention.q_attn", heads, width)
-            linear(f"{ours}.cross_attention.key_value", f"{theirs}.crossattention.c_attn", 2 * heads, width)
-            linear(f"{ours}.cross_attention.output", f"{theirs}.crossattention.c_proj", width, heads)
-        plan |= layers.hf_norm(f"{ours}.feed_forward_norm", f"{theirs}.ln_2", width)
-        linear(f"{ours}.feed_forward.inner", f"{theirs}.mlp.c_fc", inner, width)
-        linear(f"{ours}.feed_forward.outer", f"{theirs}.mlp.c_proj", width, inner)
-    plan |= layers.hf_norm("final_norm", "ln_f", width)
-    return plan
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras stores query, key and value as three datasets."""
-    width, inner = config["hidden_dim"], config["intermediate_dim"]
-    plan: Plan = {
-        "token_embedding.weight": whole((config["vocabulary_size"], width), "layers/reversible_embedding/vars/0"),
-        "position_embedding.weight": whole((config["max_sequence_length"], width), "layers/position_embedding/vars/0"),
-    }
-
-    for i in range(config["num_layers"]):
-        ours, theirs = f"layers.{i}", "layers/transformer_decoder" + (f"_{i}" if i else "")
-        plan |= layers.keras_norm(f"{ours}.attention_norm", f"{theirs}/_self_attention_layer_norm", width)
-        plan |= layers.keras_attention(
-            f"{ours}.attention", f"{theirs}/_self_attention_layer", width, config["num_heads"]
-        )
-        plan |= layers.keras_norm(f"{ours}.feed_forward_norm", f"{theirs}/_feedforward_layer_norm", width)
-        plan |= layers.keras_linear(
-            f"{ours}.feed_forward.inner", f"{theirs}/_feedforward_intermediate_dense", inner, width
-        )
-        plan |= layers.keras_linear(f"{ours}.feed_forward.outer", f"{theirs}/_feedforward_output_dense", width, inner)
-    return plan | layers.keras_norm("final_norm", "layers/layer_normalization", width)
+            layer.norm("cross_attention_norm", "ln_cross_attn", ONLY_HF, width)
+            layer.linear("cross_attention.query", "crossattention.q_attn", ONLY_HF, heads, width)
+            layer.linear("cross_attention.key_value", "crossattention.c_attn", ONLY_HF, 2 * heads, width)
+            layer.linear("cross_attention.output", "crossattention.c_proj", ONLY_HF, width, heads)
+        layer.norm("feed_forward_norm", "ln_2", "_feedforward_layer_norm", width)
+        layer.linear("feed_forward.inner", "mlp.c_fc", "_feedforward_intermediate_dense", inner, width)
+        layer.linear("feed_forward.outer", "mlp.c_proj", "_feedforward_output_dense", width, inner)
+    tensors.norm("final_norm", "ln_f", "layers/layer_normalization", width)

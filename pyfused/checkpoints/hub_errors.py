@@ -7,7 +7,7 @@ of the response that it carries, and by the errors that caused it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -38,22 +38,12 @@ class Failure(NamedTuple):
 
 _OFFLINE = {"OfflineModeIsEnabled"}
 _BROKEN = {
-    "RemoteProtocolError",
-    "ChunkedEncodingError",
-    "IncompleteRead",
-    "ProtocolError",
-    "ReadError",
-    "ContentDecodingError",
-}
+    "RemoteProtocolError", "ChunkedEncodingError", "IncompleteRead", "ProtocolError", "ReadError", "ContentDecodingError",
+}  # fmt: skip
 _SILENT = {"ReadTimeout", "ReadTimeoutError"}
 _UNREACHABLE = _SILENT | {
-    "ConnectError",
-    "ConnectionError",
-    "Timeout",
-    "TimeoutException",
-    "NetworkError",
-    "ProxyError",
-}
+    "ConnectError", "ConnectionError", "Timeout", "TimeoutException", "NetworkError", "ProxyError",
+}  # fmt: skip
 _AGAIN = "run it again; the files that are complete are kept"
 
 
@@ -72,7 +62,44 @@ def failure(error: BaseException) -> Failure:
 
 def describe(found: Failure, service: Service) -> str:
     """What happened, and what to do about it."""
-    return next(advice(found, service) for applies, advice in _ADVICE if applies(found))
+    return next(_advice(found, service))
+
+
+def _advice(f: Failure, s: Service) -> Iterator[str]:
+    """Everything that applies, the most precise first."""
+    login, status, place = s.login, f.status, s.place
+    if "GatedRepoError" in f.names:
+        yield f"its owner asks for an agreement ({status}): accept it on the repository's page, then {login}"
+    if "RevisionNotFoundError" in f.names:
+        yield f"{s.name} has no such revision (404); it takes a branch, a tag or a commit's 40 digits"
+    if f.names & _OFFLINE:
+        yield (
+            "it is not, or not wholly, in the cache, and HF_HUB_OFFLINE forbids to download it: unset that, or fill the cache "
+            "with `pyfused download` on a machine with a network"
+        )
+    if status in (401, 403):
+        why = "it does not exist, or it is private or asks for consent"
+        yield f"{s.name} refused it ({status}): {why}; check the name, then {login}"
+    if status == 404:
+        yield f"{s.name} has nothing of this name (404); check the spelling"
+    if status == 429:
+        yield f"{s.name} answered that there were too many requests (429): {_wait(f)}, or {login}, which raises the limit"
+    if status is not None and status >= 500:
+        yield f"{s.name} failed ({status}); try again later"
+    if "DataCorruptionError" in f.names or "Consistency check failed" in f.text:
+        changes = f"if that stays so, something between here and {place} changes the files"
+        yield f"a file arrived damaged, and was removed: run it again; {changes}"
+    if errno.ENOSPC in f.system:
+        yield f"no space left on the disk of the cache; {s.cache} moves it"
+    if f.system & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        yield f"the cache cannot be written ({_first_line(f)}); {s.cache} moves it"
+    if f.names & _BROKEN:
+        yield f"the connection to {place} broke off in the middle of a file: {_AGAIN}"
+    if f.names & _SILENT or "Read timed out" in f.text:
+        yield f"{place} stopped answering: {_AGAIN}"
+    if f.names & _UNREACHABLE:
+        yield f"{place} cannot be reached, and the cache lacks it: check the network and the proxy settings; {_AGAIN}"
+    yield _first_line(f)
 
 
 def unreachable(found: Failure) -> bool:
@@ -99,73 +126,3 @@ def _wait(found: Failure) -> str:
         if str(headers.get("Retry-After", "")).isdigit():
             return f"wait {headers['Retry-After']} s"
     return "wait some minutes"
-
-
-# (whether it applies, what to say); the first that applies
-_ADVICE: tuple[tuple[Callable[[Failure], bool], Callable[[Failure, Service], str]], ...] = (
-    (
-        lambda f: "GatedRepoError" in f.names,
-        lambda f, s: (
-            f"its owner asks for an agreement ({f.status}): accept it on the repository's page, then {s.login}"
-        ),
-    ),
-    (
-        lambda f: "RevisionNotFoundError" in f.names,
-        lambda f, s: f"{s.name} has no such revision (404); it takes a branch, a tag or a commit's 40 digits",
-    ),
-    (
-        lambda f: bool(f.names & _OFFLINE),
-        lambda f, s: (
-            "it is not, or not wholly, in the cache, and HF_HUB_OFFLINE forbids to download it: unset that, or fill the "
-            "cache with `pyfused download` on a machine with a network"
-        ),
-    ),
-    (
-        lambda f: f.status in (401, 403),
-        lambda f, s: (
-            f"{s.name} refused it ({f.status}): it does not exist, or it is private or asks for consent; check the name, "
-            f"then {s.login}"
-        ),
-    ),
-    (lambda f: f.status == 404, lambda f, s: f"{s.name} has nothing of this name (404); check the spelling"),
-    (
-        lambda f: f.status == 429,
-        lambda f, s: (
-            f"{s.name} answered that there were too many requests (429): {_wait(f)}, or {s.login}, which raises the limit"
-        ),
-    ),
-    (
-        lambda f: f.status is not None and f.status >= 500,
-        lambda f, s: f"{s.name} failed ({f.status}); try again later",
-    ),
-    (
-        lambda f: "DataCorruptionError" in f.names or "Consistency check failed" in f.text,
-        lambda f, s: (
-            "a file arrived damaged, and was removed: run it again; if that stays so, something between here and "
-            f"{s.place} changes the files"
-        ),
-    ),
-    (
-        lambda f: errno.ENOSPC in f.system,
-        lambda f, s: f"no space left on the disk of the cache; {s.cache} moves it",
-    ),
-    (
-        lambda f: bool(f.system & {errno.EACCES, errno.EPERM, errno.EROFS}),
-        lambda f, s: f"the cache cannot be written ({_first_line(f)}); {s.cache} moves it",
-    ),
-    (
-        lambda f: bool(f.names & _BROKEN),
-        lambda f, s: f"the connection to {s.place} broke off in the middle of a file: {_AGAIN}",
-    ),
-    (
-        lambda f: bool(f.names & _SILENT) or "Read timed out" in f.text,
-        lambda f, s: f"{s.place} stopped answering: {_AGAIN}",
-    ),
-    (
-        lambda f: bool(f.names & _UNREACHABLE),
-        lambda f, s: (
-            f"{s.place} cannot be reached, and the cache lacks it: check the network and the proxy settings; {_AGAIN}"
-        ),
-    ),
-    (lambda f: True, lambda f, s: _first_line(f)),
-)

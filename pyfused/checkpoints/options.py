@@ -128,9 +128,9 @@ def activation_name(value: Any) -> str | None:
     return (HF_ACTIVATIONS | _KERAS_FUNCTIONS).get(value)
 
 
-def read_activation(options: Options, name: str, default: str = "gelu_new") -> str:
+def read_activation(options: Options, name: str) -> str:
     """pyfused's name for the activation in an option of a Hugging Face configuration. Raises ValueError if pyfused lacks it."""
-    stated = options.raw(name, default)
+    stated = options.raw(name, "gelu_new")
     if not isinstance(stated, str) or stated not in HF_ACTIVATIONS:
         raise ValueError(f"{options.file}: {name} is {stated!r}; it takes one of {', '.join(HF_ACTIVATIONS)}")
     return HF_ACTIVATIONS[stated]

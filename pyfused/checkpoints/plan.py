@@ -47,9 +47,9 @@ def whole(shape: tuple[int, ...], name: str) -> Target:
     return Target(shape, (Piece(name, shape),))
 
 
-def transposed(shape: tuple[int, int], name: str, stored: tuple[int, ...] | None = None) -> Target:
-    """A matrix (out, in) stored as (in, out), or in the shape ``stored`` if one side is split into dimensions."""
-    return Target(shape, (Piece(name, stored or shape[::-1], True),))
+def transposed(shape: tuple[int, int], name: str) -> Target:
+    """A matrix (out, in) stored as (in, out)."""
+    return Target(shape, (Piece(name, shape[::-1], True),))
 
 
 def missing_from(plan: Plan, entries: Mapping[str, Entry]) -> list[str]:

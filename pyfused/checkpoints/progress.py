@@ -9,8 +9,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+
+from pyfused.setting import set_to
 
 _FROM_BYTES = 256 << 20  # less is loaded before anyone has read a line
 _EVERY_SECONDS = 0.1
@@ -19,14 +21,9 @@ _WIDTH = 30
 _quiet: ContextVar[bool] = ContextVar("pyfused_quiet", default=False)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Inside the block presets are downloaded and loaded without a progress bar."""
-    token = _quiet.set(True)
-    try:
-        yield
-    finally:
-        _quiet.reset(token)
+    return set_to(_quiet, True)
 
 
 def shown() -> bool:

@@ -7,7 +7,6 @@ is refused by name before anything is written.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,8 +19,9 @@ from torch import nn
 
 from pyfused.checkpoints import hf_write, keras_write
 from pyfused.checkpoints.checkpoint import open_checkpoint
-from pyfused.checkpoints.files import read_json
+from pyfused.checkpoints.files import json_bytes, read_json
 from pyfused.checkpoints.integers import Modules, block, integer_plan, modules_of, variant
+from pyfused.checkpoints.layer_plans import hf_plan, keras_plan
 from pyfused.checkpoints.plan import Plan
 from pyfused.checkpoints.presets import resolve_preset
 from pyfused.checkpoints.replace import replacing
@@ -72,7 +72,8 @@ def save_to_preset(
     backbone: Any = model
     config = backbone.get_config()
     state, integers = model.state_dict(), modules_of(model)
-    _check_state(state, load(family.checkpoint).hf_plan(load(family.checkpoint).DEFAULTS | config), integers)
+    maps = load(family.checkpoint)
+    _check_state(state, hf_plan(maps, maps.DEFAULTS | config), integers)
     if integers and (format == "keras" or dtype is not None):
         got, takes = (f"format is {format!r}", "'hf'") if format == "keras" else (f"dtype is {dtype}", "None")
         raise ValueError(
@@ -152,7 +153,7 @@ def _stored(content: _Content, format: Format) -> list[Stored]:
     """The tensors by their names in the files."""
     maps = load(content.family.checkpoint)
     config = maps.DEFAULTS | content.config
-    plan = maps.keras_plan(config) if format == "keras" else integer_plan(maps.hf_plan(config), content.integers)
+    plan = keras_plan(maps, config) if format == "keras" else integer_plan(hf_plan(maps, config), content.integers)
     for name, shape in content.shapes.items():
         if shape != plan[name].shape:
             raise ValueError(f"model: {name} has shape {shape}, but its configuration calls for {plan[name].shape}")
@@ -170,7 +171,7 @@ def _hf_files(content: _Content) -> dict[str, bytes]:
     path = content.directory / "config.json" if content.directory is not None else None
     if path is not None and path.is_file() and "model_type" in (raw := read_json(path)):
         described |= {name: raw[name] for name in _SPECIAL if name in raw}  # the tokeniser's, no part of a backbone
-    return {"config.json": _json(described, sort_keys=True)}
+    return {"config.json": json_bytes(described, sort_keys=True)}
 
 
 def _keras_files(content: _Content) -> dict[str, bytes]:
@@ -193,7 +194,7 @@ def _keras_files(content: _Content) -> dict[str, bytes]:
         "config": own | arguments,
         "registered_name": f"keras_hub>{family.keras_name}Backbone",
     }
-    plan = maps.keras_plan(maps.DEFAULTS | content.config)
+    plan = keras_plan(maps, maps.DEFAULTS | content.config)
     metadata = {
         "keras_version": _KERAS,
         "keras_hub_version": _KERAS_HUB,
@@ -201,7 +202,7 @@ def _keras_files(content: _Content) -> dict[str, bytes]:
         "date_saved": datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S"),
         "tasks": list(maps.KERAS_TASKS),
     }
-    return {"config.json": _json(described), "metadata.json": _json(metadata)}
+    return {"config.json": json_bytes(described), "metadata.json": json_bytes(metadata)}
 
 
 def _tokenizer_files(content: _Content, format: Format, tokenizer: TokenizerSource) -> dict[str, bytes]:
@@ -263,7 +264,3 @@ def _import_h5py() -> None:
         import h5py  # noqa: F401
     except ImportError as error:
         raise ImportError("format='keras' needs h5py: pip install 'pyfused[keras]'") from error
-
-
-def _json(content: Mapping[str, Any], sort_keys: bool = False) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode("utf-8")

@@ -103,11 +103,6 @@ def surroundings(tokenizers: Any, backend: Any, encoder: bool) -> Any:
     return tokenizers.processors.TemplateProcessing(single=first, pair=f"{first} {pair}", special_tokens=special)
 
 
-def end_of(backend: Any) -> str:
-    """The token that ends a text: [SEP] for ALBERT and FNet, </s> for T5."""
-    return "</s>" if any(backend.token_to_id(token) is None for token in (START, SEPARATOR)) else SEPARATOR
-
-
 def _encoder_normalizers(steps: Any, lower: bool, strip: bool, quotes: bool) -> list[Any]:
     chosen = [steps.Replace("``", '"'), steps.Replace("''", '"')] if quotes else []
     chosen += [steps.NFKD(), steps.StripAccents()] if strip else []

@@ -12,6 +12,7 @@ from typing import Any
 
 from pyfused.checkpoints import hf
 from pyfused.checkpoints.files import Options, Refused
+from pyfused.checkpoints.layer_plans import Tensors, numbered
 from pyfused.checkpoints.names import settle_head
 from pyfused.checkpoints.options import (
     HF_ACTIVATIONS,
@@ -25,7 +26,7 @@ from pyfused.checkpoints.options import (
     finish_keras,
     read_keras,
 )
-from pyfused.checkpoints.plan import Piece, Plan, Target, transposed, whole
+from pyfused.checkpoints.plan import transposed
 from pyfused.checkpoints.storage import Entry
 
 HF_SAVED_PREFIX = ""
@@ -208,93 +209,51 @@ def settle(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str,
     return settle_head(config, entries, HF_HEAD, HF_EMBEDDING)
 
 
-def _sizes(config: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Hidden width, feed-forward width, heads * head size, and heads."""
-    width, heads = config["hidden_dim"], config["num_heads"]
-    return width, config["intermediate_dim"], heads * (config["key_value_dim"] or width // heads), heads
-
-
-def hf_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from Hugging Face's."""
-    width, inner, heads_width, heads = _sizes(config)
-    plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), HF_EMBEDDING)}
+def name_tensors(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The tensors of both formats. Keras numbers the layers through both stacks."""
+    vocabulary, width = config["vocabulary_size"], config["hidden_dim"]
+    embedding, head = "layers/reversible_embedding/vars", "token_embedding.reverse_weight"
+    tensors.whole("token_embedding.weight", HF_EMBEDDING, f"{embedding}/0", vocabulary, width)
     if not config["tie_embedding_weights"]:
-        plan["token_embedding.reverse_weight"] = whole((config["vocabulary_size"], width), HF_HEAD)
-
-    def stacked(ours: str, theirs: str, parts: str) -> None:
-        pieces = tuple(Piece(f"{theirs}.{part}.weight", (heads_width, width)) for part in parts)
-        plan[f"{ours}.weight"] = Target((len(parts) * heads_width, width), pieces)
-
-    for stack, depth in _stacks(config):
-        for i in range(depth):
-            ours, theirs = f"{stack}.layers.{i}", f"{stack}.block.{i}.layer"
-            plan[f"{ours}.attention_norm.weight"] = whole((width,), f"{theirs}.0.layer_norm.weight")
-            attention = f"{theirs}.0.SelfAttention"
-            if not i:
-                table = (config["num_buckets"], heads)
-                plan[f"{ours}.attention.relative_bias"] = whole(table, f"{attention}.relative_attention_bias.weight")
-            stacked(f"{ours}.attention.query_key_value", attention, "qkv")
-            plan[f"{ours}.attention.output.weight"] = whole((width, heads_width), f"{attention}.o.weight")
-            if stack == "decoder":
-                plan[f"{ours}.cross_attention_norm.weight"] = whole((width,), f"{theirs}.1.layer_norm.weight")
-                attention = f"{theirs}.1.EncDecAttention"
-                stacked(f"{ours}.cross_attention.query", attention, "q")
-                stacked(f"{ours}.cross_attention.key_value", attention, "kv")
-                plan[f"{ours}.cross_attention.output.weight"] = whole((width, heads_width), f"{attention}.o.weight")
-            last = f"{theirs}.{2 if stack == 'decoder' else 1}"
-            plan[f"{ours}.feed_forward_norm.weight"] = whole((width,), f"{last}.layer_norm.weight")
-            names = {"gate": "wi_0", "up": "wi_1"} if config["use_gated_activation"] else {"inner": "wi"}
-            for name, matrix in names.items():
-                plan[f"{ours}.feed_forward.{name}.weight"] = whole(
-                    (inner, width), f"{last}.DenseReluDense.{matrix}.weight"
-                )
-            plan[f"{ours}.feed_forward.outer.weight"] = whole((width, inner), f"{last}.DenseReluDense.wo.weight")
-        plan[f"{stack}.final_norm.weight"] = whole((width,), f"{stack}.final_layer_norm.weight")
-    return plan
-
-
-def keras_plan(config: dict[str, Any]) -> Plan:
-    """pyfused's names from h5 paths. Keras numbers the layers through both stacks."""
-    width, inner, heads_width, heads = _sizes(config)
-    embedding = "layers/reversible_embedding/vars"
-    plan: Plan = {"token_embedding.weight": whole((config["vocabulary_size"], width), f"{embedding}/0")}
-    if not config["tie_embedding_weights"]:
-        plan["token_embedding.reverse_weight"] = transposed((config["vocabulary_size"], width), f"{embedding}/1")
-
-    def stacked(ours: str, theirs: str, *parts: str) -> None:
-        pieces = tuple(Piece(f"{theirs}/{part}_projector/vars/0", (width, heads_width), True) for part in parts)
-        plan[f"{ours}.weight"] = Target((len(parts) * heads_width, width), pieces)
-
-    def matrix(ours: str, theirs: str, out: int, into: int) -> None:
-        plan[f"{ours}.weight"] = transposed((out, into), f"{theirs}_projector/vars/0")
-
+        tensors.whole(head, HF_HEAD, "", vocabulary, width)
+        if tensors.is_keras:
+            tensors.plan[head] = transposed((vocabulary, width), f"{embedding}/1")
     count = 0
     for index, (stack, depth) in enumerate(_stacks(config)):
         for i in range(depth):
-            ours, theirs = f"{stack}.layers.{i}", "layers/t5_transformer_layer" + (f"_{count}" if count else "")
-            plan[f"{ours}.attention_norm.weight"] = whole((width,), f"{theirs}/self_attention_layer_norm/vars/0")
-            attention = f"{theirs}/self_attention"
-            if not i:
-                plan[f"{ours}.attention.relative_bias"] = whole((config["num_buckets"], heads), f"{attention}/vars/0")
-            stacked(f"{ours}.attention.query_key_value", attention, "query", "key", "value")
-            matrix(f"{ours}.attention.output", f"{attention}/output", width, heads_width)
-            if stack == "decoder":
-                plan[f"{ours}.cross_attention_norm.weight"] = whole(
-                    (width,), f"{theirs}/cross_attention_layer_norm/vars/0"
-                )
-                attention = f"{theirs}/cross_attention"
-                stacked(f"{ours}.cross_attention.query", attention, "query")
-                stacked(f"{ours}.cross_attention.key_value", attention, "key", "value")
-                matrix(f"{ours}.cross_attention.output", f"{attention}/output", width, heads_width)
-            plan[f"{ours}.feed_forward_norm.weight"] = whole((width,), f"{theirs}/layer_norm/vars/0")
-            names = {"gate": "input", "up": "gate"} if config["use_gated_activation"] else {"inner": "input"}
-            for name, projector in names.items():
-                matrix(f"{ours}.feed_forward.{name}", f"{theirs}/{projector}", inner, width)
-            matrix(f"{ours}.feed_forward.outer", f"{theirs}/output", width, inner)
+            keras = numbered("layers/t5_transformer_layer", count)
+            layer = tensors.inside(f"{stack}.layers.{i}", f"{stack}.block.{i}.layer", keras)
+            _plan_layer(layer, config, has_table=i == 0, is_decoder=stack == "decoder")
             count += 1
-        norm = "layers/t5_layer_norm" + (f"_{index}" if index else "")
-        plan[f"{stack}.final_norm.weight"] = whole((width,), f"{norm}/vars/0")
-    return plan
+        norm = numbered("layers/t5_layer_norm", index)
+        tensors.norm(f"{stack}.final_norm", f"{stack}.final_layer_norm", norm, width, bias=False)
+
+
+def _plan_layer(layer: Tensors, config: dict[str, Any], *, has_table: bool, is_decoder: bool) -> None:
+    width, inner, heads = config["hidden_dim"], config["intermediate_dim"], config["num_heads"]
+    heads_width = heads * (config["key_value_dim"] or width // heads)
+
+    def attend(ours: str, hf: str, keras: str, *projections: str) -> None:
+        layer.norm(f"{ours}_norm", f"{hf[0]}.layer_norm", f"{keras}_layer_norm", width, bias=False)
+        if has_table and ours == "attention":
+            table = f"{hf}.relative_attention_bias.weight"
+            layer.whole("attention.relative_bias", table, f"{keras}/vars/0", config["num_buckets"], heads)
+        for name in projections:
+            parts = name.split("_")
+            theirs = [f"{hf}.{part[0]}" for part in parts], [f"{keras}/{part}_projector" for part in parts]
+            layer.stacked(f"{ours}.{name}", *theirs, heads_width, width, bias=False)
+        layer.linear(f"{ours}.output", f"{hf}.o", f"{keras}/output_projector", width, heads_width, bias=False)
+
+    attend("attention", "0.SelfAttention", "self_attention", "query_key_value")
+    if is_decoder:
+        attend("cross_attention", "1.EncDecAttention", "cross_attention", "query", "key_value")
+    last = 2 if is_decoder else 1
+    layer.norm("feed_forward_norm", f"{last}.layer_norm", "layer_norm", width, bias=False)
+    dense, gated = f"{last}.DenseReluDense", config["use_gated_activation"]
+    names = (("gate", "wi_0", "input"), ("up", "wi_1", "gate")) if gated else (("inner", "wi", "input"),)
+    for ours, theirs, keras in names:
+        layer.linear(f"feed_forward.{ours}", f"{dense}.{theirs}", f"{keras}_projector", inner, width, bias=False)
+    layer.linear("feed_forward.outer", f"{dense}.wo", "output_projector", width, inner, bias=False)
 
 
 def _stacks(config: dict[str, Any]) -> tuple[tuple[str, int], ...]:

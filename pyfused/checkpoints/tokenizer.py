@@ -21,6 +21,7 @@ from pyfused.checkpoints.tokenizer_bytes import BYTE_OF_CHARACTER, token_bytes
 from pyfused.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
 from pyfused.checkpoints.tokenizer_options import NAMES
 from pyfused.checkpoints.tokenizer_stream import StreamDecoder
+from pyfused.rules import SIZE, check
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
 
@@ -33,11 +34,11 @@ class Tokenizer:
 
     directory: the folder that it was read from.
     backend: the `tokenizers.Tokenizer` that does the work.
-    family: the name of the model that `__call__` makes inputs for: "gpt2", "albert", "t5" or "fnet"; None if no file tells.
+    family: the name of the model that `__call__` makes inputs for: "gpt2", "albert", "t5" or "fnet"; None if no file says.
     model_max_length: the longest text in tokens by the files; None if they name none. Truncation's default.
     padding_side, truncation_side: "right", or what the files say.
-    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the tokens with a part to play, as text; None
-        where the vocabulary has none for it. Each has its id beside it: bos_token_id and so on. As in KerasHub, GPT-2 has no
+    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: the special tokens, as text; None
+        where the vocabulary has none. Each has an id: bos_token_id and so on. As in KerasHub, GPT-2 has no
         token for padding but pads with its end token.
     sentinel_ids: the ids of T5's <extra_id_0>, <extra_id_1> and so on, in this order. Empty for other vocabularies.
     end_token_id: the token that ends a text and at which generation stops: eos_token_id.
@@ -278,10 +279,7 @@ class Tokenizer:
                     "max_length is None, and the tokeniser's files name no model_max_length; it takes an int"
                 )
             return self.model_max_length if used else None
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
-            raise TypeError(f"max_length is {max_length!r}; it takes an int")
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}; it takes at least 1")
+        check(SIZE, max_length=max_length)
         if not used:
             raise ValueError(f"max_length is {max_length}, but neither truncation nor padding='max_length' uses it")
         return max_length

@@ -117,10 +117,15 @@ def _from_description(tokenizers: Any, path: Path, raw: dict[str, Any], options:
     return _named(backend, "byte-level", options)
 
 
+def model_kind(raw: dict[str, Any]) -> str | None:
+    """The kind of model in a tokenizer.json, such as "BPE"; None if there is none."""
+    model = raw.get("model")
+    return model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
+
+
 def _kind_of(path: Path, raw: dict[str, Any]) -> Kind:
     """Raises ValueError for other models than byte-level BPE and SentencePiece's unigrams with a space before each text."""
-    model, decoder = raw["model"], raw.get("decoder")
-    kind = model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
+    kind, decoder = model_kind(raw), raw.get("decoder")
     parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
     steps = [part.get("type") for part in parts if isinstance(part, dict)]
     metaspace = next((part for part in parts if isinstance(part, dict) and part.get("type") == "Metaspace"), {})

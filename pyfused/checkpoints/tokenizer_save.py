@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pyfused.checkpoints.files import note, read_json
+from pyfused.checkpoints.files import json_bytes, note, read_json
 from pyfused.checkpoints.part_names import TOKENIZER
+from pyfused.checkpoints.tokenizer_files import model_kind
 from pyfused.families import Family
 
 _ASSETS = "assets/tokenizer"
@@ -46,7 +47,7 @@ def _hf_from_keras(source: Path, config: dict[str, Any], family: Family) -> dict
         return {}
     if pieces:
         options |= _PIECES.get(family.name, {})
-        return {"spiece.model": (assets / "vocabulary.spm").read_bytes(), "tokenizer_config.json": _json(options)}
+        return {"spiece.model": (assets / "vocabulary.spm").read_bytes(), "tokenizer_config.json": json_bytes(options)}
     options |= {f"{kind}_token": _END_OF_TEXT for kind in ("bos", "eos", "unk")}
     options["add_prefix_space"] = bool(config.get("add_prefix_space", False))
     others = [token for token in config.get("unsplittable_tokens") or [] if token != _END_OF_TEXT]
@@ -55,14 +56,14 @@ def _hf_from_keras(source: Path, config: dict[str, Any], family: Family) -> dict
     return {
         "vocab.json": (assets / "vocabulary.json").read_bytes(),
         "merges.txt": (assets / "merges.txt").read_bytes(),
-        "tokenizer_config.json": _json(options),
+        "tokenizer_config.json": json_bytes(options),
     }
 
 
 def _keras_from_hf(source: Path, described: dict[str, Any], family: Family) -> dict[str, bytes]:
     options = read_json(path) if (path := source / "tokenizer_config.json").is_file() else {}
     pieces = (source / "spiece.model").is_file()
-    bpe = _model_kind(described) == "BPE" if described else (source / "vocab.json").is_file()
+    bpe = model_kind(described) == "BPE" if described else (source / "vocab.json").is_file()
     if (pieces or bpe) and not _is_of_kind(source, pieces, family):
         return {}
     if pieces:
@@ -102,7 +103,7 @@ def _bpe(
 ) -> tuple[dict[str, int], list[str], list[str], bool] | None:
     """Vocabulary, merges, special tokens and add_prefix_space of a tokenizer.json. None, and a warning, if it is not byte-level
     BPE as GPT-2's."""
-    model, kind = described.get("model"), _model_kind(described)
+    model, kind = described.get("model"), model_kind(described)
     if kind != "BPE":
         if family.name in _PIECES:
             why = (
@@ -123,12 +124,6 @@ def _bpe(
         return {**model["vocab"], **added}, merges, list(added), bool(before.get("add_prefix_space", False))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read as a tokenizer: {type(error).__name__}: {error}") from error
-
-
-def _model_kind(described: dict[str, Any]) -> str | None:
-    """The kind of model in a tokenizer.json, such as "BPE"; None if there is none."""
-    model = described.get("model")
-    return model.get("type", "Unigram" if "unk_id" in model else "BPE") if isinstance(model, dict) else None
 
 
 def _is_of_kind(source: Path, pieces: bool, family: Family) -> bool:
@@ -164,13 +159,9 @@ def _leave_out(source: Path, why: str) -> None:
 def _keras_config(family: Family, options: dict[str, Any]) -> bytes:
     name = f"{family.kaggle_name}_tokenizer"
     policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "int32"}, "registered_name": None}
-    return _json({
+    return json_bytes({
         "module": f"keras_hub.src.models.{family.kaggle_name}.{name}",
         "class_name": f"{family.keras_name}Tokenizer",
         "config": {"name": name, "trainable": True, "dtype": policy, "config_file": "tokenizer.json", **options},
         "registered_name": f"keras_hub>{family.keras_name}Tokenizer",
     })  # fmt: skip
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

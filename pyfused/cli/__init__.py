@@ -17,6 +17,7 @@ from typing import TextIO
 
 from .._version import __version__
 from . import checkpoints, hub, measurements, presets
+from .parsers import as_quiet_as
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def _main(argv: Sequence[str] | None) -> int:
             parser.print_help()
             status = 0
         else:
-            with hub.as_quiet_as(arguments):
+            with as_quiet_as(arguments):
                 status = arguments.run(arguments)
         print(end="", flush=True)  # here, so that an error of writing is caught below
         return status
@@ -67,11 +68,13 @@ def _encodable(stream: TextIO) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pyfused", description="Fused transformer kernels, from the command line.")
+    parser = argparse.ArgumentParser(
+        prog="pyfused",
+        description="Fused transformer kernels, from the command line.",
+        epilog="`pyfused COMMAND --help` lists what a command takes.",
+    )
     parser.add_argument("--version", action="version", version=f"pyfused {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    measurements.add(commands)
-    presets.add(commands)
-    checkpoints.add(commands)
-    hub.add(commands)
+    for group in (measurements, presets, checkpoints, hub):
+        group.add(commands)
     return parser

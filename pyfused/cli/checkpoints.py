@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .hub import PRESET
+from .parsers import PRESET, command
 
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
-    info = commands.add_parser("info", help="a preset's options, memory and kernels, without loading its weights")
+    info = command(commands, "info", "show a preset's options, memory and kernels; no weights are loaded", _info)
     info.add_argument("preset", metavar="PRESET", help=PRESET)
-    info.set_defaults(run=_info)
 
-    convert = commands.add_parser("convert", help="write a preset in another format, dtype or size of files")
+    convert = command(commands, "convert", "write a preset in another format, dtype or size of files", _convert)
     convert.add_argument("preset", metavar="SRC", help=PRESET)
     convert.add_argument("directory", metavar="DST", help="a directory; a checkpoint in it is replaced all at once")
-    convert.add_argument("--format", required=True, choices=("hf", "keras"), help="of transformers, or of KerasHub")
-    convert.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default")
-    convert.add_argument(
-        "--max-shard-size", default="10GB", metavar="SIZE", help="of a weight file, such as 500MB (default 10GB)"
-    )
-    convert.add_argument("--quiet", action="store_true", help="print nothing, and no progress bars")
-    convert.set_defaults(run=_convert)
-
-    for command in (info, convert):
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    loads = "who is to load it: transformers (hf) or KerasHub (keras)"
+    convert.add_argument("--format", required=True, choices=("hf", "keras"), help=loads)
+    convert.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default the checkpoint's")
+    largest = "the largest weight file, such as 500MB (default 10GB)"
+    convert.add_argument("--max-shard-size", default="10GB", metavar="SIZE", help=largest)
+    convert.add_argument("--quiet", action="store_true", help="print nothing, and show no progress")
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -41,15 +35,13 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from ..checkpoints import convert, quiet
+    from ..checkpoints import convert
     from ..models.dtypes import resolve_dtype
 
-    size: int | str = (
-        int(arguments.max_shard_size) if arguments.max_shard_size.isdecimal() else arguments.max_shard_size
-    )
+    stated = arguments.max_shard_size
+    size: int | str = int(stated) if stated.isdecimal() else stated
     dtype = None if arguments.dtype is None else resolve_dtype(arguments.dtype)
-    with quiet() if arguments.quiet else nullcontext():
-        written = convert(arguments.preset, arguments.directory, arguments.format, dtype=dtype, max_shard_size=size)
+    written = convert(arguments.preset, arguments.directory, arguments.format, dtype=dtype, max_shard_size=size)
     if arguments.quiet:
         return 0
     files = {name: (Path(arguments.directory) / name).stat().st_size for name in written}

@@ -5,38 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-# What every command takes for a preset.
-PRESET = (
-    "a name such as gpt2_tiny_en, a directory, hf://owner/repo[@revision], or kaggle://owner/model/framework/variation"
-)
+from .parsers import PRESET, command
+
 _HEADINGS = ("preset", "family", "parameters", "size", "where", "source")
 
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
-    presets = commands.add_parser("presets", help="which presets there are, and which of them are on this machine")
-    presets.set_defaults(run=_presets)
+    command(commands, "presets", "list all presets, and say which of them are on this machine", _presets)
 
-    download = commands.add_parser("download", help="fetch a preset, and print its directory")
+    download = command(commands, "download", "fetch a preset, and print its directory", _download)
     download.add_argument("preset", metavar="PRESET", help=PRESET)
-    download.add_argument("--quiet", action="store_true", help="no progress")
-    download.set_defaults(run=_download)
-
-    for command in (presets, download):
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-
-
-def as_quiet_as(arguments: argparse.Namespace) -> AbstractContextManager[None]:
-    """A block without progress bars if the command was given --quiet."""
-    if not getattr(arguments, "quiet", False):
-        return nullcontext()
-    from ..checkpoints import quiet
-
-    return quiet()
+    download.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def _presets(arguments: argparse.Namespace) -> int:

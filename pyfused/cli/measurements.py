@@ -9,55 +9,41 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .parsers import command
+
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
-    env = commands.add_parser("env", help="versions, backends, instruction sets, devices, and what is missing")
-    env.set_defaults(run=_env)
+    command(commands, "env", "show versions, backends, instruction sets, devices, and what is missing", _env)
 
-    bench = commands.add_parser("bench", help="measure operators and models beside plain PyTorch and other peers")
-    bench.add_argument("names", nargs="*", metavar="NAME", help="such as attention or gpt2; all by default")
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is a GPU, else cpu")
-    bench.add_argument(
-        "--dtype", nargs="+", default=(), metavar="DTYPE", help="float32, bfloat16, float16; all by default"
-    )
+    bench = command(commands, "bench", "measure operators and models beside plain PyTorch and other peers", _bench)
+    bench.add_argument("names", nargs="*", metavar="NAME", help="such as attention or gpt2; by default all")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is a GPU")
+    dtypes = "float32, bfloat16, float16; by default all"
+    bench.add_argument("--dtype", nargs="+", default=(), metavar="DTYPE", help=dtypes)
     bench.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
-    bench.add_argument("--peers", default="", metavar="A,B", help="eager,compile,openvino,...; all by default")
-    bench.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each row (default 2)")
-    bench.add_argument("--check", action="store_true", help="exit status 1 below 0.97 of plain PyTorch's speed")
-    bench.add_argument("--limit", type=float, metavar="S", help="begin no row after so many seconds")
-    bench.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE.json", help="write the rows there; without a file, print them"
-    )
-    bench.add_argument("--plot", metavar="FILE.png", help="draw bars for each peer, and a roofline")
-    bench.set_defaults(run=_bench)
+    bench.add_argument("--peers", default="", metavar="A,B", help="such as eager,compile,openvino; by default all")
+    bench.add_argument("--seconds", type=float, default=2.0, metavar="S", help="how long to measure a row (default 2)")
+    check = "exit with status 1 if a row is below 0.97 of plain PyTorch's speed"
+    bench.add_argument("--check", action="store_true", help=check)
+    bench.add_argument("--limit", type=float, metavar="S", help="begin no new row after S seconds")
+    rows = "write the rows to this file; without a file, print them"
+    bench.add_argument("--json", nargs="?", const="-", metavar="FILE.json", help=rows)
+    bench.add_argument("--plot", metavar="FILE.png", help="draw a bar for each peer, and a roofline")
 
-    tune = commands.add_parser("tune", help="measure this machine's kernels for dispatch, beside plain PyTorch")
-    tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="operators to measure; all by default")
-    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which kernels; cpu by default")
-    tune.add_argument("--quick", action="store_true", help="fewer sizes, less time for each")
-    tune.add_argument(
-        "--threads",
-        type=int,
-        nargs="+",
-        default=(),
-        metavar="N",
-        help="on a CPU: numbers of threads; default: 1 and all",
-    )
-    tune.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="on a GPU: stop after so long and keep the results so far"
-    )
-    tune.add_argument("--save", metavar="FILE.json", help="write there instead of the user's cache folder")
-    tune.set_defaults(run=_tune)
+    tune = command(commands, "tune", "measure which kernels are fastest on this machine, so that they are used", _tune)
+    tune.add_argument("operators", nargs="*", metavar="OPERATOR", help="what to measure; by default all operators")
+    tune.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels; by default cpu")
+    tune.add_argument("--quick", action="store_true", help="measure fewer sizes, and each for less time")
+    counts = "on a CPU: the numbers of threads to measure with; by default 1 and all"
+    tune.add_argument("--threads", type=int, nargs="+", default=(), metavar="N", help=counts)
+    limit = "on a GPU: stop after so many seconds and keep the results so far"
+    tune.add_argument("--limit", type=float, metavar="SECONDS", help=limit)
+    tune.add_argument("--save", metavar="FILE.json", help="write to this file, not to the user's cache folder")
 
-    evidence = commands.add_parser(
-        "evidence", help="the measurements that decide which backend runs, and the file of each"
-    )
-    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for which device; cpu by default")
-    evidence.set_defaults(run=_evidence)
-
-    for command in (env, tune, evidence):
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    shown = "show the measurements that decide which backend runs, and the file of each"
+    evidence = command(commands, "evidence", shown, _evidence)
+    evidence.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of which device; by default cpu")
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -8,72 +8,49 @@ import sys
 import time
 from typing import Any
 
-from .hub import PRESET
+from .parsers import PRESET, command
 
 
 def add(commands: Any) -> None:
     """Adds these commands to the parser."""
-    generate = commands.add_parser("generate", help="continue a text, or answer it, streaming to the terminal")
+    generate = command(commands, "generate", "continue a text, or answer it; the words appear as they are made", _generate)
     generate.add_argument("preset", metavar="PRESET", help=PRESET)
-    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="what to continue or answer")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (default 64)")
+    generate.add_argument("--prompt", required=True, type=_text, metavar="TEXT", help="the text to continue or answer")
     generate.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 (default) takes the likeliest token; above 0 tokens are drawn",
+        "--max-new-tokens", type=int, default=64, metavar="N", help="the most tokens to write (default 64)"
     )
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
-    generate.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P"
-    )
-    generate.add_argument("--seed", type=int, metavar="N", help="the same draws each time")
-    generate.add_argument(
-        "--num-beams",
-        type=int,
-        default=1,
-        metavar="N",
-        help="search for the likeliest text with N beams, printed at the end",
-    )
-    generate.set_defaults(run=_generate)
+    drawn = "0 (the default) takes the likeliest token each time; above 0, tokens are drawn"
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help=drawn)
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+    top_p = "draw only from the likeliest tokens that together have probability P"
+    generate.add_argument("--top-p", type=float, metavar="P", help=top_p)
+    generate.add_argument("--seed", type=int, metavar="N", help="make the draws the same each time")
+    beams = "search for the likeliest text with N beams; it is printed at the end"
+    generate.add_argument("--num-beams", type=int, default=1, metavar="N", help=beams)
 
-    encode = commands.add_parser("encode", help="hidden states of texts, printed or saved")
+    encode = command(commands, "encode", "turn texts into vectors, the model's hidden states; print or save them", _encode)
     encode.add_argument("preset", metavar="PRESET", help=PRESET)
-    encode.add_argument(
-        "--text", required=True, type=_text, action="append", metavar="TEXT", help="may be given several times"
-    )
-    encode.add_argument("--pool", choices=("cls", "mean"), help="one vector a text instead of one a token")
-    encode.add_argument(
-        "--output", metavar="FILE.npy", help="save (texts, D), or (texts, tokens, D) with shorter texts padded by zeros"
-    )
-    encode.set_defaults(run=_encode)
+    again = "a text; give the option again for more texts"
+    encode.add_argument("--text", required=True, type=_text, action="append", metavar="TEXT", help=again)
+    pool = "make one vector of each text: the first token's (cls) or the mean; by default one for each token"
+    encode.add_argument("--pool", choices=("cls", "mean"), help=pool)
+    saved = "save an array (texts, D), or without --pool (texts, tokens, D), where zeros fill shorter texts"
+    encode.add_argument("--output", metavar="FILE.npy", help=saved)
 
-    verify = commands.add_parser(
-        "verify", help="compare every backend with the float64 reference on a preset's weights"
-    )
+    verify = command(commands, "verify", "compare every backend with a float64 reference, on a preset's weights", _verify)
     verify.add_argument("preset", metavar="PRESET", help=PRESET)
-    verify.set_defaults(run=_verify)
 
-    warm = commands.add_parser("warm", help="compile a preset's kernels ahead of use, in parallel")
+    warm = command(commands, "warm", "compile a preset's GPU kernels in parallel, before they are needed", _warm)
     warm.add_argument("preset", metavar="PRESET", help=PRESET)
-    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="lengths of the expected texts, in tokens")
-    warm.add_argument("--workers", type=int, metavar="N", help="compiling processes; by default one per core")
-    warm.set_defaults(run=_warm)
+    warm.add_argument("--lengths", type=int, nargs="+", metavar="N", help="how long the texts will be, in tokens")
+    warm.add_argument("--workers", type=int, metavar="N", help="how many processes compile; by default one per core")
 
-    for command in (generate, encode):
-        command.add_argument(
-            "--weights",
-            choices=("int8", "int4"),
-            help="round the weights to 8 bits, a quarter of float32, or to 4 bits",
-        )
-    for command in (generate, encode, verify, warm):
-        command.add_argument("--device", metavar="DEVICE", help="cpu (default without a GPU) or cuda[:N]")
-        command.add_argument(
-            "--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; the checkpoint's by default"
-        )
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        command.add_argument("--quiet", action="store_true", help="no progress of downloads and loading")
+    for parser in (generate, encode):
+        parser.add_argument("--weights", choices=("int8", "int4"), help="round the weights to integers of 8 or 4 bits")
+    for parser in (generate, encode, verify, warm):
+        parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda[:N]; by default cuda if there is a GPU")
+        parser.add_argument("--dtype", metavar="DTYPE", help="float32, float16 or bfloat16; by default the checkpoint's")
+        parser.add_argument("--quiet", action="store_true", help="show no progress of downloads and loading")
 
 
 def _text(argument: str) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import extensions
+from ..setting import set_to
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
 from .shapes import SHAPES, product_shapes, shapes_of
@@ -59,36 +60,23 @@ _assumed_threads: ContextVar[int | None] = ContextVar("pyfused_assumed_threads",
 _thread_counts: ContextVar[set[int] | None] = ContextVar("pyfused_thread_counts", default=None)
 
 
-@contextmanager
-def one_way(library: bool) -> Iterator[None]:
+def one_way(library: bool) -> AbstractContextManager[None]:
     """Inside the block every launch uses the library (True) or the kernel (False), whatever was measured. A forced backend
     needs that, and `pyfused tune` compares the two."""
-    token = _by_library.set(library)
-    try:
-        yield
-    finally:
-        _by_library.reset(token)
+    return set_to(_by_library, library)
 
 
-@contextmanager
-def with_threads(count: int) -> Iterator[None]:
+def with_threads(count: int) -> AbstractContextManager[None]:
     """Inside the block evidence is looked up as if torch used `count` threads."""
-    token = _assumed_threads.set(count)
-    try:
-        yield
-    finally:
-        _assumed_threads.reset(token)
+    return set_to(_assumed_threads, count)
 
 
 @contextmanager
 def threads_noticed() -> Iterator[set[int]]:
     """Inside the block slower() adds the measured numbers of threads to the set, if its answer depends on that number."""
     counts: set[int] = set()
-    token = _thread_counts.set(counts)
-    try:
+    with set_to(_thread_counts, counts):
         yield counts
-    finally:
-        _thread_counts.reset(token)
 
 
 # ---- the line for a call ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ..rules import NUMBER, SIZE, check
 from .beam_steps import BeamSteps
 from .sampling import no_token
 
@@ -38,19 +39,12 @@ class BeamSearch:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("num_beams", self.num_beams), ("num_return_sequences", self.num_return_sequences)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; it takes an int")
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it takes at least 1")
+        check(SIZE, num_beams=self.num_beams, num_return_sequences=self.num_return_sequences)
         if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}; it takes at most num_beams = {self.num_beams}"
             )
-        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, (int, float)):
-            raise TypeError(f"length_penalty is {self.length_penalty!r}; it takes a number")
-        if not -math.inf < self.length_penalty < math.inf:
-            raise ValueError(f"length_penalty is {self.length_penalty}; it takes a finite number")
+        check(NUMBER, length_penalty=self.length_penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping is {self.early_stopping!r}; it takes True, False or 'never'")
         if self.num_beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):

@@ -16,6 +16,7 @@ from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from ..quantize import quantize_all_
+from ..rules import SIZE, check
 from ..spread import has_spread_weights, is_wrapped
 from ..weight_format import FORMATS
 from .beam_search import BeamSearch
@@ -141,10 +142,7 @@ class Generator:
         arrays = self._texts(prompts, max_new_tokens)
         sampler, stops = Sampler(temperature, top_k, top_p), self._stops(stop_token_ids)
         self._check_seed(sampler, seed)
-        if isinstance(rows, bool) or not isinstance(rows, int):
-            raise TypeError(f"rows is {rows!r}; it takes an int")
-        if rows < 1:
-            raise ValueError(f"rows is {rows}; it takes at least 1")
+        check(SIZE, rows=rows)
         _check_listener(on_token)
         draws = uniforms(seed, len(arrays), max_new_tokens)
         if not arrays:
@@ -158,10 +156,7 @@ class Generator:
     def _texts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
         """The prompts, checked."""
         arrays = model_inputs.texts(prompts, "prompts", self.model.get_config()["vocabulary_size"])
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it takes an int")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it takes at least 1")
+        check(SIZE, max_new_tokens=max_new_tokens)
         self._decoding.check_room(self.model, arrays, max_new_tokens)
         return arrays
 

@@ -56,7 +56,7 @@ def plan_of(model: Backbone) -> DecodePlan | None:
     if isinstance(model, GPT2Backbone):
         if any(layer.cross_attention is not None for layer in stack.layers):
             return None
-        plan = _plan(model, stack, position_embedding=_matrix(model.position_embedding))
+        plan = _plan(model, stack, position_embedding=Matrix.of(model.position_embedding))
     else:
         first = stack.layers[0].attention
         plan = _plan(
@@ -98,13 +98,13 @@ def _are_alike(layers: list[Any]) -> bool:
 
 def _plan(model: Any, stack: Any, **options: Any) -> DecodePlan:
     layers, embedding = list(stack.layers), model.token_embedding
-    tokens = _matrix(embedding)
+    tokens = Matrix.of(embedding)
     attention = layers[0].attention
     return DecodePlan(
         layers=tuple(map(_layer, layers)),
         token_embedding=tokens,
         head=tokens if embedding.tie_weights else _own_head(embedding),
-        final_norm=_norm(stack.final_norm),
+        final_norm=Norm.of(stack.final_norm),
         heads=attention.num_heads,
         kv_heads=attention.num_heads,
         head_size=attention.head_size,
@@ -116,48 +116,31 @@ def _plan(model: Any, stack: Any, **options: Any) -> DecodePlan:
 
 def _layer(layer: Any) -> DecodeLayer:
     attention, cross, feed_forward = layer.attention, layer.cross_attention, layer.feed_forward
-    query, key, value = _thirds(_matrix(attention.query_key_value))
+    query, key, value = Matrix.of(attention.query_key_value).split(3)
     gated = isinstance(feed_forward, GatedMlp)
     found = DecodeLayer(
-        attention_norm=_norm(layer.attention_norm),
+        attention_norm=Norm.of(layer.attention_norm),
         query=query,
         key=key,
         value=value,
-        output=_matrix(attention.output),
-        feed_forward_norm=_norm(layer.feed_forward_norm),
-        inner=_matrix(feed_forward.up if gated else feed_forward.inner),
-        outer=_matrix(feed_forward.outer),
-        gate=_matrix(feed_forward.gate) if gated else Matrix(),
+        output=Matrix.of(attention.output),
+        feed_forward_norm=Norm.of(layer.feed_forward_norm),
+        inner=Matrix.of(feed_forward.up if gated else feed_forward.inner),
+        outer=Matrix.of(feed_forward.outer),
+        gate=Matrix.of(feed_forward.gate) if gated else Matrix(),
         scale=attention.scale,
     )
     if cross is None:
         return found
     return found._replace(
-        cross_norm=_norm(layer.cross_attention_norm),
-        cross_query=_matrix(cross.query),
-        cross_output=_matrix(cross.output),
+        cross_norm=Norm.of(layer.cross_attention_norm),
+        cross_query=Matrix.of(cross.query),
+        cross_output=Matrix.of(cross.output),
         cross_scale=cross.scale,
     )
 
 
 def _own_head(embedding: Any) -> Matrix:
     if isinstance(embedding, QuantizedEmbedding):
-        return _matrix(embedding.reverse)
+        return Matrix.of(embedding.reverse)
     return Matrix(embedding.reverse_weight.detach())
-
-
-def _matrix(module: Any) -> Matrix:
-    """The weight of a linear layer or an embedding. Detached, so that the plan keeps this memory if the module gets another."""
-    found = (getattr(module, name, None) for name in Matrix._fields)
-    return Matrix(*[None if t is None else t.detach() for t in found])
-
-
-def _thirds(matrix: Matrix) -> list[Matrix]:
-    """The three matrices that lie one below the other."""
-    parts: list[Any] = [(t.chunk(3) if isinstance(t, Tensor) else (None,) * 3) for t in matrix]
-    return [Matrix(*row) for row in zip(*parts)]
-
-
-def _norm(norm: Any) -> Norm:
-    bias = getattr(norm, "bias", None)
-    return Norm(norm.weight.detach(), None if bias is None else bias.detach(), norm.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.shared.draw import NO_TOKEN, drawn_token, likeliest_token
+from ..rules import SEED, Rule, check, check_cuts
 
 __all__ = ["NO_TOKEN", "Choice", "Sampler", "likeliest_token", "no_token", "uniforms"]
 
 # float32 can divide by these temperatures on every device. Some devices multiply by the reciprocal; some read subnormals as 0.
 _COLDEST, _HOTTEST = 2.0**-126, 2.0**126
+_TEMPERATURE = Rule((int, float), "a number", lambda value: 0.0 <= value < math.inf, "a finite number, at least 0")
 _ALL = 2**31 - 1  # no vocabulary has more tokens. Kernels take top_k as 64 bits
 
 
@@ -31,18 +34,8 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature)
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it takes a finite number, at least 0")
-        if self.top_k is not None:
-            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
-                raise TypeError(f"top_k is {self.top_k!r}; it takes an int or None")
-            if self.top_k < 1:
-                raise ValueError(f"top_k is {self.top_k}; it takes at least 1")
-        if self.top_p is not None:
-            _check_number("top_p", self.top_p)
-            if not 0.0 < self.top_p <= 1.0:
-                raise ValueError(f"top_p is {self.top_p}; it takes 0 < top_p <= 1")
+        check(_TEMPERATURE, temperature=self.temperature)
+        check_cuts(self.top_k, self.top_p)
 
     @property
     def is_greedy(self) -> bool:
@@ -89,14 +82,6 @@ def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
     it. None takes the seed from torch's default generator."""
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (1,)))
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; it takes an int or None")
-    elif seed < 0:
-        raise ValueError(f"seed is {seed}; it takes at least 0")
+    check(SEED, seed=seed)
     streams = [np.random.default_rng([seed, row]).random(count) for row in range(rows)]
     return torch.from_numpy(np.stack(streams)) if rows else torch.empty(0, count, dtype=torch.float64)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}; it takes a number")

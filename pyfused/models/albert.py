@@ -116,7 +116,7 @@ class AlbertBackbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(AlbertBackbone, named, OPTIONS, kwargs)
         config["activation"] = check_activation(config)
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(vocabulary_size, embedding_dim, **factory)
         self.position_embedding = Embedding(max_sequence_length, embedding_dim, **factory)

@@ -17,6 +17,7 @@ from ..evidence import name_of
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
 from ..quantize import hold_integers_
+from ..rules import FLAG, check
 from .dtypes import MIXED, resolve_dtype, resolve_policy
 from .loading import Uninitialised, allocate, place_of
 from .mixed_precision import compute_in
@@ -172,8 +173,7 @@ class Backbone(nn.Module, ABC):
         Memory peaks near one copy of the weights. Raises ValueError for a checkpoint of another model, an unknown
         override, and everything that `open_checkpoint` refuses. No partly loaded model is returned.
         """
-        if not isinstance(skip_padding, bool):
-            raise TypeError(f"skip_padding is {skip_padding!r}; it takes True or False")
+        check(FLAG, skip_padding=skip_padding)
         target = None if dtype is None else resolve_policy(dtype)
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):

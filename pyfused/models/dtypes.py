@@ -13,12 +13,13 @@ _DTYPES = {
 MIXED = ("mixed_float16", "mixed_bfloat16")  # Keras's policies: float32 parameters, computation in the other dtype
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch.dtype for a name such as "bfloat16" or "torch.bfloat16". A torch.dtype is returned as it is.
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The torch.dtype for a name such as "bfloat16" or "torch.bfloat16". None stands for torch's default dtype.
 
     Takes float32, bfloat16, float16 and, for reference computations, float64. Raises ValueError for another dtype or name,
     TypeError for another type.
     """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
     takes = f"one of {', '.join(_DTYPES)}, as a name or a torch.dtype"
     if isinstance(dtype, torch.dtype):
         if dtype not in _DTYPES.values():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from torch import nn
 
+from ..setting import set_to
 from ..tracing import tracing
 
 _lock = threading.Lock()
@@ -35,14 +36,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     m.training = True
 
 
-@contextmanager
-def skipping_padding() -> Iterator[None]:
+def skipping_padding() -> AbstractContextManager[None]:
     """Calls of any backbone in this thread leave padding out. The attribute skip_padding does so for all threads."""
-    token = _skipping.set(True)
-    try:
-        yield
-    finally:
-        _skipping.reset(token)
+    return set_to(_skipping, True)
 
 
 def skips_padding() -> bool:

@@ -104,7 +104,7 @@ class FNetBackbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(FNetBackbone, named, OPTIONS, kwargs)
         config["activation"] = check_activation(config)
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name, self.dropout = config["name"], dropout
         self.token_embedding = ReversibleEmbedding(vocabulary_size, hidden_dim, **factory)
         self.position_embedding = Embedding(max_sequence_length, hidden_dim, **factory)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from ..nn import CrossAttention, Embedding, KVCache, LayerNorm, Mlp, ReversibleEmbedding, SelfAttention, Visibility
 from ..nn.layers import dropped
+from ..rules import ACTIVATION_NAME, SIZE, check
 from . import inputs as model_inputs
 from .backbone import Backbone
 from .call import FLAGS, Call, Reader, cache_of
 from .dtypes import resolve_dtype
 from .evaluation import skips_padding
-from .options import ACTIVATION_NAME, SIZE, check, configuration, head_size, rate
+from .options import configuration, head_size, rate
 from .pre_norm import PreNormLayer, through
 
 ENCODER_INPUTS = ("encoder_hidden_states", "encoder_padding_mask")
@@ -109,7 +110,7 @@ class GPT2Backbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(GPT2Backbone, named, OPTIONS, kwargs)
         check(ACTIVATION_NAME, activation=config["activation"])
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name, self.embedding_dropout = config["name"], rate(config, "embedding")
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=config["tie_embedding_weights"], **factory

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from ..ops.attention import MAX_HEAD_SIZE
-
-
-class Rule(NamedTuple):
-    """The values that an argument takes."""
-
-    kind: Any  # its type, or several
-    takes: str  # the type in words
-    fits: Callable[[Any], bool] = lambda value: True
-    bounds: str = ""  # which values fit, in words
-
-
-SIZE = Rule(int, "an int", lambda value: value >= 1, "at least 1")
-FLAG = Rule(bool, "True or False")
-RATE = Rule((int, float), "a float", lambda value: 0.0 <= value < 1.0, "0 <= {name} < 1")
-ACTIVATION_NAME = Rule(str, "a name such as 'gelu_new'")
+from ..rules import FLAG, RATE, SIZE, Rule, check
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
@@ -48,15 +34,6 @@ _RULES: dict[str, Rule] = {
 }
 # These also take None: the value then follows from another argument, or there is no name.
 _NONE = {"key_value_dim", "embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout", "name"}
-
-
-def check(rule: Rule, **values: Any) -> None:
-    """Raises TypeError or ValueError for the first value that breaks the rule. `values`: by argument name."""
-    for name, value in values.items():
-        if not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool):
-            raise TypeError(f"{name} is {value!r}; it takes {rule.takes}")
-        if not rule.fits(value):
-            raise ValueError(f"{name} is {value}; it takes {rule.bounds.format(name=name)}")
 
 
 def configuration(

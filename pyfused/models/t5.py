@@ -25,12 +25,13 @@ from ..families import FAMILIES
 from ..nn import CrossAttention, GatedMlp, KVCache, Mlp, RelativeSelfAttention, ReversibleEmbedding, RMSNorm, Visibility
 from ..nn.layers import dropped
 from ..nn.wide import widened
+from ..rules import SIZE, check
 from . import inputs as model_inputs
 from .backbone import Backbone
 from .call import FLAGS, Call, Reader, cache_of
 from .dtypes import resolve_dtype
 from .evaluation import skips_padding
-from .options import SIZE, check, configuration, head_size
+from .options import configuration, head_size
 from .pre_norm import RelativeLayer, through
 
 ENCODER_INPUTS = ("encoder_token_ids", "encoder_padding_mask", "encoder_inputs_embeds")
@@ -147,7 +148,7 @@ class T5Backbone(Backbone):
         }  # fmt: skip
         self._config = config = configuration(T5Backbone, named, OPTIONS, kwargs)
         config["activation"] = check_activation(config)
-        factory: dict[str, Any] = {"dtype": torch.get_default_dtype() if dtype is None else resolve_dtype(dtype)}
+        factory: dict[str, Any] = {"dtype": resolve_dtype(dtype)}
         self.name = config["name"]
         self.token_embedding = ReversibleEmbedding(
             vocabulary_size, hidden_dim, tie_weights=tie_embedding_weights, **factory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,29 @@ CAUSAL = Visibility(is_causal=True)
 class _Attention(nn.Module):
     """Self- and cross-attention share the sizes, the operator call, and the output projection (D, H * d)."""
 
-    def __init__(self, hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype):
+    projects: tuple[tuple[str, int], ...]  # the projections' names, and how many parts of (H * d, D) each has
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        head_size: int | None = None,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         head_size = head_size or hidden_dim // num_heads
+        inner = num_heads * head_size
         self.num_heads, self.head_size = num_heads, head_size
         self.scale = 1.0 / math.sqrt(head_size) if scale is None else scale
         self.dropout = dropout
-        self.output = Linear(num_heads * head_size, hidden_dim, bias, device=device, dtype=dtype)
+        self.output = Linear(inner, hidden_dim, bias, device=device, dtype=dtype)
+        for name, parts in self.projects:
+            self.add_module(name, Linear(hidden_dim, parts * inner, bias, device=device, dtype=dtype))
 
     def _parts(self, projected: Tensor, count: int) -> Tensor:
         """A packed projection (B, S, count * H * d) -> (B, S, count, H, d)."""
@@ -137,21 +154,8 @@ class SelfAttention(_Attention):
         dropout: of the probabilities, in training.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        num_heads: int,
-        head_size: int | None = None,
-        *,
-        scale: float | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype)
-        inner = num_heads * self.head_size
-        self.query_key_value = Linear(hidden_dim, 3 * inner, bias, device=device, dtype=dtype)
+    projects = (("query_key_value", 3),)
+    query_key_value: nn.Module
 
     def forward(
         self,
@@ -222,18 +226,11 @@ class RelativeSelfAttention(SelfAttention):
             return None
         return RelativeBias(self.relative_bias, self.bidirectional, self.max_distance)
 
-    def forward(
-        self,
-        x: Tensor,
-        visible: Visibility = EVERYTHING,
-        cache: KVCache | None = None,
-        layer: int = 0,
-        probabilities: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, visible: Visibility = EVERYTHING, *more: Any, **names: Any) -> Tensor:
         """As SelfAttention's. A table or a bias in `visible` replaces this layer's own table."""
         if visible.relative_bias is None and visible.attn_bias is None and self.relative_bias is not None:
             visible = replace(visible, relative_bias=self.position_bias())
-        return super().forward(x, visible, cache, layer, probabilities)
+        return super().forward(x, visible, *more, **names)
 
 
 class CrossAttention(_Attention):
@@ -243,22 +240,9 @@ class CrossAttention(_Attention):
     (2 * H * d, D), bias} and output.{weight (D, H * d), bias}.
     """
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        num_heads: int,
-        head_size: int | None = None,
-        *,
-        scale: float | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(hidden_dim, num_heads, head_size, scale, dropout, bias, device, dtype)
-        inner = num_heads * self.head_size
-        self.query = Linear(hidden_dim, inner, bias, device=device, dtype=dtype)
-        self.key_value = Linear(hidden_dim, 2 * inner, bias, device=device, dtype=dtype)
+    projects = (("query", 1), ("key_value", 2))
+    query: nn.Module
+    key_value: nn.Module
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output (B, Se, D) as keys and values, views (B, H, Se, d)."""

@@ -240,19 +240,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     torch.nn gives NaN or zeros, depending on its path. Its probabilities are zeros too.
     """
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As torch.nn.MultiheadAttention.forward: (B, Sq, E) with batch_first, else (Sq, B, E), or (Sq, E); and None, or
-        the probabilities."""
-        return multihead_forward(
-            *(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        )
+    forward = multihead_forward
+    """As torch.nn.MultiheadAttention.forward: (B, Sq, E) with batch_first, else (Sq, B, E), or (Sq, E); and None, or the
+    probabilities."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear
+from ..rules import FLAG, check
 from ..weight_format import FORMATS, WeightFormat, dequantized, format_of, wide
 
 
@@ -32,8 +33,7 @@ class Scheme(NamedTuple):
         """Raises ValueError or TypeError unless layers can have it."""
         if self.name not in list(FORMATS):  # a list compares; a dict would hash a name that is no string
             raise ValueError(f"scheme is {self.name!r}; it takes {' or '.join(map(repr, FORMATS))}")
-        if not isinstance(self.dynamic, bool):
-            raise TypeError(f"dynamic is {self.dynamic!r}; it takes True or False")
+        check(FLAG, dynamic=self.dynamic)
         if self.dynamic and self.name != "int8":
             raise ValueError(f"dynamic is True; with scheme {self.name!r} it takes False")
 

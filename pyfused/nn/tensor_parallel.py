@@ -252,9 +252,8 @@ class HeadsParallel(_Style):
         kind, heads = _known(module, _ATTENTIONS), module.num_heads
         if heads % mesh.size():
             raise ValueError(f"num_heads is {heads}; over {mesh.size()} ranks it takes a multiple of {mesh.size()}")
-        for name, parts in (("query_key_value", 3), ("query", 1), ("key_value", 2)):
-            if hasattr(module, name):
-                self._columns(getattr(module, name), mesh, parts, heads)
+        for name, parts in module.projects:
+            self._columns(getattr(module, name), mesh, parts, heads)
         self._rows(module.output, mesh)
         module.__class__, module.mesh, module.num_heads = kind, mesh, heads // mesh.size()
         if "relative_bias" in module._parameters:

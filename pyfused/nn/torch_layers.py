@@ -291,15 +291,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     has hooks or was replaced by another class. Queries that may see no key get zeros from the attention, not NaN.
     """
 
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """As torch.nn.TransformerEncoderLayer.forward: (B, S, E) with batch_first, else (S, B, E); or (S, E)."""
-        return encoder_layer_forward(self, src, src_mask, src_key_padding_mask, is_causal)
+    forward = encoder_layer_forward
+    """As torch.nn.TransformerEncoderLayer.forward: (B, S, E) with batch_first, else (S, B, E); or (S, E)."""
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -308,19 +301,5 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     The notes of TransformerEncoderLayer apply here too.
     """
 
-    def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool = False,
-        memory_is_causal: bool = False,
-    ) -> Tensor:
-        """As torch.nn.TransformerDecoderLayer.forward: (B, S, E) with batch_first, else (S, B, E); or (S, E)."""
-        return decoder_layer_forward(
-            *(self, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask),
-            *(tgt_is_causal, memory_is_causal),
-        )
+    forward = decoder_layer_forward
+    """As torch.nn.TransformerDecoderLayer.forward: (B, S, E) with batch_first, else (S, B, E); or (S, E)."""

@@ -40,7 +40,7 @@ def attention(
 
     The packed form puts sequences of several lengths one behind the other, with no padding between them: query
     (1, H, T, D), key and value (1, Hkv, T, D). cu_seqlens says where each begins. A token sees only its own sequence. The
-    results are those of a batch of N padded sequences, at the cost of the real tokens alone.
+    results are those of a batch of N padded sequences, and only the real tokens cost time.
 
     torch.autocast casts query, key, value and attn_bias to its dtype, but not a float32 bias table.
 
@@ -49,10 +49,10 @@ def attention(
     no key. Keys hidden by is_causal or by a bias of -inf only get a probability of zero: NaN or inf among their values may
     reach queries that do not see them, as in PyTorch.
 
-    A finite number hides no key, however small: a query whose keys are all behind torch.finfo(dtype).min attends to all of them
-    alike, as in PyTorch, and has that softmax's gradient. In half precision on a GPU this has two limits. Numbers below -2.3e38
-    count as -inf. A query whose log-sum-exp is beyond 2^20 has zero gradient, and passes none to its keys and values; short of
-    that, float32's rounding of the log-sum-exp, a part in 2^24, is in the gradient.
+    A finite number hides no key, however small: if all keys of a query have the bias torch.finfo(dtype).min, it attends to all
+    of them equally, as in PyTorch, and has that softmax's gradient. In half precision on a GPU this has two limits. Numbers
+    below -2.3e38 count as -inf. A query whose log-sum-exp is beyond 2^20 has zero gradient, and passes none to its keys and
+    values; below that, the gradient has the rounding of a float32 log-sum-exp, one part in 2^24.
 
     Gradients are differentiable: with create_graph=True the backward runs in plain PyTorch, in O(Sq Sk) memory.
 

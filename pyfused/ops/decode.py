@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..decode_plan import DecodePlan, DecodeStep, sizes
+from ..rules import FLAG, Rule, check, check_cuts
 from .call import WATCHERS
 from .checks import may_look, name_of
 from .cost import COSTS, Cost, size
@@ -22,6 +23,8 @@ from .registration import LIBRARY
 
 if TYPE_CHECKING:
     from ..nn import KVCache
+
+_TEMPERATURE = Rule((int, float), "a number", lambda value: 2.0**-126 <= value <= 2.0**126, "2**-126 to 2**126")
 
 
 def decode(
@@ -135,8 +138,7 @@ def bind(
         if tuple(padding_mask.shape) != (b, cache.extent):
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; it takes (B, Sk) = {(b, cache.extent)}")
         padding_mask = (padding_mask != 0).to(like.device).contiguous()
-    if not isinstance(choose, bool):
-        raise TypeError(f"choose is {choose!r}; it takes True or False")
+    check(FLAG, choose=choose)
     if choose and plan.head.weight is None:
         raise ValueError("choose is True; a plan without a head gives hidden states and takes False")
     if position_ids is not None:
@@ -162,20 +164,8 @@ def _check_draw(choose: Any, uniform: Any, temperature: Any, top_k: Any, top_p: 
         raise ValueError(f"uniform is {what}; it takes float64 (B,) = {(rows,)} on {like.device}")
     if may_look(uniform) and not bool(((uniform >= 0) & (uniform < 1)).all()):
         raise ValueError("uniform holds a number outside of [0, 1)")
-    number, none = (int, float), type(None)
-    for name, value, kinds, meaning in (
-        ("temperature", temperature, number, "a number"),
-        ("top_k", top_k, (int, none), "an int or None"),
-        ("top_p", top_p, (*number, none), "a number or None"),
-    ):
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{name} is {value!r}; it takes {meaning}")
-    if not 2.0**-126 <= temperature <= 2.0**126:
-        raise ValueError(f"temperature is {temperature}; it takes 2**-126 to 2**126")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it takes at least 1")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; it takes 0 < top_p <= 1")
+    check(_TEMPERATURE, temperature=temperature)
+    check_cuts(top_k, top_p)
 
 
 def _check_cache(plan: DecodePlan, cache: KVCache, rows: int) -> None:

@@ -47,7 +47,7 @@ def verdicts(operator: str, function: str, args: tuple[Any, ...]) -> tuple[Verdi
                 by_library = getattr(
                     dispatch.kernel(name, operator), f"left_to_library_{function}", lambda *args: None
                 )(*args)
-                more = f"by the library: {by_library}" if by_library else more
+                more = f"by PyTorch's own code: {by_library}" if by_library else more
                 remark = getattr(dispatch.kernel(name, operator), f"remark_{function}", lambda *args: None)(*args)
                 more = "; ".join(filter(None, (more, remark)))
             reason = f"{reason}; {more}" if more else reason

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..rules import FLAG, check
 from ..tracing import jit_is_tracing
 from ..weight_format import INT8, WeightFormat, dequantized, format_of
 from .autocast import autocast_is_on, autocasts, in_lower_precision
@@ -102,19 +103,14 @@ def _bound(x, weight, bias, residual, *of_integers) -> tuple[Any, ...]:
 
 def _check_none(weight, scale, dynamic) -> None:
     """Refuses what only integer weights have."""
-    _check_dynamic(dynamic)
+    check(FLAG, dynamic=dynamic)
     if scale is not None or dynamic:
         what, takes = ("scale is given", "integer") if scale is not None else ("dynamic is True", "int8")
         raise ValueError(f"{what} beside a weight of {name_of(weight.dtype)}; it is for {takes} weights")
 
 
-def _check_dynamic(dynamic) -> None:
-    if not isinstance(dynamic, bool):
-        raise TypeError(f"dynamic is {dynamic!r}; it takes True or False")
-
-
 def _check_integers(x, weight, form: WeightFormat, scale, dynamic) -> None:
-    _check_dynamic(dynamic)
+    check(FLAG, dynamic=dynamic)
     takes = name_of(form.scale_dtype)
     if scale is None:
         raise ValueError(f"scale is None; beside an {form.name} weight it takes {takes} {form.scale_takes}")

@@ -6,6 +6,7 @@ and torch.compile go through the registered operator, which has its own fake and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ from .call import WATCHERS, Call
 from .cost import COSTS, Cost
 
 LIBRARY = torch.library.Library("pyfused", "DEF")
+
+
+def operator_of(overload: Any) -> str:
+    """The name of the operator that a dispatch mode meets in one of its registered forms; "" for torch's own."""
+    namespace, _, name = overload._schema.name.partition("::")
+    return re.sub("_inference(_sum)?$", "", name) if namespace == "pyfused" else ""
 
 
 class Operator(Call):

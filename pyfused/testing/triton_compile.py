@@ -23,7 +23,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -58,8 +58,9 @@ class Case:
     Attributes:
         name: the name in error messages.
         kernel: "module:function" of a @triton.jit function.
-        signature: types of the run-time arguments, as compile_kernel() takes them.
-        constexprs: values of the other arguments; a Triton dtype is written as "tl.bfloat16".
+        signature: argument name -> type: "i32", "fp32", "*bf16". With ":16" appended ("*bf16:16", "i32:16") the value is a
+            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
+        constexprs: the values of all other arguments; a Triton dtype is written as "tl.bfloat16".
         options: further options that the launcher passes to the compiler, such as enable_fp_fusion.
         sass: whether to disassemble an NVIDIA kernel, which takes up to a second.
     """
@@ -74,28 +75,9 @@ class Case:
     sass: bool = True
 
 
-def compile_kernel(
-    jit_function: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    target: str,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    options: Mapping[str, Any] | None = None,
-    sass: bool = True,
-) -> Compiled:
-    """Compiles a @triton.jit function for one target, in a process in which TRITON_INTERPRET was never set.
-
-    Args:
-        signature: argument name -> type: "i32", "fp32", "*bf16". With ":16" appended ("*bf16:16", "i32:16") the value is a
-            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
-        constexprs: argument name -> value. Every argument is in exactly one of the two.
-        target: a key of SHARED_LIMIT.
-        sass: whether to disassemble an NVIDIA kernel.
-
-    Raises:
-        ValueError: an unknown target, or an argument in neither or both. The compiler's own errors pass through.
-    """
+def _compile_kernel(jit_function: Any, case: Case, target: str) -> Compiled:
+    """Compiles a @triton.jit function, in a process in which TRITON_INTERPRET was never set. Raises ValueError for an unknown
+    target, and for an argument in neither or both of signature and constexprs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,7 +87,8 @@ def compile_kernel(
     names = getattr(jit_function, "arg_names", None)
     if not isinstance(jit_function, triton.JITFunction) or names is None:
         raise ValueError("jit_function is not a triton.JITFunction: was it decorated while TRITON_INTERPRET was set?")
-    given = sorted([*signature, *constexprs])
+    signature = case.signature
+    given = sorted([*signature, *case.constexprs])
     if given != sorted(names):
         raise ValueError(f"{jit_function.__name__} takes {sorted(names)}; signature and constexprs give {given}")
     types, attributes = {}, {}
@@ -117,13 +100,13 @@ def compile_kernel(
         elif hint:
             raise ValueError(f"signature[{name!r}]={signature[name]!r}: the only hint is :16")
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    source = ASTSource(jit_function, types, {name: _constant(value) for name, value in constexprs.items()}, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
+    source = ASTSource(jit_function, types, {name: _constant(value) for name, value in case.constexprs.items()}, attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     kernel = triton.compile(source, target=gpu, options=options)
     texts: tuple[str, ...] = ("amdgcn", "ttgir")
     if "cubin" in kernel.asm:
         registers, spills = _nvidia_usage(kernel.asm["cubin"])
-        texts = ("ptx", "sass", "ttgir") if sass else ("ptx", "ttgir")  # reading "sass" runs the disassembler
+        texts = ("ptx", "sass", "ttgir") if case.sass else ("ptx", "ttgir")  # reading "sass" runs the disassembler
     else:
         text = kernel.asm["amdgcn"]
         registers, spills = (
@@ -145,12 +128,11 @@ def compile_cases(cases: Sequence[Case], target: str) -> dict[str, Compiled]:
     found = {}
     for case in cases:
         try:
-            values = _compiler().submit(_compile, asdict(case), target, [p for p in sys.path if p]).result()
+            found[case.name] = _compiler().submit(_compile, case, target, [p for p in sys.path if p]).result()
         except Exception as error:
             if isinstance(error, BrokenProcessPool):
                 _compiler.cache_clear()
             raise RuntimeError(f"compiling for {target} failed: {case.name}: {str(error)[-6000:]}") from error
-        found[case.name] = Compiled(**values)
     return found
 
 
@@ -174,14 +156,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _compile(case: dict[str, Any], target: str, path: list[str]) -> dict[str, Any]:
+def _compile(case: Case, target: str, path: list[str]) -> Compiled:
     """Runs in that process."""
     sys.path[:] = path
-    module, _, function = case["kernel"].partition(":")
+    module, _, function = case.kernel.partition(":")
     importlib.invalidate_caches()
-    jit_function = getattr(importlib.import_module(module), function)
-    keys = ("signature", "constexprs", "num_warps", "num_stages", "options", "sass")
-    return asdict(compile_kernel(jit_function, target=target, **{key: case[key] for key in keys}))
+    return _compile_kernel(getattr(importlib.import_module(module), function), case, target)
 
 
 def check_resources(compiled: Compiled, name: str, target: str) -> None:

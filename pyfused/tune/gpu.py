@@ -18,22 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dispatch, evidence, ops, tiles, timing
-from ..arguments import AttentionForward
+from ..ops.registration import operator_of
 from ..testing import judge
-from .cases import Case, Problem, cases, saving
+from ..testing.problems import Problem, Tensors, outputs_of
+from .cases import Case, cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("triton", "cuda", "cudnn", "reference")
-# The position of `save` among a forward's arguments
-_SAVE = {
-    "attention": AttentionForward._fields.index("save"),
-    "layer_norm": 5,
-    "rms_norm": 4,
-    "ffn": 7,
-    "gated_ffn": 6,
-}
 _WORTH = 0.98  # a tile replaces another if it takes less than this share of its time
 _JUDGED = 1 << 18  # elements of an output to check: the tolerance rule runs on the CPU
 
@@ -143,11 +137,8 @@ class _Search:
     def _measure(self, case: Case, dtype: torch.dtype) -> None:
         generator = torch.Generator(self.device).manual_seed(7)
 
-        def new(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=self.device).to(dtype)
-
-        problem = case.make(new)
-        args, runs, plain, exact = _calls(case, problem, new)
+        given = case.problem.inputs(dtype, self.device, generator)
+        args, runs, plain, exact = _calls(case, given, generator)
         expected = [_sample(t) for t in plain()], [_sample(t) for t in exact()]
         del exact  # frees the tensors that its backward keeps
 
@@ -266,40 +257,61 @@ def candidates(row: tiles.Row, device: torch.device) -> list[dict[str, int]]:
 _OF_A_PRODUCT = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "INNER")  # sides of a tile that a matrix instruction reads
 
 
-def _calls(case: Case, problem: Problem, new: Any) -> tuple[tuple[Any, ...], dict[str, Run], Run, Run]:
+def _calls(
+    case: Case, given: Tensors, generator: torch.Generator
+) -> tuple[tuple[Any, ...], dict[str, Run], Run, Run]:
     """The kernels' arguments; the call of each backend that has the case; plain PyTorch's call; and that in float64."""
-    given = problem.tensors
-    args = problem.bind(given)
+    problem = case.problem
     exact = {name: t.double() for name, t in given.items()}
-    if case.function == "forward":
-        plain: Run = functools.partial(problem.plain, given)
-        truth: Run = functools.partial(problem.plain, exact)
-    else:
-        assert problem.backward is not None
-        if case.operator in _SAVE:
-            args = saving(args, _SAVE[case.operator])
-        reference: Any = dispatch.kernel("reference", case.operator)
-        outputs = reference.forward(*args)
-        grads = [new(*t.shape) for t in problem.plain(given)]
-        args = problem.backward(args, outputs, grads)
-        plain = _gradients(problem, given, grads)
-        truth = _gradients(problem, exact, [g.double() for g in grads])
+    plain: Run = functools.partial(_plainly, problem, given)
+    truth: Run = functools.partial(_plainly, problem, exact)
+    name = case.operator if case.function == "forward" else f"{case.operator}_backward"
+    with dispatch.backend("reference"), _Arguments(name) as noted:
+        if case.function == "forward":
+            with torch.no_grad():
+                problem.own(given)
+        else:
+            leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+            outputs = outputs_of(problem.own(leaves))
+            grads = [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in outputs]
+            torch.autograd.grad(outputs, list(leaves.values()), grads)
+            plain, truth = _gradients(problem, given, grads), _gradients(problem, exact, [g.double() for g in grads])
     runs: dict[str, Run] = {}
     for name in BACKENDS:
         module = None if dispatch.missing(name) else dispatch.kernel(name, case.operator)
         function = getattr(module, case.function, None)
         unsupported = getattr(module, f"unsupported_{case.function}", lambda *args: None)
-        if function is not None and not unsupported(*args):
-            runs[name] = functools.partial(function, *args)
-    return args, runs, plain, truth
+        if function is not None and not unsupported(*noted.args):
+            runs[name] = functools.partial(function, *noted.args)
+    return noted.args, runs, plain, truth
 
 
-def _gradients(problem: Problem, tensors: dict[str, torch.Tensor], grads: Sequence[torch.Tensor]) -> Run:
-    """A call that runs only plain PyTorch's backward. The graph is made once, here."""
+def _plainly(problem: Problem, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    return outputs_of(problem.plain[0](tensors))
+
+
+class _Arguments(TorchDispatchMode):
+    """Notes the arguments that an operator's kernels get."""
+
+    args: tuple[Any, ...]
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator_of(func) == self.name:
+            self.args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _gradients(problem: Problem, tensors: Tensors, grads: Sequence[torch.Tensor]) -> Run:
+    """A call that runs only plain PyTorch's backward, for the gradients that a kernel returns: a residual's is x's. The graph
+    is made once, here."""
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     with torch.enable_grad():
-        outputs = problem.plain(leaves)
-    wanted = [leaves[name] for name in problem.wants]
+        outputs = _plainly(problem, leaves)
+    wanted = [leaf for name, leaf in leaves.items() if name != "residual"]
     return lambda: torch.autograd.grad(outputs, wanted, list(grads), retain_graph=True)
 
 

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import save_file
 
 from pyfused.checkpoints import open_checkpoint
+from pyfused.checkpoints.layer_plans import hf_plan
 from pyfused.families import FAMILIES, load
 from pyfused.models.backbone import Backbone
 
@@ -251,7 +252,7 @@ def test_the_names_of_published_tensors_are_those_of_the_model(folder, name):
     configuration, heads, sizes = TENSORS[name]
     directory = folder(raw_of(configuration) | sizes)
     described = open_checkpoint(directory, weights=False)
-    plan = load(FAMILIES[described.model].checkpoint).hf_plan(described.config)
+    plan = hf_plan(load(FAMILIES[described.model].checkpoint), described.config)
     ours = {piece.name: piece.shape for target in plan.values() for piece in target.pieces}
     rows = [line.split("\t") for line in (PUBLISHED / f"{name}.tensors.txt").read_text().splitlines()[1:]]
     shapes = {}

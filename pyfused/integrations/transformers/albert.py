@@ -17,7 +17,7 @@ from ...own_forward import Adapter, Forward, fused_forward, original
 from .activations import activation_reason, kernel_activation
 from .own_attention import attended, wants_more
 from .plain_modules import drops, is_plain_linear, overridden
-from .releases import interface, named, parameters
+from .releases import full_name, interface, named, parameters
 
 
 @fused_forward
@@ -93,9 +93,8 @@ def _attention(module: Any) -> Forward | str:
     return attention if has_interface else "in this release of transformers its eager attention is code of its own"
 
 
-_PREFIX = "transformers.models.albert.modeling_albert"
 ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.AlbertAttention": _attention,
-    f"{_PREFIX}.AlbertSdpaAttention": lambda module: sdpa_attention,  # of older releases
-    f"{_PREFIX}.AlbertLayer": _layer,
+    full_name("albert.AlbertAttention"): _attention,
+    full_name("albert.AlbertSdpaAttention"): lambda module: sdpa_attention,  # of older releases
+    full_name("albert.AlbertLayer"): _layer,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,10 @@ from ...nn.attention import additive
 from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
+from ...own_forward import original
+from ...setting import set_to
 from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
-from .releases import output_capturing
+from .releases import named, output_capturing
 
 # Arguments that change the result and are not supported. A model passes one only if it has that feature.
 REFUSED = {
@@ -281,14 +282,12 @@ def _read_packing(kwargs, query, key):
 _asked: ContextVar[bool] = ContextVar("whether a layer's caller wants attention weights", default=False)
 
 
-@contextmanager
-def weights_wanted():
-    """For one call of a layer that does not tell its attention function that the weights are wanted."""
-    token = _asked.set(True)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+def original_telling(module, args, kwargs):
+    """Runs the class's own forward, which does not tell its attention function whether the weights are wanted."""
+    if not named(module, args, kwargs).get("output_attentions"):
+        return original(module, *args, **kwargs)
+    with set_to(_asked, True):
+        return original(module, *args, **kwargs)
 
 
 def attentions_wanted(module, kwargs):

@@ -22,10 +22,10 @@ from ...ops import attention as attend_with_kernels
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_own, original
 from ..torch_nn import takes
-from .attention import attend, attentions_wanted, weights_wanted
+from .attention import attend, attentions_wanted, original_telling
 from .masks import may_look
 from .plain_modules import overridden
-from .releases import named
+from .releases import full_name, named
 from .scores import ByHand, by_hand
 from .statements import source_of
 
@@ -214,21 +214,13 @@ def method(module: Any, *args: Any, **kwargs: Any) -> Any:
 @fused_forward
 def calls_method(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention"""
-    return _telling(module, args, kwargs)
+    return original_telling(module, args, kwargs)
 
 
 @fused_forward
 def tells(module: Any, *args: Any, **kwargs: Any) -> Any:
     """as it is; its attention hears whether weights are wanted"""
-    return _telling(module, args, kwargs)
-
-
-def _telling(module: Any, args: Any, kwargs: Any) -> Any:
-    """Runs the class's forward, which does not tell what it calls whether attention weights are wanted."""
-    if not named(module, args, kwargs).get("output_attentions"):
-        return original(module, *args, **kwargs)
-    with weights_wanted():
-        return original(module, *args, **kwargs)
+    return original_telling(module, args, kwargs)
 
 
 # By class: its forward or method, what was found in it, and the same with calls of _Call
@@ -326,13 +318,6 @@ def _wavlm(module: Any) -> Forward | str:
 
 def _left(row: str) -> Adapter:
     return lambda module: LEFT[row]
-
-
-def full_name(row: str) -> str:
-    """Of the class of a row."""
-    folder, _, name = row.partition(".")
-    folder, _, file = folder.partition(":")
-    return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
 
 
 ADAPTERS: dict[str, Adapter] = {

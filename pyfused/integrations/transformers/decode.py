@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ...decode_plan import DecodePlan, DecodeStep, Matrix, Norm
+from ...decode_plan import DecodePlan, DecodeStep, Matrix
 from ...ops.decode import is_native, run
 from ...own_forward import kept
 from ...tracing import profiler_is_on, tracing
@@ -255,19 +255,6 @@ def _padding(mask: Any, rows: int, most: int, length: int) -> Tensor | None:
     if length > most and bool(flat[:, most:].any()):
         return _UNKNOWN
     return flat[:, :most].expand(rows, -1).contiguous()
-
-
-def matrix_of(module: Any, transposed: bool = False) -> Matrix:
-    """A layer's weight as (out, in), as it lies in memory, and its bias. Detached, so that the plan keeps this memory."""
-    weight, bias = module.weight.detach(), getattr(module, "bias", None)
-    return Matrix(weight.t() if transposed else weight, None if bias is None else bias.detach())
-
-
-def norm_of(module: Any) -> Norm:
-    """A layer norm's or T5's norm's weight, bias and epsilon."""
-    bias, eps = getattr(module, "bias", None), vars(module).get("eps")
-    eps = module.variance_epsilon if eps is None else eps
-    return Norm(module.weight.detach(), None if bias is None else bias.detach(), eps)
 
 
 def same(values: Any) -> bool:

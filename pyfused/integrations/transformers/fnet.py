@@ -1,4 +1,7 @@
-"""What does fuse_ replace in transformers' FNet? The Fourier mixing, the feed-forward, and the residuals before the norms."""
+"""What does fuse_ replace in transformers' FNet? The Fourier mixing, and the residual before the norm behind it.
+
+The feed-forward has a usual shape, so shaped.py replaces it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.fnet import modeling_fnet
-from transformers.pytorch_utils import apply_chunking_to_forward
 
 from ... import notices
-from ...ops import ffn, fourier_mix, layer_norm, linear
-from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
+from ...ops import fourier_mix, layer_norm
+from ...own_forward import Adapter, Forward, fused_forward, original
 from ..torch_nn import takes
-from .activations import activation_reason, kernel_activation
-from .plain_modules import drops, is_fused_norm, is_plain_linear, overridden
+from .plain_modules import is_fused_norm
+from .releases import full_name
 
 _OTHER_TRANSFORM = "FNet's transform is another than torch.fft.fftn (use_tpu_fourier_optimizations): it stays as it is"
 
@@ -42,40 +43,6 @@ def basic_output(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> An
     return layer_norm(hidden_states, norm.weight, norm.bias, eps=norm.eps, residual=input_tensor)[0]
 
 
-@fused_forward
-def output(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Any:
-    """pyfused.linear with the residual, then the norm"""
-    dense = module.dense
-    if drops(module.dropout) or not is_plain_linear(hidden_states, dense) or input_tensor.dtype != hidden_states.dtype:
-        return original(module, hidden_states, input_tensor)
-    return module.LayerNorm(linear(hidden_states, dense.weight, dense.bias, residual=input_tensor))
-
-
-@fused_forward
-def layer(module: Any, hidden_states: Tensor) -> Any:
-    """pyfused.ffn with the residual, then the norm"""
-    if module.gradient_checkpointing and module.training:  # the forward that this one replaces does the checkpointing
-        return module._gradient_checkpointing_func(functools.partial(_layer_forward, module), hidden_states)
-    return _layer_forward(module, hidden_states)
-
-
-def _layer_forward(module: Any, hidden_states: Tensor) -> tuple[Tensor]:
-    mixed = module.fourier(hidden_states)[0]
-    chunk = functools.partial(_feed_forward, module)
-    return (apply_chunking_to_forward(chunk, module.chunk_size_feed_forward, module.seq_len_dim, mixed),)
-
-
-def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    inner, outer = module.intermediate, module.output
-    if type(inner) is modeling_fnet.FNetIntermediate and is_bare(inner, outer) and is_fused(outer):
-        activation = kernel_activation(inner.intermediate_act_fn)
-        w_in, w_out = inner.dense, outer.dense
-        if activation is not None and not drops(outer.dropout) and is_plain_linear(x, w_in, w_out):
-            y = ffn(x, w_in.weight, w_in.bias, w_out.weight, w_out.bias, activation=activation, residual=x)
-            return outer.LayerNorm(y)
-    return module.feed_forward_chunk(x)
-
-
 def _is_fft(transform: Any) -> bool:
     return (
         isinstance(transform, functools.partial)
@@ -92,15 +59,7 @@ def _mixing(module: nn.Module) -> Forward | str:
     return _OTHER_TRANSFORM
 
 
-def _layer(module: Any) -> Forward | str:
-    changed = overridden(module, modeling_fnet.FNetLayer, "feed_forward_chunk")
-    return changed or activation_reason(module.intermediate.intermediate_act_fn) or layer
-
-
-_PREFIX = "transformers.models.fnet.modeling_fnet"
 ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.FNetBasicFourierTransform": _mixing,
-    f"{_PREFIX}.FNetBasicOutput": lambda module: basic_output,
-    f"{_PREFIX}.FNetOutput": lambda module: output,
-    f"{_PREFIX}.FNetLayer": _layer,
+    full_name("fnet.FNetBasicFourierTransform"): _mixing,
+    full_name("fnet.FNetBasicOutput"): lambda module: basic_output,
 }

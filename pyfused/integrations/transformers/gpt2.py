@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from ...decode_plan import DecodeLayer, DecodePlan, Matrix
+from ...decode_plan import DecodeLayer, DecodePlan, Matrix, Norm
 from ...ops import ffn, layer_norm
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from .activations import activation_reason, kernel_activation
 from .attention import reason_to_scale
-from .decode import Ready, matrix_of, norm_of, one_token, same
+from .decode import Ready, one_token, same
 from .plain_modules import drops, go_together, is_fused_norm
-from .releases import named, parameters
+from .releases import full_name, named, parameters
 from .unchanged import Kind, Watch, known
 
 
@@ -148,10 +148,10 @@ def _plan(model: Any) -> Ready | None:
         return None
     plan = DecodePlan(
         layers=tuple(map(_layer, blocks)),
-        token_embedding=matrix_of(model.wte),
-        position_embedding=matrix_of(model.wpe),
+        token_embedding=Matrix.of(model.wte),
+        position_embedding=Matrix.of(model.wpe),
         head=Matrix(),
-        final_norm=norm_of(model.ln_f),
+        final_norm=Norm.of(model.ln_f),
         heads=first.num_heads,
         kv_heads=first.num_heads,
         head_size=first.head_dim,
@@ -162,18 +162,16 @@ def _plan(model: Any) -> Ready | None:
 
 
 def _layer(block: Any) -> DecodeLayer:
-    weight, bias, _ = matrix_of(block.attn.c_attn, transposed=True)
-    assert weight is not None
-    query, key, value = map(Matrix, weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3))
+    query, key, value = Matrix.of(block.attn.c_attn, by_inputs=True).split(3)
     return DecodeLayer(
-        attention_norm=norm_of(block.ln_1),
+        attention_norm=Norm.of(block.ln_1),
         query=query,
         key=key,
         value=value,
-        output=matrix_of(block.attn.c_proj, transposed=True),
-        feed_forward_norm=norm_of(block.ln_2),
-        inner=matrix_of(block.mlp.c_fc, transposed=True),
-        outer=matrix_of(block.mlp.c_proj, transposed=True),
+        output=Matrix.of(block.attn.c_proj, by_inputs=True),
+        feed_forward_norm=Norm.of(block.ln_2),
+        inner=Matrix.of(block.mlp.c_fc, by_inputs=True),
+        outer=Matrix.of(block.mlp.c_proj, by_inputs=True),
         scale=getattr(block.attn, "scaling", block.attn.head_dim**-0.5),
     )
 
@@ -201,7 +199,7 @@ def _adapter(kind: type[nn.Module], forward: Forward) -> Adapter:
 
 _block_forward = block_of_tuples_forward if "output_attentions" in parameters(GPT2Block) else block_forward
 ADAPTERS: dict[str, Adapter] = {
-    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": _adapter(GPT2MLP, mlp_forward),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _adapter(GPT2Block, _block_forward),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Model": _adapter(GPT2Model, model_forward),
+    full_name("gpt2.GPT2MLP"): _adapter(GPT2MLP, mlp_forward),
+    full_name("gpt2.GPT2Block"): _adapter(GPT2Block, _block_forward),
+    full_name("gpt2.GPT2Model"): _adapter(GPT2Model, model_forward),
 }

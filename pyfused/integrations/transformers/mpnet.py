@@ -7,6 +7,7 @@ MPNet does not use transformers' attention interface. Its encoder makes the bias
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,16 +16,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet
 
 from ... import notices
-from ...nn.attention import EVERYTHING, additive
+from ...nn.attention import EVERYTHING
 from ...nn.packing import Packing
 from ...ops import RelativeBias, relative_bias
-from ...ops import attention as attend
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_fused, original
 from ..torch_nn import takes
-from .masks import read_mask
+from .masks import read_mask, with_dense_bias
 from .plain_modules import overridden
-from .releases import named
+from .releases import full_name, named
 
 _MAX_DISTANCE = 128  # of MPNetEncoder.relative_position_bucket
 
@@ -54,21 +54,11 @@ def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
         m(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2) for m in (module.q, module.k, module.v)
     )
     visible = EVERYTHING if attention_mask is None else read_mask(attention_mask, query, key)
-    bias, packing = visible.attn_bias, None if table is None else table.packing
-    if table is None and position_bias is not None:
-        dense = additive(position_bias, query.dtype)
-        bias = dense if bias is None else dense + bias
-    seen = attend(
-        query,
-        key,
-        value,
-        padding_mask=visible.padding_mask,
-        attn_bias=bias,
-        relative_bias=None if table is None else table.relative,
-        dropout_p=dropout.p if dropout.training else 0.0,
-        cu_seqlens=None if packing is None else packing.cu_seqlens,
-        max_seqlen=None if packing is None else packing.max_seqlen,
-    )
+    if table is not None:
+        visible = replace(visible, relative_bias=table.relative, packing=table.packing)
+    elif position_bias is not None:
+        visible = with_dense_bias(visible, position_bias, query.dtype)
+    seen = visible.attend(query, key, value, dropout_p=dropout.p if dropout.training else 0.0)
     return (module.o(seen.transpose(1, 2).flatten(2)),)
 
 
@@ -135,8 +125,7 @@ def changed(module: Any) -> str:
 METHODS = {"compute_position_bias": position_bias}
 vars(encoder)["methods"] = METHODS
 
-_PREFIX = "transformers.models.mpnet.modeling_mpnet"
 ADAPTERS: dict[str, Adapter] = {
-    f"{_PREFIX}.MPNetSelfAttention": _attention,
-    f"{_PREFIX}.MPNetEncoder": lambda module: changed(module) or encoder,
+    full_name("mpnet.MPNetSelfAttention"): _attention,
+    full_name("mpnet.MPNetEncoder"): lambda module: changed(module) or encoder,
 }

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...own_forward import Adapter, fused_forward, original
-from .attention import attend, weights_wanted
+from .attention import attend, original_telling
 from .config import FusedConfig
-from .releases import named, output_capturing, parameters
+from .releases import full_name, named, output_capturing, parameters
 
 
 def attended(
@@ -63,10 +63,7 @@ def distilbert_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
 @fused_forward
 def interface_layer(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention, by transformers' attention interface"""
-    if not named(module, args, kwargs).get("output_attentions"):
-        return original(module, *args, **kwargs)
-    with weights_wanted():
-        return original(module, *args, **kwargs)
+    return original_telling(module, args, kwargs)
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
@@ -79,12 +76,7 @@ def adapter_for(module: nn.Module) -> Adapter | None:
 _BERTS = "bert.Bert", "camembert.Camembert", "roberta.Roberta", "xlm_roberta.XLMRoberta"
 
 
-def _name(row: str, ending: str) -> str:
-    folder, _, prefix = row.partition(".")
-    return f"transformers.models.{folder}.modeling_{folder}.{prefix}{ending}"
-
-
 ADAPTERS: dict[str, Adapter] = {
-    **{_name(row, "SdpaSelfAttention"): lambda module: bert_attention for row in _BERTS},
-    _name("distilbert.DistilBert", "SdpaAttention"): lambda module: distilbert_attention,
+    **{full_name(f"{row}SdpaSelfAttention"): lambda module: bert_attention for row in _BERTS},
+    full_name("distilbert.DistilBertSdpaAttention"): lambda module: distilbert_attention,
 }

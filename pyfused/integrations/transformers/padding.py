@@ -19,7 +19,7 @@ from ...own_forward import Adapter, Forward, fused_forward, has_another_forward,
 from . import alike, kin, mpnet, t5
 from .attention import collects
 from .config import NAME, FusedConfig, interface_layers
-from .releases import named, output_capturing, parameters
+from .releases import full_name, named, output_capturing, parameters
 from .t5_tables import all_read_tables
 
 
@@ -181,12 +181,12 @@ def _unfit(module: nn.Module) -> str:
     return ""
 
 
-# The encoders whose layers look at one token at a time, but for the attention: folder, then class.
+# The encoders whose layers look at one token at a time, but for the attention.
 _ROWS = (
     "albert.AlbertTransformer",
     "bert.BertEncoder",
     "camembert.CamembertEncoder",
-    "data2vec.Data2VecTextEncoder",
+    "data2vec:data2vec_text.Data2VecTextEncoder",
     "distilbert.Transformer",
     "electra.ElectraEncoder",
     "ernie.ErnieEncoder",
@@ -197,13 +197,8 @@ _ROWS = (
 )
 
 
-def _full_name(row: str) -> str:
-    folder, _, name = row.partition(".")
-    return f"transformers.models.{folder}.modeling_{'data2vec_text' if folder == 'data2vec' else folder}.{name}"
-
-
 ENCODERS: dict[str, Adapter] = {
-    **{_full_name(row): _encoder for row in _ROWS},
+    **{full_name(row): _encoder for row in _ROWS},
     **(kin.stacks(_t5_encoder) if alike.HAS_INTERFACE else {}),  # without it T5 takes no packed texts
-    "transformers.models.mpnet.modeling_mpnet.MPNetEncoder": lambda module: mpnet.changed(module) or mpnet_encoder,
+    full_name("mpnet.MPNetEncoder"): lambda module: mpnet.changed(module) or mpnet_encoder,
 }

@@ -24,6 +24,13 @@ PreTrainedConfig: Any = getattr(transformers, "PreTrainedConfig", None) or trans
 _CALLS_INTERFACE = re.compile(r"get_interface\(|ALL_ATTENTION_FUNCTIONS\[")
 
 
+def full_name(row: str) -> str:
+    """The full name of a class that a table writes as folder.Class, or folder:file.Class where the file has another name."""
+    folder, _, name = row.partition(".")
+    folder, _, file = folder.partition(":")
+    return f"transformers.models.{folder}.modeling_{file or folder}.{name}"
+
+
 def calls_interface(source: str) -> bool:
     """Whether this code calls transformers' attention interface."""
     return _CALLS_INTERFACE.search(source) is not None

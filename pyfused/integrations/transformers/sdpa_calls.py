@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...own_forward import Adapter, Forward, fused_forward, original
 from .attention import attend
-from .by_hand import full_name
+from .releases import full_name
 from .statements import CALL, Source, source_of
 
 ROWS = (

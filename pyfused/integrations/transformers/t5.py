@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.t5 import modeling_t5
 
-from ...decode_plan import DecodeLayer, DecodePlan, Matrix
+from ...decode_plan import DecodeLayer, DecodePlan, Matrix, Norm
 from ...nn.t5 import attend
 from ...ops import RelativeBias
 from ...ops.attention import MAX_HEAD_SIZE
@@ -23,7 +23,7 @@ from ...own_forward import Adapter, Forward, fused_forward, original
 from ...tracing import tracing
 from . import alike, kin, t5_inline
 from .activations import kernel_activation
-from .decode import Ready, matrix_of, norm_of, one_token, same
+from .decode import Ready, one_token, same
 from .plain_modules import overridden
 from .releases import interface
 from .t5_tables import adds_residual, all_read_tables, is_ours, projected
@@ -200,9 +200,9 @@ def _plan(stack: Any) -> Ready | None:
         return None
     plan = DecodePlan(
         layers=tuple(map(_layer, blocks)),
-        token_embedding=matrix_of(stack.embed_tokens),
+        token_embedding=Matrix.of(stack.embed_tokens),
         head=Matrix(),
-        final_norm=norm_of(stack.final_layer_norm),
+        final_norm=Norm.of(stack.final_layer_norm),
         heads=first.n_heads,
         kv_heads=first.n_heads,
         head_size=first.key_value_proj_dim,
@@ -219,18 +219,18 @@ def _layer(block: Any) -> DecodeLayer:
     attention, other, dense = own.SelfAttention, cross.EncDecAttention, feed_forward.DenseReluDense
     gated = "wi_0" in dense._modules
     return DecodeLayer(
-        attention_norm=norm_of(own.layer_norm),
-        query=matrix_of(attention.q),
-        key=matrix_of(attention.k),
-        value=matrix_of(attention.v),
-        output=matrix_of(attention.o),
-        cross_norm=norm_of(cross.layer_norm),
-        cross_query=matrix_of(other.q),
-        cross_output=matrix_of(other.o),
-        feed_forward_norm=norm_of(feed_forward.layer_norm),
-        gate=matrix_of(dense.wi_0) if gated else Matrix(),
-        inner=matrix_of(dense.wi_1 if gated else dense.wi),
-        outer=matrix_of(dense.wo),
+        attention_norm=Norm.of(own.layer_norm),
+        query=Matrix.of(attention.q),
+        key=Matrix.of(attention.k),
+        value=Matrix.of(attention.v),
+        output=Matrix.of(attention.o),
+        cross_norm=Norm.of(cross.layer_norm),
+        cross_query=Matrix.of(other.q),
+        cross_output=Matrix.of(other.o),
+        feed_forward_norm=Norm.of(feed_forward.layer_norm),
+        gate=Matrix.of(dense.wi_0) if gated else Matrix(),
+        inner=Matrix.of(dense.wi_1 if gated else dense.wi),
+        outer=Matrix.of(dense.wo),
         scale=getattr(attention, "scaling", 1.0),
         cross_scale=getattr(other, "scaling", 1.0),
     )

@@ -7,8 +7,7 @@ context variable that all layers of this call read the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from ...nn.t5 import attend as attend_of_t5
 from ...ops import RelativeBias, relative_bias
 from ...own_forward import fused_forward, original
+from ...setting import set_to
 from ...tracing import tracing
 from .attention import attend
 from .releases import named, parameters
@@ -25,14 +25,9 @@ from .t5_tables import adds_residual, projected
 _first: ContextVar[Any] = ContextVar("the first attention of a T5 stack whose layers all read the table", default=None)
 
 
-@contextmanager
-def hands_on_table(stack: Any) -> Iterator[None]:
+def hands_on_table(stack: Any) -> AbstractContextManager[None]:
     """For one call of a stack: its first layer hands on the table in place of a tensor."""
-    token = _first.set(stack.block[0].layer[0].SelfAttention)
-    try:
-        yield
-    finally:
-        _first.reset(token)
+    return set_to(_first, stack.block[0].layer[0].SelfAttention)
 
 
 @fused_forward

@@ -12,7 +12,7 @@ from ...ops import RelativeBias
 from ...own_forward import Adapter, Forward, fused_forward, original
 from .config import NAME
 from .plain_modules import overridden
-from .releases import interface
+from .releases import full_name, interface
 from .t5_tables import has_plain_table
 
 
@@ -53,4 +53,4 @@ def _attention(module: Any) -> Forward | str:
     return overridden(module, modeling_umt5.UMT5Attention, "compute_bias", "_relative_position_bucket") or attention
 
 
-ADAPTERS: dict[str, Adapter] = {"transformers.models.umt5.modeling_umt5.UMT5Attention": _attention}
+ADAPTERS: dict[str, Adapter] = {full_name("umt5.UMT5Attention"): _attention}
