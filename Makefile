@@ -18,8 +18,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports. To compile every installed file takes a minute, and most are never read.
-PIP := $(BIN)/pip install --quiet
+# Python compiles what it imports, once, also where the shell forbids it to keep that. To compile every installed file takes a
+# minute, and most are never read.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/pip install --quiet --no-compile
 SOURCES := $(shell find csrc kernels -type f -not -name '*.pyc') pyproject.toml setup.py CMakeLists.txt
 GPU_PYTHON ?= python3.12
 CALL ?= first
@@ -45,8 +47,9 @@ run: $(VENV)/run.stamp
 	$(BIN)/pyfused verify fnet_tiny_en
 	$(BIN)/pyfused encode fnet_tiny_en --text "Jesus wept." --pool cls
 
+# Two workers need both processors: a thread that waits for another must not spin.
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests benchmarks -n 2 --dist loadfile --no-loadscope-reorder
 
 test-machines: $(VENV)/test.stamp
 	$(BIN)/python tests/machines.py
@@ -89,10 +92,13 @@ gpu-build: .venv-gpu/stamp
 clean:
 	rm -rf $(VENV) .venv-gpu build dist *.egg-info pyfused/*.so .pytest_cache .mypy_cache .ruff_cache
 
-# torch first and pinned: from a range of versions pip picks a build with gigabytes of CUDA packages.
-$(VENV)/base.stamp:
+$(VENV)/pip.stamp:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
+	touch $@
+
+# torch first and pinned: from a range of versions pip picks a build with gigabytes of CUDA packages.
+$(VENV)/base.stamp: $(VENV)/pip.stamp
 	$(PIP) "$(TORCH)"
 	touch $@
 
@@ -105,13 +111,16 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 	touch $@
 
 # For minutes the build needs every processor and pip needs one, so they run side by side. The group has what the extras ask for.
-# keras-hub without its dependencies, which include TensorFlow.
+# The build needs no torch. keras-hub goes in without its dependencies, which include TensorFlow. What every test process imports
+# is compiled here, once: the workers start together, and each would compile it.
+IMPORTED := torch._inductor.compile_fx, torch.distributed.fsdp, transformers.modeling_utils, keras_hub, sentence_transformers
 $(VENV)/test.stamp: export PATH := $(CURDIR)/$(BIN):$(PATH)
-$(VENV)/test.stamp: $(VENV)/base.stamp $(SOURCES)
+$(VENV)/test.stamp: $(VENV)/pip.stamp $(SOURCES)
 	$(PIP) --group build
-	$(BIN)/pip install --verbose --no-build-isolation --no-deps -e . & build=$$!; \
-	  { $(PIP) --group test && $(PIP) --no-deps "keras-hub==0.32.0" && \
-	    $(BIN)/python tests/versions.py --install transformers-4.57.6; } || { kill $$build; exit 1; }; \
+	$(BIN)/pip install --verbose --no-compile --no-build-isolation --no-deps -e . & build=$$!; \
+	  { $(PIP) "$(TORCH)" && touch $(VENV)/base.stamp && $(PIP) --group test && $(PIP) --no-deps "keras-hub==0.32.0" && \
+	    $(BIN)/python tests/versions.py --install transformers-4.57.6 && \
+	    KERAS_BACKEND=torch $(BIN)/python -c "import $(IMPORTED)"; } || { kill $$build; exit 1; }; \
 	  wait $$build
 	touch $(VENV)/lib.stamp $@
 

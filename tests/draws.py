@@ -34,7 +34,7 @@ def together(found):
 def with_gradients(ours, plain, tensors, cotangents):
     """{"output 0": (actual, plain, truth), ...} of two functions: their results, then the gradients of all tensors but None.
 
-    cotangents: one for each result; a function that gives fewer results takes the first.
+    cotangents: one for each result; a function that gives fewer results takes the first. plain may be a list, as for `judge`.
     """
     dtype = cotangents[0].dtype
 
@@ -47,8 +47,12 @@ def with_gradients(ours, plain, tensors, cotangents):
 
     actual = run(ours, dtype)
     assert {t.dtype for t in actual} == {dtype}
-    compared = zip(actual, run(plain, dtype), run(plain, torch.float64), strict=True)
-    return {f"output {i}": found for i, found in enumerate(compared)}
+    ways = plain if isinstance(plain, list) else [plain]
+    expected = zip(*(run(way, dtype) for way in ways))
+    expected = map(list, expected) if isinstance(plain, list) else (one for (one,) in expected)
+    return {
+        f"output {i}": found for i, found in enumerate(zip(actual, expected, run(ways[0], torch.float64), strict=True))
+    }
 
 
 def check_modules(modules, inputs, run):

@@ -21,16 +21,16 @@ DISTILBERT = {**IDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "
 T5 = {**IDS, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "dropout_rate": 0.0}
 
 MODELS = {
-    "bert": lambda **more: hf.BertModel(hf.BertConfig(**BERT, **more)),
-    "roberta": lambda **more: hf.RobertaModel(hf.RobertaConfig(**BERT, **more)),
+    "bert": lambda **more: hf.BertModel(hf.BertConfig(**{**BERT, **more})),
+    "roberta": lambda **more: hf.RobertaModel(hf.RobertaConfig(**{**BERT, **more})),
     "distilbert": lambda **more: hf.DistilBertModel(hf.DistilBertConfig(**DISTILBERT, **more)),
-    "albert": lambda **more: hf.AlbertModel(hf.AlbertConfig(**BERT, embedding_size=16, **more)),
+    "albert": lambda **more: hf.AlbertModel(hf.AlbertConfig(**{**BERT, "embedding_size": 16, **more})),
     "gpt2": lambda **more: hf.GPT2Model(hf.GPT2Config(**{**GPT2, **more})),
     "llama": lambda **more: hf.LlamaModel(hf.LlamaConfig(**{**DECODER, **more})),
     "mistral, window 4": lambda **more: hf.MistralModel(hf.MistralConfig(**DECODER, sliding_window=4, **more)),
     "mistral, window 32": lambda **more: hf.MistralModel(hf.MistralConfig(**DECODER, sliding_window=32, **more)),
-    "bart": lambda **more: hf.BartModel(hf.BartConfig(**BART, **more)),
-    "t5": lambda **more: hf.T5Model(hf.T5Config(**T5, **more)),
+    "bart": lambda **more: hf.BartModel(hf.BartConfig(**{**BART, **more})),
+    "t5": lambda **more: hf.T5Model(hf.T5Config(**{**T5, **more})),
 }
 
 

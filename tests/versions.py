@@ -59,7 +59,7 @@ def install(name):
         _run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"torch=={release}", *PACKAGES)
     else:
         wanted = [f"transformers=={release}", *TRANSFORMERS[release]]
-        options = ["--quiet", "--no-deps", "--upgrade"]
+        options = ["--quiet", "--no-compile", "--no-deps", "--upgrade"]
         _run(sys.executable, "-m", "pip", "install", *options, "--target", folder, *wanted)
     (folder / "complete").touch()
 

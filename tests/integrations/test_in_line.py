@@ -247,6 +247,15 @@ def pair(monkeypatch):
     return make
 
 
+def same(fused, plain, *args, **options):
+    """Checks that both give the same in training, with the same random numbers."""
+    outputs = []
+    for module in (fused.train(), plain.train()):
+        torch.manual_seed(0)
+        outputs.append(module(*args, **options))
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("kind", [*FUSED, *LEFT])
 def test_layers_of_tomorrow(kind, pair, monkeypatch):
     plain, fused, report = pair(kind)
@@ -257,11 +266,7 @@ def test_layers_of_tomorrow(kind, pair, monkeypatch):
     assert notes["0"] == (in_line if kind in FUSED else "of no shape that fuse_ knows")
     options = {"scale": 0.5, "shift": 2.0} if kind is Layer else {}
     for x in (torch.rand(3, 8), -torch.rand(2, 3, 8)):
-        outputs = []
-        for module in (fused.train(), plain.train()):
-            torch.manual_seed(0)
-            outputs.append(module(x, **options))
-        torch.testing.assert_close(*outputs)
+        same(fused, plain, x, **options)
     assert calls == {"ffn": {Layer: 2, Doubled: 2, InOneBranch: 1}.get(kind, 0), "gated_ffn": 4 if kind is Gated else 0}
 
 
@@ -270,12 +275,10 @@ def test_dropout_in_training(pair, monkeypatch):
     plain, fused, _ = pair(Layer)
     calls = counted(monkeypatch, shaped, "ffn")
     for inside, behind, count in ((0.0, 0.5, 1), (0.5, 0.0, 0), (0.5, 0.5, 0), (0.0, 0.0, 1)):
-        before, outputs = calls["ffn"], []
-        for module in (fused.train(), plain.train()):
+        before = calls["ffn"]
+        for module in (fused, plain):
             module.inside, module.behind = inside, behind
-            torch.manual_seed(0)
-            outputs.append(module(torch.ones(5, 8)))
-        torch.testing.assert_close(*outputs)
+        same(fused, plain, torch.ones(5, 8))
         assert calls["ffn"] - before == count
 
 
@@ -307,11 +310,8 @@ def test_a_pair_with_a_residual_beside_its_input(pair, monkeypatch):
     assert notes["0.outer"] == "pyfused.linear with the residual"
 
     def check(ffn, linear):
-        before, outputs = dict(calls), []
-        for module in (fused.train(), plain.train()):
-            torch.manual_seed(0)
-            outputs.append(module(torch.linspace(-2.0, 2.0, 24).view(3, 8), scale=0.5))
-        torch.testing.assert_close(*outputs)
+        before = dict(calls)
+        same(fused, plain, torch.linspace(-2.0, 2.0, 24).view(3, 8), scale=0.5)
         assert {name: count - before[name] for name, count in calls.items()} == {"ffn": ffn, "linear": linear}
 
     check(1, 0)
@@ -338,11 +338,8 @@ def test_halves(kind, inner, pair, monkeypatch):
     calls, seen = counted(monkeypatch, shaped, "ffn"), []
 
     def check(count):
-        before, outputs = calls["ffn"], []
-        for module in (fused.train(), plain.train()):
-            torch.manual_seed(0)
-            outputs.append(module(torch.linspace(-2.0, 2.0, 24).view(3, 8)))
-        torch.testing.assert_close(*outputs)
+        before = calls["ffn"]
+        same(fused, plain, torch.linspace(-2.0, 2.0, 24).view(3, 8))
         assert calls["ffn"] - before == count
 
     check(1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_cases import (
+    REQUIRED,
     TOYS,
     backbone_of_options,
     call_of,
@@ -226,3 +227,54 @@ def test_training_follows_transformers(family, device):
     assert truth[-1] < 0.95 * truth[0]
     torch.testing.assert_close(plain, truth, rtol=2e-2, atol=0)  # Adam enlarges the rounding of small gradients
     assert_close(actual, [plain, reference], truth, "losses")
+
+
+# ---- what every model refuses; each model's own file has the rest ----------------------------------------------------------
+
+
+def names_of(family):
+    """The names of the token ids and of the embeddings in their place."""
+    side = "encoder_" if family == "t5" else ""
+    return f"{side}token_ids", f"{side}inputs_embeds"
+
+
+@pytest.mark.parametrize("family", TOYS)
+def test_bad_input_is_refused_by_name(family, device):
+    model, (ids, embeds) = backbone_of_options(family).to(device), names_of(family)
+    good = dict.fromkeys(REQUIRED[family]) | {ids: torch.zeros(2, 5, dtype=torch.int64)}
+    if family == "t5":
+        good["decoder_token_ids"] = good[ids]
+    for change, error, message in (
+        ({ids: None}, ValueError, f"{ids} is missing"),
+        ({ids: [[1]]}, TypeError, f"{ids} is a list"),
+        ({ids: torch.zeros(2, 5)}, TypeError, f"{ids} is float32"),
+        ({ids: torch.full((2, 5), 61)}, IndexError, f"{ids} holds 61; it takes 0 to 60"),
+        ({ids: torch.full((2, 5), -1)}, IndexError, f"{ids} holds -1"),
+        ({embeds: torch.zeros(2, 5, 24)}, ValueError, f"{embeds} is given beside {ids}"),
+        ({embeds: torch.zeros(2, 5, 8), ids: None}, ValueError, f"{embeds} has shape"),
+        ({"head_mask": 1}, ValueError, f"unknown key 'head_mask'; it takes {ids}"),
+    ):
+        with pytest.raises(error, match=message):
+            model({**good, **change})
+    for name in REQUIRED[family]:
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            model({key: value for key, value in good.items() if key != name})
+    with pytest.raises(TypeError, match=f"inputs is a Tensor; it takes a dict with {ids}"):
+        model(good[ids])
+
+
+@pytest.mark.parametrize("family", TOYS)
+def test_bad_configurations_are_refused_by_name(family):
+    for change, error, message in (
+        ({"num_layers": 0}, ValueError, "num_layers is 0"),
+        ({"hidden_dim": 24.0}, TypeError, "hidden_dim is 24.0"),
+        ({"dropout": 1.0}, ValueError, "dropout is 1.0"),
+        ({"activation": "swiglu"}, ValueError, "activation( is |=)'swiglu'.*; it takes"),
+        ({"layer_norm_epsilon": "a"}, TypeError, "layer_norm_epsilon is 'a'"),
+        ({"layer_norm_epsilon": -1.0}, ValueError, "layer_norm_epsilon is -1.0"),
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'"),
+        ({"head_mask": 1}, TypeError, "unknown argument 'head_mask'"),
+        ({"name": 3}, TypeError, "name is 3"),
+    ):
+        with pytest.raises(error, match=message):
+            backbone_of_options(family, **change)

@@ -86,22 +86,14 @@ CROSS = {"encoder_hidden_states": torch.zeros(2, 3, 24), "padding_mask": None}
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"token_ids": None}, ValueError, "token_ids is missing"),
-        ({"segment_ids": 1}, ValueError, "unknown key 'segment_ids'"),
-        ({"token_ids": [[1, 2]]}, TypeError, "token_ids is a list"),
-        ({"token_ids": torch.zeros(2, 5)}, TypeError, "token_ids is float32"),
         ({"token_ids": np.array([["a"]])}, TypeError, "token_ids is a numpy array"),
         ({"token_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, r"token_ids has shape \(5,\)"),
-        ({"token_ids": torch.full((2, 5), 61)}, IndexError, "token_ids holds 61; it takes 0 to 60"),
-        ({"token_ids": torch.full((2, 5), -1)}, IndexError, "token_ids holds -1"),
         ({"token_ids": torch.zeros(2, 41, dtype=torch.int64)}, ValueError, "length 41; it takes at most max_sequence"),
         ({"padding_mask": torch.ones(2, 4)}, ValueError, r"padding_mask has shape \(2, 4\).*\(B, Sk\) = \(2, 5\)"),
         ({"padding_mask": 1}, TypeError, "padding_mask is a int"),
         ({"token_type_ids": torch.full((2, 5), 61)}, IndexError, "token_type_ids holds 61"),
         ({"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "token_type_ids has shape"),
         ({"position_ids": torch.full((2, 5), 40)}, IndexError, "position_ids holds 40; it takes 0 to 39"),
-        ({"inputs_embeds": torch.zeros(2, 5, 24)}, ValueError, "inputs_embeds is given beside token_ids"),
-        ({"inputs_embeds": torch.zeros(2, 5, 8), "token_ids": None}, ValueError, "inputs_embeds has shape"),
         ({"inputs_embeds": torch.zeros(2, 5, 24).int(), "token_ids": None}, TypeError, "inputs_embeds is int32"),
         ({"attention_mask": torch.ones(2, 5)}, ValueError, r"attention_mask has shape \(2, 5\).*padding_mask"),
         ({"attention_mask": torch.ones(2, 1, 5, 5).long()}, TypeError, "attention_mask is int64"),
@@ -118,10 +110,6 @@ def test_bad_input_is_refused_by_name(change, error, message, device):
 
 def test_more_bad_input(device):
     model = GPT2Backbone(**SIZES, max_sequence_length=40).to(device)
-    with pytest.raises(ValueError, match="padding_mask is missing"):
-        model(token_ids=GOOD["token_ids"])
-    with pytest.raises(TypeError, match="inputs is a Tensor"):
-        model(GOOD["token_ids"])
     with pytest.raises(ValueError, match="token_ids is given in the dict and as a keyword"):
         model(GOOD, token_ids=GOOD["token_ids"])
     with pytest.raises(ValueError, match="packed=True takes neither"):
@@ -145,18 +133,11 @@ def test_more_bad_input(device):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"num_layers": 0}, ValueError, "num_layers is 0"),
-        ({"hidden_dim": 24.0}, TypeError, "hidden_dim is 24.0"),
         ({"num_heads": 25}, ValueError, "num_heads is 25 and hidden_dim 24"),
         ({"hidden_dim": 2048}, ValueError, "hidden_dim // num_heads"),
         ({"max_sequence_length": None}, TypeError, "max_sequence_length is None"),
-        ({"dropout": 1.0}, ValueError, "dropout is 1.0"),
         ({"attention_dropout": "a"}, TypeError, "attention_dropout is 'a'"),
-        ({"activation": "swiglu"}, ValueError, "activation='swiglu'"),
-        ({"layer_norm_epsilon": -1.0}, ValueError, "layer_norm_epsilon is -1.0"),
         ({"scale_attention": 1}, TypeError, "scale_attention is 1"),
-        ({"dtype": "int8"}, ValueError, "dtype is 'int8'"),
-        ({"head_mask": 1}, TypeError, "unknown argument 'head_mask'"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change, error, message):

@@ -35,6 +35,17 @@ def both(mine, theirs, *inputs):
         return mine(*inputs), plain, truth
 
 
+def check_residual(mine, theirs, x):
+    residual = torch.randn_like(x)
+    y, total = mine(x, residual)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(y, theirs(x + residual))
+    with pytest.raises(ValueError, match="residual has shape"):
+        mine(x, residual[:1])
+    with pytest.raises((ValueError, TypeError), match="has shape"):
+        mine(x[..., :-1])
+
+
 @pytest.mark.parametrize(
     "shape, affine, bias", [(24, True, True), (24, True, False), (24, False, True), ((4, 6), True, True)]
 )
@@ -44,15 +55,9 @@ def test_layer_norm(shape, affine, bias):
         nn.init.normal_(parameter)
     mine = LayerNorm(shape, 1e-3, affine, bias)
     dims = (shape,) if isinstance(shape, int) else shape
-    x, residual = torch.randn(3, 5, *dims), torch.randn(3, 5, *dims)
+    x = torch.randn(3, 5, *dims)
     assert_close(*both(mine, theirs, x))
-    y, total = mine(x, residual)
-    assert torch.equal(total, x + residual)
-    torch.testing.assert_close(y, theirs(x + residual))
-    with pytest.raises(ValueError, match="residual has shape"):
-        mine(x, residual[:1])
-    with pytest.raises((ValueError, TypeError), match="has shape"):
-        mine(x[..., :-1])
+    check_residual(mine, theirs, x)
 
 
 @pytest.mark.parametrize(
@@ -64,19 +69,13 @@ def test_rms_norm(shape, eps, affine):
         nn.init.normal_(parameter)
     mine = RMSNorm(shape, eps, affine)
     dims = (shape,) if isinstance(shape, int) else shape
-    x, residual = torch.randn(3, 5, *dims), torch.randn(3, 5, *dims)
+    x = torch.randn(3, 5, *dims)
     mine.load_state_dict(theirs.state_dict())
     wide = nn.RMSNorm(shape, torch.finfo(torch.float32).eps if eps is None else eps, affine).double()
     wide.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         assert_close(mine(x), theirs(x), wide(x.double()))
-    y, total = mine(x, residual)
-    assert torch.equal(total, x + residual)
-    torch.testing.assert_close(y, theirs(x + residual))
-    with pytest.raises(ValueError, match="residual has shape"):
-        mine(x, residual[:1])
-    with pytest.raises((ValueError, TypeError), match="has shape"):
-        mine(x[..., :-1])
+    check_residual(mine, theirs, x)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])

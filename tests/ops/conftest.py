@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import torch
 
-from pyfused import dispatch, ops
+from pyfused import dispatch, extensions, ops
 from pyfused.testing import available, running
 
 HERE = pathlib.Path(__file__).parent
@@ -29,14 +29,27 @@ def device():
     return DEVICE
 
 
+def operator_of(item, parameters):
+    """The operator of the test's file, or of the case's name; None if neither begins with one."""
+    texts = item.path.stem.removeprefix("test_"), str(parameters.get("name"))
+    return max((name for name in ops.NAMES if any(text.startswith(name) for text in texts)), key=len, default=None)
+
+
+def runs_kernels_again(item, parameters):
+    """Whether this is a set for dot products without kernels of its own for the operator: then its base's run, again."""
+    isa = (parameters.get("each_backend") or parameters.get("backend") or "").partition(":")[2]
+    operator = operator_of(item, parameters)
+    if isa not in extensions.DOT_PRODUCTS or operator is None:
+        return False
+    return not any(name.startswith(operator) for name in dir(extensions.cpu(isa)))
+
+
 def lacks(item, backend):
     """Whether csrc/cuda lacks the operator, or test_backward would run another backend's backward after this forward. On the
     shim that would be the CPU kernels' backward, which never follows a GPU's forward."""
     if backend != "cuda":
         return False
-    stem = item.path.stem.removeprefix("test_")
-    operator = max((name for name in ops.NAMES if stem.startswith(name)), key=len)
-    module = dispatch.kernel(backend, operator)
+    module = dispatch.kernel(backend, operator_of(item, {}))
     if module is None:
         return True
     return DEVICE == "cpu" and item.originalname == "test_backward" and not hasattr(module, "backward")
@@ -63,8 +76,8 @@ def of_the_other_half(item, parameters):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of attention's
-    others; operators and gradients that a backend lacks; and tests of the CPU kernels on other backends. pytest passes the
-    whole suite's tests: those of other folders are kept."""
+    others; operators and gradients that a backend lacks; tests of the CPU kernels on other backends; and kernels of a base set
+    under the names of the sets that extend it. pytest passes the whole suite's tests: those of other folders are kept."""
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:
@@ -75,6 +88,7 @@ def pytest_collection_modifyitems(config, items):
         slow = DEVICE == "cpu" and backend == "triton" and getattr(parameters.get("case"), "seldom", False)
         foreign = item.get_closest_marker("cpu_kernels") is not None and backend and not backend.startswith("cpu")
         left = left_to_plain_pytorch(item, parameters) or of_the_other_half(item, parameters)
+        left = left or runs_kernels_again(item, parameters)
         (dropped if slow or foreign or lacks(item, backend) or left else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

@@ -149,13 +149,6 @@ def test_other_sequences_do_not_matter(each_backend, device):
         assert torch.equal(clean, spoilt)
 
 
-def test_gradcheck_reference():
-    case = Case((2, 1, 3), (4, 0, 2), is_causal=True, table=(4, 3, False))
-    inputs, options = make(case, torch.float64, "cpu")
-    leaves = [t.requires_grad_() for t in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *t: fused(dict(zip(inputs, t)), options, case), leaves)
-
-
 def test_opcheck(each_backend, device):
     query, key, value = (torch.randn(1, 2, 6, 8, device=device, requires_grad=True) for _ in range(3))
     table, seed = torch.randn(8, 2, device=device), torch.tensor([7], device=device)

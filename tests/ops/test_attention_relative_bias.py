@@ -8,7 +8,7 @@ import test_relative_bias
 import torch
 from draws import check
 from opchecks import check_registered, opcheck
-from test_attention import Case, drawn_seed, gradients, make
+from test_attention import Case, drawn_seed, gradients, make, ones
 from test_attention import plain as plain_attention
 
 import pyfused
@@ -197,8 +197,9 @@ def test_only_what_is_asked_gets_a_gradient(each_backend, device, wanted):
     assert [k for k, v in inputs.items() if v.grad is not None] == [wanted]
 
 
-@pytest.mark.parametrize("table", [(8, 3, True), each(5)], ids=["t5", "each"])
-def test_gradcheck_reference(table):
+def test_gradcheck_by_distance():
+    """test_double_backward.py has T5's table."""
+    table = each(5)
     inputs, options = make_biased(Case((2, 2, 1, 4, 5, 3), padding="left", bias="head"), table, torch.float64, "cpu")
     leaves = [t.requires_grad_() for t in inputs.values()]
     assert torch.autograd.gradcheck(lambda *t: fused(dict(zip(inputs, t)), options, table), leaves)
@@ -233,7 +234,9 @@ def test_a_table_by_distance_compiled():
         return pyfused.attention(query, query, query, relative_bias=DistanceBias(table))
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for got, expected in zip(*((out := f(query, table), *torch.autograd.grad(out.sum(), table)) for f in (compiled, run))):
+    for got, expected in zip(
+        *((out := f(query, table), *torch.autograd.grad(out.sum(), table)) for f in (compiled, run))
+    ):
         torch.testing.assert_close(got, expected)
 
 
@@ -255,7 +258,9 @@ def test_tables_by_distance_that_do_not_fit(shape, message):
     with pytest.raises(TypeError, match=r"relative_bias\.table is a list; it takes a torch.Tensor"):
         pyfused.attention(query, key, value, relative_bias=DistanceBias([1.0]))
     pyfused.attention(query, key, value, relative_bias=DistanceBias(torch.randn(2, 9)))
-    with pytest.raises(ValueError, match=r"relative_bias\.max_distance is 0; it takes more than"):  # not even afterwards
+    with pytest.raises(
+        ValueError, match=r"relative_bias\.max_distance is 0; it takes more than"
+    ):  # not even afterwards
         pyfused.attention(query, key, value, relative_bias=RelativeBias(torch.randn(2, 9).t(), True, 0))
 
 
@@ -282,40 +287,6 @@ def test_compiles_without_a_break(device):
     grads = [torch.autograd.grad(f(query, table), (query, table)) for f in (call, compiled)]
     for a, b in zip(*grads):
         assert torch.equal(a, b)
-
-
-MEMORY = """
-import resource, torch, pyfused
-from pyfused.testing import running
-torch.set_num_threads(1)
-def step(s):
-    q, k, v = (torch.randn(1, 2, s, 16, requires_grad=True) for _ in range(3))
-    table = torch.randn(32, 2, requires_grad=True)
-    pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True)).sum().backward()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with running("{backend}"):
-    step(256)
-    before = peak()
-    step(4096)
-    print(peak() - before)
-"""
-
-
-@pytest.mark.cpu_kernels
-def test_memory_is_linear(each_backend):
-    """S = 4096, two heads: the scores or a dense bias would be 128 MiB; inputs, gradients and scratch are some 6 MiB."""
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(backend=each_backend)], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 16 * 1024  # KiB
-
-
-def ones(*shape, dtype=torch.float32, device="cpu"):
-    return torch.ones(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Is ffn right on every backend? Values, gradients, activations on a grid and at extremes, errors, registration."""
 
-import functools
 import itertools
 
 import draws
@@ -34,32 +33,39 @@ def plain(x, w_in, b_in, w_out, b_out, activation, residual, linear=F.linear):
     return y if residual is None else y + residual
 
 
-def check(activation, dtype, device, lead, n, f, m, biases, with_residual, chained=False):
-    """Judges outputs and gradients, of up to 20 draws: plain PyTorch's error in one output says little. `chained`: a GPU
-    kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
+def of_tensors(function, activation, **options):
+    """The function, of its tensors alone, the residual last."""
+    return lambda *t: function(*t[:-1], activation=activation, residual=t[-1], **options)
 
+
+def judge_draws(function, plain, activation, chained, inputs):
+    """Judges outputs and gradients, of up to 20 draws of inputs(): plain PyTorch's error in one output says little.
+
+    chained: a GPU kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not.
+    inputs: returns tensors, then the gradient of the output.
+    """
+    ways = [of_tensors(plain, activation)]
+    ways += [of_tensors(plain, activation, linear=draws.chained_linear)] if chained else []
+
+    def once():
+        *tensors, cotangent = inputs()
+        found = draws.with_gradients(of_tensors(function, activation), ways, tensors, [cotangent])
+        what = f"{activation}, {[None if t is None else tuple(t.shape) for t in tensors]}"
+        return {f"{what}: {name}": judged for name, judged in found.items()}
+
+    draws.check(once)
+
+
+def check(activation, dtype, device, lead, n, f, m, biases, with_residual, chained=False):
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)
 
-    def once():
-        inputs = [make(*lead, n), make(f, n, scale=n**-0.5), make(f) if biases[0] else None]
-        inputs += [make(m, f, scale=f**-0.5), make(m) if biases[1] else None, make(*lead, m) if with_residual else None]
-        cotangent = make(*lead, m)
+    def inputs():
+        first = make(*lead, n), make(f, n, scale=n**-0.5), make(f) if biases[0] else None
+        second = make(m, f, scale=f**-0.5), make(m) if biases[1] else None
+        return *first, *second, make(*lead, m) if with_residual else None, make(*lead, m)
 
-        def run(function, wide):
-            x, w_in, b_in, w_out, b_out, residual = (None if t is None else t.to(wide).requires_grad_() for t in inputs)
-            y = function(x, w_in, b_in, w_out, b_out, activation=activation, residual=residual)
-            leaves = [t for t in (x, w_in, b_in, w_out, b_out, residual) if t is not None]
-            return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
-
-        ways = [plain, functools.partial(plain, linear=draws.chained_linear)] if chained else [plain]
-        actual, truth, *plains = run(pyfused.ffn, dtype), run(plain, torch.float64), *(run(way, dtype) for way in ways)
-        assert all(t.dtype == dtype for t in actual)
-        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, biases {biases}, residual {with_residual}: output"
-        every = zip(actual, zip(*plains), truth, strict=True)
-        return {f"{what} {i}": (a, list(p), t) for i, (a, p, t) in enumerate(every)}
-
-    draws.check(once)
+    judge_draws(pyfused.ffn, plain, activation, chained, inputs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -188,32 +194,32 @@ def test_strides(each_backend, device):
             assert_close(actual, plain(*tensors, "silu", residual), truth)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_reference(activation):
-    shapes = [(2, 3, 4), (6, 4), (6,), (5, 6), (5,), (2, 3, 5)]
-    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda *t: pyfused.ffn(*t[:5], activation=activation, residual=t[5]), tensors)
-
-
-def test_frozen_weights_cost_no_product(each_backend, device):
-    """Every subset of the inputs gets the same gradients; the backward's flags save the unneeded products."""
-    shapes = [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
+def check_frozen(name, backend, device, shapes, saved, subsets):
+    """Every subset of the inputs gets the same gradients; the backward's flags save the unneeded products. `saved`: which
+    inputs the backward reads."""
     tensors = [torch.randn(s, device=device) for s in shapes]
 
     def gradients(*wanting):
         leaves = [t.clone().requires_grad_(i in wanting) for i, t in enumerate(tensors)]
-        y = pyfused.ffn(*leaves[:5], activation="gelu", residual=leaves[5])
+        y = of_tensors(getattr(pyfused, name), "gelu")(*leaves)
         return dict(zip(wanting, torch.autograd.grad(y.sin().sum(), [leaves[i] for i in wanting]), strict=True))
 
-    everything = gradients(*range(6))
-    for wanting in ((0,), (1, 2), (3,), (4,), (5,), (0, 1, 3)):
+    everything = gradients(*range(len(shapes)))
+    for wanting in subsets:
         for i, gradient in gradients(*wanting).items():
             assert torch.equal(gradient, everything[i])
-    backward = dispatch.kernel(each_backend.partition(":")[0], "ffn").backward
-    arguments = tensors[3].new_ones(3, 6), tensors[0], tensors[1], tensors[3], tensors[0].new_ones(3, 10), "gelu"
-    for i in range(5):
-        found = backward(*arguments, *(j == i for j in range(5)))
-        assert [gradient is not None for gradient in found] == [j == i for j in range(5)]
+    backward = dispatch.kernel(backend.partition(":")[0], name).backward
+    inner = [torch.ones(3, 10, device=device)] * (1 if name == "ffn" else 2)
+    count = len(shapes) - 1
+    for i in range(count):
+        wants = [j == i for j in range(count)]
+        found = backward(torch.ones(3, 6, device=device), *(tensors[j] for j in saved), *inner, "gelu", *wants)
+        assert [gradient is not None for gradient in found] == wants
+
+
+def test_frozen_weights_cost_no_product(each_backend, device):
+    shapes = [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
+    check_frozen("ffn", each_backend, device, shapes, (0, 1, 3), ((0,), (1, 2), (3,), (4,), (5,), (0, 1, 3)))
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -1,6 +1,5 @@
 """Is gated_ffn right on every backend? Values, gradients, float16 beyond its range, strides, errors, registration."""
 
-import functools
 import itertools
 
 import draws
@@ -8,25 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opchecks import check_registered, opcheck
+from test_ffn import LARGE, PLAIN, ROWS, SIZES, check_frozen, judge_draws, of_tensors
 
 import pyfused
-from pyfused import dispatch
 from pyfused.activations import ACTIVATIONS
 from pyfused.testing import assert_close
-
-PLAIN = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-# (N, F, M), each with every number of rows, with and without a residual.
-SIZES = [(1, 5, 1), (5, 1, 7), (96, 131, 40)]
-ROWS = [1, 2, 7, 16, 17, 129]
-# Sizes worth tiling; Triton's interpreter is too slow for more.
-LARGE = [(2, 768, 1000, 96), (16, 96, 768, 1000), (17, 1000, 96, 768), (200, 64, 96, 64)]
 
 
 def plain(x, w_gate, w_up, w_out, activation, residual, linear=F.linear):
@@ -34,34 +19,15 @@ def plain(x, w_gate, w_up, w_out, activation, residual, linear=F.linear):
     return y if residual is None else y + residual
 
 
-def gradients(function, tensors, activation, cotangent, wide):
-    """A function's result and the gradients of all its tensors, in the dtype `wide`."""
-    leaves = [None if t is None else t.to(wide).requires_grad_() for t in tensors]
-    y = function(*leaves[:4], activation=activation, residual=leaves[4])
-    return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), [t for t in leaves if t is not None])]
-
-
 def check(activation, dtype, device, lead, n, f, m, with_residual, chained=False):
-    """Judges outputs and gradients, of up to 20 draws: plain PyTorch's error in one output says little. `chained`: a GPU
-    kernel runs on the CPU. There plain PyTorch's float32 products add up blocks; a GPU's do not."""
-
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype)
 
-    def once():
-        inputs = [make(*lead, n), make(f, n, scale=n**-0.5), make(f, n, scale=n**-0.5)]
-        inputs += [make(m, f, scale=f**-0.5), make(*lead, m) if with_residual else None]
-        cotangent = make(*lead, m)
-        ways = [plain, functools.partial(plain, linear=draws.chained_linear)] if chained else [plain]
-        runs = [(pyfused.gated_ffn, dtype), (plain, torch.float64), *((way, dtype) for way in ways)]
-        every = zip(*(gradients(fn, inputs, activation, cotangent, wide) for fn, wide in runs))
-        found = [(actual, list(plains), truth) for actual, truth, *plains in every]
-        what = f"{activation}, {lead}, N {n}, F {f}, M {m}, residual {with_residual}: output"
-        found = {f"{what} {i}": judged for i, judged in enumerate(found)}
-        assert all(actual.dtype == dtype for actual, _, _ in found.values())
-        return found
+    def inputs():
+        first = make(*lead, n), make(f, n, scale=n**-0.5), make(f, n, scale=n**-0.5)
+        return *first, make(m, f, scale=f**-0.5), make(*lead, m) if with_residual else None, make(*lead, m)
 
-    draws.check(once)
+    judge_draws(pyfused.gated_ffn, plain, activation, chained, inputs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -135,10 +101,8 @@ def test_products_beyond_float16_stay_finite(each_backend, device, activation, r
         assert (PLAIN[activation](gate) * up).isinf().any()
         assert not plain(*inputs[:4], activation, inputs[4]).isfinite().all()
         cotangent = torch.randn(rows, 64, device=device).half() * 0.01
-        runs = [(pyfused.gated_ffn, torch.float16), (plain_with_wide_product, torch.float16)]
-        runs.append((plain_with_wide_product, torch.float64))
-        found = zip(*(gradients(fn, inputs, activation, cotangent, wide) for fn, wide in runs))
-        found = {f"output {i}": judged for i, judged in enumerate(found)}
+        ways = (of_tensors(function, activation) for function in (pyfused.gated_ffn, plain_with_wide_product))
+        found = draws.with_gradients(*ways, inputs, [cotangent])
         assert all(actual.isfinite().all() for actual, _, _ in found.values())
         return found
 
@@ -198,16 +162,6 @@ def test_alias_and_no_grad(each_backend, device):
     assert torch.equal(named, pyfused.gated_ffn(x, w_gate, w_up, w_out, activation="gelu_tanh").detach())
 
 
-def test_no_rows_and_no_features(each_backend, dtype, device):
-    def ones(*shape):
-        return torch.ones(shape, device=device).to(dtype)
-
-    assert pyfused.gated_ffn(ones(0, 8), ones(4, 8), ones(4, 8), ones(2, 4), activation="silu").shape == (0, 2)
-    for n, f in [(8, 0), (0, 4)]:
-        y = pyfused.gated_ffn(ones(3, n), ones(f, n), ones(f, n), ones(2, f), activation="silu", residual=ones(3, 2))
-        assert torch.equal(y, ones(3, 2))
-
-
 def test_strides(each_backend, device):
     base, residuals = torch.randn(4, 6, 80, device=device), torch.randn(4, 6, 50, device=device)
     w_gate, w_up = torch.randn(60, 90, device=device)[:, :40], torch.randn(60, 70, device=device)[:, 5:45]
@@ -220,31 +174,9 @@ def test_strides(each_backend, device):
                 assert_close(actual, plain(*tensors, "silu", residual), plain(*wide[:4], "silu", wide[4]))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck_reference(activation):
-    shapes = [(2, 3, 4), (6, 4), (6, 4), (5, 6), (2, 3, 5)]
-    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda *t: pyfused.gated_ffn(*t[:4], activation=activation, residual=t[4]), tensors)
-
-
 def test_frozen_weights_cost_no_product(each_backend, device):
     shapes = [(3, 8), (10, 8), (10, 8), (6, 10), (3, 6)]
-    tensors = [torch.randn(s, device=device) for s in shapes]
-
-    def some(*wanting):
-        leaves = [t.clone().requires_grad_(i in wanting) for i, t in enumerate(tensors)]
-        y = pyfused.gated_ffn(*leaves[:4], activation="gelu", residual=leaves[4])
-        return dict(zip(wanting, torch.autograd.grad(y.sin().sum(), [leaves[i] for i in wanting]), strict=True))
-
-    everything = some(*range(5))
-    for wanting in ((0,), (1,), (2,), (3,), (4,), (0, 2)):
-        for i, gradient in some(*wanting).items():
-            assert torch.equal(gradient, everything[i])
-    backward = dispatch.kernel(each_backend.partition(":")[0], "gated_ffn").backward
-    arguments = tensors[3].new_ones(3, 6), *tensors[:4], *(tensors[0].new_ones(3, 10) for _ in range(2)), "gelu"
-    for i in range(4):
-        found = backward(*arguments, *(j == i for j in range(4)))
-        assert [gradient is not None for gradient in found] == [j == i for j in range(4)]
+    check_frozen("gated_ffn", each_backend, device, shapes, range(4), ((0,), (1,), (2,), (3,), (4,), (0, 2)))
 
 
 @pytest.mark.parametrize("with_residual", [True, False])

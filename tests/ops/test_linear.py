@@ -127,11 +127,6 @@ def test_threads_agree(each_backend, dtype):
             assert_close(pyfused.linear(x[:rows], weight, bias), expected, truth, f"{threads} threads")
 
 
-def test_gradcheck_reference():
-    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(2, 3, 4), (5, 4), (5,), (2, 3, 5)]]
-    assert torch.autograd.gradcheck(lambda x, w, b, r: pyfused.linear(x, w, b, residual=r), tensors)
-
-
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(each_backend, device, full):
     shapes = [(3, 8), (6, 8), (6,), (3, 6)]

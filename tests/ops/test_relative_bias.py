@@ -132,13 +132,6 @@ def test_tables_and_gradients_of_any_strides(each_backend, device):
     assert torch.equal(*grads)
 
 
-def test_gradcheck_reference():
-    table = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda t: pyfused.relative_bias(t, 4, 6, bidirectional=True, max_distance=5, query_offset=2), table
-    )
-
-
 def test_opcheck(each_backend, device):
     table = torch.randn(8, 2, device=device, requires_grad=True)
     check_registered("relative_bias", (table, 3, 5, True, 20, 2))

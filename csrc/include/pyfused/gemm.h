@@ -144,8 +144,10 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       store_partial(out + c, r ? v + load_partial(r + c, rest) : v, rest);
     }
   }
+  // Only ffn has activations. Its weights have x's dtype.
   void finish(int64_t i, int64_t j, int64_t count, const float* sums) const {
-    PYFUSED_BY_ACTIVATION(activation, finish_row<A>(i, j, count, sums);)
+    if constexpr (!std::is_same_v<X, T> || !std::is_same_v<W, T>) finish_row<Identity>(i, j, count, sums);
+    else PYFUSED_BY_ACTIVATION(activation, finish_row<A>(i, j, count, sums);)
   }
 
   // ---- gemv ---------------------------------------------------------------------------------------------------------
