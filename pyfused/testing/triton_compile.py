@@ -1,4 +1,4 @@
-"""What does a Triton kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
+"""What does a Triton or Gluon kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
 
 `triton.compile` needs no driver: the Triton wheel has ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. But a kernel must be
 decorated while TRITON_INTERPRET is not set, and the numeric tests set it. So compile_cases() has a process of its own, which
@@ -84,11 +84,12 @@ def compile_kernel(
     options: Mapping[str, Any] | None = None,
     sass: bool = True,
 ) -> Compiled:
-    """Compiles a @triton.jit function for one target, in a process in which TRITON_INTERPRET was never set.
+    """Compiles a @triton.jit or @gluon.jit function for one target, in a process in which TRITON_INTERPRET was never set.
 
     Args:
         signature: argument name -> type: "i32", "fp32", "*bf16". With ":16" appended ("*bf16:16", "i32:16") the value is a
-            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
+            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it. A tensor
+            descriptor is "tensordesc<bf16[1, 1, 64, 64],LAYOUT>".
         constexprs: argument name -> value. Every argument is in exactly one of the two.
         target: a key of SHARED_LIMIT.
         sass: whether to disassemble an NVIDIA kernel.
@@ -117,6 +118,8 @@ def compile_kernel(
         elif hint:
             raise ValueError(f"signature[{name!r}]={signature[name]!r}: the only hint is :16")
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    if jit_function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(jit_function, types, {name: _constant(value) for name, value in constexprs.items()}, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
     kernel = triton.compile(source, target=gpu, options=options)
@@ -164,6 +167,10 @@ def _begin() -> None:
     """The process starts without TRITON_INTERPRET, and ends with its parent, even one that is killed."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # nobody reads it, and ptxas and the disassembler take longer with it
+    from triton.tools import disasm
+
+    if line := getattr(disasm, "FLINE_RE", None):  # Triton 3.6's stops at an address of five digits, behind 64 KB of code
+        disasm.FLINE_RE = re.compile(line.pattern.replace(r"\w{4}", r"\w{4,}", 1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -165,6 +165,11 @@ def packed_cases(target):
 
 def loops(sass):
     """{instruction: count} of each innermost loop with a matrix product."""
+    return [collections.Counter(line.split()[0] for line in code) for code in bodies(sass)]
+
+
+def bodies(sass):
+    """The instructions, without predicates, of each innermost loop with a matrix product."""
     code, labels, found = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(LBB\d+):", line):
@@ -176,8 +181,7 @@ def loops(sass):
         if back and labels.get(back[1], end) < end:
             found.append((labels[back[1]], end))
     inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    counted = [collections.Counter(line.split()[0] for line in code[first : end + 1]) for first, end in inner]
-    return [counts for counts in counted if any("MMA" in name for name in counts)]
+    return [code[first : end + 1] for first, end in inner if any("MMA" in line for line in code[first : end + 1])]
 
 
 def count(counts, prefix):
