@@ -292,7 +292,7 @@ def gluon_missing() -> str:
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.get_device_capability()[0] != 9:
+    if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:  # an MI300 says 9.4
         return "its kernels are for Hopper (sm_90)"
     return ""
 

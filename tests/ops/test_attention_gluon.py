@@ -13,7 +13,7 @@ from draws import check
 from plain_attention import plain
 
 import pyfused
-from pyfused import dispatch
+from pyfused import dispatch, extensions
 from pyfused.evidence import storage
 from pyfused.kernels.gluon import _attention_forward, attention
 from pyfused.testing import assert_close
@@ -106,6 +106,15 @@ def test_it_runs_only_if_forced():
         said = pyfused.explain("attention", *inputs)
         assert (said.backend, said.verdicts[0].reason) == ("gluon", "forced; unproven: no GPU has run it")
     assert not any("gluon" in order for order in dispatch.PREFERENCES.values())
+
+
+@pytest.mark.parametrize("hip, capability, runs", [(None, (9, 0), True), (None, (10, 0), False), ("7.1", (9, 4), False)])
+def test_it_is_for_hopper_alone(monkeypatch, hip, capability, runs):
+    monkeypatch.setattr(extensions, "_emulated_gluon", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert (extensions.gluon_missing() == "") == runs
 
 
 def test_evidence_cannot_name_it():
