@@ -32,6 +32,7 @@ CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
 )  # that one has no CUDA kernel, only Triton's
 CUDNN_OPERATORS = ("attention",)
+GLUON_OPERATORS = ("attention",)  # for Hopper, by hand, and never used unless forced
 CUDA_CALLS = ROOT / "tests" / "gpu" / "cuda_calls.py"
 STREAMS = ROOT / "tests" / "gpu" / "test_streams_and_graphs.py"
 
@@ -50,7 +51,7 @@ def each(names: Sequence[str], dry: bool) -> list[str]:
 
 def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
     """csrc/cuda and cuDNN first, since they need no compilation."""
-    has = {"cuda": CUDA_OPERATORS, "cudnn": CUDNN_OPERATORS, "triton": OPERATORS}
+    has = {"cuda": CUDA_OPERATORS, "cudnn": CUDNN_OPERATORS, "triton": OPERATORS, "gluon": GLUON_OPERATORS}
     lists = {backend: [name for name in operators if name in has[backend]] for backend in has}
     return [
         own("correct", group, backend, seconds=90, patience=60, resumes=True)

@@ -137,7 +137,7 @@ def cases(operator: str, tiny: bool) -> list[Problem]:
         shapes = ((2, 20, 24, 2, 40),) if tiny else wide
         return [decode(*shape, *options) for shape in shapes for options in ((), ("t5", "uneven"))[: 2 - tiny]]
     if operator == "attention":
-        return [attend(1, 2, 1, 17, 20, 16, "causal", "table")] if tiny else list(_attention())
+        return [attend(1, 2, 1, 17, 20, 64, "causal", "table")] if tiny else list(_attention())
     raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(pyfused.ops.NAMES)}")
 
 

@@ -1,7 +1,7 @@
 """What do the items of gpu.py share? The device, the clocks, and how an error is reported.
 
-PYFUSED_GPU_DRY=1: tiny CPU tensors, Triton in its interpreter, csrc/cuda and cuDNN on the CPU (tests/cuda_on_cpu,
-tests/cudnn_on_cpu.py).
+PYFUSED_GPU_DRY=1: tiny CPU tensors, Triton in its interpreter, csrc/cuda, cuDNN and Gluon on the CPU (tests/cuda_on_cpu,
+tests/cudnn_on_cpu.py, tests/gluon_on_cpu.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ DEVICE = "cpu" if DRY else "cuda"
 Row = dict[str, Any]
 if DRY:
     import cudnn_on_cpu
+    import gluon_on_cpu
     import shim
 
     from pyfused.testing.triton_interpreter import repair_interpreter
@@ -28,6 +29,7 @@ if DRY:
     repair_interpreter()
     extensions.emulate_cuda(shim.load)
     cudnn_on_cpu.install()
+    gluon_on_cpu.install()
     torch.set_num_threads(1)
 
 

@@ -39,7 +39,7 @@ def environment(start: int) -> Iterator[Row]:
     for name in ("_cpu", "_cuda"):
         reason = extensions.missing(name)
         yield {"extension": name, "ok": not reason, "error": reason}
-    for name in ("triton", "cuda", "cudnn"):
+    for name in ("triton", "cuda", "cudnn", "gluon"):
         reason = dispatch.missing(name)
         yield {"backend": name, "ok": not reason, "error": reason}
     from pyfused.bench.measure import ceilings

@@ -1,8 +1,9 @@
 """Which backend runs an operator? One order of preference, and the reasons that overrule it.
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda), `cudnn`
-(NVIDIA's, attention alone). It has a module for each operator, with `forward`, `backward` or both. If it lacks one, the next
-backend runs that, even with strict=True.
+(NVIDIA's, attention alone), `gluon` (Triton's language for one chip: attention's forward for Hopper, never used unless forced).
+It has a module for each operator, with `forward`, `backward` or both. If it lacks one, the next backend runs that, even with
+strict=True.
 
 On a GPU the fastest backend in the evidence files (evidence/) is tried first, or Triton if nothing was measured. A backend is
 skipped for one of three reasons:
@@ -33,7 +34,7 @@ import torch
 from . import evidence, extensions
 from .setting import set_to
 
-BACKENDS = ("reference", "cpu", "triton", "cuda", "cudnn")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "cudnn", "gluon")
 
 # The order on each device where nothing was measured. `reference` is last and can run everything.
 PREFERENCES: dict[str, tuple[str, ...]] = {
@@ -55,7 +56,7 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Runs every operator inside the block on one backend, if that supports the call.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda" or "cudnn".
+        name: "reference", "cpu", "triton", "cuda", "cudnn" or "gluon".
         strict: raise BackendError for a call that the backend does not support; by default the next backend runs it, as
             explain() shows. Two things run elsewhere even so: the backward of an operator, if the backend has only the
             forward, and calls with an empty tensor.
@@ -102,13 +103,14 @@ def missing(name: str) -> str:
         cards = () if reason else range(torch.cuda.device_count())
         lacking = (extensions.cuda_lacks(torch.cuda.get_device_capability(card)) for card in cards)
         return reason or next(filter(None, lacking), "")
-    if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if not (torch.cuda.is_available() or interpreting()):
-            return "no CUDA device (and TRITON_INTERPRET=1 is not set)"
+    if name in ("triton", "gluon") and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "triton" and not (torch.cuda.is_available() or interpreting()):
+        return "no CUDA device (and TRITON_INTERPRET=1 is not set)"
     if name == "cudnn":
         return extensions.cudnn_missing()
+    if name == "gluon":
+        return extensions.gluon_missing()
     return ""
 
 
@@ -122,6 +124,7 @@ def _cannot_run(name: str, device: str, dtype: torch.dtype) -> str:
         "cuda": extensions.emulating_cuda(),
         "triton": interpreting(),
         "cudnn": extensions.emulating_cudnn(),
+        "gluon": extensions.emulating_gluon(),
     }[name]
     takes = "cpu" if emulated else "cuda"
     if device != takes:
@@ -193,6 +196,7 @@ def _candidates(
                 )
                 if name not in listed:
                     reason = f"not used for {device} tensors unless forced"
+                    reason += getattr(module, "UNPROVEN", "")
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)

@@ -1,5 +1,5 @@
-"""Which compiled kernels can run here? Loads pyfused._cpu and pyfused._cuda; missing() says why one cannot be used, and
-cudnn_missing() why torch's cuDNN cannot."""
+"""Which compiled kernels can run here? Loads pyfused._cpu and pyfused._cuda; missing() says why one cannot be used,
+cudnn_missing() why torch's cuDNN cannot, gluon_missing() why kernels for Hopper cannot."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ DOT_PRODUCTS = {"avx2_vnni": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "av
 _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
 _emulated_cudnn = False
+_emulated_gluon = False
 
 
 @functools.cache
@@ -270,6 +271,29 @@ def cudnn_missing() -> str:
     if tuple(map(int, version.split(".")[:2])) < (12, 9):
         # pytorch's pull request 171627 switched it off there by default
         return f"this torch is built for CUDA {version}; torch trusts cuDNN's attention from 12.9 on"
+    return ""
+
+
+def emulate_gluon() -> None:
+    """From now on the backend gluon takes CPU tensors. The tests have an interpreter for its kernels. Call it before any
+    operator runs."""
+    global _emulated_gluon
+    _emulated_gluon = True
+
+
+def emulating_gluon() -> bool:
+    """Whether emulate_gluon was called."""
+    return _emulated_gluon
+
+
+def gluon_missing() -> str:
+    """Why kernels for Hopper cannot run here; "" if they can, apart from Triton."""
+    if _emulated_gluon:
+        return ""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:  # an MI300 says 9.4
+        return "its kernels are for Hopper (sm_90)"
     return ""
 
 

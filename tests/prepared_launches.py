@@ -12,7 +12,7 @@ import torch
 from triton import knobs
 
 import pyfused
-from pyfused import compile_ahead, dispatch, tiles
+from pyfused import compile_ahead, dispatch, extensions, tiles
 from pyfused.kernels.triton import _launch, _row_norm
 
 BF16 = torch.bfloat16
@@ -175,6 +175,16 @@ def variants(driver):
     }
 
 
+def by_hand(driver):
+    """The kernel for Hopper compiles through Triton's own way from a call to a launcher."""
+    extensions.emulate_gluon()
+    dispatch.missing.cache_clear()
+    query = new(1, 200, 2, 64).transpose(1, 2)
+    with pyfused.backend("gluon", strict=True):
+        pyfused.attention(query, query, query, relative_bias=pyfused.RelativeBias(new(32, 2), True))
+    return [[name, grid, [type(a).__name__ for a in arguments[:3]]] for name, grid, _, arguments in driver.started[-2:]]
+
+
 def times(driver):
     """Microseconds of a call that starts nothing, prepared and through Triton. For readers; no test uses it."""
     found = {}
@@ -201,7 +211,7 @@ def main(wanted):
             driver.started.clear()
             call()
             facts["counts"][name] = {"starts": len(driver.started), **counted(call)}
-        for fact in (watched, forgotten, held):
+        for fact in (watched, forgotten, held, by_hand):
             facts[fact.__name__] = fact(driver)
         if "times" in wanted:
             facts["times"] = times(driver)

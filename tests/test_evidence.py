@@ -179,7 +179,7 @@ def test_the_order_of_a_gpu_is_what_was_measured(on_a_gpu, name, speeds, order):
     x, weight = torch.randn(4, 256), torch.randn(256)
     explained = pyfused.explain(name, x, weight)
     assert explained.backend == order[0]
-    others = "cpu", "cudnn"  # neither is for a GPU's norms
+    others = "cpu", "cudnn", "gluon"  # none of them is for a GPU's norms
     assert [verdict.backend for verdict in explained.verdicts if verdict.backend not in others] == order
     if speeds:
         assert "gpu.json, 2026-01-02: float32, plain, size 1024" in str(explained)

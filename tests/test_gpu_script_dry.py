@@ -58,7 +58,7 @@ def rows(dry):
 def test_every_item_ends_well(rows):
     found = ends(rows)
     assert set(found.values()) == {"ok"}, found
-    assert len(found) == 14
+    assert len(found) == 15
     assert [row for row in rows if row.get("ok") is False] == []
 
 
@@ -73,20 +73,21 @@ def test_the_environment_row(rows):
     assert about["versions"]["torch"] == torch.__version__
     assert about["kind"] == "cuda_dry_run"
     assert about["tools"]["ncu"]
-    assert {name for row in checks for name in row.values() if name in ("_cpu", "_cuda", "triton", "cuda", "cudnn")} == {
-        "_cpu", "_cuda", "triton", "cuda", "cudnn",
+    assert {name for row in checks for name in row.values() if isinstance(name, str) and name.isidentifier()} == {
+        "_cpu", "_cuda", "triton", "cuda", "cudnn", "gluon",
     }  # fmt: skip
     assert ceilings == {"ceilings": {"copy_gb_per_s": 1.0}}
 
 
 def test_the_rows_of_correctness(rows):
-    """Every operator on every backend in every dtype, within the tolerance; Triton has neither linear nor decode, and cuDNN
-    has no bias by distance."""
+    """Every operator on every backend in every dtype, within the tolerance; Triton has neither linear nor decode, cuDNN has no
+    bias by distance, and the kernel for Hopper no float32."""
     found = [row for row in rows if row["item"].startswith("correct") and "status" not in row]
     assert {(row["operator"], row["backend"], row["dtype"]) for row in found} == {
         (operator, backend, dtype)
         for backend, operators in (
             ("triton", gpu.OPERATORS), ("cuda", gpu.CUDA_OPERATORS), ("cudnn", gpu.CUDNN_OPERATORS),
+            ("gluon", gpu.GLUON_OPERATORS),
         )
         for operator in operators
         for dtype in ("float32", "float16", "bfloat16")
@@ -95,7 +96,9 @@ def test_the_rows_of_correctness(rows):
         ("linear", "triton"),
         ("decode", "triton"),
         ("attention", "cudnn"),
+        ("attention", "gluon"),
     }
+    assert [row["dtype"] for row in found if row["ok"] is None and row["backend"] == "gluon"] == ["float32"]
     for row in found:
         assert row["case"]
         assert row["seconds"] >= 0
@@ -133,22 +136,23 @@ def test_the_rows_of_peers(rows):
     """Times pyfused's backends and FlexAttention; a CPU lacks SDPA's named backends, and their rows say so."""
     found = of(rows, "peers")[:-1]
     assert {row["case"] for row in found} == {
-        f"1x1x16x16 {way}".strip()
+        f"1x1x16x64 {way}".strip()
         for way in ("", "T5 bias", "causal", "backward", "backward T5 bias", "backward causal")
     }
     ours = {"pyfused", "pyfused triton", "pyfused cuda", "pyfused cudnn"}
     providers = ours | {"sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"}
     for case in {row["case"] for row in found}:
+        hopper = set() if "backward" in case else {"pyfused gluon"}
         mine = {row["provider"]: row for row in found if row["case"] == case}
-        assert set(mine) == providers
+        assert set(mine) == providers | hopper
         if "T5 bias" in case:
             assert "a bias by distance" in mine["pyfused cudnn"]["missing"]
-        for name in ours - ({"pyfused cudnn"} if "T5 bias" in case else set()):
+        for name in (ours | hopper) - ({"pyfused cudnn"} if "T5 bias" in case else set()):
             assert mine[name]["seconds"] > 0
             assert mine[name]["tflops"] > 0
             assert mine[name]["of_allowed"] <= 1
         assert "RuntimeError" in mine["sdpa cudnn"]["missing"]
-    assert {row["case"] for row in of(rows, "flex compile")[:-1]} == {"16", "16 T5 bias", "16 causal"}
+    assert {row["case"] for row in of(rows, "flex compile")[:-1]} == {"64", "64 T5 bias", "64 causal"}
 
 
 def test_the_rows_of_the_hosts_time(rows):
@@ -220,12 +224,13 @@ def test_the_table_has_items_figures_and_correctness(dry):
     assert re.search(r"^profile +ok", table, re.MULTILINE)
     first = gpu_session.table([row for row in rows_of(dry) if row["item"].startswith(("correct", "generate"))])
     assert "21 of 21 right, worst 0." in first
+    assert "2 of 2 right" in first  # the kernel for Hopper
     assert re.search(r"model=t5 .*us_per_token=", first)
 
 
 def test_a_dry_run_can_be_published(dry, tmp_path):
     made, items = gpu_publish.publish([dry], tmp_path)
     checked = json.loads(made.read_text())["checked"]
-    assert checked["attention"] == {"cuda": 3, "triton": 3}
+    assert checked["attention"] == {"cuda": 3, "gluon": 2, "triton": 3}
     assert "linear" in checked
     assert "generate gpt2,t5" in json.loads(items.read_text())["items"]

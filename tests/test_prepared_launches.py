@@ -63,6 +63,13 @@ def test_no_launch_keeps_a_tensor(facts):
     assert facts["held"] == {"layer_norm": 0, "attention": 0}
 
 
+def test_the_kernel_for_hopper_starts(facts):
+    """Two programs of 128 queries for each head, behind the bias by distance."""
+    (first, _, _), (second, grid, arguments) = facts["by_hand"]
+    assert (first, second, grid) == ("spread_kernel", "forward_kernel", [4, 1, 1])
+    assert arguments == ["TensorDescriptor"] * 3
+
+
 def test_a_text_that_grows_compiles_nothing_again(facts):
     """Triton compiles anew if a size is 1 or a multiple of 16, unless the kernel declares that the size does not matter."""
     most = {

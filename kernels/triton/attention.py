@@ -24,7 +24,7 @@ _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # heads that share a key head share one query tile while it has at most this many rows
 _MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
 _MOST_BUCKETS = 512  # of a table with a gradient: each program sums into all of them
-_LEAST_SCALE = 1e-3  # a bias is divided by it
+least_scale = 1e-3  # a bias is divided by it
 
 
 def _dropout(a):
@@ -35,7 +35,7 @@ def _dropout(a):
     return 1.0 / (1.0 - a.dropout_p), threshold - 2**32 if threshold >= 2**31 else threshold
 
 
-def _in_units(scale, dtype):
+def in_units(scale, dtype):
     """The factor that turns query key^T into the units of _attention_tiles.in_units."""
     return scale if dtype == torch.float32 else scale * _LOG2E
 
@@ -47,17 +47,17 @@ def _bias_strides(attn_bias):
 def _starts_at_bias(a):
     """Whether the kernels' products of query and key start at T5's bias, divided by the scale. Float32 products run
     in pieces."""
-    return a.bias_table is not None and a.query.dtype != torch.float32 and a.scale >= _LEAST_SCALE
+    return a.bias_table is not None and a.query.dtype != torch.float32 and a.scale >= least_scale
 
 
-def _spread(a, *tile_configs):
-    """(center, spread): spread(table) is the bias of each head by distance, as _attention_relative.py describes it, for kernels
-    with these tiles. (0, None) without a table."""
+def spread(a, *blocks):
+    """(center, of): of(table) is the bias of each head by distance, as _attention_relative.py describes it, for kernels
+    with these BLOCK_M and BLOCK_N. (0, None) without a table."""
     if a.bias_table is None:
         return 0, None
     table, device = a.bias_table, a.query.device
     num_buckets, heads = table.shape
-    middle = max(center(span(a), c.options["BLOCK_M"], c.options["BLOCK_N"]) for c in tile_configs)
+    middle = max(center(span(a), each["BLOCK_M"], each["BLOCK_N"]) for each in blocks)
     unit = 1.0 if a.query.dtype == torch.float32 else 1.0 / a.scale if _starts_at_bias(a) else _LOG2E
     options = tiles.find("attention_spread", device).options
     grid = heads * COPIES.value, triton.cdiv(2 * middle, options["BLOCK"])
@@ -65,12 +65,12 @@ def _spread(a, *tile_configs):
     new = maker((heads, COPIES.value, 2 * middle), torch.float32, None, device)
     bidirectional, max_distance = a.bidirectional, a.max_distance
 
-    def spread(table):
+    def of(table):
         out = new()
         start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), out)
         return out
 
-    return middle, spread
+    return middle, of
 
 
 def _sequences(cu_seqlens: torch.Tensor | None) -> int | None:
@@ -122,13 +122,13 @@ def forward(a):
         chunks, chunk = _chunks(triton.cdiv(c.programs, programs), sk, c)
     elif few and a.cu_seqlens is None:  # adding up the chunks is a launch: not for a chip that is more than half full
         chunks, chunk = _chunks(c.programs // programs, sk, c)
-    middle, spread = _spread(a, c)
+    middle, by_distance = spread(a, c.options)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
         forward_kernel,
         (programs, chunks),
         device,
-        _in_units(a.scale, dtype),
+        in_units(a.scale, dtype),
         *_dropout(a),
         span(a),
         middle,
@@ -177,7 +177,7 @@ def forward(a):
     @forward_launch
     def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
         out, lse = new_out(), new_lse() if save else None
-        inputs = mask, bias, None if spread is None else spread(table), seed, cu_seqlens
+        inputs = mask, bias, None if by_distance is None else by_distance(table), seed, cu_seqlens
         if chunks == 1:
             attend(query, key, value, out, lse, *inputs)
             return out, lse
@@ -203,7 +203,7 @@ def backward(a):
     sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
     constant = sk == 1
-    grad_scale, scalars = 0.0 if constant else a.scale, (_in_units(a.scale, dtype), *_dropout(a), span(a))
+    grad_scale, scalars = 0.0 if constant else a.scale, (in_units(a.scale, dtype), *_dropout(a), span(a))
     inputs = [stride for t in (a.grad_out, a.query, a.key, a.value) for stride in t.stride()[:3]]
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": a.is_causal}
     shared["START_AT_BIAS"] = _starts_at_bias(a)
@@ -211,7 +211,7 @@ def backward(a):
     query_tile, key_tile = (
         config(f"grad_{kernel}", d, dtype, device, extras, relative) for kernel in ("query", "key_value")
     )
-    middle, spread = _spread(a, query_tile, key_tile)
+    middle, new_bias_by_distance = spread(a, query_tile.options, key_tile.options)
     block_m, block_n = query_tile.options["BLOCK_M"], query_tile.options["BLOCK_N"]
     tiles_of_head = _tiles(b, sq, block_m, a.cu_seqlens)
     # Room for the last tile of queries, wherever a packed sequence begins.
@@ -308,7 +308,7 @@ def backward(a):
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
         by_distance = buckets = table_sums = grad_table = None
         if relative:
-            by_distance = spread(table)
+            by_distance = new_bias_by_distance(table)
         if wants_table:
             grad_table = torch.zeros(table.shape, dtype=table.dtype, device=device)
         if sums_table:

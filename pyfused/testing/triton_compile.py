@@ -1,4 +1,4 @@
-"""What does a Triton kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
+"""What does a Triton or Gluon kernel compile to, on a machine with no GPU? Machine code, registers, spills and shared memory.
 
 `triton.compile` needs no driver: the Triton wheel has ptxas, cuobjdump, nvdisasm and LLVM's AMD back end. But a kernel must be
 decorated while TRITON_INTERPRET is not set, and the numeric tests set it. So compile_cases() has a process of its own, which
@@ -59,7 +59,8 @@ class Case:
         name: the name in error messages.
         kernel: "module:function" of a @triton.jit function.
         signature: argument name -> type: "i32", "fp32", "*bf16". With ":16" appended ("*bf16:16", "i32:16") the value is a
-            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it.
+            multiple of 16. The launcher finds that out for aligned pointers and strides, and vector loads need it. A tensor
+            descriptor is "tensordesc<bf16[1, 1, 64, 64],LAYOUT>".
         constexprs: the values of all other arguments; a Triton dtype is written as "tl.bfloat16".
         options: further options that the launcher passes to the compiler, such as enable_fp_fusion.
         sass: whether to disassemble an NVIDIA kernel, which takes up to a second.
@@ -76,8 +77,8 @@ class Case:
 
 
 def _compile_kernel(jit_function: Any, case: Case, target: str) -> Compiled:
-    """Compiles a @triton.jit function, in a process in which TRITON_INTERPRET was never set. Raises ValueError for an unknown
-    target, and for an argument in neither or both of signature and constexprs."""
+    """Compiles a @triton.jit or @gluon.jit function, in a process in which TRITON_INTERPRET was never set. Raises ValueError
+    for an unknown target, and for an argument in neither or both of signature and constexprs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -100,6 +101,8 @@ def _compile_kernel(jit_function: Any, case: Case, target: str) -> Compiled:
         elif hint:
             raise ValueError(f"signature[{name!r}]={signature[name]!r}: the only hint is :16")
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    if jit_function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(jit_function, types, {name: _constant(value) for name, value in case.constexprs.items()}, attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     kernel = triton.compile(source, target=gpu, options=options)
@@ -146,6 +149,10 @@ def _begin() -> None:
     """The process starts without TRITON_INTERPRET, and ends with its parent, even one that is killed."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # nobody reads it, and ptxas and the disassembler take longer with it
+    from triton.tools import disasm
+
+    if line := getattr(disasm, "FLINE_RE", None):  # Triton 3.6's stops at an address of five digits, behind 64 KB of code
+        disasm.FLINE_RE = re.compile(line.pattern.replace(r"\w{4}", r"\w{4,}", 1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

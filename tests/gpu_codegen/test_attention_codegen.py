@@ -116,8 +116,8 @@ def relative_cases(target):
     yield case("grad_query", 64, "bf16", target, "causal mask relative table")
     yield case("grad_key_value", 64, "bf16", target, "causal mask relative table")
     yield case("grad_query", 128, "bf16", target, EVERYTHING + " relative table")
-    if target != "gfx942":  # there 13 scalars of it, no vectors, are in memory
-        yield case("grad_table", 64, "bf16", target, "causal mask relative table")
+    yield case("grad_table", 64, "bf16", target, "causal mask relative table")
+    yield case("grad_table", 64, "bf16", target, EVERYTHING + " relative table")
     if target == "sm_80":  # sm_90 runs float32 with the same tiles
         yield case("grad_query", 64, "fp32", target, "causal mask dropout relative table")
         yield case("decode", 64, "bf16", target, "causal relative")
@@ -165,6 +165,11 @@ def packed_cases(target):
 
 def loops(sass):
     """{instruction: count} of each innermost loop with a matrix product."""
+    return [collections.Counter(line.split()[0] for line in code) for code in bodies(sass)]
+
+
+def bodies(sass):
+    """The instructions, without predicates, of each innermost loop with a matrix product."""
     code, labels, found = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(LBB\d+):", line):
@@ -176,8 +181,7 @@ def loops(sass):
         if back and labels.get(back[1], end) < end:
             found.append((labels[back[1]], end))
     inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    counted = [collections.Counter(line.split()[0] for line in code[first : end + 1]) for first, end in inner]
-    return [counts for counts in counted if any("MMA" in name for name in counts)]
+    return [code[first : end + 1] for first, end in inner if any("MMA" in line for line in code[first : end + 1])]
 
 
 def count(counts, prefix):

@@ -1,0 +1,96 @@
+"""attention's forward for Hopper, by hand: launches _attention_forward.py. Unproven: no GPU has run it.
+
+So it is no candidate for a call, whatever evidence says; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it.
+The gradient is Triton's.
+"""
+
+import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pyfused.arguments import AttentionForward, taking
+from pyfused.kernels.shared.attention_layout import by_rows, span
+from pyfused.kernels.shared.prepared import maker
+from pyfused.kernels.triton.attention import in_units, least_scale, spread
+
+from ._attention_forward import ROWS, forward_kernel
+
+_ROWS = ROWS.value
+_BLOCK_N, _STAGES = 128, 2  # they fill the registers of two warpgroups, and at D = 128 the shared memory
+_HEAD_SIZES = (64, 128)
+
+
+UNPROVEN = " (unproven: no GPU has run it)"
+
+
+def remark_forward(*args):
+    return UNPROVEN.strip(" ()")
+
+
+@taking(AttentionForward)
+def unsupported_forward(a):
+    (_, _, sq, d), sk = a.query.shape, a.key.shape[2]
+    biased = a.bias_table is not None
+    reasons = {
+        "padding": a.padding_mask is not None,
+        "a dense bias": a.attn_bias is not None,
+        "packed sequences": a.cu_seqlens is not None,
+        "dropout": a.seed is not None,
+        "float32": a.query.dtype == torch.float32,
+        f"a head size other than {_HEAD_SIZES}": d not in _HEAD_SIZES,
+        "a bias by distance at a head size of 128: it would spill registers": biased and d == _HEAD_SIZES[1],
+        "a scale that is not positive, or too small to divide a bias by": not a.scale > (least_scale if biased else 0),
+        "2^30 queries or keys": max(sq, sk) >= 2**30,
+        "tensors that are not aligned to 16 bytes, or are expanded": not all(map(_aligned, (a.query, a.key, a.value))),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _aligned(tensor):
+    """Whether a copy engine takes this tensor."""
+    rows = zip(tensor.shape[:3], tensor.stride())
+    whole = all(stride > 0 and stride % 8 == 0 for size, stride in rows if size > 1)
+    return whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
+
+
+def _descriptor(tensor, rows):
+    """Tiles of `rows` rows of one head. A dimension of size 1 may have any stride; a descriptor wants multiples of 16 bytes."""
+    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride())]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, tensor.shape[3]], layout)
+
+
+def start(kernel, grid, *args, **options):
+    kernel[grid](*args, **options)
+
+
+@taking(AttentionForward)
+def forward(a):
+    (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    shape, strides = by_rows(a.query)
+    out = maker(shape, dtype, strides, device)()
+    lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
+    center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
+    start(
+        forward_kernel,
+        (b * h * -(-sq // (2 * _ROWS)),),
+        _descriptor(a.query, _ROWS),
+        *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
+        out,
+        lse,
+        None if by_distance is None else by_distance(a.bias_table),
+        in_units(a.scale, dtype),
+        span(a),
+        center,
+        *strides[:3],
+        h,
+        sq,
+        sk,
+        D=d,
+        BLOCK_N=_BLOCK_N,
+        STAGES=_STAGES,
+        GROUP=h // hkv,
+        IS_CAUSAL=a.is_causal,
+        num_warps=4,
+    )
+    return out, lse

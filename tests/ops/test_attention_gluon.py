@@ -1,0 +1,194 @@
+"""Is attention for Hopper right, and never run unless forced? Without a GPU an interpreter (tests/gluon_on_cpu.py) runs it,
+with copies and products at every time at which they may happen."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import gluon_on_cpu
+import pytest
+import torch
+from draws import check
+from plain_attention import plain
+
+import pyfused
+from pyfused import dispatch, extensions
+from pyfused.evidence import storage
+from pyfused.kernels.gluon import _attention_forward, attention
+from pyfused.testing import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("query", "key", "value")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """Dispatch treats CPU tensors as GPU tensors."""
+    if DEVICE == "cuda":
+        if dispatch.missing("gluon"):
+            pytest.skip(dispatch.missing("gluon"))
+        yield
+        return
+    monkeypatch.setitem(dispatch.PREFERENCES, "cpu", dispatch.PREFERENCES["cuda"])
+    with gluon_on_cpu.installed():
+        yield
+        monkeypatch.undo()
+
+
+def drawn(sizes, dtype=torch.bfloat16):
+    """(B, H, S, D) tensors stored as (B, S, H, D)."""
+    b, h, hkv, sq, sk, d = sizes
+    shapes = (b, sq, h, d), (b, sk, hkv, d), (b, sk, hkv, d)
+    return [torch.randn(shape, device=DEVICE).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+# sizes (B, H, Hkv, Sq, Sk, D), causal, T5's bias: None, or whether it tells before from after
+CASES = [
+    ((2, 2, 1, 130, 300, 64), False, None),
+    ((1, 1, 1, 1, 1, 64), False, None),
+    ((1, 2, 2, 257, 257, 64), True, None),
+    ((1, 1, 1, 300, 40, 64), True, None),  # rows without a key
+    ((1, 1, 1, 100, 1025, 128), True, None),
+    ((1, 2, 2, 700, 700, 64), False, True),  # far tiles on both sides
+    ((1, 2, 1, 260, 900, 64), True, False),
+    ((1, 1, 1, 129, 70, 64), False, True),
+]
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("sizes, causal, both", CASES)
+def test_values_and_log_sum_exps(sizes, causal, both, half):
+    h, (sq, sk) = sizes[1], sizes[3:5]
+
+    def once():
+        inputs = drawn(sizes, half)
+        table = None if both is None else torch.randn(32, h, device=DEVICE).to(half)
+        bias = None if both is None else pyfused.RelativeBias(table, both)
+        options = {"is_causal": causal, "scale": None}
+        with pyfused.backend("gluon", strict=True):
+            out = pyfused.attention(*inputs, relative_bias=bias, **options)
+        assert out.transpose(1, 2).is_contiguous()
+        more, wide = {}, {}
+        if both is not None:
+            with pyfused.backend("reference"):
+                dense = pyfused.relative_bias(table, sq, sk, bidirectional=both, query_offset=sk - sq)
+            more, wide = {"attn_bias": dense}, {"attn_bias": dense.double()}
+        truth = plain({**dict(zip(NAMES, (t.double() for t in inputs))), **wide}, options)
+        return {"output": (out, plain({**dict(zip(NAMES, inputs)), **more}, options), truth)}
+
+    check(once)
+
+
+@pytest.mark.interpreted
+def test_gradients_come_from_triton():
+    """They need the log-sum-exps of this forward."""
+    inputs, cotangent = drawn((1, 2, 1, 140, 140, 64), torch.float16), torch.randn(1, 2, 140, 64, device=DEVICE).half()
+    found = []
+    for name in ("gluon", "triton"):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        with pyfused.backend(name):
+            out = pyfused.attention(*leaves, is_causal=True)
+        found.append(torch.autograd.grad(out, leaves, cotangent))
+    wide = [t.double().requires_grad_() for t in inputs]
+    truth = plain(dict(zip(NAMES, wide)), {"is_causal": True, "scale": None})
+    for own, other, right in zip(*found, torch.autograd.grad(truth, wide, cotangent.double())):
+        assert_close(own, other, right)
+
+
+def test_it_runs_only_if_forced():
+    inputs = drawn((1, 1, 1, 4, 4, 64))
+    said = pyfused.explain("attention", *inputs)
+    assert said.backend != "gluon"
+    mine = next(v for v in said.verdicts if v.backend == "gluon")
+    assert (mine.runs, mine.reason) == (False, f"not used for {DEVICE} tensors unless forced (unproven: no GPU has run it)")
+    with pyfused.backend("gluon"):
+        said = pyfused.explain("attention", *inputs)
+        assert (said.backend, said.verdicts[0].reason) == ("gluon", "forced; unproven: no GPU has run it")
+    assert not any("gluon" in order for order in dispatch.PREFERENCES.values())
+
+
+@pytest.mark.parametrize("hip, capability, runs", [(None, (9, 0), True), (None, (10, 0), False), ("7.1", (9, 4), False)])
+def test_it_is_for_hopper_alone(monkeypatch, hip, capability, runs):
+    monkeypatch.setattr(extensions, "_emulated_gluon", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert (extensions.gluon_missing() == "") == runs
+
+
+def test_evidence_cannot_name_it():
+    line = {"operator": "attention", "function": "forward", "dtype": "bfloat16", "shapes": "", "date": "2026-11-27"}
+    storage.line_from(line | {"speed": {"cudnn": {"64": 9.0}}}, "a file")
+    with pytest.raises(ValueError, match="unknown backends"):
+        storage.line_from(line | {"speed": {"gluon": {"64": 9.0}}}, "a file")
+
+
+@pytest.mark.parametrize(
+    "sizes, options, reason",
+    [
+        ((1, 1, 1, 4, 4, 80), {}, "a head size other than"),
+        ((1, 1, 1, 4, 4, 64), {"scale": -1.0}, "a scale that is not positive"),
+        ((1, 1, 1, 4, 4, 64), {"dropout_p": 0.5}, "dropout"),
+        ((1, 1, 1, 4, 4, 64), {"padding_mask": torch.ones(1, 4)}, "padding"),
+        ((1, 1, 1, 4, 4, 64), {"attn_bias": torch.zeros(1, 1, 4, 4)}, "a dense bias"),
+        ((1, 1, 1, 4, 4, 128), {"relative_bias": torch.zeros(32, 1)}, "spill"),
+    ],
+)
+def test_it_says_what_it_lacks(sizes, options, reason):
+    options = {name: o.to(DEVICE, torch.bfloat16) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    if "relative_bias" in options:
+        options["relative_bias"] = pyfused.RelativeBias(options["relative_bias"], True)
+    with pyfused.backend("gluon"):
+        said = pyfused.explain("attention", *drawn(sizes), **options)
+    assert said.backend != "gluon"
+    assert reason in said.verdicts[0].reason
+
+
+# A line of the kernel, and a wrong one.
+FAULTS = {
+    "keys are free before they were read": (
+        "    s = warpgroup_mma_wait(1, [scores])\n    mbarrier.arrive(key_free.index(stage))\n",
+        "    mbarrier.arrive(key_free.index(stage))\n    s = warpgroup_mma_wait(1, [scores])\n",
+    ),
+    "values are free before they were read": (
+        "    acc, p = warpgroup_mma_wait(0, [product, p])\n    mbarrier.arrive(value_free.index(before))\n",
+        "    mbarrier.arrive(value_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [product, p])\n",
+    ),
+    "a product is used before it was waited for": ("warpgroup_mma_wait(1, [scores])", "warpgroup_mma_wait(2, [scores])"),
+    "nobody waits for the values": ("    mbarrier.wait(value_ready.index(before), (i - 1) // STAGES % 2)\n", ""),
+    "the values' phase is another tile's": ("before), (i - 1) // STAGES % 2)", "before), (i + 1) // STAGES % 2)"),
+    "the copies wait for the wrong phase": ("i // STAGES % 2 ^ 1)", "i // STAGES % 2)"),
+    "stages are overwritten": ("    mbarrier.wait(free.index(stage), i // STAGES % 2 ^ 1)\n", ""),
+    "one warpgroup's word is enough": ("mbarrier.init(key_free.index(i), _CONSUMERS)", "mbarrier.init(key_free.index(i), 1)"),
+    "earlier rows are not rescaled": ("    acc = acc * gl.convert_layout(alpha", "    acc = acc + 0 * gl.convert_layout(alpha"),
+    "a diagonal of keys too many": ("last = gl.minimum(last, i + shift)", "last = gl.minimum(last, i + shift + 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter shows them each time")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_interpreter_finds(fault, tmp_path, monkeypatch):
+    right, wrong = FAULTS[fault]
+    source = Path(_attention_forward.__file__).read_text()
+    assert source.count(right) == 1
+    name = "pyfused_faulty_attention"
+    path = tmp_path / f"{name}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(attention, "forward_kernel", module.forward_kernel)
+    inputs = drawn((1, 1, 1, 128, 900, 64))
+    truth = plain(dict(zip(NAMES, (t.double() for t in inputs))), {"is_causal": True, "scale": None})
+    same = plain(dict(zip(NAMES, inputs)), {"is_causal": True, "scale": None})
+
+    def try_orders():
+        for seed in range(40):
+            monkeypatch.setattr(attention, "start", partial(gluon_on_cpu.run, seed=seed))
+            with pyfused.backend("gluon", strict=True):
+                assert_close(pyfused.attention(*inputs, is_causal=True), same, truth)
+
+    with pytest.raises(AssertionError):
+        try_orders()
