@@ -23,7 +23,7 @@ _VALUES = {
 
 def structure(mask, all_see):
     """(end, padded) of a mask (B, 1, Sq, Sk) that holds only padding, with or without causality. None for other masks and
-    for masks that cannot be read here.
+    for masks that cannot be read here. In a float mask 0.0 and -0.0 are both a visible key.
 
     end is 0 without causality. Otherwise the last query sees the first `end` keys, and each query before it sees one key
     less. padded says whether padding hides some of these keys. With all_see every query must see a key.
@@ -42,10 +42,10 @@ def structure(mask, all_see):
 
 
 def all_zero(tensor):
-    """Whether a tensor is known to hold only zeros. Reading stops at the first other element."""
-    if not _readable(tensor) or not tensor.is_contiguous():
+    """Whether a float tensor is known to hold only zeros, of either sign. Reading stops at the first other element."""
+    if not _readable(tensor) or tensor.dtype not in _VALUES or not tensor.is_contiguous():
         return False
-    return bool(cpu().all_zero(tensor, tensor.numel() * tensor.itemsize))
+    return bool(cpu().all_zero(tensor, tensor.numel(), tensor.itemsize))
 
 
 def distances(bias):

@@ -119,7 +119,7 @@ def _widened(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The mask for each query, so that padding is recognised."""
     if mask is None:
         return None
-    mask = mask[..., : key.shape[2]] + 0.0  # -0.0 would be a bias
+    mask = mask[..., : key.shape[2]]
     return mask.expand(-1, -1, query.shape[2], -1) if mask.shape[2] == 1 else mask
 
 
