@@ -66,5 +66,26 @@ def distances(bias):
     return table if table.isfinite().all() else None
 
 
+def slopes(bias, real):
+    """ALiBi's slopes (H, 1): a bias (B or 1, H, 1, Sk) in float32 is slope * place, bit by bit. None for other biases and for
+    those that cannot be read here.
+
+    Places begin at the first key, or end at the last one; or real (B, Sk), True at a real token, counts them, as BLOOM does.
+    Then real tokens must be neighbours, so that the difference of two places is their distance.
+    """
+    if not _readable(bias) or bias.dtype != torch.float32 or bias.shape[2] != 1 or bias.shape[3] < 2:
+        return None
+    rows, places = bias[:, :, 0], torch.arange(bias.shape[3], device="cpu")
+    for first, slope in ((0, rows[0, :, 1:2]), (1 - bias.shape[3], -rows[0, :, -2:-1])):
+        if torch.equal(rows, (slope * (places + first)).expand_as(rows)):
+            return slope
+    if real is None or len(real) != len(rows) or bool((real[:, 1:] > real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
+        return None
+    counted = (real.cumsum(1) - 1) * real
+    row, key = divmod(int((counted == 1).int().argmax()), len(places))
+    slope = rows[row, :, key : key + 1]
+    return slope if torch.equal(rows, slope * counted[:, None]) else None
+
+
 def _readable(tensor):
     return type(tensor) is torch.Tensor and tensor.is_cpu and not missing("_cpu")
