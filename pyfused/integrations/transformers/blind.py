@@ -35,7 +35,7 @@ class _Alike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         twice = torch.is_grad_enabled()  # the gradient will have one itself, as in create_graph=True
-        compute = _dense if twice else _first_order
+        compute: Any = _dense if twice else _first_order
         with torch.enable_grad():
             given = [t if twice else t.detach().requires_grad_() for t in ctx.saved_tensors]
             wanted = [t for t, needed in zip(given, ctx.needs_input_grad) if needed]
