@@ -117,8 +117,10 @@ SEE_NOTHING |= {"Llama, eager": eager_llama}
 
 
 @pytest.mark.parametrize("name", SEE_NOTHING)
-def test_gradients_of_queries_that_see_no_key(name):
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_of_queries_that_see_no_key(name, apart, monkeypatch):
     """In float32, where the least number swallows the scores beside it. Padding counts in this loss."""
+    monkeypatch.setattr(masks, "WORTH_TELLING_APART", 0 if apart else 1 << 40)
     torch.manual_seed(0)
     plain = livened(SEE_NOTHING[name]())
     fused, inputs, found = copy.deepcopy(plain), text(left=3), []
@@ -131,8 +133,9 @@ def test_gradients_of_queries_that_see_no_key(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SEE_NOTHING if name not in ("DeBERTa", "GPT-Neo")])
-def test_left_padding_makes_no_dense_bias(name, calls):
+def test_left_padding_makes_no_dense_bias(name, calls, monkeypatch):
     """Padding counts here too. GPT-Neo has windows, DeBERTa biases of its own."""
+    monkeypatch.setattr(masks, "WORTH_TELLING_APART", 0)
     torch.manual_seed(0)
     plain = livened(SEE_NOTHING[name]())
     fused, inputs = copy.deepcopy(plain), text(left=3)
@@ -169,6 +172,7 @@ def test_gradients_of_alike():
 def test_alibi_is_read_as_a_table(name, left, dtype, calls, monkeypatch):
     """In float32 wherever it is worth it, in half precision where ALiBi is float32, which BLOOM's is not."""
     monkeypatch.setattr(masks, "WORTH_A_LOOK", 0)
+    monkeypatch.setattr(masks, "WORTH_TELLING_APART", 0)
     model, inputs = made(name)[0], text(left=left)
     trio, live = Trio(model, dtype=dtype), inputs["attention_mask"].bool()
     table = name == "MPT" or dtype == torch.float32

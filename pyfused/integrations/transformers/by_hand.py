@@ -158,17 +158,19 @@ def _without_hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(query, mask, bias, blind): the hidden places are in the mask, or in the bias. blind is True for queries that see no key,
     (B, H, Tq, 1) or what broadcasts to it; they attend to all keys alike, without a gradient of the scores. It is None if there
-    are none, and where dropout drops some keys: they get zeros as queries then, and see all keys."""
+    are none. Where dropout drops some keys, and beside a dense bias, they get zeros as queries instead, and see all keys."""
     mask, bias, hidden = added.mask, added.bias, added.hidden
     look = may_look() and (hidden is None or hidden.is_cpu)
     if hidden is None or (look and not bool(hidden.any())):
         return query, mask, bias, None
     blind = hidden.all(-1, keepdim=True)
-    if mask is None and (not dropout or (look and not bool(blind.any()))):
-        return query, ~hidden, bias, None if look and not bool(blind.any()) else blind
-    query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
-    least, zero = query.new_full((), torch.finfo(query.dtype).min), query.new_zeros(())
-    total = torch.where(hidden, torch.where(blind, zero, least), _sum(mask, zero if bias is None else bias))
+    some = not look or bool(blind.any())
+    if mask is None and (bias is None or bias.shape[2] == 1) and not (some and dropout):
+        return query, ~hidden, bias, blind if some else None
+    total = _sum(mask, query.new_zeros(()) if bias is None else bias).masked_fill(hidden, torch.finfo(query.dtype).min)
+    if some:
+        query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
+        total = total.masked_fill(blind, 0.0)
     return (query, total, None, None) if bias is None else (query, None, total, None)
 
 

@@ -24,6 +24,8 @@ from .support import check_interface, may_leave_out_masks
 
 # Bytes of a position bias. The kernel adds a smaller one, which a core's cache holds, sooner than it could be read here.
 WORTH_A_LOOK = 1 << 22
+# Scores. Of fewer ones a dense mask, with queries that see no key, costs less than to tell these from the others.
+WORTH_TELLING_APART = 1 << 16
 
 
 def make_mask(
@@ -112,7 +114,8 @@ def with_blind_queries(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Visibi
     """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a float mask that hides every key from some
     queries; None for others. Only a finite least number does that; behind -inf they get zeros, and the second is None."""
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
-    if not mask.is_floating_point() or mask.shape != sizes or mask.requires_grad or not may_look():
+    few = math.prod(sizes) * query.shape[1] < WORTH_TELLING_APART
+    if few or not mask.is_floating_point() or mask.shape != sizes or mask.requires_grad or not may_look():
         return None
     visible = _recognised(mask, all_see=False)
     if visible is None or (real := visible.padding_mask) is None:
