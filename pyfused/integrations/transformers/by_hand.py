@@ -144,8 +144,6 @@ class _Call:
             q, k, v = (x.unflatten(0, (-1, added.heads)) for x in (q, k, v))
         p = _probability(module, dropout)
         q, mask, bias, blind = _without_hidden(q, added, p)
-        if mask is not None:
-            mask = mask.expand(q.shape[0], -1, q.shape[2], -1)  # padding is recognised then
         seen, _ = attend(module, q, k, v, mask, dropout=p, scaling=scale, is_causal=False, position_bias=bias)
         if blind is not None:
             seen = torch.where(blind.transpose(1, 2), mean_of(v, seen.shape[2]), seen)

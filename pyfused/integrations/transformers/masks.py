@@ -88,12 +88,19 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
         return Visibility(padding_mask=mask[:, 0, 0].expand(sizes[0], -1))
-    if mask.shape == sizes and not mask.requires_grad and may_look():
+    wide = _for_each_query(mask, sizes)
+    if wide is not None:
         # Eager's float masks hide keys with finite numbers: a query that sees no key attends to all keys alike.
-        visible = _recognised(mask, all_see=mask.dtype != torch.bool)
+        visible = _recognised(wide, all_see=mask.dtype != torch.bool)
         if visible is not None:
             return visible
     return Visibility(attn_bias=additive(mask, query.dtype))
+
+
+def _for_each_query(mask: Tensor, sizes: tuple[int, ...]) -> Tensor | None:
+    """A mask that may be read, alike for all heads, as (B, 1, Tq, Sk), not copied. Older code has one row for all queries."""
+    known = mask.dim() == 4 and all(a in (1, b) for a, b in zip(mask.shape, sizes)) and mask.shape[3] == sizes[3]
+    return mask.expand(sizes) if known and not mask.requires_grad and may_look() else None
 
 
 def _recognised(mask: Tensor, all_see: bool) -> Visibility | None:
@@ -115,9 +122,8 @@ def with_blind_queries(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Visibi
     queries; None for others. Only a finite least number does that; behind -inf they get zeros, and the second is None."""
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     few = math.prod(sizes) * query.shape[1] < WORTH_TELLING_APART
-    if few or not mask.is_floating_point() or mask.shape != sizes or mask.requires_grad or not may_look():
-        return None
-    visible = _recognised(mask, all_see=False)
+    wide = _for_each_query(mask, sizes) if mask.is_floating_point() and not few else None
+    visible = None if wide is None else _recognised(wide, all_see=False)
     if visible is None or (real := visible.padding_mask) is None:
         return None
     finite = bool(mask[:, 0, 0].amin() > -torch.inf)  # the first query sees fewest keys
