@@ -147,6 +147,7 @@ MODELS = {
             "use_cache": False,
         },
     ),
+    "Swin v2": ("swinv2.Swinv2SelfAttention", lambda: hf.Swinv2Model(hf.Swinv2Config(**WINDOWS)), picture),
     "TAPAS": (
         "tapas.TapasSelfAttention",
         bert("Tapas", type_vocab_sizes=[2] * 7),

@@ -124,7 +124,6 @@ FAMILIES = {
     "Pop2Piano": (lambda: hf.Pop2PianoForConditionalGeneration(hf.Pop2PianoConfig(**T5)), melody),
     "ESM": (lambda: hf.EsmModel(hf.EsmConfig(**BERT, mask_token_id=4)), text),
     "Swin": (lambda: hf.SwinModel(hf.SwinConfig(**WINDOWS)), picture),
-    "Swin v2": (lambda: hf.Swinv2Model(hf.Swinv2Config(**WINDOWS)), picture),
     "Data2Vec, text": (lambda: hf.Data2VecTextModel(hf.Data2VecTextConfig(**BERT)), text),
     "Data2Vec, vision": (lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**PICTURE, **NO_DROPOUT)), picture),
     "DINOv2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**PICTURE, mlp_ratio=2)), picture),

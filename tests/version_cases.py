@@ -12,6 +12,7 @@ from fused_pairs import Trio, padded
 from hf_cases import BERT, GPT2, IDS, T5, VOCABULARY, WIDTHS, build, check_against_eager, livened, padding, tokens
 
 import pyfused
+from pyfused.integrations.transformers import attention, mpnet
 
 
 def test_the_release():
@@ -54,6 +55,22 @@ def test_outputs_and_report(name):
     assert trio.report.replaced
     if name in OURS:
         assert trio.report.left == ()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["GPT-2", "ALBERT", "T5", "BERT", "MPNet", "BART", "Llama"])
+def test_padding_is_no_dense_bias(name, implementation, monkeypatch):
+    """Whatever a release writes where a key is visible, 0.0 or -0.0, and for each query or for all of them."""
+    made, model = [], build_one(name)
+    for file in (attention, mpnet):
+        kernel = "attention" if file is attention else "attend"
+        monkeypatch.setattr(file, kernel, lambda *args, **more: made.append(more) or pyfused.attention(*args, **more))
+    for part in model.modules():
+        if isinstance(part, hf.PreTrainedModel) and name != "MPNet":
+            part.set_attn_implementation(implementation)
+    pyfused.fuse_(model)
+    model(**inputs_of(name, model)[0])
+    assert all(call["attn_bias"] is None for call in made)  # none was made if the release's own code has the attention
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "ALBERT", "T5", "BERT", "Llama"])

@@ -65,12 +65,13 @@ void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, add
                           int64_t count, int activation, int dtype);
 
 // ---- mask_structure -------------------------------------------------------------------------------------------------
-// Reads a mask (B, Sq, Sk) of elements of 1, 2, 4 or 8 bytes with two values, compared by their bits. Returns 2 * end +
+// Reads a mask (B, Sq, Sk) of elements of 1, 2, 4 or 8 bytes with two values, compared by their bits; but -0.0 counts as 0.0 in
+// those of more than one byte. Returns 2 * end +
 // padding. end is 0 if all queries of an entry see the same keys. Otherwise each query sees keys up to its own place, and the
 // last query is at key end - 1. padding is 1 if a key before end is hidden from an entry's last query. Returns -1 for any
 // other mask, for an empty one, and if all_see is set and a query sees no key.
 int64_t mask_structure(addr first, int64_t b, int64_t sq, int64_t sk, int64_t batch_stride, int64_t row_stride,
                        int64_t bytes, int64_t visible, int64_t hidden, bool all_see);
-int64_t all_zero(addr memory, int64_t bytes);  // whether every byte is 0
+int64_t all_zero(addr memory, int64_t count, int64_t bytes);  // whether every element is 0 or, as above, -0.0
 
 }  // namespace pyfused::PYFUSED_ISA

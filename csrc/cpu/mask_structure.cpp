@@ -17,13 +17,23 @@ template <class T> struct Mask {
   const T* last(int64_t n) const { return row(n, sq - 1); }
 };
 
+// Whether two elements have the same value. Those of more than one byte are numbers, and -0.0 is 0.0: (1 - mask) * least makes
+// it where a key is visible.
+template <class T> bool same(T a, T b) {
+  return a == b || (sizeof(T) > 1 && (T)((T)(a | b) << 1) == 0);
+}
+
 template <class T> bool equal(const T* a, const T* b, int64_t count) {
-  return a == b || std::memcmp(a, b, count * sizeof(T)) == 0;
+  if (a == b || std::memcmp(a, b, count * sizeof(T)) == 0) return true;
+  if (sizeof(T) == 1) return false;
+  for (int64_t j = 0; j < count; ++j)
+    if (!same(a[j], b[j])) return false;
+  return true;
 }
 
 template <class T> int64_t count_of(const T* row, int64_t count, T value) {
   int64_t found = 0;
-  for (int64_t j = 0; j < count; ++j) found += row[j] == value;
+  for (int64_t j = 0; j < count; ++j) found += same(row[j], value);
   return found;
 }
 
@@ -52,13 +62,13 @@ template <class T> int64_t look(const Mask<T>& m, T visible, T hidden, bool all_
   for (int64_t n = 0; n < m.b; ++n)
     for (int64_t j = 0; j < m.sk; ++j) {
       const T seen = m.last(n)[j];
-      if (seen != visible && seen != hidden) return -1;
-      if (seen == visible && j >= filled) filled = j + 1;
+      if (!same(seen, visible) && seen != hidden) return -1;
+      if (seen != hidden && j >= filled) filled = j + 1;
     }
-  bool same = true;
-  for (int64_t n = 0; same && n < m.b; ++n)
-    for (int64_t i = 0; same && i < m.sq - 1; ++i) same = equal(m.row(n, i), m.last(n), m.sk);
-  if (same) return result(m, m.sk, m.sk, visible, all_see, false);
+  bool alike = true;
+  for (int64_t n = 0; alike && n < m.b; ++n)
+    for (int64_t i = 0; alike && i < m.sq - 1; ++i) alike = equal(m.row(n, i), m.last(n), m.sk);
+  if (alike) return result(m, m.sk, m.sk, visible, all_see, false);
   T* nothing = (T*)std::malloc(m.sk * sizeof(T));
   if (nothing == nullptr) return -1;
   for (int64_t j = 0; j < m.sk; ++j) nothing[j] = hidden;
@@ -85,9 +95,15 @@ int64_t mask_structure(addr first, int64_t b, int64_t sq, int64_t sk, int64_t ba
   return bytes == 4 ? as(uint32_t{}) : as(uint64_t{});
 }
 
-int64_t all_zero(addr memory, int64_t bytes) {
-  const char* first = (const char*)memory;
-  return bytes == 0 || (*first == 0 && std::memcmp(first, first + 1, bytes - 1) == 0);
+int64_t all_zero(addr memory, int64_t count, int64_t bytes) {
+  const auto as = [&](auto of) {
+    using T = decltype(of);
+    const T* first = (const T*)memory;
+    return count == 0 || (same(*first, (T)0) && equal(first, first + 1, count - 1));
+  };
+  if (bytes == 2) return as(uint16_t{});
+  if (bytes == 4) return as(uint32_t{});
+  return bytes == 8 ? as(uint64_t{}) : as(uint8_t{});
 }
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -23,7 +23,7 @@ _VALUES = {
 
 def structure(mask, all_see):
     """(end, padded) of a mask (B, 1, Sq, Sk) that holds only padding, with or without causality. None for other masks and
-    for masks that cannot be read here.
+    for masks that cannot be read here. In a float mask 0.0 and -0.0 are both a visible key.
 
     end is 0 without causality. Otherwise the last query sees the first `end` keys, and each query before it sees one key
     less. padded says whether padding hides some of these keys. With all_see every query must see a key.
@@ -42,10 +42,10 @@ def structure(mask, all_see):
 
 
 def all_zero(tensor):
-    """Whether a tensor is known to hold only zeros. Reading stops at the first other element."""
-    if not _readable(tensor) or not tensor.is_contiguous():
+    """Whether a float tensor is known to hold only zeros, of either sign. Reading stops at the first other element."""
+    if not _readable(tensor) or tensor.dtype not in _VALUES or not tensor.is_contiguous():
         return False
-    return bool(cpu().all_zero(tensor, tensor.numel() * tensor.itemsize))
+    return bool(cpu().all_zero(tensor, tensor.numel(), tensor.itemsize))
 
 
 def distances(bias):
@@ -64,6 +64,27 @@ def distances(bias):
         return None
     table = torch.cat((bias[0, :, 1:, 0].flip(1), bias[0, :, 0]), 1)
     return table if table.isfinite().all() else None
+
+
+def slopes(bias, real):
+    """ALiBi's slopes (H, 1): a bias (B or 1, H, 1, Sk) in float32 is slope * place, bit by bit. None for other biases and for
+    those that cannot be read here.
+
+    Places begin at the first key, or end at the last one; or real (B, Sk), True at a real token, counts them, as BLOOM does.
+    Then real tokens must be neighbours, so that the difference of two places is their distance.
+    """
+    if not _readable(bias) or bias.dtype != torch.float32 or bias.shape[2] != 1 or bias.shape[3] < 2:
+        return None
+    rows, places = bias[:, :, 0], torch.arange(bias.shape[3], device="cpu")
+    for first, slope in ((0, rows[0, :, 1:2]), (1 - bias.shape[3], -rows[0, :, -2:-1])):
+        if torch.equal(rows, (slope * (places + first)).expand_as(rows)):
+            return slope
+    if real is None or len(real) != len(rows) or bool((real[:, 1:] > real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
+        return None
+    counted = (real.cumsum(1) - 1) * real
+    row, key = divmod(int((counted == 1).int().argmax()), len(places))
+    slope = rows[row, :, key : key + 1]
+    return slope if torch.equal(rows, slope * counted[:, None]) else None
 
 
 def _readable(tensor):

@@ -33,27 +33,33 @@ def prepares_launch(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
     `prepare(*args)` looks at the arguments once and returns a launch. A launch takes the same arguments and reads only the
     tensors' addresses, so it serves every later call with the same shapes, strides, dtypes and numbers. `prepare` returns None
-    where strides do not fit; then `forward` copies the tensors and prepares again.
+    where strides do not fit; then a launch for copies is prepared, which copies the tensors at each call.
 
     A launch for GPU tensors runs with their device as the current one, because kernels start and tensors are made there.
     """
 
     def prepare_on_device(*args: Any) -> Any:
         launch = prepare(*args)
-        return on_device(launch, args[0].device.index) if args[0].is_cuda and launch is not None else launch
+        if launch is None:
+            of_copies = prepare(*_contiguous(args))
+
+            def launch(*args: Any) -> Any:
+                return of_copies(*_contiguous(args))
+
+        return on_device(launch, args[0].device.index) if args[0].is_cuda else launch
 
     def kept(*args: Any) -> Any:
         return prepare_on_device(*args) if recorder.get() is None else None
 
     def forward(*args: Any) -> Any:
-        launch = prepare_on_device(*args)
-        if launch is None:
-            args = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
-            launch = prepare_on_device(*args)
-        return launch(*args)
+        return prepare_on_device(*args)(*args)
 
     forward.prepare = kept  # type: ignore[attr-defined]
     return forward
+
+
+def _contiguous(args: tuple[Any, ...]) -> list[Any]:
+    return [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
 
 
 def on_device(launch: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -112,3 +112,4 @@ def test_masks(dtype):
             assert found == expected
             assert not all_zero(one.contiguous())
             assert all_zero(torch.zeros_like(one))
+            assert all_zero(torch.full_like(one, -0.0))

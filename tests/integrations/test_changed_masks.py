@@ -133,7 +133,7 @@ def brute_force(mask, all_see):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_look_sees_the_whole_mask(dtype):
-    """Tries thousands of small masks, each also with one element flipped."""
+    """Tries thousands of small masks, each also with one element flipped. Float masks have zeros of either sign, or of both."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(low, high):
@@ -155,7 +155,8 @@ def test_a_look_sees_the_whole_mask(dtype):
             mask = seen
             if dtype != torch.bool:
                 hidden = -torch.inf if draw(0, 2) else torch.finfo(dtype).min
-                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, hidden)
+                minus = torch.rand(seen.shape, generator=generator) < draw(0, 3) / 2
+                mask = torch.where(minus, -0.0, 0.0).to(dtype).masked_fill(~seen, hidden)
             for all_see in (False, True):
                 found = masks.structure(mask, all_see)
                 assert found == brute_force(mask, all_see), (mask, all_see)
@@ -163,13 +164,38 @@ def test_a_look_sees_the_whole_mask(dtype):
     assert min(counts.values()) > 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_from_a_product(dtype, calls):
+    """(1 - mask) * least, as older releases and users write it, has -0.0 where a key is visible."""
+    real = torch.tensor([[1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    mask = ((1.0 - real) * torch.finfo(dtype).min).to(dtype)[:, None, None].expand(2, 1, 3, 4)
+    assert mask[1].signbit().all()
+    query, key = torch.randn(2, 2, 3, 8, dtype=dtype), torch.randn(2, 2, 4, 8, dtype=dtype)
+    attend(torch.nn.Module(), query, key, key, mask, is_causal=False)
+    assert calls[0]["attn_bias"] is None
+    assert torch.equal(calls[0]["padding_mask"], real.bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_zeros_of_either_sign_are_no_bias(dtype):
+    for zero in (0.0, -0.0):
+        bias = torch.full((3, 5), zero, dtype=dtype)
+        assert masks.is_zero(bias)
+        bias[2, 3] = -zero
+        assert masks.is_zero(bias)
+        bias[1, 4] = torch.finfo(dtype).smallest_normal
+        assert not masks.is_zero(bias)
+    assert masks.is_zero(torch.empty(0, dtype=dtype))
+    assert not masks.is_zero(torch.zeros(3, dtype=torch.long))
+
+
 def test_masks_that_no_one_reads():
     """Other values, strides, sizes of 0 and other dtypes stay dense."""
     mask = torch.zeros(2, 1, 3, 4).masked_fill(~torch.ones(3, 4, dtype=torch.bool).tril(1), -torch.inf)
     assert masks.structure(mask, False) == (4, 0)
-    for odd in (-1.0, -0.0, torch.nan, torch.finfo(torch.float32).min):
+    for odd in (-1.0, 1e-45, torch.nan, torch.finfo(torch.float32).min):
         other = mask.clone()
-        other[1, 0, 0, 2 if odd else 0] = odd
+        other[1, 0, 0, 2] = odd
         assert masks.structure(other, False) is None, odd
     turned = mask.transpose(2, 3).contiguous().transpose(2, 3)
     for other in (turned, mask[:, :, :0], mask.to(torch.int32), mask.to("meta"), torch.nn.Parameter(mask)):

@@ -92,6 +92,27 @@ class WritesItself(Tomorrow):
         return self.down(self.act(self.up(x)))
 
 
+class AsksWhetherItTrains(Tomorrow):
+    def forward(self, x):
+        return self.down(self.act(self.up(x))) if self.training else self.down(self.act(2.0 * self.up(x)))
+
+
+class Dropping(Tomorrow):
+    """Torch's function for dropout, and a residual that is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.chance = 0.5
+
+    def forward(self, x, residual):
+        return nn.functional.dropout(self.down(self.act(self.up(x))), p=self.chance, training=self.training) + residual
+
+
+class DropsAlways(Dropping):
+    def forward(self, x, residual):
+        return nn.functional.dropout(self.down(self.act(self.up(x))), p=self.chance) + residual
+
+
 class Doubled(nn.Module):
     """An RMS norm with two of its parts in another order, and one that is none."""
 
@@ -123,6 +144,7 @@ class TooWide(Doubled):
         (Usual, True),
         (LooksAtValues, False),
         (WritesItself, False),
+        (AsksWhetherItTrains, False),
         (Doubled, True),
         (NoNorm, False),
         (TooWide, False),
@@ -143,6 +165,23 @@ def test_a_class_that_transformers_adds_tomorrow(kind, fused, monkeypatch):
     if not fused and kind not in (NoNorm, TooWide):
         assert [entry.note for entry in report.left if entry.name == "0"] == ["of no shape that fuse_ knows"]
     torch.testing.assert_close(model[0](x), expected)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [(Dropping, True), (DropsAlways, False)])
+def test_a_class_with_dropout_and_a_residual(kind, fused, monkeypatch):
+    """Whether the module trains, and the chance, are read at each call."""
+    monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
+    one = kind()
+    bert = hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8}))
+    report = pyfused.fuse_(nn.Sequential(one, bert))
+    assert [entry.note for entry in report.replaced if entry.name == "0"] == ["pyfused.ffn with the residual"] * fused
+    x, residual = torch.randn(2, 30, 8)
+    for train, chance in ((True, 0.5), (True, 0.0), (False, 0.5), (True, 1.0)):
+        one.train(train).chance = chance
+        torch.manual_seed(1)
+        ours = one(x, residual)
+        torch.manual_seed(1)
+        torch.testing.assert_close(ours, kind.forward(one, x, residual))
 
 
 class TomorrowAttention(nn.Module):

@@ -51,7 +51,7 @@ CALLS = {
 
 
 # Inputs that the checks or the kernel replace by another tensor
-CONVERTED = ("copies", "transposed", "floats")
+CONVERTED = ("transposed", "floats")
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,10 @@ _BY_CLASS: dict[type, str] = {
 }
 
 
+# Classes beside a model, by their full names. BLOOM's has 0.79788456 for sqrt(2 / pi), which is nearer than float32 can tell.
+_BY_NAME = {"transformers.models.bloom.modeling_bloom.BloomGelu": "gelu_tanh"}
+
+
 def kernel_activation(activation: Any) -> str | None:
     """The name, for pyfused.ffn's `activation`, of an activation module or function. None if the kernels lack it.
 
@@ -27,7 +31,8 @@ def kernel_activation(activation: Any) -> str | None:
     """
     if isinstance(activation, nn.Module) and not is_bare(activation):
         return None
-    return name_of(activation) or _BY_CLASS.get(type(activation))
+    kind = type(activation)
+    return name_of(activation) or _BY_CLASS.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def activation_reason(activation: Any) -> str:

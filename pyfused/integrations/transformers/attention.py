@@ -19,7 +19,8 @@ from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import original
 from ...setting import set_to
-from .masks import is_zero, read_mask, with_dense_bias, with_position_bias
+from .blind import alike
+from .masks import is_zero, read_mask, with_blind_queries, with_dense_bias, with_position_bias
 from .releases import named, output_capturing
 
 # Arguments that change the result and are not supported. A model passes one only if it has that feature.
@@ -88,15 +89,15 @@ def attend(
         packed = _read_packing(kwargs, query, key)
         visible = _without_mask(module, query, key, is_causal, kwargs.get("sliding_window"))
     if visible.keys is not None and visible.keys < key.shape[2]:
-        key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
-        position_bias = None if position_bias is None else position_bias[..., : visible.keys]
+        key, value, position_bias = _first_keys(visible.keys, key, value, position_bias)
     if position_bias is not None and is_zero(position_bias):
         position_bias = None
     if packed is not None and position_bias is not None:
         raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
     if relative_bias is not None:
         visible = replace(visible, relative_bias=relative_bias)
-    return _compute(module, query, key, value, visible, position_bias, packed, dropout, scaling, head_mask, kwargs)
+    given = query, key, value, attention_mask, visible, position_bias, packed
+    return _compute(module, *given, dropout, scaling, head_mask, kwargs)
 
 
 def _without_mask(module, query, key, is_causal, window):
@@ -123,7 +124,7 @@ def _without_mask(module, query, key, is_causal, window):
     return Visibility(is_causal=True, keys=queries)
 
 
-def _compute(module, query, key, value, visible, position_bias, packed, dropout, scaling, head_mask, kwargs):
+def _compute(module, query, key, value, mask, visible, position_bias, packed, dropout, scaling, head_mask, kwargs):
     plain = (query, key, visible, position_bias, packed)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
         notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
@@ -151,6 +152,14 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
         if dead is not None:
             output = output.masked_fill(dead.transpose(1, 2), 0.0)
     else:
+        blind = None
+        if visible.attn_bias is not None and not dropout and not _learned(visible, position_bias):
+            found = with_blind_queries(mask, query, key)
+            if found is not None:
+                visible, blind = replace(found[0], relative_bias=visible.relative_bias), found[1]
+        every = key, value
+        if visible.keys is not None and visible.keys < key.shape[2]:
+            key, value, position_bias = _first_keys(visible.keys, key, value, position_bias)
         if position_bias is not None:
             visible = with_position_bias(visible, position_bias, query, key)
         output = attention(
@@ -166,7 +175,20 @@ def _compute(module, query, key, value, visible, position_bias, packed, dropout,
             cu_seqlens=None if packed is None else packed[0],
             max_seqlen=None if packed is None else packed[1],
         ).transpose(1, 2)
+        if blind is not None:
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            output = torch.where(blind[:, :, None, None], alike(query, *every, scale), output)
     return output if head_mask is None else output * head_mask[:, None], None
+
+
+def _first_keys(count, key, value, position_bias):
+    return key[:, :, :count], value[:, :, :count], None if position_bias is None else position_bias[..., :count]
+
+
+def _learned(visible, position_bias):
+    """Whether a bias has a gradient."""
+    biases = position_bias, getattr(visible.relative_bias, "table", None)
+    return torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for bias in biases)
 
 
 def _with_weights(query, key, value, dense, dropout, scaling, head_mask):

@@ -23,6 +23,7 @@ from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_own, original
 from ..torch_nn import takes
 from .attention import attend, attentions_wanted, original_telling
+from .blind import mean_of
 from .masks import may_look
 from .plain_modules import overridden
 from .releases import full_name, named
@@ -51,6 +52,7 @@ ROWS = (
     "rembert.RemBertSelfAttention",
     "roformer.RoFormerSelfAttention",
     "speecht5.SpeechT5Attention",
+    "swinv2.Swinv2SelfAttention",
     "tapas.TapasSelfAttention",
     "trocr.TrOCRAttention",
     "visual_bert.VisualBertSelfAttention",
@@ -60,14 +62,16 @@ ROWS = (
 # Classes whose forward calls this method for it.
 METHOD = "_attn"
 ROWS_OF_METHODS = ("codegen.CodeGenAttention", "gpt_neo.GPTNeoSelfAttention", "gptj.GPTJAttention")
-# Classes whose attention is of another shape, and why.
+# Classes whose attention, or feed-forward, is of another shape, and why.
 LEFT = {
     "funnel.FunnelRelMultiheadAttention": "scores by position are shifted from row to row, which the kernels do not do",
     "led.LEDEncoderSelfAttention": "attention in local windows, which the kernels do not have",
     "lilt.LiltSelfAttention": "scores of text and of layout are added to each other",
     "longformer.LongformerSelfAttention": "attention in local windows, which the kernels do not have",
     "luke.LukeSelfAttention": "words and entities may have queries of their own for each other",
+    "mobilebert.MobileBertLayer": "its last feed-forward has two residuals",
     "nystromformer.NystromformerSelfAttention": "attention by landmarks, which the kernels do not have",
+    "squeezebert.SqueezeBertSelfAttention": "channels come before words, and its products are modules",
     "xlnet.XLNetRelativeAttention": "scores by position are shifted from row to row, which the kernels do not do",
 }
 
@@ -138,26 +142,34 @@ class _Call:
         q, k, v = (x.to(value.dtype) for x in (query, key, value))
         if added.heads:
             q, k, v = (x.unflatten(0, (-1, added.heads)) for x in (q, k, v))
-        q, mask, bias = _without_hidden(q, added)
-        if mask is not None:
-            mask = mask.expand(q.shape[0], -1, q.shape[2], -1)  # padding is recognised then
         p = _probability(module, dropout)
+        q, mask, bias, blind = _without_hidden(q, added, p)
         seen, _ = attend(module, q, k, v, mask, dropout=p, scaling=scale, is_causal=False, position_bias=bias)
+        if blind is not None:
+            seen = torch.where(blind.transpose(1, 2), mean_of(v, seen.shape[2]), seen)
         seen = seen.transpose(1, 2)
         return seen.flatten(0, 1) if added.heads else seen
 
 
-def _without_hidden(query: Tensor, added: Added) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(query, mask, bias): the hidden places are in the mask, or in the bias if there is one. A query that sees no key is zero
-    and sees all of them: alike, and without a gradient."""
+def _without_hidden(
+    query: Tensor, added: Added, dropout: float
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(query, mask, bias, blind): the hidden places are in the mask, or in the bias. blind is True for queries that see no key,
+    (B, H, Tq, 1) or what broadcasts to it; they attend to all keys alike, without a gradient of the scores. It is None if there
+    are none. Where dropout drops some keys, and beside a dense bias, they get zeros as queries instead, and see all keys."""
     mask, bias, hidden = added.mask, added.bias, added.hidden
-    if hidden is None or (hidden.is_cpu and may_look() and not bool(hidden.any())):
-        return query, mask, bias
+    look = may_look() and (hidden is None or hidden.is_cpu)
+    if hidden is None or (look and not bool(hidden.any())):
+        return query, mask, bias, None
     blind = hidden.all(-1, keepdim=True)
-    query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
-    least, zero = query.new_full((), torch.finfo(query.dtype).min), query.new_zeros(())
-    total = torch.where(hidden, torch.where(blind, zero, least), _sum(mask, zero if bias is None else bias))
-    return (query, total, None) if bias is None else (query, None, total)
+    some = not look or bool(blind.any())
+    if mask is None and (bias is None or bias.shape[2] == 1) and not (some and dropout):
+        return query, ~hidden, bias, blind if some else None
+    total = _sum(mask, query.new_zeros(()) if bias is None else bias).masked_fill(hidden, torch.finfo(query.dtype).min)
+    if some:
+        query = query.masked_fill(blind.expand(*query.shape[:2], -1, -1), 0.0)
+        total = total.masked_fill(blind, 0.0)
+    return (query, total, None, None) if bias is None else (query, None, total, None)
 
 
 def _hidden_before(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ numpy, shared memory and .data change a mask without changing its version counte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ...kernels.cpu.mask_structure import all_zero, distances, structure
+from ...kernels.cpu.mask_structure import all_zero, distances, slopes, structure
 from ...nn.attention import Visibility, additive
 from ...ops import DistanceBias
 from ...tracing import tracing
@@ -23,6 +24,8 @@ from .support import check_interface, may_leave_out_masks
 
 # Bytes of a position bias. The kernel adds a smaller one, which a core's cache holds, sooner than it could be read here.
 WORTH_A_LOOK = 1 << 22
+# Scores. Of fewer ones a dense mask, with queries that see no key, costs less than to tell these from the others.
+WORTH_TELLING_APART = 1 << 16
 
 
 def make_mask(
@@ -85,20 +88,25 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
         return Visibility(padding_mask=mask[:, 0, 0].expand(sizes[0], -1))
-    if mask.shape == sizes and not mask.requires_grad and may_look():
-        visible = _recognised(mask)
+    wide = _for_each_query(mask, sizes)
+    if wide is not None:
+        # Eager's float masks hide keys with finite numbers: a query that sees no key attends to all keys alike.
+        visible = _recognised(wide, all_see=mask.dtype != torch.bool)
         if visible is not None:
             return visible
     return Visibility(attn_bias=additive(mask, query.dtype))
 
 
-def _recognised(mask: Tensor) -> Visibility | None:
-    """The padding and causality of a (B, 1, Tq, Sk) mask; None if it holds anything else.
+def _for_each_query(mask: Tensor, sizes: tuple[int, ...]) -> Tensor | None:
+    """A mask that may be read, alike for all heads, as (B, 1, Tq, Sk), not copied. Older code has one row for all queries."""
+    known = mask.dim() == 4 and all(a in (1, b) for a, b in zip(mask.shape, sizes)) and mask.shape[3] == sizes[3]
+    return mask.expand(sizes) if known and not mask.requires_grad and may_look() else None
 
-    On a GPU, reading the mask would wait for the device in every layer, so masks there stay dense. Eager's float masks hide
-    keys with finite numbers: a query that sees no key attends to all keys alike. Such a mask stays dense too.
-    """
-    found = structure(mask, all_see=mask.dtype != torch.bool)
+
+def _recognised(mask: Tensor, all_see: bool) -> Visibility | None:
+    """The padding and causality of a (B, 1, Tq, Sk) mask; None if it holds anything else, or with all_see a query that sees no
+    key. On a GPU, reading the mask would wait for the device in every layer, so masks there stay dense."""
+    found = structure(mask, all_see)
     if found is None:
         return None
     end, padded = found
@@ -107,6 +115,20 @@ def _recognised(mask: Tensor) -> Visibility | None:
         last = mask[:, 0, -1, : end or None]
         padding = last.clone() if mask.dtype == torch.bool else last == 0
     return Visibility(end > 0, padding, keys=end or None)
+
+
+def with_blind_queries(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Visibility, Tensor | None] | None:
+    """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a float mask that hides every key from some
+    queries; None for others. Only a finite least number does that; behind -inf they get zeros, and the second is None."""
+    sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
+    few = math.prod(sizes) * query.shape[1] < WORTH_TELLING_APART
+    wide = _for_each_query(mask, sizes) if mask.is_floating_point() and not few else None
+    visible = None if wide is None else _recognised(wide, all_see=False)
+    if visible is None or (real := visible.padding_mask) is None:
+        return None
+    finite = bool(mask[:, 0, 0].amin() > -torch.inf)  # the first query sees fewest keys
+    seen = real.cumsum(1)[:, -sizes[2] :] > 0 if visible.is_causal else real.any(1, keepdim=True).expand(-1, sizes[2])
+    return visible, ~seen if finite else None
 
 
 def is_zero(bias: Tensor) -> bool:
@@ -120,11 +142,19 @@ def with_position_bias(visible: Visibility, bias: Tensor, query: Tensor, key: Te
     transformers' T5 hands a (1, H, S, S) tensor from layer to layer. Only its values say what it holds: hooks and users edit
     it, and later layers know no table. A bias with a gradient stays dense: the gradient belongs to the tensor, whoever made it
     and whoever put a hook on it.
+
+    ALiBi is (B or 1, H, 1, Sk), alike for all queries: slope * place of the key. slope * distance gives the same probabilities.
+    In half precision a float32 bias keeps its precision so, however small it is.
     """
     sizes = (1, query.shape[1], query.shape[2], key.shape[2])
-    known = may_look() and visible.relative_bias is None and bias.shape == sizes and not bias.requires_grad
-    if known and bias.nbytes >= WORTH_A_LOOK and (table := distances(bias)) is not None:
+    readable = may_look() and visible.relative_bias is None and not bias.requires_grad
+    if readable and bias.shape == sizes and bias.nbytes >= WORTH_A_LOOK and (table := distances(bias)) is not None:
         return replace(visible, relative_bias=DistanceBias(additive(table, query.dtype)))
+    large = 4 * math.prod(sizes) >= WORTH_A_LOOK or bias.dtype != query.dtype
+    alibi = readable and bias.dim() == 4 and bias.shape[1:] == (sizes[1], 1, sizes[3]) and sizes[2] <= sizes[3]
+    if alibi and large and (slope := slopes(bias, visible.padding_mask)) is not None:
+        distance = torch.arange(1 - sizes[3], sizes[3], dtype=torch.float32, device="cpu")
+        return replace(visible, relative_bias=DistanceBias(slope * distance))
     return with_dense_bias(visible, bias, query.dtype)
 
 

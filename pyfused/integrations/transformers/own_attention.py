@@ -21,8 +21,6 @@ def attended(
 ) -> Tensor:
     """(B, Sq, H * size) -> (B, Sq, H * size); key and value have Sk rows, the mask broadcasts to (B, H, Sq, Sk)."""
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (query, key, value))
-    if mask is not None and mask.shape[2] == 1:
-        mask = mask.expand(-1, -1, query.shape[1], -1)  # padding is recognised then
     dropout = module.dropout_prob if module.training else 0.0
     seen, _ = attend(module, q, k, v, mask, dropout=dropout, is_causal=is_causal)
     return seen.flatten(2)

@@ -63,7 +63,7 @@ class _Reader:
     def __init__(self, source: Source):
         self.source, self.found = source, ByHand(source.definition)
         self.scores = self.query = ""
-        self.key: Any = None
+        self.vectors: Any = ()  # queries and keys
         self.first: Any = None  # what the product itself is added to
         self.scales: list[tuple[ast.operator, Any]] = []
         self.names: set[str] = set()  # that the scores have had
@@ -110,14 +110,16 @@ class _Reader:
         self.scales = []
         if isinstance(key, ast.BinOp) and isinstance(key.op, ast.Div):
             self.scales, key = [(key.op, key.right)], key.left
-        if (
-            not isinstance(query, ast.Name)
-            or not _is_method(key, "transpose")
-            or not isinstance(key.func.value, ast.Name)
-        ):
+        if not _is_method(key, "transpose") or not self._vectors(key.func.value) or not self._vectors(query):
             return False
-        self.query, self.key, self.found.flat = query.id, key.func.value, flat
+        self.query, self.vectors, self.found.flat = self._vectors(query), (query, key.func.value), flat
         return set(map(_number, key.args)) in _LAST_TWO[flat]
+
+    def _vectors(self, node: Any) -> str:
+        """The name of queries or keys, as they are or with F.normalize, which leaves their shape; "" for other nodes."""
+        if self.source.called(node) is F.normalize and len(node.args) == 1:
+            node = node.args[0]
+        return node.id if isinstance(node, ast.Name) else ""
 
     def _begins_with_sum(self, node: Any) -> bool:
         """Whether this is bias.baddbmm(batch1=query, batch2=key, beta=, alpha=), of a key that is transposed already."""
@@ -128,7 +130,7 @@ class _Reader:
         if not isinstance(query, ast.Name) or not isinstance(key, ast.Name):
             return False
         turned = ast.Call(ast.Attribute(key, "transpose", ast.Load()), [ast.Constant(-1), ast.Constant(-2)], [])
-        self.query, self.key, self.found.flat = query.id, turned, True
+        self.query, self.vectors, self.found.flat = query.id, (query, turned), True
         self.scales = [(ast.Mult(), given["alpha"])]
         self.first = ast.BinOp(node.func.value, ast.Mult(), given["beta"])
         return True
@@ -167,9 +169,9 @@ class _Reader:
 
     def _kept(self, statement: Any) -> list[Any]:
         """The statement as it is, if it gives none of the names that the call reads another value."""
-        read = (self.key, *(by for _, by in self.scales))
+        read = (*self.vectors, *(by for _, by in self.scales))
         names = {n.id for node in read for n in ast.walk(node) if isinstance(n, ast.Name)}
-        names |= {self.query, *self.names, *self.probabilities}
+        names |= self.names | self.probabilities
         inside = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
         changed = {n.id for n in inside}
         if changed & names:
@@ -310,8 +312,8 @@ class _Reader:
                     setattr(node, place, ast.Constant(None))
                     if _mentions(statement.value, self.probabilities | self.names):
                         raise _Unknown
-                    given = _name(self.source.own), _name(self.query), self.key, value, _name(self.scores)
-                    call = _call(CALL, "end", *given, self._scale(), ast.Constant(self.found.dropout))
+                    given = *self.vectors, value, _name(self.scores), self._scale(), ast.Constant(self.found.dropout)
+                    call = _call(CALL, "end", _name(self.source.own), *given)
                     setattr(node, place, ast.copy_location(call, inner))
                     return True
         return False

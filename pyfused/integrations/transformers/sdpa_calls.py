@@ -45,8 +45,6 @@ def attended(
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options, enable_gqa=enable_gqa)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        if attn_mask.shape[2] == 1:
-            attn_mask = attn_mask.expand(-1, -1, query.shape[2], -1)  # padding is recognised then
     seen, _ = attend(module, query, key, value, attn_mask, dropout=dropout_p, scaling=scale, is_causal=is_causal)
     return seen.transpose(1, 2)
 

@@ -33,6 +33,7 @@ from .shapes import (
     Outer,
     Output,
     Part,
+    Summed,
     find,
     shape_of,
 )
@@ -61,7 +62,7 @@ def _computes(module: nn.Module) -> bool:
     if sum(p is not None and p.dim() > 1 and min(p.shape) > 1 for p in module._parameters.values()) > 1:
         return True
     own = any(hasattr(type(module), method) for method in CHUNKS)
-    whole = FeedForward | Normed | InLine
+    whole = FeedForward | Normed | Summed | InLine
     return own and not any(isinstance(shape_of(child), whole) for child in children if child is not None)
 
 
@@ -78,6 +79,8 @@ def _forward(module: nn.Module) -> Forward | str:
         return f"its {shape.feed_forward}: {inner}" if isinstance(inner, str) else normed
     if isinstance(shape, FeedForward):
         return _reason_against(module, shape) or (feed_forward if shape.gate is None else gated)
+    if isinstance(shape, Summed):
+        return _reason_against(module, shape.what) or (summed if shape.what.gate is None else gated_summed)
     if isinstance(shape, Layer):
         own = vars(module).get(shape.method)
         if own is not None and not is_own(own):
@@ -165,6 +168,23 @@ def normed(module: Any, x: Tensor) -> Any:
             if y is not None:
                 return y
     return original(module, x)
+
+
+@fused_forward
+def summed(module: Any, x: Tensor, residual: Tensor) -> Any:
+    """pyfused.ffn with the residual"""
+    shape = shape_of(module)
+    if isinstance(shape, Summed) and not _active(module, shape.dropouts):
+        y = _computed(module, shape.what, x, residual)
+        if y is not None:
+            return y
+    return original(module, x, residual)
+
+
+@fused_forward
+def gated_summed(module: Any, x: Tensor, residual: Tensor) -> Any:
+    """pyfused.gated_ffn with the residual"""
+    return summed(module, x, residual)
 
 
 @fused_forward
@@ -348,7 +368,7 @@ def _computed(module: Any, shape: FeedForward, x: Tensor, residual: Tensor | Non
     return gated_ffn(x, w_gate, w_up, outer.weight, activation=activation, residual=residual)
 
 
-for _function in (norm, centred_norm, feed_forward, gated, normed, output, sum_alone, layer, ff_layer):
+for _function in (norm, centred_norm, feed_forward, gated, normed, summed, gated_summed, output, sum_alone, layer, ff_layer):
     vars(_function)["prepare"] = shape_of
 for _function in (in_line, gated_in_line):
     vars(_function)["prepare"] = functools.partial(_ready, forward=_function)

@@ -4,7 +4,8 @@
     layer norm      weight * (x - mean(x)) / deviation(x) + bias
     dense, gated    outer(act(inner(x)));  outer(act(gate(x)) * up(x)), also with gate and up in one matrix
     normed dense    x + dense(norm(x)), or gated
-    output          norm(dense(x) + residual), or the sum alone
+    summed          dense(x) or gated + residual, both of them given
+    output          norm(dense(x) + residual), or the sum alone; MobileBERT's factor and shift count as a norm
     inner           act(dense(x))
     outer           dense(x)
     layer           a method of it, one of CHUNKS, is output(inner(x), x) or output(inner(norm(x)), x)
@@ -68,6 +69,13 @@ class Normed(NamedTuple):
     dropouts: tuple[str, ...]
 
 
+class Summed(NamedTuple):
+    """A feed-forward, then these dropouts, and the sum with a residual that the module is given."""
+
+    what: FeedForward
+    dropouts: tuple[str, ...]
+
+
 class Output(NamedTuple):
     """The children's names. norm: "" without one."""
 
@@ -122,7 +130,7 @@ class InLine(NamedTuple):
 
 
 CHUNKS = ("feed_forward_chunk", "ff_chunk")
-Shape = Norm | LayerNorm | FeedForward | Normed | Output | Inner | Outer | Layer | InLine
+Shape = Norm | LayerNorm | FeedForward | Normed | Summed | Output | Inner | Outer | Layer | InLine
 Half = Inner | Outer  # these have no forward of their own here
 _shapes: WeakKeyDictionary[type, Shape | None] = WeakKeyDictionary()
 
@@ -155,7 +163,7 @@ def _traced(module: nn.Module) -> Shape | None:
     wide, half = (trace(module, 1, dtype) for dtype in (torch.float32, torch.bfloat16))
     if wide is not None and wide == half:
         return _feed_forward(module, wide) or _normed(module, wide) or _outer(module, wide) or _inner(module, wide)
-    return _output(module, trace(module, 2, torch.bfloat16))
+    return _with_residual(module, trace(module, 2, torch.bfloat16))
 
 
 _X, _WEIGHT, _BIAS = Op("input", (0,)), Op("parameter", ("weight",)), Op("parameter", ("bias",))
@@ -246,16 +254,25 @@ def _outer(module: nn.Module, found: Op) -> Outer | None:
     return Outer(dense, dropouts) if dense and x == _X else None
 
 
-def _output(module: nn.Module, found: Op | None) -> Output | None:
+def _with_residual(module: nn.Module, found: Op | None) -> Output | Summed | None:
     norm, total = _child(found) if found is not None and found.name == "child" else ("", found)
     residual = Op("input", (1,))
     if total is None or total.name != "add" or residual not in total.args:
         return None
-    if norm and not _is_layer_norm(module._modules[norm]):
+    if norm and not (_is_layer_norm(module._modules[norm]) or _is_affine(module._modules[norm])):
         return None
-    product, dropouts = _behind_dropout(module, total.args[1 - total.args.index(residual)])
-    dense, x = _product(module, product)
-    return Output(dense, norm, dropouts) if dense and x == _X else None
+    branch, dropouts = _behind_dropout(module, total.args[1 - total.args.index(residual)])
+    dense, x = _product(module, branch)
+    if dense and x == _X:
+        return Output(dense, norm, dropouts)
+    what = None if norm else _feed_forward(module, branch)
+    return None if what is None else Summed(what, dropouts)
+
+
+def _is_affine(module: Any) -> bool:
+    """Whether this is weight * x + bias, each of them a vector."""
+    vectors = [p.dim() for p in module._parameters.values() if p is not None] == [1, 1]
+    return vectors and trace(module, 1, torch.bfloat16) == either_order("add", _BIAS, either_order("mul", _WEIGHT, _X))
 
 
 def _is_layer_norm(module: Any) -> bool:

@@ -2,8 +2,8 @@
 
 Nothing is computed, and neither the module nor torch is touched: the class's forward gets a stand-in for `self`. Its children
 and parameters are symbols too; everything else is the module's own. A forward that looks at the values or sizes of its input
-has no trace. Nor has one that asks whether it trains, branches on a setting, draws random numbers, or reads what it could
-change. A change of dtype is no operation: a symbol knows its dtype instead.
+has no trace. Nor has one that asks whether it trains, except for dropout, branches on a setting, draws random numbers, or reads
+what it could change. A change of dtype is no operation: a symbol knows its dtype instead.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Op(NamedTuple):
     """One operation: its name, and its arguments, which are operations, numbers or other plain objects.
 
     Names: "input" (the place among the arguments), "parameter" (its name), "child" (its name, then its arguments), "setting"
-    (the attribute that holds a number, then the number), "part" (of what, which, of how many), else a method of tensors or a
-    function of torch. The arguments of "add" and "mul" are sorted.
+    (the attribute that holds a number, then the number), "part" (of what, which, of how many), "drop" (of what, the attribute
+    with the probability: torch's function, while the module trains), else a method of tensors or a function of torch. The
+    arguments of "add" and "mul" are sorted.
     """
 
     name: str
@@ -134,6 +135,8 @@ def _record(name: str, args: Any, kwargs: dict[str, Any]) -> _Symbol:
     for symbol in symbols[1:]:
         kind = torch.promote_types(kind, symbol.kind)
     plain = tuple(map(_plain, args))
+    if name == "dropout":
+        return _Symbol(_dropped(plain, **kwargs), kind)
     if kwargs and name in ("square", "pow", "rsqrt", "sqrt", "add", "mul", "sub", "div"):  # alpha, out, exponent
         raise _Untraceable(name)
     if (name, plain[1:]) in (("square", ()), ("pow", (2,))):
@@ -143,6 +146,12 @@ def _record(name: str, args: Any, kwargs: dict[str, Any]) -> _Symbol:
     if name in ("add", "mul"):
         return _Symbol(either_order(name, *plain), kind)
     return _Symbol(Op(name, plain, tuple((k, _plain(v)) for k, v in kwargs.items())), kind)
+
+
+def _dropped(of: tuple[Any, ...], p: Any, training: Any, inplace: bool) -> Op:
+    if len(of) != 1 or not isinstance(p, _Setting) or not isinstance(training, _Training) or inplace:
+        raise _Untraceable("dropout")
+    return Op("drop", (*of, p.name))
 
 
 def _plain(value: Any) -> Any:
@@ -168,6 +177,16 @@ class _Setting(float):
     __hash__ = float.__hash__
 
 
+class _Training:
+    """Whether the module trains, which only torch's function for dropout may ask."""
+
+    def _refuse(self, *args: Any) -> Any:
+        raise _Untraceable("training")
+
+    __bool__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+
 # What a forward may read of the module itself. It could change other things, such as a list.
 _READABLE = (bool, int, float, str, tuple, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 
@@ -186,7 +205,9 @@ class _Self:
             return None if module._modules[name] is None else _Child(name, self._dtype)
         if name in vars(module):
             value = vars(module)[name]
-            if name == "training" or not isinstance(value, (*_READABLE, PreTrainedConfig, FusedConfig)):
+            if name == "training":
+                return _Training()
+            if not isinstance(value, (*_READABLE, PreTrainedConfig, FusedConfig)):
                 raise _Untraceable(name)
             return _Setting(value, name) if type(value) is float else value
         found = getattr(type(module), name)

@@ -91,7 +91,7 @@ def _attended(
 
     def compute(query, key, value, bias):
         return attend(
-            *(module, query, key, value, None if is_dense else _widened(mask, query, key)),
+            *(module, query, key, value, None if is_dense or mask is None else mask[..., : key.shape[2]]),
             dropout=module.dropout if module.training else 0.0,
             scaling=1.0,
             is_causal=False,
@@ -108,14 +108,6 @@ def _attended(
     if makes_bias and isinstance(handed_on, Tensor) and mask is not None:
         handed_on = handed_on + mask[..., : handed_on.shape[-1]]
     return (seen, handed_on, weights) if output_attentions else (seen, handed_on)
-
-
-def _widened(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask for each query, so that padding is recognised."""
-    if mask is None:
-        return None
-    mask = mask[..., : key.shape[2]] + 0.0  # -0.0 would be a bias
-    return mask.expand(-1, -1, query.shape[2], -1) if mask.shape[2] == 1 else mask
 
 
 def _with_dense_bias(given: dict[str, Any]) -> dict[str, Any]:
