@@ -70,9 +70,8 @@ class WeightFormat:
         """The integers of a stored weight, (N, K) int8."""
         if self.bits == 8:
             return weight
-        weight = weight.view(torch.uint8)
         halves = weight.unflatten(1, (-1, self.group // 2)) if weight.shape[1] else weight[:, None]
-        low, high = ((nibbles ^ 8).to(torch.int8) - 8 for nibbles in (halves & 15, halves >> 4))
+        low, high = ((halves & 15) ^ 8) - 8, halves >> 4  # no view(torch.uint8): torch.jit.trace cannot record it
         return torch.cat([low, high], 2).flatten(1)
 
     def dequantized(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

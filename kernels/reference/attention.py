@@ -137,7 +137,8 @@ def backward(a):
     grad_query = grad_s @ wide_key * a.scale
     grad_key = grad_s.transpose(-1, -2) @ query.to(p.dtype) * a.scale
     grad_value = (p * keep).transpose(-1, -2) @ grad_out
-    grad_key, grad_value = (t.unflatten(1, (key.shape[1], group)).sum(2) for t in (grad_key, grad_value))
+    b, hkv, sk, d = key.shape
+    grad_key, grad_value = (t.reshape(b, hkv, group, sk, d).sum(2) for t in (grad_key, grad_value))
     grads = (t.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (grad_query, grad_key, grad_value))
     grad_table = None
     if a.wants_table:

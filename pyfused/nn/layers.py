@@ -14,6 +14,7 @@ from ..activations import ACTIVATIONS, canonical
 from ..ops import ffn, fourier_mix, gated_ffn, layer_norm, linear, rms_norm
 from ..ops.activation import activated
 from ..ops.rms_norm import default_eps
+from ..own_forward import is_bare
 from .quantized import QuantizedLinear
 from .wide import wide_norm, wide_product
 
@@ -82,25 +83,44 @@ def dropped(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
 
 
-def any_quantized(*modules: nn.Module) -> bool:
-    """Whether one of these layers is quantised. The operators of several products take no integer weights, so layers are
-    called one by one then."""
-    return any(isinstance(m, QuantizedLinear) for m in modules)
+def must_be_called(*layers: nn.Module) -> bool:
+    """Whether one of these layers computes more than its weight and bias say: it has hooks, is quantised, or was replaced,
+    as LoRA does. The operators of several products read weights, so layers are called one by one then."""
+    for layer in layers:
+        forward = layer.__class__.forward
+        if forward is not Linear.forward and forward is not nn.Linear.forward:
+            return True
+    return not is_bare(*layers)
+
+
+def _call(outer: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """outer(hidden) + residual. pyfused's own layers add it themselves, but a hook is to see what the layer alone gives."""
+    found: Tensor
+    if residual is None:
+        found = outer(hidden)
+    elif outer.__class__.forward in (Linear.forward, QuantizedLinear.forward) and is_bare(outer):
+        found = outer(hidden, residual)
+    else:
+        found = outer(hidden) + residual
+    return found
 
 
 def wide_call(outer: Any, hidden: Tensor, residual: Tensor | None) -> Tensor:
     """outer(hidden) + residual in float32 for a float16 layer, quantised or not."""
     if isinstance(outer, QuantizedLinear):
         return outer.wide(hidden, residual)
+    if must_be_called(outer):
+        found: Tensor = outer(hidden.half()).float()
+        return found if residual is None else found + residual
     return wide_product(hidden, outer.weight, outer.bias, residual)
 
 
 def feed_forward(
     x: Tensor, inner: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout and integer weights."""
-    if any_quantized(inner, outer):
-        return outer(dropped(activated(inner(x), activation), dropout), residual)
+    """outer(dropout(activation(inner(x)))) + residual. It is one operator without dropout, where both layers are plain."""
+    if must_be_called(inner, outer):
+        return _call(outer, dropped(activated(inner(x), activation), dropout), residual)
     if dropout:
         hidden = F.dropout(ACTIVATIONS[activation].function(linear(x, inner.weight, inner.bias)), dropout)
         return linear(hidden, outer.weight, outer.bias, residual=residual)
@@ -110,13 +130,13 @@ def feed_forward(
 def gated_feed_forward(
     x: Tensor, gate: Any, up: Any, outer: Any, activation: str, dropout: float, residual: Tensor | None = None
 ) -> Tensor:
-    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout and
-    integer weights."""
-    if any_quantized(gate, up, outer):
+    """outer(dropout(activation(gate(x)) * up(x))) + residual, without biases. It is one operator without dropout,
+    where all layers are plain."""
+    if must_be_called(gate, up, outer):
         hidden = dropped(activated(gate(x), activation, up(x)), dropout)
         if x.dtype == torch.float16:  # hidden is float32
             return wide_call(outer, hidden, residual).to(x.dtype)
-        return outer(hidden, residual)
+        return _call(outer, hidden, residual)
     if dropout:
         hidden = ACTIVATIONS[activation].function(linear(x, gate.weight)) * linear(x, up.weight)
         return linear(F.dropout(hidden, dropout), outer.weight, residual=residual)

@@ -20,6 +20,7 @@ from .registration import Operator
 from .relative_bias import EACH, DistanceBias, RelativeBias, by_distance, check_buckets
 
 MAX_HEAD_SIZE = 256
+_is_compiling = torch.compiler.is_compiling
 
 
 def attention(
@@ -85,6 +86,8 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    if isinstance(attn_bias, torch.Tensor) and not _is_compiling() and attn_bias.is_neg():
+        attn_bias = attn_bias.resolve_neg()  # z.conj().imag: kernels would read it with the other sign
     given = None
     if cu_seqlens is None and not autocast_is_on():
         relative: Any = (None, True, 128) if relative_bias is None else relative_bias

@@ -10,7 +10,7 @@
     Operator.__call__                 who watches the call? The first match decides:
 
         torch.func, forward-mode derivatives, torch.jit.trace       in_plain_torch    plain PyTorch, which they can follow
-        a gradient of a gradient, DTensors                          plainly           the same
+        a gradient of a gradient, DTensors, is_grads_batched        plainly           the same
         torch.compile, torch.export, dispatch modes, the profiler,
         tensor subclasses                                           registered        torch.ops.pyfused.<name>
         a gradient is wanted                                        autograd          direct, inside autograd.Function
@@ -36,6 +36,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._are_functorch_transforms_active  # torch.func's transforms; their tensors have no memory
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched=True: they have no memory
 # If one of these returns something true, somebody watches the operators, and a launch alone is not enough.
 WATCHERS = modes, profiler_is_on, jit_is_tracing, _in_transform
 _forced = dispatch._forced.get
@@ -158,6 +159,8 @@ class Call:
     def direct(self, *args: Any) -> tuple[Any, ...]:
         """Runs the chosen kernel, with no autograd and no dispatcher."""
         key = _forced(), _signature(*args)
+        if key[1] is None and any(isinstance(a, torch.Tensor) and _is_batched(a) for a in args):
+            return self.plainly(*args)
         launch = self._launches.get(key)
         if launch is None:
             launch = dispatch.choose(self.kernel, self.function, args)

@@ -133,27 +133,27 @@ def _fake(x, weight, bias, residual, scale=None, dynamic=False):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _, _, *of_integers = inputs
-    if of_integers and of_integers[0] is not None:
+    ctx.shape, ctx.of_integers = x.shape, bool(of_integers) and of_integers[0] is not None
+    if ctx.of_integers:
         ctx.save_for_backward(weight, of_integers[0])  # not x: only the weight's gradient would need it
-        ctx.shape, ctx.of_integers = x.shape, True
-    else:
-        ctx.save_for_backward(x, weight)
-        ctx.of_integers = False
+    else:  # as torch: beside a frozen weight x is not kept and may be overwritten
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
 
 
 def _backward(ctx, grad_y):
     """Library products: these are plain matrix products, which cuBLAS and MKL do well."""
     wants_x, wants_weight, wants_bias, wants_residual, *of_integers = ctx.needs_input_grad
+    shape = ctx.shape
     if ctx.of_integers:
         weight, scale = ctx.saved_tensors
-        shape, wants_weight = ctx.shape, False
+        wants_weight = False
         x: Any = None
         weight = dequantized(weight, scale, grad_y.dtype) if wants_x else weight
     else:
         x, weight = ctx.saved_tensors
-        shape = x.shape
-    n, k = weight.shape[0], shape[-1]
-    rows = grad_y.reshape(math.prod(shape[:-1]), n)
+    k = shape[-1]
+    rows = grad_y.reshape(math.prod(shape[:-1]), grad_y.shape[-1])
     grad_x = (rows @ weight).view(shape) if wants_x else None
     grad_weight = rows.t() @ x.reshape(rows.shape[0], k) if wants_weight else None
     grad_bias = rows.sum(0) if wants_bias else None

@@ -154,6 +154,50 @@ def test_dropout_inside_a_feed_forward_network(kind, activation, monkeypatch):
     assert shapes == [((30, 56), 0.5)]
 
 
+class Adapted(nn.Module):
+    """As LoRA's layers: beside the layer that it holds it adds something, and it shows the weight and bias of that layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.adapter = layer, nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.adapter(x)
+
+    weight, bias = property(lambda self: self.layer.weight), property(lambda self: self.layer.bias)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+@pytest.mark.parametrize("place", ["gate", "up", "inner", "outer"])
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
+def test_a_layer_of_a_feed_forward_network_that_was_changed(kind, place, how):
+    """It is called: its weight is not all that it computes."""
+    changed = kind(24, 56, "relu")
+    if not hasattr(changed, place):
+        pytest.skip(f"a {kind.__name__} has no {place}")
+    layer, x, residual = getattr(changed, place), torch.randn(3, 24), torch.randn(3, 24)
+    adapted = Adapted(layer)
+    merged = copy.deepcopy(changed)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            if getattr(layer, name) is not None:
+                getattr(getattr(merged, place), name).add_(getattr(adapted.adapter, name))
+    if layer.bias is None:
+        adapted.adapter.bias = None
+    if how == "replaced":
+        setattr(changed, place, adapted)
+    else:
+        layer.register_forward_hook(lambda module, given, found: found + adapted.adapter(given[0]))
+    for more in ((), (residual,)):
+        torch.testing.assert_close(changed(x, *more), merged(x, *more))
+    changed(x).sum().backward()
+    assert adapted.adapter.weight.grad is not None
+    for module in (changed, merged, adapted):
+        module.half()
+    found, expected = (module(x.half(), residual, wide=True) for module in (changed, merged))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_reversible_embedding():
     mine, theirs = ReversibleEmbedding(11, 6), nn.Embedding(11, 6)
     mine.load_state_dict(theirs.state_dict())

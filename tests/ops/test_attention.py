@@ -263,6 +263,15 @@ def test_bias_of_any_strides(each_backend, device):
         assert torch.equal(a, b)
 
 
+def test_a_bias_of_a_conjugated_tensor(each_backend, device):
+    """torch keeps its imaginary part as a view with a sign bit, which the kernels do not see."""
+    query, key, value = (torch.randn(2, 2, n, 8, device=device) for n in (18, 21, 21))
+    bias = torch.randn(2, 2, 18, 21, dtype=torch.complex64, device=device)
+    found = [pyfused.attention(query, key, value, attn_bias=t) for t in (bias.imag, bias.conj().imag, -bias.imag)]
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 19, 23, 32), (1, 2, 1, 1, 30, 32)], ids=str)
 def test_dropout_keeps_what_philox_says(each_backend, device, sizes):
     """With value = identity the output is the probabilities, exactly 0 where the generator drops one."""

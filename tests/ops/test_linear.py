@@ -90,6 +90,16 @@ def test_only_wanted_gradients(each_backend, device):
     assert_close(weight.grad, *(t.sum(0).expand(6, 8) for t in (x, x.double())))
 
 
+def test_beside_a_frozen_weight_x_may_be_overwritten(each_backend, device):
+    """As in torch, which keeps x for the weight's gradient alone."""
+    x, weight = make(torch.float32, device, 4, 8).requires_grad_(), make(torch.float32, device, 6, 8)
+    copy = x.clone()
+    y = pyfused.linear(copy, weight)
+    copy.zero_()
+    y.sum().backward()
+    assert_close(x.grad, *(w.sum(0).expand(4, 8) for w in (weight, weight.double())))
+
+
 def test_strides(each_backend, dtype, device):
     base, weights = make(dtype, device, 4, 6, 80), make(dtype, device, 50, 90)
     wide = make(dtype, device, 4, 6, 100)

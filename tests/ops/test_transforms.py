@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
+from pyfused.weight_format import INT4
 
 
 def tensors(*shapes):
@@ -15,10 +16,12 @@ def tensors(*shapes):
 
 
 W, B, G, U, D, TABLE = tensors((8,), (8,), (6, 8), (6, 8), (8, 6), (8, 2))
+FOURS, SCALE = INT4.quantized(torch.randn(6, 32))
 CALLS = {
     "layer_norm": lambda x: pyfused.layer_norm(x, W, B, residual=x.sin())[0],
     "rms_norm": lambda x: pyfused.rms_norm(x, W),
     "linear": lambda x: pyfused.linear(x, G, residual=x[..., :6]),
+    "linear, int4": lambda x: pyfused.linear(x.repeat_interleave(4, -1), FOURS, scale=SCALE),
     "ffn": lambda x: pyfused.ffn(x, G, None, D, B, activation="gelu"),
     "gated_ffn": lambda x: pyfused.gated_ffn(x, G, U, D, activation="silu"),
     "fourier_mix": lambda x: pyfused.fourier_mix(x),
@@ -52,6 +55,16 @@ def test_grad_and_forward_mode(call):
         y = call(forward_ad.make_dual(x.detach(), direction))
         tangent = forward_ad.unpack_dual(y.sin().sum()).tangent
     torch.testing.assert_close(tangent, (expected * direction).sum())
+
+
+def test_batched_gradients(call):
+    """is_grads_batched=True and torch.autograd.functional.jacobian(vectorize=True) have a vmap of their own."""
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    y = call(x)
+    upstream = torch.randn(3, *y.shape)
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in upstream])
+    (found,) = torch.autograd.grad(y, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_compiled(call):

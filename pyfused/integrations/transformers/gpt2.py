@@ -38,7 +38,9 @@ def mlp_forward(module: GPT2MLP, hidden_states: Tensor) -> Any:
 def block_forward(module: GPT2Block, *args: Any, **kwargs: Any) -> Any:
     """residual sums inside pyfused.layer_norm and pyfused.ffn"""
     given = named(module, args, kwargs)
-    return original(module, **given) if _needs_own_code(module, given) else _block(module, **given)
+    if _needs_own_code(module, given):
+        return original(module, *args, **kwargs)  # as given: reentrant checkpointing sees no gradient in a keyword
+    return _block(module, **given)
 
 
 @fused_forward
@@ -46,7 +48,7 @@ def block_of_tuples_forward(module: GPT2Block, *args: Any, **kwargs: Any) -> Any
     """residual sums inside pyfused.layer_norm and pyfused.ffn"""
     given = named(module, args, kwargs)
     if given.get("output_attentions") or _needs_own_code(module, given):
-        return original(module, **given)
+        return original(module, *args, **kwargs)
     return (_block(module, **given),)
 
 
