@@ -128,8 +128,9 @@ def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows):
 @pytest.mark.cpu_kernels
 def test_threads_agree(each_backend, dtype):
     """Threads share the outputs, or the rows where there are many."""
-    x, weight, bias = make(dtype, "cpu", 400, 200), make(dtype, "cpu", 700, 200), make(dtype, "cpu", 700)
-    for rows in (1, 5, 33, 131, 400):
+    x, every_weight, every_bias = make(dtype, "cpu", 400, 200), make(dtype, "cpu", 700, 200), make(dtype, "cpu", 700)
+    for rows, outputs in ((1, 700), (5, 700), (33, 700), (131, 700), (400, 700), (400, 20)):
+        weight, bias = every_weight[:outputs], every_bias[:outputs]
         expected = plain(x[:rows], weight, bias)
         truth = plain(x[:rows].double(), weight.double(), bias.double())
         for threads in (1, 2, 3):

@@ -22,9 +22,10 @@ struct Split {
 
   template <class... P> explicit Split(const P&... products) { (add(products), ...); }
   template <class P> void add(const P& p) {
-    const int wanted = threads_for(p.run_items(), p.run_work());
-    threads = wanted > threads ? wanted : threads;
     rows = p.row_count();
+    const int64_t outputs = p.run_items(), shares = rows / P::kShareM, items = shares > outputs ? shares : outputs;
+    const int wanted = threads_for(items, items ? outputs * p.run_work() / items : 0);
+    threads = wanted > threads ? wanted : threads;
     block = P::kBlockM < block ? P::kBlockM : block;
     least = P::kShareM > least ? P::kShareM : least;
   }
