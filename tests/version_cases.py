@@ -12,7 +12,8 @@ from fused_pairs import Trio, padded
 from hf_cases import BERT, GPT2, IDS, T5, VOCABULARY, WIDTHS, build, check_against_eager, livened, padding, tokens
 
 import pyfused
-from pyfused.integrations.transformers import attention, mpnet
+from pyfused.integrations.transformers import attention
+from pyfused.nn import attention as visibility
 
 
 def test_the_release():
@@ -62,9 +63,8 @@ def test_outputs_and_report(name):
 def test_padding_is_no_dense_bias(name, implementation, monkeypatch):
     """Whatever a release writes where a key is visible, 0.0 or -0.0, and for each query or for all of them."""
     made, model = [], build_one(name)
-    for file in (attention, mpnet):
-        kernel = "attention" if file is attention else "attend"
-        monkeypatch.setattr(file, kernel, lambda *args, **more: made.append(more) or pyfused.attention(*args, **more))
+    for file in (attention, visibility):
+        monkeypatch.setattr(file, "attention", lambda *args, **more: made.append(more) or pyfused.attention(*args, **more))
     for part in model.modules():
         if isinstance(part, hf.PreTrainedModel) and name != "MPNet":
             part.set_attn_implementation(implementation)

@@ -19,7 +19,8 @@ def test_resolve_dtype():
     for wrong in ("int8", "float", "", torch.int64, torch.complex64):
         with pytest.raises(ValueError, match=r"dtype is .*; it takes one of float32"):
             resolve_dtype(wrong)
-    for wrong in (None, 32, float):
+    assert resolve_dtype(None) is torch.get_default_dtype()
+    for wrong in (32, float):
         with pytest.raises(TypeError, match=r"dtype is of type .*; it takes one of float32"):
             resolve_dtype(wrong)
 
