@@ -1,5 +1,5 @@
-"""An activation between two layers that no operator joins, such as those with integer weights: on a CPU torch's own takes up
-to ten times as long. It is no operator: whoever watches, or wants a gradient, sees plain PyTorch."""
+"""An activation between two layers that no operator joins, such as those with integer weights. On a CPU torch computes some of
+them slowly. It is no operator: whoever watches, or wants a gradient, sees plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from ..extensions import DTYPE_CODES
 from ..kernels.cpu import ffn, gated_ffn
 from .call import watched
 
+# torch has a slow tanh for the first, and passes through memory for the second. A gate's product is one more pass; torch's erf and
+# tanh alone are faster than the kernel's, on AVX2 even then.
+_BY_KERNEL = {"gelu_tanh", "quick_gelu"}
+_GATES_BY_KERNEL = _BY_KERNEL | {"silu", "relu"}
+
 
 def activated(x: Tensor, activation: str, up: Tensor | None = None) -> Tensor:
     """activation(x), or activation(x) * up. The product is float32 for float16: two of its numbers may exceed it."""
     wide = torch.float32 if up is not None and x.dtype == torch.float16 else x.dtype
-    if _by_kernel(x, up):
+    if activation in (_BY_KERNEL if up is None else _GATES_BY_KERNEL) and _by_kernel(x, up):
         y = torch.empty_like(x, dtype=wide)
         if up is None:
             ffn.activate(x, None, y, None, activation)
