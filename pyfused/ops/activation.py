@@ -12,8 +12,8 @@ from ..extensions import DTYPE_CODES
 from ..kernels.cpu import ffn, gated_ffn
 from .call import watched
 
-# torch has a slow tanh for the first, and passes through memory for the second. A gate's product is one more pass; torch's erf and
-# tanh alone are faster than the kernel's, on AVX2 even then.
+# torch computes the first slowly and the second in passes through memory. A gate's product is one more pass. torch's erf and
+# tanh are faster than the kernel's.
 _BY_KERNEL = {"gelu_tanh", "quick_gelu"}
 _GATES_BY_KERNEL = _BY_KERNEL | {"silu", "relu"}
 
