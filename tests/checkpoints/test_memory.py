@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 # One embedding of a third of the weights, the rest in matrices that are transposed on the way: 298 MB
 SIZES = {"vocabulary_size": 24_000, "num_layers": 4, "num_heads": 16, "hidden_dim": 1024, "intermediate_dim": 4096}
+TINY = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 64, "intermediate_dim": 256}
 POSITIONS = 256
 
 MEASURE = """
 import sys
 sys.path[:0] = sys.argv[2].split(":")
 import torch
-from pyfused.checkpoints import open_checkpoint
 from pyfused.models.backbone import Backbone
 
 torch.set_num_threads(1)
@@ -29,7 +29,7 @@ def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 
-open_checkpoint(sys.argv[1])  # whatever is imported on the way does not count
+Backbone.from_preset(sys.argv[4], dtype=sys.argv[3])  # code and modules needed on the way do not count
 before = memory("VmRSS")
 try:
     with open("/proc/self/clear_refs", "w") as file:
@@ -43,10 +43,11 @@ print(weights, memory("VmHWM") - before)
 """
 
 
-def write_hf(directory: Path) -> None:
-    width, inner = SIZES["hidden_dim"], SIZES["intermediate_dim"]
-    shapes = {"wte.weight": (SIZES["vocabulary_size"], width), "wpe.weight": (POSITIONS, width)}
-    for i in range(SIZES["num_layers"]):
+def write_hf(directory: Path, sizes=SIZES) -> None:
+    directory.mkdir()
+    width, inner = sizes["hidden_dim"], sizes["intermediate_dim"]
+    shapes = {"wte.weight": (sizes["vocabulary_size"], width), "wpe.weight": (POSITIONS, width)}
+    for i in range(sizes["num_layers"]):
         for name, into, out in (
             ("attn.c_attn", width, 3 * width), ("attn.c_proj", width, width), ("mlp.c_fc", width, inner),
             ("mlp.c_proj", inner, width),
@@ -55,13 +56,14 @@ def write_hf(directory: Path) -> None:
         shapes |= {f"h.{i}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
     shapes |= {f"ln_f.{kind}": (width,) for kind in ("weight", "bias")}
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    config = {"model_type": "gpt2", "vocab_size": SIZES["vocabulary_size"], "n_layer": SIZES["num_layers"],
-              "n_head": SIZES["num_heads"], "n_embd": width, "n_positions": POSITIONS}  # fmt: skip
+    config = {"model_type": "gpt2", "vocab_size": sizes["vocabulary_size"], "n_layer": sizes["num_layers"],
+              "n_head": sizes["num_heads"], "n_embd": width, "n_positions": POSITIONS}  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def write_keras(directory: Path) -> None:
-    width, inner, heads = SIZES["hidden_dim"], SIZES["intermediate_dim"], SIZES["num_heads"]
+def write_keras(directory: Path, sizes=SIZES) -> None:
+    directory.mkdir()
+    width, inner, heads = sizes["hidden_dim"], sizes["intermediate_dim"], sizes["num_heads"]
     generator = np.random.default_rng(0)
     with h5py.File(directory / "model.weights.h5", "w") as file:
 
@@ -69,10 +71,10 @@ def write_keras(directory: Path) -> None:
             for index, shape in enumerate(shapes):
                 file[f"layers/{path}/vars/{index}"] = generator.standard_normal(shape, dtype="f4")
 
-        write("reversible_embedding", (SIZES["vocabulary_size"], width))
+        write("reversible_embedding", (sizes["vocabulary_size"], width))
         write("position_embedding", (POSITIONS, width))
         write("layer_normalization", (width,), (width,))
-        for i in range(SIZES["num_layers"]):
+        for i in range(sizes["num_layers"]):
             block = "transformer_decoder" + (f"_{i}" if i else "")
             attention = f"{block}/_self_attention_layer"
             for part in ("query", "key", "value"):
@@ -82,7 +84,7 @@ def write_keras(directory: Path) -> None:
             write(f"{block}/_feedforward_layer_norm", (width,), (width,))
             write(f"{block}/_feedforward_intermediate_dense", (width, inner), (inner,))
             write(f"{block}/_feedforward_output_dense", (inner, width), (width,))
-    config = SIZES | {"max_sequence_length": POSITIONS, "dropout": 0.1, "dtype": "float32"}
+    config = sizes | {"max_sequence_length": POSITIONS, "dropout": 0.1, "dtype": "float32"}
     described = {"class_name": "GPT2Backbone", "registered_name": "keras_hub>GPT2Backbone", "config": config}
     (directory / "config.json").write_text(json.dumps(described))
 
@@ -90,11 +92,12 @@ def write_keras(directory: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("write", [write_hf, write_keras])
 def test_peak_memory(tmp_path, write):
-    write(tmp_path)
+    write(tmp_path / "whole")
+    write(tmp_path / "tiny", TINY)
     root = Path(__file__).resolve().parents[2]
     paths = f"{root}:{Path(__file__).resolve().parent}"
     for dtype in ("float32", "bfloat16"):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path), paths, dtype]
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "whole"), paths, dtype, str(tmp_path / "tiny")]
         weights, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         assert weights > 290e6 / (1 if dtype == "float32" else 2)
         assert weights < peak <= 1.15 * weights, f"{peak / weights:.3f} copies of the weights in {dtype}"
@@ -135,7 +138,6 @@ def test_peak_memory_of_saving(tmp_path):
     """A model needs a few blocks more to be saved. A conversion needs one tensor; the largest, in bfloat16, has 49 MB."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.fail("the system does not say how much memory a process needs")
-    (tmp_path / "source").mkdir()
     write_hf(tmp_path / "source")
     root = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", SAVE, str(tmp_path / "source"), str(tmp_path / "target")]
