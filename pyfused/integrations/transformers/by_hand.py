@@ -71,7 +71,6 @@ LEFT = {
     "luke.LukeSelfAttention": "words and entities may have queries of their own for each other",
     "mobilebert.MobileBertLayer": "its last feed-forward has two residuals",
     "nystromformer.NystromformerSelfAttention": "attention by landmarks, which the kernels do not have",
-    "squeezebert.SqueezeBertSelfAttention": "channels come before words, and its products are modules",
     "xlnet.XLNetRelativeAttention": "scores by position are shifted from row to row, which the kernels do not do",
 }
 
