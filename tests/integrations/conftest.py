@@ -18,3 +18,11 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(attention_interface, "attention", recorded)
     return made
+
+
+@pytest.fixture(autouse=True)
+def few_scores_too(monkeypatch):
+    """Attention by hand runs on the kernel in tiny models too."""
+    from pyfused.integrations.transformers import by_hand
+
+    monkeypatch.setattr(by_hand, "WORTH_THE_KERNEL", 0)
