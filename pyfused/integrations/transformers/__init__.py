@@ -22,15 +22,16 @@ from .config import NAME, leave  # noqa: E402
 from .heads import fuse_heads  # noqa: E402
 from .masks import make_mask  # noqa: E402
 from .padding import ENCODERS  # noqa: E402
+from .projections import fuse_projections  # noqa: E402
 
 __all__ = ["ADAPTERS", "ENCODERS", "NAME", "adapter_for", "attend", "enter", "leave", "make_mask"]
 
 
 def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
-    """What fuse_ does to a model as a whole, attention layers and heads; returns (replaced, left)."""
+    """What fuse_ does to a model as a whole: attention layers, their projections, and heads; returns (replaced, left)."""
     done, left = config.enter(model, wanted, _OWN_ATTENTION)
     more, others = fuse_heads(model, wanted)
-    return done + more, left + others
+    return done + more + fuse_projections(model, wanted), left + others
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
