@@ -125,7 +125,7 @@ def test_the_number_of_scores():
             assert not by_hand._few(module, given)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "MobileViT"])  # whose calls cannot ask for them
 def test_attention_weights(name):
     """A call that wants them runs the class's own code."""
     fused, plain, inputs = fused_and_plain(name)

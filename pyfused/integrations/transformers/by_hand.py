@@ -34,6 +34,7 @@ from .statements import source_of
 # Folder (and file, where it has another name), then the class.
 ROWS = (
     "big_bird.BigBirdSelfAttention",
+    "bigbird_pegasus.BigBirdPegasusSelfAttention",
     "blip.BlipAttention",
     "bloom.BloomAttention",
     "canine.CanineSelfAttention",
@@ -45,11 +46,14 @@ ROWS = (
     "flaubert.MultiHeadAttention",
     "flava.FlavaSelfAttention",
     "git.GitSelfAttention",
+    "groupvit.GroupViTAttention",
     "led.LEDDecoderAttention",
     "lxmert.LxmertAttention",
     "megatron_bert.MegatronBertSelfAttention",
+    "mobilevit.MobileViTSelfAttention",
     "mpt.MptAttention",
     "mvp.MvpAttention",
+    "pvt.PvtEfficientSelfAttention",
     "rembert.RemBertSelfAttention",
     "roformer.RoFormerSelfAttention",
     "speecht5.SpeechT5Attention",

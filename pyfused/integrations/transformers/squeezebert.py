@@ -49,7 +49,8 @@ def norm(module: Any, x: Tensor) -> Any:
     """pyfused.layer_norm"""
     if x.dim() != 3 or not go_together(module, x):
         return original(module, x)
-    return layer_norm(x.transpose(1, 2), module.weight, module.bias, eps=module.eps).transpose(1, 2)
+    y: Any = layer_norm(x.transpose(1, 2), module.weight, module.bias, eps=module.eps)
+    return y.transpose(1, 2)
 
 
 def _attended(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,7 +67,8 @@ def _attended(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _feed_forward(inner: Any, last: Any, x: Tensor) -> Tensor:
     """last(act(inner(x))) + x, one group of channels after the other."""
-    groups, activation = last.groups, kernel_activation(inner.act)
+    groups: int = last.groups
+    activation: Any = kernel_activation(inner.act)
     if inner.conv1d.groups != groups:
         return _product(last, inner.act(_product(inner.conv1d, x)), x)
     found = [
