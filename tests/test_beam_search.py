@@ -197,7 +197,7 @@ def test_reorder_lets_rows_change_places():
         ({"length_penalty": "long"}, TypeError, "length_penalty is 'long'"),
         ({"length_penalty": float("inf")}, ValueError, "length_penalty is inf"),
         ({"early_stopping": "always"}, ValueError, "early_stopping is 'always'"),
-        ({"num_beams": 1, "length_penalty": 2.0}, ValueError, "length_penalty and early_stopping are about beams"),
+        ({"num_beams": 1, "length_penalty": 2.0}, ValueError, "length_penalty and early_stopping are for beams"),
         ({"num_beams": 1, "num_return_sequences": 2}, ValueError, "at most num_beams = 1"),
         ({"temperature": 1.0}, ValueError, "temperature is 1.0 and num_beams 2"),
         ({"on_token": print}, ValueError, "on_token is given and num_beams is 2"),
