@@ -227,7 +227,7 @@ class Backbone(nn.Module, ABC):
         max_shard_size: int | str = "10GB",
         tokenizer: Any = None,
     ) -> None:
-        """Writes configuration, weights and tokeniser in transformers' format ("hf") or KerasHub's ("keras"). pyfused reads both.
+        """Writes configuration, weights and tokeniser for transformers ("hf") or KerasHub ("keras"). pyfused reads both.
 
         directory: is made if needed. Its checkpoint is replaced all at once: a process that is killed leaves the old one or
             the new one. Other files in it stay.
