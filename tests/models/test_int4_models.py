@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from quantized_cases import BACKBONES, DTYPES, assert_same_model, bytes_of, inputs_of, kinds, outputs, spread
+from quantized_cases import BACKBONES, DTYPES, assert_same_model, bytes_of, kinds, outputs, spread
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -155,19 +155,6 @@ def test_casts_and_back():
         QuantizedLinear(48, 8, scheme="int4")
     with pytest.raises(ValueError, match="dynamic is True; with scheme 'int4' it takes False"):
         QuantizedLinear(64, 8, scheme="int4", dynamic=True)
-
-
-def test_training_of_what_is_left():
-    """Norms, biases and inputs get the gradients of the dequantised model."""
-    model = spread(MODELS["gpt2"]()).train()
-    quantize_(model, "int4")
-    plain = unquantize_(copy.deepcopy(model))
-    for m in (model, plain):
-        m(inputs_of(m)).square().sum().backward()
-    expected = dict(plain.named_parameters())
-    for key, p in model.named_parameters():
-        largest = float(expected[key].grad.abs().max())
-        torch.testing.assert_close(p.grad, expected[key].grad, rtol=1e-3, atol=1e-3 * largest)
 
 
 def test_transformers():
