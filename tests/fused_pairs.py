@@ -12,15 +12,16 @@ import pyfused
 class Trio:
     """One model three times: fused, plain, and plain in float64 (the truth).
 
-    dtype None keeps the model's. `vary` moves norms and biases away from ones and zeros, so that a missing one shows.
+    dtype None keeps the model's. options: fuse_'s. `vary` moves norms and biases away from ones and zeros, so that a missing
+    one shows.
     """
 
-    def __init__(self, model, dtype=torch.float32, filter_fn=None):
+    def __init__(self, model, dtype=torch.float32, **options):
         self.plain = vary(model).eval()
         self.plain = self.plain if dtype is None else self.plain.to(dtype)
         self.truth = copy.deepcopy(self.plain).double()
         self.fused = copy.deepcopy(self.plain)
-        self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
+        self.report = pyfused.fuse_(self.fused, **options)
         self.first = None  # the weights of the first draw
 
     @property

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import transformers as hf
 from fused_pairs import vary
 from torch import nn
 
@@ -28,6 +27,7 @@ def calls(monkeypatch):
 @pytest.fixture
 def fuse_tomorrows(monkeypatch):
     """A function that fuses a module as if its class, and those of its parts, were transformers'. Returns the report."""
+    import transformers as hf
 
     def fuse(module, *parts):
         for kind in (type(module), *parts):
