@@ -192,10 +192,10 @@ def counted(monkeypatch, file, *names):
 def gradients(model, loss, reentrant):
     """The parameters' gradients with checkpointing: the backward computes each layer again."""
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.zero_grad()
     loss(model).backward()
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     model.eval()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -135,8 +135,8 @@ LABELS = {
 
 @pytest.mark.parametrize("head", LABELS)
 def test_heads_and_losses(head):
-    trio, mask = Trio(gpt2(head)), padding(2, 7, "right")
-    inputs = {"input_ids": tokens(2, 7), "attention_mask": mask, "use_cache": False}
+    trio, mask = Trio(gpt2(head, use_cache=False)), padding(2, 7, "right")
+    inputs = {"input_ids": tokens(2, 7), "attention_mask": mask}
     trio.check(live=mask, **inputs)
     trio.check(live=mask, **inputs, **LABELS[head]())
 
