@@ -51,8 +51,10 @@ __all__ = [
     "write",
 ]
 
-# The operators with evidence for CPUs; the products inside ffn and gated_ffn go by linear's.
-OPERATORS = ("linear", "layer_norm", "rms_norm", "fourier_mix")
+# The operators with evidence for CPUs.
+OPERATORS = ("linear", "ffn", "gated_ffn", "layer_norm", "rms_norm", "fourier_mix")
+# Where their own classes of shapes were not measured, these go by the product's.
+_BY_PRODUCT = ("ffn", "gated_ffn")
 
 # Settings of the `with` blocks below.
 _by_library: ContextVar[bool | None] = ContextVar("pyfused_by_library", default=None)
@@ -140,7 +142,10 @@ def _decides(
 ) -> tuple[Line | None, dict[str, float]]:
     """The line for this call and its speeds at this size. If judge(speeds) differs between the measured numbers of threads, the
     set of threads_noticed() gets them."""
-    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    of_shapes = function, name_of(dtype), shapes
+    by_threads = _by_class(device).get((operator, *of_shapes))
+    if by_threads is None and operator in _BY_PRODUCT:
+        by_threads = _by_class(device).get(("linear", *of_shapes))
     if by_threads is None:
         return None, {}
     counts = _thread_counts.get()
