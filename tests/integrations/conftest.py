@@ -48,3 +48,13 @@ def pair(fuse_tomorrows):
         return plain, fused, fuse_tomorrows(fused, *parts)
 
     return make
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that grows with each call of decode that a model makes."""
+    from pyfused.integrations.transformers import decode
+
+    found, run = [], decode.run
+    monkeypatch.setattr(decode, "run", lambda *args: found.append(args[1]) or run(*args))
+    return found
