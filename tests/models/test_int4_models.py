@@ -177,11 +177,10 @@ def test_transformers():
             for key, form in found.items()
         )
         assert {"int4", "int8"} == set(found.values())
-        plain = unquantize_(copy.deepcopy(model))
-        for made in (model, pyfused.fuse_(copy.deepcopy(model)) and model):
+        plain, fused = unquantize_(copy.deepcopy(model)), copy.deepcopy(model)
+        pyfused.fuse_(fused)
+        for made in (model, fused):
             with torch.no_grad():
                 torch.testing.assert_close(made(ids, **more).logits, plain(ids, **more).logits, rtol=1e-4, atol=1e-4)
         options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        fused = copy.deepcopy(model)
-        pyfused.fuse_(fused)
         assert torch.equal(fused.generate(ids, **options), plain.generate(ids, **options))
