@@ -76,11 +76,10 @@ def test_what_explain_says_is_what_runs(cache, monkeypatch, name, tensors):
 
 @pytest.mark.parametrize("name, tensors", [("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
 def test_networks_go_by_the_products_where_only_these_were_measured(cache, name, tensors):
-    """No file has networks in float16. One that keeps what a gradient needs is never what was measured."""
-    half = [t if t is None else t.half() for t in tensors]
+    """One's own products count before another machine's networks. A call that keeps what a gradient needs was not measured."""
     for speed, expected in ((0.5, "library"), (2.0, "kernel")):
-        cache(row(dtype="float16", **{"16": speed}))
-        assert runs(name, *half, activation="relu") == expected
+        cache(row(**{"16": speed}))
+        assert runs(name, *tensors, activation="relu") == expected
     cache(row(**{"16": 0.5}), row(name, **{"16": 2.0}))
     assert runs(name, *tensors, activation="relu") == "kernel"
     assert runs(name, X.clone().requires_grad_(), *tensors[1:], activation="relu") == "library"

@@ -19,7 +19,7 @@ from ..setting import set_to
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
 from .shapes import SHAPES, product_shapes, shapes_of
-from .storage import OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
+from .storage import BY_PRODUCT, OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
 
 __all__ = [
     "OPERATORS",
@@ -53,8 +53,6 @@ __all__ = [
 
 # The operators with evidence for CPUs.
 OPERATORS = ("linear", "ffn", "gated_ffn", "layer_norm", "rms_norm", "fourier_mix")
-# Where their own classes of shapes were not measured, these go by the product's.
-_BY_PRODUCT = ("ffn", "gated_ffn")
 
 # Settings of the `with` blocks below.
 _by_library: ContextVar[bool | None] = ContextVar("pyfused_by_library", default=None)
@@ -144,7 +142,7 @@ def _decides(
     set of threads_noticed() gets them."""
     of_shapes = function, name_of(dtype), shapes
     by_threads = _by_class(device).get((operator, *of_shapes))
-    if by_threads is None and operator in _BY_PRODUCT:
+    if by_threads is None and operator in BY_PRODUCT:
         by_threads = _by_class(device).get(("linear", *of_shapes))
     if by_threads is None:
         return None, {}
