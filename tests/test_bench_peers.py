@@ -1,6 +1,7 @@
 """Do the peers compute the same as transformers' model, and does a report name missing ones?"""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,21 +53,29 @@ def test_the_peers_of_the_test_group_are_installed(packages):
     assert all(importlib.util.find_spec(package) for package in packages)
 
 
-def gpt2():
+def gpt2(texts=1):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 101, "bos_token_id": 0, "eos_token_id": 0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
-    ids = torch.randint(101, (1, 9))
+    ids = torch.randint(101, (texts, 9))
     return model, ids, model(ids).logits[:, -1]
 
 
-def test_ctranslate2_gpt2_prompt():
-    model, ids, exact = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_ctranslate2_gpt2_prompt(texts):
+    model, ids, exact = gpt2(texts)
     agree(peers_models.gpt2_prompt(model, ids), exact, 2)
 
 
-def test_ctranslate2_gpt2_token_is_the_same_again_after_32():
-    model, ids, exact = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_ctranslate2_gpt2_token_is_the_same_again_after_32(texts):
+    model, ids, exact = gpt2(texts)
     agree(peers_models.gpt2_token(model, ids), exact, 33)
+
+
+def test_ctranslate2s_results_have_the_models_dtype():
+    model = SimpleNamespace(dtype=torch.bfloat16)  # which few processors take
+    made = peers_models._kinds(model, lambda kind: lambda: torch.zeros(1))
+    assert {name: make()().dtype for name, make in made.items()} == {"ctranslate2": torch.bfloat16}
 
 
 def t5():
@@ -87,8 +96,9 @@ def test_ctranslate2_t5_token_is_the_same_again_after_a_text():
     agree(peers_models.t5_token(model, ids, cached=3), exact, 8)
 
 
-def test_a_waiting_generation_ends_with_its_call():
-    model, ids, _ = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_a_waiting_generation_ends_with_its_call(texts):
+    model, ids, _ = gpt2(texts)
     call = peers_models.gpt2_token(model, ids)["ctranslate2"]()
     for _ in range(3):
         call()
