@@ -1,6 +1,7 @@
 """How does llama.cpp run GPT-2? The same weights in a GGUF file, its C functions by llama-cpp-python, torch's threads.
 
-The functions are as in peers_models.py. llama.cpp looks GELU up in a float16 table, whatever the weights' type.
+The functions are as in peers_models.py. llama.cpp looks GELU up in a float16 table and keeps its cache in float16, whatever
+the weights' type: no float32 row of it keeps the tolerance rule.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class _Texts:
         import llama_cpp
 
         self.llama, self.vocabulary = llama_cpp, model.config.vocab_size
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else it prints each tensor
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # its names of llama.cpp's levels are off
         llama_cpp.llama_backend_init()
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "gpt2.gguf")
