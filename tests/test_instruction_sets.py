@@ -41,6 +41,7 @@ def zen4(tmp_path, monkeypatch):
 def few_points(monkeypatch):
     """`pyfused tune` measures small products alone."""
     monkeypatch.setattr(run, "_ROWS", (1, 2, 4, 20))  # with quick=True the first and the last
+    monkeypatch.setattr(run, "_NETWORK_ROWS", (1, 2, 20))
     monkeypatch.setattr(run, "_WIDTHS", (32,))
 
 
@@ -53,7 +54,7 @@ def tuned(**speeds):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_speed", speed)
-        found = run.tune(quick=True, operators=["linear"], threads=[1])
+        found = run.tune(quick=True, operators=["linear", "ffn", "gated_ffn"], threads=[1])
     evidence.write(evidence.own_file(), found)
     return found
 
@@ -82,7 +83,7 @@ def test_nothing_changes_before_a_measurement(zen4):
 
 def test_tune_measures_them_and_they_are_used(zen4, few_points):
     found = tuned(avx512=0.9, avx512_bf16=1.4)
-    by_class = {(line["dtype"], line["shapes"]): line["speed"] for line in found["lines"]}
+    by_class = {(line["dtype"], line["shapes"]): line["speed"] for line in found["lines"] if line["operator"] == "linear"}
     assert by_class["bfloat16", "small"].keys() == {"cpu", "avx512_bf16"}
     for dtype in ("float32", "bfloat16", "float16"):
         assert by_class[dtype, "small, int8, dynamic"].keys() == {"avx512_bf16"}
@@ -174,7 +175,7 @@ def test_a_wrong_output_is_refused(zen4, few_points, monkeypatch):
         given[5].mul_(1.5)
 
     monkeypatch.setattr(zen4, "linear_forward", wrong)
-    found = run.tune(quick=True, operators=["linear"], threads=[1], clock=iter(range(10**9)).__next__)
+    found = run.tune(quick=True, operators=["linear", "ffn", "gated_ffn"], threads=[1], clock=iter(range(10**9)).__next__)
     assert found["refused"] == [f"linear, bfloat16, small, size {size}, avx512_bf16" for size in (1, 20)]
     speeds = {line["dtype"]: line["speed"] for line in found["lines"] if line["shapes"] == "small"}
     assert speeds["bfloat16"].keys() == {"cpu"}
