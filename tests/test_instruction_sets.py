@@ -203,6 +203,24 @@ def test_env_names_them(zen4):
         assert "avx512_bf16: forced" in environment.render(environment.describe())
 
 
+def test_an_unproven_set_runs_if_it_is_forced(monkeypatch):
+    """AMX: whatever the processor has, neither it nor evidence chooses the set."""
+    monkeypatch.delenv("PYFUSED_ISA", raising=False)
+    with dot_emulation.processor("avx512_amx") as kernels:
+        assert "avx512_amx (unproven: forced or never)" in environment.render(environment.describe())
+        assert extensions.isa() == "avx512"
+        assert extensions.dot_products() is None  # so `pyfused tune` does not measure it
+        for name, args, options in everything():
+            assert "amx" not in said(name, *args, **options)
+            getattr(pyfused, name)(*args, **options)
+        assert kernels.ran == []
+        with dispatch.use_isa("avx512_amx"):
+            for name, args, options in everything():
+                assert "with avx512_amx: forced, unproven" in said(name, *args, **options)
+                getattr(pyfused, name)(*args, **options)
+        assert len(kernels.ran) == 4
+
+
 def flags_of_linux():
     found = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return set(found[0].split()) if found else set()
@@ -222,6 +240,7 @@ def test_no_set_that_the_processor_lacks(monkeypatch, capability):
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_vnni": {"avx512vl", "avx512_vnni"},
         "avx512_bf16": {"avx512_vnni", "avx512_bf16"},
+        "avx512_amx": {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     }
     built = [name for name in needs if hasattr(module, name)]
     assert list(module.supported) == [name for name in built if needs[name] <= flags]
@@ -230,7 +249,7 @@ def test_no_set_that_the_processor_lacks(monkeypatch, capability):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86")
-@pytest.mark.parametrize("sets", ["avx512", "baseline avx512 avx512_vnni avx512_bf16"])
+@pytest.mark.parametrize("sets", ["avx512", "baseline avx512 avx512_vnni avx512_bf16 avx512_amx"])
 def test_an_extension_may_have_any_sets(sets):
     """PYFUSED_BUILD_ISAS chooses them."""
     folders = *dot_emulation.INCLUDES, pybind11.get_include(), sysconfig.get_path("include")

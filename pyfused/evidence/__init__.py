@@ -183,7 +183,7 @@ def dot_products(operator: str, function: str, dtype: torch.dtype, shapes: str, 
     if by_library:
         return Instructions(name, False, "plain PyTorch's library is asked for")
     if extensions.isa() == name:
-        return Instructions(name, True, "forced")
+        return Instructions(name, True, "forced, unproven" if name in extensions.UNPROVEN else "forced")
 
     def fastest(speeds: dict[str, float]) -> bool:
         others = {other: s for other, s in _usual(speeds).items() if by_library is None or other != "reference"}
