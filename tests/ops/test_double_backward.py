@@ -169,7 +169,7 @@ def runs():
             yield pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
 
 
-@pytest.mark.parametrize("backend, dtype", runs())
+@pytest.mark.parametrize("backend, dtype", list(runs()))
 @pytest.mark.parametrize("name", CASES)
 def test_as_plain_pytorch(name, backend, dtype):
     fused, plain, shapes = CASES[name]
