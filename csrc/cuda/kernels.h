@@ -28,17 +28,18 @@ void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr m
                        int64_t x_stride, int dtype, int device, addr stream);
 
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
-// y = activation(x weight^T + bias) + residual. pre, if not 0, receives the activation's argument. wide_x: x is float32
-// and the weights are float16.
+// y = activation(x weight^T + bias) + residual. pre, if not 0, receives the activation's argument. by_columns: at most 8 rows,
+// and the weight is (k, n) in memory. wide_x: x is float32 and the weights are float16.
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, addr pre, int64_t rows, int64_t n, int64_t k,
-                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int activation, bool wide_x,
-                    int dtype, int device, addr stream);
+                    int64_t x_stride, int64_t weight_stride, bool by_columns, int64_t residual_stride, int activation,
+                    bool wide_x, int dtype, int device, addr stream);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------
 // Up to 16 rows. `inner` is (rows, f); `pre` is (rows, f) or 0.
 void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
-                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
-                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream);
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride, bool in_by_columns,
+                 int64_t w_out_stride, bool out_by_columns, int64_t residual_stride, int activation, int dtype, int device,
+                 addr stream);
 // inner = activation(pre). If grad_inner is not 0, grad_pre = grad_inner activation'(pre). All are contiguous; an output
 // may be its own input.
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
