@@ -70,18 +70,19 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
 // ---- decode ---------------------------------------------------------------------------------------------------------
 // plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. All addresses in them, plan.layer too, are on the
 // device, but not call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
+// by_columns: some matrix of a layer is stored by columns.
 // Bytes of shared memory of a block.
-int64_t decode_shared(addr plan, addr call, int threads, int dtype);
+int64_t decode_shared(addr plan, addr call, int threads, bool by_columns, int dtype);
 // The blocks of a launch, if a block may have that much: one for each multiprocessor. 0 if the device launches none of them
 // together.
-int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device);
+int decode_blocks(addr plan, addr call, int threads, bool by_columns, int multiprocessors, int dtype, int device);
 // Bytes of scratch memory.
-int64_t decode_scratch(addr plan, addr call, int blocks);
+int64_t decode_scratch(addr plan, addr call, int blocks, bool by_columns);
 // The most caches: keys and values of all layers, and the encoder's.
 int decode_most_addresses();
-// wide: 16-byte accesses to the rows of all weights are aligned and end with the row.
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device,
-                    addr stream);
+// wide: 16-byte accesses to the rows of memory of all weights are aligned and end with the row.
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int dtype,
+                    int device, addr stream);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous features; y is contiguous. The plans are in host memory, the tables on the device;
