@@ -167,16 +167,19 @@ def test_a_class_that_transformers_adds_tomorrow(kind, fused, monkeypatch):
     torch.testing.assert_close(model[0](x), expected)
 
 
+@pytest.mark.parametrize("first", [0.5, 0])
 @pytest.mark.parametrize(("kind", "fused"), [(Dropping, True), (DropsAlways, False)])
-def test_a_class_with_dropout_and_a_residual(kind, fused, monkeypatch):
-    """Whether the module trains, and the chance, are read at each call."""
+def test_a_class_with_dropout_and_a_residual(kind, fused, first, monkeypatch):
+    """Whether the module trains, and the chance, are read at each call. It may be a whole number, as configurations have it."""
+    shapes._shapes.pop(kind, None)
     monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
     one = kind()
+    one.chance = first
     bert = hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8}))
     report = pyfused.fuse_(nn.Sequential(one, bert))
     assert [entry.note for entry in report.replaced if entry.name == "0"] == ["pyfused.ffn with the residual"] * fused
     x, residual = torch.randn(2, 30, 8)
-    for train, chance in ((True, 0.5), (True, 0.0), (False, 0.5), (True, 1.0)):
+    for train, chance in ((True, 0.5), (True, 0.0), (False, 0.5), (True, 1.0), (True, 0)):
         one.train(train).chance = chance
         torch.manual_seed(1)
         ours = one(x, residual)
