@@ -10,9 +10,9 @@ from backbone_cases import hf_gpt2, like_hf
 import pyfused
 from pyfused import Generator
 from pyfused.bench.beside_transformers import same
-from pyfused.generation import plan_of
+from pyfused.generation import plan_of, sampling
 from pyfused.generation.gpt2 import GPT2Decoding
-from pyfused.generation.sampling import Sampler, uniforms
+from pyfused.generation.sampling import Draws, Sampler
 from pyfused.generation.steps import GraphSteps
 from pyfused.testing import running
 
@@ -264,9 +264,27 @@ def test_a_rows_draws_do_not_depend_on_the_other_rows(model, prompts):
     stopped = generator.generate(prompts[:4], NEW, temperature=3.0, seed=5, stop_token_ids=[stop])
     for row, new in zip(stopped, together):
         assert row == (new[: new.index(stop) + 1] if stop in new else new)
-    draws = uniforms(5, 3, 8)
-    assert len(set(draws.flatten().tolist())) == 24
-    assert not torch.equal(uniforms(5, 2, 4)[1], uniforms(6, 2, 4)[0])
+
+
+def test_draws(monkeypatch):
+    """They are the same however many are made at a time, and for rows that run alone."""
+
+    def numbers(seed, rows, count, temperature=1.0):
+        draws = Draws(seed, rows, Sampler(temperature), torch.device("cpu"))
+        return torch.stack([draws.next() for _ in range(count)], 1)
+
+    expected = numbers(5, 3, 8)
+    assert len(set(expected.flatten().tolist())) == 24
+    assert not torch.equal(numbers(5, 2, 4)[1], numbers(6, 2, 4)[0])
+    assert not numbers(5, 3, 8, temperature=0.0).any()
+    monkeypatch.setattr(sampling, "_BLOCK", 3)
+    assert torch.equal(numbers(5, 3, 8), expected)
+    draws = Draws(5, 3, Sampler(1.0), torch.device("cpu"))
+    draws.next()
+    draws.keep([2, 0])
+    assert torch.equal(draws.next(), expected[[2, 0], 1])
+    alone = Draws(5, 3, Sampler(1.0), torch.device("cpu"))
+    assert torch.equal(torch.stack([alone.next_of([1]) for _ in range(8)], 1), expected[1:2])
 
 
 @torch.no_grad()

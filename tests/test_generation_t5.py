@@ -7,8 +7,9 @@ import torch
 from backbone_cases import hf_t5, like_hf
 
 from pyfused import Generator, T5Backbone
-from pyfused.generation import plan_of
+from pyfused.generation import beam_search, plan_of, sampling, t5
 from pyfused.generation.steps import GraphSteps
+from pyfused.nn import KVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 45
@@ -124,6 +125,39 @@ def test_stop_tokens_end_a_row_and_are_returned(model, prompts, expected):
     out = Generator(model).generate(prompts[:12], NEW, stop_token_ids=stops, on_token=lambda *at: heard.append(at))
     assert out == cut
     assert sorted(heard) == sorted((row, token) for row, new in enumerate(cut) for token in new)
+
+
+def test_a_large_limit_costs_no_memory(model, prompts, monkeypatch):
+    """What holds an answer grows with it, and nothing else changes."""
+    generator, sample = Generator(model), {"temperature": 3.0, "seed": 5}
+    rows = prompts[:5]
+
+    def answers(new):
+        yield generator.generate(rows, new, **sample)
+        yield generator.generate(rows, new, num_beams=3, num_return_sequences=2)
+        yield generator.generate_batch(rows, new, rows=2, **sample)
+        yield generator.generate_batch(rows, new, rows=2)
+
+    expected, capacities = list(answers(NEW)), []
+    if DEVICE == "cpu":  # a captured step has a cache of fixed size
+        monkeypatch.setattr(t5, "_FIRST", 3)
+    monkeypatch.setattr(sampling, "_BLOCK", 4)
+    monkeypatch.setattr(beam_search, "_FIRST", 5)
+    assert list(answers(NEW)) == expected
+    monkeypatch.undo()
+    made = KVCache.__init__
+
+    def noted(self, layers, batch_size, heads, capacity, size, **options):
+        capacities.append(capacity)
+        made(self, layers, batch_size, heads, capacity, size, **options)
+
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    every = range(97)
+    assert generator.generate(rows, 10**6, stop_token_ids=every) == generator.generate(rows, 1)
+    generator.generate(rows, 10**6, stop_token_ids=every, **sample)
+    generator.generate_batch(rows, 10**6, rows=2, stop_token_ids=every, **sample)
+    generator.generate(rows, 10**6, num_beams=2, stop_token_ids=range(90))
+    assert max(capacities) <= 256
 
 
 def test_sampling_of_a_row_does_not_depend_on_the_other_rows(model, prompts):

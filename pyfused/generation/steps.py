@@ -15,6 +15,7 @@ from ..families import FAMILIES, families_of, load
 from ..models.backbone import Backbone
 from .sampling import Choice, Sampler
 
+MOST_CAPTURED = 8192  # places of a row's cache: a captured step holds and reads them all, filled or not
 _CAPTURING = threading.Lock()  # all captures share one stream
 
 

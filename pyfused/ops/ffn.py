@@ -87,8 +87,8 @@ def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _setup_context(ctx, inputs, output):
     x, w_in, b_in, w_out, _, activation, _, _ = inputs
     ctx.activation = activation
-    # Only w_in's gradient reads x. Beside a frozen w_in x is not kept, as in torch, and may be overwritten. Then autograd follows
-    # `pre`, so that the gradient of a gradient finds its way to x.
+    # Only w_in's gradient reads x. Beside a frozen w_in x is not kept, as in torch, and may be overwritten. Then autograd
+    # follows `pre`, so that the gradient of a gradient finds its way to x.
     ctx.follows_kept = not ctx.needs_input_grad[1]
     ctx.save_for_backward(None if ctx.follows_kept else x, w_in, b_in, w_out, output[1])
 

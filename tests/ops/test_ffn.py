@@ -218,8 +218,8 @@ def check_frozen(name, backend, device, shapes, saved, subsets):
 
 
 def check_x_beside_frozen(name, device, shapes, keeps):
-    """As in torch, x is kept for the gradients of the weights that it meets, and else may be overwritten. Gradients of gradients
-    are right all the same. keeps: the inputs whose gradient reads x."""
+    """As in torch, x is kept for the gradients of the weights that it meets, and else may be overwritten. Gradients of
+    gradients are right all the same. keeps: the inputs whose gradient reads x."""
     call = of_tensors(getattr(pyfused, name), "gelu")
     tensors = [torch.randn(s, device=device) for s in shapes]
     for wanting in ({0}, {len(shapes) - 2}, set(range(len(shapes))) - keeps):
