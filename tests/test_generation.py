@@ -303,7 +303,7 @@ def test_samples_follow_the_models_distribution(model, prompts):
     "change, error, message",
     [
         ({"prompts": [[1], []]}, ValueError, r"prompts\[1\] is empty"),
-        ({"prompts": [1, 2]}, TypeError, r"prompts\[0\] is a int"),
+        ({"prompts": [1, 2]}, TypeError, r"prompts\[0\] is an int"),
         ({"prompts": "text"}, TypeError, "prompts is a str"),
         ({"prompts": ["text"]}, TypeError, r"prompts\[0\] is a str"),
         ({"prompts": [[1.5]]}, TypeError, r"prompts\[0\] is 1-D of float64"),
@@ -326,7 +326,7 @@ def test_samples_follow_the_models_distribution(model, prompts):
         ({"stop_token_ids": 5}, TypeError, "stop_token_ids is 5"),
         ({"stop_token_ids": [97]}, IndexError, "stop_token_ids holds 97"),
         ({"stop_token_ids": ["a"]}, TypeError, "stop_token_ids holds 'a'"),
-        ({"on_token": 1}, TypeError, "on_token is a int"),
+        ({"on_token": 1}, TypeError, "on_token is an int"),
     ],
 )
 def test_bad_input_is_refused_by_name(model, change, error, message):

@@ -120,8 +120,8 @@ class _State:
         tokens, and whether they end. Returns the beam that each running text continues, (B, K)."""
         beams = search.num_beams
         if t == self.tokens.shape[2]:
-            both = self.tokens, self.finished_tokens
-            self.tokens, self.finished_tokens = (np.pad(a, ((0, 0), (0, 0), (0, t))) for a in both)
+            room = (0, 0), (0, 0), (0, t)
+            self.tokens, self.finished_tokens = np.pad(self.tokens, room), np.pad(self.finished_tokens, room)
         longer = np.take_along_axis(self.tokens, origin[:, :, None], 1)
         longer[:, :, t] = token
         running = best + stopping * _NEVER

@@ -16,7 +16,7 @@ from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from ..quantize import quantize_all_
-from ..rules import SIZE, check
+from ..rules import SIZE, check, its_kind
 from ..spread import has_spread_weights, is_wrapped
 from ..weight_format import FORMATS
 from .beam_search import BeamSearch
@@ -245,7 +245,7 @@ def _holds(model: nn.Module, parameter: nn.Parameter) -> bool:
 
 def _check_listener(on_token: object) -> None:
     if on_token is not None and not callable(on_token):
-        raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
+        raise TypeError(f"on_token is {its_kind(on_token)}; it takes a function of (row, token)")
 
 
 def _run(steps: Steps, prompts, count: int, draws: Draws, stops: frozenset[int], on_token, model) -> list[list[int]]:
