@@ -14,7 +14,7 @@ from typing import Any
 
 import draws
 import torch
-from plain_attention import plain as plain_attention
+from attention_cases import plain as plain_attention
 
 import pyfused
 from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from decode_step_cases import MAKE, counted, pair, parts, prompt, tensors
+from decode_step_cases import MAKE, pair, parts, prompt, tensors
 from hf_cases import GPT2, livened, padding, tokens
 from transformers.cache_utils import StaticCache
 
@@ -26,11 +26,6 @@ GENERATIONS = {
     "left padding, static cache": {"side": "left", "cache_implementation": "static"},
     "left padding, beams": {"side": "left", "num_beams": 2},
 }
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return counted(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
