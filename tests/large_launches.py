@@ -67,6 +67,7 @@ class Launches:
         modules[kernel.fn.__module__] = kernel.fn.__globals__
         for module in modules.values():
             module["range"] = _ends
+        interpreter.tl.range = lambda *bounds, **options: _ends(*bounds)  # scope.restore() puts the former back
         try:
             builder.set_grid_dim(*sizes)
             for at in sorted({tuple(n // 2 for n in sizes), tuple(n - 1 for n in sizes)}):
