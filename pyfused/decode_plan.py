@@ -160,8 +160,8 @@ class DecodePlan:
         table = self.bias_table
         if table is not None and (table.dim() != 2 or table.shape[1] != self.heads):
             raise ValueError(f"plan: bias_table has shape {tuple(table.shape)}; it takes (num_buckets, {self.heads})")
-        if table is not None and table.dtype != torch.float32:
-            self._check_like(table, "bias_table")
+        if table is not None:
+            self._check_like(table, "bias_table", torch.float32 if table.dtype == torch.float32 else None)
 
     def _check_matrix(self, matrix: Matrix, name: str, size: tuple[int, int]) -> None:
         weight, bias, scale = matrix
@@ -196,6 +196,8 @@ class DecodePlan:
         wanted = like.dtype if dtype is None else dtype
         if tensor.dtype != wanted or tensor.device != like.device:
             raise ValueError(f"plan: {name} is {tensor.dtype} on {tensor.device}; it takes {wanted} on {like.device}")
+        if tensor.is_neg():
+            raise ValueError(f"plan: {name} is a view with the other sign; it takes a copy, {name}.resolve_neg()")
 
     def matrices(self) -> Iterator[Matrix]:
         """All matrices of the layers and the head that exist."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .models import inputs as model_inputs
 from .models.backbone import Backbone
 from .models.evaluation import evaluating, skipping_padding
-from .rules import SIZE, check
+from .rules import SIZE, check, its_kind
 
 
 def encode(
@@ -47,12 +47,12 @@ def encode(
         vectors = pyfused.encode(model, [tokenizer.encode("Let there be light.")], pool="mean")
     """
     if not isinstance(model, Backbone):
-        raise TypeError(f"model is a {type(model).__name__}; it takes a backbone")
+        raise TypeError(f"model is {its_kind(model)}; it takes a backbone")
     if pool not in (None, "cls", "mean"):
         raise ValueError(f"pool is {pool!r}; it takes None, 'cls' or 'mean'")
     if pool == "cls" and not model.begins_with_cls:
         raise ValueError(
-            f"pool is 'cls', but the texts of a {type(model).__name__} do not begin with [CLS]; it takes 'mean'"
+            f"pool is 'cls', but the texts of {its_kind(model)} do not begin with [CLS]; it takes 'mean'"
         )
     check(SIZE, batch_size=batch_size)
     config = model.get_config()
@@ -62,7 +62,7 @@ def encode(
         if longest is not None and len(array) > longest:
             raise ValueError(f"texts[{row}] has {len(array)} tokens; it takes at most max_sequence_length = {longest}")
     device = model.device
-    found: list[Tensor] = [torch.empty(0)] * len(arrays)
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(arrays)
     with evaluating(model), skipping_padding(), torch.no_grad():
         for rows in _batches(arrays, batch_size, mixed=model.texts[0][1] is not None):
             ids, lengths = model_inputs.padded([arrays[row] for row in rows])

@@ -147,7 +147,7 @@ def gpu_signature(*args: Any) -> tuple[Any, ...] | None:
         kind = type(a)
         if kind in _VALUES:
             words.append((kind, a))
-        elif kind in _TENSORS and a.is_cuda:
+        elif kind in _TENSORS and a.is_cuda and not a.is_neg():
             words.append((a.dtype, a.get_device(), a.data_ptr() % 16 == 0, a.shape, a.stride()))
         else:
             return None

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import published
 from .published import Preset
+from .rules import with_article
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def family_of(cls: type) -> Family:
     """
     found = families_of(cls)
     if len(found) != 1:
-        raise TypeError(f"model is a {cls.__name__}; it takes a backbone of one of {', '.join(FAMILIES)}")
+        raise TypeError(f"model is {with_article(cls.__name__)}; it takes a backbone of one of {', '.join(FAMILIES)}")
     return found[0]
 
 

@@ -20,6 +20,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from .rules import its_kind
+
 Forward = Callable[..., Any]  # takes (module, *args, **kwargs), and stands at the top level of a file
 Adapter = Callable[[nn.Module], "Forward | str"]  # returns the forward for this instance, or why there is none
 Filter = Callable[[str, nn.Module], bool]  # (name in the model, module) -> whether the module is wanted
@@ -59,13 +61,13 @@ def _rows(entries: tuple[Entry, ...]) -> Iterator[str]:
 def check_module(model: Any) -> None:
     """Raises TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it takes a torch.nn.Module")
+        raise TypeError(f"model is {its_kind(model)}; it takes a torch.nn.Module")
 
 
 def checked_filter(filter_fn: Filter | None) -> Filter:
     """filter_fn, or a function that wants every module. Raises TypeError for anything but a function or None."""
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a {type(filter_fn).__name__}; it takes a function of (name, module), or None")
+        raise TypeError(f"filter_fn is {its_kind(filter_fn)}; it takes a function of (name, module), or None")
     return filter_fn or (lambda name, module: True)
 
 

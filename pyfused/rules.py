@@ -26,6 +26,17 @@ _TOP_K = Rule(int, "an int or None", lambda value: value >= 1, "at least 1")
 _TOP_P = Rule((int, float), "a number or None", lambda value: 0.0 < value <= 1.0, "0 < {name} <= 1")
 
 
+def with_article(name: str) -> str:
+    """ "a list", "an int", "an FNetBackbone": as one says the name aloud."""
+    spelled = name[:2].isupper() and name[0] in "FHLMNRSX"  # its first letter is said alone, as in MT5
+    return f"{'an' if spelled or name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def its_kind(value: Any) -> str:
+    """A value's class with its article, for errors."""
+    return with_article(type(value).__name__)
+
+
 def check(rule: Rule, **values: Any) -> None:
     """Raises TypeError or ValueError for the first value that breaks the rule. `values`: by argument name."""
     for name, value in values.items():

@@ -84,11 +84,11 @@ def _inputs(model: Backbone, device: str, seed: int) -> dict[str, torch.Tensor]:
     mask[1, length - length // 3 :] = False
     inputs = {}
     for tokens, padding in model.texts:
-        inputs[tokens] = torch.randint(config["vocabulary_size"], (2, length), generator=generator).to(device)
+        inputs[tokens] = torch.randint(config["vocabulary_size"], (2, length), generator=generator, device="cpu").to(device)
         if padding is not None:
             inputs[padding] = mask
     if segments := config.get("num_segments"):
-        inputs["segment_ids"] = torch.randint(segments, (2, length), generator=generator).to(device)
+        inputs["segment_ids"] = torch.randint(segments, (2, length), generator=generator, device="cpu").to(device)
     return inputs
 
 

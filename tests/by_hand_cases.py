@@ -17,6 +17,9 @@ WINDOWS = {**NO_DROPOUT, "image_size": 32, "patch_size": 2, "embed_dim": 16, "de
 WINDOWS |= {"window_size": 4}
 SPEECH = {**BART, **WIDTHS, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "decoder_start_token_id": 1}
 SPEECH |= dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "positional_dropout"), 0.0)
+STAGES = {"image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1]}
+STAGES |= {"hidden_sizes": [16, 32], "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [2, 4]}
+STAGES |= {"mlp_ratios": [2, 2], "hidden_dropout_prob": 0.0}
 WAVES = {**WIDTHS, "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 4}
 WAVES |= {"num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
 WAVES |= {"num_buckets": 8, "max_bucket_distance": 20}
@@ -72,6 +75,11 @@ def with_features():
 # Name in the documents -> (row of by_hand.py, a tiny model, its inputs)
 MODELS = {
     "BigBird, full attention": ("big_bird.BigBirdSelfAttention", bert("BigBird", attention_type="original_full"), text),
+    "BigBird-Pegasus, full attention": (
+        "bigbird_pegasus.BigBirdPegasusSelfAttention",
+        lambda: hf.BigBirdPegasusModel(hf.BigBirdPegasusConfig(**BART, attention_type="original_full")),
+        pair,
+    ),
     "BLIP, vision": (
         "blip.BlipAttention",
         lambda: hf.BlipVisionModel(hf.BlipVisionConfig(**WIDTHS, image_size=32, patch_size=8, attention_dropout=0.0)),
@@ -109,6 +117,15 @@ MODELS = {
     ),
     "GPT-J": ("gptj.GPTJAttention", lambda: hf.GPTJModel(hf.GPTJConfig(**GPTJ)), prompt),
     "GPT-Neo": ("gpt_neo.GPTNeoSelfAttention", lambda: hf.GPTNeoModel(hf.GPTNeoConfig(**NEO)), prompt),
+    "GroupViT, vision": (
+        "groupvit.GroupViTAttention",
+        lambda: hf.GroupViTVisionModel(
+            hf.GroupViTVisionConfig(
+                **WIDTHS, image_size=32, patch_size=8, depths=[1, 1], num_group_tokens=[4, 0], num_output_groups=[4, 4]
+            )
+        ),
+        picture,
+    ),
     "LED": (
         "led.LEDDecoderAttention",
         lambda: hf.LEDModel(
@@ -129,8 +146,22 @@ MODELS = {
         with_boxes,
     ),
     "Megatron-BERT": ("megatron_bert.MegatronBertSelfAttention", bert("MegatronBert"), text),
+    "MobileViT": (
+        "mobilevit.MobileViTSelfAttention",
+        lambda: hf.MobileViTModel(
+            hf.MobileViTConfig(
+                image_size=32,
+                hidden_sizes=[16, 16, 16],
+                neck_hidden_sizes=[8] * 6 + [16],
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        ),
+        picture,
+    ),
     "MPT": ("mpt.MptAttention", lambda: hf.MptModel(hf.MptConfig(**MPT)), prompt),
     "MVP": ("mvp.MvpAttention", lambda: hf.MvpModel(hf.MvpConfig(**BART)), pair),
+    "PVT": ("pvt.PvtEfficientSelfAttention", lambda: hf.PvtModel(hf.PvtConfig(**STAGES)), picture),
     "RemBERT": (
         "rembert.RemBertSelfAttention",
         bert("RemBert", input_embedding_size=16, output_embedding_size=16, classifier_dropout_prob=0.0),

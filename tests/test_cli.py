@@ -156,12 +156,13 @@ def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch, no_interpreter
     [
         (["generate", "no_such_preset", "--prompt", "x"], "no_such_preset"),
         (["generate", PRESET, "--prompt", ""], "prompt"),
+        (["encode", PRESET, "--text", "x", "--output", "/nowhere/x.npy"], "there is no folder '/nowhere'"),
         (["generate", PRESET, "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", PRESET, "--prompt", "x", "--max-new-tokens", "100000"], "max_new_tokens"),
         (["generate", PRESET, "--prompt", "x", "--device", "tpu"], "tpu"),
         (["generate", PRESET, "--prompt", "x", "--dtype", "int8"], "int8"),
         (["verify", "/nonexistent"], "/nonexistent"),
-        (["generate", "fnet_tiny_en", "--prompt", "x"], "model is a FNetBackbone; it takes a GPT2Backbone"),
+        (["generate", "fnet_tiny_en", "--prompt", "x"], "model is an FNetBackbone; it takes a GPT2Backbone"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, said):

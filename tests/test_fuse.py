@@ -125,7 +125,7 @@ def test_dtypes_that_torch_takes_still_run(dtype):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="model is a int"):
+    with pytest.raises(TypeError, match="model is an int"):
         pyfused.fuse_(3)
     with pytest.raises(TypeError, match="model is a str"):
         pyfused.unfuse_("gpt2")

@@ -86,7 +86,7 @@ def test_without_a_kernel(model, prompts, alone, how, monkeypatch):
         ({"rows": 0}, ValueError, "rows is 0; it takes at least 1"),
         ({"rows": True}, TypeError, "rows is True; it takes an int"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
-        ({"on_token": 3}, TypeError, "on_token is a int"),
+        ({"on_token": 3}, TypeError, "on_token is an int"),
         ({"prompts": [[1], []]}, ValueError, r"prompts\[1\] is empty"),
     ],
 )

@@ -258,9 +258,9 @@ class OnGPU:
 
     is_cuda, dtype = True, torch.float32
 
-    def __init__(self, index=0, address=64, shape=(5,), stride=(1,)):
+    def __init__(self, index=0, address=64, shape=(5,), stride=(1,), negated=False):
         self.get_device, self.data_ptr = lambda: index, lambda: address
-        self.shape, self.stride = shape, lambda: stride
+        self.shape, self.stride, self.is_neg = shape, lambda: stride, lambda: negated
 
 
 def test_without_the_extension_calls_on_a_gpu_have_signatures(monkeypatch):
@@ -275,7 +275,7 @@ def test_without_the_extension_calls_on_a_gpu_have_signatures(monkeypatch):
         sign(OnGPU(), 1.0, None),
     ]
     assert len(set(found)) == len(found)
-    assert sign(torch.empty(1)) is None
+    assert sign(torch.empty(1)) is sign(OnGPU(negated=True)) is None
     assert sign(OnGPU(), [1]) is None
 
 

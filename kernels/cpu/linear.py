@@ -42,13 +42,13 @@ def library_is_faster(operator, rows, *weights):
 
 def in_float(x, weight, scale):
     """Why the integer product of dynamic=True does not run; None if it does. Without integer instructions it takes 30 times as
-    long as a product in float32."""
+    long as a product in float32, or loses sums."""
     reason = int8.in_float(x, weight, "cpu")
-    if reason or torch.cpu._is_vnni_supported():
+    if reason or int8.library_multiplies():
         return reason
     instructions = dot.of_integers(x, weight, scale)
     if instructions is None:
-        return "this processor has no instructions for products of int8"
+        return "PyTorch has no instructions for products of int8 here"
     return None if instructions.used else f"{instructions.name}: {instructions.reason}"
 
 

@@ -4,7 +4,7 @@ import torch
 
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.buckets import distance_buckets
-from pyfused.kernels.shared.prepared import maker, prepares_launch
+from pyfused.kernels.shared.prepared import CPU, maker, prepares_launch
 
 
 @prepares_launch
@@ -27,7 +27,7 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     _, heads, sq, sk = grad_out.shape
     buckets = distance_buckets(bidirectional, num_buckets, max_distance)
     grad_out = grad_out.contiguous()
-    grad_table = torch.zeros((num_buckets, heads), dtype=torch.float32)
+    grad_table = torch.zeros((num_buckets, heads), dtype=torch.float32, device=CPU)
     numbers = heads, sq, sk, query_offset, buckets.shape[0] // 2, DTYPE_CODES[grad_out.dtype]
     cpu().relative_bias_backward(grad_out, buckets, grad_table, *numbers)
     return (grad_table.to(grad_out.dtype),)

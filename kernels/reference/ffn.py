@@ -43,12 +43,12 @@ def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
 
 def linear_gradients(grad_y, x, w_in, inner, grad_pre, wants):
     """The rest of the backward after the activation: three library products and two sums. Gradients not in `wants`, such as
-    those of frozen weights, are None."""
+    those of frozen weights, are None. x may be None if w_in wants none."""
     wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = wants
-    g, p, rows, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, x, inner))
+    g, p, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, inner))
     return (
-        (p @ w_in).view(x.shape) if wants_x else None,
-        p.t() @ rows if wants_w_in else None,
+        (p @ w_in).view(*grad_y.shape[:-1], w_in.shape[1]) if wants_x else None,
+        p.t() @ x.reshape(len(p), w_in.shape[1]) if wants_w_in else None,
         p.sum(0) if wants_b_in else None,
         g.t() @ inner if wants_w_out else None,
         g.sum(0) if wants_b_out else None,

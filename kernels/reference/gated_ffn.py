@@ -35,20 +35,22 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     wide_gate, wide_up, wide_grad, wide_out = widened(gate, up, grad_y, w_out)
     grad_hidden = wide_grad @ wide_out
     active = activate(activation, wide_gate)
-    grad_gate = activation_gradient(activation, grad_hidden * wide_up, wide_gate, active).to(x.dtype)
-    grad_up = (grad_hidden * active).to(x.dtype)
+    grad_gate = activation_gradient(activation, grad_hidden * wide_up, wide_gate, active).to(grad_y.dtype)
+    grad_up = (grad_hidden * active).to(grad_y.dtype)
     return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up, wants)
 
 
 def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants):
     """The rest of the backward after the activation: library products. `hidden` may have a wider dtype than x. Gradients not
-    in `wants`, such as those of frozen weights, are None."""
+    in `wants`, such as those of frozen weights, are None. x may be None if neither w_gate nor w_up wants one."""
     wants_x, wants_gate, wants_up, wants_out = wants
-    count = math.prod(x.shape[:-1])
-    rows, g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (x, grad_y, grad_gate, grad_up, hidden))
+    outer, n = grad_y.shape[:-1], w_gate.shape[1]
+    count = math.prod(outer)
+    rows = x.reshape(count, n) if wants_gate or wants_up else None
+    g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (grad_y, grad_gate, grad_up, hidden))
     return (
-        torch.addmm(q @ w_up, p, w_gate).view(x.shape) if wants_x else None,
+        torch.addmm(q @ w_up, p, w_gate).view(*outer, n) if wants_x else None,
         p.t() @ rows if wants_gate else None,
         q.t() @ rows if wants_up else None,
-        (g.to(hidden.dtype).t() @ hidden).to(x.dtype) if wants_out else None,
+        (g.to(hidden.dtype).t() @ hidden).to(grad_y.dtype) if wants_out else None,
     )

@@ -36,12 +36,12 @@ def buckets_of(distance: torch.Tensor, bidirectional: bool, num_buckets: int, ma
 def _by_distance(bidirectional: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
     with torch.inference_mode(False):
         if max_distance == EACH:
-            return torch.arange(num_buckets, dtype=torch.int32)
+            return torch.arange(num_buckets, dtype=torch.int32, device="cpu")
         side = num_buckets // 2 if bidirectional else num_buckets
-        bucket = buckets_of(torch.arange(max_distance + 1), bidirectional, num_buckets, max_distance)
+        bucket = buckets_of(torch.arange(max_distance + 1, device="cpu"), bidirectional, num_buckets, max_distance)
         span = int((bucket < side - 1).sum())  # buckets never decrease, so from here on all are the last one
         bucket = bucket[: span + 1]
-        after = bucket[1:] + side if bidirectional else torch.zeros(span, dtype=bucket.dtype)
+        after = bucket[1:] + side if bidirectional else bucket.new_zeros(span)
         return torch.cat((bucket.flip(0), after)).to(torch.int32)
 
 

@@ -1,5 +1,7 @@
 """When and how is a product with int8 weights one of integers, with the rows of x in int8 too? For dynamic=True."""
 
+import functools
+
 import torch
 
 from pyfused.notices import once
@@ -30,6 +32,19 @@ def in_float(x, weight, device):
     return None
 
 
+def library_multiplies():
+    """Whether torch._int_mm on this CPU is fast and exact."""
+    return torch.cpu._is_vnni_supported() and _is_exact(torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _is_exact(with_onednn):
+    """Whether torch._int_mm on this CPU sums without loss. Without VNNI oneDNN adds two products in int16, which saturates.
+    ONEDNN_MAX_CPU_ISA makes it do so on any processor, whatever torch.cpu says, so this tries."""
+    ones = torch.ones(32, 64, dtype=torch.int8, device="cpu")
+    return all(bool((torch._int_mm(ones * 127, ones.t() * of) == 64 * 127 * of).all()) for of in (127, -127))
+
+
 def say_once(reason):
     """Tells the user that dynamic=True has no effect. Few rows are meant to stay in floating point and need no notice."""
     if reason and reason != _FEW:
@@ -42,7 +57,10 @@ def product(x, weight, scale):
     rows = x.reshape(-1, x.shape[-1]).to(wide(x.dtype))
     steps = (rows.abs().amax(-1, keepdim=True) / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
     integers = (rows / steps).round_().clamp_(-127, 127).to(torch.int8)
-    sums = torch._int_mm(integers, _columns(weight)).to(rows.dtype)
+    if integers.is_cuda or _is_exact(torch.backends.mkldnn.enabled):
+        sums = torch._int_mm(integers, _columns(weight)).to(rows.dtype)
+    else:  # float64 holds every sum that fits into int32
+        sums = (integers.double() @ weight.double().t()).to(rows.dtype)
     return (sums * steps * scale).view(*x.shape[:-1], weight.shape[0])
 
 

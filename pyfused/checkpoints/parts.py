@@ -56,12 +56,12 @@ def fill_part(
 def _indices(tensor: Any, packed: tuple[int, int], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The stored rows and columns that the local tensor has, in its order. A vector has one column."""
     parts, heads = packed
-    rows = torch.arange(shape[0])
+    rows = torch.arange(shape[0], device="cpu")
     lead = 1 if parts == 1 else 2  # dimensions that hold rows
     rows = rows if parts == 1 else by_heads(rows, parts, heads)
     for dim in range(lead):
         rows = _kept(rows, dim, tensor, dim)
-    columns = torch.arange(math.prod(shape[1:]))
+    columns = torch.arange(math.prod(shape[1:]), device="cpu")
     if len(shape) > 1:
         columns = _kept(columns, 0, tensor, lead)
     return rows.flatten(), columns
@@ -86,7 +86,7 @@ def _kept(index: torch.Tensor, dim: int, tensor: Any, of_tensor: int) -> torch.T
 
 def _runs(index: torch.Tensor, local: torch.Tensor | None = None) -> Iterator[Run]:
     """The stretches in which index and local both count on by 1. local: 0, 1, ... if None."""
-    local = torch.arange(len(index)) if local is None else local
+    local = torch.arange(len(index), device="cpu") if local is None else local
     breaks = ((index.diff() != 1) | (local.diff() != 1)).nonzero()[:, 0] + 1
     edges = [0, *breaks.tolist(), len(index)]
     for begin, end in pairwise(edges):

@@ -21,7 +21,7 @@ from pyfused.checkpoints.tokenizer_bytes import BYTE_OF_CHARACTER, token_bytes
 from pyfused.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
 from pyfused.checkpoints.tokenizer_options import NAMES
 from pyfused.checkpoints.tokenizer_stream import StreamDecoder
-from pyfused.rules import SIZE, check
+from pyfused.rules import SIZE, check, its_kind
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
 
@@ -286,7 +286,7 @@ class Tokenizer:
 
     def _texts(self, value: Any, name: str) -> list[str]:
         if isinstance(value, bytes) or not isinstance(value, str | Sequence):
-            raise TypeError(f"{name} is a {type(value).__name__}; it takes a str or a list of str")
+            raise TypeError(f"{name} is {its_kind(value)}; it takes a str or a list of str")
         if isinstance(value, str):
             self._check(value, name)
             return [value]

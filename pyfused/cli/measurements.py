@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from .parsers import command
+from .parsers import check_writable, command
 
 
 def add(commands: Any) -> None:
@@ -71,10 +70,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json not in (None, "-"):
         if not arguments.json.endswith(".json"):
             raise ValueError(f"--json is {arguments.json!r}; it takes a name that ends in .json")
-        _check_writable(arguments.json, "--json")
+        check_writable(arguments.json, "--json")
     if arguments.plot:
         drawable(arguments.plot)
-        _check_writable(arguments.plot, "--plot")
+        check_writable(arguments.plot, "--plot")
     by_name = {name_of(dtype): dtype for dtype in DTYPES}
     for name in arguments.dtype:
         if name not in by_name:
@@ -106,13 +105,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 1 if failed or unsure else 0
 
 
-def _check_writable(name: str, option: str) -> None:
-    """Raises ValueError before the measurements if their file cannot be written."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option} is {name!r}, which cannot be written")
-
-
 def _tune(arguments: argparse.Namespace) -> int:
     from .. import compile_ahead, evidence, tune
     from ..tune import gpu as tune_gpu
@@ -125,7 +117,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name} does not go with --device {arguments.device}")
 
     if arguments.save:
-        _check_writable(arguments.save, "--save")
+        check_writable(arguments.save, "--save")
 
     def say(text: str) -> None:
         print(f"measuring: {text}", file=sys.stderr, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 # What every command takes for a preset.
@@ -22,6 +24,15 @@ def command(
     if name != "bench":  # whose --json may name a file
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
+
+
+def check_writable(name: str, option: str) -> None:
+    """Raises ValueError, before the work whose result it shall hold, if a file cannot be written."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} is {name!r}, which cannot be written: there is no folder {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} is {name!r}, which cannot be written")
 
 
 def as_quiet_as(arguments: argparse.Namespace) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from .parsers import PRESET, command
+from .parsers import PRESET, check_writable, command
 
 
 def add(commands: Any) -> None:
@@ -140,6 +140,8 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     if arguments.output and not arguments.output.endswith(".npy"):
         raise ValueError(f"--output is {arguments.output!r}; it takes a name that ends in .npy")
+    if arguments.output:
+        check_writable(arguments.output, "--output")
     model, tokenizer = _model(arguments), Tokenizer.from_preset(arguments.preset)
     states = encode(model, [tokenizer.encode(text) for text in arguments.text], pool=arguments.pool)
     arrays = [text.float().cpu().numpy() for text in states]

@@ -62,7 +62,7 @@ def _ffn(x, w_in, b_in, w_out, *_):
 
 
 def _ffn_backward(grad_y, x, w_in, w_out, *_):
-    return product_shapes(x.shape[:-1].numel(), w_in, w_out)
+    return product_shapes(grad_y.shape[:-1].numel(), w_in, w_out)
 
 
 def _gated_ffn(x, *weights_and_more):
@@ -70,7 +70,7 @@ def _gated_ffn(x, *weights_and_more):
 
 
 def _gated_ffn_backward(grad_y, x, *weights_and_more):
-    return product_shapes(x.shape[:-1].numel(), *weights_and_more[:3])
+    return product_shapes(grad_y.shape[:-1].numel(), *weights_and_more[:3])
 
 
 def _layer_norm(x, weight, bias, eps, residual, save):

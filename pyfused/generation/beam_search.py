@@ -19,6 +19,7 @@ from .sampling import no_token
 
 # Added to the score of a forbidden choice, as in transformers. Comparisons then never meet infinity.
 _NEVER = np.float32(-1.0e9)
+_FIRST = 256  # tokens that there is room for at first; it doubles as texts grow
 # The score of an empty slot. A negative length_penalty brings the scores of texts far below _NEVER.
 _NOTHING = np.float32(-np.inf)
 
@@ -106,7 +107,7 @@ class _State:
     transformers."""
 
     def __init__(self, batch: int, beams: int, longest: int):
-        self.tokens = np.zeros((batch, beams, longest), np.int64)
+        self.tokens = np.zeros((batch, beams, min(longest, _FIRST)), np.int64)
         self.running = np.full((batch, beams), _NEVER)
         self.running[:, 0] = 0.0  # at first all beams are the same
         self.finished = np.full((batch, beams), _NOTHING)
@@ -118,6 +119,9 @@ class _State:
         """Adds the candidates of step t, each (B, C) and best first: their scores, the beams they continue, their last
         tokens, and whether they end. Returns the beam that each running text continues, (B, K)."""
         beams = search.num_beams
+        if t == self.tokens.shape[2]:
+            room = (0, 0), (0, 0), (0, t)
+            self.tokens, self.finished_tokens = np.pad(self.tokens, room), np.pad(self.finished_tokens, room)
         longer = np.take_along_axis(self.tokens, origin[:, :, None], 1)
         longer[:, :, t] = token
         running = best + stopping * _NEVER

@@ -16,14 +16,14 @@ from ..models import inputs as model_inputs
 from ..models.backbone import Backbone
 from ..models.evaluation import evaluating
 from ..quantize import quantize_all_
-from ..rules import SIZE, check
+from ..rules import SIZE, check, its_kind
 from ..spread import has_spread_weights, is_wrapped
 from ..weight_format import FORMATS
 from .beam_search import BeamSearch
 from .beam_steps import BeamSteps, EagerBeams, GraphBeams
 from .queue import run_queue
-from .sampling import NO_TOKEN, Sampler, no_token, uniforms
-from .steps import EagerSteps, GraphSteps, Steps, decoding_of
+from .sampling import NO_TOKEN, Draws, Sampler, no_token
+from .steps import MOST_CAPTURED, EagerSteps, GraphSteps, Steps, decoding_of
 from .warm import warm as make_ready
 
 _KEEPING = threading.Lock()
@@ -108,7 +108,7 @@ class Generator:
         _check_listener(on_token)
         search = BeamSearch(num_beams, length_penalty, early_stopping, num_return_sequences)
         self._check_search(search, max_new_tokens, sampler, on_token, len(stops))
-        draws = uniforms(seed, len(arrays), max_new_tokens)
+        draws = Draws(seed, len(arrays), sampler, self.model.device)
         if not arrays:
             return []
         with evaluating(self.model), torch.inference_mode():
@@ -118,8 +118,7 @@ class Generator:
                     return search.run(beams, arrays, max_new_tokens, stops)
             steps = self._steps(arrays, max_new_tokens, sampler)
             with self._kept(steps):
-                draws = draws.to(self.model.device)
-                return _run(steps, arrays, max_new_tokens, draws, stops, on_token, self.model.dtype)
+                return _run(steps, arrays, max_new_tokens, draws, stops, on_token, self.model)
 
     def generate_batch(
         self,
@@ -145,14 +144,13 @@ class Generator:
         self._check_seed(sampler, seed)
         check(SIZE, rows=rows)
         _check_listener(on_token)
-        draws = uniforms(seed, len(arrays), max_new_tokens)
+        draws = Draws(seed, len(arrays), sampler, self.model.device)
         if not arrays:
             return []
         rows = min(rows, len(arrays))
         with evaluating(self.model), torch.inference_mode():
             shape = rows, *self._decoding.shape(arrays, max_new_tokens)[1:]
-            decoding, draws = self._decoding(self.model, shape), draws.to(self.model.device)
-            return run_queue(decoding, arrays, rows, max_new_tokens, sampler, draws, stops, on_token)
+            return run_queue(self._decoding(self.model, shape), arrays, rows, max_new_tokens, sampler, draws, stops, on_token)
 
     def _texts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
         """The prompts, checked."""
@@ -164,7 +162,7 @@ class Generator:
     def _steps(self, prompts: list[np.ndarray], max_new_tokens: int, sampler: Sampler) -> Steps:
         """The steps of one call. While a call uses a graph, the graph is not in `_graphs`, so no other call can."""
         shape = self._decoding.shape(prompts, max_new_tokens)
-        if self.model.device.type != "cuda" or has_spread_weights(self.model):
+        if not self._captures(shape):
             return EagerSteps(self._decoding(self.model, shape), sampler)
         made: Any = self._graphs.pop(GraphSteps.key(self.model, shape, sampler), None)
         return made or GraphSteps(self.model, shape, sampler)
@@ -172,10 +170,14 @@ class Generator:
     def _beams(self, prompts: list[np.ndarray], max_new_tokens: int, beams: int, width: int) -> BeamSteps:
         """The same for a beam search. width: how many continuations it considers."""
         shape, shared = self._decoding.shape(prompts, max_new_tokens), self._decoding.shared(prompts)
-        if self.model.device.type != "cuda" or has_spread_weights(self.model):
+        if not self._captures(shape):
             return EagerBeams(self._decoding(self.model, shape), beams, width)
         made: Any = self._graphs.pop(GraphBeams.key(self.model, shape, shared, beams, width), None)
         return made or GraphBeams(self.model, shape, shared, beams, width)
+
+    def _captures(self, shape: tuple[int, ...]) -> bool:
+        """Whether a step of this shape is captured as a CUDA graph."""
+        return self.model.device.type == "cuda" and shape[1] <= MOST_CAPTURED and not has_spread_weights(self.model)
 
     @contextlib.contextmanager
     def _kept(self, steps: Steps | BeamSteps) -> Iterator[None]:
@@ -244,35 +246,34 @@ def _holds(model: nn.Module, parameter: nn.Parameter) -> bool:
 
 def _check_listener(on_token: object) -> None:
     if on_token is not None and not callable(on_token):
-        raise TypeError(f"on_token is a {type(on_token).__name__}; it takes a function of (row, token)")
+        raise TypeError(f"on_token is {its_kind(on_token)}; it takes a function of (row, token)")
 
 
-def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_token, dtype) -> list[list[int]]:
-    """The loop. Slots are the rows that the model computes. If a row stops, its slot is dropped, or its tokens are ignored.
-    dtype: the logits', for an error's hint."""
+def _run(steps: Steps, prompts, count: int, draws: Draws, stops: frozenset[int], on_token, model) -> list[list[int]]:
+    """The loop. Slots are the rows that the model computes. If a row stops, its slot is dropped, or its tokens are ignored."""
     slots = list(range(len(prompts)))
     out: list[list[int]] = [[] for _ in slots]
     done = [False] * len(slots)
-    tokens = steps.start(prompts, draws[:, 0])
-    if not stops and on_token is None and draws.is_cuda:
+    tokens = steps.start(prompts, draws.next())
+    if not stops and on_token is None and model.device.type == "cuda":
         # Nobody reads a token before the end, so the host runs ahead of the GPU.
         history = [tokens.clone()]
-        history += [steps.next(draws[:, t]).clone() for t in range(1, count)]
+        history += [steps.next(draws.next()).clone() for _ in range(1, count)]
         found = torch.stack(history, 1).cpu()
         if (missing := (found == NO_TOKEN).nonzero()).numel():
             row, t = missing[missing[:, 1].argmin()].tolist()
-            raise no_token(row, t, dtype)
+            raise no_token(row, t, model.dtype)
         return found.tolist()
     coming = steps.read(tokens)
     for t in range(count):
         arrived = coming
         if steps.runs_ahead and t + 1 < count:
-            coming = steps.read(steps.next(draws[:, t + 1]))
+            coming = steps.read(steps.next(draws.next()))
         for row, token in zip(slots, arrived()):
             if done[row]:
                 continue
             if token == NO_TOKEN:
-                raise no_token(row, t, dtype)
+                raise no_token(row, t, model.dtype)
             out[row].append(token)
             done[row] = token in stops
             if on_token is not None:
@@ -282,7 +283,7 @@ def _run(steps: Steps, prompts, count: int, draws, stops: frozenset[int], on_tok
             break
         if len(alive) < len(slots) and steps.keep(alive):
             slots = [slots[slot] for slot in alive]
-            draws = draws[alive]
+            draws.keep(alive)
         if not steps.runs_ahead and t + 1 < count:
-            coming = steps.read(steps.next(draws[:, t + 1]))
+            coming = steps.read(steps.next(draws.next()))
     return out

@@ -76,7 +76,7 @@ class GPT2Decoding:
         logits = self.model.logits(prefill(self.model, cache, prompts))
         if times > 1:
             self._cache.put_all(cache, max(self._lengths))
-        self._positions.copy_(torch.tensor(self._lengths).repeat_interleave(times))
+        self._positions.copy_(torch.tensor(self._lengths, device="cpu").repeat_interleave(times))
         self._cache.at_positions(self._positions, self._cache.capacity)
         return logits.repeat_interleave(times, 0)
 

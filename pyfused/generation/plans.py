@@ -30,6 +30,7 @@ from ..nn import (
     SelfAttention,
 )
 from ..notices import once
+from ..rules import its_kind
 from ..spread import has_spread_weights
 
 _KNOWN = {
@@ -43,7 +44,7 @@ def plan_of(model: Backbone) -> DecodePlan | None:
     """The plan of a GPT2Backbone or a T5Backbone with its present weights, for pyfused.decode. None where modules have hooks or
     were replaced, and for GPT-2 with cross-attention. TypeError, ValueError: a model that cannot generate."""
     if not isinstance(model, (GPT2Backbone, T5Backbone)):
-        raise TypeError(f"model is a {type(model).__name__}; it takes a GPT2Backbone or a T5Backbone")
+        raise TypeError(f"model is {its_kind(model)}; it takes a GPT2Backbone or a T5Backbone")
     model.check_decoder("plan_of")
     if has_spread_weights(model):
         once(

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .sampling import NO_TOKEN, Choice, Sampler, no_token
+from .sampling import NO_TOKEN, Choice, Draws, Sampler, no_token
 
 
 @torch.inference_mode()
@@ -20,18 +19,19 @@ def run_queue(
     rows: int,
     count: int,
     sampler: Sampler,
-    draws: Tensor,
+    draws: Draws,
     stops: frozenset[int],
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
-    """At most `count` new tokens of each prompt. decoding: a Decoding of `rows` rows. draws: (len(prompts), count)."""
+    """At most `count` new tokens of each prompt. decoding: a Decoding of `rows` rows. draws: a row for each prompt."""
     waiting = deque(range(len(prompts)))
     out: list[list[int]] = [[] for _ in prompts]
     decoding.begin()
+    device = decoding.model.device
     texts = [waiting.popleft() for _ in range(rows)]  # the prompt in each row
-    tokens = torch.tensor([decoding.admit(row, prompts[text]) for row, text in enumerate(texts)], device=draws.device)
+    tokens = torch.tensor([decoding.admit(row, prompts[text]) for row, text in enumerate(texts)], device=device)
     while texts:
-        choose = sampler.is_greedy or Choice(sampler, draws[texts, [len(out[text]) for text in texts]])
+        choose = sampler.is_greedy or Choice(sampler, draws.next_of(texts))
         tokens = decoding.step(tokens, choose)
         ended = []
         for row, (text, token) in enumerate(zip(texts, tokens.tolist())):

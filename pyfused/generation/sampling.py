@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.shared.draw import NO_TOKEN, drawn_token, likeliest_token
 from ..rules import SEED, Rule, check, check_cuts
 
-__all__ = ["NO_TOKEN", "Choice", "Sampler", "likeliest_token", "no_token", "uniforms"]
+__all__ = ["NO_TOKEN", "Choice", "Draws", "Sampler", "likeliest_token", "no_token"]
 
 # float32 can divide by these temperatures on every device. Some devices multiply by the reciprocal; some read subnormals as 0.
 _COLDEST, _HOTTEST = 2.0**-126, 2.0**126
@@ -77,11 +77,37 @@ def no_token(row: int, step: int, dtype: torch.dtype) -> FloatingPointError:
     )
 
 
-def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
-    """(rows, count) float64 in [0, 1). Each row r is a stream that depends on (seed, r) alone; a larger count only extends
-    it. None takes the seed from torch's default generator."""
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, (1,)))
-    check(SEED, seed=seed)
-    streams = [np.random.default_rng([seed, row]).random(count) for row in range(rows)]
-    return torch.from_numpy(np.stack(streams)) if rows else torch.empty(0, count, dtype=torch.float64)
+_BLOCK = 256  # steps whose numbers are made at a time: a large limit of steps costs no memory
+
+
+class Draws:
+    """Numbers of [0, 1), float64. Each row r is a stream that depends on (seed, r) alone. Without a seed torch's default
+    generator gives one. A sampler that draws nothing gets zeros."""
+
+    def __init__(self, seed: int | None, rows: int, sampler: Sampler, device: torch.device):
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (1,), device="cpu"))
+        check(SEED, seed=seed)
+        self._streams = [] if sampler.is_greedy else [np.random.default_rng([seed, row]) for row in range(rows)]
+        self._block, self._next = torch.zeros(rows, 0, dtype=torch.float64, device=device), 0
+        self._zeros = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def next(self) -> Tensor:
+        """The next number of each row, (rows,)."""
+        if not self._streams:
+            return self._zeros
+        if self._next == self._block.shape[1]:
+            block = np.stack([stream.random(_BLOCK) for stream in self._streams])
+            self._block, self._next = torch.from_numpy(block).to(self._zeros.device), 0
+        self._next += 1
+        return self._block[:, self._next - 1]
+
+    def next_of(self, rows: list[int]) -> Tensor:
+        """The next number of each of these rows, (len(rows),). Nobody calls next() too."""
+        numbers = [self._streams[row].random() for row in rows]
+        return torch.tensor(numbers, dtype=torch.float64, device=self._zeros.device)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self._block, self._zeros = self._block[rows], self._zeros[rows]
+        self._streams = [self._streams[row] for row in rows] if self._streams else []

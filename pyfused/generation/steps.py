@@ -13,8 +13,10 @@ from torch import Tensor
 from .. import dispatch
 from ..families import FAMILIES, families_of, load
 from ..models.backbone import Backbone
+from ..rules import its_kind
 from .sampling import Choice, Sampler
 
+MOST_CAPTURED = 8192  # places of a row's cache: a captured step holds and reads them all, filled or not
 _CAPTURING = threading.Lock()  # all captures share one stream
 
 
@@ -80,7 +82,7 @@ def decoding_of(model: Backbone) -> type[Decoding]:
             model.check_decoder("generation")
             return load(family.decoding)  # type: ignore[no-any-return]
     classes = [family.class_name for family in FAMILIES.values() if family.decoding is not None]
-    raise TypeError(f"model is a {type(model).__name__}; it takes a {' or a '.join(classes)}")
+    raise TypeError(f"model is {its_kind(model)}; it takes a {' or a '.join(classes)}")
 
 
 class Steps(Protocol):

@@ -20,18 +20,19 @@ from ..ops import relative_bias
 from .decoder import Decoder, chosen
 from .sampling import Choice
 
+_FIRST = 256  # places that a cache begins with; it doubles as the answer grows, so a large limit costs no memory
+
 
 class T5Decoding:
     """Writes a batch of answers; see `pyfused.generation.steps.Decoding`."""
 
     def __init__(self, model: T5Backbone, shape: tuple[int, ...], fixed: bool = False, beams: int = 1):
         self.model, self._fixed = model, fixed
-        texts, capacity, self._source_capacity = shape
+        texts, self._most, self._source_capacity = shape
         batch_size = texts * beams
-        self._cache = model.new_cache(batch_size, capacity)
+        self._cache = model.new_cache(batch_size, self._most if fixed else min(self._most, _FIRST))
         self._positions = torch.zeros(batch_size, dtype=torch.int64, device=model.device)  # all equal
-        self._places = torch.arange(capacity, device=model.device)
-        self._bias = self._last_bias()
+        self._of_capacity()
         self._lengths: list[int] = []  # of rows that differ in length
         self._decoder = Decoder.of(model, self._cache, fixed)
 
@@ -46,6 +47,11 @@ class T5Decoding:
     @staticmethod
     def check_room(model: T5Backbone, prompts: list[np.ndarray], max_new_tokens: int) -> None:
         """T5 takes texts of any length."""
+
+    def _of_capacity(self) -> None:
+        """What depends on the cache's capacity."""
+        self._places = torch.arange(self._cache.capacity, device=self.model.device)
+        self._bias = self._last_bias()
 
     def _last_bias(self) -> Tensor:
         """(1, H, 1, capacity), the bias of the query at the last place. The bias of place p is its last p + 1 columns."""
@@ -120,6 +126,9 @@ class T5Decoding:
 
     def step(self, tokens: Tensor, choose: bool | Choice = False) -> Tensor:
         cache = self._cache
+        if cache.extent > cache.capacity:
+            cache.grow(min(2 * cache.capacity, self._most))
+            self._of_capacity()
         found = None if self._decoder is None else self._decoder(tokens, choose)
         if found is None:
             found = chosen(self._called(tokens, self._visible(cache.positions)), choose)

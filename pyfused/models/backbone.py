@@ -17,7 +17,7 @@ from ..evidence import name_of
 from ..families import FAMILIES, Family, families_of, load
 from ..nn.quantized import dtype_of
 from ..quantize import hold_integers_
-from ..rules import FLAG, check
+from ..rules import FLAG, check, with_article
 from .dtypes import MIXED, resolve_dtype, resolve_policy
 from .loading import Uninitialised, allocate, place_of
 from .mixed_precision import compute_in
@@ -178,7 +178,7 @@ class Backbone(nn.Module, ABC):
         checkpoint = open_checkpoint(preset, weights=load_weights)
         if checkpoint.model not in model_names(cls):
             raise ValueError(
-                f"preset {str(preset)!r} is a {checkpoint.model} checkpoint; {cls.__name__} takes "
+                f"preset {str(preset)!r} is {with_article(checkpoint.model)} checkpoint; {cls.__name__} takes "
                 f"{', '.join(sorted(model_names(cls))) or 'none'}"
             )
         known = [*checkpoint.config, "name", "trainable"]
@@ -186,7 +186,7 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"overrides: unknown {unknown}; they take {', '.join(known)}")
         kind: Any = load(FAMILIES[checkpoint.model].backbone) if cls is Backbone else cls
         if skip_padding and kind.texts[0][1] is None:
-            raise ValueError(f"skip_padding is True; a {kind.__name__} has no padding, and takes False")
+            raise ValueError(f"skip_padding is True; {with_article(kind.__name__)} has no padding, and takes False")
         variable, compute = target or (checkpoint.dtype, checkpoint.compute_dtype)
         config = checkpoint.config_with(overrides) | {"dtype": variable}
         if checkpoint.integers and (variable is torch.float64 or compute != variable):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..nn import KVCache
 from ..nn.attention import additive
 from ..ops.checks import may_look, name_of
+from ..rules import its_kind
 from ..tracing import tracing
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -28,7 +29,7 @@ def gather(inputs: Any, keywords: Mapping[str, Any], known: Collection[str]) -> 
     elif isinstance(inputs, Mapping):
         found = dict(inputs)
     else:
-        raise TypeError(f"inputs is a {type(inputs).__name__}; it takes a dict with {' and '.join(list(known)[:2])}")
+        raise TypeError(f"inputs is {its_kind(inputs)}; it takes a dict with {' and '.join(list(known)[:2])}")
     if twice := sorted(found.keys() & keywords.keys()):
         raise ValueError(f"{twice[0]} is given in the dict and as a keyword; it takes one of the two")
     found.update(keywords)
@@ -47,8 +48,8 @@ def tensor(value: Any, name: str) -> Tensor:
             value = value.astype(np.int64)
         if value.dtype.kind not in "biuf":
             raise TypeError(f"{name} is a numpy array of {value.dtype}; it takes numbers")
-        return torch.tensor(value)
-    raise TypeError(f"{name} is a {type(value).__name__}; it takes a numpy array or a torch.Tensor")
+        return torch.tensor(value, device="cpu")  # whatever torch.set_default_device says
+    raise TypeError(f"{name} is {its_kind(value)}; it takes a numpy array or a torch.Tensor")
 
 
 def ids(value: Any, name: str, shape: str, size: tuple[int | None, ...], limit: int, device: torch.device) -> Tensor:
@@ -117,7 +118,7 @@ def cache(value: Any, layers: int, heads: int, size: int, like: Tensor) -> KVCac
     if value is None:
         return None
     if not isinstance(value, KVCache):
-        raise TypeError(f"cache is a {type(value).__name__}; it takes what new_cache() returns")
+        raise TypeError(f"cache is {its_kind(value)}; it takes what new_cache() returns")
     wanted = (layers, heads, size, like.dtype, like.device)
     if value.signature != wanted:
         meaning = "layers, heads, head size, dtype, device"
@@ -142,11 +143,11 @@ def cached(cache: KVCache | None, batch_size: int, new: int) -> int:
 def texts(value: Any, name: str, vocabulary: int) -> list[np.ndarray]:
     """Texts, given as lists of token ids of any length: each becomes an int64 array."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes a list of lists of token ids")
+        raise TypeError(f"{name} is {its_kind(value)}; it takes a list of lists of token ids")
     arrays = []
     for row, text in enumerate(value):
         if isinstance(text, (str, bytes)) or not isinstance(text, (Sequence, np.ndarray)):
-            raise TypeError(f"{name}[{row}] is a {type(text).__name__}; it takes a list of token ids")
+            raise TypeError(f"{name}[{row}] is {its_kind(text)}; it takes a list of token ids")
         if len(text) == 0:
             raise ValueError(f"{name}[{row}] is empty; it takes at least one token")
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..rules import its_kind
 from ..spread import is_spread
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def place_of(device: str | torch.device | None, mesh: DeviceMesh | None) -> torc
         return torch.get_default_device() if device is None else torch.device(device)
     if not hasattr(mesh, "device_type"):
         raise TypeError(
-            f"mesh is a {type(mesh).__name__}; it takes a torch.distributed.device_mesh.DeviceMesh, or None"
+            f"mesh is {its_kind(mesh)}; it takes a torch.distributed.device_mesh.DeviceMesh, or None"
         )
     place = torch.device(mesh.device_type if device is None else device)
     if place.type != mesh.device_type:

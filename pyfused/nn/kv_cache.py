@@ -99,6 +99,14 @@ class KVCache:
             places[self._rows, self.positions] = key_value[:, 0]
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in each row: new memory, into which the present tokens are copied."""
+        shape = (*self._buffers[0].shape[:3], capacity, self._buffers[0].shape[4])
+        grown = [kv.new_empty(shape) for kv in self._buffers]
+        for new, kv in zip(grown, self._buffers):
+            new[:, :, :, : kv.shape[3]] = kv
+        self._set(grown)
+
     def put(self, row: int, other: KVCache) -> None:
         """Copies the tokens of another cache's only row to the front of a row of this one."""
         for mine, its in zip(self._buffers, other._buffers):

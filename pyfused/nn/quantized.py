@@ -6,6 +6,7 @@ them along. The dtype of the results is the attribute `dtype`. It follows .half(
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,17 @@ class Scheme(NamedTuple):
             raise ValueError(f"dynamic is True; with scheme {self.name!r} it takes False")
 
 
+def _in_save_pretrained() -> bool:
+    """Whether transformers asks for the state dict, to write files whose readers know no scales."""
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__") or ""
+        if frame.f_code.co_name == "save_pretrained" and module.startswith("transformers."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 class _Quantized(nn.Module):
     """What both classes share: the two buffers, and the dtype of the results."""
 
@@ -57,6 +69,14 @@ class _Quantized(nn.Module):
         )
         self.dynamic = scheme.dynamic
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if _in_save_pretrained():
+            raise ValueError(
+                f"save_pretrained: {prefix.rstrip('.') or 'the model'} has {self.format.name} weights, and from_pretrained "
+                "would take the integers for the weights; keep model.state_dict(), or call pyfused.unquantize_(model) first"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @property
     def format(self) -> WeightFormat:

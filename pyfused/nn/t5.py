@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, SPELLINGS, canonical
 from ..kernels.reference.relative_bias import buckets
 from ..ops import RelativeBias, relative_bias
+from ..rules import its_kind
 from .attention import Visibility, additive
 from .layers import Linear, feed_forward, gated_feed_forward
 from .quantized import dtype_of
@@ -234,7 +235,7 @@ def _sizes(config: Any, intermediate_dim: int | None, **options: Any) -> _Sizes:
         return _Sizes(config, intermediate_dim, canonical(chosen["activation"]), chosen["dropout"], chosen["bias"])
     if not hasattr(config, "dense_act_fn"):
         raise TypeError(
-            f"config is a {type(config).__name__}; it takes a T5Config, or hidden_dim beside intermediate_dim"
+            f"config is {its_kind(config)}; it takes a T5Config, or hidden_dim beside intermediate_dim"
         )
     for name, value in options.items():
         if value is not None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from ..rules import its_kind
 from .attention import EVERYTHING, CrossAttention, RelativeSelfAttention, SelfAttention, Visibility
 from .layers import GatedMlp, Linear, Mlp, ReversibleEmbedding
 from .packed_heads import by_heads, from_heads
@@ -207,7 +208,7 @@ class _Style(ParallelStyle):
         for m in module.modules():
             if isinstance(m, (QuantizedLinear, QuantizedEmbedding)):
                 raise ValueError(
-                    f"module: a {type(m).__name__} in it has {m.format.name} weights; it takes floats: call unquantize_"
+                    f"module: {its_kind(m)} in it has {m.format.name} weights; it takes floats: call unquantize_"
                 )
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise ValueError(f"module: the weights of this {type(module).__name__} are spread over a mesh already")
@@ -304,7 +305,7 @@ def _known(module: nn.Module, kinds: Mapping[Any, Any]) -> Any:
         names = ", ".join(kind.__name__ for kind in kinds)
         changed = any(kind in kinds for kind in type(module).__mro__)
         hint = ", before a mixed dtype or fully_shard changes its class" if changed else ""
-        raise TypeError(f"module is a {type(module).__name__}; this style takes {names}{hint}")
+        raise TypeError(f"module is {its_kind(module)}; this style takes {names}{hint}")
     return kinds[type(module)]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..activations import name_of
 from ..ops import ffn, layer_norm, linear
 from ..own_forward import fused_forward, is_bare, is_fused
+from ..rules import its_kind, with_article
 from ..tracing import tracing
 from .attention import Visibility
 from .layers import LayerNorm, Linear
@@ -62,12 +63,12 @@ def reason_against(layer: nn.Module) -> str:
         child = children.get(name)
         forward = getattr(type(child), "forward", None)
         if child is None or (forward is not theirs.forward and forward is not ours.forward):
-            return f"has a {type(child).__name__} in place of {theirs.__name__}"
+            return f"has {its_kind(child)} in place of {theirs.__name__}"
         if theirs is nn.LayerNorm and (_weight(child) is None or len(child.normalized_shape) != 1):  # type: ignore[arg-type]
             return "has a LayerNorm without weight, or over several dimensions"
     if not is_bare(*children.values()):
         names = {type(child).__name__ for child in children.values() if not is_bare(child)}
-        return f"has a {' and a '.join(sorted(names))} with hooks or a forward of its own"
+        return f"has {' and '.join(map(with_article, sorted(names)))} with hooks or a forward of its own"
     return ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..arguments import AttentionBackward, AttentionForward, schema, taking
+from ..rules import its_kind
 from ..tracing import tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision, to
 from .checks import check_floating, check_like, check_shape, may_look, name_of
@@ -167,7 +168,7 @@ def bind(
         raise ValueError(f"dropout_p is {dropout_p}; it takes 0 <= dropout_p < 1")
     if padding_mask is not None:
         if not isinstance(padding_mask, torch.Tensor):
-            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; it takes a torch.Tensor")
+            raise TypeError(f"padding_mask is {its_kind(padding_mask)}; it takes a torch.Tensor")
         check_shape(padding_mask, "padding_mask", (b, sk), "(B, Sk)")
         if padding_mask.device != query.device:
             raise ValueError(f"padding_mask is on {padding_mask.device}; it takes query's device, {query.device}")
@@ -208,7 +209,7 @@ def _bind_sequences(cu_seqlens, max_seqlen, query, key):
     """cu_seqlens as contiguous int32, and the longest length."""
     name = "cu_seqlens"
     if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(f"{name} is a {type(cu_seqlens).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"{name} is {its_kind(cu_seqlens)}; it takes a torch.Tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {name_of(cu_seqlens.dtype)}; it takes int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -244,7 +245,7 @@ def _shown(numbers):
 def _check_distances(table, query, key):
     """Checks what is special about the table of a DistanceBias."""
     if not isinstance(table, torch.Tensor):
-        raise TypeError(f"relative_bias.table is a {type(table).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"relative_bias.table is {its_kind(table)}; it takes a torch.Tensor")
     if table.dim() != 2 or table.shape[1] % 2 == 0:
         raise ValueError(f"relative_bias.table has shape {tuple(table.shape)}; it takes (H, 2 L - 1)")
     longest = 0
@@ -266,11 +267,11 @@ def _bind_relative_bias(relative_bias, query, key):
         relative_bias = by_distance(relative_bias)
     if not isinstance(relative_bias, RelativeBias):
         takes = "a pyfused.RelativeBias or DistanceBias"
-        raise TypeError(f"relative_bias is a {type(relative_bias).__name__}; it takes {takes}")
+        raise TypeError(f"relative_bias is {its_kind(relative_bias)}; it takes {takes}")
     table, bidirectional, max_distance = relative_bias
     name = "relative_bias.table"
     if not isinstance(table, torch.Tensor):
-        raise TypeError(f"{name} is a {type(table).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"{name} is {its_kind(table)}; it takes a torch.Tensor")
     if table.dtype != query.dtype and table.dtype != torch.float32:
         takes = " or ".join(dict.fromkeys((name_of(query.dtype), "float32")))
         raise TypeError(f"{name} is {name_of(table.dtype)}; it takes query's dtype or float32: {takes}")

@@ -63,6 +63,14 @@ def watched(*tensors: Any) -> bool:
     return not _PLAIN.issuperset(map(type, tensors))
 
 
+def _without_negated_views(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """z.conj().imag is a view that stands for its memory with the other sign. Kernels read memory, so they get a copy. (torch's
+    dispatcher does the same for registered operators.) Such a call has no signature."""
+    if any(isinstance(a, torch.Tensor) and a.is_neg() for a in args):
+        return tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+    return args
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
@@ -152,6 +160,7 @@ class Call:
                 once("operators on DTensors run in plain PyTorch, whose rules say how each is spread")
                 return self.plainly(*args)
             return self._registered(args)
+        args = _without_negated_views(args)
         if self.autograd is not None and _wants_gradient(args):
             return self.autograd.apply(*args)
         return self.direct(*args)

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..evidence import name_of as name_of
+from ..rules import its_kind
 from ..tracing import tracing
 
 # A call's checks cost as much as a small kernel, so each check tests the usual case first. Reading a tensor's device takes
@@ -20,7 +21,7 @@ def check_floating(tensor: torch.Tensor, argument: str) -> None:
     if tensor.__class__ in _PLAIN and tensor.dtype in FLOATING:
         return
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"{argument} is {its_kind(tensor)}; it takes a torch.Tensor")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{argument} is {name_of(tensor.dtype)}; it takes float32, float16, bfloat16 or float64")
 
@@ -30,7 +31,7 @@ def check_like(tensor: torch.Tensor, argument: str, like: torch.Tensor, like_nam
     if tensor.__class__ in _PLAIN and tensor.dtype is like.dtype and tensor.is_cpu and like.is_cpu:
         return
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{argument} is a {type(tensor).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"{argument} is {its_kind(tensor)}; it takes a torch.Tensor")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{argument} is {name_of(tensor.dtype)}; it takes {like_name}'s dtype, {name_of(like.dtype)}")
     if tensor.device != like.device:

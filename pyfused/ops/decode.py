@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..decode_plan import DecodePlan, DecodeStep, sizes
-from ..rules import FLAG, Rule, check, check_cuts
+from ..rules import FLAG, Rule, check, check_cuts, its_kind
 from .call import WATCHERS
 from .checks import may_look, name_of
 from .cost import COSTS, Cost, size
@@ -109,13 +109,13 @@ def bind(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Checks the arguments. Returns what dispatch and the backends take."""
     if not isinstance(plan, DecodePlan):
-        raise TypeError(f"plan is a {type(plan).__name__}; it takes a DecodePlan, from pyfused.plan_of(model)")
+        raise TypeError(f"plan is {its_kind(plan)}; it takes a DecodePlan, from pyfused.plan_of(model)")
     if "checked" not in plan.prepared:
         plan.check()
         plan.prepared["checked"] = True
     like = plan.dtype_and_device
     if not hasattr(cache, "advance"):
-        raise TypeError(f"cache is a {type(cache).__name__}; it takes what the model's new_cache() returns")
+        raise TypeError(f"cache is {its_kind(cache)}; it takes what the model's new_cache() returns")
     wanted = len(plan.layers), plan.kv_heads, plan.head_size, like.dtype, like.device
     if cache.signature != wanted:
         meaning = "layers, heads, head size, dtype, device"
@@ -134,7 +134,7 @@ def bind(
         raise ValueError(f"cache holds {cache.extent - 1} tokens; a model of {places.shape[0]} positions takes no more")
     if padding_mask is not None:
         if not isinstance(padding_mask, Tensor):
-            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; it takes a torch.Tensor or None")
+            raise TypeError(f"padding_mask is {its_kind(padding_mask)}; it takes a torch.Tensor or None")
         if tuple(padding_mask.shape) != (b, cache.extent):
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; it takes (B, Sk) = {(b, cache.extent)}")
         padding_mask = (padding_mask != 0).to(like.device).contiguous()
@@ -156,7 +156,7 @@ def _check_draw(choose: Any, uniform: Any, temperature: Any, top_k: Any, top_p: 
     if uniform is None:
         raise ValueError("temperature, top_k or top_p is given without uniform; they take numbers to draw with")
     if not isinstance(uniform, Tensor):
-        raise TypeError(f"uniform is a {type(uniform).__name__}; it takes a torch.Tensor or None")
+        raise TypeError(f"uniform is {its_kind(uniform)}; it takes a torch.Tensor or None")
     if not choose:
         raise ValueError("uniform is given and choose is False; draws take choose=True")
     if uniform.dtype != torch.float64 or tuple(uniform.shape) != (rows,) or uniform.device != like.device:
@@ -199,7 +199,7 @@ def _check_cache(plan: DecodePlan, cache: KVCache, rows: int) -> None:
 
 def _check_ids(ids: Any, name: str, rows: int, table: Any, like: Tensor) -> None:
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is a {type(ids).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"{name} is {its_kind(ids)}; it takes a torch.Tensor")
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} is {name_of(ids.dtype)}; it takes int64")
     if tuple(ids.shape) != (rows,):

@@ -87,24 +87,37 @@ def _fake(x, w_in, b_in, w_out, b_out, activation, residual, save):
 def _setup_context(ctx, inputs, output):
     x, w_in, b_in, w_out, _, activation, _, _ = inputs
     ctx.activation = activation
-    ctx.save_for_backward(x, w_in, b_in, w_out, output[1])
+    # Only w_in's gradient reads x. Beside a frozen w_in x is not kept, as in torch, and may be overwritten. Then autograd
+    # follows `pre`, so that the gradient of a gradient finds its way to x.
+    ctx.follows_kept = not ctx.needs_input_grad[1]
+    ctx.save_for_backward(None if ctx.follows_kept else x, w_in, b_in, w_out, output[1])
 
 
-def _backward(ctx, grad_y, *_unused):
-    if grad_y is None:
-        return (None,) * 8
+def _backward(ctx, grad_y, grad_pre=None):
+    """grad_pre: from the gradient of a gradient, where autograd follows pre."""
     *wants, _, wants_residual, _ = ctx.needs_input_grad  # x, w_in, b_in, w_out, b_out
     x, w_in, b_in, w_out, pre = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        pre = torch.nn.functional.linear(x, w_in, b_in)
-    grads = _FFN_BACKWARD(grad_y, x, w_in, w_out, pre, ctx.activation, *wants)
-    grads = tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    grads: list[Any] = [None] * 5
+    if grad_y is not None:
+        if torch.is_grad_enabled() and x is not None:  # create_graph=True
+            pre = torch.nn.functional.linear(x, w_in, b_in)
+        found = _FFN_BACKWARD(grad_y, x, w_in, w_out, pre, ctx.activation, *wants)
+        grads = [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
+    if grad_pre is not None:
+        grads[0] = added(grads[0], grad_pre @ w_in) if wants[0] else None
+        grads[2] = added(grads[2], grad_pre.flatten(0, -2).sum(0)) if wants[2] else None
     return *grads, None, grad_y if wants_residual else None, None
 
 
+def added(grad, more):
+    """The sum of two gradients; the first may be None."""
+    return more if grad is None else grad + more
+
+
 def _backward_fake(grad_y, x, w_in, w_out, pre, activation, *wants):
-    shapes = x.shape, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1]
-    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
+    of_x = (*grad_y.shape[:-1], w_in.shape[1])
+    shapes = of_x, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1]
+    return tuple(grad_y.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
@@ -114,9 +127,11 @@ def _cost(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
 def _backward_cost(grad_y, x, w_in, w_out, pre, activation, wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out):
     """One product for the gradient of the activation's output, and one for each gradient of x and the weights."""
-    moved = size(grad_y, x, w_in, w_out, pre) + size(x) * wants_x + size(w_in) * wants_w_in + size(w_out) * wants_w_out
+    rows = grad_y.shape[:-1].numel()
+    of_x = rows * w_in.shape[1] * grad_y.element_size()
+    moved = size(grad_y, x, w_in, w_out, pre) + of_x * wants_x + size(w_in) * wants_w_in + size(w_out) * wants_w_out
     products = w_in.numel() * (wants_x + wants_w_in) + w_out.numel() * (1 + wants_w_out)
-    return Cost(moved, 2 * x.shape[:-1].numel() * products)
+    return Cost(moved, 2 * rows * products)
 
 
 _FFN = Operator(
@@ -130,7 +145,7 @@ _FFN = Operator(
 )
 _FFN_BACKWARD = Operator(
     "ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool wants_x, bool wants_w_in,"
+    "(Tensor grad_y, Tensor? x, Tensor w_in, Tensor w_out, Tensor pre, str activation, bool wants_x, bool wants_w_in,"
     " bool wants_b_in, bool wants_w_out, bool wants_b_out)"
     " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
     fake=_backward_fake,

@@ -13,6 +13,7 @@ from .. import activations
 from .autocast import autocast_is_on, autocasts, in_lower_precision
 from .checks import check_floating, check_like, check_shape
 from .cost import Cost, size
+from .ffn import added
 from .registration import Operator
 
 
@@ -91,24 +92,29 @@ def _fake(x, w_gate, w_up, w_out, activation, residual, save):
 def _setup_context(ctx, inputs, output):
     x, w_gate, w_up, w_out, activation, _, _ = inputs
     ctx.activation = activation
-    ctx.save_for_backward(x, w_gate, w_up, w_out, *output[1:])
+    ctx.follows_kept = not any(ctx.needs_input_grad[1:3])  # ffn says why
+    ctx.save_for_backward(None if ctx.follows_kept else x, w_gate, w_up, w_out, *output[1:])
 
 
-def _backward(ctx, grad_y, *_unused):
-    if grad_y is None:
-        return (None,) * 7
+def _backward(ctx, grad_y, *of_kept):
+    """of_kept: gate's and up's gradients, from the gradient of a gradient, where autograd follows them."""
     x, w_gate, w_up, w_out, gate, up = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True
-        gate, up = (torch.nn.functional.linear(x, w) for w in (w_gate, w_up))
     *wants, _, wants_residual, _ = ctx.needs_input_grad  # x, w_gate, w_up, w_out
-    grads = _GATED_FFN_BACKWARD(grad_y, x, w_gate, w_up, w_out, gate, up, ctx.activation, *wants)
-    grads = tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    grads: list[Any] = [None] * 4
+    if grad_y is not None:
+        if torch.is_grad_enabled() and x is not None:  # create_graph=True
+            gate, up = (torch.nn.functional.linear(x, w) for w in (w_gate, w_up))
+        found = _GATED_FFN_BACKWARD(grad_y, x, w_gate, w_up, w_out, gate, up, ctx.activation, *wants)
+        grads = [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
+    for grad, weight in zip(of_kept, (w_gate, w_up)):
+        if grad is not None and wants[0]:
+            grads[0] = added(grads[0], grad @ weight)
     return *grads, None, grad_y if wants_residual else None, None
 
 
 def _backward_fake(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
-    shapes = x.shape, w_gate.shape, w_up.shape, w_out.shape
-    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
+    shapes = (*grad_y.shape[:-1], w_gate.shape[1]), w_gate.shape, w_up.shape, w_out.shape
+    return tuple(grad_y.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 def _cost(x, w_gate, w_up, w_out, activation, residual, save):
@@ -118,10 +124,12 @@ def _cost(x, w_gate, w_up, w_out, activation, residual, save):
 
 def _backward_cost(grad_y, x, w_gate, w_up, w_out, gate, up, activation, wants_x, wants_gate, wants_up, wants_out):
     """One product for the gradient of the hidden values, two for x's gradient, and one for each weight's."""
-    moved = size(grad_y, x, w_gate, w_up, w_out, gate, up) + size(x) * wants_x
+    rows = grad_y.shape[:-1].numel()
+    of_x = rows * w_gate.shape[1] * grad_y.element_size()
+    moved = size(grad_y, x, w_gate, w_up, w_out, gate, up) + of_x * wants_x
     moved += size(w_gate) * wants_gate + size(w_up) * wants_up + size(w_out) * wants_out
     products = w_gate.numel() * (wants_x + wants_gate) + w_up.numel() * (wants_x + wants_up)
-    return Cost(moved, 2 * x.shape[:-1].numel() * (products + w_out.numel() * (1 + wants_out)))
+    return Cost(moved, 2 * rows * (products + w_out.numel() * (1 + wants_out)))
 
 
 _GATED_FFN = Operator(
@@ -135,7 +143,7 @@ _GATED_FFN = Operator(
 )
 _GATED_FFN_BACKWARD = Operator(
     "gated_ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation,"
+    "(Tensor grad_y, Tensor? x, Tensor w_gate, Tensor w_up, Tensor w_out, Tensor gate, Tensor up, str activation,"
     " bool wants_x, bool wants_gate, bool wants_up, bool wants_out)"
     " -> (Tensor grad_x, Tensor grad_w_gate, Tensor grad_w_up, Tensor grad_w_out)",
     fake=_backward_fake,

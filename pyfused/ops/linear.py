@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..rules import FLAG, check
+from ..rules import FLAG, check, its_kind
 from ..tracing import jit_is_tracing
 from ..weight_format import INT8, WeightFormat, dequantized, format_of
 from .autocast import autocast_is_on, autocasts, in_lower_precision
@@ -115,7 +115,7 @@ def _check_integers(x, weight, form: WeightFormat, scale, dynamic) -> None:
     if scale is None:
         raise ValueError(f"scale is None; beside an {form.name} weight it takes {takes} {form.scale_takes}")
     if not isinstance(scale, torch.Tensor):
-        raise TypeError(f"scale is a {type(scale).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"scale is {its_kind(scale)}; it takes a torch.Tensor")
     if scale.dtype != form.scale_dtype:
         raise TypeError(f"scale is {name_of(scale.dtype)}; beside an {form.name} weight it takes {takes}")
     if scale.device != x.device:

@@ -35,7 +35,8 @@ class Operator(Call):
         fake: the shapes, dtypes and strides of the outputs for given inputs.
         setup_context, backward: as in torch.autograd.Function; None for operators that are themselves a backward. With
             create_graph=True gradient mode is on inside backward. Autograd knows no derivative of the tensors that the
-            kernel kept, so backward computes them again, and the operators of gradients run in plain PyTorch.
+            kernel kept, so backward computes them again, and the operators of gradients run in plain PyTorch. If
+            setup_context sets ctx.follows_kept, they are outputs that autograd follows, and backward gets their gradients.
         residual: the position of the argument `residual`. If it is given, the second output is a result too: x + residual.
         cost: the least that a call must move and compute; takes the schema's arguments.
 
@@ -88,7 +89,8 @@ class Operator(Call):
             outputs = output if isinstance(output, tuple) else (output,)
             setup_context(ctx, inputs, outputs)
             ctx.set_materialize_grads(len(outputs) == 1)  # else backward gets None for absent gradients
-            ctx.mark_non_differentiable(*outputs[self.results_of(inputs) :])
+            if not getattr(ctx, "follows_kept", False):
+                ctx.mark_non_differentiable(*outputs[self.results_of(inputs) :])
 
         torch.library.register_autograd(f"pyfused::{self.name}", backward, setup_context=setup_registered, lib=LIBRARY)
 
@@ -96,6 +98,8 @@ class Operator(Call):
             outputs = self.direct(*args)
             setup_context(ctx, args, outputs)
             ctx.set_materialize_grads(len(outputs) == 1)
+            if getattr(ctx, "follows_kept", False):
+                return outputs
             return outputs[: self.results_of(args)]  # tensors kept for backward are no outputs: saves 4 us
 
         # With a separate setup_context torch would inspect forward's signature at every call, in 40 us.

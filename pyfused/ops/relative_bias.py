@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.shared.buckets import EACH, exact_buckets
+from ..rules import its_kind
 from .checks import check_floating
 from .cost import Cost, size
 from .registration import Operator
@@ -92,20 +93,20 @@ def bind(table, query_length, key_length, *, bidirectional, max_distance=128, qu
     check_buckets(table, bidirectional, max_distance)
     for name, length in (("query_length", query_length), ("key_length", key_length)):
         if not _is_int(length):
-            raise TypeError(f"{name} is a {type(length).__name__}; it takes an int")
+            raise TypeError(f"{name} is {its_kind(length)}; it takes an int")
         if length < 0:
             raise ValueError(f"{name} is {length}; it takes at least 0")
     if not _is_int(query_offset):
-        raise TypeError(f"query_offset is a {type(query_offset).__name__}; it takes an int")
+        raise TypeError(f"query_offset is {its_kind(query_offset)}; it takes an int")
     return table, query_length, key_length, bidirectional, max_distance, query_offset
 
 
 def check_buckets(table: torch.Tensor, bidirectional: bool, max_distance: int, prefix: str = "") -> None:
     """Raises unless the buckets' formula fits this table. `prefix` goes before the arguments' names."""
     if not isinstance(bidirectional, bool):
-        raise TypeError(f"{prefix}bidirectional is a {type(bidirectional).__name__}; it takes a bool")
+        raise TypeError(f"{prefix}bidirectional is {its_kind(bidirectional)}; it takes a bool")
     if not _is_int(max_distance):
-        raise TypeError(f"{prefix}max_distance is a {type(max_distance).__name__}; it takes an int")
+        raise TypeError(f"{prefix}max_distance is {its_kind(max_distance)}; it takes an int")
     if table.dim() != 2:
         raise ValueError(f"{prefix}table has shape {tuple(table.shape)}; it takes (num_buckets, H)")
     least = 4 if bidirectional else 2

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch, evidence, extensions, ops
+from ..kernels.shared import int8
 from ..testing import judge
 from ..weight_format import FORMATS, dequantized
 
@@ -227,7 +228,7 @@ def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | 
     function = getattr(ops, point.operator)
 
     def run(library: bool, repeats: int) -> tuple[torch.Tensor, float]:
-        by_integers = point.dynamic and (not library or torch.cpu._is_vnni_supported())
+        by_integers = point.dynamic and (not library or int8.library_multiplies())
         options = point._replace(dynamic=by_integers).options()
         # Launches are remembered per backend() setting: the two ways do not share one.
         with dispatch.backend("cpu", strict=not library), evidence.one_way(library):

@@ -160,9 +160,9 @@ def named_type(file):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (external_link, "is a ExternalLink; links are not followed"),
-        (external_group, "'layers/more' is a ExternalLink"),
-        (soft_link, "is a SoftLink; links are not followed"), (hard_link_cycle, "also holds under another name"),
+        (external_link, "is an HDF5 ExternalLink; links are not followed"),
+        (external_group, "'layers/more' is an HDF5 ExternalLink"),
+        (soft_link, "is an HDF5 SoftLink; links are not followed"), (hard_link_cycle, "also holds under another name"),
         (second_hard_link, "also holds under another name"), (external_storage, "not one plain block"),
         (virtual, "not one plain block"), (replaced(dtype="f4", chunks=(1, 1)), "not one plain block"),
         (replaced(dtype="f4", compression="gzip", shape=(2**20, 2**20)), "not one plain block"),
@@ -170,7 +170,7 @@ def named_type(file):
         (replaced(dtype=h5py.string_dtype()), r"dtype \|O"), (replaced(dtype="c8"), "dtype <c8"),
         (untagged, r"dtype \|V2"), (deep, "groups deep"), (integers, "has dtype torch.int32"),
         (missing, "is missing"), (extra, "not part of the model"), (both_names, "same variable twice"),
-        (named_type, "'layers/kind' is a Datatype"),
+        (named_type, "'layers/kind' is an HDF5 Datatype"),
     ],
 )  # fmt: skip
 def test_hostile_structure(preset, change, said):

@@ -179,13 +179,13 @@ LAUGHS = b"\x80\x02)q\x00" + b"".join(
     "data, said",
     [
         (b"", "cannot be read"), (b"\x80\x02.", "cannot be read"), (b"\x80\x02}q\x00.", "hold 0 tensors"),
-        (b"\x80\x04]\x94.", "holds a list, not a dictionary"), (b"(dI1\nI2\ns.", "with the name '1'"),
-        (b"(dS'epoch'\nI3\ns.", "holds 'epoch', which is a int"),
+        (b"\x80\x04]\x94.", "holds content of type list, not a dictionary"), (b"(dI1\nI2\ns.", "with the name '1'"),
+        (b"(dS'epoch'\nI3\ns.", "holds 'epoch', which is of type int"),
         (b"(dS'model'\n" + tensor_of(0, numbers(2, 2), numbers(2, 1))[:-1] + b"s.", "torch.save(content"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".", "cannot be read"),  # 1 TB of bytes
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b".", "cannot be read"),
         (b"\x80\x02}r\xff\xff\xff\xff.", "takes more memory"),  # the memo's 4 billionth place
-        (b"\x80\x02" + b"(" * 100_000, "cannot be read"), (b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".", "a list"),
+        (b"\x80\x02" + b"(" * 100_000, "cannot be read"), (b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".", "type list"),
         (LAUGHS + b"}h\x3cK\x01s.", "did not finish within"),  # the hash of 2**60 elements
         (tensor_of(0, numbers(29, 12), numbers(12, 1)), "hold 1 tensors"),
         (tensor_of(0, numbers(2**40, 2**40), numbers(2**40, 1)), "is not inside the storage"),

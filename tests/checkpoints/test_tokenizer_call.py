@@ -131,7 +131,7 @@ def test_targets():
     "given, options, error, said",
     [
         (b"a", {}, TypeError, "texts is a bytes; it takes a str or a list of str"),
-        (3, {}, TypeError, "texts is a int; it takes"),
+        (3, {}, TypeError, "texts is an int; it takes"),
         (["a", 3], {}, TypeError, r"texts\[1\] must be str, got int"),
         ("a", {"pair": ["b"]}, ValueError, "pair has 1 texts; it takes one for each of the 1 in texts"),
         (["a", "b"], {"pair": ["c"]}, ValueError, "pair has 1 texts; it takes one for each of the 2"),

@@ -24,6 +24,14 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.fixture(autouse=True)
+def few_scores_too(monkeypatch):
+    """Attention by hand runs on the kernel in tiny models too."""
+    from pyfused.integrations.transformers import by_hand
+
+    monkeypatch.setattr(by_hand, "WORTH_THE_KERNEL", 0)
+
+
 @pytest.fixture
 def fuse_tomorrows(monkeypatch):
     """A function that fuses a module as if its class, and those of its parts, were transformers'. Returns the report."""

@@ -12,6 +12,7 @@ from draws import to_double
 from family_cases import FAMILIES
 from fused_pairs import Trio, tensors
 from hf_cases import BART, DECODER, IDS, livened, tokens
+from torch import nn
 
 import pyfused
 from pyfused.integrations.transformers import blind, by_hand, masks
@@ -79,7 +80,52 @@ def test_every_row_is_tried():
     assert rows == {row for row, _, _ in MODELS.values()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["BLOOM", "DeBERTa v2", "GPT-J", "MVP"])
+def test_few_scores_are_left_to_the_class(name, calls, monkeypatch):
+    """Of 2 rows, 4 heads and 9 tokens, 7 of them in MVP's decoder."""
+    model, inputs = made(name)
+    pyfused.fuse_(model)
+    for least, kernel in ((2 * 4 * 9 * 9, True), (2 * 4 * 9 * 9 + 1, False)):
+        monkeypatch.setattr(by_hand, "WORTH_THE_KERNEL", least)
+        calls.clear()
+        model(**inputs)
+        assert bool(calls) == kernel
+    model.bfloat16()(**inputs)
+    assert calls
+
+
+def test_the_number_of_scores():
+    """Of a mask's keys, where there is one. Without a mask nobody knows how long a cache is."""
+    module, x = nn.Module(), torch.zeros(2, 3, 8)
+    module.num_heads = 4
+    heads, cache = 2 * 3 * 4, object()
+    mask, others = torch.zeros(2, 1, 3, 70), torch.zeros(2, 50, 8)
+    alibi, positions = torch.zeros(8, 1, 70), torch.zeros(100, 8)
+    for more, keys in (
+        ({}, 3),
+        ({"positions": positions, "past_key_values": None}, 3),
+        ({"key_value_states": others}, 50),
+        ({"alibi": alibi, "attention_mask": mask, "layer_past": cache}, 70),
+    ):
+        given = {"hidden_states": x, **more}
+        with pytest.MonkeyPatch.context() as patch:
+            for least in (heads * keys, heads * keys + 1):
+                patch.setattr(by_hand, "WORTH_THE_KERNEL", least)
+                assert by_hand._few(module, given) == (least > heads * keys)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_hand, "WORTH_THE_KERNEL", 1 << 15)
+        for given in (
+            {"x": x, "cache": cache},
+            {"x": x[0]},
+            {"x": x.half()},
+            {"x": x.double()},
+            {"x": x.to("meta")},
+            {},
+        ):
+            assert not by_hand._few(module, given)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "MobileViT"])  # whose calls cannot ask for them
 def test_attention_weights(name):
     """A call that wants them runs the class's own code."""
     fused, plain, inputs = fused_and_plain(name)

@@ -99,9 +99,11 @@ class AsksWhetherItTrains(Tomorrow):
 class Dropping(Tomorrow):
     """Torch's function for dropout, and a residual that is given."""
 
+    first = 0.5
+
     def __init__(self):
         super().__init__()
-        self.chance = 0.5
+        self.chance = self.first
 
     def forward(self, x, residual):
         return nn.functional.dropout(self.down(self.act(self.up(x))), p=self.chance, training=self.training) + residual
@@ -159,13 +161,16 @@ def test_a_class_that_transformers_adds_tomorrow(kind, fused, pair):
     torch.testing.assert_close(model(x), plain(x))
 
 
+@pytest.mark.parametrize("first", [0.5, 0])
 @pytest.mark.parametrize(("kind", "fused"), [(Dropping, True), (DropsAlways, False)])
-def test_a_class_with_dropout_and_a_residual(kind, fused, pair):
-    """Whether the module trains, and the chance, are read at each call."""
+def test_a_class_with_dropout_and_a_residual(kind, fused, first, pair, monkeypatch):
+    """Whether the module trains, and the chance, are read at each call. It may be a whole number, as configurations have it."""
+    shapes._shapes.pop(kind, None)
+    monkeypatch.setattr(kind, "first", first)
     _, one, report = pair(kind)
     assert [entry.note for entry in report.replaced if entry.name == "0"] == ["pyfused.ffn with the residual"] * fused
     x, residual = torch.randn(2, 30, 8)
-    for train, chance in ((True, 0.5), (True, 0.0), (False, 0.5), (True, 1.0)):
+    for train, chance in ((True, 0.5), (True, 0.0), (False, 0.5), (True, 1.0), (True, 0)):
         one.train(train).chance = chance
         torch.manual_seed(1)
         ours = one(x, residual)

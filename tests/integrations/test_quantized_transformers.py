@@ -110,6 +110,23 @@ def test_tied_weights_are_one_copy(name, tmp_path):
     assert isinstance(restored.get_output_embeddings().weight, nn.Parameter)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_save_pretrained_is_refused(scheme, tmp_path):
+    """Its reader would take the integers for the weights. Other ways to save go on, and floats are saved again."""
+    import transformers as hf
+
+    model = hf_gpt2()
+    quantize_(model.transformer, scheme)
+    for part in (model, model.transformer):
+        with pytest.raises(ValueError, match=r"save_pretrained: .* has int[48] weights"):
+            part.save_pretrained(tmp_path)
+    assert any(t.dtype == torch.int8 for t in model.state_dict().values())
+    unquantize_(model)
+    model.save_pretrained(tmp_path)
+    x = tokens(2, 5)
+    assert torch.equal(hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()(x).logits, model(x).logits)
+
+
 def test_float16_t5_of_transformers_keeps_wo_in_float32():
     """Its `wo` is float32 beside float16, because the products do not fit into float16."""
     model = hf_t5()

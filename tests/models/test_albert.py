@@ -86,7 +86,7 @@ GOOD = {"token_ids": torch.zeros(2, 5, dtype=torch.int64), "segment_ids": None, 
         ({"segment_ids": torch.full((2, 5), 2)}, IndexError, "segment_ids holds 2; it takes 0 to 1"),
         ({"segment_ids": torch.zeros(2, 4).long()}, ValueError, r"segment_ids has shape \(2, 4\)"),
         ({"padding_mask": torch.ones(2, 4)}, ValueError, r"padding_mask has shape \(2, 4\).*\(B, S\) = \(2, 5\)"),
-        ({"padding_mask": 1}, TypeError, "padding_mask is a int"),
+        ({"padding_mask": 1}, TypeError, "padding_mask is an int"),
         ({"position_ids": torch.full((2, 5), 33)}, IndexError, "position_ids holds 33; it takes 0 to 32"),
         ({"token_ids": torch.zeros(2, 34).long()}, ValueError, "length 34; it takes at most max_sequence_length = 33"),
     ],
@@ -101,7 +101,7 @@ def test_more_bad_input(device):
     model = AlbertBackbone(**SIZES).to(device)
     with pytest.raises(TypeError, match=r"AlbertBackbone gives hidden states; the head .* is no part of it"):
         model.logits(torch.zeros(2, 5, 24))
-    with pytest.raises(TypeError, match="model is a AlbertBackbone; it takes a GPT2Backbone or a T5Backbone"):
+    with pytest.raises(TypeError, match="model is an AlbertBackbone; it takes a GPT2Backbone or a T5Backbone"):
         Generator(model)
 
 

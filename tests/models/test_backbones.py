@@ -21,9 +21,12 @@ from backbone_cases import (
     outputs_of,
     renamed,
 )
+from quantized_cases import BACKBONES, spread
+from quantized_cases import inputs_of as quantized_inputs
 
 import pyfused
-from pyfused import Backbone
+from pyfused import Backbone, dispatch
+from pyfused.kernels.shared.buckets import _by_distance
 from pyfused.testing import assert_close
 
 PADDED = ("gpt2", "albert", "t5")  # FNet takes no mask
@@ -236,6 +239,41 @@ def names_of(family):
     """The names of the token ids and of the embeddings in their place."""
     side = "encoder_" if family == "t5" else ""
     return f"{side}token_ids", f"{side}inputs_embeds"
+
+
+@pytest.mark.parametrize("other", [{"device": "meta"}, {"dtype": torch.float16}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "t5", "albert", "fnet"])
+def test_torchs_defaults_change_nothing(name, other):
+    """torch.set_default_device and set_default_dtype, set after a model was made."""
+    model = spread(BACKBONES[name]())
+    given = {key: None if value is None else value.numpy() for key, value in quantized_inputs(model).items()}
+    prompts, sample = [[1, 2, 3], [4]], {"temperature": 1.0, "seed": 1}
+
+    def results():
+        dispatch.forget()
+        _by_distance.cache_clear()
+        found = model(given)
+        yield from found.values() if isinstance(found, dict) else (found,)
+        yield from pyfused.encode(model, prompts)
+        if name in ("gpt2", "t5"):
+            generator = pyfused.Generator(model)
+            for options in ({}, sample, {"num_beams": 2}):
+                yield torch.tensor(generator.generate(prompts, 5, **options), device="cpu")
+            yield torch.tensor(generator.generate_batch(prompts, 5, rows=1, **sample), device="cpu")
+
+    with torch.no_grad():
+        expected = list(results())
+        if "device" in other:
+            with torch.device("meta"):
+                found = list(results())
+        else:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(other["dtype"])
+            try:
+                found = list(results())
+            finally:
+                torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("family", TOYS)

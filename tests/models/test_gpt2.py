@@ -90,7 +90,7 @@ CROSS = {"encoder_hidden_states": torch.zeros(2, 3, 24), "padding_mask": None}
         ({"token_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, r"token_ids has shape \(5,\)"),
         ({"token_ids": torch.zeros(2, 41, dtype=torch.int64)}, ValueError, "length 41; it takes at most max_sequence"),
         ({"padding_mask": torch.ones(2, 4)}, ValueError, r"padding_mask has shape \(2, 4\).*\(B, Sk\) = \(2, 5\)"),
-        ({"padding_mask": 1}, TypeError, "padding_mask is a int"),
+        ({"padding_mask": 1}, TypeError, "padding_mask is an int"),
         ({"token_type_ids": torch.full((2, 5), 61)}, IndexError, "token_type_ids holds 61"),
         ({"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "token_type_ids has shape"),
         ({"position_ids": torch.full((2, 5), 40)}, IndexError, "position_ids holds 40; it takes 0 to 39"),

@@ -92,7 +92,7 @@ GOOD = {
         ({"encoder_token_ids": torch.zeros(3, 5).long()}, ValueError, "encoder_token_ids has 3 rows.*batch size, 2"),
         ({"encoder_padding_mask": torch.ones(2, 4)}, ValueError, r"encoder_padding_mask has shape \(2, 4\).*\(B, Se\)"),
         ({"decoder_padding_mask": torch.ones(2, 5)}, ValueError, r"decoder_padding_mask has shape \(2, 5\).*\(B, Sd\)"),
-        ({"encoder_padding_mask": 1}, TypeError, "encoder_padding_mask is a int"),
+        ({"encoder_padding_mask": 1}, TypeError, "encoder_padding_mask is an int"),
         ({"decoder_inputs_embeds": torch.zeros(2, 4, 24)}, ValueError, "given beside decoder_token_ids"),
         ({"encoder_sequence_output": torch.zeros(2, 5, 24)}, ValueError, "given beside encoder_token_ids"),
         ({"encoder_sequence_output": torch.zeros(2, 5, 8), "encoder_token_ids": None}, ValueError, "has shape"),

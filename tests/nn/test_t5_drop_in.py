@@ -211,7 +211,7 @@ def test_feed_forward_by_hand(name):
     plain.load_state_dict({names[k.split(".")[0]] + "." + k.split(".")[1]: v for k, v in mine.state_dict().items()})
     x = torch.randn(B, 24)
     assert torch.equal(mine(x), plain(x))
-    with pytest.raises(TypeError, match="config is a int"):
+    with pytest.raises(TypeError, match="config is an int"):
         kind(24)
     with pytest.raises(TypeError, match=r"dropout is 0\.1 beside a config"):
         kind(config(), dropout=0.1)

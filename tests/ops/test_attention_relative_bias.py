@@ -282,7 +282,7 @@ def test_compiles_without_a_break(device):
 @pytest.mark.parametrize(
     "bias, error, message",
     [
-        (object(), TypeError, "relative_bias is a object; it takes a pyfused.RelativeBias"),
+        (object(), TypeError, "relative_bias is an object; it takes a pyfused.RelativeBias"),
         ((ones(32, 4), True, 128), TypeError, "relative_bias is a tuple"),
         (RelativeBias([1.0], True), TypeError, "relative_bias.table is a list"),
         (
@@ -294,7 +294,7 @@ def test_compiles_without_a_break(device):
         (RelativeBias(ones(32), True), ValueError, r"relative_bias.table has shape \(32,\)"),
         (RelativeBias(ones(32, 3), True), ValueError, "relative_bias.table has 3 heads; it takes query's 4"),
         (RelativeBias(ones(3, 4), True), ValueError, "relative_bias.table has 3 buckets"),
-        (RelativeBias(ones(32, 4), 1), TypeError, "relative_bias.bidirectional is a int"),
+        (RelativeBias(ones(32, 4), 1), TypeError, "relative_bias.bidirectional is an int"),
         (RelativeBias(ones(32, 4), True, 8.0), TypeError, "relative_bias.max_distance is a float"),
         (RelativeBias(ones(32, 4), False, 16), ValueError, "relative_bias.max_distance is 16; it takes more than 16"),
     ],

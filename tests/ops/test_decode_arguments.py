@@ -133,7 +133,7 @@ def full(given):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"plan": 3}, TypeError, "plan is a int"),
+        ({"plan": 3}, TypeError, "plan is an int"),
         ({"tokens": [1, 2]}, TypeError, "tokens is a list"),
         ({"tokens": torch.tensor([1.0, 2.0])}, TypeError, "tokens is float32; it takes int64"),
         ({"tokens": torch.tensor([1])}, ValueError, r"tokens has shape \(1,\); it takes \(B,\) = \(2,\)"),

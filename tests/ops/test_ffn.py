@@ -217,6 +217,39 @@ def check_frozen(name, backend, device, shapes, saved, subsets):
         assert [gradient is not None for gradient in found] == wants
 
 
+def check_x_beside_frozen(name, device, shapes, keeps):
+    """As in torch, x is kept for the gradients of the weights that it meets, and else may be overwritten. Gradients of
+    gradients are right all the same. keeps: the inputs whose gradient reads x."""
+    call = of_tensors(getattr(pyfused, name), "gelu")
+    tensors = [torch.randn(s, device=device) for s in shapes]
+    for wanting in ({0}, {len(shapes) - 2}, set(range(len(shapes))) - keeps):
+        leaves = [t.clone().requires_grad_(i in wanting) for i, t in enumerate(tensors)]
+        wanted = [leaves[i] for i in sorted(wanting)]
+        expected = torch.autograd.grad(call(*leaves).sin().sum(), wanted)
+        x = leaves[0].clone()
+        y = call(x, *leaves[1:])
+        x.zero_()
+        assert all(map(torch.equal, torch.autograd.grad(y.sin().sum(), wanted), expected))
+
+        def chosen(*given, wanting=wanting):
+            rest = iter(given)
+            return call(*(next(rest) if i in wanting else t.double() for i, t in enumerate(tensors)))
+
+        with dispatch.backend("reference"):
+            wide = [t.detach().double().requires_grad_() for t in wanted]
+            assert torch.autograd.gradgradcheck(chosen, wide, fast_mode=True)
+    for i in keeps:
+        leaves = [t.clone().requires_grad_(j == i) for j, t in enumerate(tensors)]
+        y = call(*leaves)
+        leaves[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_beside_a_frozen_weight_x_is_not_kept(each_backend, device):
+    check_x_beside_frozen("ffn", device, [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)], {1})
+
+
 def test_frozen_weights_cost_no_product(each_backend, device):
     shapes = [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)]
     check_frozen("ffn", each_backend, device, shapes, (0, 1, 3), ((0,), (1, 2), (3,), (4,), (5,), (0, 1, 3)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opchecks import check_registered, opcheck
-from test_ffn import LARGE, PLAIN, ROWS, SIZES, check_frozen, judge_draws, of_tensors
+from test_ffn import LARGE, PLAIN, ROWS, SIZES, check_frozen, check_x_beside_frozen, judge_draws, of_tensors
 
 import pyfused
 from pyfused.activations import ACTIVATIONS
@@ -172,6 +172,10 @@ def test_strides(each_backend, device):
                 actual = pyfused.gated_ffn(*tensors, activation="silu", residual=residual)
                 wide = [t if t is None else t.double() for t in (*tensors, residual)]
                 assert_close(actual, plain(*tensors, "silu", residual), plain(*wide[:4], "silu", wide[4]))
+
+
+def test_beside_frozen_weights_x_is_not_kept(each_backend, device):
+    check_x_beside_frozen("gated_ffn", device, [(3, 8), (10, 8), (10, 8), (6, 10), (3, 6)], {1, 2})
 
 
 def test_frozen_weights_cost_no_product(each_backend, device):

@@ -39,7 +39,7 @@ def test_repeated_calls_have_launches(device):
 @pytest.fixture(params=[name for name in ("reference", "cpu", "triton") if name == "cpu" or name in BACKENDS["int8"]])
 def of_integers(request, monkeypatch):
     """Every backend with its integer products, on any processor; "cpu" has torch's (test_dot_products.py has pyfused's own)."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(int8, "library_multiplies", lambda: True)
     monkeypatch.setattr(extensions, "dot_products", lambda: None)
     dispatch.forget()
     with dispatch.backend(request.param, strict=True):
@@ -98,6 +98,36 @@ def test_the_library_gets_strides_that_it_can_read(device, monkeypatch):
         x[:, 0] = 127.0
         y = int8.product(x, weight, torch.ones(n, device=device))
         assert torch.equal(y, (x.double() @ weight.double().t()).float()), (weight.shape, weight.stride())
+
+
+@pytest.fixture
+def saturating(monkeypatch):
+    """torch's product as oneDNN does it without VNNI, or with ONEDNN_MAX_CPU_ISA=AVX2: pairs of products are added in int16."""
+
+    def product(a, b):
+        pairs = (a.int() + 128)[:, :, None] * b.int()[None]  # oneDNN shifts the rows to uint8
+        pairs = torch.nn.functional.pad(pairs, (0, 0, 0, a.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(1, dtype=torch.int32) - 128 * b.int().sum(0, dtype=torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(extensions, "dot_products", lambda: None)
+    int8._is_exact.cache_clear()
+    dispatch.forget()
+    yield
+    monkeypatch.undo()
+    int8._is_exact.cache_clear()
+    dispatch.forget()
+
+
+def test_a_product_that_saturates_is_not_used(saturating):
+    weight = torch.full((24, 64), 127, dtype=torch.int8)
+    x, scale = torch.full((20, 64), 127.0), torch.ones(24)
+    with dispatch.backend("reference"):
+        assert (pyfused.linear(x, weight, scale=scale, dynamic=True) == 64 * 127**2).all()
+    with dispatch.backend("cpu", strict=True):
+        assert (pyfused.linear(x, weight, scale=scale, dynamic=True) == 64 * 127**2).all()
+        assert "no instructions" in str(pyfused.explain("linear", x, weight, scale=scale, dynamic=True))
 
 
 def test_few_rows_stay_as_they_are(of_integers):

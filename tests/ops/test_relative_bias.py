@@ -147,7 +147,7 @@ def test_opcheck(each_backend, device):
         ({"table": torch.ones(8)}, ValueError, r"table has shape \(8,\)"),
         ({"table": torch.ones(3, 2)}, ValueError, "table has 3 buckets; a bidirectional bias takes at least 4"),
         ({"table": torch.ones(1, 2), "bidirectional": False}, ValueError, "table has 1 buckets"),
-        ({"bidirectional": 1}, TypeError, "bidirectional is a int"),
+        ({"bidirectional": 1}, TypeError, "bidirectional is an int"),
         ({"max_distance": 12.5}, TypeError, "max_distance is a float"),
         ({"max_distance": 2}, ValueError, "max_distance is 2; it takes more than 2"),
         ({"query_length": -1}, ValueError, "query_length is -1"),

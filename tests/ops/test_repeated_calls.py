@@ -91,6 +91,49 @@ def test_same_as_when_every_call_is_checked(name, dtype, library, checks):
         assert len(checks) <= 4  # the later two need none
 
 
+NARROW = {  # kernels need no copy of these, whatever their strides
+    "layer_norm of one number": lambda x: pyfused.layer_norm(x[..., :1], x[0, 0, 0, :1], x[0, 0, 1, :1]),
+    "rms_norm of one number": lambda x: pyfused.rms_norm(x[..., :1], x[0, 0, 0, :1], residual=x[..., 1:2]),
+    "linear of one number": lambda x: pyfused.linear(x[0, 0, :, :1], x[0, 0, :1, :1], x[0, 0, 0, :1], residual=x[0, 0, :, 1:2]),
+    "ffn of one number": lambda x: pyfused.ffn(x[0, 0, :, :1], *one(x), activation="silu"),
+    "attention of one number": lambda x: pyfused.attention(*(x[..., i : i + 1] for i in range(3))),
+    "attention distances": lambda x: pyfused.attention(x, x, x, relative_bias=pyfused.DistanceBias(x[0, :, 0, :7])),
+}  # fmt: skip
+
+
+def one(x):
+    """ffn's weights and biases of one number each."""
+    return x[0, 1, :1, :1], x[0, 1, 1, :1], x[0, 1, 2:3, :1], x[0, 1, 3, :1]
+
+
+@pytest.mark.parametrize("name", [*CALLS, *NARROW])
+def test_a_view_with_the_other_sign(name):
+    """z.conj().imag. A call with the same strides came before, without the sign."""
+    call, numbers = (CALLS | NARROW)[name], torch.complex(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8))
+    view = numbers.conj().imag
+    assert view.is_neg()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            expected = parts(call((-numbers.imag).requires_grad_(gradients)))
+            for _ in range(2):
+                call(numbers.imag.requires_grad_(gradients) * 1 if gradients else numbers.imag)
+            for _ in range(2):
+                for ours, theirs in zip(parts(call(view)), expected):
+                    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [*CALLS, *NARROW])
+def test_a_gradient_with_the_other_sign(name):
+    """Of torch.complex(0, y).conj().imag = -y."""
+    call, found = (CALLS | NARROW)[name], []
+    for negate in (lambda y: torch.complex(torch.zeros_like(y), y).conj().imag, torch.neg):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 4, 8, requires_grad=True)
+        (negate(parts(call(x))[0]) * 3.0).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("forced", [None, "reference", "cpu:baseline", "cpu:avx2"])
 def test_the_backend_that_is_forced_runs(forced, monkeypatch):
     from pyfused.testing import available, running

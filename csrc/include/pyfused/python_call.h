@@ -119,7 +119,8 @@ PyMethodDef function(const char* name) {
 
 // ---- the signature of a call ----------------------------------------------------------------------------------------
 // signature(*args) -> bytes or None. Two calls have the same bytes exactly if they differ only in their tensors' values. It is
-// None if an argument is neither None, bool, int, float, str nor a plain tensor on the CPU or a GPU. A GPU tensor's signature
+// None if an argument is neither None, bool, int, float, str nor a plain tensor on the CPU or a GPU, and if a tensor is a negated
+// view (Tensor.is_neg), which a kernel would read with the wrong sign. A GPU tensor's signature
 // includes its device and whether its address is a multiple of 16, because Triton compiles separately for that.
 
 class Words {
@@ -145,6 +146,20 @@ class Words {
   int64_t words_[kMost];
 };
 
+// Whether a tensor stands for its memory with the other sign, as z.conj().imag does. Such a tensor is a view of complex numbers, so
+// its strides are all even. Most tensors need not be asked.
+inline bool is_negated(PyObject* value, const View& view) {
+  for (int32_t i = 0; i < view.dimensions; ++i)
+    if (view.shape[i] > 1 && view.strides[i] % 2) return false;
+  if (view.kind != 2) return false;  // 2: floating point, but not bfloat16, of which there are no complex numbers
+  static PyObject* name = PyUnicode_InternFromString("is_neg");
+  PyObject* found = PyObject_CallMethodNoArgs(value, name);
+  int yes = found ? PyObject_IsTrue(found) : -1;
+  Py_XDECREF(found);
+  if (yes < 0) PyErr_Clear();
+  return yes != 0;
+}
+
 // Each value begins with a word for its kind and length, so different lists of values never look the same.
 inline bool describe(PyObject* value, Words& words) {
   enum : int64_t { kNone, kFalse, kTrue, kInt, kFloat, kText, kTensor };
@@ -156,6 +171,7 @@ inline bool describe(PyObject* value, Words& words) {
       return false;
     }
     if (view.device_type != 1 && view.device_type != 2 && view.device_type != 10) return false;
+    if (is_negated(value, view)) return false;
     int64_t head = kTensor | view.kind << 8 | view.bits << 16 | static_cast<int64_t>(view.device_type) << 24 |
                    static_cast<int64_t>(view.dimensions) << 32;
     Py_ssize_t size = view.dimensions * sizeof(int64_t);

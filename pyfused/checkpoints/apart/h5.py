@@ -52,7 +52,7 @@ def _walk(h5py: Any, group: Any, prefix: str, seen: set[int], depth: int, longes
             raise Refused(f"tensor {name[:60]!r}... has a name of {len(name)} characters; at most {longest} are read")
         link = group.get(key, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise Refused(f"tensor {name!r} is a {type(link).__name__}; links are not followed")
+            raise Refused(f"tensor {name!r} is an HDF5 {type(link).__name__}; links are not followed")
         child = group[key]
         address = h5py.h5o.get_info(child.id).addr
         if address in seen:
@@ -63,7 +63,7 @@ def _walk(h5py: Any, group: Any, prefix: str, seen: set[int], depth: int, longes
         elif isinstance(child, h5py.Dataset):
             yield _row(h5py, child, name)
         else:
-            raise Refused(f"tensor {name!r} is a {type(child).__name__}, neither group nor dataset")
+            raise Refused(f"tensor {name!r} is an HDF5 {type(child).__name__}, neither group nor dataset")
 
 
 def _row(h5py: Any, dataset: Any, name: str) -> Row:

@@ -111,7 +111,7 @@ def entries(path: str, most: int, longest: int) -> list[Row]:
             raise Refused("is a zip archive without its end: it is truncated; download it again")
         content, places = _read_zip(file) if is_zip else _read_legacy(file)
     if not isinstance(content, dict):
-        raise Refused(f"holds a {type(content).__name__}, not a dictionary of tensors")
+        raise Refused(f"holds content of type {type(content).__name__}, not a dictionary of tensors")
     if len(content) > most:
         raise Refused(f"holds {len(content)} tensors; at most {most} are read")
     rows = []
@@ -122,7 +122,7 @@ def entries(path: str, most: int, longest: int) -> list[Row]:
             kind = type(tensor).__name__
             nested = isinstance(tensor, dict) and any(isinstance(value, _Tensor) for value in tensor.values())
             how = f'; its weights are inside: save only those, torch.save(content["{name}"], ...)' if nested else ""
-            raise Refused(f"holds {name!r}, which is a {kind} and not a tensor{how}")
+            raise Refused(f"holds {name!r}, which is of type {kind} and not a tensor{how}")
         rows.append(_row(name, tensor, places))
     return rows
 

@@ -16,21 +16,22 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 from ...families import FAMILIES, load  # noqa: E402
 from ...own_forward import Adapter, Entry  # noqa: E402
-from . import by_hand, config, mpnet, own_attention, sdpa_calls, shaped, umt5  # noqa: E402
+from . import by_hand, config, mpnet, own_attention, sdpa_calls, shaped, squeezebert, umt5  # noqa: E402
 from .attention import attend  # noqa: E402
 from .config import NAME, leave  # noqa: E402
 from .heads import fuse_heads  # noqa: E402
 from .masks import make_mask  # noqa: E402
 from .padding import ENCODERS  # noqa: E402
+from .projections import fuse_projections  # noqa: E402
 
 __all__ = ["ADAPTERS", "ENCODERS", "NAME", "adapter_for", "attend", "enter", "leave", "make_mask"]
 
 
 def enter(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> tuple[list[Entry], list[Entry]]:
-    """What fuse_ does to a model as a whole, attention layers and heads; returns (replaced, left)."""
+    """What fuse_ does to a model as a whole: attention layers, their projections, and heads; returns (replaced, left)."""
     done, left = config.enter(model, wanted, _OWN_ATTENTION)
     more, others = fuse_heads(model, wanted)
-    return done + more, left + others
+    return done + more + fuse_projections(model, wanted), left + others
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
@@ -41,5 +42,6 @@ def adapter_for(module: nn.Module) -> Adapter | None:
 ADAPTERS: dict[str, Adapter] = {}
 for _family in FAMILIES.values():
     ADAPTERS |= load(_family.adapters) if _family.adapters else {}
-ADAPTERS |= umt5.ADAPTERS | mpnet.ADAPTERS | own_attention.ADAPTERS | by_hand.ADAPTERS | sdpa_calls.ADAPTERS
+ADAPTERS |= umt5.ADAPTERS | mpnet.ADAPTERS | squeezebert.ADAPTERS | own_attention.ADAPTERS
+ADAPTERS |= by_hand.ADAPTERS | sdpa_calls.ADAPTERS
 _OWN_ATTENTION = [name for name in ADAPTERS if "Attention" in name.rpartition(".")[2]]

@@ -18,6 +18,7 @@ from ...ops import RelativeBias, attention
 from ...ops import relative_bias as materialise
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import original
+from ...rules import its_kind
 from ...setting import set_to
 from .blind import alike
 from .masks import is_zero, read_mask, with_blind_queries, with_dense_bias, with_position_bias
@@ -257,7 +258,7 @@ def _read_head_mask(module, head_mask, heads):
     if head_mask is None:
         return None
     if not isinstance(head_mask, Tensor):
-        raise TypeError(f"head_mask is a {type(head_mask).__name__}; it takes a torch.Tensor")
+        raise TypeError(f"head_mask is {its_kind(head_mask)}; it takes a torch.Tensor")
     if head_mask.shape == (1, heads, 1, 1):  # this layer's, as older releases pass it
         return head_mask[0, :, 0, 0]
     config = getattr(module, "config", None)

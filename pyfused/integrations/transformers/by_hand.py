@@ -21,6 +21,7 @@ from ...nn.attention import additive
 from ...ops import attention as attend_with_kernels
 from ...ops.attention import MAX_HEAD_SIZE
 from ...own_forward import Adapter, Forward, fused_forward, is_bare, is_own, original
+from ...tracing import tracing
 from ..torch_nn import takes
 from .attention import attend, attentions_wanted, original_telling
 from .blind import mean_of
@@ -33,6 +34,7 @@ from .statements import source_of
 # Folder (and file, where it has another name), then the class.
 ROWS = (
     "big_bird.BigBirdSelfAttention",
+    "bigbird_pegasus.BigBirdPegasusSelfAttention",
     "blip.BlipAttention",
     "bloom.BloomAttention",
     "canine.CanineSelfAttention",
@@ -44,11 +46,14 @@ ROWS = (
     "flaubert.MultiHeadAttention",
     "flava.FlavaSelfAttention",
     "git.GitSelfAttention",
+    "groupvit.GroupViTAttention",
     "led.LEDDecoderAttention",
     "lxmert.LxmertAttention",
     "megatron_bert.MegatronBertSelfAttention",
+    "mobilevit.MobileViTSelfAttention",
     "mpt.MptAttention",
     "mvp.MvpAttention",
+    "pvt.PvtEfficientSelfAttention",
     "rembert.RemBertSelfAttention",
     "roformer.RoFormerSelfAttention",
     "speecht5.SpeechT5Attention",
@@ -71,7 +76,6 @@ LEFT = {
     "luke.LukeSelfAttention": "words and entities may have queries of their own for each other",
     "mobilebert.MobileBertLayer": "its last feed-forward has two residuals",
     "nystromformer.NystromformerSelfAttention": "attention by landmarks, which the kernels do not have",
-    "squeezebert.SqueezeBertSelfAttention": "channels come before words, and its products are modules",
     "xlnet.XLNetRelativeAttention": "scores by position are shifted from row to row, which the kernels do not do",
 }
 
@@ -124,6 +128,12 @@ class Added(NamedTuple):
         if x.dim() == 3 and self.heads:
             return x.unflatten(0, (-1, self.heads))
         return x[(None,) * (4 - x.dim())]
+
+
+# Scores of a call in float32 on a CPU. With fewer of them the class's own operations take less time than it takes to find out
+# what is added to the scores. From 1 << 15 on the kernel is faster: 4 heads of 16 numbers and 12 of 64 agree in that.
+WORTH_THE_KERNEL = 1 << 15
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 class _Call:
@@ -190,8 +200,10 @@ def _sum(a: Tensor | None, b: Tensor) -> Tensor:
 
 
 def _heads(module: Any) -> int:
+    attributes = vars(module)  # asking the module for a name that it lacks takes a microsecond
     for name in ("num_heads", "num_attention_heads", "n_heads"):
-        if isinstance(heads := getattr(module, name, None), int):
+        heads = attributes.get(name) or getattr(type(module), name, None)
+        if isinstance(heads, int):
             return heads
     return 0
 
@@ -208,7 +220,10 @@ def _probability(module: Any, dropout: str) -> float:
 def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention"""
     of, found, forward = _known.get(type(module), (None, None, None))
-    if forward is None or of is not type(module).forward or _keeps_own(module, found, named(module, args, kwargs)):
+    if forward is None or of is not type(module).forward:
+        return original(module, *args, **kwargs)
+    given = named(module, args, kwargs)
+    if _few(module, given) or _keeps_own(module, found, given):
         return original(module, *args, **kwargs)
     return forward(module, *args, **kwargs)
 
@@ -218,7 +233,7 @@ def method(module: Any, *args: Any, **kwargs: Any) -> Any:
     """pyfused.attention"""
     own: Any = getattr(type(module), METHOD)
     of, found, made = _known.get(type(module), (None, None, None))
-    if made is None or of is not own or _keeps_own(module, found, {}):
+    if made is None or of is not own or _few_between(*args[:2]) or _keeps_own(module, found, {}):
         return own(module, *args, **kwargs)
     return made(module, *args, **kwargs)
 
@@ -253,6 +268,38 @@ def _ready(module: nn.Module, function: str = "forward") -> None:
 vars(attention)["prepare"] = _ready
 vars(calls_method)["prepare"] = functools.partial(_ready, function=METHOD)
 vars(calls_method)["methods"] = {METHOD: method}
+
+
+def _few(module: Any, given: dict[str, Any]) -> bool:
+    """Whether a call has few scores: all that it says of its keys are the tensors that they are made of, and their mask."""
+    x, keys, masked, cached = None, 0, False, False
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            shape = value.shape
+            if x is None:
+                if len(shape) != 3:
+                    return False
+                x = value
+            if "mask" in name:
+                keys, masked = max(keys, shape[-1]), True
+            elif len(shape) == 3:
+                keys = max(keys, shape[1])
+        elif value is not None and name in _CACHES:
+            cached = True
+    return x is not None and (masked or not cached) and _few_in(x, _heads(module), keys)
+
+
+def _few_between(query: Any = None, key: Any = None, *_: Any) -> bool:
+    """The same of queries (B, H, Tq, D) and keys (B, H, Sk, D)."""
+    plain = isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4
+    return plain and _few_in(query, query.shape[1], key.shape[2])
+
+
+def _few_in(x: Tensor, heads: int, keys: int) -> bool:
+    """Whether the queries of x, (B, Tq, N) or (B, H, Tq, D), have few scores, which plain PyTorch computes as exactly."""
+    if x.dtype != torch.float32 or not x.is_cpu or tracing():
+        return False
+    return 0 < x.shape[0] * x.shape[-2] * heads * keys < WORTH_THE_KERNEL
 
 
 def _keeps_own(module: Any, found: ByHand, given: dict[str, Any]) -> bool:

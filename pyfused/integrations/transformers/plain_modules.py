@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...own_forward import is_bare, is_fused
+from ...rules import with_article
 from ..torch_nn import go_together
 from .symbols import Op, either_order, trace
 
@@ -43,7 +44,7 @@ def other_linear(module: nn.Module) -> str:
         if trace(module, 1, torch.bfloat16) == (product if module.bias is None else either_order("add", product, bias)):
             _same[kind, module.bias is None] = kind.forward
             return ""
-    return f"is a {kind.__name__}, whose product is its own"
+    return f"is {with_article(kind.__name__)}, whose product is its own"
 
 
 def is_fused_norm(x: Tensor, *norms: nn.Module) -> bool:

@@ -149,7 +149,7 @@ def _record(name: str, args: Any, kwargs: dict[str, Any]) -> _Symbol:
 
 
 def _dropped(of: tuple[Any, ...], p: Any, training: Any, inplace: bool) -> Op:
-    if len(of) != 1 or not isinstance(p, _Setting) or not isinstance(training, _Training) or inplace:
+    if len(of) != 1 or not isinstance(p, (_Setting, _Whole)) or not isinstance(training, _Training) or inplace:
         raise _Untraceable("dropout")
     return Op("drop", (*of, p.name))
 
@@ -157,6 +157,8 @@ def _dropped(of: tuple[Any, ...], p: Any, training: Any, inplace: bool) -> Op:
 def _plain(value: Any) -> Any:
     if isinstance(value, _Symbol):
         return value.op
+    if isinstance(value, _Whole):
+        return int(value)
     return Op("setting", (value.name, value + 0.0)) if isinstance(value, _Setting) else value
 
 
@@ -175,6 +177,12 @@ class _Setting(float):
 
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __hash__ = float.__hash__
+
+
+class _Whole(int):
+    """A whole number that knows its attribute. It may be a size, so it does all that an int does. A dropout may be 0."""
+
+    name: str
 
 
 class _Training:
@@ -209,6 +217,10 @@ class _Self:
                 return _Training()
             if not isinstance(value, (*_READABLE, PreTrainedConfig, FusedConfig)):
                 raise _Untraceable(name)
+            if type(value) is int:
+                whole = _Whole(value)
+                whole.name = name
+                return whole
             return _Setting(value, name) if type(value) is float else value
         found = getattr(type(module), name)
         return types.MethodType(found, self) if isinstance(found, types.FunctionType) else found

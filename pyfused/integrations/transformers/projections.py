@@ -1,0 +1,57 @@
+"""How do the projections of a transformers attention layer run on pyfused? Large ones are pyfused.linear, where no gradient is
+wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import linear
+from ...own_forward import Entry, fused_forward, give, has_another_forward, original
+from ...tracing import tracing
+from ..torch_nn import go_together
+
+# Elements of a weight. A product with a smaller one takes so little time that a call's own cost, 3 us, is more than the gain.
+WORTH_A_CALL = 1 << 19
+# Of an input. One row takes as long as reading the weight, in both; from 384 rows on both take the same time within 2%.
+# Between, dispatch asks the evidence.
+ROWS = range(2, 257)
+
+
+@fused_forward
+def projection(module: nn.Linear, input: Tensor) -> Any:
+    """pyfused.linear"""
+    weight = module.weight
+    if not weight.is_cpu or tracing() or input.shape[:-1].numel() not in ROWS:
+        return original(module, input)
+    if type(module) is not nn.Linear or not go_together(module, input):
+        return original(module, input)
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or _learns(module.bias)):
+        return original(module, input)
+    return linear(input, weight, module.bias)
+
+
+def _learns(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def fuse_projections(model: nn.Module, wanted: Callable[[str, nn.Module], bool]) -> list[Entry]:
+    """Gives large linear layers that belong to an attention layer their forward; returns those. Others stay, unmentioned."""
+    done: list[Entry] = []
+    for above, layer in model.named_modules():
+        kind = type(layer)
+        if "Attention" not in kind.__name__ or not kind.__module__.startswith("transformers"):
+            continue
+        for name, child in layer.named_children():
+            path = f"{above}.{name}" if above else name
+            if _is_large(child) and wanted(path, child) and not has_another_forward(child):
+                give(child, projection)
+                done.append(Entry(path, "Linear", "pyfused.linear"))
+    return done
+
+
+def _is_large(child: nn.Module) -> bool:
+    return type(child) is nn.Linear and child.weight.is_cpu and child.weight.numel() >= WORTH_A_CALL

@@ -1,0 +1,107 @@
+"""Do the projections of attention run on pyfused.linear where that pays, and on the class's own code elsewhere?"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as hf
+from fused_pairs import Trio, check_changed_child, counted, padded
+from hf_cases import BERT, DECODER, VOCABULARY, livened, tokens
+from torch import nn
+
+import pyfused
+from pyfused.integrations.transformers import projections
+from pyfused.own_forward import is_fused
+
+MODELS = {
+    "BERT": lambda: hf.BertModel(hf.BertConfig(**BERT)),
+    "MPNet": lambda: hf.MPNetModel(hf.MPNetConfig(**BERT)),
+    "Llama": lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(projections, "WORTH_A_CALL", 0)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    return counted(monkeypatch, projections, "linear")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs(name, products):
+    trio, (ids, mask) = Trio(livened(MODELS[name]())), padded(2, 9, VOCABULARY)
+    trio.check(live=mask, input_ids=ids, attention_mask=mask)
+    assert products["linear"] >= 6
+    notes = [entry.note for entry in trio.report.replaced if entry.kind == "Linear"]
+    assert notes == ["pyfused.linear"] * (6 if name == "BERT" else 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    ids, mask = padded(2, 9, VOCABULARY)
+    Trio(livened(MODELS["BERT"]()), dtype=dtype).check(live=mask, input_ids=ids, attention_mask=mask)
+
+
+def test_where_the_own_code_runs(products):
+    """Where a gradient is wanted, in a trace, for one row or many, and in float64."""
+    model = livened(MODELS["BERT"]())
+    pyfused.fuse_(model)
+    layer, x = model.encoder.layer[0].attention.self.query, torch.randn(2, 3, 32)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        layer(x[:1, :1]), layer(x.repeat(1, 50, 1))
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+        copy.deepcopy(layer).double()(x.double())
+        assert products == {"linear": 0}
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        assert products == {"linear": 1}
+        layer.requires_grad_(False)
+    layer(x)
+    assert products == {"linear": 2}
+    layer(x.requires_grad_()).sum().backward()
+    assert products == {"linear": 2}
+    assert x.grad.any()
+
+
+@pytest.mark.parametrize("place", ["query", "value"])
+def test_replaced_and_hooked_later(place):
+    ids = tokens(2, 9)
+    trio = Trio(livened(MODELS["BERT"]()))
+    check_changed_child(trio, lambda model: model.encoder.layer[0].attention.self, place, input_ids=ids)
+
+
+class Own(nn.Linear):
+    """As LoRA and quantisation have them."""
+
+
+def test_what_is_left(monkeypatch):
+    """Layers of a class of their own, what filter_fn does not want, small ones, and the linear layers beside attention."""
+    model = livened(MODELS["BERT"]())
+    attention = model.encoder.layer[0].attention.self
+    attention.key = Own(32, 32)
+    pyfused.fuse_(model, filter_fn=lambda name, module: not name.endswith("query"))
+    fused = [name for name, module in attention.named_children() if is_fused(module)]
+    assert fused == ["value"]
+    assert not is_fused(model.pooler.dense)
+    pyfused.unfuse_(model)
+    assert not is_fused(attention.value)
+    monkeypatch.setattr(projections, "WORTH_A_CALL", 32 * 32 + 1)
+    pyfused.fuse_(model)
+    assert not is_fused(attention.value)
+
+
+def test_copies():
+    model, ids = livened(MODELS["BERT"]()), tokens(2, 9)
+    names = list(model.state_dict())
+    pyfused.fuse_(model)
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
+        expected = model(ids)[0]
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert is_fused(clone.encoder.layer[1].attention.self.key)
+            assert torch.equal(clone(ids)[0], expected)
