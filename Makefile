@@ -110,19 +110,20 @@ $(VENV)/run.stamp: $(VENV)/lib.stamp
 	$(PIP) "transformers==5.23.0"
 	touch $@
 
-# For minutes the build needs every processor and pip needs one, so they run side by side. The group has what the extras ask for.
-# The build needs no torch. keras-hub goes in without its dependencies, which include TensorFlow. What every test process imports
-# is compiled here, once: the workers start together, and each would compile it.
+# For minutes the build needs every processor and pip needs one, so they run side by side; the linters come with the rest. The
+# group has what the extras ask for. The build needs no torch. keras-hub goes in without its dependencies, which include
+# TensorFlow. What every test process imports is compiled here, once: the workers start together, and each would compile it.
 IMPORTED := torch._inductor.compile_fx, torch.distributed.fsdp, transformers.modeling_utils, keras_hub, sentence_transformers
 $(VENV)/test.stamp: export PATH := $(CURDIR)/$(BIN):$(PATH)
 $(VENV)/test.stamp: $(VENV)/pip.stamp $(SOURCES)
 	$(PIP) --group build
 	$(BIN)/pip install --verbose --no-compile --no-build-isolation --no-deps -e . & build=$$!; \
-	  { $(PIP) "$(TORCH)" && touch $(VENV)/base.stamp && $(PIP) --group test && $(PIP) --no-deps "keras-hub==0.32.0" && \
+	  { $(PIP) "$(TORCH)" && touch $(VENV)/base.stamp && $(PIP) --group test --group lint && \
+	    $(PIP) --no-deps "keras-hub==0.32.0" && \
 	    $(BIN)/python tests/versions.py --install transformers-4.57.6 && \
 	    KERAS_BACKEND=torch $(BIN)/python -c "import $(IMPORTED)"; } || { kill $$build; exit 1; }; \
 	  wait $$build
-	touch $(VENV)/lib.stamp $@
+	touch $(VENV)/lib.stamp $(VENV)/lint.stamp $@
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) -e ".[bench]"

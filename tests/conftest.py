@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 # torch.compile starts processes that compile Triton kernels for a GPU; each imports torch first, and none has work here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# torch.compile tries the compiler with a large program for each instruction set of the processor. Every g++ knows these.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest  # noqa: E402
 import shim  # noqa: E402

@@ -67,6 +67,16 @@ class Launches:
         modules[kernel.fn.__module__] = kernel.fn.__globals__
         for module in modules.values():
             module["range"] = _ends
+        whole, patch = interpreter.tl.range, interpreter._patch_lang
+
+        def patch_again(function):
+            """A call of a function of another module patches the language, tl.range included, once more."""
+            found = patch(function)
+            interpreter.tl.range = lambda *bounds, **options: _ends(*bounds)
+            return found
+
+        interpreter._patch_lang = patch_again
+        patch_again(kernel.fn)
         try:
             builder.set_grid_dim(*sizes)
             for at in sorted({tuple(n // 2 for n in sizes), tuple(n - 1 for n in sizes)}):
@@ -76,6 +86,7 @@ class Launches:
         finally:
             for module in modules.values():
                 del module["range"]
+            interpreter.tl.range, interpreter._patch_lang = whole, patch
             scope.restore()
 
 

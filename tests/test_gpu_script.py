@@ -80,21 +80,29 @@ for i in range(int(start[1]) if start else 0, 5):
 """
 
 
-def test_a_case_that_ends_the_process_or_hangs_loses_no_other(tmp_path):
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory):
+    """The rows of two items that wait at the same time: one hangs, the other runs out of time."""
+    folder = tmp_path_factory.mktemp("results")
+    items = [
+        python("hangs", CASES, 900, patience=100, resumes=True),
+        python("late", CASES, 200, resumes=True),
+    ]
+    assert Session(folder, 1000, clock=fast).run(items) == 1
+    return rows_of(folder)
+
+
+def test_a_case_that_ends_the_process_or_hangs_loses_no_other(side_by_side):
     """An illegal access on a GPU ends the process this way: nothing works after it."""
-    item = python("correct", CASES, 900, patience=100, resumes=True)
-    assert Session(tmp_path, 1000, clock=fast).run([item]) == 1
-    *rows, end = of(rows_of(tmp_path), "correct")
+    *rows, end = of(side_by_side, "hangs")
     assert {row["case"]: row["ok"] for row in rows} == {"c0": True, "c1": False, "c2": True, "c3": False, "c4": True}
     assert (end["status"], end["restarts"]) == ("failed", 2)
     assert "no line in 100 s" in rows[3]["error"]
     assert "exit status -6" in rows[1]["error"]
 
 
-def test_a_case_that_only_ran_out_of_time_is_not_called_wrong(tmp_path):
-    item = python("correct", CASES, 200, resumes=True)
-    Session(tmp_path, 1000, clock=fast).run([item])
-    *rows, end = of(rows_of(tmp_path), "correct")
+def test_a_case_that_only_ran_out_of_time_is_not_called_wrong(side_by_side):
+    *rows, end = of(side_by_side, "late")
     assert [row["case"] for row in rows] == ["c0", "c1", "c2"]
     assert end["status"] == "timeout"
 

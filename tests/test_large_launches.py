@@ -184,6 +184,7 @@ CALLS = {  # each has a tensor of more than 2^31 elements
 def test_nothing_wraps_round_and_every_access_is_inside(record, name):
     launches = record(CALLS[name])
     assert not launches.faults, "\n".join(launches.faults[:5])
+    assert [*triton.language.range(0, 5)] == [*range(5)]  # whole again for the tests that follow
 
 
 def test_every_kernel_is_among_the_calls(record):

@@ -65,19 +65,20 @@ def left_to_plain_pytorch(item, parameters):
 
 
 def of_the_other_half(item, parameters):
-    """Whether attention's case leaves this half precision to other cases. In Triton's interpreter a case runs in float32 and,
-    in turn, in float16 or bfloat16; its backward has the half that its forward lacks."""
-    named = item.path.name.startswith("test_attention") and item.originalname in ("test_forward", "test_backward")
-    if DEVICE != "cpu" or not named or parameters.get("each_backend") != "triton" or "case" not in parameters:
+    """Whether a case of attention, or of large sizes, leaves this half precision to other cases. In Triton's interpreter a case
+    runs in float32 and, in turn, in float16 or bfloat16; attention's backward has the half that its forward lacks."""
+    attention = item.path.name.startswith("test_attention") and item.originalname in ("test_forward", "test_backward")
+    axis = "case" if attention else "rows" if item.originalname == "test_large_sizes" else None
+    if DEVICE != "cpu" or parameters.get("each_backend") != "triton" or axis not in parameters:
         return False
-    turn = item.callspec.indices["case"] + (item.originalname == "test_backward")
+    turn = item.callspec.indices[axis] + (item.originalname == "test_backward")
     return parameters["dtype"] == (torch.float16, torch.bfloat16)[turn % 2]
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of attention's
-    others; operators and gradients that a backend lacks; tests of the CPU kernels on other backends; and kernels of a base set
-    under the names of the sets that extend it. pytest passes the whole suite's tests: those of other folders are kept."""
+    """Leaves out cases marked seldom in Triton's interpreter, which would take minutes, and one half precision of others there;
+    operators and gradients that a backend lacks; tests of the CPU kernels on other backends; and kernels of a base set under
+    the names of the sets that extend it. pytest passes the whole suite's tests: those of other folders are kept."""
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:

@@ -1,5 +1,5 @@
 """Does every native kernel survive a size of 0? Another process calls each as its header declares it, with each integer at 0
-in turn and with all at 0. Even calls that dispatch keeps away must not end the process."""
+in turn and with all at 0. Even calls that dispatch keeps away must not end the process. The instruction sets share one."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from pyfused import extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = "import shim; kernels = shim.load()"
-CPU = "from pyfused import _cpu; kernels = _cpu."
+CPU = "from pyfused import _cpu as kernels"
 
 # Sizes and strides are 4; head sizes are 8. Every address lies in a buffer of zeros that is larger than any kernel needs.
 SCRIPT = """
@@ -26,7 +26,7 @@ none = torch.zeros(8, dtype=torch.int64)  # the plan of length 0
 sizes = ("batch", "heads", "kv_heads", "query_length", "key_length", "head_size", "longest")
 strides = dict.fromkeys(("query", "key", "value", "out", "grad_out"), (4,) * 3) | {{"bias": (4,) * 4, "chunk": 4}}
 
-def call(name, parameters, zero, given):
+def call(kernels, dtype, name, parameters, zero, given):
     of_size = dict.fromkeys(sizes, 4) | {{"head_size": 8}}
     of_size |= {{size: 0 for size in sizes if zero in ("all", size)}}
     layout = AttentionLayout(**of_size, **strides, scale=0.25, dropout_p=0.25)  # one distance of a relative bias
@@ -45,15 +45,15 @@ def call(name, parameters, zero, given):
         elif kind == "addr":
             values.append(buffers[i].data_ptr())
         elif parameter in ("dtype", "device"):
-            values.append({dtype})
+            values.append(dtype)
         elif parameter == "multiprocessors":
             values.append(4)
         else:
             values.append({{"int64_t": 0 if empty else 4, "int": 1, "bool": False, "double": 0.25}}[kind])
-    print(name, zero, *given, flush=True)
+    print(name, kernels.__name__, zero, *given, flush=True)
     getattr(kernels, name)(*values)
 
-for name, parameters in {declared!r}:
+for isa, dtype, name, parameters in {declared!r}:
     named = [parameter for _, parameter in parameters]
     zeros = ["none", "all", *(p for kind, p in parameters if kind == "int64_t"), *(sizes if "layout" in named else ())]
     optional = {{"stream": 0, "bias": 0, "mask": 0}}
@@ -64,7 +64,7 @@ for name, parameters in {declared!r}:
         variants = [optional | a | b for a in (packed, {{}}) for b in ({{}}, {{"seed": 0}}, {{"seed": 0, "table": 0}})]
     for given in variants:
         for zero in zeros:
-            call(name, parameters, zero, given)
+            call(getattr(kernels, isa) if isa else kernels, dtype, name, parameters, zero, given)
 print("alive")
 """
 
@@ -77,26 +77,31 @@ def declared(header):
     return found
 
 
-def survives(load, functions, dtype=0):
-    script = SCRIPT.format(load=load, declared=functions, dtype=dtype)
+def survives(load, functions):
+    """functions: (instruction set, dtype, name, parameters) of each."""
+    script = SCRIPT.format(load=load, declared=functions)
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'cuda_on_cpu')!r})\n"
     done = subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (done.returncode, lines[-1:], done.stderr[-2000:])
     assert lines[-1] == "alive"
-    assert {line.split()[0] for line in lines[:-1]} == {name for name, _ in functions}
+    called = {tuple(line.split()[:2]) for line in lines[:-1]}
+    assert {(name, kernels.rpartition(".")[2]) for name, kernels in called} == {
+        (name, isa or "_cuda") for isa, _, name, _ in functions
+    }
 
 
-@pytest.mark.parametrize("isa", extensions.cpu_supported())
-def test_cpu(isa):
+def test_cpu():
     """Sets for dot products have few kernels, those of floats for bfloat16 alone."""
-    functions = declared("csrc/cpu/kernels.h")
-    if isa in extensions.DOT_PRODUCTS:
-        functions += declared("csrc/cpu/dot/kernels.h")
-        functions = [function for function in functions if hasattr(extensions.cpu(isa), function[0])]
-    survives(CPU + isa, functions, dtype=2 if isa in extensions.DOT_PRODUCTS else 0)
+    functions = []
+    for isa in extensions.cpu_supported():
+        known = declared("csrc/cpu/kernels.h")
+        if isa in extensions.DOT_PRODUCTS:
+            known = [row for row in known + declared("csrc/cpu/dot/kernels.h") if hasattr(extensions.cpu(isa), row[0])]
+        functions += [(isa, 2 if isa in extensions.DOT_PRODUCTS else 0, *row) for row in known]
+    survives(CPU, functions)
 
 
 @pytest.mark.skipif(not extensions.emulating_cuda(), reason="on a GPU the addresses are no device's")
 def test_cuda():
-    survives(SHIM, declared("csrc/cuda/kernels.h"))
+    survives(SHIM, [("", 0, *row) for row in declared("csrc/cuda/kernels.h")])
