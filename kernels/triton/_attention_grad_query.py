@@ -183,10 +183,11 @@ def grad_query_kernel(
     BUCKETS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     START_AT_BIAS: tl.constexpr,
+    STATS_ONLY: tl.constexpr,
 ):
     """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
     and correction and stats for the other kernels. stats are a row's log-sum-exp, in the scores' units, and delta. A head has
-    stride_stats rows of them. grad_query has the strides of out.
+    stride_stats rows of them. grad_query has the strides of out. With STATS_ONLY it writes the stats and nothing else.
 
     Of the gradient of T5's table this kernel sums the tiles beyond span, in which a side's pairs share one bucket. Each program
     stores one (BUCKETS,) row, of a head's table_rows rows. _attention_grad_table.py has the other tiles.
@@ -245,6 +246,8 @@ def grad_query_kernel(
     stats = stats_ptr + 2 * ((batch64 * heads + head64) * stride_stats + queries)
     tl.store(stats, lse, mask=live)
     tl.store(stats + 1, delta, mask=live)
+    if STATS_ONLY:
+        return
     query = None
     if NATURAL:
         grad_out = None  # dot_rows reads it and query in pieces
