@@ -15,8 +15,9 @@ from pyfused.arguments import AttentionForward
 from pyfused.ops.attention import bind
 from pyfused.testing import judge
 
-# (BLOCK_M, BLOCK_N, warps, stages) for five products, by head size. None of them spills registers on Hopper.
-TILES = {64: ((64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)), 128: ((32, 128, 8, 2),)}
+# (BLOCK_M, BLOCK_N, warps, stages) for five products, by head size. None of them spills registers in these calls on Hopper.
+# With a causal mask, padding and T5's bias together only the last one of D = 128 has room.
+TILES = {64: ((64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)), 128: ((32, 128, 8, 2), (32, 64, 8, 2))}
 KERNEL = "attention_grad_five"
 
 
@@ -26,8 +27,8 @@ def five(numbers: tuple[int, ...]) -> Any:
 
 
 def backward(start: int) -> Iterator[Row]:
-    """The same call in seven products and in five: milliseconds, TFLOP/s (of five products), the queries' gradient by the
-    tolerance rule, and whether a second run gave the same bits."""
+    """The same call in seven products and in five: milliseconds, TFLOP/s (of five products), the three gradients by
+    the tolerance rule, and whether a second run gave the same bits for the queries."""
     kernel: Any = dispatch.kernel("triton", "attention")
     for b, h, s, d in attention_shapes():
         q, k, v = heads(b, h, s, d)
@@ -46,12 +47,12 @@ def backward(start: int) -> Iterator[Row]:
                 with five(numbers):
                     launches["five {}x{}, {} warps, {} stages".format(*numbers)] = kernel.backward.prepare(*args)
             rows: dict[str, Row] = {}
-            plain, truth = (_query_gradient(call, grad_out, dtype) for dtype in (torch.bfloat16, torch.float64))
+            judges = [_gradients(call, grad_out, dtype) for dtype in (torch.bfloat16, torch.float64)]
             for way, launch in list(launches.items()):
                 try:
-                    first, again = launch(*args)[0], launch(*args)[0]
-                    ratio = judge(first[:1, :4], plain, truth).ratio
-                    rows[way] = {"ok": ratio <= 1, "of_allowed": ratio, "repeatable": torch.equal(first, again)}
+                    first, again = launch(*args)[:3], launch(*args)[0]
+                    ratio = max(judge(own[:1, :4], *others).ratio for own, *others in zip(first, *judges))
+                    rows[way] = {"ok": ratio <= 1, "of_allowed": ratio, "repeatable": torch.equal(first[0], again)}
                 except Exception as error:
                     yield {"case": title, "way": way, **error_row(error)}
                     del launches[way]
@@ -59,10 +60,9 @@ def backward(start: int) -> Iterator[Row]:
                 yield {"case": title, "way": way, "ms": seconds * 1e3, "tflops": flops / seconds / 1e12, **rows[way]}
 
 
-def _query_gradient(call: AttentionForward, grad_out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _gradients(call: AttentionForward, grad_out: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """In plain PyTorch, for four heads of the first batch entry."""
-    q, k, v, g = (t[:1, :4].to(dtype) for t in (call.query, call.key, call.value, grad_out))
-    q.requires_grad_()
+    q, k, v = (t[:1, :4].to(dtype).requires_grad_() for t in (call.query, call.key, call.value))
     scores = q @ k.transpose(-1, -2) * call.scale
     if call.bias_table is not None:
         bias = pyfused.relative_bias(call.bias_table[:, : q.shape[1]].contiguous(), *scores.shape[-2:], bidirectional=True)
@@ -70,4 +70,4 @@ def _query_gradient(call: AttentionForward, grad_out: torch.Tensor, dtype: torch
     if call.is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device, dtype=torch.bool).triu(1), -torch.inf)
     p = (scores - scores.logsumexp(-1, keepdim=True)).exp()
-    return torch.autograd.grad(p @ v, q, g)[0]
+    return torch.autograd.grad(p @ v, (q, k, v), grad_out[:1, :4].to(dtype))
