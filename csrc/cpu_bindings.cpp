@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #ifdef PYFUSED_HAS_baseline
@@ -35,6 +39,11 @@
 #endif
 #ifdef PYFUSED_HAS_avx512_bf16
 #define PYFUSED_ISA avx512_bf16
+#include "dot/kernels.h"
+#undef PYFUSED_ISA
+#endif
+#ifdef PYFUSED_HAS_avx512_amx
+#define PYFUSED_ISA avx512_amx
 #include "dot/kernels.h"
 #undef PYFUSED_ISA
 #endif
@@ -70,6 +79,18 @@ static bool has_avx512_vnni() {
   return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 11 & 1);
 }
 static bool has_avx512_bf16() { return has_avx512_vnni() && has_of_part_one(5); }
+// Linux keeps AMX's registers for a process that asks, once and for all threads. torch's library asks too, at its first product.
+static bool has_avx512_amx() {
+#if defined(__linux__)
+  constexpr unsigned of_bf16 = 1u << 22, of_tiles = 1u << 24, of_int8 = 1u << 25, all = of_bf16 | of_tiles | of_int8;
+  constexpr long ask_for_registers = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & all) == all &&
+         syscall(SYS_arch_prctl, ask_for_registers, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 #define KERNEL(isa, name) python::function<&pyfused::isa::name>(#name)
@@ -150,6 +171,10 @@ PYBIND11_MODULE(_cpu, m) {
 #ifdef PYFUSED_HAS_avx512_bf16
   DOT_PRODUCTS(OF_INTEGERS(avx512_bf16), OF_BFLOAT16(avx512_bf16))(m.def_submodule("avx512_bf16"));
   if (has_avx512_bf16()) supported.append("avx512_bf16");
+#endif
+#ifdef PYFUSED_HAS_avx512_amx
+  DOT_PRODUCTS(OF_INTEGERS(avx512_amx), OF_BFLOAT16(avx512_amx))(m.def_submodule("avx512_amx"));
+  if (has_avx512_amx()) supported.append("avx512_amx");
 #endif
   m.attr("supported") = supported;  // what this processor can run, weakest first
 }

@@ -82,7 +82,8 @@ def render(facts: dict[str, Any]) -> str:
     """The lines that `pyfused env` prints."""
     cpu = facts["cpu"]
     rows = [("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())), ("platform", facts["platform"])]
-    supported = ", ".join(cpu["supported"]) or f"none ({facts['backends']['cpu']})"
+    said = (f"{name} (unproven: forced or never)" if name in extensions.UNPROVEN else name for name in cpu["supported"])
+    supported = ", ".join(said) or f"none ({facts['backends']['cpu']})"
     rows.append(("cpu kernels", f"{supported}; in use: {cpu['in_use']}; threads: {cpu['threads']}"))
     if cpu["dot_products"]:
         forced = cpu["dot_products"] == cpu["in_use"]

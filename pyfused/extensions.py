@@ -22,7 +22,10 @@ from . import interface
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Instruction sets for dot products, weakest first, and the set whose other kernels they are used with (CMakeLists.txt).
-DOT_PRODUCTS = {"avx2_vnni": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512"}
+DOT_PRODUCTS = {"avx2_vnni": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512", "avx512_amx": "avx512"}
+
+# Sets of them that no processor of ours has run. Nothing chooses them, not even evidence; PYFUSED_ISA and use_isa force them.
+UNPROVEN = frozenset({"avx512_amx"})
 
 _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
@@ -100,13 +103,14 @@ def base_isa() -> str | None:
 
 
 def dot_products() -> str | None:
-    """The set for dot products that may be used beside base_isa(): the forced one, or this processor's best if no set is
-    forced; else None. Evidence decides for each product (evidence.dot_products), unless it is forced."""
+    """The set for dot products that may be used beside base_isa(): the forced one, or this processor's best proven one
+    if no set is forced; else None. Evidence decides for each product (evidence.dot_products), unless it is forced."""
     forced = _active_isa or _forced_isa()
     if forced:
         return forced if forced in DOT_PRODUCTS else None
     base = base_isa()
-    return next((name for name in reversed(cpu_supported()) if DOT_PRODUCTS.get(name) == base), None)
+    known = (name for name in reversed(cpu_supported()) if name not in UNPROVEN)
+    return next((name for name in known if DOT_PRODUCTS.get(name) == base), None)
 
 
 def set_isa(name: str | None) -> str | None:

@@ -1,5 +1,6 @@
 """How do the products run that need a processor's dot products, on one that lacks them? With the instructions' documented
-arithmetic in plain C++ (csrc/include/pyfused/multiply.h), compiled here from the same sources, for vectors of WIDTH lanes.
+arithmetic in plain C++ (csrc/include/pyfused/multiply.h, and of AMX tests/dot_on_cpu/tiles.h), compiled here from the same
+sources, for vectors of WIDTH lanes.
 
 processor() makes dispatch see a processor that has them. All other kernels are this processor's.
 """
@@ -32,17 +33,19 @@ FLAGS = (
     *("-shared", "-fno-exceptions", "-Wno-psabi", "-DPYFUSED_EMULATED_DOT"),
     *("-DPYFUSED_ISA=emulated", f"-DPYFUSED_WIDTH={WIDTH}"),
 )
+TILES = "-DPYFUSED_EMULATED_TILES"  # for AMX beside FLAGS
 OF_INTEGERS = ("linear_dynamic_forward",)
 OF_BFLOAT16 = ("linear_forward", "ffn_forward", "gated_ffn_forward")
 _C_TYPES = {"addr": ctypes.c_void_p, "int64_t": ctypes.c_int64, "bool": ctypes.c_bool, "int": ctypes.c_int}
 
 
 @functools.cache
-def build() -> Path:
-    """The library with the kernels, compiled anew if a source has changed."""
-    digest = hashlib.sha256(repr((FLAGS, shim.compiler())).encode())
+def build(tiles: bool = False) -> Path:
+    """The library with the kernels, those for AMX or the others, compiled anew if a source has changed."""
+    flags = (*FLAGS, TILES) if tiles else FLAGS
+    digest = hashlib.sha256(repr((flags, shim.compiler())).encode())
     for path in (
-        DRIVER,
+        *sorted(DRIVER.parent.iterdir()),
         *sorted((ROOT / "csrc").glob("cpu/**/*.[ch]*")),
         *sorted((ROOT / "csrc" / "include").rglob("*.h")),
     ):
@@ -51,7 +54,7 @@ def build() -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         half_made = target.with_suffix(f".{os.getpid()}")
-        command = [shim.compiler(), *FLAGS, *(f"-I{path}" for path in INCLUDES), str(DRIVER), "-o", str(half_made)]
+        command = [shim.compiler(), *flags, *(f"-I{path}" for path in INCLUDES), str(DRIVER), "-o", str(half_made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{DRIVER.name} does not compile:\n{done.stderr[:6000]}")
@@ -67,10 +70,10 @@ def declared() -> dict[str, list[str]]:
     return {name: [argument.split()[0] for argument in arguments.split(",")] for name, arguments in found}
 
 
-def function(name: str) -> Any:
+def function(name: str, tiles: bool = False) -> Any:
     """A function of the library. It takes tensors for addresses, as pyfused._cpu's do."""
     types = declared().get(name, ["addr"] * 3)
-    address = ctypes.c_void_p.in_dll(ctypes.CDLL(str(build())), f"pyfused_{name}").value
+    address = ctypes.c_void_p.in_dll(ctypes.CDLL(str(build(tiles))), f"pyfused_{name}").value
     pointed = ctypes.CFUNCTYPE(None, *(_C_TYPES[kind] for kind in types))(address)
 
     def call(*given: Any) -> None:
@@ -84,8 +87,8 @@ class Kernels:
 
     def __init__(self, name: str) -> None:
         self.ran: list[str] = []
-        for kernel in (*OF_INTEGERS, *(OF_BFLOAT16 if name == "avx512_bf16" else ())):
-            setattr(self, kernel, self._noted(kernel, function(kernel)))
+        for kernel in (*OF_INTEGERS, *(OF_BFLOAT16 if not name.endswith("vnni") else ())):
+            setattr(self, kernel, self._noted(kernel, function(kernel, name.endswith("amx"))))
 
     def _noted(self, kernel: str, run: Any) -> Any:
         def noted(*given: Any) -> None:

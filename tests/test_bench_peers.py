@@ -1,6 +1,7 @@
 """Do the peers compute the same as transformers' model, and does a report name missing ones?"""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ def agree(made, exact, calls=1):
 def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "openvino", ("no_such_package",))
     assert peers.missing("openvino", "cpu") == "not installed: no_such_package (pip install 'pyfused[bench]')"
+    monkeypatch.setitem(peers.PEERS, "llama.cpp", ("no_such_package",))
+    monkeypatch.setitem(peers.COMPILED, "no_such_package", "no-such-package")
+    assert peers.missing("llama.cpp", "cpu") == "not installed: no_such_package (pip install no-such-package)"
     assert peers.missing("ctranslate2", "cuda")
     assert peers.missing("cuda", "cpu")
     found = bench(["linear"], Setup("cpu", (torch.float32,), small=True), peers=["openvino"], seconds=0)
@@ -49,24 +53,32 @@ def test_an_unknown_peer_is_refused():
 
 @pytest.mark.parametrize("packages", [packages for name, packages in peers.PEERS.items() if name in peers._ON_CPU])
 def test_the_peers_of_the_test_group_are_installed(packages):
-    assert all(importlib.util.find_spec(package) for package in packages)
+    assert all(importlib.util.find_spec(package) for package in packages if package != "llama_cpp")
 
 
-def gpt2():
+def gpt2(texts=1):
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 101, "bos_token_id": 0, "eos_token_id": 0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
-    ids = torch.randint(101, (1, 9))
+    ids = torch.randint(101, (texts, 9))
     return model, ids, model(ids).logits[:, -1]
 
 
-def test_ctranslate2_gpt2_prompt():
-    model, ids, exact = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_ctranslate2_gpt2_prompt(texts):
+    model, ids, exact = gpt2(texts)
     agree(peers_models.gpt2_prompt(model, ids), exact, 2)
 
 
-def test_ctranslate2_gpt2_token_is_the_same_again_after_32():
-    model, ids, exact = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_ctranslate2_gpt2_token_is_the_same_again_after_32(texts):
+    model, ids, exact = gpt2(texts)
     agree(peers_models.gpt2_token(model, ids), exact, 33)
+
+
+def test_ctranslate2s_results_have_the_models_dtype():
+    model = SimpleNamespace(dtype=torch.bfloat16)  # which few processors take
+    made = peers_models._kinds(model, lambda kind: lambda: torch.zeros(1))
+    assert {name: make()().dtype for name, make in made.items()} == {"ctranslate2": torch.bfloat16}
 
 
 def t5():
@@ -87,8 +99,9 @@ def test_ctranslate2_t5_token_is_the_same_again_after_a_text():
     agree(peers_models.t5_token(model, ids, cached=3), exact, 8)
 
 
-def test_a_waiting_generation_ends_with_its_call():
-    model, ids, _ = gpt2()
+@pytest.mark.parametrize("texts", [1, 3])
+def test_a_waiting_generation_ends_with_its_call(texts):
+    model, ids, _ = gpt2(texts)
     call = peers_models.gpt2_token(model, ids)["ctranslate2"]()
     for _ in range(3):
         call()
@@ -112,10 +125,9 @@ def test_exported_models():
 
 @pytest.mark.parametrize("name, wanted", [("gpt2", ["ctranslate2"]), ("t5", ["ctranslate2"])])
 def test_the_rows_of_a_benchmark_have_them(name, wanted, monkeypatch):
-    """Without the rows of integer weights: in models so small the peer's rounding is a large part of the result. And without
-    those of several texts, which no peer takes."""
+    """Without the rows of integer weights: in models so small the peer's rounding is a large part of the result."""
     setup = Setup("cpu", (torch.float32,), small=True)
-    rows = [case for case in cases(name, setup) if not case.name.startswith(("train", "int8", "int4", "8 texts"))]
+    rows = [case for case in cases(name, setup) if not case.name.startswith(("train", "int8", "int4"))]
     monkeypatch.setattr("pyfused.bench.run.cases", lambda *_: rows)
     for row in bench([name], setup, peers=wanted, seconds=0)["rows"]:
         assert row["left_out"] == {}

@@ -14,6 +14,7 @@ FLAGS = {
     "avx2_vnni": "-mavx2 -mfma -mf16c -mavxvnni",
     "avx512_vnni": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 # The tile of the gemm, and that of the gemv where the set has it
 OUTER = "outer_tile<2>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool);\n"
@@ -21,11 +22,14 @@ GEMM = f"template void Product<float, float, int8_t, Quads>::{OUTER}"
 PAIRS = f"template void Product<bf16>::{OUTER}"
 PAIRS += "template void Product<bf16>::dot_tile<4, 4>(int64_t, int64_t, int64_t, float*) const;\n"
 
+OF_TILES = "(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool);\n"
+AMX = "".join(f"template void multiply_tiles<{kind}, 2>{OF_TILES}" for kind in ("Pairs", "Quads"))
+
 
 @functools.cache
 def loops(name):
     """{"Pairs gemm", "Pairs gemv" or "Quads gemm": the instructions of the tile's inner loop}"""
-    tiles = GEMM + (PAIRS if "bf16" in name else "")
+    tiles = AMX if "amx" in name else GEMM + (PAIRS if "bf16" in name else "")
     source = f'#include "pyfused/gemm.h"\nnamespace pyfused::PYFUSED_ISA {{\n{tiles}}}'
     flags = f"-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-exceptions -fPIC {FLAGS[name]}"
     include = f"-I{ROOT / 'csrc' / 'include'}"
@@ -33,10 +37,10 @@ def loops(name):
     done = subprocess.run(command, input=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]
     found = {}
-    tile = r"^(_ZN\w*(?:outer|dot)_tile\w*):\n(.*?)^\t\.cfi_endproc"
+    tile = r"^(_ZN\w*(?:outer_tile|dot_tile|multiply_tiles)\w*):\n(.*?)^\t\.cfi_endproc"
     for function, body in re.findall(tile, done.stdout, re.MULTILINE | re.DOTALL):
         kind = "Pairs" if "Pairs" in function else "Quads"
-        found[f"{kind} {'gemm' if 'outer_tile' in function else 'gemv'}"] = inner_loop(body)
+        found[f"{kind} {'gemv' if 'dot_tile' in function else 'gemm'}"] = inner_loop(body)
     return found
 
 
@@ -56,6 +60,8 @@ CASES = [
     ("avx512_vnni", "Quads gemm", "vpdpbusd", "zmm", 24),
     ("avx512_bf16", "Pairs gemm", "vdpbf16ps", "zmm", 24),
     ("avx512_bf16", "Pairs gemv", "vdpbf16ps", "zmm", 16),
+    ("avx512_amx", "Pairs gemm", "tdpbf16ps", "tmm", 4),
+    ("avx512_amx", "Quads gemm", "tdpbsud", "tmm", 4),
 ]
 
 
@@ -67,5 +73,5 @@ def test_the_inner_loop(name, kind, instruction, register, sums):
     assert all(register in line for line in dots)
     assert len({line.rsplit("%", 1)[1] for line in dots}) == sums, "each sum has a register"
     assert not [line for line in loop if "(%rsp" in line or "(%rbp" in line], "a sum is in memory"
-    most = 2.8 if kind.endswith("gemv") else 2.0
+    most = 4.0 if register == "tmm" else 2.8 if kind.endswith("gemv") else 2.0
     assert len(loop) / len(dots) < most, "loads, prefetches, and the loop's own instructions"

@@ -61,18 +61,28 @@ def test_explain_names_the_line(cache):
 
 @pytest.mark.parametrize("name, tensors", [("linear", (X, W)), ("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
 def test_what_explain_says_is_what_runs(cache, monkeypatch, name, tensors):
-    """linear's evidence covers the products inside other operators too."""
     calls = []
     library = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or library(*args))
     options = {} if name == "linear" else {"activation": "relu"}
     results = []
     for speed, expected in ((0.5, "library"), (2.0, "kernel")):
-        cache(row(**{"16": speed}))
+        cache(row(name, **{"16": speed}))
         calls.clear()
         results.append(getattr(pyfused, name)(*tensors, **options))
         assert ("library" if calls else "kernel") == expected == runs(name, *tensors, **options)
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name, tensors", [("ffn", (X, W, None, W, None)), ("gated_ffn", (X, W, W, W))])
+def test_networks_go_by_the_products_where_only_these_were_measured(cache, name, tensors):
+    """One's own products count before another machine's networks. A call that keeps what a gradient needs was not measured."""
+    for speed, expected in ((0.5, "library"), (2.0, "kernel")):
+        cache(row(**{"16": speed}))
+        assert runs(name, *tensors, activation="relu") == expected
+    cache(row(**{"16": 0.5}), row(name, **{"16": 2.0}))
+    assert runs(name, *tensors, activation="relu") == "kernel"
+    assert runs(name, X.clone().requires_grad_(), *tensors[1:], activation="relu") == "library"
 
 
 def test_the_reference_runs_what_a_faster_backend_has_not(cache):

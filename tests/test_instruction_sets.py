@@ -41,6 +41,7 @@ def zen4(tmp_path, monkeypatch):
 def few_points(monkeypatch):
     """`pyfused tune` measures small products alone."""
     monkeypatch.setattr(run, "_ROWS", (1, 2, 4, 20))  # with quick=True the first and the last
+    monkeypatch.setattr(run, "_NETWORK_ROWS", (1, 2, 20))
     monkeypatch.setattr(run, "_WIDTHS", (32,))
 
 
@@ -53,7 +54,7 @@ def tuned(**speeds):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_speed", speed)
-        found = run.tune(quick=True, operators=["linear"], threads=[1])
+        found = run.tune(quick=True, operators=["linear", "ffn", "gated_ffn"], threads=[1])
     evidence.write(evidence.own_file(), found)
     return found
 
@@ -82,7 +83,7 @@ def test_nothing_changes_before_a_measurement(zen4):
 
 def test_tune_measures_them_and_they_are_used(zen4, few_points):
     found = tuned(avx512=0.9, avx512_bf16=1.4)
-    by_class = {(line["dtype"], line["shapes"]): line["speed"] for line in found["lines"]}
+    by_class = {(line["dtype"], line["shapes"]): line["speed"] for line in found["lines"] if line["operator"] == "linear"}
     assert by_class["bfloat16", "small"].keys() == {"cpu", "avx512_bf16"}
     for dtype in ("float32", "bfloat16", "float16"):
         assert by_class[dtype, "small, int8, dynamic"].keys() == {"avx512_bf16"}
@@ -174,7 +175,7 @@ def test_a_wrong_output_is_refused(zen4, few_points, monkeypatch):
         given[5].mul_(1.5)
 
     monkeypatch.setattr(zen4, "linear_forward", wrong)
-    found = run.tune(quick=True, operators=["linear"], threads=[1], clock=iter(range(10**9)).__next__)
+    found = run.tune(quick=True, operators=["linear", "ffn", "gated_ffn"], threads=[1], clock=iter(range(10**9)).__next__)
     assert found["refused"] == [f"linear, bfloat16, small, size {size}, avx512_bf16" for size in (1, 20)]
     speeds = {line["dtype"]: line["speed"] for line in found["lines"] if line["shapes"] == "small"}
     assert speeds["bfloat16"].keys() == {"cpu"}
@@ -202,6 +203,24 @@ def test_env_names_them(zen4):
         assert "avx512_bf16: forced" in environment.render(environment.describe())
 
 
+def test_an_unproven_set_runs_if_it_is_forced(monkeypatch):
+    """AMX: whatever the processor has, neither it nor evidence chooses the set."""
+    monkeypatch.delenv("PYFUSED_ISA", raising=False)
+    with dot_emulation.processor("avx512_amx") as kernels:
+        assert "avx512_amx (unproven: forced or never)" in environment.render(environment.describe())
+        assert extensions.isa() == "avx512"
+        assert extensions.dot_products() is None  # so `pyfused tune` does not measure it
+        for name, args, options in everything():
+            assert "amx" not in said(name, *args, **options)
+            getattr(pyfused, name)(*args, **options)
+        assert kernels.ran == []
+        with dispatch.use_isa("avx512_amx"):
+            for name, args, options in everything():
+                assert "with avx512_amx: forced, unproven" in said(name, *args, **options)
+                getattr(pyfused, name)(*args, **options)
+        assert len(kernels.ran) == 4
+
+
 def flags_of_linux():
     found = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return set(found[0].split()) if found else set()
@@ -221,6 +240,7 @@ def test_no_set_that_the_processor_lacks(monkeypatch, capability):
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_vnni": {"avx512vl", "avx512_vnni"},
         "avx512_bf16": {"avx512_vnni", "avx512_bf16"},
+        "avx512_amx": {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     }
     built = [name for name in needs if hasattr(module, name)]
     assert list(module.supported) == [name for name in built if needs[name] <= flags]
@@ -229,7 +249,7 @@ def test_no_set_that_the_processor_lacks(monkeypatch, capability):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86")
-@pytest.mark.parametrize("sets", ["avx512", "baseline avx512 avx512_vnni avx512_bf16"])
+@pytest.mark.parametrize("sets", ["avx512", "baseline avx512 avx512_vnni avx512_bf16 avx512_amx"])
 def test_an_extension_may_have_any_sets(sets):
     """PYFUSED_BUILD_ISAS chooses them."""
     folders = *dot_emulation.INCLUDES, pybind11.get_include(), sysconfig.get_path("include")

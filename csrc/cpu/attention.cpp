@@ -55,11 +55,11 @@ template <class T> struct Forward {
       for (; c < n; ++c) m[0] = max(m[0], load(at + c * kGroup));
       const vfloat now = max(max(m[0], m[1]), max(m[2], m[3]));
       const vfloat safe = now == splat(-INFINITY) ? vfloat{} : now;  // -inf - -inf would be NaN
-      factor[v] = exp_of_score(g.highest[v] - safe);
+      factor[v] = exp_below_88(g.highest[v] - safe);
       g.highest[v] = now;
       vfloat t{};
       for (c = 0; c < n; ++c) {
-        const vfloat e = exp_of_score(load(at + c * kGroup) - safe);
+        const vfloat e = exp_below_88(load(at + c * kGroup) - safe);
         store(at + c * kGroup, e);
         t += e;
       }

@@ -73,8 +73,8 @@ template <class T> struct Backward {
         vfloat now = highest[v], sum{};
         for (int64_t c = 0; c < n; ++c) now = max(now, load(s + c * kGroup + v * kWidth));
         const vfloat safe = now == splat(-INFINITY) ? vfloat{} : now;  // -inf - -inf would be NaN
-        for (int64_t c = 0; c < n; ++c) sum += exp_of_score(load(s + c * kGroup + v * kWidth) - safe);
-        total[v] = total[v] * exp_of_score(highest[v] - safe) + sum;
+        for (int64_t c = 0; c < n; ++c) sum += exp_below_88(load(s + c * kGroup + v * kWidth) - safe);
+        total[v] = total[v] * exp_below_88(highest[v] - safe) + sum;
         highest[v] = now;
       }
     }
@@ -203,7 +203,7 @@ template <class T> struct Backward {
     auto each = [&](int64_t c, int v, auto mask) {
       float *pw = w + c * kBlockQueries + v * kWidth, *ps = ds + c * kBlockQueries + v * kWidth;
       const vfloat unseen = row_lse[v] < splat(INFINITY) ? vfloat{} : splat(-INFINITY);
-      const vfloat e = exp_of_score(alone ? unseen : load(pw) - row_lse[v]) * row_factor[v];
+      const vfloat e = exp_below_88(alone ? unseen : load(pw) - row_lse[v]) * row_factor[v];
       store(ps, e * (mask(load(ps)) - row_delta[v]));
       store(pw, mask(e));
     };

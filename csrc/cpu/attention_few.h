@@ -65,7 +65,7 @@ template <class T, class O = T> struct Few {
     }
     if (i < p.d)
       for (int u = 0; u < kWidth; ++u) dot[u] += load(query + i) * load_partial(row[u] + i, p.d - i);
-    return sums(dot);
+    return sums_of_lanes(dot);
   }
 
   // sum[0 .. N kWidth) = sum * factor + weights x value rows, for the columns from i on.
@@ -143,10 +143,10 @@ template <class T, class O = T> struct Few {
         float* own = state + r * state_size();
         const float before = own[0], found = max_lanes(top), now = before > found ? before : found;
         const float safe = now == -INFINITY ? 0 : now;
-        const float factor = exp_of_score(splat(before - safe))[0];
+        const float factor = exp_below_88(splat(before - safe))[0];
         vfloat total{};
         for (int64_t c = 0; c < n; c += kWidth) {
-          const vfloat e = exp_of_score(load(s + c) - safe);
+          const vfloat e = exp_below_88(load(s + c) - safe);
           store(s + c, e);
           total += e;
         }
@@ -167,7 +167,7 @@ template <class T, class O = T> struct Few {
       for (int64_t t = 1; t < splits; ++t) {
         const float* other = own + t * queries * size;
         const float now = own[0] > other[0] ? own[0] : other[0], safe = now == -INFINITY ? 0 : now;
-        const float mine = exp_of_score(splat(own[0] - safe))[0], theirs = exp_of_score(splat(other[0] - safe))[0];
+        const float mine = exp_below_88(splat(own[0] - safe))[0], theirs = exp_below_88(splat(other[0] - safe))[0];
         own[0] = now;
         for (int64_t k = 1; k < size; ++k) own[k] = own[k] * mine + other[k] * theirs;
       }

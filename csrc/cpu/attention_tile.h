@@ -18,54 +18,6 @@ constexpr int kRows = 6;  // 6 rows x 2 vectors: 12 accumulators, 2 operands and
 
 // ---- vector helpers -------------------------------------------------------------------------------------------------
 
-#if defined(__clang__)
-#define PYFUSED_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
-#else  // GCC has __builtin_shufflevector only from version 12 on
-#define PYFUSED_SHUFFLE(a, b, index) __builtin_shuffle(a, b, vint{(index)...})
-#endif
-// mix_low takes lanes with bit S clear from a, and the others from b, S lanes earlier. mix_high is the other half.
-template <int S, int... I> PYFUSED_INLINE vfloat mix_low(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
-  return PYFUSED_SHUFFLE(a, b, (I & S) ? I - S + kWidth : I);
-}
-template <int S, int... I> PYFUSED_INLINE vfloat mix_high(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
-  return PYFUSED_SHUFFLE(a, b, (I & S) ? I + kWidth : I + S);
-}
-template <int S = 1> PYFUSED_INLINE void transpose(vfloat (&v)[kWidth]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
-    if (i & S) continue;
-    vfloat low = mix_low<S>(v[i], v[i + S], AllLanes{}), high = mix_high<S>(v[i], v[i + S], AllLanes{});
-    v[i] = low, v[i + S] = high;
-  }
-  if constexpr (2 * S < kWidth) transpose<2 * S>(v);
-}
-// Lane i of the result is the sum of the lanes of v[i].
-template <int S = 1> PYFUSED_INLINE vfloat sums(vfloat (&v)[kWidth]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; i += 2 * S)
-    v[i] = mix_low<S>(v[i], v[i + S], AllLanes{}) + mix_high<S>(v[i], v[i + S], AllLanes{});
-  if constexpr (2 * S < kWidth) return sums<2 * S>(v);
-  return v[0];
-}
-
-// e^x for x <= 88, exactly 0 below -87.7 and for -inf; NaN stays NaN. It is simd.h's exp with one clamp and no select.
-// A score minus the highest is never above 0. The clamp gives the scale 2^-127, whose exponent bits equal those of 0.
-// (Base-2 scores would save one operation here, but round each score and the log-sum-exp once more.)
-PYFUSED_INLINE vfloat exp_of_score(vfloat x) {
-  const vfloat shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer in the low bits of the mantissa
-  x = max(splat(-127 * 0.6931472f), x);
-  const vfloat z = x * splat(1.44269504088896341f) + shift, n = z - shift;
-  const vfloat r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
-  vfloat p = splat(1.3815027196e-03f);  // relative error 3e-9 on [-ln(2)/2, ln(2)/2]
-  p = p * r + splat(8.3687249571e-03f);
-  p = p * r + splat(4.1668377817e-02f);
-  p = p * r + splat(1.6666521132e-01f);
-  p = p * r + splat(4.9999994040e-01f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
-  return p * bits_as<vfloat>((bits_as<vint>(z) - (0x4b400000 - 127)) << 23);
-}
-
 PYFUSED_INLINE vint lane_numbers() {
   vint v;
   for (int i = 0; i < kWidth; ++i) v[i] = i;

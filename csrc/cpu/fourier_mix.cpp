@@ -121,16 +121,6 @@ template <class T> void Mix<T>::features(int64_t first_batch, int64_t batches, i
   }
 }
 
-PYFUSED_INLINE vfloat reversed(vfloat v) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(v, v, 7, 6, 5, 4, 3, 2, 1, 0);
-#else
-  return __builtin_shufflevector(v, v, 3, 2, 1, 0);
-#endif
-}
-
 // The columns k0 .. k0 + W - 1 of row s, and their mirror images in row -s.
 template <class T> PYFUSED_INLINE void store_both(T* row, T* mirror, vfloat v, int64_t k0, int64_t n) {
   const int64_t columns = n / 2 + 1, twice = (n - 1) / 2;  // columns 1 .. twice are stored twice

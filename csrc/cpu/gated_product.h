@@ -57,6 +57,7 @@ template <class T> struct GatedProduct {
   }
 
   void run_gemm(int64_t first, int64_t last, float* own) const {
+    [[maybe_unused]] const TilesInUse tiles;
     float *other = own + second_size(), *widened = other + second_size();
     float *sums = widened + kWeightRows * gate.kWidened, *others = sums + kWidth * kGemmBlock;
     const int64_t block = gate.block_m();

@@ -16,12 +16,12 @@ def _by_rows(*weights):
     return all(w.stride()[1] == 1 for w in weights)
 
 
-def of_floats(rows, *weights):
-    """evidence.Instructions about x W^T of this operator's weights in floating point; None if no set has this product."""
+def of_floats(operator, rows, *weights):
+    """evidence.Instructions about the products by an operator's weights in floating point; None if no set has them."""
     if weights[0].dtype != torch.bfloat16 or not _by_rows(*weights) or not _has("linear_forward"):
         return None
     shapes, size = evidence.product_shapes(rows, *weights)
-    return evidence.dot_products("linear", "forward", weights[0].dtype, shapes, size)
+    return evidence.dot_products(operator, "forward", weights[0].dtype, shapes, size)
 
 
 def of_integers(x, weight, scale):

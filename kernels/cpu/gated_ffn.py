@@ -13,18 +13,23 @@ from . import dot
 from .linear import library_is_faster, would_copy
 
 
-def left_to_library_forward(x, w_gate, w_up, w_out, *rest):
+def _measured_as(save):
+    """As in ffn.py."""
+    return "linear" if save else "gated_ffn"
+
+
+def left_to_library_forward(x, w_gate, w_up, w_out, activation, residual, save):
     weights = w_gate, w_up, w_out
-    return would_copy(*weights) or library_is_faster(x.shape[:-1].numel(), *weights)
+    return would_copy(*weights) or library_is_faster(_measured_as(save), x.shape[:-1].numel(), *weights)
 
 
-def remark_forward(x, w_gate, w_up, w_out, *rest):
-    return dot.remark(dot.of_floats(x.shape[:-1].numel(), w_gate, w_up, w_out))
+def remark_forward(x, w_gate, w_up, w_out, activation, residual, save):
+    return dot.remark(dot.of_floats(_measured_as(save), x.shape[:-1].numel(), w_gate, w_up, w_out))
 
 
 @prepares_launch
 def forward(x, w_gate, w_up, w_out, activation, residual, save):
-    if left_to_library_forward(x, w_gate, w_up, w_out):
+    if left_to_library_forward(x, w_gate, w_up, w_out, activation, residual, save):
         return lambda x, w_gate, w_up, w_out, _activation, residual, _save=False: _library_forward(
             x, w_gate, w_up, w_out, activation, residual, save
         )
@@ -35,7 +40,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     strides = (layout[2] for layout in layouts)
     outer, dtype = x.shape[:-1], x.dtype
     numbers = rows, n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]
-    kernels = dot.chosen(dot.of_floats(rows, w_gate, w_up, w_out)) or cpu()
+    kernels = dot.chosen(dot.of_floats(_measured_as(save), rows, w_gate, w_up, w_out)) or cpu()
     kernel, new_y = kernels.gated_ffn_forward, maker((*outer, m), dtype)
     new_inner = maker((*outer, f), dtype) if save else None
 

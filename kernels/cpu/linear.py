@@ -29,15 +29,15 @@ def would_copy(*weights):
     return None
 
 
-def library_is_faster(rows, *weights):
-    """Why the library (MKL or oneDNN) does these products. None if the kernels do."""
-    if dot.chosen(dot.of_floats(rows, *weights)):
+def library_is_faster(operator, rows, *weights):
+    """Why the library (MKL or oneDNN) does an operator's products. None if the kernels do."""
+    if dot.chosen(dot.of_floats(operator, rows, *weights)):
         return None
     reason = None if by_columns(rows, *weights) else would_copy(*weights)
     if reason:
         return reason
     shapes, size = evidence.product_shapes(rows, *weights)
-    return evidence.slower("cpu", "linear", "forward", "cpu", weights[0].dtype, shapes, size)
+    return evidence.slower("cpu", operator, "forward", "cpu", weights[0].dtype, shapes, size)
 
 
 def in_float(x, weight, scale):
@@ -55,7 +55,7 @@ def in_float(x, weight, scale):
 def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False):
     rows = x.shape[:-1].numel()
     if scale is None:
-        return library_is_faster(rows, weight)
+        return library_is_faster("linear", rows, weight)
     if dynamic and in_float(x, weight, scale) is None:
         return None if dot.chosen(dot.of_integers(x, weight, scale)) else "dynamic=True asks for torch._int_mm"
     shapes, size = evidence.product_shapes(rows, weight, scale=scale)
@@ -64,7 +64,7 @@ def left_to_library_forward(x, weight, bias, residual, scale=None, dynamic=False
 
 def remark_forward(x, weight, bias, residual, scale=None, dynamic=False):
     if scale is None:
-        return dot.remark(dot.of_floats(x.shape[:-1].numel(), weight))
+        return dot.remark(dot.of_floats("linear", x.shape[:-1].numel(), weight))
     reason = in_float(x, weight, scale) if dynamic else None
     if reason:
         return f"dynamic=True keeps x in floating point: {reason}"
@@ -101,7 +101,7 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
 def _kernel(x, weight, scale, dynamic):
     if dynamic:
         return dot.chosen(dot.of_integers(x, weight, scale)).linear_dynamic_forward
-    kernels = dot.chosen(dot.of_floats(x.shape[:-1].numel(), weight)) if scale is None else None
+    kernels = dot.chosen(dot.of_floats("linear", x.shape[:-1].numel(), weight)) if scale is None else None
     return (kernels or cpu()).linear_forward
 
 

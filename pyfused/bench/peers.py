@@ -33,9 +33,13 @@ PEERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "ctranslate2": ("ctranslate2",),
     "ctranslate2-int8": ("ctranslate2",),
+    "llama.cpp": ("llama_cpp", "gguf"),
+    "llama.cpp-q8_0": ("llama_cpp", "gguf"),
 }
+# Not in the extra "bench": llama.cpp has no wheel and compiles for many minutes. Package -> what pip installs.
+COMPILED = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
 _ON_GPU = ("triton", "cuda", "flash", "cudnn", "efficient", "liger")
-_ON_CPU = ("openvino", "onnxruntime", "ctranslate2", "ctranslate2-int8")
+_ON_CPU = ("openvino", "onnxruntime", "ctranslate2", "ctranslate2-int8", "llama.cpp", "llama.cpp-q8_0")
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -50,7 +54,8 @@ def missing(name: str, device: str) -> str:
     if name in _ON_CPU and device == "cuda":
         return "runs on the CPU here"
     lacking = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
-    return f"not installed: {', '.join(lacking)} (pip install 'pyfused[bench]')" if lacking else ""
+    how = " ".join(dict.fromkeys(COMPILED.get(package, "'pyfused[bench]'") for package in lacking))
+    return f"not installed: {', '.join(lacking)} (pip install {how})" if lacking else ""
 
 
 def compiled(function: Function) -> dict[str, Callable[[], Function]]:

@@ -84,14 +84,14 @@ def exported(
 
 
 def gpt2_prompt(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: reads a prompt (1, S), fills the cache and returns the next token's logits."""
+    """CTranslate2: reads prompts (B, S) at once, fills the cache and returns each one's next token's logits."""
 
     def make(kind: str) -> Function:
         generator = _gpt2(model, kind)
 
         def run() -> torch.Tensor:
             results = generator.generate_batch(_words(ids), max_length=1, **_GPT2)
-            return _tensor(results[0].logits[0][0])[None]
+            return torch.stack([_tensor(result.logits[0][0]) for result in results])
 
         return run
 
@@ -99,8 +99,8 @@ def gpt2_prompt(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Functio
 
 
 def gpt2_token(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Function]]:
-    """CTranslate2: each call returns the logits of one more token. The first comes after ids (1, S). After 32 greedy tokens it
-    starts again."""
+    """CTranslate2: each call returns the logits of one more token of each text. The first comes after ids (B, S). After 32
+    greedy tokens it starts again."""
 
     def make(kind: str) -> Function:
         generate = partial(_gpt2(model, kind).generate_batch, _words(ids), max_length=32, **_GPT2)
@@ -156,18 +156,32 @@ _GPT2 = {"include_prompt_in_result": False, **_ALL_LOGITS}  # reads the whole pr
 def _kinds(model: Any, make: Callable[[str], Function]) -> dict[str, Callable[[], Function]]:
     """The peer in the model's dtype; for a float32 model also in int8. CTranslate2 raises if the processor lacks the dtype."""
     name = name_of(model.dtype)
-    kinds = {"ctranslate2": name, INT8: "int8"} if name == "float32" else {"ctranslate2": name}
-    return {peer: partial(make, kind) for peer, kind in kinds.items()}
+    return in_dtype(model, make, {"ctranslate2": name} | ({INT8: "int8"} if name == "float32" else {}))
+
+
+def in_dtype(model: Any, make: Callable[[str], Function], kinds: dict[str, str]) -> dict[str, Callable[[], Function]]:
+    """The peers, each a kind of the same engine. Their results have the model's dtype, as plain PyTorch's."""
+
+    def made(kind: str) -> Function:
+        call = make(kind)
+        return lambda: call().to(model.dtype)
+
+    return {peer: partial(made, kind) for peer, kind in kinds.items()}
 
 
 def _tokens(generate: Callable[..., Any]) -> Iterator[torch.Tensor]:
-    """Yields the logits of one token after another. CTranslate2's thread waits in its callback until the next is needed."""
+    """Yields the logits (B, V) of one token after another. CTranslate2's thread waits in its callback until the next are
+    needed. It calls back for every text of a step. The first text's result has the logits of all."""
     stops: SimpleQueue[bool] = SimpleQueue()
     results: SimpleQueue[Any] = SimpleQueue()
+    stopped = False
 
     def callback(result: Any) -> bool:
-        results.put(result)
-        return stops.get()
+        nonlocal stopped
+        if result.batch_id == 0:
+            results.put(result)
+            stopped = stops.get()
+        return stopped
 
     while True:
         generate(asynchronous=True, callback=callback)

@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:
     installed = {"pyfused": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in dict.fromkeys(p for needed in known.PEERS.values() for p in needed):
         try:
-            installed[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(known.COMPILED.get(package, package))
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed

@@ -19,7 +19,7 @@ from ..setting import set_to
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
 from .shapes import SHAPES, product_shapes, shapes_of
-from .storage import OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
+from .storage import BY_PRODUCT, OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
 
 __all__ = [
     "OPERATORS",
@@ -51,8 +51,8 @@ __all__ = [
     "write",
 ]
 
-# The operators with evidence for CPUs; the products inside ffn and gated_ffn go by linear's.
-OPERATORS = ("linear", "layer_norm", "rms_norm", "fourier_mix")
+# The operators with evidence for CPUs.
+OPERATORS = ("linear", "ffn", "gated_ffn", "layer_norm", "rms_norm", "fourier_mix")
 
 # Settings of the `with` blocks below.
 _by_library: ContextVar[bool | None] = ContextVar("pyfused_by_library", default=None)
@@ -140,7 +140,10 @@ def _decides(
 ) -> tuple[Line | None, dict[str, float]]:
     """The line for this call and its speeds at this size. If judge(speeds) differs between the measured numbers of threads, the
     set of threads_noticed() gets them."""
-    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    of_shapes = function, name_of(dtype), shapes
+    by_threads = _by_class(device).get((operator, *of_shapes))
+    if by_threads is None and operator in BY_PRODUCT:
+        by_threads = _by_class(device).get(("linear", *of_shapes))
     if by_threads is None:
         return None, {}
     counts = _thread_counts.get()
@@ -180,7 +183,7 @@ def dot_products(operator: str, function: str, dtype: torch.dtype, shapes: str, 
     if by_library:
         return Instructions(name, False, "plain PyTorch's library is asked for")
     if extensions.isa() == name:
-        return Instructions(name, True, "forced")
+        return Instructions(name, True, "forced, unproven" if name in extensions.UNPROVEN else "forced")
 
     def fastest(speeds: dict[str, float]) -> bool:
         others = {other: s for other, s in _usual(speeds).items() if by_library is None or other != "reference"}

@@ -39,6 +39,10 @@ _T = TypeVar("_T")
 _MOST = 1 << 62  # bound of a size, and of a number of threads
 
 
+# Without lines of their own these go by those of their products.
+BY_PRODUCT = ("ffn", "gated_ffn")
+
+
 class Line(NamedTuple):
     """The measurements of one function of an operator, for one class of shapes."""
 
@@ -102,6 +106,11 @@ def lines(device: str = "cpu") -> tuple[Line, ...]:
             first, kept = taken.setdefault(line[:4], (path, []))
             if first == path:
                 kept.append(line)
+    order = files(device)
+    for key in [key for key in taken if key[0] in BY_PRODUCT]:
+        product = taken.get(("linear", *key[1:]))
+        if product is not None and order.index(product[0]) < order.index(taken[key][0]):
+            del taken[key]  # a nearer kind's products say more than another kind's networks
     return tuple(line for _, kept in taken.values() for line in kept)
 
 

@@ -26,6 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # a small and a large weight
 _TURNS, _SECONDS = 3, 0.03  # of measurements, unless they are to be quick; for each point in a turn
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
+_NETWORK_ROWS = (1, 8, 32, 128, 512, 1024)
+_NETWORKS = ("ffn", "gated_ffn")
+_PRODUCTS = ("linear", *_NETWORKS)
 # (B, S, N): from few, long signals, which leave most lanes of a vector empty, to many
 _SPECTRA = (
     (1, 1, 4096),
@@ -41,7 +44,7 @@ _SPECTRA = (
 
 class Point(NamedTuple):
     """One call: an operator's name, the arguments of its public function, and the same in plain PyTorch. scale: that of an
-    integer weight. dynamic: as linear's."""
+    integer weight. dynamic: as linear's. activation: ffn's."""
 
     operator: str
     plain: Callable[..., torch.Tensor]
@@ -49,22 +52,23 @@ class Point(NamedTuple):
     residual: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     dynamic: bool = False
+    activation: str | None = None
 
     def to(self, dtype: torch.dtype) -> Point:
         tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in self.tensors)
         return self._replace(tensors=tensors, residual=None if self.residual is None else self.residual.to(dtype))
 
     def options(self) -> dict[str, Any]:
-        given = {"residual": self.residual, "scale": self.scale, "dynamic": self.dynamic or None}
+        given = {"residual": self.residual, "scale": self.scale, "dynamic": self.dynamic or None, "activation": self.activation}
         return {name: value for name, value in given.items() if value is not None}
 
     def has(self, instructions: str | None, dtype: torch.dtype) -> bool:
         """Whether the kernels of an instruction set for dot products have this call; None for the usual kernels."""
         if instructions is None:
             return not self.dynamic
-        if self.operator != "linear" or self.tensors[1].stride()[1] != 1:
+        if self.operator not in _PRODUCTS or self.tensors[1].stride()[1] != 1:
             return False
-        name = "linear_dynamic_forward" if self.dynamic else "linear_forward"
+        name = f"{self.operator}_dynamic_forward" if self.dynamic else f"{self.operator}_forward"
         fits = self.dynamic or (dtype == torch.bfloat16 and self.scale is None)
         return fits and hasattr(extensions.cpu(instructions), name)
 
@@ -87,6 +91,20 @@ def _integers(rows: int, width: int, scheme: str, dynamic: bool = False) -> Poin
     return Point("linear", plain, (x, weight), scale=scale, dynamic=dynamic)
 
 
+def _networks(rows: int, width: int) -> Iterator[Point]:
+    """Feed-forward networks with ReLU, which takes the least time beside the products."""
+    x, w_in, w_up, w_out = torch.randn(rows, width), *(torch.randn(width, width) / width**0.5 for _ in range(3))
+
+    def plain(x, w_in, b_in, w_out, b_out):
+        return F.linear(F.linear(x, w_in, b_in).relu(), w_out, b_out)
+
+    def gated(x, w_gate, w_up, w_out):
+        return F.linear(F.linear(x, w_gate).relu() * F.linear(x, w_up), w_out)
+
+    yield Point("ffn", plain, (x, w_in, torch.randn(width), w_out, torch.randn(width)), activation="relu")
+    yield Point("gated_ffn", gated, (x, w_in, w_up, w_out), activation="relu")
+
+
 def _fourier_mix(x: torch.Tensor) -> torch.Tensor:
     """torch.fft has no half precision on a CPU."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -106,6 +124,8 @@ def points(quick: bool = False) -> Iterator[Point]:
                 yield _integers(rows, width, scheme)
         for rows in (128,) if quick else (32, 128, 512):
             yield _integers(rows, width, "int8", dynamic=True)
+        for rows in _NETWORK_ROWS[2::2] if quick else _NETWORK_ROWS:
+            yield from _networks(rows, width)
     for rows in (1, 128) if quick else (1, 16, 128, 1024):
         x, residual, weight, bias = (torch.randn(*shape) for shape in ((rows, 768), (rows, 768), (768,), (768,)))
         for added in (None, residual):
@@ -113,6 +133,11 @@ def points(quick: bool = False) -> Iterator[Point]:
             yield Point("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), (x, weight), added)
     for shape in _SPECTRA[::3] if quick else _SPECTRA:
         yield Point("fourier_mix", _fourier_mix, (torch.randn(shape),))
+
+
+def _takes_long(point: Point, dtype: torch.dtype) -> bool:
+    """torch's products in float16 may take a second each; the lines of linear serve for those of a network."""
+    return dtype == torch.float16 and point.operator in _NETWORKS
 
 
 def tune(
@@ -156,7 +181,7 @@ def tune(
                     say(f"{count} thread{'s' * (count > 1)}, {evidence.name_of(dtype)}")
                     for _ in range(1 if quick else _TURNS):
                         for point in points(quick):
-                            if operators and point.operator not in operators:
+                            if point.operator not in (operators or evidence.OPERATORS) or _takes_long(point, dtype):
                                 continue
                             for way, size, line, speed in _measured(point.to(dtype), dtype, _SECONDS, clock):
                                 if speed is None:

@@ -3,6 +3,8 @@ arithmetic (tests/dot_emulation.py); the real forms' machine code is looked at."
 
 import itertools
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import dot_emulation
@@ -17,6 +19,7 @@ from pyfused.kernels.shared import int8
 from pyfused.testing import assert_close, running
 
 WIDTH = dot_emulation.WIDTH
+SETS = ["avx512_bf16", "avx512_amx"]
 # Few rows (a gemv up to 16), and many: one vector of rows, two, several panels, two blocks of 128. K ends inside a group,
 # inside a vector, and after one block; N inside a group of six rows of W and inside a block of 48.
 SHAPES = [
@@ -27,10 +30,10 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def bfloat16():
-    """A processor with AVX512_BF16, whose products are forced."""
-    with dot_emulation.processor("avx512_bf16") as kernels, running("cpu:avx512_bf16"):
+@pytest.fixture(params=SETS)
+def bfloat16(request):
+    """A processor with AVX512_BF16, or AMX too, whose products are forced."""
+    with dot_emulation.processor(request.param) as kernels, running(f"cpu:{request.param}"):
         yield kernels
 
 
@@ -94,6 +97,37 @@ def test_quads_follow_the_documented_arithmetic():
     sums[0], sums[1] = -(2**31), 2**31 - 1
     expected = sums.long() + (x.long() * w.long()).view(WIDTH, 4).sum(1)
     dot_emulation.function("quads")(sums, x, w)
+    assert torch.equal(sums, ((expected + 2**31) % 2**32 - 2**31).to(torch.int32))
+
+
+def test_tiles_of_pairs_follow_the_documented_arithmetic():
+    """A chain of fused multiply-adds for the even elements along K, one for the odd ones, from zero; the sum is added last."""
+    for power in (0, -60, -126):
+        sums, w, x = torch.randn(16, 16) * 2.0**power, torch.randn(16, 32), torch.randn(16, 32)
+        w, x = (w * 2.0**power).bfloat16(), x.bfloat16()
+        w[2, 4], x[3, 7], sums[1, 3] = 2.0**-130, 2.0**-130, 2.0**-140
+        first, *factors = [torch.where(t.float().abs() >= 2.0**-126, t.float(), 0.0).tolist() for t in (sums, w, x)]
+        expected = torch.empty(16, 16)
+        for m, n in itertools.product(range(16), repeat=2):
+            chains = [0.0, 0.0]
+            for k, q in itertools.product(range(16), range(2)):
+                product = Fraction(factors[0][m][2 * k + q]) * Fraction(factors[1][k][2 * n + q])
+                chains[q] = rounded(Fraction(chains[q]) + product)
+            both = rounded(Fraction(chains[0]) + Fraction(chains[1]))
+            expected[m, n] = rounded(Fraction(first[m][n]) + Fraction(both))
+        dot_emulation.function("tile_pairs", tiles=True)(sums, w, x)
+        assert torch.equal(sums, expected)
+
+
+def test_tiles_of_quads_follow_the_documented_arithmetic():
+    w = torch.randint(-128, 128, (16, 64)).to(torch.int8)
+    x = torch.randint(0, 256, (16, 64)).to(torch.uint8)
+    w[0], x[:, :4] = -128, 255
+    sums = torch.randint(-(2**31), 2**31, (16, 16)).to(torch.int32)
+    sums[0] = -(2**31)
+    by_group = x.long().view(16, 16, 4).transpose(1, 2).reshape(64, 16)  # (K, row of x)
+    expected = sums.long() + w.long() @ by_group
+    dot_emulation.function("tile_quads", tiles=True)(sums, w, x)
     assert torch.equal(sums, ((expected + 2**31) % 2**32 - 2**31).to(torch.int32))
 
 
@@ -169,19 +203,79 @@ def test_feed_forwards(bfloat16, rows, activation):
 
 
 def test_two_threads_agree_with_one(bfloat16):
-    x, weight, bias = make(33, 300), make(500, 300), make(500)
-    for rows in (5, 33):
+    """They share outputs; of many rows each takes some for its own."""
+    x, weight, bias = make(600, 300), make(500, 300), make(500)
+    for rows, outputs in ((5, 500), (33, 500), (600, 50)):
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(pyfused.linear(x[:rows], weight, bias))
+            found.append(pyfused.linear(x[:rows], weight[:outputs], bias[:outputs]))
         assert torch.equal(*found)
+
+
+def test_no_thread_keeps_its_tiles():
+    """A kernel begins and ends their use on each thread that runs products."""
+
+    def used():
+        counts = torch.zeros(2, dtype=torch.int64)
+        dot_emulation.function("tiles_used", tiles=True)(counts, 0, 0)
+        return counts.tolist()
+
+    before = used()
+    torch.set_num_threads(2)
+    with dot_emulation.processor("avx512_amx"), running("cpu:avx512_amx"):
+        pyfused.linear(make(33, 300), make(500, 300))
+        pyfused.gated_ffn(make(33, 300), make(500, 300), make(500, 300), make(300, 500), activation="silu")
+    began, ended = used()
+    assert began == ended >= before[0] + 6
+
+
+GUARDED = """
+import ctypes, itertools, mmap, torch, dot_emulation
+kept, kernels = [], ("linear_forward", "linear_dynamic_forward")
+
+def guarded(values, at_end):
+    size, page = values.numel() * values.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for edge in (begin, begin + (pages + 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    offset = page + (pages * page - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
+    kept.append(memory)
+    return copy.copy_(values.flatten())
+
+floats, integers = ([dot_emulation.function(name, tiles) for tiles in (False, True)] for name in kernels)
+shapes = itertools.product([3, 9, 17, 33, 40], [(5, 3), (37, 16), (64, 32), (96, 50), (771, 33), (1000, 64)], [0, 5])
+for (rows, (k, n), gap), at_end in itertools.product(shapes, (False, True)):
+    x, bias, residual = (torch.randn(size).bfloat16() for size in (rows * k, n, rows * n))
+    weight = torch.ones((n - 1) * (k + gap) + k)
+    scale = guarded(torch.ones(n), at_end)
+    x, bias, residual, y = (guarded(t, at_end) for t in (x, bias, residual, residual))
+    of_floats, of_integers = (guarded(weight.to(t), at_end) for t in (torch.bfloat16, torch.int8))
+    strides = k, k + gap, n
+    print(rows, k, n, gap, at_end, flush=True)
+    for linear, dynamic in zip(floats, integers):
+        linear(x, of_floats, 0, bias, residual, y, rows, n, k, *strides, False, 0, 2)
+        dynamic(x, of_integers, scale, bias, residual, y, rows, n, k, *strides, 2)
+print("alive")
+"""
+
+
+def test_nothing_is_read_outside_the_tensors():
+    """Each tensor lies against a page that nobody may touch."""
+    folders = [str(dot_emulation.ROOT / folder) for folder in ("tests", "tests/cuda_on_cpu")]
+    script = f"import sys; sys.path[:0] = {folders}\n{GUARDED}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stdout.splitlines()[-1:], done.stderr[-2000:])
+    assert done.stdout.endswith("alive\n")
 
 
 # ---- rows in int8 ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["avx512_bf16"])
+@pytest.fixture(params=SETS)
 def integers(request):
     """A processor with integer products, which are forced."""
     with dot_emulation.processor(request.param) as kernels, running(f"cpu:{request.param}"):

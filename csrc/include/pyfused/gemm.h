@@ -7,7 +7,7 @@
 //   usual 6x16 micro-kernel with the roles swapped, so the small operand is packed: 60-80 GFLOP/s of about 100. AVX-512
 //   has registers for 12 rows: 147-165 GFLOP/s of 177, 3% to 7% more than with 6.
 //   Half-precision rows of W are widened a tile at a time into L1, once for all panels. With a processor's dot products
-//   (multiply.h) a lane of a panel is a group of elements, and W is read as it is.
+//   (multiply.h) a lane of a panel is a group of elements, and W is read as it is. With AMX a step is 16 lanes (tiles.h).
 //
 // Both kernels work on rows of W that lie far apart, so a block is read as a few long streams. The prefetchers of one
 // Zen 3 core then fetch 19-24 GB/s (17-19 in bfloat16). One stream or four neighbouring rows of 3 KB get 13-15. Software
@@ -23,14 +23,15 @@
 #include "activation.h"
 #include "int4.h"
 #include "multiply.h"
+#include "tiles.h"
 
 namespace pyfused::PYFUSED_ISA {
 
 constexpr int kGemvBlock = 96;      // outputs of a gemv finished together
 constexpr int kGemvUnit = 12;       // shares hold whole units of so many outputs
 constexpr bool kManyRegisters = kWidth == 16;        // AVX-512 has 32 vector registers
-constexpr int kWeightRows = kManyRegisters ? 12 : 6;  // rows of W in the gemm's micro-kernel
-constexpr int kGemmBlock = 48;      // outputs of a gemm finished together: 8 groups, or 4
+constexpr int kWeightRows = kTiles ? 32 : kManyRegisters ? 12 : 6;  // rows of W in the gemm's micro-kernel
+constexpr int kGemmBlock = kTiles ? 64 : 48;  // outputs of a gemm finished together: 8 groups, or 4, or 2
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
 constexpr int64_t kMostPadding = kGroupsAtOnce * kScaleGroup > kPairStep ? kGroupsAtOnce * kScaleGroup : kPairStep;
 
@@ -54,19 +55,26 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
 
   static constexpr bool kGrouped = std::is_same_v<W, int4x2>, kScaled = sizeof(W) == 1 && !kGrouped;
   static constexpr bool kOfIntegers = M::kGroup == 4, kOfElements = M::kGroup == 1;
+  static constexpr bool kInTiles = kTiles && !kOfElements;
+  static_assert(kInTiles == kTiles, "the constants above are for one of the two");
   using Input = X;
   using Lane = typename M::Lane;
-  static constexpr int64_t kWidened = M::kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
+  // Of K, how much a gemm's tile sums at a time. Rows of W that are widened have to stay in L1. Others read a panel from L2 in
+  // either case; with AVX-512 fewer, longer tiles are 1% to 2% faster.
+  static constexpr int64_t kDepth = sizeof(W) == 4 && kManyRegisters ? 1024 : M::kDepth;
+  static constexpr int64_t kWidened = kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
 
   // A gemm widens rows of W into L1 and reads them again, so half precision stays with gemv longer: 1.4 times faster at
-  // 16 rows. float32 is as fast either way from 9 rows on. AVX-512's gemv has larger tiles.
+  // 16 rows. float32 is as fast either way from 9 rows on. AVX-512's gemv has larger tiles. AMX's tiles wait for memory, of few rows
+  // too; a gemv of 8 rows still does.
   static constexpr int64_t kGemvRows = kOfIntegers      ? -1
+                                       : kInTiles       ? 8
                                        : kManyRegisters ? (sizeof(W) == 2 ? 24 : 12)
                                                         : (sizeof(W) == 4 ? 8 : 16);
 
   // Most rows of x in a block of a gemm, and fewest that a thread takes for its own. A block's panels, 288 KB for K = 768, stay in
-  // L2 (K = 3072: 7% faster than with 128 rows). W is widened for each block.
-  static constexpr int64_t kBlockM = sizeof(W) == 4 ? 96 : 128, kShareM = sizeof(W) == 4 ? 64 : 128;
+  // L2 (K = 3072: 7% faster than with 128 rows). W is widened for each block. AMX is done with 128 rows before W is there.
+  static constexpr int64_t kBlockM = kInTiles ? 256 : sizeof(W) == 4 ? 96 : 128, kShareM = sizeof(W) == 4 ? 64 : 128;
 
   // Of K, how much a gemv sums in one register's lanes. With four lanes the chains of longer sums lose bits that a library with
   // wider vectors keeps.
@@ -76,7 +84,10 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   static constexpr size_t kAhead = kManyRegisters ? 512 : 0;
 
   bool by_gemv() const { return m <= kGemvRows; }
-  int64_t lanes() const { return (k + M::kGroup - 1) / M::kGroup; }
+  int64_t lanes() const {  // whole tiles with AMX: zeros follow the last
+    const int64_t groups = (k + M::kGroup - 1) / M::kGroup;
+    return kInTiles ? (groups + kWidth - 1) / kWidth * kWidth : groups;
+  }
   int64_t padded_k() const {
     constexpr int64_t step = kGrouped ? kMostPadding : kPairStep;
     return (k + step - 1) / step * step;
@@ -335,6 +346,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
   }
 
   void run_gemm(int64_t first, int64_t last, float* own) const {
+    [[maybe_unused]] const TilesInUse tiles;
     float* widened = own + kGemmBlock * block_m();
     float* sums = widened + kWeightRows * kWidened;
     for (int64_t i0 = 0; i0 < m; i0 += block_m()) {
@@ -389,8 +401,8 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
 
   // own[r][i], outputs ld apart: the sum over k for output j + r and row i0 + i, without scales.
   void gemm_sums(int64_t i0, int64_t rows, int64_t j, int64_t count, float* own, int64_t ld, float* widened) const {
-    for (int64_t c = 0; c < k || c == 0; c += M::kDepth)
-      block(i0, rows, j, count, c, k - c < M::kDepth ? k - c : M::kDepth, own, ld, widened);
+    for (int64_t c = 0; c < k || c == 0; c += kDepth)
+      block(i0, rows, j, count, c, k - c < kDepth ? k - c : kDepth, own, ld, widened);
   }
 
   // kWidth rows of value(those sums, output) as rows, kGemmBlock apart.
@@ -420,12 +432,17 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     const bool whole = groups * kWeightRows == count;
     for (int64_t g = 0; g < groups; ++g) {
       const Lane *w = nullptr, *second = nullptr;  // of the tile's rows, which lie equally far apart
-      for (int64_t q = 0; q < kWeightRows; ++q) {
-        const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
-        float* to = widened + q * kWidened;
-        const Lane* at = row_of(j + r, c, depth, to);
-        if (!whole && (const void*)at != to) at = (const Lane*)std::memcpy(to, at, steps_of * sizeof(Lane));
-        if (q < 2) (q ? second : w) = at;
+      const int64_t top = kInTiles ? g * kWeightRows : g;
+      if constexpr (kInTiles) {
+        w = rows_for_tiles(j + top, count - top, c, depth, widened, second);
+      } else {
+        for (int64_t q = 0; q < kWeightRows; ++q) {
+          const int64_t r = g + q * groups < count ? g + q * groups : count - 1;
+          float* to = widened + q * kWidened;
+          const Lane* at = row_of(j + r, c, depth, to);
+          if (!whole && (const void*)at != to) at = (const Lane*)std::memcpy(to, at, steps_of * sizeof(Lane));
+          if (q < 2) (q ? second : w) = at;
+        }
       }
       const int64_t apart = (const char*)second - (const char*)w;
       for (int64_t i = 0; i < rows; i += kPanel) {
@@ -434,11 +451,32 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
             fetch(y + (i0 + q) * n + j, count);
         const int width = width_of(m - i0 - i);
         const float* panel = packed + (i0 + i) * lanes() + c / M::kGroup * width;
-        float* out = own + g * ld + i;
-        width == kPanel ? outer_tile<2>(w, apart, panel, steps_of, out, groups * ld, c == 0)
-                        : outer_tile<1>(w, apart, panel, steps_of, out, groups * ld, c == 0);
+        float* out = own + top * ld + i;
+        if constexpr (kInTiles) {
+          const int64_t steps = (steps_of + kWidth - 1) / kWidth;
+          width == kPanel ? multiply_tiles<M, 2>(w, apart, panel, steps, out, ld, c == 0)
+                          : multiply_tiles<M, 1>(w, apart, panel, steps, out, ld, c == 0);
+        } else {
+          width == kPanel ? outer_tile<2>(w, apart, panel, steps_of, out, groups * ld, c == 0)
+                          : outer_tile<1>(w, apart, panel, steps_of, out, groups * ld, c == 0);
+        }
       }
     }
+  }
+
+  // kWeightRows rows of W from `row` on, of which there are `count`, and whole tiles of K: as they lie in memory, or where that
+  // would read past them a copy with zeros. `second` receives the second row.
+  const Lane* rows_for_tiles(int64_t row, int64_t count, int64_t c, int64_t depth, float* to, const Lane*& second) const {
+    const W* from = weight + row * weight_stride + c;
+    if (count >= kWeightRows && depth % (kWidth * M::kGroup) == 0) {
+      second = (const Lane*)(from + weight_stride);
+      return (const Lane*)from;
+    }
+    std::memset(to, 0, kWeightRows * kWidened * sizeof(float));
+    for (int64_t q = 0; q < kWeightRows && q < count; ++q)
+      std::memcpy(to + q * kWidened, from + q * weight_stride, depth * sizeof(W));
+    second = (const Lane*)(to + kWidened);
+    return (const Lane*)to;
   }
 
   // The values [c, c + depth) of a row of W as lanes. int4 is widened with its scales.

@@ -50,10 +50,10 @@ constexpr int64_t kGroupsAtOnce = 4;
 // Packs the next 128 values of a row of x, of which `rest` are left: whole groups.
 template <int B> PYFUSED_INLINE vfloat every_fourth(const vfloat (&v)[4]) {
   auto of_two = [](vfloat a, vfloat b) __attribute__((always_inline)) {  // in both halves
-    return __builtin_shufflevector(a, b, B, B + 4, B + 8, B + 12, B + 16, B + 20, B + 24, B + 28, B, B + 4, B + 8, B + 12, B + 16,
-                                   B + 20, B + 24, B + 28);
+    return shuffled(a, b, Lanes<B, B + 4, B + 8, B + 12, B + 16, B + 20, B + 24, B + 28, B, B + 4, B + 8, B + 12, B + 16,
+                                B + 20, B + 24, B + 28>{});
   };
-  return __builtin_shufflevector(of_two(v[0], v[1]), of_two(v[2], v[3]), 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  return shuffled(of_two(v[0], v[1]), of_two(v[2], v[3]), Lanes<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>{});
 }
 template <class X> PYFUSED_INLINE void pack_groups(const X* from, int64_t rest, float* to) {
   for (int64_t h = 0; h < 2; ++h) {

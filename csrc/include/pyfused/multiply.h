@@ -43,15 +43,15 @@ template <class T> PYFUSED_INLINE Pair load_pair_partial(const T* p, int64_t n) 
 // 2 kWidth elements of x in the order of load_pair(W*).
 template <class W, class X> PYFUSED_INLINE Pair pair_for(const X* p) { return {load(p), load(p + kWidth)}; }
 template <int... I> PYFUSED_INLINE Pair even_and_odd(Pair p, Lanes<I...>) {
-  return {__builtin_shufflevector(p.a, p.b, (2 * I)...), __builtin_shufflevector(p.a, p.b, (2 * I + 1)...)};
+  return {shuffled(p.a, p.b, Lanes<(2 * I)...>{}), shuffled(p.a, p.b, Lanes<(2 * I + 1)...>{})};
 }
 template <> PYFUSED_INLINE Pair pair_for<bf16>(const bf16* p) { return load_pair(p); }
 template <> PYFUSED_INLINE Pair pair_for<bf16>(const float* p) { return even_and_odd({load(p), load(p + kWidth)}, AllLanes{}); }
 
 // Values in the order of load_pair(W*) in their own order again.
 template <int... I> PYFUSED_INLINE Pair zipped(Pair p, Lanes<I...>) {
-  return {__builtin_shufflevector(p.a, p.b, (I / 2 + I % 2 * kWidth)...),
-          __builtin_shufflevector(p.a, p.b, (kWidth / 2 + I / 2 + I % 2 * kWidth)...)};
+  return {shuffled(p.a, p.b, Lanes<(I / 2 + I % 2 * kWidth)...>{}),
+          shuffled(p.a, p.b, Lanes<(kWidth / 2 + I / 2 + I % 2 * kWidth)...>{})};
 }
 template <class W> PYFUSED_INLINE Pair in_order(Pair p) { return p; }
 template <> PYFUSED_INLINE Pair in_order<bf16>(Pair p) { return zipped(p, AllLanes{}); }
