@@ -14,11 +14,7 @@ COMPILED = 1, 128, 8192  # numbers of rows that also run under torch.compile, wh
 
 
 def cases(setup):
-    for dtype in setup.dtypes:
-        for rows, n, f in setup.pick(CPU, GPU, [(3, 24, 40)]):
-            yield Case(f"{rows}x{n}x{f}", dtype, partial(forward, setup, rows, n, f, dtype))
-        for rows, n, f in setup.pick([(128, 768, 3072)], [(8192, 768, 3072)], [(3, 24, 40)]):
-            yield Case(f"train {rows}x{n}x{f}", dtype, partial(train, setup, rows, n, f, dtype))
+    return feed_forward_cases(setup, CPU, GPU, fused, plain, inputs_of)
 
 
 def fused(x, w_in, b_in, w_out, b_out, residual):
@@ -35,12 +31,23 @@ def inputs_of(setup, rows, n, f, dtype):
     return x, w_in, setup.randn(f, dtype=dtype), w_out, setup.randn(n, dtype=dtype), residual
 
 
-def forward(setup, rows, n, f, dtype):
-    peers = {**backends(fused), **(compiled(plain) if rows in COMPILED else {})}
-    return Calls(fused, plain, inputs_of(setup, rows, n, f, dtype), peers=peers)
+def feed_forward_cases(setup, cpu, gpu, fused, plain, inputs_of):
+    """cpu, gpu: (rows, N, F) of each case. The N and F of training are those of the first."""
+    _, n, f = cpu[0]
+    for dtype in setup.dtypes:
+        for shape in setup.pick(cpu, gpu, [(3, 24, 40)]):
+            yield Case("{}x{}x{}".format(*shape), dtype, partial(forward, setup, fused, plain, inputs_of, shape, dtype))
+        for shape in setup.pick([(128, n, f)], [(8192, n, f)], [(3, 24, 40)]):
+            name = "train {}x{}x{}".format(*shape)
+            yield Case(name, dtype, partial(train, setup, fused, plain, inputs_of, shape, dtype))
 
 
-def train(setup, rows, n, f, dtype):
-    leaves = (t.requires_grad_() for t in inputs_of(setup, rows, n, f, dtype))
-    grad, own = setup.randn(rows, n, dtype=dtype), training(fused)
+def forward(setup, fused, plain, inputs_of, shape, dtype):
+    peers = {**backends(fused), **(compiled(plain) if shape[0] in COMPILED else {})}
+    return Calls(fused, plain, inputs_of(setup, *shape, dtype), peers=peers)
+
+
+def train(setup, fused, plain, inputs_of, shape, dtype):
+    leaves = (t.requires_grad_() for t in inputs_of(setup, *shape, dtype))
+    grad, own = setup.randn(*shape[:2], dtype=dtype), training(fused)
     return Calls(own, training(plain), (*leaves, grad), peers=backends(own), trains=True)

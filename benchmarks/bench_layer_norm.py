@@ -13,40 +13,45 @@ GPU = (4096, 768), (4096, 1024), (16384, 1024), (4096, 4096)
 
 
 def cases(setup):
-    for rows, n in setup.pick(CPU, GPU, [(3, 40)]):
-        for dtype in setup.dtypes:
-            name = f"{rows}x{n}"
-            yield Case(f"{name} residual", dtype, partial(with_residual, setup, rows, n, dtype))
-            yield Case(name, dtype, partial(forward, setup, rows, n, dtype))
-            if rows > 1:
-                yield Case(f"train {name}", dtype, partial(train, setup, rows, n, dtype))
+    return norm_cases(setup, pyfused.layer_norm, plain, 2)
 
 
 def plain(x, weight, bias):
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
-def forward(setup, rows, n, dtype):
-    inputs = setup.randn(rows, n, dtype=dtype), setup.randn(n, dtype=dtype), setup.randn(n, dtype=dtype)
-    peers = {**compiled(plain), **backends(pyfused.layer_norm), **liger("layer_norm")}
-    return Calls(pyfused.layer_norm, plain, inputs, peers=peers)
+def norm_cases(setup, norm, plain, vectors):
+    """vectors: how many parameters of size N the norm has."""
+    for shape in setup.pick(CPU, GPU, [(3, 40)]):
+        for dtype in setup.dtypes:
+            name, given = "{}x{}".format(*shape), (setup, norm, plain, vectors, shape, dtype)
+            yield Case(f"{name} residual", dtype, partial(with_residual, *given))
+            yield Case(name, dtype, partial(forward, *given))
+            if shape[0] > 1:
+                yield Case(f"train {name}", dtype, partial(train, *given))
 
 
-def with_residual(setup, rows, n, dtype):
-    x, residual = (setup.randn(rows, n, dtype=dtype) for _ in range(2))
-    weight, bias = (setup.randn(n, dtype=dtype) for _ in range(2))
-
-    def fused(x, residual, weight, bias):
-        return pyfused.layer_norm(x, weight, bias, residual=residual)
-
-    def added(x, residual, weight, bias):
-        return plain(x + residual, weight, bias)
-
-    return Calls(fused, added, (x, residual, weight, bias), peers={**compiled(added), **backends(fused)})
+def inputs_of(setup, vectors, shape, dtype):
+    return setup.randn(*shape, dtype=dtype), *(setup.randn(shape[1], dtype=dtype) for _ in range(vectors))
 
 
-def train(setup, rows, n, dtype):
-    calls = forward(setup, rows, n, dtype)
-    leaves = tuple(t.requires_grad_() for t in calls.inputs)
-    fused, grad = training(pyfused.layer_norm), setup.randn(rows, n, dtype=dtype)
+def forward(setup, norm, plain, vectors, shape, dtype):
+    peers = {**compiled(plain), **backends(norm), **liger(norm.__name__)}
+    return Calls(norm, plain, inputs_of(setup, vectors, shape, dtype), peers=peers)
+
+
+def with_residual(setup, norm, plain, vectors, shape, dtype):
+    def fused(residual, x, *parameters):
+        return norm(x, *parameters, residual=residual)
+
+    def added(residual, x, *parameters):
+        return plain(x + residual, *parameters)
+
+    inputs = setup.randn(*shape, dtype=dtype), *inputs_of(setup, vectors, shape, dtype)
+    return Calls(fused, added, inputs, peers={**compiled(added), **backends(fused)})
+
+
+def train(setup, norm, plain, vectors, shape, dtype):
+    leaves = (t.requires_grad_() for t in inputs_of(setup, vectors, shape, dtype))
+    fused, grad = training(norm), setup.randn(*shape, dtype=dtype)
     return Calls(fused, training(plain), (*leaves, grad), peers=backends(fused), trains=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import draws
 import torch
-from plain_attention import plain as plain_attention
+from attention_cases import plain as plain_attention
 
 import pyfused
 from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Norm
@@ -67,7 +68,7 @@ def packed(h: int, d: int, *lengths: int) -> Problem:
 
 def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: str) -> Problem:
     """A step of two layers that sees `keys` tokens. options: "t5" (RMS norms, gated, relative bias, cross-attention with one
-    source), "uneven" (each row has its own place)."""
+    source), "uneven" (each row has its own place), "columns" (the layers' weights are stored transposed)."""
     t5, d, layers, vocabulary = "t5" in options, 64 if hidden > 100 else 8, 2, 1003
     inside = heads * d
     shapes: dict[str, tuple[int, ...]] = {"w_tokens": (vocabulary, hidden), "final": (hidden,), "b": (hidden,)}
@@ -86,7 +87,8 @@ def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: 
             return Norm(t[name], None if t5 else t["b"], 1e-5)
 
         def layer(i: int) -> DecodeLayer:
-            own: dict[str, Any] = {name: Matrix(t[f"w_{name}{i}"]) for name in matrices}
+            weights = {name: t[f"w_{name}{i}"] for name in matrices}
+            own: dict[str, Any] = {n: Matrix(stored_by_columns(w) if "columns" in options else w) for n, w in weights.items()}
             norms = ("attention_norm", "feed_forward_norm", *(("cross_norm",) if t5 else ()))
             own |= dict.fromkeys(norms, norm(f"norm{i}"))
             return DecodeLayer(**own, scale=0.125, cross_scale=0.125)
@@ -114,6 +116,20 @@ def decode(rows: int, keys: int, hidden: int, heads: int, inner: int, *options: 
     return Problem(name, shapes, lambda t: call(t, run_decode), (lambda t: call(t, plain),), gradients=False)
 
 
+def stored_by_columns(weight: torch.Tensor) -> torch.Tensor:
+    """The same matrix; memory holds it transposed, as Hugging Face's Conv1D does."""
+    return weight.t().contiguous().t()
+
+
+def by_columns(case: Problem) -> Problem:
+    """The case with its weights stored transposed."""
+
+    def own(t: Tensors) -> Any:
+        return case.own({name: stored_by_columns(v) if name.startswith("w") else v for name, v in t.items()})
+
+    return replace(case, name=f"{case.name} by columns", own=own)
+
+
 NORMS = ((2048, 768), (MANY, 24), (129, 1000), (7, 4097), (3, 16400), (200, 5))
 WIDE = ((1, 768, 2048), (3, 1000, 137), (16, 768, 3072), (17, 131, 96), (2048, 768, 3072), (MANY, 24, 40))
 
@@ -125,7 +141,9 @@ def cases(operator: str, tiny: bool) -> list[Problem]:
         return [norm(operator, *shape, residual) for shape in shapes for residual in (True, False)[: 2 - tiny]]
     if operator in ("linear", "ffn", "gated_ffn"):
         make = {"linear": linear, "ffn": ffn, "gated_ffn": gated_ffn}[operator]
-        return [make(*shape) for shape in (((20, 33, 24),) if tiny else WIDE)]
+        found = [make(*shape) for shape in (((20, 33, 24),) if tiny else WIDE)]
+        few = ((3, 32, 24),) if tiny else ((1, 3072, 768), (3, 1000, 137), (8, 768, 3072))
+        return found if operator == "gated_ffn" else [*found, *(by_columns(make(*shape)) for shape in few)]
     if operator == "fourier_mix":
         shapes = ((2, 6, 20),) if tiny else ((2, 512, 768), (1, 1024, 1024), (1, 137, 64), (3, 31, 20), (MANY, 2, 3))
         return [fourier_mix(*shape) for shape in shapes]
@@ -135,7 +153,8 @@ def cases(operator: str, tiny: bool) -> list[Problem]:
     if operator == "decode":
         wide = ((1, 300, 768, 12, 3072), (3, 70, 1032, 6, 517), (8, 1000, 768, 12, 2048))
         shapes = ((2, 20, 24, 2, 40),) if tiny else wide
-        return [decode(*shape, *options) for shape in shapes for options in ((), ("t5", "uneven"))[: 2 - tiny]]
+        kinds = ((), ("columns",), ("t5", "uneven"))[: 3 - tiny]
+        return [decode(*shape, *options) for shape in shapes for options in kinds]
     if operator == "attention":
         return [attend(1, 2, 1, 17, 20, 64, "causal", "table")] if tiny else list(_attention())
     raise ValueError(f"operator={operator!r} is unknown; there are {', '.join(pyfused.ops.NAMES)}")

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from gpu_correct import stored_by_columns
 from gpu_device import DEVICE, DRY, Row, error_row, medians, seconds_of
 
 import pyfused
+from pyfused.decode_plan import Matrix
 from pyfused.generation import plan_of
 from pyfused.ops.decode import run as run_decode
 from pyfused.ops.decode import step_of
@@ -54,11 +57,12 @@ def compile(start: int) -> Iterator[Row]:
 @torch.inference_mode()
 def decode(start: int) -> Iterator[Row]:
     """Device time of a step that sees 129 tokens: decode's persistent kernel, called and as a CUDA graph, and the bytes of
-    weights that it reads in a second. csrc/cuda/decode.cu has the prediction."""
-    for name, rows in product(("gpt2", "t5"), (1, 2) if DRY else (1, 4, 8)):
+    weights that it reads in a second. "gpt2 by columns": with weights stored as transformers' are, and no head, as in a fused
+    model. csrc/cuda/decode.cu has the prediction."""
+    for name, rows in product(("gpt2", "gpt2 by columns", "t5"), (1, 2) if DRY else (1, 4, 8)):
         about = {"model": name, "rows": rows}
         try:
-            model = backbone(name)
+            model = backbone(name.split()[0])
             cache, plan, cached = model.new_cache(rows, 16 if DRY else 192), plan_of(model), 9 if DRY else 128
             for keys in cache.tensors:
                 keys.normal_()
@@ -67,18 +71,31 @@ def decode(start: int) -> Iterator[Row]:
                 sizes = 2, rows, heads, cached, size
                 cache.cross = [tuple(torch.randn(sizes, dtype=dtype, device=DEVICE)) for _ in cache.cross]
             cache.at_positions(torch.full((rows,), cached, device=DEVICE), cache.capacity)
-            step = step_of(torch.arange(rows, device=DEVICE), cache, choose=True)
+            if name == "gpt2 by columns":
+                plan = _as_in_transformers(plan)
+            choose = plan.head.weight is not None
+            step = step_of(torch.arange(rows, device=DEVICE), cache, choose=choose)
             with running("cuda"):
                 call = partial(run_decode, plan, step)
-                first = [t.clone() for t in call()]
+                first = [t.clone() for t in call()[: 1 + choose]]
                 calls = {"called": call} if DRY else {"called": call, "graph": _graph(call).replay}
                 seconds = medians(calls)
-                same = all(torch.equal(*pair) for pair in zip(first, call()))
+                same = all(torch.equal(*pair) for pair in zip(first, call()[: 1 + choose]))
             moved = sum(m.weight.nbytes for m in plan.matrices() if m.weight is not None)
             figures = {f"us_{how}": s * 1e6 for how, s in seconds.items()}
             yield {**about, "ok": same, **figures, "gb_per_s": moved / min(seconds.values()) / 1e9}
         except Exception as error:
             yield {**about, **error_row(error)}
+
+
+def _as_in_transformers(plan: Any) -> Any:
+    """The plan of a fused GPT-2: Conv1D's weights are stored transposed, and the model's own head multiplies the states."""
+
+    def of(value: Any) -> Any:
+        is_matrix = isinstance(value, Matrix) and value.weight is not None
+        return value._replace(weight=stored_by_columns(value.weight)) if is_matrix else value
+
+    return replace(plan, layers=[type(layer)(*map(of, layer)) for layer in plan.layers], head=Matrix())
 
 
 def _graph(call: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 SPECIAL = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
 PAD, UNKNOWN, CLS, SEP, MASK = range(len(SPECIAL))
+NAMED = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP}  # as in config.json
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1
 
 

@@ -9,6 +9,7 @@ examples/<preset>/<provider>.csv; --plot draws both.
 
 import argparse
 import csv
+import json
 import math
 import re
 import time
@@ -105,6 +106,18 @@ def write_curve(path: Path, curve: list) -> None:
         writer = csv.writer(file)
         writer.writerow(["step", "loss", "held_out_loss"])
         writer.writerows([step, f"{loss:.6f}", "" if held is None else f"{held:.6f}"] for step, loss, held in curve)
+
+
+def save(model: Any, tokenizer: Any, directory: Path, **special: int) -> None:
+    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says.
+
+    special: the ids of the special tokens, by their names in config.json.
+    """
+    model.half().save_to_preset(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32", **special}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def plot(folder: Path) -> None:

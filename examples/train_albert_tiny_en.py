@@ -11,15 +11,13 @@ There is no dropout, so two providers are comparable step by step. The one layer
 weights are shared, so depth can grow at any time.
 """
 
-import json
 import math
 import tempfile
-from pathlib import Path
 
 import masked_tokens as masked
 import torch
 import torch.nn.functional as F
-from tiny_en import adamw, arguments, chapters, split, tokenizer_of, train, write_curve
+from tiny_en import adamw, arguments, chapters, save, split, tokenizer_of, train, write_curve
 from torch import Tensor, nn
 
 import pyfused
@@ -138,18 +136,13 @@ def make_model(provider: str, vocabulary: int) -> Pretraining:
     return model
 
 
-def save(model: pyfused.AlbertBackbone, tokenizer, directory: Path) -> None:
-    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
+def without_pooler(model: pyfused.AlbertBackbone) -> pyfused.AlbertBackbone:
+    """The preset's model; see the head of this file."""
     bare = pyfused.AlbertBackbone.from_config(model.get_config() | {"pooler": False})
     for name, module in model.named_children():
         if name != "pooler":
             setattr(bare, name, module)
-    bare.half().save_to_preset(directory)
-    path = directory / "config.json"
-    ids = {"pad_token_id": masked.PAD, "bos_token_id": masked.CLS, "eos_token_id": masked.SEP}
-    config = json.loads(path.read_text()) | {"dtype": "float32", **ids}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(directory / "tokenizer.json"))
+    return bare
 
 
 def main() -> None:
@@ -197,7 +190,7 @@ def main() -> None:
     print(masked.evaluate(logits_of, held_tokens, train_tokens, vocabulary, BATCH, LENGTH))
     print(f"held out: order of two halves, accuracy {sum(orders) / len(orders):.1%}")
     if given.save:
-        save(model.backbone, tokenizer, given.save)
+        save(without_pooler(model.backbone), tokenizer, given.save, **masked.NAMED)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ tokens after the end of a chapter are segment 1. There is no dropout, so the two
 leaves out the head, and there is no pooler, because nothing would train it.
 """
 
-import json
 import tempfile
-from pathlib import Path
 
 import masked_tokens as masked
 import torch
-from tiny_en import adamw, arguments, chapters, split, tokenizer_of, train, write_curve
+from tiny_en import adamw, arguments, chapters, save, split, tokenizer_of, train, write_curve
 
 import pyfused
 
@@ -58,16 +56,6 @@ def make_model(provider: str, vocabulary: int):
     return model, hidden_of, model.embeddings.word_embeddings.weight
 
 
-def save(model: pyfused.FNetBackbone, tokenizer, directory: Path) -> None:
-    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    model.half().save_to_preset(directory)
-    path = directory / "config.json"
-    special = {"bos_token_id": masked.CLS, "eos_token_id": masked.SEP, "pad_token_id": masked.PAD}
-    config = json.loads(path.read_text()) | {"dtype": "float32", **special}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-
 def main() -> None:
     given = arguments(__doc__.split("\n")[0], "fnet_tiny_en", 4000)
     documents = chapters(given.text)
@@ -97,7 +85,7 @@ def main() -> None:
     rows = TOKENS // LONGEST
     print(masked.evaluate(logits_of, held_tokens, train_tokens, vocabulary, rows, LONGEST), flush=True)
     if given.save:
-        save(model, tokenizer, given.save)
+        save(model, tokenizer, given.save, **masked.NAMED)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@
 There is no dropout, so the two runs are comparable step by step.
 """
 
-import json
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_en import adamw, arguments, chapters, split, tokenizer_of, train, write_curve
+from tiny_en import adamw, arguments, chapters, save, split, tokenizer_of, train, write_curve
 
 import pyfused
 
@@ -80,16 +78,6 @@ def make_model(provider: str):
     return model, lambda ids: model(ids, use_cache=False).logits
 
 
-def save(model: pyfused.GPT2Backbone, tokenizer, directory: Path) -> None:
-    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    model.half().save_to_preset(directory)
-    path = directory / "config.json"
-    end = tokenizer.token_to_id(END)
-    config = json.loads(path.read_text()) | {"dtype": "float32", "bos_token_id": end, "eos_token_id": end}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-
 def main() -> None:
     given = arguments(__doc__.split("\n")[0], "gpt2_tiny_en", 1500)
     documents = chapters(given.text)
@@ -111,7 +99,8 @@ def main() -> None:
     )
     write_curve(given.curve, curve)
     if given.save:
-        save(model, tokenizer, given.save)
+        end = tokenizer.token_to_id(END)
+        save(model, tokenizer, given.save, bos_token_id=end, eos_token_id=end)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ Span corruption is T5's training task (Raffel et al. 2020, section 3.3.4). Senti
 a window, 3 tokens on average. The target is each sentinel with the tokens it replaced, in order, and one more sentinel.
 """
 
-import json
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_en import arguments, chapters, split, tokenizer_of, train, write_curve
+from tiny_en import arguments, chapters, save, split, tokenizer_of, train, write_curve
 
 import pyfused
 
@@ -114,15 +112,6 @@ def make_model(provider: str, vocabulary: int):
     return model, lambda source, target: model(source, attention_mask=source != PAD, labels=target).logits
 
 
-def save(model: pyfused.T5Backbone, tokenizer, directory: Path) -> None:
-    """The preset in Hugging Face's format. Stored in float16 (half the size) and computed in float32, as config.json says."""
-    model.half().save_to_preset(directory)
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32", "pad_token_id": PAD, "eos_token_id": END}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(directory / "tokenizer.json"))
-
-
 def main() -> None:
     given = arguments(__doc__.split("\n")[0], "t5_tiny_en", 3500)
     documents = chapters(given.text)
@@ -146,7 +135,7 @@ def main() -> None:
     curve = train(given.provider, model, loss_of(train_tokens), loss_of(held_tokens), given.steps, optimiser)
     write_curve(given.curve, curve)
     if given.save:
-        save(model, tokenizer, given.save)
+        save(model, tokenizer, given.save, pad_token_id=PAD, eos_token_id=END)
 
 
 if __name__ == "__main__":

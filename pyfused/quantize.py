@@ -72,8 +72,8 @@ def quantize_(
 ) -> QuantizeReport:
     """Stores a model's weights as integers, in place: nn.Linear, transformers' Conv1D, and tables of token embeddings.
 
-    int8: each output has one scale, max|w| / 127. int4: each 32 values of a row have one scale, of several candidates the one
-    with the least squared error; a weight takes 4.5 bits. With int4 some layers become int8: token tables, heads, which
+    int8: each output has one scale, max|w| / 127. int4: each 32 values of a row have one scale, the one of several candidates
+    with the least squared error. A weight takes 4.5 bits. With int4 some layers become int8: token tables, heads, which
     project to the vocabulary, and layers whose K is no multiple of 32. Sums are in float32. It takes pyfused's backbones
     and any model, fused or not. Modules that share a weight, such as a token table and the head, share one copy of the
     integers. Integers get no gradients; biases, norms and inputs do.

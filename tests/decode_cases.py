@@ -12,16 +12,16 @@ def made(new, rows, keys, **options):
     """A plan of two layers and a step that can be repeated: it writes the same places again. `new` is operator_calls.Numbers.
 
     options: hidden, heads, kv_heads, head_size, inner: sizes. relative: T5's bias. gated, rms, bias: as a plan says.
-    integers: the format of the weights, "int8" or "int4".
+    integers: the format of the weights, "int8" or "int4". columns: the layers' weights are stored transposed.
     sources: with cross-attention to `source_length` keys each. uneven: each row has its own place. mask: hide some keys.
     """
     given = {"hidden": 96, "heads": 4, "kv_heads": 4, "head_size": 24, "inner": 160, "source_length": 70} | options
     hidden, heads, kv_heads, d = (given[name] for name in ("hidden", "heads", "kv_heads", "head_size"))
-    has = {name: bool(given.get(name)) for name in ("relative", "gated", "rms", "bias", "sources", "uneven", "mask")}
+    has = {name: bool(given.get(name)) for name in ("relative", "gated", "rms", "bias", "sources", "uneven", "mask", "columns")}
 
-    def matrix(n, k):
+    def matrix(n, k, columns=has["columns"]):
         bias = new(n, scale=0.3) if has["bias"] else None
-        weight = new(n, k, scale=k**-0.5)
+        weight = new(k, n, scale=k**-0.5).t() if columns else new(n, k, scale=k**-0.5)
         if "integers" not in given:
             return Matrix(weight, bias)
         integers, scale = FORMATS[given["integers"]].quantized(weight)
@@ -43,7 +43,7 @@ def made(new, rows, keys, **options):
             found = found._replace(cross_norm=norm(), cross_scale=d**-0.5, **cross)
         return found
 
-    layers, tokens = (layer(), layer()), matrix(VOCABULARY, hidden)._replace(bias=None)
+    layers, tokens = (layer(), layer()), matrix(VOCABULARY, hidden, False)._replace(bias=None)
     plan = DecodePlan(
         layers, tokens, tokens, norm(), heads, kv_heads, d, has["rms"], "gelu_tanh",
         position_embedding=Matrix() if has["relative"] else Matrix(new(keys + 9, hidden)),
@@ -86,6 +86,15 @@ CASES = {
     "wide head": (
         (1, 200),
         {"rms": True, "heads": 1, "kv_heads": 1, "head_size": 136, "sources": 1, "source_length": 300},
+    ),
+    "columns": ((1, 70), {"columns": True, "bias": True, "hidden": 104, "head_size": 26, "inner": 1104}),
+    "odd columns": (
+        (3, 20),
+        {"columns": True, "bias": True, "hidden": 51, "heads": 3, "kv_heads": 1, "head_size": 17, "inner": 277},
+    ),
+    "gated columns": (
+        (8, 40),
+        {"columns": True, "relative": True, "rms": True, "gated": True, "sources": 2, "inner": 1096, "uneven": True},
     ),
     "grouped": ((5, 70), {"heads": 6, "kv_heads": 1, "head_size": 8, "gated": True, "integers": "int8", "mask": True}),
 }

@@ -1,4 +1,4 @@
-"""Which models do the tests of fused models' steps of one token use, and how do they count the calls of decode?"""
+"""Which models do the tests of fused models' steps of one token use?"""
 
 import copy
 
@@ -8,7 +8,6 @@ from hf_cases import GPT2, T5, livened
 from transformers.cache_utils import EncoderDecoderCache
 
 import pyfused
-from pyfused.integrations.transformers import decode
 
 T5 = {**T5, "decoder_start_token_id": 0, "eos_token_id": None}
 GPT2 = {**GPT2, "eos_token_id": None, "bos_token_id": None}
@@ -22,13 +21,6 @@ MAKE = {
         hf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, relative_attention_max_distance=20)
     ),
 }
-
-
-def counted(monkeypatch):
-    """A list that grows with each call of decode."""
-    found, run = [], decode.run
-    monkeypatch.setattr(decode, "run", lambda *args: found.append(args[1]) or run(*args))
-    return found
 
 
 def pair(name="gpt2"):

@@ -12,15 +12,16 @@ import pyfused
 class Trio:
     """One model three times: fused, plain, and plain in float64 (the truth).
 
-    dtype None keeps the model's. `vary` moves norms and biases away from ones and zeros, so that a missing one shows.
+    dtype None keeps the model's. options: fuse_'s. `vary` moves norms and biases away from ones and zeros, so that a missing
+    one shows.
     """
 
-    def __init__(self, model, dtype=torch.float32, filter_fn=None):
+    def __init__(self, model, dtype=torch.float32, **options):
         self.plain = vary(model).eval()
         self.plain = self.plain if dtype is None else self.plain.to(dtype)
         self.truth = copy.deepcopy(self.plain).double()
         self.fused = copy.deepcopy(self.plain)
-        self.report = pyfused.fuse_(self.fused, filter_fn=filter_fn)
+        self.report = pyfused.fuse_(self.fused, **options)
         self.first = None  # the weights of the first draw
 
     @property
@@ -40,6 +41,7 @@ class Trio:
             assert fused.keys() == plain.keys() == truth.keys()
             for name in fused:
                 assert fused[name].dtype == plain[name].dtype, name
+            truth = {name: t.double() for name, t in truth.items()}  # transformers' losses may be float32
             return {name: [rows(t[name], live) for t in (fused, plain, truth)] for name in fused}
 
         return self._judge(once)
@@ -151,6 +153,15 @@ def check_dropout(trio, **inputs):
         assert torch.equal(trio.fused(**inputs).last_hidden_state[0], still)
 
 
+def check_same_in_training(fused, plain, *args, **options):
+    """With the same random numbers."""
+    outputs = []
+    for module in (fused.train(), plain.train()):
+        torch.manual_seed(0)
+        outputs.append(module(*args, **options))
+    torch.testing.assert_close(*outputs)
+
+
 def check_resized(trio, size, **inputs):
     """A larger vocabulary, whose new rows are the same in all three models."""
     for model in trio.models:
@@ -160,15 +171,6 @@ def check_resized(trio, size, **inputs):
         with torch.no_grad():
             model.get_input_embeddings().weight[old:] = torch.randn(size - old, width).to(model.dtype)
     trio.check(**inputs)
-
-
-def check_two_models_of_one_config(kind, config, **inputs):
-    """Fusing one leaves the other as it was."""
-    one, other = kind(config).eval(), kind(config).eval()
-    before = other(**inputs).last_hidden_state
-    pyfused.fuse_(one)
-    assert {m.config._attn_implementation for m in other.modules() if hasattr(m, "config")} == {"sdpa"}
-    assert torch.equal(other(**inputs).last_hidden_state, before)
 
 
 def counted(monkeypatch, file, *names):
@@ -190,10 +192,10 @@ def counted(monkeypatch, file, *names):
 def gradients(model, loss, reentrant):
     """The parameters' gradients with checkpointing: the backward computes each layer again."""
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.zero_grad()
     loss(model).backward()
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     model.eval()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

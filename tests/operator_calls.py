@@ -98,6 +98,19 @@ for size in [(1, 128, 96), (4, 264, 40), (16, 128, 96), (3, 37, 51), (40, 64, 72
     linear_like(*size)
 
 
+def by_columns(rows, n, m):
+    """Weights stored transposed."""
+
+    @calls(f"ffn by columns {rows}x{n}x{m}")
+    def _(new):
+        x, w_in, b_in, w_out, b_out = new(rows, n), new(n, m, scale=n**-0.5), new(m), new(m, n, scale=m**-0.5), new(n)
+        return lambda: (pyfused.ffn(x, w_in.t(), b_in, w_out.t(), b_out, activation="gelu", residual=x),)
+
+
+for size in [(1, 136, 616), (4, 72, 48), (8, 128, 96), (3, 37, 51)]:
+    by_columns(*size)
+
+
 def attention(b, h, hkv, sq, sk, d, **options):
     tag = "".join(f" {name}" for name in options)
 

@@ -22,15 +22,9 @@ STOPS = list(range(0, 97, 12))
 def pairs():
     """transformers' language models, and pyfused's with the same weights, spread so that no token takes all probability. In
     float64: among hundreds of beams some are so close that float32's rounding would choose."""
-    from transformers import GPT2LMHeadModel
-
-    t5 = hf_t5(spread=0.25, vocab_size=97)
-    bare = hf_gpt2(spread=0.25, vocab_size=97, n_positions=64)
-    gpt2 = GPT2LMHeadModel(bare.config).eval()
-    gpt2.transformer.load_state_dict(bare.state_dict())
-    gpt2.tie_weights()
-    t5, bare, gpt2 = t5.double(), bare.double(), gpt2.double()
-    return {"t5": (t5, like_hf(t5).to(DEVICE)), "gpt2": (gpt2, like_hf(bare).to(DEVICE))}
+    t5 = hf_t5(spread=0.25, vocab_size=97).double()
+    gpt2 = hf_gpt2(kind="GPT2LMHeadModel", spread=0.25, vocab_size=97, n_positions=64).double()
+    return {"t5": (t5, like_hf(t5).to(DEVICE)), "gpt2": (gpt2, like_hf(gpt2).to(DEVICE))}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +191,7 @@ def test_reorder_lets_rows_change_places():
         ({"length_penalty": "long"}, TypeError, "length_penalty is 'long'"),
         ({"length_penalty": float("inf")}, ValueError, "length_penalty is inf"),
         ({"early_stopping": "always"}, ValueError, "early_stopping is 'always'"),
-        ({"num_beams": 1, "length_penalty": 2.0}, ValueError, "length_penalty and early_stopping are about beams"),
+        ({"num_beams": 1, "length_penalty": 2.0}, ValueError, "length_penalty and early_stopping are for beams"),
         ({"num_beams": 1, "num_return_sequences": 2}, ValueError, "at most num_beams = 1"),
         ({"temperature": 1.0}, ValueError, "temperature is 1.0 and num_beams 2"),
         ({"on_token": print}, ValueError, "on_token is given and num_beams is 2"),

@@ -9,6 +9,7 @@ import pytest
 import shim
 import torch
 from fake_cuda import Machine
+from replayed import Replayed
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
@@ -39,16 +40,8 @@ def model(kind):
     return T5Backbone(**SIZES).eval()
 
 
-class Replayed(GraphSteps):
-    """Runs the step instead of replaying it as a GPU would."""
-
-    def _capture(self):
-        self.replay = self._step
-        return self
-
-
 class ReplayedBeams(GraphBeams):
-    """The same for beams; `seen` has what each step read."""
+    """Replayed's twin for beams; `seen` has what each step read."""
 
     def _capture(self):
         self.seen = []

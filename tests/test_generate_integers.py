@@ -13,8 +13,10 @@ from pyfused.weight_format import FORMATS, format_of
 
 NEW = 8
 T5 = {"spread": 0.5, "d_model": 32, "d_kv": 16, "d_ff": 64}  # multiples of 32, as int4 wants
+GPT2 = {"kind": "GPT2LMHeadModel", "spread": 0.5, "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_inner": 64}
 MODELS = {
-    "gpt2": lambda: like_hf(hf_gpt2(spread=0.5, vocab_size=97, n_positions=64, n_embd=32, n_inner=64)),
+    "gpt2, tied": lambda: like_hf(hf_gpt2(**GPT2)),
+    "gpt2, untied": lambda: like_hf(hf_gpt2(**GPT2, tie_word_embeddings=False)),
     "t5, tied": lambda: like_hf(hf_t5(**T5, feed_forward_proj="relu", seed=2)),
     "t5, untied": lambda: like_hf(hf_t5(**T5, tie_word_embeddings=False, seed=1)),
 }

@@ -1,127 +1,148 @@
 """Does generation give the right tokens? Greedy equals transformers and runs without a cache; sampling fits the formula."""
 
 import copy
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from backbone_cases import hf_gpt2, like_hf
+from backbone_cases import hf_gpt2, hf_t5, like_hf
+from replayed import Replayed
+from test_sampling import distribution
 
 import pyfused
-from pyfused import Generator
+from pyfused import Generator, T5Backbone
 from pyfused.bench.beside_transformers import same
 from pyfused.generation import plan_of
 from pyfused.generation.gpt2 import GPT2Decoding
-from pyfused.generation.sampling import Sampler, uniforms
-from pyfused.generation.steps import GraphSteps
+from pyfused.generation.sampling import uniforms
 from pyfused.testing import running
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 10
-CLEAR = 0.02  # a thousand times the error of float32 logits here
+CLEAR = 0.002  # between the two best logits
+LENGTHS = (1, 2, 3, 5, 9, 17, 28, 40)
+# 45 steps reach each of the decoder's buckets (16, up to distance 30), and 15 steps lie past the last.
+T5 = {"spread": 0.5, "vocab_size": 97, "relative_attention_num_buckets": 16, "relative_attention_max_distance": 30}
+# Weights spread so widely that the two best logits are far apart; and how many tokens follow a prompt.
+MODELS = {
+    "gpt2": (lambda: hf_gpt2(kind="GPT2LMHeadModel", spread=0.5, vocab_size=97, n_positions=64), NEW),
+    "t5, gated, untied": (
+        lambda: hf_t5(**T5, seed=1, num_layers=3, num_decoder_layers=2, tie_word_embeddings=False),
+        45,
+    ),
+    "t5, plain, tied": (lambda: hf_t5(**T5, seed=2, feed_forward_proj="relu", decoder_start_token_id=3), 45),
+}
 
 
-@pytest.fixture(scope="module")
-def hf():
-    """Has weights spread so widely that the two best logits are far apart."""
-    return hf_gpt2(spread=0.5, vocab_size=97, n_positions=64)
+@functools.cache
+def case(name):
+    """A model of transformers and pyfused's, and 100 prompts with the greedy tokens of transformers' generate in float64.
 
-
-@pytest.fixture(scope="module")
-def model(hf):
-    return like_hf(hf).to(DEVICE)
-
-
-@pytest.fixture(scope="module")
-def texts(hf):
-    """100 prompts with the greedy tokens of transformers' generate in float64. Prompts with a near tie are left out, because
-    rounding could decide it."""
-    from transformers import GPT2LMHeadModel
-
-    lm = GPT2LMHeadModel(hf.config).double().eval()
-    lm.transformer.load_state_dict(hf.state_dict())
-    lm.tie_weights()
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 21, (200,), generator=generator).tolist()
+    Prompts with a near tie are left out, so every right implementation gives these tokens on any processor.
+    """
+    make, new = MODELS[name]
+    hf, generator = make(), torch.Generator().manual_seed(3)
+    lengths = [LENGTHS[i] for i in torch.randint(len(LENGTHS), (150,), generator=generator).tolist()]
     prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in lengths]
-    out = {}
-    for length in sorted(set(lengths)):  # prompts of one length together
-        rows = [i for i, n in enumerate(lengths) if n == length]
+    wide, found = copy.deepcopy(hf).double(), {}
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    for length in LENGTHS:  # prompts of one length together
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([prompts[i] for i in rows])
-        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        options |= {"output_logits": True, "return_dict_in_generate": True}
-        result = lm.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        best = torch.stack(result.logits).topk(2).values
-        gaps = (best[..., 0] - best[..., 1]).min(0).values
-        for row, new, gap in zip(rows, result.sequences[:, length:].tolist(), gaps.tolist()):
-            if gap > CLEAR:
-                out[row] = new
-    return [(prompts[i], out[i]) for i in sorted(out)[:100]]
+        result = wide.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        least = margins(torch.stack(result.logits)).min(0).values.tolist()
+        tokens = result.sequences[:, -new:].tolist()
+        found |= {row: tokens[i] for i, row in enumerate(rows) if least[i] > CLEAR}
+    kept = sorted(found)[:100]
+    prompts, expected = [prompts[row] for row in kept], [found[row] for row in kept]
+    return SimpleNamespace(hf=hf, new=new, model=like_hf(hf).to(DEVICE), prompts=prompts, expected=expected)
 
 
-@pytest.fixture(scope="module")
-def prompts(texts):
-    return [prompt for prompt, _ in texts]
+@pytest.fixture(params=MODELS)
+def each(request):
+    return case(request.param)
 
 
-@pytest.fixture(scope="module")
-def expected(texts):
-    return [new for _, new in texts]
+@pytest.fixture
+def gpt2():
+    return case("gpt2")
 
 
-def logits_of(model, tokens):
-    ids = torch.tensor([tokens])
-    return model.token_embedding(model(token_ids=ids, padding_mask=None), reverse=True)[0]
+@pytest.fixture
+def model(gpt2):
+    return gpt2.model
+
+
+@pytest.fixture
+def prompts(gpt2):
+    return gpt2.prompts
+
+
+@pytest.fixture
+def expected(gpt2):
+    return gpt2.expected
+
+
+def margins(logits):
+    best, second = logits.topk(2).values.unbind(-1)
+    return best - second
 
 
 @torch.no_grad()
-def test_the_best_two_logits_are_further_apart_than_noise(hf, prompts, expected, model):
-    """The equalities below need this: no tie that rounding could decide."""
-    wide, errors = like_hf(hf, torch.float64).to(DEVICE), []
-    for prompt, new in zip(prompts, expected):
-        truth, mine = (logits_of(m, prompt + new[:-1])[len(prompt) - 1 :] for m in (wide, model))
-        errors.append((mine.double() - truth).abs().max().item())
-    assert len(prompts) == 100
-    assert 100 * max(errors) < CLEAR
-    assert len({tuple(new) for new in expected}) > 90  # and the texts differ
+def logits_of(model, prompt, tokens):
+    """Logits that choose the token after the prompt and after each of `tokens`, without a cache."""
+    if not isinstance(model, T5Backbone):
+        return model.logits(model(token_ids=torch.tensor([prompt + tokens]), padding_mask=None))[0, len(prompt) - 1 :]
+    start = model.get_config()["decoder_start_token_id"]
+    out = model(
+        encoder_token_ids=torch.tensor([prompt]), encoder_padding_mask=None,
+        decoder_token_ids=torch.tensor([[start, *tokens]]), decoder_padding_mask=None,
+    )  # fmt: skip
+    return model.logits(out["decoder_sequence_output"])[0]
 
 
-def test_greedy_equals_transformers_alone(model, prompts, expected):
-    generator = Generator(model)
-    for prompt, new in zip(prompts, expected):
-        assert generator.generate([prompt], NEW) == [new]
+def test_the_best_two_logits_are_further_apart_than_noise(each):
+    """The equalities below need this: no tie that rounding could decide. And a run without a cache gives the same tokens."""
+    wide = like_hf(each.hf, torch.float64).to(DEVICE)
+    for prompt, new in zip(each.prompts, each.expected):
+        truth, mine = (logits_of(model, prompt, new[:-1]) for model in (wide, each.model))
+        assert truth.argmax(-1).tolist() == mine.argmax(-1).tolist() == new
+        assert (margins(truth) > 10 * (mine.double() - truth).abs().amax(-1)).all()
+    assert len(each.prompts) == 100
+    assert len({tuple(new) for new in each.expected}) > 70  # and the texts differ
+    assert len({token for new in each.expected for token in new}) > 25
+
+
+def test_greedy_equals_transformers_alone(each):
+    generator = Generator(each.model)
+    for prompt, new in zip(each.prompts, each.expected):
+        assert generator.generate([prompt], each.new) == [new]
 
 
 @pytest.mark.parametrize("size", [2, 7, 100])
-def test_greedy_equals_transformers_in_uneven_batches(model, prompts, expected, size):
-    generator = Generator(model)
+def test_greedy_equals_transformers_in_uneven_batches(each, size):
+    generator = Generator(each.model)
     for start in range(0, 100, size):
-        assert generator.generate(prompts[start : start + size], NEW) == expected[start : start + size]
+        batch = slice(start, start + size)
+        assert generator.generate(each.prompts[batch], each.new) == each.expected[batch]
 
 
-@torch.no_grad()
-def test_greedy_equals_a_run_without_cache(model, prompts, expected):
-    for prompt, new in list(zip(prompts, expected))[:10]:
-        tokens = list(prompt)
-        for _ in range(NEW):
-            tokens.append(int(logits_of(model, tokens)[-1].argmax()))
-        assert tokens[len(prompt) :] == new
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_runs(hf, prompts, dtype):
+def test_half_precision_runs(each, dtype):
     """A batch gives the same tokens as each prompt alone, except where rounding decides between two tokens."""
-    model = like_hf(hf, torch.float32).to(DEVICE, dtype)
+    model = like_hf(each.hf, torch.float32).to(DEVICE, dtype)
     wide = copy.deepcopy(model).double()
 
-    def plain(tokens):
+    def plain(prompt, tokens):
         with running("reference", strict=False):
-            return logits_of(model, tokens)[-1]
+            return logits_of(model, prompt, tokens)[-1]
 
-    for prompt, new in zip(prompts[:3], Generator(model).generate(prompts[:3], 4)):
+    for prompt, new in zip(each.prompts[:3], Generator(model).generate(each.prompts[:3], 4)):
         alone = Generator(model).generate([prompt], 4)[0]
-        assert same(new, alone, lambda t, p=prompt: plain(p + t), lambda t, p=prompt: logits_of(wide, p + t)[-1])
+        assert same(new, alone, functools.partial(plain, prompt), lambda t, p=prompt: logits_of(wide, p, t)[-1])
 
 
 def test_training_mode_is_left_as_it_was(model, prompts, expected):
@@ -142,36 +163,37 @@ def test_no_prompts_no_tokens(model):
     assert Generator(model).generate([], 3) == []
 
 
-def test_stop_tokens_end_a_row_and_are_returned(model, prompts, expected):
-    stops = {expected[0][2], expected[1][1]}
-    cut = []
-    for new in expected[:12]:
+def test_stop_tokens_end_a_row_and_are_returned(each):
+    prompts, expected = each.prompts[:12], each.expected[:12]
+    stops, cut, heard = {expected[0][2], expected[1][1]}, [], []
+    for new in expected:
         ends = [i for i, token in enumerate(new) if token in stops]
         cut.append(new[: ends[0] + 1] if ends else new)
-    lengths = [len(c) for c in cut]
-    assert min(lengths) <= 3
-    assert max(lengths) == NEW
-    assert Generator(model).generate(prompts[:12], NEW, stop_token_ids=stops) == cut
+    assert len({len(c) for c in cut}) > 2
+    generator = Generator(each.model)
+    assert generator.generate(prompts, each.new, stop_token_ids=stops, on_token=lambda *at: heard.append(at)) == cut
+    assert sorted(heard) == sorted((row, token) for row, new in enumerate(cut) for token in new)
     first = [new[0] for new in expected[:4]]
-    assert Generator(model).generate(prompts[:4], NEW, stop_token_ids=first) == [[t] for t in first]
+    assert generator.generate(prompts[:4], each.new, stop_token_ids=first) == [[t] for t in first]
 
 
 def test_rows_of_one_length_that_remain_need_no_mask(model, prompts, expected):
     """The longest row stops first; the two remaining rows are equally long."""
-    equal = [i for i, p in enumerate(prompts) if len(p) == 5][:2]
     longest = max(range(100), key=lambda i: len(prompts[i]))
-    rows = [equal[0], longest, equal[1]]
     stop = expected[longest][0]
-    assert all(stop not in expected[i] for i in equal)
+    equal = [i for i, p in enumerate(prompts) if len(p) == 5 and stop not in expected[i]]
+    rows = [equal[0], longest, equal[1]]
     out = Generator(model).generate([prompts[i] for i in rows], NEW, stop_token_ids=[stop])
     assert out == [expected[equal[0]], [stop], expected[equal[1]]]
 
 
 def test_on_token_hears_every_token_in_order(model, prompts, expected):
+    """Of three rows the middle one stops."""
     heard, stop = [], expected[1][3]
-    out = Generator(model).generate(prompts[:3], NEW, stop_token_ids=[stop], on_token=lambda *at: heard.append(at))
-    steps = range(max(len(row) for row in out))
-    assert heard == [(row, out[row][t]) for t in steps for row in range(3) if t < len(out[row])]
+    first, last = [i for i in range(100) if stop not in expected[i]][:2]
+    rows = [prompts[i] for i in (first, 1, last)]
+    out = Generator(model).generate(rows, NEW, stop_token_ids=[stop], on_token=lambda *at: heard.append(at))
+    assert heard == [(row, out[row][t]) for t in range(NEW) for row in range(3) if t < len(out[row])]
     assert out[1][-1] == stop
     assert len(out[1]) <= 4 < len(out[0])
 
@@ -190,50 +212,6 @@ def test_on_token_hears_a_token_before_the_next_is_made(model, prompts):
     with pytest.raises(Enough):
         Generator(model).generate(prompts[:1], NEW, on_token=stop_at_two)
     assert heard == Generator(model).generate(prompts[:1], 2)[0]
-
-
-def filtered(logits, temperature, top_k, top_p):
-    """The distribution that the docstring promises for one row, in plain numpy."""
-    scores = np.asarray(logits, np.float64) / temperature
-    p = np.exp(scores - scores.max())
-    p /= p.sum()
-    order = np.argsort(-p)
-    kept = order[:top_k] if top_k else order
-    if top_p:
-        q = p[kept] / p[kept].sum()
-        kept = kept[: int(np.searchsorted(np.cumsum(q), top_p)) + 1]
-    out = np.zeros_like(p)
-    out[kept] = p[kept] / p[kept].sum()
-    return out
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 3, 20, 500])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_distribution_is_the_one_promised(temperature, top_k, top_p):
-    """Inverting the cumulative sum on a grid of n draws gives each token p * n times, to within its two ends."""
-    logits, n = 2 * torch.randn(40), 20000
-    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens = Sampler(temperature, top_k, top_p)(logits.expand(n, -1), grid)
-    counts = torch.bincount(tokens, minlength=40).numpy()
-    expected = filtered(logits, temperature, top_k, top_p)
-    assert np.abs(counts - expected * n).max() <= 2
-    assert counts[expected == 0].sum() == 0
-
-
-def test_extreme_draws_and_temperatures():
-    logits = torch.tensor([[0.0, 5.0, -torch.inf, 5.0, 1.0]])
-    edges = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    for sampler in (
-        Sampler(1.0),
-        Sampler(1.0, top_p=0.5),
-        Sampler(1.0, top_k=2),
-        Sampler(1e-30),
-        Sampler(1e-30, 3, 0.9),
-    ):
-        low, high = sampler(logits.expand(2, -1), edges).tolist()
-        assert {low, high} <= {0, 1, 3, 4}
-    assert set(Sampler(1e-30)(logits.expand(2, -1), edges).tolist()) == {1, 3}
 
 
 def test_top_k_of_one_is_greedy(model, prompts, expected):
@@ -255,25 +233,27 @@ def test_a_seed_repeats(model, prompts):
     assert generator.generate(prompts[:4], NEW, temperature=3.0) == first != second
 
 
-def test_a_rows_draws_do_not_depend_on_the_other_rows(model, prompts):
-    generator = Generator(model)
-    together = generator.generate(prompts[:4], NEW, temperature=3.0, seed=5)
-    assert generator.generate(prompts[:1], NEW, temperature=3.0, seed=5) == together[:1]
-    assert generator.generate(prompts[:4], 6, temperature=3.0, seed=5) == [row[:6] for row in together]
+def test_a_rows_draws_do_not_depend_on_the_other_rows(each):
+    options, prompts, new = {"temperature": 3.0, "seed": 5}, each.prompts[:4], each.new
+    generator = Generator(each.model)
+    together = generator.generate(prompts, new, **options)
+    assert generator.generate(prompts[:1], new, **options) == together[:1]
+    assert generator.generate(prompts, 6, **options) == [row[:6] for row in together]
     stop = together[0][1]
-    stopped = generator.generate(prompts[:4], NEW, temperature=3.0, seed=5, stop_token_ids=[stop])
-    for row, new in zip(stopped, together):
-        assert row == (new[: new.index(stop) + 1] if stop in new else new)
-    draws = uniforms(5, 3, 8)
-    assert len(set(draws.flatten().tolist())) == 24
+    stopped = generator.generate(prompts, new, **options, stop_token_ids=[stop])
+    for row, whole in zip(stopped, together):
+        assert row == (whole[: whole.index(stop) + 1] if stop in whole else whole)
+
+
+def test_draws_differ():
+    assert len(set(uniforms(5, 3, 8).flatten().tolist())) == 24
     assert not torch.equal(uniforms(5, 2, 4)[1], uniforms(6, 2, 4)[0])
 
 
-@torch.no_grad()
 def test_samples_follow_the_models_distribution(model, prompts):
     rows, prompt = 1000, prompts[4]
     tokens = [new[0] for new in Generator(model).generate([prompt] * rows, 1, temperature=3.0, top_k=6, seed=11)]
-    expected = filtered(logits_of(model, prompt)[-1].cpu(), 3.0, 6, None)
+    expected = distribution(logits_of(model, prompt, [])[0].cpu(), 3.0, top_k=6).numpy()
     counts = np.bincount(tokens, minlength=97)
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
@@ -322,60 +302,55 @@ def test_a_generator_takes_a_backbone():
     assert pyfused.Generator is Generator
 
 
-def test_a_hooked_or_replaced_module_is_heard(hf, model, prompts, expected):
+def test_a_hooked_or_replaced_module_is_heard(each):
     """The fast step calls no module. It gives way if it would skip a hook or a replacement, with the same tokens."""
     heard: list[int] = []
-    other = like_hf(hf).to(DEVICE)
+    other = like_hf(each.hf).to(DEVICE)
+    layers = getattr(other, "decoder", other).layers
     assert plan_of(other) is not None
-    handle = other.layers[1].feed_forward.register_forward_hook(lambda *_: heard.append(1))
+    handle = layers[1].feed_forward.register_forward_hook(lambda *_: heard.append(1))
     assert plan_of(other) is None
-    assert Generator(other).generate(prompts[:3], NEW) == expected[:3]
+    assert Generator(other).generate(each.prompts[:3], each.new) == each.expected[:3]
     if DEVICE == "cpu":  # a replayed CUDA graph calls no Python
-        assert len(heard) == NEW
+        assert len(heard) == each.new
     handle.remove()
     assert plan_of(other) is not None
-    other.layers[0].feed_forward.inner = torch.nn.Linear(24, 56)
+    layers[0].feed_forward.outer = torch.nn.Linear(56, 24)
     assert plan_of(other) is None
-
-
-class Replayed(GraphSteps):
-    """The graph's step with its fixed shapes, run operator by operator if no GPU can capture it."""
-
-    def _capture(self):
-        self.replay = self._step
-        return self
 
 
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 3.0, "top_k": 9, "top_p": 0.8, "seed": 2}], ids=["greedy", "drawn"]
 )
-def test_the_step_of_fixed_shapes_gives_the_same_tokens(model, prompts, monkeypatch, sampling):
-    """Positions lie on the device, a mask hides unused capacity, stopped rows run on; then a second call."""
-    stop = Generator(model).generate(prompts[:1], 3, **sampling)[0][2]
-    calls = [(prompts[:6], NEW, []), (prompts[:6], NEW, [stop]), (prompts[6:12], NEW - 3, [])]
-    want = [Generator(model).generate(p, n, **sampling, stop_token_ids=s) for p, n, s in calls]
+def test_the_step_of_fixed_shapes_gives_the_same_tokens(each, monkeypatch, sampling):
+    """Positions lie on the device, a mask hides unused capacity, stopped rows run on; then further calls."""
+    prompts, new = each.prompts, each.new
+    stop = Generator(each.model).generate(prompts[:1], 3, **sampling)[0][2]
+    calls = [(prompts[:6], new, []), (prompts[:6], new, [stop]), (prompts[6:12], new - 3, [])]
+    want = [Generator(each.model).generate(p, n, **sampling, stop_token_ids=s) for p, n, s in calls]
+    shape = (6, new, 40) if isinstance(each.model, T5Backbone) else (6, 40 + new)
     kept: list[Replayed] = []
 
     def steps(self, arrays, max_new_tokens, sampler):
         if not kept:
-            kept.append(Replayed(self.model, (6, 40), sampler))
+            kept.append(Replayed(self.model, shape, sampler))
         return kept[0]
 
     monkeypatch.setattr(Generator, "_steps", steps)
-    generator = Generator(model)
+    generator = Generator(each.model)
     for (p, n, s), tokens in zip(calls, want):
         assert generator.generate(p, n, **sampling, stop_token_ids=s) == tokens
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_gives_the_same_tokens(model, prompts, expected):
-    generator = Generator(model)
+def test_a_captured_graph_gives_the_same_tokens(each):
+    generator, prompts, expected = Generator(each.model), each.prompts, each.expected
     for _ in range(2):  # captures, then replays from the start
-        assert generator.generate(prompts[:7], NEW) == expected[:7]
-        assert generator.generate(prompts[:7], NEW, on_token=lambda row, token: None) == expected[:7]
+        assert generator.generate(prompts[:7], each.new) == expected[:7]
+        assert generator.generate(prompts[:7], each.new, on_token=lambda row, token: None) == expected[:7]
     assert len(generator._graphs) == 1
     for rows in range(1, 7):
-        assert generator.generate(prompts[:rows], NEW) == expected[:rows]
+        assert generator.generate(prompts[:rows], each.new) == expected[:rows]
     assert len(generator._graphs) == 4
 
 
@@ -388,3 +363,10 @@ def test_tokens_out_of_a_column():
         decoding.start([text[:5].numpy() for text in ids])
         expected = model.logits(model(token_ids=ids, padding_mask=None)[:, -1])
         torch.testing.assert_close(decoding.step(ids[:, 5]), expected)
+
+
+def test_t5_takes_any_number_of_tokens_but_no_unknown_one():
+    generator = Generator(T5Backbone(61, 1, 2, 8, 16).to(DEVICE))
+    with pytest.raises(IndexError, match=r"prompts\[0\] holds 61; it takes token ids 0 to 60"):
+        generator.generate([[61]], 3)
+    assert len(generator.generate([[1]], 200)[0]) == 200

@@ -107,7 +107,8 @@ def test_the_rows_of_correctness(rows):
 
 def test_the_rows_of_decode(rows):
     found = of(rows, "decode")[:-1]
-    assert [(row["model"], row["rows"]) for row in found] == [(model, n) for model in ("gpt2", "t5") for n in (1, 2)]
+    models = "gpt2", "gpt2 by columns", "t5"
+    assert [(row["model"], row["rows"]) for row in found] == [(model, n) for model in models for n in (1, 2)]
     assert all(row["ok"] and row["us_called"] > 0 and row["gb_per_s"] > 0 for row in found)
 
 

@@ -102,7 +102,7 @@ CAPABILITIES = {
     "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
     "kernels/cuda/decode.py": {"MOST_ROWS"},  # compiled into csrc/cuda/decode.cu
     "kernels/shared/int8.py": {"FEW_ROWS"},  # torch._int_mm takes more rows on every GPU
-    "kernels/cuda/linear.py": {"FEW_ROWS"},  # kFewRows of few_rows.cuh
+    "kernels/cuda/linear.py": {"FEW_ROWS", "FEW_ROWS_BY_COLUMNS"},  # kFewRows of few_rows.cuh, kFewRowsByColumns
     "kernels/gluon/attention.py": {"num_warps"},  # the 4 of a warpgroup, which a product of Hopper takes
     "kernels/cuda/attention.py": {
         "_ROWS",

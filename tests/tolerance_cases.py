@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import plain_attention
+import attention_cases
 import torch
 import torch.nn.functional as F
 
@@ -77,8 +77,8 @@ def attention(queries, keys, d=13, h=2, hkv=1, b=2, bias=False, is_causal=False,
     return Case(
         inputs,
         lambda t: pyfused.attention(**t, **options),
-        lambda t: plain_attention.plain(t, options),
-        lambda t: plain_attention.plain(t, options, logarithm=True),
+        lambda t: attention_cases.plain(t, options),
+        lambda t: attention_cases.plain(t, options, logarithm=True),
         forward_only,
     )
 
@@ -90,7 +90,7 @@ def t5_attention(tokens):
 
     def plain(query, key, value, table, logarithm=False):
         tensors = {"query": query, "key": key, "value": value, "attn_bias": bias_of(table, tokens)}
-        return plain_attention.plain(tensors, {"is_causal": False, "scale": 0.5}, logarithm=logarithm)
+        return attention_cases.plain(tensors, {"is_causal": False, "scale": 0.5}, logarithm=logarithm)
 
     inputs = {name: normal(2, 2, tokens, 13) for name in ("query", "key", "value")} | {"table": normal(BUCKETS, 2)}
     return Case(inputs, lambda t: fused(**t), lambda t: plain(**t), lambda t: plain(**t, logarithm=True))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from plain_attention import plain
+from attention_cases import plain
 from tolerance_cases import BUCKETS, DTYPES, MOST, buckets, draw, normal, weight
 
 from pyfused.testing import judge

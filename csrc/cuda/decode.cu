@@ -11,8 +11,8 @@
 // then "logits", and a token is chosen (decode_choice.cuh). Every block keeps the residual stream in its shared memory and
 // computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than a barrier. Activations are float32
 // from the embedding to the logits; caches and logits have the weights' dtype. The next product's weights are on their way
-// while a block waits (decode_product.cuh). No atomics on floats: the result is the same to the last bit, with any number of
-// blocks.
+// while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on floats: the result
+// is the same to the last bit, with any number of blocks.
 //
 // Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
 //   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the
@@ -20,6 +20,9 @@
 //                 The head's 77 MB take 26 us. In all about 180 us.
 //   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
 //                 In all about 260 us.
+//   GPT-2 124M as transformers stores it, without its head: 170 MB by columns, 57 us. 60 barriers: 60 x 2.5 = 150 us. Requests
+//                 of 64 bytes hold the load unit 0.4 us for 49 KB, twice as long as whole lines, and a branch of 4 parts is
+//                 read in 0.1 us more: 48 x 0.2 + 24 x 0.1 = 12 us. In all about 160 us.
 // Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
 // index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
 // bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
@@ -39,6 +42,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::operand, Base::top;
 
   const int hidden = (int)this->a.plan.hidden, inner = (int)(this->a.plan.heads * this->a.plan.head_size);
+  int branch_parts = 1;  // of the product that wrote the branch
 
   __device__ Decode(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -65,8 +69,11 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
         prepare(phase, layer, i);
         __syncthreads();
         if (phase == Phase::kLogits && !a.plan.head.n) return put_hidden();
-        this->multiply([&](int row, int feature, float value, float up) { put(phase, i, row, feature, value, up); });
+        this->multiply([&](int part, int row, int feature, float value, float up) {
+          put(phase, i, part, row, feature, value, up);
+        });
         if (phase == Phase::kLogits) break;
+        if (!norm_of(phase, layer)) branch_parts = this->parts;
         const Phase attention = phase == Phase::kQueryKeyValue ? Phase::kAttend : Phase::kCrossAttend;
         const bool attends = phase == Phase::kQueryKeyValue || phase == Phase::kCrossQuery;
         if (phase == Phase::kDown) ++i;
@@ -171,7 +178,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
 
   // operand = value(row, c) for c < k, and zeros up to the end of a step. Four reads are under way at once.
   template <class Value> __device__ void fill(int k, const Value& value) {
-    const int bits = this->vector_bits(this->int8), width = this->steps_of(k, bits) << (bits + 5), all = m * width;
+    const int bits = this->operand_bits(), width = this->steps_of(k, bits) << (bits + 5), all = m * width;
     constexpr int AT_ONCE = 4;
     for (int start = threadIdx.x; start < all; start += AT_ONCE * blockDim.x) {
       float found[AT_ONCE];
@@ -188,17 +195,31 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
     }
   }
 
+  // stream += the parts of the last branch, in order. Up to 16 reads are under way at once.
+  __device__ void add_branch() {
+    constexpr int AT_ONCE = 4;
+    const int all = m * hidden;
+    for (int start = threadIdx.x; start < all; start += AT_ONCE * blockDim.x) {
+      float sum[AT_ONCE] = {};
+#pragma unroll 4
+      for (int part = 0; part < branch_parts; ++part)
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u)
+          if (const int at = start + u * blockDim.x; at < all) sum[u] += __ldcg(a.branch + (int64_t)part * all + at);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u)
+        if (const int at = start + u * blockDim.x; at < all) stream[at] += sum[u];
+    }
+  }
+
   // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the
   // mean of squared deviations. The warps of a row compute its statistics each for itself: no barrier between.
   __device__ void normalise(const DecodeNorm& norm, bool adds) {
-    if (adds) {
-#pragma unroll 4
-      for (int at = threadIdx.x; at < m * hidden; at += blockDim.x) stream[at] += __ldcg(a.branch + at);
-    }
+    if (adds) add_branch();
     __syncthreads();
     const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
     const int sharing = m >= warps ? 1 : (warps - 1 - warp % m) / m + 1, part = m >= warps ? 0 : warp / m;
-    const int bits = this->vector_bits(this->int8), width = this->steps_of(hidden, bits) << (bits + 5);
+    const int bits = this->operand_bits(), width = this->steps_of(hidden, bits) << (bits + 5);
     for (int row = warp % m; row < m; row += warps) {
       const float* x = stream + row * hidden;
       float mean = 0, squares = 0;
@@ -218,7 +239,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
 
   // ---- results ------------------------------------------------------------------------------------------------------
 
-  __device__ void put(Phase phase, int i, int row, int feature, float value, float up) {
+  __device__ void put(Phase phase, int i, int part, int row, int feature, float value, float up) {
     switch (phase) {
       case Phase::kQueryKeyValue:
         if (feature >= inner) return put_in_cache(i, row, feature - inner, value);
@@ -229,7 +250,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
         a.active[(int64_t)row * a.plan.intermediate + feature] = this->gated ? value * up : value;
         return;
       case Phase::kLogits: return put_logit(row, feature, value * (float)a.plan.logits_scale);
-      default: a.branch[(int64_t)row * hidden + feature] = value;
+      default: a.branch[((int64_t)part * m + row) * hidden + feature] = value;
     }
   }
 
@@ -243,7 +264,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
   // Without a head the last norm, in place of logits.
   __device__ void put_hidden() const {
     if (blockIdx.x > 0) return;
-    const int bits = this->vector_bits(this->int8);
+    const int bits = this->operand_bits();
     for (int row = 0; row < m; ++row)
       for (int c = threadIdx.x; c < hidden; c += blockDim.x)
         ((T*)a.call.logits)[row * hidden + c] = narrow<T>(operand[row * a.pitch + operand_place(c, bits)]);
@@ -275,18 +296,19 @@ int rows_kept(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : (int)rows; }
 
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-size_t shared_bytes(const DecodePlan& p, const DecodeCall& c, int threads, int element) {
+size_t shared_bytes(const DecodePlan& p, const DecodeCall& c, int threads, bool by_columns, int element) {
   const int64_t widest = larger(larger(p.hidden, p.heads * p.head_size), p.intermediate);
   const int64_t queries = larger(p.heads / p.kv_heads, c.sources ? c.rows / c.sources : 1);
   const int64_t attention = attention_floats(queries, padded_head((int)p.head_size, 16 / element), threads / kWarp);
   const int64_t operand = c.rows * up(widest, kPitchUnit) * kPitchUnit;
-  return block_bytes(threads, rows_kept(c.rows), c.rows, p.hidden, larger(operand, attention));
+  const int columns = kColumns * (by_columns ? 16 / element : 1);
+  return block_bytes(threads, rows_kept(c.rows), columns, c.rows, p.hidden, larger(operand, attention));
 }
 
 int cross_chunks(const DecodePlan& p, const DecodeCall& c) { return c.sources ? most_chunks(c.sources * p.heads) : 1; }
 
 // Divides scratch memory. Returns its bytes.
-int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int blocks, DecodeArguments& a) {
+int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int blocks, bool by_columns, DecodeArguments& a) {
   a.chunks = most_chunks(c.rows * p.kv_heads), a.cross_chunks = cross_chunks(p, c);
   const int64_t parts = c.rows * p.heads * larger(a.chunks, a.cross_chunks);
   addr at = scratch;
@@ -296,7 +318,8 @@ int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int block
     return (float*)from;
   };
   a.barrier = (unsigned*)take(1);
-  a.query = take(c.rows * p.heads * p.head_size), a.branch = take(c.rows * p.hidden), a.active = take(c.rows * p.intermediate);
+  a.query = take(c.rows * p.heads * p.head_size), a.active = take(c.rows * p.intermediate);
+  a.branch = take(c.rows * p.hidden * (by_columns ? kMostParts : 1));
   a.part = take(parts * p.head_size), a.part_state = take(parts * 2);
   a.top = take(blocks * c.rows), a.winner = (int*)take(blocks * c.rows);
   return (int64_t)(at - scratch);
@@ -312,12 +335,13 @@ bool wide_keys(const DecodePlan& p, const DecodeCall& c, const DecodeArguments& 
 
 }  // namespace
 
-int64_t decode_shared(addr plan, addr call, int threads, int dtype) {
+int64_t decode_shared(addr plan, addr call, int threads, bool by_columns, int dtype) {
   if (is_empty(*(const DecodePlan*)plan, *(const DecodeCall*)call)) return 0;
-  return (int64_t)shared_bytes(*(const DecodePlan*)plan, *(const DecodeCall*)call, threads, dtype == 0 ? 4 : 2);
+  const int element = dtype == 0 ? 4 : 2;
+  return (int64_t)shared_bytes(*(const DecodePlan*)plan, *(const DecodeCall*)call, threads, by_columns, element);
 }
 
-int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device) {
+int decode_blocks(addr plan, addr call, int threads, bool by_columns, int multiprocessors, int dtype, int device) {
   const auto& p = *(const DecodePlan*)plan;
   const auto& c = *(const DecodeCall*)call;
   if (is_empty(p, c)) return 0;
@@ -326,7 +350,7 @@ int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dt
   int cooperative = 0, fit = 0;
   launch.check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
   if (!cooperative) return 0;
-  const size_t bytes = shared_bytes(p, c, threads, dtype == 0 ? 4 : 2);
+  const size_t bytes = shared_bytes(p, c, threads, by_columns, dtype == 0 ? 4 : 2);
   PYFUSED_BY_DTYPE(dtype, {
     auto kernel = kernel_of<T>(c.rows);
     allow_shared(launch, kernel, bytes);
@@ -335,16 +359,16 @@ int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dt
   return fit > 0 ? multiprocessors : 0;
 }
 
-int64_t decode_scratch(addr plan, addr call, int blocks) {
+int64_t decode_scratch(addr plan, addr call, int blocks, bool by_columns) {
   if (is_empty(*(const DecodePlan*)plan, *(const DecodeCall*)call)) return 0;
   DecodeArguments a;
-  return divide(*(const DecodePlan*)plan, *(const DecodeCall*)call, 0, blocks, a);
+  return divide(*(const DecodePlan*)plan, *(const DecodeCall*)call, 0, blocks, by_columns, a);
 }
 
 int decode_most_addresses() { return kMostAddresses; }
 
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device,
-                    addr stream) {
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int dtype,
+                    int device, addr stream) {
   DecodeArguments a{*(const DecodePlan*)plan, *(const DecodeCall*)call};
   const DecodePlan& p = a.plan;
   const DecodeCall& c = a.call;
@@ -352,14 +376,14 @@ void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads,
   const Launch launch{"decode", c.rows, p.hidden, device};
   const OnDevice guard(launch);
   const int element = dtype == 0 ? 4 : 2;
-  divide(p, c, scratch, blocks, a);
+  divide(p, c, scratch, blocks, by_columns, a);
   for (int64_t i = 0; i < 2 * p.layers; ++i) {
     a.address[i] = ((const addr*)c.caches)[i];
     if (c.cross_caches) a.address[2 * p.layers + i] = ((const addr*)c.cross_caches)[i];
   }
   a.pitch = (int)(up(larger(larger(p.hidden, p.heads * p.head_size), p.intermediate), kPitchUnit) * kPitchUnit);
-  a.wide_weights = wide, a.wide_keys = wide_keys(p, c, a, element);
-  const size_t bytes = shared_bytes(p, c, threads, element);
+  a.by_columns = by_columns, a.wide_weights = wide, a.wide_keys = wide_keys(p, c, a, element);
+  const size_t bytes = shared_bytes(p, c, threads, by_columns, element);
   launch.check(cudaMemsetAsync(a.barrier, 0, sizeof(unsigned), (cudaStream_t)stream));
   PYFUSED_BY_DTYPE(dtype, {
     auto kernel = kernel_of<T>(c.rows);

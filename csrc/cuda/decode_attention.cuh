@@ -9,7 +9,7 @@
 // depend on the shape alone. A chunk has at least 64 keys, four for each warp.
 #pragma once
 
-#include "decode_product.cuh"
+#include "decode_columns.cuh"
 
 namespace pyfused {
 
@@ -49,10 +49,11 @@ template <class T> struct DecodeKeys {
   int chunks, size;              // of keys: the most chunks, keys in each
 };
 
-template <class T, int ROWS> struct DecodeAttention : DecodeProduct<T, ROWS> {
-  using Base = DecodeProduct<T, ROWS>;
+template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
+  using Base = DecodeColumns<T, ROWS>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::operand;
-  static constexpr int V = 16 / sizeof(T), kPacks = kMostHeadSize / (kWarp * V) > 0 ? kMostHeadSize / (kWarp * V) : 1;
+  using Base::V;
+  static constexpr int kPacks = kMostHeadSize / (kWarp * V) > 0 ? kMostHeadSize / (kWarp * V) : 1;
 
   const int size, cross_size;  // keys in a chunk
 

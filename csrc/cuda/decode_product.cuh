@@ -35,6 +35,7 @@ struct DecodeArguments {
   int* winner;
   int pitch;                    // floats between the operand's rows
   int chunks, cross_chunks;     // the most chunks of keys, see decode_attention.cuh
+  int by_columns;               // 1: a layer has a matrix of that kind
   int wide_weights, wide_keys;  // 1: 16-byte accesses are aligned and end with a row
   std::uintptr_t address[kMostAddresses];
 };
@@ -74,7 +75,7 @@ template <class T, int ROWS> struct DecodeBlock {
   unsigned char* ring;   // [kDepth][4][thread] of 16 bytes
   DecodeLayer* layers;   // this layer and the next, by turns
   DecodeMatrix* head;
-  float* sums;           // [2][warp][row][column]
+  float* sums;           // [2][warp][row][column]; a tile by columns is 16 bytes' elements times as wide
   float* stream;         // (m, hidden), the residual stream: every block keeps all of it
   float* operand;        // (m, pitch), or attention's queries and states
 
@@ -84,14 +85,14 @@ template <class T, int ROWS> struct DecodeBlock {
     layers = (DecodeLayer*)(ring + kDepth * kColumns * 16 * blockDim.x);
     head = (DecodeMatrix*)(layers + 2);
     sums = (float*)(head + 2);  // two, to keep 16 bytes' alignment
-    stream = sums + 2 * warps * ROWS * kColumns;
+    stream = sums + 2 * warps * ROWS * kColumns * (a.by_columns ? 16 / sizeof(T) : 1);
     operand = stream + (m * (int)a.plan.hidden + 3) / 4 * 4;
   }
 };
 
-// Bytes of all that. Host code.
-inline size_t block_bytes(int threads, int rows_kept, int64_t rows, int64_t hidden, int64_t operand_floats) {
-  const int64_t sums = 2 * threads / kWarp * rows_kept * kColumns, stream = (rows * hidden + 3) / 4 * 4;
+// Bytes of all that; `columns` of a tile. Host code.
+inline size_t block_bytes(int threads, int rows_kept, int columns, int64_t rows, int64_t hidden, int64_t operand_floats) {
+  const int64_t sums = 2 * threads / kWarp * rows_kept * columns, stream = (rows * hidden + 3) / 4 * 4;
   return kDepth * kColumns * 16 * threads + 2 * sizeof(DecodeLayer) + 2 * sizeof(DecodeMatrix) +
          4 * (sums + stream + operand_floats);
 }
@@ -143,13 +144,20 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     return first + (round * groups + group) * width + (gated ? column % 2 : column);
   }
 
-  // Divides a phase's product among blocks and warps, and requests the first steps. The last product's are consumed.
-  __device__ void request(Phase which, const DecodeLayer* of) {
+  __device__ void set(Phase which, const DecodeLayer* of) {
     phase = which, layer = of;
     gated = which == Phase::kUp && layer->gate.n;
+  }
+  __device__ int features_of(const DecodeMatrix& first_of_phase) const {
+    return (int)(first_of_phase.n + (phase == Phase::kQueryKeyValue ? layer->key.n + layer->value.n : 0));
+  }
+
+  // Divides a phase's product among blocks and warps, and requests the first steps. The last product's are consumed.
+  __device__ void request(Phase which, const DecodeLayer* of) {
+    set(which, of);
     int row;
     const DecodeMatrix& matrix = matrix_of(0, false, row);
-    const int n = (int)matrix.n + (which == Phase::kQueryKeyValue ? (int)(layer->key.n + layer->value.n) : 0);
+    const int n = features_of(matrix);
     int8 = matrix.scale, k = (int)matrix.k, width = gated ? kColumns / 2 : kColumns;
     first = (int)((int64_t)n * blockIdx.x / gridDim.x), last = (int)((int64_t)n * (blockIdx.x + 1) / gridDim.x);
     ahead_round = 0, ahead_step = begin = end = rounds = filled = 0;

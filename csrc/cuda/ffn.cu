@@ -51,12 +51,13 @@ void launch_activation(const T* pre, const T* grad_inner, T* inner, T* grad_pre,
 }  // namespace
 
 void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
-                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
-                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream) {
-  linear_forward(x, w_in, b_in, 0, inner, pre, rows, f, n, x_stride, w_in_stride, 0, activation, false, dtype, device,
-                 stream);
-  linear_forward(inner, w_out, b_out, residual, y, 0, rows, m, f, f, w_out_stride, residual_stride, 0, false, dtype,
-                 device, stream);
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride, bool in_by_columns,
+                 int64_t w_out_stride, bool out_by_columns, int64_t residual_stride, int activation, int dtype, int device,
+                 addr stream) {
+  linear_forward(x, w_in, b_in, 0, inner, pre, rows, f, n, x_stride, w_in_stride, in_by_columns, 0, activation, false,
+                 dtype, device, stream);
+  linear_forward(inner, w_out, b_out, residual, y, 0, rows, m, f, f, w_out_stride, out_by_columns, residual_stride, 0,
+                 false, dtype, device, stream);
 }
 
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,

@@ -142,8 +142,8 @@ void gated_ffn_forward(addr x, addr w_gate, addr w_up, addr w_out, addr residual
     few_rows<true>(a, stream);
   })
   launch.check();
-  linear_forward(hidden, w_out, 0, residual, y, 0, rows, m, f, f, w_out_stride, residual_stride, 0, dtype == 1, dtype,
-                 device, stream);
+  linear_forward(hidden, w_out, 0, residual, y, 0, rows, m, f, f, w_out_stride, false, residual_stride, 0, dtype == 1,
+                 dtype, device, stream);
 }
 
 void gated_ffn_activation(addr gate, addr up, addr grad_hidden, addr hidden, addr grad_gate, addr grad_up, int64_t size,

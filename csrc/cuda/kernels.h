@@ -28,17 +28,18 @@ void rms_norm_backward(addr grad_y, addr grad_total, addr x, addr weight, addr m
                        int64_t x_stride, int dtype, int device, addr stream);
 
 // ---- linear, up to 16 rows ------------------------------------------------------------------------------------------
-// y = activation(x weight^T + bias) + residual. pre, if not 0, receives the activation's argument. wide_x: x is float32
-// and the weights are float16.
+// y = activation(x weight^T + bias) + residual. pre, if not 0, receives the activation's argument. by_columns: at most 8 rows,
+// and the weight is (k, n) in memory. wide_x: x is float32 and the weights are float16.
 void linear_forward(addr x, addr weight, addr bias, addr residual, addr y, addr pre, int64_t rows, int64_t n, int64_t k,
-                    int64_t x_stride, int64_t weight_stride, int64_t residual_stride, int activation, bool wide_x,
-                    int dtype, int device, addr stream);
+                    int64_t x_stride, int64_t weight_stride, bool by_columns, int64_t residual_stride, int activation,
+                    bool wide_x, int dtype, int device, addr stream);
 
 // ---- ffn ------------------------------------------------------------------------------------------------------------
 // Up to 16 rows. `inner` is (rows, f); `pre` is (rows, f) or 0.
 void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr residual, addr inner, addr pre, addr y,
-                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride,
-                 int64_t w_out_stride, int64_t residual_stride, int activation, int dtype, int device, addr stream);
+                 int64_t rows, int64_t n, int64_t f, int64_t m, int64_t x_stride, int64_t w_in_stride, bool in_by_columns,
+                 int64_t w_out_stride, bool out_by_columns, int64_t residual_stride, int activation, int dtype, int device,
+                 addr stream);
 // inner = activation(pre). If grad_inner is not 0, grad_pre = grad_inner activation'(pre). All are contiguous; an output
 // may be its own input.
 void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_t size, int activation, int dtype,
@@ -69,18 +70,19 @@ void attention_combine(addr part, addr part_lse, addr out, addr lse, addr layout
 // ---- decode ---------------------------------------------------------------------------------------------------------
 // plan, call: a DecodePlan and a DecodeCall (decode_plan.h) in host memory. All addresses in them, plan.layer too, are on the
 // device, but not call.caches and call.cross_caches. `place` counts only without `places`, `most` never. At most 8 rows.
+// by_columns: some matrix of a layer is stored by columns.
 // Bytes of shared memory of a block.
-int64_t decode_shared(addr plan, addr call, int threads, int dtype);
+int64_t decode_shared(addr plan, addr call, int threads, bool by_columns, int dtype);
 // The blocks of a launch, if a block may have that much: one for each multiprocessor. 0 if the device launches none of them
 // together.
-int decode_blocks(addr plan, addr call, int threads, int multiprocessors, int dtype, int device);
+int decode_blocks(addr plan, addr call, int threads, bool by_columns, int multiprocessors, int dtype, int device);
 // Bytes of scratch memory.
-int64_t decode_scratch(addr plan, addr call, int blocks);
+int64_t decode_scratch(addr plan, addr call, int blocks, bool by_columns);
 // The most caches: keys and values of all layers, and the encoder's.
 int decode_most_addresses();
-// wide: 16-byte accesses to the rows of all weights are aligned and end with the row.
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool wide, int dtype, int device,
-                    addr stream);
+// wide: 16-byte accesses to the rows of memory of all weights are aligned and end with the row.
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int dtype,
+                    int device, addr stream);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous features; y is contiguous. The plans are in host memory, the tables on the device;

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared import int8
-from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
 from pyfused.weight_format import dequantized, format_of
 
@@ -20,7 +20,7 @@ _PART = 1 << 18  # values of an integer weight that are widened at a time: their
 def by_columns(rows, *weights):
     """Whether csrc/include/pyfused/gemv_columns.h takes these weights. All must be transposed views of matrices stored as
     (K, N), like the weights of Hugging Face's Conv1D."""
-    return rows <= MOST_ROWS_BY_COLUMNS and all(w.stride()[1] != 1 and w.stride()[0] == 1 for w in weights)
+    return rows <= MOST_ROWS_BY_COLUMNS and all(map(is_by_columns, weights))
 
 
 def would_copy(*weights):

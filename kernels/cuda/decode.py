@@ -24,7 +24,8 @@ class _Prepared(NamedTuple):
 
     c_plan: CPlan
     layers: torch.Tensor
-    wide: bool  # whether 16-byte accesses to every weight's rows are aligned and end with the row
+    by_columns: bool  # whether memory holds a weight transposed
+    wide: bool  # whether 16-byte accesses to every weight's rows of memory are aligned and end with the row
     blocks: dict[tuple[int, int], int]  # of a launch, by rows and sources; -1 where shared memory is too small
     together: dict[tuple[int, int], int]  # rows of a group, by a step's rows and sources; 0 if not even one row fits
 
@@ -52,17 +53,28 @@ def _layout(plan):
     """Why no call runs here, or ""."""
     if plan.head_size > _MOST_HEAD_SIZE:
         return f"takes heads of at most {_MOST_HEAD_SIZE}"
-    for matrix in (*plan.matrices(), plan.token_embedding, plan.position_embedding):
-        if matrix.weight is not None and (is_transposed(matrix) or matrix.weight.stride()[1] != 1):
-            return "takes weights whose rows are contiguous"  # the lanes of a warp share a row
+    tables = plan.token_embedding, plan.position_embedding, plan.head
+    if not all(m.weight is None or m.weight.stride()[1] == 1 for m in tables):
+        return "takes tables and a head whose rows are contiguous"
+    for matrix in (*plan.matrices(), *tables):
         if format_of(matrix.scale) is INT4:
             return "takes no int4 weights"
+        if matrix.weight is not None and matrix.weight.stride()[1] != 1 and _is_by_rows(matrix):
+            return "takes weights whose rows or columns are contiguous"
     for layer in plan.layers:
         for names in ("query, key and value", "gate and inner"):  # in one product
             matrices = [getattr(layer, name) for name in names.replace(" and ", ", ").split(", ")]
-            if len({m.scale is None for m in matrices if m.weight is not None}) > 1:
+            matrices = [m for m in matrices if m.weight is not None]
+            if len({m.scale is None for m in matrices}) > 1:
                 return f"takes {names} weights that are all int8 or all not"
+            if len(set(map(_is_by_rows, matrices))) > 1:
+                return f"takes {names} weights that are all stored by rows or all by columns"
     return ""
+
+
+def _is_by_rows(matrix):
+    """Integers are stored by rows alone."""
+    return matrix.scale is not None or not is_transposed(matrix)
 
 
 def _prepared(plan):
@@ -72,8 +84,9 @@ def _prepared(plan):
         structs = c_plan.held[0]
         layers = torch.frombuffer(bytearray(structs) or bytearray(1), dtype=torch.uint8).to(device)
         c_plan.layer = layers.data_ptr()
-        wide = all(_is_wide(matrix.weight) for matrix in plan.matrices())
-        found = plan.prepared["cuda"] = _Prepared(c_plan, layers, wide, {}, {})
+        wide = all(_is_wide(m.weight if _is_by_rows(m) else m.weight.t()) for m in plan.matrices())
+        by_columns = not all(map(_is_by_rows, plan.matrices()))
+        found = plan.prepared["cuda"] = _Prepared(c_plan, layers, by_columns, wide, {}, {})
     return found
 
 
@@ -115,7 +128,7 @@ def _blocks(like, plan, rows, sources):
     found = prepared.blocks.get((rows, sources))
     if found is None:
         call, device, dtype = CCall(rows=rows, sources=sources), like.device, DTYPE_CODES[like.dtype]
-        structs = ctypes.addressof(prepared.c_plan), ctypes.addressof(call), threads(device)
+        structs = ctypes.addressof(prepared.c_plan), ctypes.addressof(call), threads(device), prepared.by_columns
         found = -1
         if cuda().decode_shared(*structs, dtype) <= shared_memory(device):
             found = cuda().decode_blocks(*structs, multiprocessors(device), dtype, device.index or 0)
@@ -169,6 +182,7 @@ def _launch(like, plan, step, logits, chosen):
     blocks, c_plan = _blocks(like, plan, step.tokens.shape[0], _sources(step)), ctypes.addressof(prepared.c_plan)
     call = CCall.of(step, logits, chosen)
     kernels, at = cuda(), ctypes.addressof(call)
-    scratch = torch.empty(kernels.decode_scratch(c_plan, at, blocks), dtype=torch.uint8, device=device)
-    numbers = blocks, threads(device), prepared.wide, DTYPE_CODES[like.dtype]
+    size = kernels.decode_scratch(c_plan, at, blocks, prepared.by_columns)
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+    numbers = blocks, threads(device), prepared.by_columns, prepared.wide, DTYPE_CODES[like.dtype]
     kernels.decode_forward(c_plan, at, scratch.data_ptr(), *numbers, *where(device)())

@@ -1,4 +1,5 @@
-"""ffn on CUDA: launches csrc/cuda/ffn.cu for up to 16 rows. With more rows its activation runs between cuBLAS products.
+"""ffn on CUDA: launches csrc/cuda/ffn.cu for up to 16 rows, 8 with a weight stored by columns. With more rows its activation
+runs between cuBLAS products.
 
 cuBLAS adds a bias in its own epilogue, so only the activation runs between the products, in place. In the backward one
 pass computes the inner activations and the gradient through the activation.
@@ -13,7 +14,7 @@ from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.ffn import linear_gradients
 from ._launch import pointers, where
-from .linear import few
+from .linear import few, layout_of
 
 
 @prepares_launch
@@ -21,11 +22,11 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     outer, (f, n), m, dtype, device = x.shape[:-1], w_in.shape, w_out.shape[0], x.dtype, x.device
     if not few(outer.numel(), w_in, w_out):
         return _prepare_library_forward(outer.numel() * f, activation, save, dtype, device)
-    of_x, of_in, of_out = map(rows_of, (x, w_in, w_out))
+    of_x, of_in, of_out = rows_of(x), layout_of(w_in), layout_of(w_out)
     of_residual = rows_of(residual)
     if of_x is None or of_in is None or of_out is None or of_residual is None or not dense(b_in, b_out):
         return None
-    strides = of_x[2], of_in[2], of_out[2], of_residual[2]
+    strides = of_x[2], *of_in, *of_out, of_residual[2]
     numbers, place = (of_x[0], n, f, m, *strides, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     new_inner, new_y, kernel = (
         maker((*outer, f), dtype, None, device),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cuda
-from pyfused.kernels.shared.layout import rows_of
+from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.gated_ffn import hidden_dtype, linear_gradients
@@ -24,7 +24,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     of_residual = rows_of(residual)
     if of_residual is None:
         return None
-    if not few(outer.numel(), w_gate, w_up, w_out):
+    if not few(outer.numel(), w_gate, w_up, w_out) or any(map(is_by_columns, (w_gate, w_up, w_out))):
         return _prepare_library_forward(outer, f, m, of_residual[2], activation, save, dtype, device)
     rows = tuple(map(rows_of, (x, w_gate, w_up, w_out)))
     if None in rows:

@@ -13,6 +13,7 @@ from pyfused.decode_plan import DecodeLayer, DecodePlan, DecodeStep, Matrix, Nor
 from pyfused.weight_format import format_of
 
 from .buckets import distance_buckets
+from .layout import is_by_columns
 
 _ADDRESS, _INT, _FLOAT = ctypes.c_size_t, ctypes.c_int64, ctypes.c_double
 
@@ -157,8 +158,7 @@ class CCall(ctypes.Structure):
 
 def is_transposed(matrix: Matrix) -> bool:
     """Whether memory holds the weight by columns, as Hugging Face's Conv1D does."""
-    weight = matrix.weight
-    return weight is not None and weight.stride()[1] != 1 and weight.stride()[0] == 1
+    return matrix.weight is not None and is_by_columns(matrix.weight)
 
 
 def misfit(plan: DecodePlan, step: DecodeStep) -> str | None:

@@ -27,3 +27,9 @@ def rows_of(x: torch.Tensor | None) -> tuple[int, int, int] | None:
             return None
         following = step * size
     return math.prod(outer), n, n if stride is None else stride
+
+
+def is_by_columns(weight: torch.Tensor) -> bool:
+    """Whether memory holds a weight (N, K) transposed, as Hugging Face's Conv1D does."""
+    across, along = weight.stride()
+    return along != 1 and across == 1

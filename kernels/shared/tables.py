@@ -43,7 +43,7 @@ def _on_device(make: Callable[..., torch.Tensor], key: tuple[Any, ...], device: 
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"a CUDA graph is being captured, and a table of {make.__name__.strip('_')}{key} is not on {device} yet; "
-                    "run what is captured once before"
+                    "run the same call once before the capture"
                 )
             made = make(*key).to(device)
             torch.cuda.current_stream(device).synchronize()

@@ -116,16 +116,9 @@ def key_range(mask_row, key_length):
 
 @triton.jit
 def key_tiles(
-    mask_row,
-    first_query,
-    last_query,
-    chunk_start,
-    chunk_end,
-    query_length,
-    key_length,
-    IS_CAUSAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    mask_row, first_query, last_query, chunk_start, chunk_end, query_length, key_length,
+    IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The tiles of the keys [chunk_start, chunk_end) that queries first_query to last_query need.
 
     Returns (full_start, full_end, front_start, front_count, tail_start, tail_count). In the tiles [full_start, full_end)

@@ -40,6 +40,10 @@ def in_units(scale, dtype):
     return scale if dtype == torch.float32 else scale * _LOG2E
 
 
+def _row_strides(*tensors):
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
 def _bias_strides(attn_bias):
     return (0, 0, 0, 0) if attn_bias is None else attn_bias.stride()
 
@@ -130,50 +134,20 @@ def forward(a):
     middle, by_distance = spread(a, c.options)
     out_strides = (0, *strides[:3]) if chunks == 1 else (b * h * sq * d, h * sq * d, sq * d, d)
     attend = starter(
-        forward_kernel,
-        (programs, chunks),
-        device,
-        in_units(a.scale, dtype),
-        *_dropout(a),
-        span(a),
-        middle,
-        *a.query.stride()[:3],
-        *a.key.stride()[:3],
-        *a.value.stride()[:3],
-        *out_strides,
-        *_bias_strides(a.attn_bias),
-        b * h * sq,
-        h,
-        sq,
-        sk,
-        _sequences(a.cu_seqlens),
-        chunk,
-        D=d,
-        BLOCK_D=block_d(d),
-        GROUP=group,
-        IS_CAUSAL=a.is_causal,
-        SCALE_FIRST=a.attn_bias is not None or not a.scale > 0,
-        PACKED=packed,
-        START_AT_BIAS=_starts_at_bias(a),
-        MASKED_STAGES=c.options["num_stages"] if few else MASKED_STAGES.value,
-        **c.options,
-    )
+        forward_kernel, (programs, chunks), device,
+        in_units(a.scale, dtype), *_dropout(a), span(a), middle,
+        *_row_strides(a.query, a.key, a.value), *out_strides, *_bias_strides(a.attn_bias), b * h * sq,
+        h, sq, sk, _sequences(a.cu_seqlens), chunk,
+        D=d, BLOCK_D=block_d(d), GROUP=group, IS_CAUSAL=a.is_causal,
+        SCALE_FIRST=a.attn_bias is not None or not a.scale > 0, PACKED=packed, START_AT_BIAS=_starts_at_bias(a),
+        MASKED_STAGES=c.options["num_stages"] if few else MASKED_STAGES.value, **c.options,
+    )  # fmt: skip
     new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
     if chunks > 1:
         combine = starter(
-            combine_kernel,
-            (b * h * sq,),
-            device,
-            *strides[:3],
-            b * h * sq,
-            h,
-            sq,
-            chunks,
-            D=d,
-            BLOCK_D=block_d(d),
-            BLOCK_C=block_c(chunks),
-            **tiles.find("attention_combine", device).options,
-        )
+            combine_kernel, (b * h * sq,), device, *strides[:3], b * h * sq, h, sq, chunks,
+            D=d, BLOCK_D=block_d(d), BLOCK_C=block_c(chunks), **tiles.find("attention_combine", device).options,
+        )  # fmt: skip
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
 
@@ -216,7 +190,7 @@ def backward(a):
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
     constant = sk == 1
     grad_scale, scalars = 0.0 if constant else a.scale, (in_units(a.scale, dtype), *_dropout(a), span(a))
-    inputs = [stride for t in (a.grad_out, a.query, a.key, a.value) for stride in t.stride()[:3]]
+    inputs = _row_strides(a.grad_out, a.query, a.key, a.value)
     shared = {"D": d, "BLOCK_D": block_d(d), "GROUP": h // hkv, "IS_CAUSAL": a.is_causal}
     shared["START_AT_BIAS"] = _starts_at_bias(a)
     extras, relative = _kind(a)
@@ -243,74 +217,28 @@ def backward(a):
         table_rows = tiles_of_head + shares * count
     if sums_table and count:
         by_corner = starter(
-            grad_table_kernel,
-            (shares * count * h,),
-            device,
-            *scalars,
-            middle,
-            table_rows,
-            tiles_of_head,
-            first,
-            count,
-            shares,
-            chunk,
-            all_visits,
-            rows,
-            *inputs,
-            *_bias_strides(a.attn_bias),
-            h,
-            sq,
-            sk,
-            sequences,
-            BUCKETS=num_buckets,
-            **shared,
-            **query_tile.options,
-        )
+            grad_table_kernel, (shares * count * h,), device,
+            *scalars, middle, table_rows, tiles_of_head, first, count, shares, chunk, all_visits,
+            rows, *inputs, *_bias_strides(a.attn_bias), h, sq, sk, sequences,
+            BUCKETS=num_buckets, **shared, **query_tile.options,
+        )  # fmt: skip
         new_tiles = maker((shares * count * h, block_m, block_n), torch.float32, None, device)
 
     def query_starter(only_stats):
         return starter(
-            grad_query_kernel,
-            (h * tiles_of_head,),
-            device,
-            grad_scale,
-            *scalars,
-            middle,
-            table_rows,
-            rows,
-            *inputs,
-            *out_like[1][:3],
-            *_bias_strides(a.attn_bias),
-            h,
-            sq,
-            sk,
-            sequences,
-            BUCKETS=num_buckets,
-            **shared,
-            STATS_ONLY=only_stats,
-            **query_tile.options,
-        )
+            grad_query_kernel, (h * tiles_of_head,), device,
+            grad_scale, *scalars, middle, table_rows,
+            rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
+            BUCKETS=num_buckets, **shared, STATS_ONLY=only_stats, **query_tile.options,
+        )  # fmt: skip
 
     def key_starter(tile, hides_keys):
         return starter(
-            grad_key_value_kernel,
-            (hkv * _tiles(b, sk, tile.options["BLOCK_N"], a.cu_seqlens),),
-            device,
-            grad_scale,
-            *scalars,
-            middle,
-            rows,
-            *inputs,
-            *key_strides[:3],
-            *_bias_strides(a.attn_bias),
-            hkv,
-            sq,
-            sk,
-            sequences,
-            **shared,
-            HIDES_KEYS=hides_keys,
-            **tile.options,
-        )
+            grad_key_value_kernel, (hkv * _tiles(b, sk, tile.options["BLOCK_N"], a.cu_seqlens),), device,
+            grad_scale, *scalars, middle,
+            rows, *inputs, *key_strides[:3], *_bias_strides(a.attn_bias), hkv, sq, sk, sequences,
+            **shared, HIDES_KEYS=hides_keys, **tile.options,
+        )  # fmt: skip
 
     by_query, by_key = query_starter(False), key_starter(key_tile, False)
     if five_tile is not None:

@@ -49,7 +49,7 @@ class BeamSearch:
             raise ValueError(f"early_stopping is {self.early_stopping!r}; it takes True, False or 'never'")
         if self.num_beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
             raise ValueError(
-                "length_penalty and early_stopping are about beams; num_beams is 1 and takes at least 2 then"
+                "length_penalty and early_stopping are for beams, and num_beams is 1; it takes at least 2"
             )
 
     def candidates(self, stops: int) -> int:

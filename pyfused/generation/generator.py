@@ -52,7 +52,8 @@ class Generator:
         self._decoding = decoding_of(model)
         if any(map(is_wrapped, model.modules())):
             raise ValueError(
-                "model: fully_shard gathers its weights for calls of the model alone; generation takes a mesh"
+                "model: fully_shard gathers its weights only while the model is called, and generation calls its parts; "
+                "load it with from_preset(..., mesh=...) instead"
             )
         if weights is not None:
             model = _quantized_copy(model, weights)
@@ -86,7 +87,7 @@ class Generator:
             top_k: draws from the k likeliest tokens. top_p: draws from the smallest set of likeliest tokens that holds
                 this much probability. With both, top_p cuts the result of top_k.
             seed: of the draws; None takes one from torch's default generator. The draws of row r depend on (seed, r)
-                alone, not on the other prompts. A model that is spread over a mesh takes no None: its ranks must draw alike.
+                alone, not on the other prompts. A model that is spread over a mesh needs one, the same on all ranks.
             stop_token_ids: a row ends with one of these, which is returned too, as in transformers.
             on_token: called as on_token(row, token) as soon as a token is known: step by step, rows in order.
             num_beams: more than 1 searches for the likeliest text instead of the likeliest token, with transformers'
@@ -193,7 +194,7 @@ class Generator:
 
     def _check_seed(self, sampler: Sampler, seed: int | None) -> None:
         if seed is None and not sampler.is_greedy and has_spread_weights(self.model):
-            raise ValueError("seed is None; the ranks of a mesh must draw alike, and take the same int")
+            raise ValueError("seed is None; the ranks of a mesh must draw alike: give all of them the same int")
 
     def _check_search(
         self, search: BeamSearch, max_new_tokens: int, sampler: Sampler, on_token: object, stops: int

@@ -129,8 +129,8 @@ class Backbone(nn.Module, ABC):
         """Hidden states (..., D) -> the logits of the next token, (..., V). TypeError for an encoder."""
         if not self.predicts_tokens:
             raise TypeError(
-                f"{type(self).__name__} gives hidden states; the head that makes logits of them is no part of it, and "
-                f"token_embedding(x, reverse=True) takes that head's output"
+                f"{type(self).__name__} gives hidden states; the head that makes logits of them is no part of it: call "
+                f"token_embedding(x, reverse=True) with the output of a head"
             )
         return self.token_embedding(hidden, reverse=True)
 
@@ -227,7 +227,7 @@ class Backbone(nn.Module, ABC):
         max_shard_size: int | str = "10GB",
         tokenizer: Any = None,
     ) -> None:
-        """Writes configuration, weights and tokeniser so that transformers ("hf") or KerasHub ("keras") load them, and pyfused.
+        """Writes configuration, weights and tokeniser for transformers ("hf") or KerasHub ("keras"). pyfused reads both.
 
         directory: is made if needed. Its checkpoint is replaced all at once: a process that is killed leaves the old one or
             the new one. Other files in it stay.

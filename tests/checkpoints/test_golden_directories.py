@@ -36,23 +36,16 @@ FNET = {name: value for name, value in SIZES.items() if name != "num_heads"} | R
 FNET |= {"dropout": 0.1, "num_segments": 4, "layer_norm_epsilon": 1e-12, "pooler": True}
 # name: (the family, the one with the same weights, the backbone's arguments)
 DIRECTORIES = {
-    "hf_gpt2": ("gpt2", "hf_gpt2", GPT2),
-    "hf_gpt2_lm": ("gpt2", "hf_gpt2", GPT2),
-    "keras_gpt2": ("gpt2", "hf_gpt2", GPT2),
-    "keras_gpt2_legacy": ("gpt2", "hf_gpt2", GPT2),
-    "keras_gpt2_task": ("gpt2", "hf_gpt2", GPT2),
-    "keras_gpt2_bf16": ("gpt2", "hf_gpt2", GPT2),
+    **dict.fromkeys(
+        ("hf_gpt2", "hf_gpt2_lm", "keras_gpt2", "keras_gpt2_legacy", "keras_gpt2_task", "keras_gpt2_bf16"),
+        ("gpt2", "hf_gpt2", GPT2),
+    ),
     "hf_albert_pretraining": ("albert", "hf_albert_pretraining", ALBERT),
     "hf_albert_mlm": ("albert", "hf_albert_mlm", ALBERT | {"pooler": False}),
     "keras_albert": ("albert", "hf_albert_pretraining", ALBERT | {"feed_forward_dropout": None}),
-    "hf_t5": ("t5", "hf_t5", T5),
-    "keras_t5": ("t5", "hf_t5", T5),
-    "hf_t5_v11": ("t5", "hf_t5_v11", V11),
-    "hf_t5_sharded": ("t5", "hf_t5_v11", V11),
-    "keras_t5_v11": ("t5", "hf_t5_v11", V11),
-    "keras_t5_sharded": ("t5", "hf_t5_v11", V11),
-    "hf_fnet_pretraining": ("fnet", "hf_fnet_pretraining", FNET),
-    "keras_fnet": ("fnet", "hf_fnet_pretraining", FNET),
+    **dict.fromkeys(("hf_t5", "keras_t5"), ("t5", "hf_t5", T5)),
+    **dict.fromkeys(("hf_t5_v11", "hf_t5_sharded", "keras_t5_v11", "keras_t5_sharded"), ("t5", "hf_t5_v11", V11)),
+    **dict.fromkeys(("hf_fnet_pretraining", "keras_fnet"), ("fnet", "hf_fnet_pretraining", FNET)),
 }
 
 

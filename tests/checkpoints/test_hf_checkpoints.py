@@ -216,7 +216,7 @@ def test_truncated_and_foreign_files(preset):
     header = 8 + int.from_bytes(content[:8], "little")
     for size in (0, 3, 8, header - 1, header, header + 100, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"model.safetensors: .*(truncated|cannot be read)"):
+        with pytest.raises(ValueError, match=r"model.safetensors: .*(truncated; download it again|an empty file)"):
             open_checkpoint(directory)
     for length in (2**63, 2**64 - 1, 100_000_001, len(content) - 7):
         path.write_bytes(length.to_bytes(8, "little") + content[8:])

@@ -1,9 +1,13 @@
-"""Are the ids those of transformers and KerasHub from every set of files, and is no half character ever printed?"""
+"""Are the ids those of transformers and KerasHub from every set of files, and is no half character ever printed?
+
+test_tokenizer_texts.py has hundreds of texts for each kind of vocabulary.
+"""
 
 import json
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,6 +16,7 @@ from pyfused import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 TEXTS = [
     "Hello world", " Hello world", "", "  two  spaces   here ", "I'm, we'LL, they'd DON'T", "12345678 90 3.14159",
     "emoji 👩‍👩‍👧‍👦🙂 naïve café e\u0301", "x<|endoftext|>y", "<|endoftext|><|endoftext|> hi", "tab\tsep\r\nwin\n",
@@ -24,9 +29,7 @@ OTHERWISE_SPLIT = ["'tis", "a\n\nb", "\n\n\n", "one\n\n\n two\n  \n", "\r\n\r\nx
 
 @pytest.fixture(scope="module")
 def files():
-    from pathlib import Path
-
-    return Path(__file__).resolve().parent.parent / "golden" / "gpt2_tokenizer"
+    return GOLDEN / "gpt2_tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,11 @@ def test_published_ids(ours):
     assert (ours.end_token_id, ours.vocabulary_size) == (50256, 50257)
 
 
-@pytest.mark.parametrize("text", TEXTS + OTHERWISE_SPLIT)
-def test_transformers(ours, theirs, text):
-    ids = ours.encode(text)
-    assert ids == theirs(text)["input_ids"]
-    assert ours.decode(ids) == theirs.decode(ids) == text
-    slow = transformers.GPT2Tokenizer.from_pretrained(theirs.name_or_path)
-    assert ids == slow(text)["input_ids"]
+def test_transformers(ours, theirs):
+    for text in TEXTS + OTHERWISE_SPLIT:
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids) == text
 
 
 def test_keras_hub(ours, files):
@@ -66,16 +67,6 @@ def test_keras_hub(ours, files):
     theirs._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # OpenAI's pattern
     for text in TEXTS + OTHERWISE_SPLIT:
         assert ours.encode(text) == [int(index) for index in theirs(text)], text
-
-
-def test_random_text_round_trips(ours, theirs):
-    generator = random.Random(0)
-    for _ in range(300):
-        kinds = (lambda: generator.randrange(32, 127), lambda: generator.randrange(0xD7FF), lambda: 0x1F600, lambda: 10)
-        text = "".join(chr(generator.choice(kinds)()) for _ in range(generator.randrange(40)))
-        ids = ours.encode(text)
-        assert ids == theirs(text)["input_ids"]
-        assert ours.decode(ids) == text
 
 
 def test_streaming(ours, theirs):

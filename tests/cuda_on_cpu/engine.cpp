@@ -12,13 +12,6 @@
 #include "cuda_runtime.h"
 #include "fibers.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
-
 // The linker's names for the section that holds every static __shared__ array (see shim.py); absent when there is none.
 extern "C" {
 extern unsigned char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
@@ -91,28 +84,19 @@ std::string place(const Site& site) {
 }
 
 // ---- switching ------------------------------------------------------------------------------------------------------
-#if SANITIZED
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
-#endif
 
 void back_to_scheduler(bool for_good) {
-#if SANITIZED
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &thread->fake_stack, scheduler_stack, scheduler_stack_size);
-#endif
-  (void)for_good;
+  begin_switch(for_good ? nullptr : &thread->fake_stack, scheduler_stack, scheduler_stack_size);
   Thread* me = thread;
   jump(me->context, scheduler);
-#if SANITIZED
-  __sanitizer_finish_switch_fiber(me->fake_stack, &scheduler_stack, &scheduler_stack_size);
-#endif
+  end_switch(me->fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
 void enter() {
-#if SANITIZED
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
+  end_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
   body(body_context);
   thread->state = State::kDone;
   if (!thread->copies.empty()) async_wait(0);
@@ -124,13 +108,9 @@ void enter() {
 void run(Thread& t) {
   thread = &t;
   now.thread = t.index;
-#if SANITIZED
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, t.stack, kStack);
-#endif
+  begin_switch(&scheduler_fake_stack, t.stack, kStack);
   jump(scheduler, t.context);
-#if SANITIZED
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
+  end_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
 void wait(State state, Site site) {
@@ -204,17 +184,9 @@ void run_block(Block& b, Order& how) {
   }
 }
 
-// Fibers that a failure left in the middle never leave their frames, whose red zones would stay.
-void forget_abandoned_fibers() {
-#if SANITIZED
-  for (unsigned char* stack : stacks) __asan_unpoison_memory_region(stack, kStack);
-#endif
-}
-
 void poison_static_shared() {
-#if !SANITIZED  // its red zones may not be written; the other build does it
+  if (kSanitized) return;  // its red zones may not be written; the other build does it
   if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
-#endif
 }
 
 __attribute__((no_sanitize("address"))) void copy_bytes(unsigned char* to, const unsigned char* from, size_t bytes) {
@@ -239,10 +211,7 @@ void start_block(Block& b, uint3 index, dim3 dim, size_t shared, size_t first_st
     t.group = 0;
     t.copies.clear();
     t.stack = stack_of(first_stack + i);
-#if SANITIZED
-    // enter() never returns, so the red zones of its frame would stay.
-    __asan_unpoison_memory_region(t.stack + kStack - kGuard, kGuard);
-#endif
+    forget_frames(t.stack + kStack - kGuard, kGuard);  // enter() never returns
     prepare(t.context, t.stack, enter);
   }
 }
@@ -316,7 +285,8 @@ void run_grid(dim3 grid, dim3 dim, size_t shared, bool cooperative, Body run_bod
   body_context = context;
   if (cooperative) run_together(grid, dim, shared);
   else run_one_by_one(grid, dim, shared);
-  if (failed) forget_abandoned_fibers();
+  if (!failed) return;
+  for (unsigned char* stack : stacks) forget_frames(stack, kStack);  // of fibers that the failure left in the middle
 }
 
 // ---- what kernels call --------------------------------------------------------------------------------

@@ -9,6 +9,9 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace cuda_on_cpu {
 namespace {
@@ -64,6 +67,19 @@ void prepare(Context& c, unsigned char* stack, void (*entry)()) {
   makecontext(&c.at, entry, 0);
 }
 void jump(Context& from, Context& to) { swapcontext(&from.at, &to.at); }
+#endif
+
+// AddressSanitizer hears of each switch, and forgets the red zones of frames that are never left.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+void begin_switch(void** fake, const void* stack, size_t size) { __sanitizer_start_switch_fiber(fake, stack, size); }
+void end_switch(void* fake, const void** stack, size_t* size) { __sanitizer_finish_switch_fiber(fake, stack, size); }
+void forget_frames(unsigned char* from, size_t size) { __asan_unpoison_memory_region(from, size); }
+#else
+constexpr bool kSanitized = false;
+void begin_switch(void**, const void*, size_t) {}
+void end_switch(void*, const void**, size_t*) {}
+void forget_frames(unsigned char*, size_t) {}
 #endif
 
 // Stacks outlive a launch: mapping them is slow. Below each lies a page that must not be touched.

@@ -9,6 +9,7 @@ import torch
 import pyfused
 from pyfused import extensions
 from pyfused.kernels.cuda import attention, fourier_mix
+from pyfused.kernels.shared import prepared
 from pyfused.kernels.shared.attention_layout import AttentionLayout
 from pyfused.kernels.shared.fourier import plan
 from pyfused.testing import running
@@ -85,8 +86,11 @@ def passes(rows, f, dtype):
 
 def few(rows, n, f, dtype):
     def call(cuda):
-        cuda.linear_forward(P, P, P, P, P, P, rows, f, n, n, n, f, 4, False, dtype, 0, 0)
-        cuda.ffn_forward(P, P, P, P, P, P, P, P, P, rows, n, f, n, n, n, f, n, 4, dtype, 0, 0)
+        for by_columns in {False, rows <= 8}:
+            into, out = (f, n) if by_columns else (n, f)
+            cuda.linear_forward(P, P, P, P, P, P, rows, f, n, n, into, by_columns, f, 4, False, dtype, 0, 0)
+            both = into, by_columns, out, by_columns
+            cuda.ffn_forward(P, P, P, P, P, P, P, P, P, rows, n, f, n, n, *both, n, 4, dtype, 0, 0)
         cuda.gated_ffn_forward(P, P, P, P, P, P, P, P, P, rows, n, f, n, n, n, n, f, n, 4, dtype, 0, 0)
 
     return call
@@ -155,6 +159,15 @@ def test_a_grid_that_no_gpu_takes_is_refused_by_name(dtype):
         launches(lambda cuda: cuda.gated_ffn_scaled(P, P, P, P, 2**32 + 5, 8, 4, 0, 0))
     with pytest.raises(RuntimeError, match=r"attention forward .*: a grid of \d+ blocks; a GPU takes 2147483647"):
         launches(attend(2**20, 2**12, 2**12, 17, 17, 8, dtype))
+
+
+def test_weights_stored_transposed_are_not_copied(monkeypatch):
+    monkeypatch.setattr(prepared, "_contiguous", lambda args: pytest.fail("weights are copied"))
+    x, into, out = torch.randn(8, 44), torch.randn(44, 20), torch.randn(20, 44)
+    with running("cuda"):
+        pyfused.linear(x, into.t())
+        pyfused.ffn(x, into.t(), None, out.t(), None, activation="relu")
+        pyfused.gated_ffn(x, into.t(), into.t(), out.t(), activation="relu")  # the library's products
 
 
 @pytest.mark.skipif(os.environ.get("PYFUSED_SANITIZE") == "1", reason="no kernel runs")

@@ -40,6 +40,17 @@ def test_weights_are_streamed(name, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_by_columns_are_streamed(architecture):
+    kernels = [k for k in compile_source("linear", architecture) if k.template == "columns_kernel"]
+    pairs = [(str(16 // size), "2", rows) for size in (2, 4) for rows in "148"]
+    assert {k.arguments[1:] for k in kernels} == {*pairs, ("1", "32", "8")}
+    for kernel in kernels:
+        check_kernel(kernel)
+        assert under_way(kernel, "FFMA") == (4 if kernel.arguments[1] != "1" else 0), kernel
+        assert kernel.registers <= 128, kernel  # for 16 warps, or two blocks of 8
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name, template, inputs", [("ffn", "activation_kernel", 1), ("gated_ffn", "pass_kernel", 2)])
 def test_the_pass_between_products_moves_16_bytes_at_a_time(name, template, inputs, architecture):
     kernels = [k for k in compile_source(name, architecture) if k.template == template]

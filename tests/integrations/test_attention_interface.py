@@ -245,7 +245,7 @@ REFUSED = {
     "does not know which layer": ((Q, Q), {"head_mask": torch.ones(3, 4)}),
     "cu_seq_lens_k go together": ((Q[:1], Q[:1]), {"cu_seq_lens_q": torch.tensor([0, 3])}),
     "3 queries and 7 keys": ((Q, K), {"is_causal": True}),
-    "packed unlike": (
+    "packed differently": (
         (Q[:1], K[:1]),
         {"cu_seq_lens_q": torch.tensor([0, 3]), "cu_seq_lens_k": torch.tensor([0, 7])},
     ),

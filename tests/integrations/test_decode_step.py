@@ -3,13 +3,16 @@
 import copy
 
 import pytest
+import shim
 import torch
 import transformers as hf
-from decode_step_cases import MAKE, counted, pair, parts, prompt, tensors
+from decode_step_cases import MAKE, pair, parts, prompt, tensors
 from hf_cases import GPT2, livened, padding, tokens
 from transformers.cache_utils import StaticCache
 
 import pyfused
+from pyfused import extensions
+from pyfused.testing import running
 from pyfused.testing.tolerance import assert_close
 
 NEW = 9
@@ -26,11 +29,6 @@ GENERATIONS = {
     "left padding, static cache": {"side": "left", "cache_implementation": "static"},
     "left padding, beams": {"side": "left", "num_beams": 2},
 }
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return counted(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +62,20 @@ def test_generate(steps, name, options):
         assert a.stride() == b.stride()
     lengths = [int(part.get_seq_length()) for part in parts(found.past_key_values)]
     assert lengths == [int(part.get_seq_length()) for part in parts(expected.past_key_values)]
+
+
+@pytest.mark.skipif(not extensions.emulating_cuda(), reason="a machine with a GPU has no CUDA kernels for CPU tensors")
+@pytest.mark.parametrize("name", MAKE)
+def test_the_cuda_kernel_generates_the_same_tokens(steps, monkeypatch, name):
+    """It reads Conv1D's weights as they are stored."""
+    launches, launch = [], shim.load().decode_forward
+    monkeypatch.setattr(shim.load(), "decode_forward", lambda *args: launches.append(args) or launch(*args))
+    plain, fused = pair(name)
+    ids = tokens(2, 7)
+    with running("cuda", strict=False):
+        found = generate(fused, ids, side="left")
+    assert len(launches) == len(steps) == STEPS
+    assert torch.equal(found.sequences, generate(plain, ids, side="left").sequences)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

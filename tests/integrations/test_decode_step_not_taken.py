@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from decode_step_cases import MAKE, counted, pair, prompt
+from decode_step_cases import MAKE, pair, prompt
 from hf_cases import livened, tokens
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -17,11 +17,6 @@ from transformers.cache_utils import DynamicCache
 
 import pyfused
 from pyfused.own_forward import kept
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return counted(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

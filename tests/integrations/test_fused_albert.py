@@ -7,7 +7,6 @@ from fused_pairs import (
     check_changed_child,
     check_dropout,
     check_resized,
-    check_two_models_of_one_config,
     counted,
     padded,
 )
@@ -140,10 +139,6 @@ def test_filter_unfuse_and_files(tmp_path):
     again = transformers.AlbertModel.from_pretrained(tmp_path)
     assert torch.equal(again(**given).last_hidden_state, trio.plain(**given).last_hidden_state)
     assert torch.equal(pyfused.unfuse_(trio.fused)(**given).last_hidden_state, trio.plain(**given).last_hidden_state)
-
-
-def test_two_models_of_one_config():
-    check_two_models_of_one_config(transformers.AlbertModel, transformers.AlbertConfig(**SIZES), **inputs())
 
 
 def test_resized_embeddings():

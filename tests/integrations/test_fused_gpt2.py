@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from hf_cases import GPT2, in_double, livened, padding, tokens
+from fused_pairs import Trio, counted, gradients, tensors
+from hf_cases import GPT2, livened, padding, tokens
 from torch import nn
 
 import pyfused
 from pyfused import notices
 from pyfused.integrations.transformers import gpt2 as gpt2_integration
 from pyfused.own_forward import is_fused
-from pyfused.testing.tolerance import assert_close
 
 HEADS = {
     "model": hf.GPT2Model,
@@ -31,29 +31,8 @@ def gpt2(head="model", **more):
     return livened(HEADS[head](hf.GPT2Config(**{**GPT2, **more})))
 
 
-def pair(head="model", **more):
-    """The same model twice: plain and fused."""
-    plain = gpt2(head, **more)
-    fused = copy.deepcopy(plain)
-    pyfused.fuse_(fused)
-    return plain, fused
-
-
-def check(plain, fused, inputs, outputs=(0,), live=...):
-    """Judges these outputs of the fused model by the tolerance rule."""
-    exact = copy.deepcopy(plain).double()
-    exact.set_attn_implementation("eager")
-    plain.set_attn_implementation("eager")
-    for module in exact.modules():
-        module.reorder_and_upcast_attn = False  # it refuses float64, which needs no upcast
-    with torch.no_grad():
-        actual, same, truth = fused(**inputs), plain(**inputs), exact(**in_double(inputs))
-    for index in outputs:
-        assert_close(actual[index][live], same[index][live], truth[index][live].double(), f"output {index}")
-
-
 def test_what_is_replaced():
-    _, fused = pair("language model", add_cross_attention=True)
+    fused = Trio(gpt2("language model", add_cross_attention=True)).fused
     names = {n for n, m in fused.named_modules() if is_fused(m)}
     layers = {f"transformer.h.{i}{part}" for i in (0, 1) for part in ("", ".ln_1", ".ln_cross_attn", ".ln_2", ".mlp")}
     assert names == {"transformer", *layers, "transformer.ln_f", "lm_head"}
@@ -65,22 +44,15 @@ def test_what_is_replaced():
     assert {a.config._attn_implementation for a in attentions} == {"sdpa"}
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh", "mish"])
 def test_activations(activation, monkeypatch):
-    plain, fused = pair(activation_function=activation)
-    calls = []
-    monkeypatch.setattr(gpt2_integration, "ffn", lambda *a, **k: calls.append(k) or pyfused.ffn(*a, **k))
-    check(plain, fused, {"input_ids": tokens(2, 6)})
-    assert len(calls) == 2
-    assert all(k["residual"] is not None for k in calls)
-
-
-def test_activation_without_a_kernel():
-    plain = gpt2(activation_function="mish")
-    fused = copy.deepcopy(plain)
-    report = pyfused.fuse_(fused)
-    assert [e.note for e in report.left] == ["the kernels do not have the activation MishActivation"] * 2
-    check(plain, fused, {"input_ids": tokens(2, 6)})
+    trio = Trio(gpt2(activation_function=activation))
+    calls = counted(monkeypatch, gpt2_integration, "ffn")
+    trio.fused(tokens(2, 6))
+    assert calls == {"ffn": 0 if activation == "mish" else 2}
+    trio.check(input_ids=tokens(2, 6))
+    reason = ["the kernels do not have the activation MishActivation"]
+    assert [entry.note for entry in trio.report.left] == (reason * 2 if activation == "mish" else [])
 
 
 @pytest.mark.parametrize(
@@ -93,51 +65,43 @@ def test_activation_without_a_kernel():
     ],
 )
 def test_options(options):
-    check(*pair(**options), {"input_ids": tokens(2, 6)})
+    Trio(gpt2(**options)).check(input_ids=tokens(2, 6))
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_inputs(side):
     """All inputs at once: ids or embeddings, segments, positions, masks, an encoder with its own mask."""
-    plain, fused = pair(add_cross_attention=True)
-    mask = padding(2, 7, side)
+    trio, mask = Trio(gpt2(add_cross_attention=True)), padding(2, 7, side)
     inputs = {"token_type_ids": tokens(2, 7), "position_ids": torch.randint(0, 60, (2, 7)), "attention_mask": mask}
     inputs |= {"encoder_hidden_states": torch.randn(2, 5, 32), "encoder_attention_mask": padding(2, 5, side)}
-    check(plain, fused, {"input_ids": tokens(2, 7), **inputs}, live=mask.bool())
-    check(plain, fused, {"inputs_embeds": torch.randn(2, 7, 32), **inputs}, live=mask.bool())
-    check(plain, fused, {"input_ids": tokens(2, 7)})  # no encoder: cross-attention is skipped
+    inputs |= {"use_cache": False}  # nobody reads the cache's keys at padding
+    trio.check(live=mask, input_ids=tokens(2, 7), **inputs)
+    trio.check(live=mask, inputs_embeds=torch.randn(2, 7, 32), **inputs)
+    trio.check(input_ids=tokens(2, 7))  # no encoder: cross-attention is skipped
 
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_caches_hold_the_same(cross):
-    plain, fused = pair(add_cross_attention=cross)
-    ids = tokens(2, 8)
+    """A prompt, three tokens at once, then one."""
+    trio, ids, cache, parts = Trio(gpt2(add_cross_attention=cross)), tokens(2, 8), None, []
     encoder = {"encoder_hidden_states": torch.randn(2, 5, 32)} if cross else {}
-    whole = plain(ids, **encoder)[0]
-    cache, parts = None, []
     for begin, end in ((0, 4), (4, 7), (7, 8)):
-        out = fused(ids[:, begin:end], past_key_values=cache, use_cache=True, **encoder)
+        out = trio.fused(ids[:, begin:end], past_key_values=cache, use_cache=True, **encoder)
         cache = out.past_key_values
         parts.append(out[0])
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
     assert isinstance(cache, hf.EncoderDecoderCache if cross else hf.DynamicCache)
     assert cache.get_seq_length() == 8
-    kept = plain(ids, use_cache=True, **encoder).past_key_values
-    layers = (
-        [(cache, kept)] if not cross else [(getattr(c, n), getattr(k, n)) for c, k in [(cache, kept)] for n in PARTS]
-    )
-    for a, b in layers:
-        for i in range(2):
-            torch.testing.assert_close(a.layers[i].keys, b.layers[i].keys)
-            torch.testing.assert_close(a.layers[i].values, b.layers[i].values)
-
-
-PARTS = ("self_attention_cache", "cross_attention_cache")
+    whole = trio.plain(ids, use_cache=True, **encoder)
+    torch.testing.assert_close(torch.cat(parts, 1), whole[0])
+    found, expected = tensors(cache), tensors(whole.past_key_values)
+    assert len(found) == (8 if cross else 4)
+    torch.testing.assert_close(found, expected)
 
 
 def test_hidden_states_and_attentions(monkeypatch):
     monkeypatch.setattr(notices, "_said", set())
-    plain, fused = pair(add_cross_attention=True)
+    trio = Trio(gpt2(add_cross_attention=True))
+    fused, plain = trio.fused, trio.plain
     plain.set_attn_implementation("eager")
     inputs = {"input_ids": tokens(2, 6), "encoder_hidden_states": torch.randn(2, 5, 32)}
     inputs |= {"output_hidden_states": True, "output_attentions": True}
@@ -157,9 +121,8 @@ def test_hidden_states_and_attentions(monkeypatch):
 
 def test_head_mask_is_refused_beside_cross_attention():
     """transformers does not pass it to cross-attention. Other models honour it (test_attention_interface)."""
-    _, fused = pair(add_cross_attention=True)
     with pytest.raises(ValueError, match="head_mask"):
-        fused(tokens(1, 4), head_mask=torch.ones(4))
+        Trio(gpt2(add_cross_attention=True)).fused(tokens(1, 4), head_mask=torch.ones(4))
 
 
 LABELS = {
@@ -172,17 +135,17 @@ LABELS = {
 
 @pytest.mark.parametrize("head", LABELS)
 def test_heads_and_losses(head):
-    plain, fused = pair(head)
-    check(plain, fused, {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right"), **LABELS[head]()}, (0,))
-    live = padding(2, 7, "right").bool() if head in ("language model", "token") else ...
-    check(plain, fused, {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right")}, (0,), live)
+    trio, mask = Trio(gpt2(head, use_cache=False)), padding(2, 7, "right")
+    inputs = {"input_ids": tokens(2, 7), "attention_mask": mask}
+    trio.check(live=mask, **inputs)
+    trio.check(live=mask, **inputs, **LABELS[head]())
 
 
 def test_double_heads():
-    plain, fused = pair("double heads")
+    trio = Trio(gpt2("double heads"))
     inputs = {"input_ids": tokens(2, 3, 6), "mc_token_ids": torch.randint(0, 6, (2, 3))}
-    check(plain, fused, inputs, (0, 1))
-    check(plain, fused, {**inputs, "labels": tokens(2, 3, 6), "mc_labels": torch.tensor([0, 2])}, (0, 1, 2, 3))
+    trio.check(**inputs)
+    trio.check(**inputs, labels=tokens(2, 3, 6), mc_labels=torch.tensor([0, 2]))
 
 
 GENERATE = {
@@ -198,10 +161,10 @@ GENERATE = {
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate(how):
     """The same tokens from prompts padded on the left, in float64, so no rounding decides between two tokens."""
-    plain, fused = (model.double() for model in pair("language model"))
+    trio = Trio(gpt2("language model"), torch.float64)
     inputs = {"input_ids": tokens(2, 5), "attention_mask": padding(2, 5, "left"), "max_new_tokens": 12, **GENERATE[how]}
     results = []
-    for model in (plain, fused):
+    for model in (trio.plain, trio.fused):
         torch.manual_seed(7)
         results.append(model.generate(**inputs, eos_token_id=None))
     assert torch.equal(*results)
@@ -209,18 +172,16 @@ def test_generate(how):
 
 
 def test_left_padding_changes_nothing():
-    _, fused = pair("language model")
-    ids = tokens(1, 5)
+    fused, ids = Trio(gpt2("language model")).fused, tokens(1, 5)
     padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), padding(1, 8, "left")
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     torch.testing.assert_close(fused(padded, attention_mask=mask, position_ids=positions)[0][:, 3:], fused(ids)[0])
 
 
 def test_saves_loads_and_resizes(tmp_path):
-    plain, fused = pair("language model")
-    ids = tokens(2, 6)
-    expected = fused(ids)[0]
-    assert list(fused.state_dict()) == list(plain.state_dict())
+    trio, ids = Trio(gpt2("language model")), tokens(2, 6)
+    fused, expected = trio.fused, trio.fused(ids)[0]
+    assert list(fused.state_dict()) == list(trio.plain.state_dict())
     fused.save_pretrained(tmp_path)
     again = hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert again.config._attn_implementation == "sdpa"
@@ -233,8 +194,7 @@ def test_saves_loads_and_resizes(tmp_path):
 
 
 def test_copies_and_pickles(tmp_path):
-    _, fused = pair("language model")
-    ids = tokens(2, 6)
+    fused, ids = Trio(gpt2("language model")).fused, tokens(2, 6)
     expected = fused(ids)[0]
     other = copy.deepcopy(fused)
     with torch.no_grad():
@@ -249,41 +209,30 @@ def test_copies_and_pickles(tmp_path):
     subprocess.run([sys.executable, "-c", loads, str(tmp_path / "model")], check=True)
 
 
-def gradients(model, inputs, labels):
-    model.zero_grad()
-    model(**inputs, labels=labels).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("checkpointing", ["", "reentrant", "not reentrant"])
-def test_gradients(checkpointing):
-    plain, fused = pair("language model")
-    inputs, labels = {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right")}, tokens(2, 7)
-    truth = gradients(copy.deepcopy(plain).double().train(), inputs, labels)
-    expected = gradients(plain.train(), inputs, labels)
-    if checkpointing:
-        fused.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    actual = gradients(fused.train(), inputs, labels)
-    assert actual.keys() == truth.keys()
-    for name, grad in actual.items():
-        assert_close(grad, expected[name], truth[name], name)
+def test_gradients_and_checkpointing():
+    trio = Trio(gpt2("language model"))
+    inputs = {"input_ids": tokens(2, 7), "attention_mask": padding(2, 7, "right"), "labels": tokens(2, 7)}
+    expected = trio.check_gradients(lambda output: output.loss, **inputs)
+    for reentrant in (True, False):
+        found = gradients(trio.fused, lambda model: model(**inputs).loss, reentrant)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], msg=name)
 
 
 def test_dropout_is_everywhere():
     """Each site alone makes two training calls differ; no site changes evaluation."""
     ids = tokens(2, 6)
     for site in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        plain, fused = pair(**{site: 0.5})
-        torch.testing.assert_close(fused(ids)[0], plain(ids)[0])
-        fused.train()
-        assert not torch.equal(fused(ids)[0], fused(ids)[0])
+        trio = Trio(gpt2(**{site: 0.5}))
+        trio.check(input_ids=ids)
+        trio.fused.train()
+        assert not torch.equal(trio.fused(ids)[0], trio.fused(ids)[0])
 
 
 def test_residual_dropout_is_the_plain_models():
     """The same modules draw it in the same order, so one seed gives both models the same mask."""
-    plain, fused = pair(resid_pdrop=0.5)
-    ids, results = tokens(2, 6), []
-    for model in (plain.train(), fused.train()):
+    trio, ids, results = Trio(gpt2(resid_pdrop=0.5)), tokens(2, 6), []
+    for model in (trio.plain.train(), trio.fused.train()):
         torch.manual_seed(3)
         results.append(model(ids)[0])
     torch.testing.assert_close(results[1], results[0])
@@ -313,37 +262,33 @@ CHANGES = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_changes_after_fusing_count(what):
-    plain, fused = pair()
-    ids = tokens(2, 6)
-    before = fused(ids)[0]
-    for model in (plain, fused):
+    trio, ids = Trio(gpt2()), tokens(2, 6)
+    before = trio.fused(ids)[0]
+    for model in trio.models:
         CHANGES[what](model.h[1])
-    torch.testing.assert_close(fused(ids)[0], plain(ids)[0])
-    assert not torch.allclose(fused(ids)[0], before)
+    assert not torch.allclose(trio.fused(ids)[0], before)
+    trio.check(input_ids=ids)
 
 
 def test_functional_call_takes_other_weights():
-    _, fused = pair("language model")
-    ids, other = tokens(2, 6), gpt2("language model")
+    fused, ids, other = Trio(gpt2("language model")).fused, tokens(2, 6), gpt2("language model")
     with torch.no_grad():
         actual = torch.func.functional_call(fused, dict(other.named_parameters()), (ids,))[0]
         torch.testing.assert_close(actual, other(ids)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes(dtype):
-    plain, fused = pair()
-    check(plain.to(dtype), fused.to(dtype), {"input_ids": tokens(2, 6)})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    Trio(gpt2(), dtype).check(input_ids=tokens(2, 6))
+
+
+def test_float64():
+    trio, ids = Trio(gpt2(), torch.float64), tokens(2, 6)
+    torch.testing.assert_close(trio.fused(ids)[0], trio.plain(ids)[0])
 
 
 def test_autocast_keeps_the_residual_stream():
-    plain, fused = pair()
-    ids = tokens(2, 6)
-    exact = copy.deepcopy(plain).double()(ids)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = fused(ids)[0], plain(ids)[0]
-    assert actual.dtype == expected.dtype
-    assert_close(actual, expected, exact)
+    Trio(gpt2()).check_autocast(input_ids=tokens(2, 6))
 
 
 def test_filter():
@@ -363,8 +308,8 @@ def test_filter():
 @pytest.mark.parametrize("head", ["model", "language model"])
 def test_compiles_whole(head):
     torch._dynamo.reset()
-    plain, fused = pair(head)
-    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="eager")
+    trio = Trio(gpt2(head))
+    compiled = torch.compile(trio.fused, fullgraph=True, dynamic=True, backend="eager")
     for length in (5, 9):
         ids = tokens(2, length)
-        torch.testing.assert_close(compiled(ids)[0], plain(ids)[0])
+        torch.testing.assert_close(compiled(ids)[0], trio.plain(ids)[0])

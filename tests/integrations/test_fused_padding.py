@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from family_cases import FAMILIES
-from fused_pairs import vary
+from fused_pairs import Trio, vary
 from hf_cases import BERT, T5, livened, tokens
 from torch import nn
 
@@ -85,21 +85,10 @@ def test_real_tokens_get_the_same_states(name, side, monkeypatch):
 
 @pytest.mark.parametrize("name", ["BERT", "ALBERT", "MPNet", "mT5, encoder"])
 def test_gradients(name):
-    plain = model_of(name)
-    truth, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain)
-    pyfused.fuse_(fused, skip_padding=True)
-
-    def once():
-        inputs, found = batch(), []
-        for model in (fused, plain, truth):
-            model.zero_grad()
-            states = model(**inputs).last_hidden_state
-            (states * inputs["attention_mask"][..., None]).square().mean().backward()
-            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        assert found[0].keys() == found[1].keys()
-        return {n: [grads[n] for grads in found] for n in found[0]}
-
-    draws.check(once)
+    inputs = batch()
+    real = inputs["attention_mask"][..., None]
+    trio = Trio(model_of(name), skip_padding=True)
+    trio.check_gradients(lambda output: (output.last_hidden_state * real).square().mean(), **inputs)
 
 
 @pytest.mark.parametrize(

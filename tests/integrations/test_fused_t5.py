@@ -9,7 +9,6 @@ from fused_pairs import (
     check_changed_child,
     check_dropout,
     check_resized,
-    check_two_models_of_one_config,
     counted,
     gradients,
     padded,
@@ -279,7 +278,3 @@ def test_unfuse_copies_and_files(tmp_path):
 def test_resized_embeddings():
     given = {name: inputs()[name] + 8 for name in ("input_ids", "decoder_input_ids")}
     check_resized(Trio(t5("T5ForConditionalGeneration")), 70, **given)
-
-
-def test_two_models_of_one_config():
-    check_two_models_of_one_config(transformers.T5Model, transformers.T5Config(**SIZES), **inputs())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from family_cases import FAMILIES
-from hf_cases import BERT, T5, livened, tokens
+from hf_cases import T5, livened, tokens
 from torch import nn
 
 import pyfused
@@ -137,12 +137,8 @@ LEFT += [HasOurName, InAPartial, InAnObject]
 
 
 @pytest.mark.parametrize("kind", [*LEFT, LoopsOverANewMiddle, BesideAnEmptyCell])
-def test_statements_that_a_copy_needs(kind, monkeypatch):
-    monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
-    plain = kind()
-    fused = copy.deepcopy(plain)
-    pooler = hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8}))
-    pyfused.fuse_(nn.Sequential(fused, pooler))
+def test_statements_that_a_copy_needs(kind, pair):
+    plain, fused, _ = pair(kind)
     assert is_fused(fused) == (kind not in LEFT)
     x = torch.randn(3, 8)
     torch.testing.assert_close(fused(x), plain(x))

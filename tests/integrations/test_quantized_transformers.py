@@ -124,14 +124,11 @@ def test_float16_t5_of_transformers_keeps_wo_in_float32():
     assert wo(torch.ones(1, 48, dtype=torch.float16)).dtype == torch.float32
     plain = unquantize_(copy.deepcopy(model))
     assert plain.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
-    for m in (model, pyfused.fuse_(copy.deepcopy(model)) and model):
-        with torch.no_grad():
-            found, expected, truth = (
-                m(**inputs).logits,
-                plain(**inputs).logits,
-                copy.deepcopy(plain).double()(**inputs).logits,
-            )
-        assert_close(found, expected, truth)
+    fused, wide = copy.deepcopy(model), copy.deepcopy(plain).double()
+    pyfused.fuse_(fused)
+    with torch.no_grad():
+        for m in (model, fused):
+            assert_close(*(one(**inputs).logits for one in (m, plain, wide)))
 
 
 def test_fused_blocks_call_their_quantised_children():

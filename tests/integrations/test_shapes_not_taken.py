@@ -68,18 +68,21 @@ class OutputOfHalf(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [OtherInTraining, Remembers, Draws, LaterScaled, HalfOfIt, Cubes, OutputOfHalf])
-def test_almost_a_usual_shape(kind, monkeypatch):
-    monkeypatch.setattr(kind.forward, "__module__", "transformers.models.tomorrow.modeling_tomorrow")
-    pooler = hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(**{**BERT, "hidden_size": 8}))
-    model = nn.Sequential(kind(), pooler).eval()  # with the pooler the library is in use
-    plain, random = copy.deepcopy(model), torch.get_rng_state()
-    pyfused.fuse_(model)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert getattr(model[0], "seen", []) == []
+def test_almost_a_usual_shape(kind, pair):
+    plain, fused, _ = pair(kind)
+    assert getattr(fused, "seen", []) == []
     inputs = [torch.rand(3, 8)] * (2 if kind is OutputOfHalf else 1)
-    for part in (model[0].train(), plain[0].train()):
-        part.scale = 3.0
-    torch.testing.assert_close(model[0](*inputs), plain[0](*inputs))
+    for module in (fused, plain):
+        module.scale = 3.0
+    torch.testing.assert_close(fused.train()(*inputs), plain.train()(*inputs))
+
+
+def test_fusing_draws_no_random_number(fuse_tomorrows, monkeypatch):
+    pooler = hf.models.bert.modeling_bert.BertPooler(hf.BertConfig(hidden_size=8))
+    monkeypatch.setattr(hf.models.bert.modeling_bert, "BertPooler", lambda config: pooler)
+    module, random = Draws(), torch.get_rng_state()
+    fuse_tomorrows(module)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 class Tanh(nn.Module):

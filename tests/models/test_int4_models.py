@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from quantized_cases import BACKBONES, DTYPES, assert_same_model, bytes_of, inputs_of, kinds, outputs, spread
+from quantized_cases import BACKBONES, DTYPES, assert_same_model, bytes_of, kinds, outputs, spread
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -157,19 +157,6 @@ def test_casts_and_back():
         QuantizedLinear(64, 8, scheme="int4", dynamic=True)
 
 
-def test_training_of_what_is_left():
-    """Norms, biases and inputs get the gradients of the dequantised model."""
-    model = spread(MODELS["gpt2"]()).train()
-    quantize_(model, "int4")
-    plain = unquantize_(copy.deepcopy(model))
-    for m in (model, plain):
-        m(inputs_of(m)).square().sum().backward()
-    expected = dict(plain.named_parameters())
-    for key, p in model.named_parameters():
-        largest = float(expected[key].grad.abs().max())
-        torch.testing.assert_close(p.grad, expected[key].grad, rtol=1e-3, atol=1e-3 * largest)
-
-
 def test_transformers():
     """GPT-2's Conv1D, whose K is its first dimension, and T5's own head, fused and not."""
     import transformers as hf
@@ -190,11 +177,10 @@ def test_transformers():
             for key, form in found.items()
         )
         assert {"int4", "int8"} == set(found.values())
-        plain = unquantize_(copy.deepcopy(model))
-        for made in (model, pyfused.fuse_(copy.deepcopy(model)) and model):
+        plain, fused = unquantize_(copy.deepcopy(model)), copy.deepcopy(model)
+        pyfused.fuse_(fused)
+        for made in (model, fused):
             with torch.no_grad():
                 torch.testing.assert_close(made(ids, **more).logits, plain(ids, **more).logits, rtol=1e-4, atol=1e-4)
         options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        fused = copy.deepcopy(model)
-        pyfused.fuse_(fused)
         assert torch.equal(fused.generate(ids, **options), plain.generate(ids, **options))

@@ -46,35 +46,17 @@ def check_residual(mine, theirs, x):
         mine(x[..., :-1])
 
 
-@pytest.mark.parametrize(
-    "shape, affine, bias", [(24, True, True), (24, True, False), (24, False, True), ((4, 6), True, True)]
-)
-def test_layer_norm(shape, affine, bias):
-    theirs = nn.LayerNorm(shape, 1e-3, affine, bias)
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("shape", [24, (4, 6)])
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_norms(kind, shape, options):
+    if kind is RMSNorm and "bias" in options:
+        return  # it has none
+    theirs, mine = (made(shape, 1e-3, **options) for made in (getattr(nn, kind.__name__), kind))
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
-    mine = LayerNorm(shape, 1e-3, affine, bias)
-    dims = (shape,) if isinstance(shape, int) else shape
-    x = torch.randn(3, 5, *dims)
+    x = torch.randn(3, 5, *((shape,) if isinstance(shape, int) else shape))
     assert_close(*both(mine, theirs, x))
-    check_residual(mine, theirs, x)
-
-
-@pytest.mark.parametrize(
-    "shape, eps, affine", [(24, 1e-3, True), (24, None, True), (24, 1e-3, False), ((4, 6), 1e-3, True)]
-)
-def test_rms_norm(shape, eps, affine):
-    theirs = nn.RMSNorm(shape, eps, affine)
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter)
-    mine = RMSNorm(shape, eps, affine)
-    dims = (shape,) if isinstance(shape, int) else shape
-    x = torch.randn(3, 5, *dims)
-    mine.load_state_dict(theirs.state_dict())
-    wide = nn.RMSNorm(shape, torch.finfo(torch.float32).eps if eps is None else eps, affine).double()
-    wide.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        assert_close(mine(x), theirs(x), wide(x.double()))
     check_residual(mine, theirs, x)
 
 
@@ -102,42 +84,35 @@ def test_linear(bias):
     torch.testing.assert_close(mine(x, residual), theirs(x) + residual)
 
 
-@pytest.mark.parametrize(
-    "activation, function", [("gelu_new", nn.GELU("tanh")), ("gelu", nn.GELU()), ("relu", nn.ReLU())]
-)
-def test_feed_forward(activation, function):
-    mine = Mlp(24, 56, activation)
-    theirs = nn.Sequential(nn.Linear(24, 56), function, nn.Linear(56, 24))
-    names = {"0": "inner", "2": "outer"}
-    mine.load_state_dict({f"{names[k[0]]}{k[1:]}": v for k, v in theirs.state_dict().items()})
-    x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
-    with torch.no_grad():
-        plain = theirs(x)
-        assert_close(mine(x), plain, theirs.double()(x.double()))
-        torch.testing.assert_close(mine(x, residual), plain + residual)
-    with pytest.raises(ValueError, match="activation='swiglu'"):
-        Mlp(24, 56, "swiglu")
+FEED_FORWARDS = {
+    Mlp: {"inner.weight": (56, 24), "inner.bias": (56,), "outer.weight": (24, 56), "outer.bias": (24,)},
+    GatedMlp: {"gate.weight": (56, 24), "up.weight": (56, 24), "outer.weight": (24, 56)},
+}
 
 
 @pytest.mark.parametrize(
-    "activation, function", [("gelu_new", nn.GELU("tanh")), ("silu", nn.SiLU()), ("tanh", nn.Tanh())]
+    "activation, function",
+    [("gelu_new", nn.GELU("tanh")), ("gelu", nn.GELU()), ("relu", nn.ReLU()), ("silu", nn.SiLU()), ("tanh", nn.Tanh())],
 )
-def test_gated_feed_forward(activation, function):
-    mine = GatedMlp(24, 56, activation)
-    assert {k: tuple(v.shape) for k, v in mine.state_dict().items()} == {
-        "gate.weight": (56, 24), "up.weight": (56, 24), "outer.weight": (24, 56),
-    }  # fmt: skip
+@pytest.mark.parametrize("kind", FEED_FORWARDS)
+def test_feed_forward(kind, activation, function):
+    mine = kind(24, 56, activation)
+    assert {k: tuple(v.shape) for k, v in mine.state_dict().items()} == FEED_FORWARDS[kind]
+
+    def plain(x):
+        held = {name: t.to(x.dtype) for name, t in mine.state_dict().items()}
+        if kind is GatedMlp:
+            hidden = function(x @ held["gate.weight"].t()) * (x @ held["up.weight"].t())
+            return hidden @ held["outer.weight"].t()
+        hidden = function(nn.functional.linear(x, held["inner.weight"], held["inner.bias"]))
+        return nn.functional.linear(hidden, held["outer.weight"], held["outer.bias"])
+
     x, residual = torch.randn(3, 5, 24), torch.randn(3, 5, 24)
-
-    def plain(dtype):
-        gate, up, outer = (mine.get_parameter(f"{name}.weight").to(dtype) for name in ("gate", "up", "outer"))
-        return (function(x.to(dtype) @ gate.t()) * (x.to(dtype) @ up.t())) @ outer.t()
-
     with torch.no_grad():
-        assert_close(mine(x), plain(torch.float32), plain(torch.float64))
-        torch.testing.assert_close(mine(x, residual), plain(torch.float32) + residual)
+        assert_close(mine(x), plain(x), plain(x.double()))
+        torch.testing.assert_close(mine(x, residual), plain(x) + residual)
     with pytest.raises(ValueError, match="activation='swiglu'"):
-        GatedMlp(24, 56, "swiglu")
+        kind(24, 56, "swiglu")
 
 
 @pytest.mark.parametrize("kind", [Mlp, GatedMlp])

@@ -1,39 +1,16 @@
 """Is attention right on every backend? Values, gradients, masks, bias, dropout, strides, memory, errors, opcheck."""
 
-import dataclasses
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import Case, drawn_seed, gradients, judge_backward, judge_forward, judge_threads, make, ones, plain
 from draws import check
 from opchecks import check_registered, opcheck
-from plain_attention import plain
 
 import pyfused
 from pyfused.kernels.reference import attention as reference
 from pyfused.kernels.reference._philox import keep_mask
 from pyfused.testing import assert_close, running
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """B, H, Hkv, Sq, Sk, D and the options of one comparison; seldom: too slow for an interpreter."""
-
-    sizes: tuple[int, int, int, int, int, int]
-    is_causal: bool = False
-    padding: str = ""  # "random", "left", "right", "all" (one batch entry has no real token)
-    bias: str = ""  # "full", "head" (1, H, Sq, Sk), "row" (B, 1, 1, Sk), "batch" (Sq, Sk)
-    hidden: bool = False  # some of the bias is -inf
-    dropout_p: float = 0.0
-    scale: float | None = None
-    seldom: bool = False
-
-    def __str__(self):
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:-1]}
-        options = [name if value is True else str(value) for name, value in values.items() if value]
-        return "-".join(["x".join(map(str, self.sizes)), *options])
-
 
 CASES = [
     Case((1, 1, 1, 1, 1, 1)),
@@ -72,84 +49,25 @@ FORWARD_ONLY = [
 ]
 
 
-def make_mask(kind, b, sk, device):
-    position = torch.arange(sk, device=device)
-    length = torch.tensor([1 + (sk - 1) * (n + 1) // (b + 1) for n in range(b)], device=device)[:, None]
-    if kind == "random":
-        return torch.rand(b, sk, device=device) < 0.6
-    if kind == "all":
-        return torch.arange(b, device=device)[:, None].ne(0).expand(b, sk)
-    return position < length if kind == "right" else position >= sk - length
-
-
-def make(case, dtype, device):
-    b, h, hkv, sq, sk, d = case.sizes
-    inputs = {"query": torch.randn(b, h, sq, d, device=device).to(dtype)}
-    inputs["key"], inputs["value"] = (torch.randn(b, hkv, sk, d, device=device).to(dtype) for _ in range(2))
-    options = {"is_causal": case.is_causal, "scale": case.scale, "dropout_p": case.dropout_p}
-    if case.padding:
-        options["padding_mask"] = make_mask(case.padding, b, sk, device)
-    if case.bias:
-        shape = {"full": (b, h, sq, sk), "head": (1, h, sq, sk), "row": (b, 1, 1, sk), "batch": (sq, sk)}[case.bias]
-        hidden = torch.rand(shape, device=device) < (0.2 if case.hidden else 0.0)
-        inputs["attn_bias"] = torch.randn(shape, device=device).to(dtype).masked_fill(hidden, -torch.inf)
-    return inputs, options
-
-
-def drawn_seed(options, device):
-    """The seed that attention will draw next; the generator does not advance."""
-    if not options["dropout_p"]:
-        return None
-    generator = torch.cuda if device == "cuda" else torch
-    state = generator.get_rng_state()
-    seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    generator.set_rng_state(state)
-    return seed
+def fused(inputs, options):
+    return pyfused.attention(**inputs, **options)
 
 
 @pytest.mark.parametrize("case", CASES + FORWARD_ONLY, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    def once():
-        inputs, options = make(case, dtype, device)
-        seed = drawn_seed(options, device)
-        out = pyfused.attention(**inputs, **options)
-        assert out.dtype == dtype
-        assert out.transpose(1, 2).is_contiguous()
-        truth = plain({k: v.double() for k, v in inputs.items()}, options, seed)
-        return {"output": (out, plain(inputs, options, seed), truth)}
-
-    check(once)
-
-
-def gradients(fused, plain, inputs, cotangent):
-    """{name: (fused, plain, truth)} of every input's gradient; only plain gets `logarithm`, the truth does not."""
-
-    def run(function, wide):
-        leaves = {k: v.to(wide).requires_grad_() for k, v in inputs.items()}
-        return torch.autograd.grad(function(leaves), list(leaves.values()), cotangent.to(wide))
-
-    dtype = cotangent.dtype
-    actual, expected = run(fused, dtype), run(lambda t: plain(t, logarithm=True), dtype)
-    assert [t.dtype for t in actual] == [t.dtype for t in inputs.values()]
-    return {f"gradient of {k}": found for k, *found in zip(inputs, actual, expected, run(plain, torch.float64))}
+    judge_forward(lambda: make(case, dtype, device), fused, plain)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
     """test_few_queries_have_the_gradients_of_softmax covers float32 with few queries."""
+    judge_backward(lambda: make(case, dtype, device), fused, plain)
 
-    def once():
-        inputs, options = make(case, dtype, device)
-        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-        seed = drawn_seed(options, device)
-        return gradients(
-            lambda t: pyfused.attention(**t, **options),
-            functools.partial(plain, options=options, seed=seed),
-            inputs,
-            cotangent,
-        )
 
-    check(once)
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 300, 300, 24), (2, 3, 3, 130, 170, 24), (1, 2, 2, 2, 1500, 24)], ids=str)
+def test_threads_do_not_change_the_result(each_backend, sizes):
+    judge_threads(lambda: make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu"), fused, plain)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, q, k, 24) for q, k in [(1, 1), (1, 40), (3, 70), (8, 33)]], ids=str)
@@ -159,8 +77,7 @@ def test_few_queries_have_the_gradients_of_softmax(device, sizes):
     def once():
         inputs, options = make(Case(sizes), torch.float32, device)
         cotangent = torch.randn(inputs["query"].shape, device=device)
-        fused = lambda t: pyfused.attention(**t, **options)  # noqa: E731
-        return gradients(fused, lambda t, logarithm=False: plain(t, options), inputs, cotangent)
+        return gradients(lambda t: fused(t, options), lambda t, logarithm=False: plain(t, options), inputs, cotangent)
 
     check(once)
 
@@ -334,28 +251,6 @@ def test_no_grad_matches_grad(each_backend, device):
     assert torch.equal(alone, pyfused.attention(query, key, value).detach())
 
 
-@pytest.mark.cpu_kernels
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 300, 300, 24), (2, 3, 3, 130, 170, 24), (1, 2, 2, 2, 1500, 24)], ids=str)
-def test_threads_do_not_change_the_result(each_backend, sizes):
-    def once(threads):
-        torch.set_num_threads(threads)
-        inputs, options = make(Case(sizes, is_causal=True, padding="left"), torch.float32, "cpu")
-        cotangent, yardstick = torch.randn(inputs["query"].shape), functools.partial(plain, options=options)
-        found = gradients(lambda t: pyfused.attention(**t, **options), yardstick, inputs, cotangent)
-        truth = yardstick({k: v.double() for k, v in inputs.items()})
-        return found | {"output": (pyfused.attention(**inputs, **options), yardstick(inputs), truth)}
-
-    check_threads(once)
-
-
-def check_threads(once):
-    """Checks that results are right and repeatable bit for bit with every number of threads."""
-    for threads in (1, 2, 5):
-        check(functools.partial(once, threads))
-    first, again = (torch.manual_seed(7) and once(2) for _ in range(2))
-    assert all(torch.equal(first[what][0], again[what][0]) for what in first)
-
-
 MEMORY = """
 import resource, torch, pyfused
 from pyfused.testing import running
@@ -386,10 +281,6 @@ def test_memory_is_linear(each_backend):
     causal, biased = map(int, done.stdout.split())
     assert causal < 32 * 1024  # KiB
     assert biased < 16 * 1024
-
-
-def ones(*shape, dtype=torch.float32, device="cpu"):
-    return torch.ones(shape, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ stand-in (tests/cudnn_on_cpu.py) takes the calls of torch's operators."""
 import cudnn_on_cpu
 import pytest
 import torch
+from attention_cases import plain
 from draws import check
-from plain_attention import plain
 
 import pyfused
 from pyfused import dispatch, evidence, extensions

@@ -9,8 +9,8 @@ from pathlib import Path
 import gluon_on_cpu
 import pytest
 import torch
+from attention_cases import plain
 from draws import check
-from plain_attention import plain
 
 import pyfused
 from pyfused import dispatch, extensions

@@ -8,9 +8,8 @@ import functools
 
 import pytest
 import torch
+from attention_cases import drawn_seed, gradients, plain
 from draws import check
-from plain_attention import plain
-from test_attention import drawn_seed, gradients
 
 import pyfused
 from pyfused import RelativeBias

@@ -6,10 +6,9 @@ import functools
 import pytest
 import test_attention_relative_bias as biased
 import torch
-from draws import check
+from attention_cases import judge_backward, judge_forward, judge_threads, ones
+from attention_cases import plain as plain_attention
 from opchecks import check_registered, opcheck
-from test_attention import check_threads, drawn_seed, gradients
-from test_attention import plain as plain_attention
 
 import pyfused
 
@@ -71,7 +70,7 @@ def fused(inputs, options, case):
     return pyfused.attention(**inputs, **options, cu_seqlens=offsets(case.lengths, inputs["query"].device))
 
 
-def plain(inputs, options, case, seed=None, logarithm=False):
+def plain(inputs, options, seed=None, logarithm=False, *, case):
     """Pads the sequences to the longest, computes masked attention in plain PyTorch, and returns the real rows."""
     device, longest = inputs["query"].device, max(case.lengths)
     real = torch.arange(longest, device=device) < torch.tensor(case.lengths, device=device)[:, None]
@@ -83,38 +82,31 @@ def plain(inputs, options, case, seed=None, logarithm=False):
     batch = {name: tensor if name == "table" else padded(tensor) for name, tensor in inputs.items()}
     options = options | {"padding_mask": real}
     if case.table:
-        out = biased.plain(batch, options, case.table, seed, logarithm)
+        out = biased.plain(batch, options, seed, logarithm, table=case.table)
     else:
         out = plain_attention(batch, options, seed, logarithm)
     return out.transpose(1, 2)[real].transpose(0, 1)[None]
 
 
+def judged(judge, case, dtype, device):
+    judge(
+        lambda: make(case, dtype, device), functools.partial(fused, case=case), functools.partial(plain, case=case)
+    )
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    def once():
-        inputs, options = make(case, dtype, device)
-        seed = drawn_seed(options, device)
-        out = fused(inputs, options, case)
-        assert out.dtype == dtype
-        assert out.transpose(1, 2).is_contiguous()
-        truth = plain({k: v.double() for k, v in inputs.items()}, options, case, seed)
-        return {"output": (out, plain(inputs, options, case, seed), truth)}
-
-    check(once)
+    judged(judge_forward, case, dtype, device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
-    """As in test_attention, plain PyTorch keeps one log-sum-exp per row."""
+    judged(judge_backward, case, dtype, device)
 
-    def once():
-        inputs, options = make(case, dtype, device)
-        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-        seed = drawn_seed(options, device)
-        yardstick = functools.partial(plain, options=options, case=case, seed=seed)
-        return gradients(lambda t: fused(t, options, case), yardstick, inputs, cotangent)
 
-    check(once)
+@pytest.mark.cpu_kernels
+def test_threads_do_not_change_the_result(each_backend):
+    judged(judge_threads, Case((3, 3, 24), (300, 7, 130), is_causal=True), torch.float32, "cpu")
 
 
 def test_views_and_a_longer_maximum(each_backend, device):
@@ -159,25 +151,6 @@ def test_opcheck(each_backend, device):
     out, lse = torch.ops.pyfused.attention(*args, *common, True, *packed[0], *packed[1])
     args = (torch.randn_like(out), *args, out, lse, *common, False, *packed[0], True, *packed[1])
     opcheck(torch.ops.pyfused.attention_backward, args)
-
-
-@pytest.mark.cpu_kernels
-def test_threads_do_not_change_the_result(each_backend):
-    case = Case((3, 3, 24), (300, 7, 130), is_causal=True)
-
-    def once(threads):
-        torch.set_num_threads(threads)
-        inputs, options = make(case, torch.float32, "cpu")
-        cotangent, yardstick = torch.randn(inputs["query"].shape), functools.partial(plain, options=options, case=case)
-        found = gradients(lambda t: fused(t, options, case), yardstick, inputs, cotangent)
-        truth = yardstick({k: v.double() for k, v in inputs.items()})
-        return found | {"output": (fused(inputs, options, case), yardstick(inputs), truth)}
-
-    check_threads(once)
-
-
-def ones(*shape):
-    return torch.ones(shape)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import Case, make
+from attention_cases import Case, make
 
 import pyfused
 

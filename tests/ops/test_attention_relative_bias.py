@@ -6,10 +6,10 @@ import functools
 import pytest
 import test_relative_bias
 import torch
+from attention_cases import Case, judge_backward, judge_forward, make, ones
+from attention_cases import plain as plain_attention
 from draws import check
 from opchecks import check_registered, opcheck
-from test_attention import Case, drawn_seed, gradients, make, ones
-from test_attention import plain as plain_attention
 
 import pyfused
 from pyfused import DistanceBias, RelativeBias
@@ -81,7 +81,7 @@ def fused(inputs, options, table):
     return pyfused.attention(**{k: v for k, v in inputs.items() if k != "table"}, relative_bias=relative, **options)
 
 
-def plain(inputs, options, table, seed=None, logarithm=False):
+def plain(inputs, options, seed=None, logarithm=False, *, table):
     """Attention with the bias as a dense tensor of the inputs' dtype."""
     sq, sk = inputs["query"].shape[2], inputs["key"].shape[2]
     bias = test_relative_bias.plain(inputs["table"], sq, sk, table[2], table[1], sk - sq).to(inputs["query"].dtype)
@@ -89,34 +89,24 @@ def plain(inputs, options, table, seed=None, logarithm=False):
     return plain_attention({**inputs, "attn_bias": bias}, options, seed, logarithm)
 
 
+def judged(judge, case, dtype, device):
+    table = case.table
+    judge(
+        lambda: make_biased(case.attention, table, dtype, device),
+        functools.partial(fused, table=table),
+        functools.partial(plain, table=table),
+    )
+
+
 @pytest.mark.parametrize("case", CASES + DECODING, ids=str)
 def test_forward(each_backend, dtype, device, case):
-    case, table = case.attention, case.table
-
-    def once():
-        inputs, options = make_biased(case, table, dtype, device)
-        seed = drawn_seed(options, device)
-        out = fused(inputs, options, table)
-        assert out.dtype == dtype
-        truth = plain({k: v.double() for k, v in inputs.items()}, options, table, seed)
-        return {"output": (out, plain(inputs, options, table, seed), truth)}
-
-    check(once)
+    judged(judge_forward, case, dtype, device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(each_backend, dtype, device, case):
     """Compares with the same plain PyTorch as attention's own test."""
-    case, table = case.attention, case.table
-
-    def once():
-        inputs, options = make_biased(case, table, dtype, device)
-        cotangent = torch.randn(inputs["query"].shape, device=device).to(dtype)
-        seed = drawn_seed(options, device)
-        yardstick = functools.partial(plain, options=options, table=table, seed=seed)
-        return gradients(lambda t: fused(t, options, table), yardstick, inputs, cotangent)
-
-    check(once)
+    judged(judge_backward, case, dtype, device)
 
 
 def test_gradients_are_bitwise_repeatable(each_backend, device):
@@ -143,8 +133,8 @@ def test_float32_table_beside_half_tensors(each_backend, device, sizes):
             return out, *torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
 
         actual = run(lambda t: fused(t, options, DECODER))
-        expected = run(lambda t: plain(t, options, DECODER, logarithm=True))
-        truth = run(lambda t: plain(t, options, DECODER), lambda t: t.double())
+        expected = run(lambda t: plain(t, options, logarithm=True, table=DECODER))
+        truth = run(lambda t: plain(t, options, table=DECODER), lambda t: t.double())
         assert actual[-1].dtype == torch.float32
         return {what: found for what, *found in zip(("out", *inputs), actual, expected, truth)}
 
@@ -164,7 +154,7 @@ def test_decoding_gives_the_rows_of_the_whole(each_backend, device, table):
             }
             one = fused({**step, "table": inputs["table"]}, options, table)
             wide = {k: v.double() for k, v in step.items()} | {"table": inputs["table"].double()}
-            found[f"{sk} keys"] = one, whole[:, :, sk - 1 : sk], plain(wide, options, table)
+            found[f"{sk} keys"] = one, whole[:, :, sk - 1 : sk], plain(wide, options, table=table)
         return found
 
     check(once)

@@ -9,12 +9,14 @@ from fractions import Fraction
 
 import dot_emulation
 import pytest
+import test_ffn
+import test_gated_ffn
 import torch
 import torch.nn.functional as F
 from draws import check
+from test_ffn import judge_draws
 
 import pyfused
-from pyfused import dispatch
 from pyfused.kernels.shared import int8
 from pyfused.testing import assert_close, running
 
@@ -175,30 +177,17 @@ def test_infinity_and_nan_stay_in_their_row(bfloat16, rows):
 def test_feed_forwards(bfloat16, rows, activation):
     """Values, and gradients by what the forward keeps."""
 
-    def once():
-        x, residual, cotangent = make(rows, 45), make(rows, 45), make(rows, 45)
-        up, gate, out = (make(*shape, scale=shape[1] ** -0.5) for shape in ((77, 45), (77, 45), (45, 77)))
-        biases = make(77), make(45)
+    def of_ffn():
+        x, residual, cotangent = (make(rows, 45) for _ in range(3))
+        w_in, w_out = make(77, 45, scale=45**-0.5), make(45, 77, scale=77**-0.5)
+        return x, w_in, make(77), w_out, make(45), residual, cotangent
 
-        def run(gated, dtype):
-            leaves = [t.to(dtype).requires_grad_() for t in (x, up, gate, out, *biases, residual)]
-            x_, up_, gate_, out_, b_in, b_out, residual_ = leaves
-            if gated:
-                y = pyfused.gated_ffn(x_, gate_, up_, out_, activation=activation, residual=residual_)
-            else:
-                y = pyfused.ffn(x_, up_, b_in, out_, b_out, activation=activation, residual=residual_)
-            grads = torch.autograd.grad((y * cotangent.to(dtype)).sum(), leaves, allow_unused=True)
-            return [y, *(g for g in grads if g is not None)]
+    def of_gated_ffn():
+        x, w_in, _, w_out, _, *rest = of_ffn()
+        return x, make(77, 45, scale=45**-0.5), w_in, w_out, *rest
 
-        found = {}
-        for gated in (False, True):
-            actual = run(gated, torch.bfloat16)
-            with dispatch.backend("reference"):
-                plains, truth = run(gated, torch.bfloat16), run(gated, torch.float64)
-            found |= {f"gated {gated}, {i}": three for i, three in enumerate(zip(actual, plains, truth))}
-        return found
-
-    check(once)
+    judge_draws(pyfused.ffn, test_ffn.plain, activation, False, of_ffn)
+    judge_draws(pyfused.gated_ffn, test_gated_ffn.plain, activation, False, of_gated_ffn)
     assert set(bfloat16.ran) == {"ffn_forward", "gated_ffn_forward"}
 
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import drawn_seed
+from attention_cases import plain as plain_attention
 from conftest import DEVICE
 from draws import check
-from test_attention import drawn_seed
-from test_attention import plain as plain_attention
 from test_ffn import PLAIN
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,7 +169,7 @@ def runs():
             yield pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
 
 
-@pytest.mark.parametrize("backend, dtype", runs())
+@pytest.mark.parametrize("backend, dtype", list(runs()))
 @pytest.mark.parametrize("name", CASES)
 def test_as_plain_pytorch(name, backend, dtype):
     fused, plain, shapes = CASES[name]

@@ -1,4 +1,4 @@
-"""Are the norms right on every backend? Values, gradients, strides; layer_norm's errors and registration."""
+"""Are the norms right on every backend? Values, gradients, strides, errors, registration."""
 
 import contextlib
 
@@ -98,18 +98,19 @@ def test_large_offset_keeps_variance(each_backend, device):
     check_forward("layer_norm", x, torch.ones(768, device=device), torch.zeros(768, device=device))
 
 
+@NORMS
 @pytest.mark.parametrize("residual", [True, False])
-def test_opcheck(each_backend, device, residual):
-    x = torch.randn(3, 16, device=device, requires_grad=True)
-    w, b = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
-    r = torch.randn(3, 16, device=device, requires_grad=True) if residual else None
-    check_registered("layer_norm", (x, w, b, 1e-5, r, True), save=5, summed=residual)
-    g = torch.randn(3, 16, device=device)
-    stats = torch.randn(3, device=device), torch.rand(3, device=device)
-    args = (g, g if residual else None, x.detach(), w.detach(), *stats, True)
-    opcheck(torch.ops.pyfused.layer_norm_backward, args)
+def test_opcheck(each_backend, device, name, residual):
+    x, r = (torch.randn(3, 16, device=device, requires_grad=True) for _ in range(2))
+    parameters = [t.requires_grad_() for t in parameters_of(name, 16, torch.float32, device)]
+    means = len(parameters) - 1  # rms_norm has neither bias nor mean
+    check_registered(name, (x, *parameters, 1e-5, r if residual else None, True), save=4 + means, summed=residual)
+    g, stats = torch.randn(3, 16, device=device), [torch.rand(3, device=device) for _ in range(1 + means)]
+    backward = getattr(torch.ops.pyfused, f"{name}_backward")
+    opcheck(backward, (g, g if residual else None, x.detach(), parameters[0].detach(), *stats, *[True] * means))
 
 
+@NORMS
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -122,10 +123,12 @@ def test_opcheck(each_backend, device, residual):
         ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
     ],
 )
-def test_bad_input_names_the_argument(change, error, message):
+def test_bad_input_names_the_argument(name, change, error, message):
+    if name == "rms_norm" and "bias" in change:
+        return  # it has none
     arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), **change}
     with pytest.raises(error, match=message):
-        pyfused.layer_norm(**arguments)
+        getattr(pyfused, name)(**arguments)
 
 
 @NORMS

@@ -9,7 +9,7 @@ import integer_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from draws import chained_linear, check
+from draws import chained_linear, check, with_gradients
 from integer_cases import double, plain, quantised
 
 import pyfused
@@ -112,17 +112,12 @@ def test_gradients(form, each_backend, dtype, device, leading):
     def once():
         weight, scale = quantised(form, device, n, k)
         inputs = [make(dtype, device, *s) for s in ((*leading, k), (n,), (*leading, n))]
-        cotangent = make(dtype, device, *leading, n)
-
-        def run(function, wide):
-            leaves = [t.to(wide).requires_grad_() for t in inputs]
-            y = function(*leaves)
-            return [y, *torch.autograd.grad((y * cotangent.to(wide)).sum(), leaves)]
-
-        actual = run(lambda x, b, r: pyfused.linear(x, weight, b, residual=r, scale=scale), dtype)
-        assert {t.dtype for t in actual} == {dtype}
-        expected = [run(lambda x, b, r: plain(x, weight, scale, b, r), wide) for wide in (dtype, torch.float64)]
-        return {f"output {i}": t for i, t in enumerate(zip(actual, *expected))}
+        return with_gradients(
+            lambda x, b, r: pyfused.linear(x, weight, b, residual=r, scale=scale),
+            lambda x, b, r: plain(x, weight, scale, b, r),
+            inputs,
+            [make(dtype, device, *leading, n)],
+        )
 
     check(once)
 

@@ -64,21 +64,24 @@ template <int V, class T> __device__ Pack<T, V> load_once(const T* p) {
   return load<V>(p);
 }
 
-// Sums each of COUNT values over the warp (COUNT: a power of two, at most 32). Lane l gets the sum of v[l * COUNT / 32].
+// Sums each of COUNT values (a power of two) over the lanes with equal l % LAST, by default over the warp. With COUNT at most
+// kWarp / LAST, lane l gets the sum of v[l / LAST * COUNT / (kWarp / LAST)]; with more it gets the values from there on, in v.
 // Each step halves the values a lane holds: COUNT - 1 shuffles and a few, instead of 5 COUNT. Overwrites v.
-template <int COUNT, int OFFSET = kWarp / 2> __device__ float spread_sum(float* v) {
-  if constexpr (COUNT > 1) {
+template <int COUNT, int LAST = 1, int OFFSET = kWarp / 2> __device__ float spread_sum(float* v) {
+  if constexpr (OFFSET < LAST) {
+    return v[0];
+  } else if constexpr (COUNT > 1) {
     const bool upper = threadIdx.x & OFFSET;
 #pragma unroll
     for (int i = 0; i < COUNT / 2; ++i) {
       const float keep = upper ? v[i + COUNT / 2] : v[i], send = upper ? v[i] : v[i + COUNT / 2];
       v[i] = keep + __shfl_xor_sync(kAllLanes, send, OFFSET);
     }
+    return spread_sum<COUNT / 2, LAST, OFFSET / 2>(v);
   } else {
     v[0] += __shfl_xor_sync(kAllLanes, v[0], OFFSET);
+    return spread_sum<1, LAST, OFFSET / 2>(v);
   }
-  if constexpr (OFFSET > 1) return spread_sum<(COUNT > 1 ? COUNT / 2 : 1), OFFSET / 2>(v);
-  else return v[0];
 }
 
 // The row of W or U for a warp's column. Columns past the last feature repeat it and are dropped in the end.

@@ -294,7 +294,7 @@ def _read_packing(kwargs, query, key):
     same = of_query is of_key or (of_query.shape == of_key.shape and torch.equal(of_query, of_key))
     if not same or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"cu_seq_lens_q, cu_seq_lens_k: queries {tuple(query.shape)} and keys {tuple(key.shape)} are packed unlike; "
+            f"cu_seq_lens_q, cu_seq_lens_k: queries {tuple(query.shape)} and keys {tuple(key.shape)} are packed differently; "
             "they take one row of the same texts"
         )
     longest = kwargs.get("max_length_q")

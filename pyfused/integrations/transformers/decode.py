@@ -103,6 +103,7 @@ def _is_watched(input_ids: Tensor) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu" if input_ids.is_cpu else input_ids.device.type)
+        or (input_ids.is_cuda and torch.cuda.is_current_stream_capturing())  # a graph would repeat this step's place
     )
 
 
@@ -226,12 +227,13 @@ def _filled(cache: Any, plan: DecodePlan, rows: int, length: int | None = None) 
 
 
 def _ids(ids: Any, rows: int, table: Matrix) -> Tensor | None:
-    """(rows,), or None: the modules take the call, and raise where an id is out of range."""
-    if type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] != 1 or not ids.is_cpu:
-        return None
-    if ids.shape[0] != rows and ids.shape[0] != 1:
-        return None
+    """(rows,), or None: the modules take the call, and raise where an id is out of range. Looking waits for a GPU; generate()
+    waits for each token too."""
     assert table.weight is not None
+    if type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] != 1:
+        return None
+    if (ids.shape[0] != rows and ids.shape[0] != 1) or ids.device != table.weight.device:
+        return None
     size = table.weight.shape[0]
     if not all(0 <= row[0] < size for row in ids.tolist()):
         return None

@@ -192,10 +192,7 @@ class _Reader:
                 return [_assign(self.scores, _call(self.scores, "scaled", by))] if self.added else []
             if left or right:
                 return [self._plus(value.right if left else value.left, value.op)]
-        function = self.source.called(value)
-        if function is torch.where:
-            return [self._chosen(value)]
-        if function is not torch.max:
+        if self.source.called(value) is not torch.max:
             return [self._filled(value)]
         if len(value.args) != 2 or not _same(value.args[0], {self.scores}) or not self._is_least(value.args[1]):
             raise _Unknown
@@ -208,22 +205,18 @@ class _Reader:
         return _assign(self.scores, _call(self.scores, "plus", value))
 
     def _filled(self, value: Any) -> Any:
-        """scores.masked_fill(hidden, the least number)"""
-        if not _is_method(value, "masked_fill", "masked_fill_") or not _same(value.func.value, {self.scores}):
+        """scores.masked_fill(hidden, the least number), or torch.where(visible, scores, the least number)"""
+        if _is_method(value, "masked_fill", "masked_fill_") and len(value.args) == 2:
+            scores, (hidden, least) = value.func.value, value.args
+        elif self.source.called(value) is torch.where and len(value.args) == 3 and not value.keywords:
+            visible, scores, least = value.args
+            hidden = _call(visible, "logical_not")
+        else:
             raise _Unknown
-        if len(value.args) != 2 or not self._is_least(value.args[1]) or _mentions(value.args[0], self.names):
-            raise _Unknown
-        self.added = True
-        return _assign(self.scores, _call(self.scores, "filled", value.args[0]))
-
-    def _chosen(self, value: Any) -> Any:
-        """torch.where(visible, scores, the least number)"""
-        if len(value.args) != 3 or value.keywords or _mentions(value.args[0], self.names):
-            raise _Unknown
-        if not _same(value.args[1], {self.scores}) or not self._is_least(value.args[2]):
+        if not _same(scores, {self.scores}) or not self._is_least(least) or _mentions(hidden, self.names):
             raise _Unknown
         self.added = True
-        return _assign(self.scores, _call(self.scores, "filled", _call(value.args[0], "logical_not")))
+        return _assign(self.scores, _call(self.scores, "filled", hidden))
 
     def _is_least(self, node: Any) -> bool:
         """Whether this is a dtype's least number, or a tensor of it."""

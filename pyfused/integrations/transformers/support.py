@@ -53,7 +53,7 @@ def check_interface(config: Any) -> None:
     if _reasons[kind]:
         raise ValueError(
             f'attn_implementation="pyfused" does not suit model type {getattr(config, "model_type", kind.__name__)!r}: '
-            f'{_reasons[kind]}; use attn_implementation="eager", and pyfused.fuse_ for what it knows'
+            f'{_reasons[kind]}; use attn_implementation="eager", and pyfused.fuse_ for what it can fuse'
         )
 
 

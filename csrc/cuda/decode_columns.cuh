@@ -1,0 +1,172 @@
+// How does decode multiply by a weight that memory holds transposed, (K, N), as transformers' GPT-2 does? As decode_product.cuh,
+// with another division of W.
+//
+// A tile is four lanes' 16 bytes of outputs side by side, 64 bytes: whole sectors, and four lanes for each of the load unit's
+// lines; with less, requests would hold up the barrier's own. A warp's step is 32 rows of memory, 2 KB, in the same ring. So a
+// lane sums its own outputs, every eighth row. All warps of a block share a tile; each has a stretch of K.
+//
+// 768 outputs are 24 tiles, too few for the chip. Where the result is a branch, up to kMostParts blocks share a tile: each
+// writes the sums of its part of K, and whoever adds the branch to the stream adds the parts in order. Parts depend on the
+// shape alone, so the result does not depend on the number of blocks, to the last bit.
+#pragma once
+
+#include "decode_product.cuh"
+
+#include "pyfused/few_rows_columns.cuh"
+
+namespace pyfused {
+
+constexpr int kMostParts = 4;  // GPT-2 124M's 3072 to 768 then has 96 blocks, with all that they read in the ring
+
+namespace {
+
+// Where a product's sums are by rows it is DecodeProduct, with one part.
+template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
+  using Base = DecodeProduct<T, ROWS>;
+  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::sums, Base::operand;
+  using Base::phase, Base::layer, Base::int8, Base::gated, Base::first, Base::last, Base::width, Base::splits, Base::rounds,
+      Base::k, Base::ahead_round, Base::ahead_step, Base::filled;
+  static constexpr int V = 16 / sizeof(T), kTile = kColumns * V, kApart = kWarp / kColumns, kStep = kColumns * kApart;
+
+  bool by_columns;
+  int parts, features, steps, share;  // an item is a part of a tile; the block's are first .. last - 1, one in each round
+  int ahead_end;
+  const T* own;  // this lane's outputs in row 0 of memory, of the item whose steps are requested
+  int64_t apart;
+
+  __device__ explicit DecodeColumns(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
+
+  __device__ int operand_bits() const { return by_columns ? 2 : this->vector_bits(int8); }  // with 2 in x's own order
+
+  __device__ void request(Phase which, const DecodeLayer* of) {
+    this->set(which, of);
+    int row;
+    const DecodeMatrix& matrix = this->matrix_of(0, false, row);
+    by_columns = matrix.kind == kByColumns, parts = 1;
+    if (!by_columns) return Base::request(which, of);
+    features = this->features_of(matrix), int8 = false, k = (int)matrix.k, width = gated ? kTile / 2 : kTile;
+    const int tiles = (features - 1) / width + 1;
+    steps = (k - 1) / kStep + 1, splits = min(warps, steps);
+    const bool is_branch = which == Phase::kOutput || which == Phase::kCrossOutput || which == Phase::kDown;
+    if (is_branch) parts = max(1, min(min(kTilesWanted / kDecodeWarps / tiles, steps / splits), kMostParts));
+    share = (steps - 1) / (splits * parts) + 1;
+    const int64_t items = (int64_t)tiles * parts;
+    first = (int)(items * blockIdx.x / gridDim.x), last = (int)(items * (blockIdx.x + 1) / gridDim.x);
+    rounds = last - first, ahead_round = -1, filled = 0;
+    next_item();
+    if (warp == 0 && own && matrix.bias) prefetch_l2((const T*)this->matrix_of(feature_of(0), is_second(), row).bias + row);
+    for (int i = 0; i < kDepth; ++i) request_step();
+  }
+
+  // Calls put(part, row, feature, value, up) for every sum of the block. The value is that of a part; the first has the bias.
+  template <class Put> __device__ void multiply(const Put& put) {
+    if (!by_columns)
+      return Base::multiply([&](int row, int feature, float value, float up) { put(0, row, feature, value, up); });
+    int used = 0;
+    for (int round = 0; round < rounds; ++round) {
+      int step, end;
+      find_stretch(round, step, end);
+      float sum[ROWS * V] = {};
+      for (; step < end; ++step) {
+        Pack<T, V> w[kColumns];
+        cp_async_wait<kDepth - 1>();
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i)
+          w[i] = a.wide_weights ? load<V>((const T*)this->slot(used, i)) : gather(round, row_of(step, i));
+        request_step();
+        used = used + 1 == kDepth ? 0 : used + 1;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) add_columns<V, ROWS>(sum, w[i], operand + row_of(step, i), a.pitch, m);
+      }
+      float* total = sums + round % 2 * warps * ROWS * kTile;  // [warp][row][column]
+      store_columns<V, kColumns, ROWS>(sum, total + warp * ROWS * kTile);
+      __syncthreads();
+      finish(first + round, total, put);
+    }
+    cp_async_commit();  // as in Base::multiply()
+    cp_async_wait<0>();
+  }
+
+ private:
+  // The row of memory of this lane's access i in a step.
+  __device__ int row_of(int step, int i) const { return step * kStep + i * kApart + lane / kColumns; }
+
+  // The first of this lane's features in a round. The upper two of four lanes have inner's, if gated.
+  __device__ int feature_of(int round) const {
+    return (first + round) / parts * width + lane % (gated ? kColumns / 2 : kColumns) * V;
+  }
+  __device__ bool is_second() const { return gated && lane % kColumns >= kColumns / 2; }
+
+  // This warp's steps of a round.
+  __device__ void find_stretch(int round, int& begin, int& end) const {
+    begin = ((first + round) % parts * splits + warp) * share, end = warp < splits ? min(begin + share, steps) : 0;
+  }
+
+  // The next round in which this warp has steps to request. Without one ahead_step is not below ahead_end.
+  __device__ void next_item() {
+    own = nullptr;
+    do {
+      if (++ahead_round >= rounds) {
+        ahead_step = ahead_end = 0;
+        return;
+      }
+      find_stretch(ahead_round, ahead_step, ahead_end);
+    } while (ahead_step >= ahead_end);
+    if (const int feature = feature_of(ahead_round); feature < features) {
+      int row;
+      const DecodeMatrix& matrix = this->matrix_of(feature, is_second(), row);
+      own = (const T*)matrix.weight + row, apart = matrix.stride;
+    }
+  }
+
+  __device__ void request_step() {
+    if (a.wide_weights && ahead_step < ahead_end) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const int at = row_of(ahead_step, i);
+        const bool inside = own && at < k;
+        cp_async16(this->slot(filled, i), inside ? own + at * apart : (const T*)a.branch, inside);
+      }
+      if (++ahead_step == ahead_end) next_item();
+    }
+    cp_async_commit();
+    filled = filled + 1 == kDepth ? 0 : filled + 1;
+  }
+
+  // This lane's V elements of a row of memory, where 16 bytes are not aligned or not of one matrix.
+  __device__ Pack<T, V> gather(int round, int at) const {
+    Pack<T, V> out;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const int feature = feature_of(round) + j;
+      const bool inside = at < k && feature < features;
+      int row;
+      const DecodeMatrix& matrix = this->matrix_of(inside ? feature : 0, is_second(), row);
+      out.at[j] = inside ? ((const T*)matrix.weight)[at * matrix.stride + row] : narrow<T>(0.0f);
+    }
+    return out;
+  }
+
+  // Adds the warps' sums of an item in order.
+  template <class Put> __device__ void finish(int item, const float* total, const Put& put) const {
+    const int part = item % parts;
+    for (int i = threadIdx.x; i < m * width; i += blockDim.x) {
+      const int row = i / width, at = i % width, feature = item / parts * width + at;
+      if (feature >= features) continue;
+      float scale = 1, bias = 0, up_bias = 0, value = 0, up = 0;
+      if (part == 0) {
+        this->terms(feature, false, scale, bias);
+        if (gated) this->terms(feature, true, scale, up_bias);
+      }
+      const float* sum = total + row * kTile + at;
+      for (int w = 0; w < splits; ++w, sum += ROWS * kTile) {
+        value += sum[0];
+        if (gated) up += sum[width];
+      }
+      put(part, row, feature, value + bias, up + up_bias);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyfused
