@@ -14,6 +14,7 @@ from gpu_device import DEVICE, DRY, Row, error_row, medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyfused
+from pyfused import dispatch
 from pyfused.testing import judge, running
 
 
@@ -97,10 +98,12 @@ def peers(start: int) -> Iterator[Row]:
                 def sdpa(q, k, v, options=options):
                     return F.scaled_dot_product_attention(q, k, v, **options)
 
-                own_backends = ("triton", "cuda", "cudnn", *(() if backward else ("gluon",)))  # its backward is Triton's
+                # gluon's backward is Triton's
+                by_hand = {"pyfused gluon": partial(_gluon, True), "pyfused gluon, no turns": partial(_gluon, False)}
                 providers = {
                     "pyfused": (contextlib.nullcontext, fused),
-                    **{f"pyfused {x}": (partial(running, x), fused) for x in own_backends},
+                    **{f"pyfused {x}": (partial(running, x), fused) for x in ("triton", "cuda", "cudnn")},
+                    **({} if backward else {name: (context, fused) for name, context in by_hand.items()}),
                     **{f"sdpa {x}": (partial(sdpa_kernel, which), sdpa) for x, which in SDPA.items()},
                     "flex": (contextlib.nullcontext, by_flex),
                 }
@@ -110,6 +113,18 @@ def peers(start: int) -> Iterator[Row]:
                     if "seconds" in row:
                         row["tflops"] = flops / row["seconds"] / 1e12
                     yield {"case": title, **row}
+
+
+@contextlib.contextmanager
+def _gluon(turns: bool) -> Iterator[None]:
+    """Inside the block the kernel for Hopper runs, whose warpgroups take turns or not."""
+    kernel: Any = dispatch.kernel("gluon", "attention")
+    before, kernel.TURNS = kernel.TURNS, turns
+    try:
+        with running("gluon"):
+            yield
+    finally:
+        kernel.TURNS = before
 
 
 def _compare(providers: dict[str, Any], options: Row, inputs: Any, backward: bool) -> Iterator[Row]:

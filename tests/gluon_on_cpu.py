@@ -28,6 +28,7 @@ class _Block:
     def __init__(self, program, seed):
         self.program, self.random = program, random.Random(seed)
         self.copies, self.threads, self.turn = [], [], threading.Semaphore(0)
+        self.started = []  # the partition of each asynchronous product, in the order of their starts
 
     def pause(self, ready=lambda: True):
         """Lets others run; the calling partition goes on some time after ready() holds."""
@@ -194,6 +195,7 @@ def _mma(a, b, acc, *, use_acc=True, is_async=False):
     if not is_async:
         return product.finish()
     threading.current_thread().products.append(product)
+    _block.started.append(_block.threads.index(threading.current_thread()))
     if _block.random.random() < 0.5:
         product.finish()
     return product

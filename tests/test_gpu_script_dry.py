@@ -58,7 +58,7 @@ def rows(dry):
 def test_every_item_ends_well(rows):
     found = ends(rows)
     assert set(found.values()) == {"ok"}, found
-    assert len(found) == 15
+    assert len(found) == 16
     assert [row for row in rows if row.get("ok") is False] == []
 
 
@@ -143,7 +143,7 @@ def test_the_rows_of_peers(rows):
     ours = {"pyfused", "pyfused triton", "pyfused cuda", "pyfused cudnn"}
     providers = ours | {"sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"}
     for case in {row["case"] for row in found}:
-        hopper = set() if "backward" in case else {"pyfused gluon"}
+        hopper = set() if "backward" in case else {"pyfused gluon", "pyfused gluon, no turns"}
         mine = {row["provider"]: row for row in found if row["case"] == case}
         assert set(mine) == providers | hopper
         if "T5 bias" in case:
@@ -154,6 +154,16 @@ def test_the_rows_of_peers(rows):
             assert mine[name]["of_allowed"] <= 1
         assert "RuntimeError" in mine["sdpa cudnn"]["missing"]
     assert {row["case"] for row in of(rows, "flex compile")[:-1]} == {"64", "64 T5 bias", "64 causal"}
+
+
+def test_the_rows_of_the_backward(rows):
+    found = of(rows, "backward")[:-1]
+    assert len({row["case"] for row in found}) == 3
+    for row in found:
+        assert row["ok"]
+        assert row["ms"] > 0
+        assert row["repeatable"] or row["way"] != "seven"
+    assert {row["way"].partition(" ")[0] for row in found} == {"seven", "five"}
 
 
 def test_the_rows_of_the_hosts_time(rows):

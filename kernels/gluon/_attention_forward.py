@@ -6,6 +6,9 @@ warps of the third group idle: registers are moved by groups of four warps.
 
     a step    S = Q K_i^T and O += P V_(i-1) start together; while the second runs, P of S is computed
 
+With TURNS the warpgroups start their two products in turn. So one computes exponentials while the other's products run
+(FlashAttention-3's ping-pong).
+
 Tiles are walked from those that need a mask, last first, to those that need none: far tiles, then near ones (T5's bias, as in
 pyfused/kernels/triton/_attention_relative.py).
 
@@ -113,10 +116,10 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    query, keys, values, key_ready, key_free, value_ready, value_free, spread, p, acc, row_max, row_sum, i, start, far,
-    scale, first_query, shift, key_length, center,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    NEAR: gl.constexpr, MASKED: gl.constexpr,
+    query, keys, values, key_ready, key_free, value_ready, value_free, turns, spread, p, acc, row_max, row_sum, i, start,
+    far, scale, first_query, shift, key_length, center,
+    WHICH: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr, NEAR: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Tile i, but for its product with the values; that of tile i - 1 is made here, from its p."""
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -124,9 +127,13 @@ def _step(
     s = _first_scores(spread, start - shift - first_query, center, NEAR, BLOCK_N)
     mbarrier.wait(key_ready.index(stage), i // STAGES % 2)
     key = keys.index(stage).reshape([BLOCK_N, D]).permute([1, 0])
+    if TURNS:
+        mbarrier.wait(turns.index(WHICH), (i + WHICH) % 2)
     scores = warpgroup_mma(query, key, s, use_acc=NEAR, is_async=True)
     mbarrier.wait(value_ready.index(before), (i - 1) // STAGES % 2)
     product = warpgroup_mma(p, values.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - WHICH))
     s = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(key_free.index(stage))
     new_p, alpha, row_max, row_sum = _softmax(
@@ -141,10 +148,10 @@ def _step(
 
 @gluon.jit
 def _attend(
-    queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, out_ptr, lse_ptr, spread, scale,
-    span, center, first_query, count, masked, near_first, near_last, query_length, key_length, stride_os,
+    queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, turns, out_ptr, lse_ptr, spread,
+    scale, span, center, first_query, count, masked, near_first, near_last, query_length, key_length, stride_os,
     WHICH: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    NEAR: gl.constexpr, SAVE: gl.constexpr,
+    TURNS: gl.constexpr, NEAR: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that attends, for the queries from first_query on."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -170,22 +177,24 @@ def _attend(
     for i in range(1, masked):
         start = _start(i, count, masked, near_first, near_last, BLOCK_N)
         p, acc, row_max, row_sum = _step(
-            query, keys, values, key_ready, key_free, value_ready, value_free, spread, p, acc, row_max, row_sum, i, start,
-            0.0, scale, first_query, shift, key_length, center, D, BLOCK_N, STAGES, IS_CAUSAL, NEAR, True,
+            query, keys, values, key_ready, key_free, value_ready, value_free, turns, spread, p, acc, row_max, row_sum, i,
+            start, 0.0, scale, first_query, shift, key_length, center, WHICH, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, NEAR, True,
         )  # fmt: skip
     for i in range(masked, count - (near_last - near_first)):
         start = _start(i, count, masked, near_first, near_last, BLOCK_N)
         far = gl.where(start < near_first * BLOCK_N, far_before, far_after)
         p, acc, row_max, row_sum = _step(
-            query, keys, values, key_ready, key_free, value_ready, value_free, spread, p, acc, row_max, row_sum, i, start,
-            far, scale, first_query, shift, key_length, center, D, BLOCK_N, STAGES, IS_CAUSAL, False, False,
+            query, keys, values, key_ready, key_free, value_ready, value_free, turns, spread, p, acc, row_max, row_sum, i,
+            start, far, scale, first_query, shift, key_length, center, WHICH, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, False,
+            False,
         )  # fmt: skip
     if NEAR:
         for i in range(count - (near_last - near_first), count):
             start = _start(i, count, masked, near_first, near_last, BLOCK_N)
             p, acc, row_max, row_sum = _step(
-                query, keys, values, key_ready, key_free, value_ready, value_free, spread, p, acc, row_max, row_sum, i,
-                start, 0.0, scale, first_query, shift, key_length, center, D, BLOCK_N, STAGES, IS_CAUSAL, True, False,
+                query, keys, values, key_ready, key_free, value_ready, value_free, turns, spread, p, acc, row_max, row_sum, i,
+                start, 0.0, scale, first_query, shift, key_length, center, WHICH, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, True,
+                False,
             )  # fmt: skip
     stage = (count - 1) % STAGES
     mbarrier.wait(value_ready.index(stage), (count - 1) // STAGES % 2)
@@ -210,6 +219,7 @@ def forward_kernel(
     query_desc, key_desc, value_desc, out_ptr, lse_ptr, spread_ptr, scale, span, center, stride_ob, stride_oh, stride_os,
     heads, query_length, key_length,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles * B * heads). The descriptors have blocks (1, 1, ROWS or BLOCK_N, D). With spread_ptr the scores start
     at T5's bias divided by the scale."""
@@ -244,7 +254,10 @@ def forward_kernel(
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(query_ready, 1)
+    for i in gl.static_range(_CONSUMERS):
+        mbarrier.init(turns.index(i), 1)
     for i in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i), 1)
         mbarrier.init(value_ready.index(i), 1)
@@ -256,12 +269,12 @@ def forward_kernel(
         lse = lse_ptr + (batch.to(gl.int64) * heads + head) * query_length
     gl.warp_specialize(
         [
-            (_attend, (queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, out_ptr, lse, spread,
-                       scale, span, center, first_query, count, masked, near_first, near_last, query_length, key_length,
-                       stride_os, 0, D, BLOCK_N, STAGES, IS_CAUSAL, NEAR, SAVE)),
-            (_attend, (queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, out_ptr, lse, spread,
-                       scale, span, center, first_query + ROWS, count, masked, near_first, near_last, query_length,
-                       key_length, stride_os, 1, D, BLOCK_N, STAGES, IS_CAUSAL, NEAR, SAVE)),
+            (_attend, (queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, turns, out_ptr, lse,
+                       spread, scale, span, center, first_query, count, masked, near_first, near_last, query_length,
+                       key_length, stride_os, 0, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, NEAR, SAVE)),
+            (_attend, (queries, keys, values, query_ready, key_ready, key_free, value_ready, value_free, turns, out_ptr, lse,
+                       spread, scale, span, center, first_query + ROWS, count, masked, near_first, near_last, query_length,
+                       key_length, stride_os, 1, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, NEAR, SAVE)),
             (_copy, (query_desc, key_desc, value_desc, queries, keys, values, query_ready, key_ready, key_free, value_ready,
                      value_free, batch, head, head // GROUP, first_query, count, masked, near_first, near_last, BLOCK_N,
                      STAGES)),

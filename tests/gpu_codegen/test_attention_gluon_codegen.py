@@ -14,7 +14,7 @@ MODULE = "pyfused.kernels.gluon._attention_forward"
 
 
 def case(kind, d, given=""):
-    """`given` names what is on: causal, relative (T5's bias), save (log-sum-exps)."""
+    """`given` names what is on: causal, relative (T5's bias), save (log-sum-exps); alone: the warpgroups take no turns."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     sides = {"query": _ROWS, "key": _BLOCK_N, "value": _BLOCK_N}
     types = {f"{name}_desc": f"tensordesc<{kind}[1, 1, {side}, {d}],{layout!r}>" for name, side in sides.items()}
@@ -22,6 +22,7 @@ def case(kind, d, given=""):
     types |= dict.fromkeys(("stride_ob", "stride_oh", "stride_os"), "i32:16")
     types |= dict.fromkeys(("span", "center", "heads", "query_length", "key_length"), "i32")
     constants = {"D": d, "BLOCK_N": _BLOCK_N, "STAGES": _STAGES, "GROUP": 1, "IS_CAUSAL": "causal" in given}
+    constants["TURNS"] = "alone" not in given
     for name, option in (("spread_ptr", "relative"), ("lse_ptr", "save")):
         if option in given:
             types[name] = "*fp32:16"
@@ -35,6 +36,7 @@ CASES = [
     case("fp16", 64, "causal save"),
     case("bf16", 64, "causal relative save"),
     case("bf16", 128, "causal save"),
+    case("bf16", 64, "alone"),
 ]
 
 
@@ -59,17 +61,21 @@ def test_registers_and_copies(compiled, name):
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_exponentials_run_beside_a_product(compiled, name):
-    """A step starts both products, waits for the first, computes the exponentials, and waits for the second. ptxas has
-    waited in front of the exponentials, and has made every product wait for the one before."""
+    """A step waits for its turn, starts both products, gives the turn away, waits for the first product, computes the
+    exponentials, and waits for the second. ptxas has waited in front of the exponentials, and has made every product wait for
+    the one before."""
+    turns = "alone" not in name
     d = 128 if " D=128" in name else 64
     found = bodies(compiled[name].asm["sass"])
     assert len(found) == 2 * (3 if "relative" in name else 2)  # for each warpgroup: masked, far, near
     for body in found:
-        kinds = [(r"HGMMA", "p"), (r"WARPGROUP\.DEPBAR.* 0x1\b", "1"), (r"WARPGROUP\.DEPBAR.* 0x0\b", "0"), (r"MUFU\.EX2", "e")]
+        kinds = [(r"SYNCS\.PHASECHK", "w"), (r"SYNCS\.ARRIVE", "a"), (r"HGMMA", "p"), (r"MUFU\.EX2", "e")]
+        kinds += [(r"WARPGROUP\.DEPBAR.* 0x1\b", "1"), (r"WARPGROUP\.DEPBAR.* 0x0\b", "0")]
         order = "".join(letter for line in body for pattern, letter in kinds if re.match(pattern, line))
-        products = d // 16 + _BLOCK_N // 16  # instructions of both
+        scores, outputs = "p" * (d // 16), "p" * (_BLOCK_N // 16)  # instructions of the two products
         exponentials = _ROWS * _BLOCK_N // 128 + 2  # of a thread, and for its two rows
-        assert order == "p" * products + "1" + "e" * exponentials + "0", order
+        waits, gives = ("ww", "a") if turns else ("w", "")  # for the keys, and for the turn
+        assert order == waits + scores + "w" + outputs + gives + "1a" + "e" * exponentials + "0a", order
         assert sum(line.startswith("BAR") for line in body) <= 4
         assert not any(line.startswith(("LDL", "STL", "LDG.E.U16")) for line in body)
         loads = [line.split()[0] for line in body if line.startswith("LDG")]

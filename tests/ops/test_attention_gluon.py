@@ -80,6 +80,24 @@ def test_values_and_log_sum_exps(sizes, causal, both, half):
     check(once)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter says who started a product")
+def test_warpgroups_start_their_products_in_turn(monkeypatch):
+    """Whatever happens first, one starts both of a step's products, then the other. Without TURNS any order comes."""
+    inputs, found, results = drawn((1, 1, 1, 128, 900, 64)), {True: [], False: []}, []
+    for turns, orders in found.items():
+        monkeypatch.setattr(attention, "TURNS", turns)
+        for seed in range(6):
+            monkeypatch.setattr(attention, "start", partial(gluon_on_cpu.run, seed=seed))
+            with pyfused.backend("gluon", strict=True):
+                out = pyfused.attention(*inputs)
+            orders.append(gluon_on_cpu._block.started)
+            results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results)
+    tiles = -(-900 // 128)
+    assert found[True] == [[0, 0, 1, 1] * (tiles - 1)] * 6
+    assert any(order != found[True][0] for order in found[False])
+
+
 @pytest.mark.interpreted
 def test_gradients_come_from_triton():
     """They need the log-sum-exps of this forward."""
@@ -162,6 +180,8 @@ FAULTS = {
     "stages are overwritten": ("    mbarrier.wait(free.index(stage), i // STAGES % 2 ^ 1)\n", ""),
     "one warpgroup's word is enough": ("mbarrier.init(key_free.index(i), _CONSUMERS)", "mbarrier.init(key_free.index(i), 1)"),
     "earlier rows are not rescaled": ("    acc = acc * gl.convert_layout(alpha", "    acc = acc + 0 * gl.convert_layout(alpha"),
+    "nobody gives the turn away": ("        mbarrier.arrive(turns.index(1 - WHICH))\n", "        pass\n"),
+    "a warpgroup gives the turn to itself": ("arrive(turns.index(1 - WHICH))", "arrive(turns.index(WHICH))"),
     "a diagonal of keys too many": ("last = gl.minimum(last, i + shift)", "last = gl.minimum(last, i + shift + 1)"),
 }  # fmt: skip
 
