@@ -1,5 +1,7 @@
 """Is attention right on every backend? Values, gradients, masks, bias, dropout, strides, memory, errors, opcheck."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,15 +89,11 @@ def test_few_queries_have_the_gradients_of_softmax(device, sizes):
 def test_the_gradients_of_a_few_scores_in_half_precision(each_backend):
     """Gradients of two scores cancel but for a rest. Each draw counts: their mean hides an error of a percent in one."""
     for _ in range(40):
-        tensors = [torch.randn(1, 1, n, 40).half() for n in (3, 2, 2)]
-        cotangent = torch.randn(1, 1, 3, 40).half()
-
-        def gradient(function, dtype):
-            query, key, value = (t.to(dtype).requires_grad_() for t in tensors)
-            return torch.autograd.grad(function(query, key, value, is_causal=True), key, cotangent.to(dtype))[0].double()
-
-        truth = gradient(pyfused.attention, torch.float64)
-        assert (gradient(pyfused.attention, torch.float16) - truth).norm() < 1e-3 * truth.norm()
+        inputs, options = make(Case((1, 1, 1, 3, 2, 40), is_causal=True), torch.float16, "cpu")
+        cotangent = torch.randn_like(inputs["query"])
+        found = gradients(lambda t: fused(t, options), functools.partial(plain, options=options), inputs, cotangent)
+        actual, _, truth = found["gradient of key"]
+        assert (actual - truth).norm() < 1e-3 * truth.norm()
 
 
 def test_agrees_with_sdpa(each_backend, dtype, device):
