@@ -26,7 +26,7 @@ from ..weight_format import FORMATS, dequantized
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # a small and a large weight
 _TURNS, _SECONDS = 3, 0.03  # of measurements, unless they are to be quick; for each point in a turn
-_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512)
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512, 1024)
 _NETWORK_ROWS = (1, 8, 32, 128, 512, 1024)
 _NETWORKS = ("ffn", "gated_ffn")
 _PRODUCTS = ("linear", *_NETWORKS)
@@ -137,8 +137,8 @@ def points(quick: bool = False) -> Iterator[Point]:
 
 
 def _takes_long(point: Point, dtype: torch.dtype) -> bool:
-    """torch's products in float16 may take a second each; the lines of linear serve for those of a network."""
-    return dtype == torch.float16 and point.operator in _NETWORKS
+    """torch's products in float16 may take a second each. Fewer rows, and the lines of linear, serve for these."""
+    return dtype == torch.float16 and (point.operator in _NETWORKS or point.tensors[0].shape[0] > 512)
 
 
 def tune(
