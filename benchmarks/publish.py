@@ -157,12 +157,13 @@ def verdict(found: dict) -> str:
     """Which rows are below plain PyTorch, and which may be."""
 
     def named(rows: list[dict]) -> str:
-        return ", ".join(f"{r['benchmark']} {r['case']} {r['dtype']} ({ratio(r)})" for r in rows)
+        ratios = [f"{r['ratio'][r['baseline']]:.3f}{'~' if r['noisy'] else ''}" for r in rows]
+        return ", ".join(f"{r['benchmark']} {r['case']} {r['dtype']} ({n})" for r, n in zip(rows, ratios, strict=True))
 
     checked = [r for r in found["rows"] if r.get("interval")]
     slow = [r for r in checked if r["slow"]]
     unsure = [r for r in checked if not r["slow"] and r["ratio"][r["baseline"]] < LEAST]
-    cut = f" ({found['left']} more were cut off)" if found["left"] else ""
+    cut = f" ({found['left']} more were not measured: the run ended before them)" if found["left"] else ""
     text = f"{len(checked)} rows{cut} compare with plain PyTorch in the same dtype. "
     text += (
         f"These are slower (below {LEAST} with 95% confidence): {named(slow)}."

@@ -37,7 +37,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "llama.cpp-q8_0": ("llama_cpp", "gguf"),
 }
 # Not in the extra "bench": llama.cpp has no wheel and compiles for many minutes. Package -> what pip installs.
-COMPILED = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+COMPILED = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "liger_kernel": "liger-kernel"}
 _ON_GPU = ("triton", "cuda", "flash", "cudnn", "efficient", "liger")
 _ON_CPU = ("openvino", "onnxruntime", "ctranslate2", "ctranslate2-int8", "llama.cpp", "llama.cpp-q8_0")
 _SDPA = {

@@ -33,9 +33,10 @@ __device__ void add_columns(float* sum, const Pack<T, V>& w, const X* x, Stride 
 // Adds the lanes' sums, [row][V], over the warp: LANES lanes side by side have outputs of their own. total: [row][LANES x V].
 template <int V, int LANES, int ROWS> __device__ void store_columns(float* sum, float* total) {
   constexpr int COUNT = ROWS * V, SHARING = kWarp / LANES, KEPT = COUNT > SHARING ? COUNT / SHARING : 1;
+  constexpr int SAME = COUNT < SHARING ? SHARING / COUNT : 1;  // lanes with the same sum
   const int lane = threadIdx.x % kWarp, share = lane / LANES;
   spread_sum<COUNT, LANES>(sum);
-  if (COUNT < SHARING && share % (SHARING / COUNT)) return;  // another lane has the same sum
+  if (share % SAME) return;
 #pragma unroll
   for (int u = 0; u < KEPT; ++u) {
     const int i = share * COUNT / SHARING + u;
