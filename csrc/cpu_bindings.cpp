@@ -79,14 +79,23 @@ static bool has_avx512_vnni() {
   return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 11 & 1);
 }
 static bool has_avx512_bf16() { return has_avx512_vnni() && has_of_part_one(5); }
-// Linux keeps AMX's registers for a process that asks, once and for all threads. torch's library asks too, at its first product.
+// Linux keeps AMX's registers for a process that asks, once and for all threads; its signals then need more stack. So only a forced
+// set asks (extensions.py). torch's library asks at its first product.
+constexpr long kSupportedRegisters = 0x1021, kAskForRegisters = 0x1023, kTileData = 18;  // ARCH_GET_XCOMP_SUPP, ARCH_REQ_XCOMP_PERM
 static bool has_avx512_amx() {
 #if defined(__linux__)
   constexpr unsigned of_bf16 = 1u << 22, of_tiles = 1u << 24, of_int8 = 1u << 25, all = of_bf16 | of_tiles | of_int8;
-  constexpr long ask_for_registers = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
+  unsigned long supported = 0;
   return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & all) == all &&
-         syscall(SYS_arch_prctl, ask_for_registers, tile_data) == 0;
+         syscall(SYS_arch_prctl, kSupportedRegisters, &supported) == 0 && (supported >> kTileData & 1);
+#else
+  return false;
+#endif
+}
+static bool ask_for_tiles() {
+#if defined(__linux__)
+  return has_avx512_amx() && syscall(SYS_arch_prctl, kAskForRegisters, kTileData) == 0;
 #else
   return false;
 #endif
@@ -175,6 +184,7 @@ PYBIND11_MODULE(_cpu, m) {
 #ifdef PYFUSED_HAS_avx512_amx
   DOT_PRODUCTS(OF_INTEGERS(avx512_amx), OF_BFLOAT16(avx512_amx))(m.def_submodule("avx512_amx"));
   if (has_avx512_amx()) supported.append("avx512_amx");
+  m.def("ask_for_tiles", &ask_for_tiles);
 #endif
   m.attr("supported") = supported;  // what this processor can run, weakest first
 }

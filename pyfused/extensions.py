@@ -206,6 +206,8 @@ def cpu(dot_products: str | None = None) -> ModuleType:
     module, reason = _load("_cpu")
     if module is None:
         raise RuntimeError(reason)
+    if dot_products == "avx512_amx" and not module.ask_for_tiles():
+        raise RuntimeError("isa 'avx512_amx' cannot run: the system does not give this process AMX's registers")
     return getattr(module, dot_products or base_isa() or "baseline")
 
 

@@ -111,6 +111,9 @@ class Extension:
         )
         setattr(self, name, self.kernels)
 
+    def ask_for_tiles(self) -> bool:
+        return True
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 

@@ -176,9 +176,8 @@ def preset(request, tmp_path_factory):
         sys.path.pop(0)
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"vocabulary_size": 61, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "intermediate_dim": 40}
-        patch.setattr(test_memory, "SIZES", sizes)
         patch.setattr(test_memory, "POSITIONS", 48)
-        test_memory.write_keras(folder)
+        test_memory.write_keras(folder, sizes)
     return folder
 
 

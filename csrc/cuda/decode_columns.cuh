@@ -54,7 +54,9 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
     first = (int)(items * blockIdx.x / gridDim.x), last = (int)(items * (blockIdx.x + 1) / gridDim.x);
     rounds = last - first, ahead_round = -1, filled = 0;
     next_item();
-    if (warp == 0 && own && matrix.bias) prefetch_l2((const T*)this->matrix_of(feature_of(0), is_second(), row).bias + row);
+    if (warp == 0 && own)
+      if (const DecodeMatrix& of_bias = this->matrix_of(feature_of(0), is_second(), row); of_bias.bias)
+        prefetch_l2((const T*)of_bias.bias + row);
     for (int i = 0; i < kDepth; ++i) request_step();
   }
 

@@ -40,12 +40,13 @@ class Scheme(NamedTuple):
 
 
 def _in_save_pretrained() -> bool:
-    """Whether transformers asks for the state dict, to write files whose readers know no scales."""
+    """Whether transformers asks for the state dict, to write files whose readers know no scales. Of a model with adapters it
+    writes these alone. A state dict that the caller made passes by."""
     frame = sys._getframe()
     while frame is not None:
         module = frame.f_globals.get("__name__") or ""
         if frame.f_code.co_name == "save_pretrained" and module.startswith("transformers."):
-            return True
+            return not getattr(frame.f_locals.get("self"), "_hf_peft_config_loaded", False)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -105,7 +105,7 @@ def _backward(ctx, grad_y, grad_pre=None):
         grads = [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
     if grad_pre is not None:
         grads[0] = added(grads[0], grad_pre @ w_in) if wants[0] else None
-        grads[2] = added(grads[2], grad_pre.flatten(0, -2).sum(0)) if wants[2] else None
+        grads[2] = added(grads[2], grad_pre.reshape(-1, grad_pre.shape[-1]).sum(0)) if wants[2] else None
     return *grads, None, grad_y if wants_residual else None, None
 
 

@@ -48,7 +48,7 @@ for dtype in ("bfloat16", "float32"):
 
 
 def write_hf(directory: Path, sizes=SIZES) -> None:
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     width, inner = sizes["hidden_dim"], sizes["intermediate_dim"]
     shapes = {"wte.weight": (sizes["vocabulary_size"], width), "wpe.weight": (POSITIONS, width)}
     for i in range(sizes["num_layers"]):
@@ -66,7 +66,7 @@ def write_hf(directory: Path, sizes=SIZES) -> None:
 
 
 def write_keras(directory: Path, sizes=SIZES) -> None:
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     width, inner, heads = sizes["hidden_dim"], sizes["intermediate_dim"], sizes["num_heads"]
     generator = np.random.default_rng(0)
     with h5py.File(directory / "model.weights.h5", "w") as file:

@@ -212,7 +212,7 @@ def test_filter_and_reasons():
         "own.norm": "filter_fn says no",
         "quiet": "has a _ff_block of its own",
         "hooked": "has a LayerNorm with hooks or a forward of its own",
-        "norm": "has a Identity in place of LayerNorm",
+        "norm": "has an Identity in place of LayerNorm",
         "wide": "has heads of size 264; the kernels take 256",
     }
     assert is_fused(model["own"].layers[0].self_attn)

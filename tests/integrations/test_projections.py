@@ -79,6 +79,31 @@ class Own(nn.Linear):
     """As LoRA and quantisation have them."""
 
 
+def test_linear_layers_that_are_fused_stay_so():
+    model = livened(MODELS["BERT"]())
+    pyfused.fuse_(model, linear=True)
+    before = model.encoder.layer[0].attention.self.query.forward.__func__
+    pyfused.fuse_(model)
+    assert model.encoder.layer[0].attention.self.query.forward.__func__ is before
+
+
+def test_a_parametrized_layer_computes_its_weight_once():
+    model = livened(MODELS["BERT"]())
+    pyfused.fuse_(model)
+    layer, calls = model.encoder.layer[0].attention.self.query, []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Counted())
+    calls.clear()
+    with torch.no_grad():
+        layer(torch.randn(2, 3, 32))
+    assert len(calls) == 1
+
+
 def test_what_is_left(monkeypatch):
     """Layers of a class of their own, what filter_fn does not want, small ones, and the linear layers beside attention."""
     model = livened(MODELS["BERT"]())

@@ -127,6 +127,18 @@ def test_save_pretrained_is_refused(scheme, tmp_path):
     assert torch.equal(hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()(x).logits, model(x).logits)
 
 
+def test_adapters_beside_integers_are_saved():
+    """transformers asks for the whole state dict then too, and writes the adapters alone."""
+    saver = {"__name__": "transformers.modeling_utils"}
+    exec("def save_pretrained(self): return self.state_dict()", saver)
+    model = hf_gpt2()
+    quantize_(model.transformer)
+    with pytest.raises(ValueError, match="save_pretrained"):
+        saver["save_pretrained"](model)
+    model._hf_peft_config_loaded = True
+    assert any(t.dtype == torch.int8 for t in saver["save_pretrained"](model).values())
+
+
 def test_float16_t5_of_transformers_keeps_wo_in_float32():
     """Its `wo` is float32 beside float16, because the products do not fit into float16."""
     model = hf_t5()

@@ -197,7 +197,7 @@ def test_from_preset(preset):
 
 
 def test_fnet_has_no_padding_to_skip():
-    with pytest.raises(ValueError, match="skip_padding is True; a FNetBackbone has no padding"):
+    with pytest.raises(ValueError, match="skip_padding is True; an FNetBackbone has no padding"):
         pyfused.Backbone.from_preset("fnet_tiny_en", skip_padding=True)
 
 

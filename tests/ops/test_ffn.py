@@ -246,8 +246,9 @@ def check_x_beside_frozen(name, device, shapes, keeps):
             y.sum().backward()
 
 
-def test_beside_a_frozen_weight_x_is_not_kept(each_backend, device):
-    check_x_beside_frozen("ffn", device, [(3, 8), (10, 8), (10,), (6, 10), (6,), (3, 6)], {1})
+@pytest.mark.parametrize("rows", [(3,), ()], ids=["matrix", "vector"])
+def test_beside_a_frozen_weight_x_is_not_kept(each_backend, device, rows):
+    check_x_beside_frozen("ffn", device, [(*rows, 8), (10, 8), (10,), (6, 10), (6,), (*rows, 6)], {1})
 
 
 def test_frozen_weights_cost_no_product(each_backend, device):

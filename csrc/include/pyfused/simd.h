@@ -241,7 +241,7 @@ PYFUSED_INLINE vfloat rounded(vfloat v) {
   return v;
 }
 
-// e^x within 1 ulp for x in [-87.7, 88.7], exactly 0 below (and for -inf), inf above. NaN stays NaN.
+// e^x within 1 ulp for x in [-87.7, 88.3], exactly 0 below (and for -inf), inf above (exp alone). NaN stays NaN.
 // x = n ln2 + r, where ln2 has two parts (Cody and Waite), then a polynomial in r with a relative error of 3e-9. Adding
 // `shift` rounds to an integer n, and leaves n + 127, the exponent of 2^n, in the low bits of the mantissa. They are 0 for
 // n = -127, and 255, the exponent of infinity, for n = 128.

@@ -280,7 +280,7 @@ def _few(module: Any, given: dict[str, Any]) -> bool:
                 if len(shape) != 3:
                     return False
                 x = value
-            if "mask" in name:
+            if "mask" in name and shape:
                 keys, masked = max(keys, shape[-1]), True
             elif len(shape) == 3:
                 keys = max(keys, shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import linear
-from ...own_forward import Entry, fused_forward, give, has_another_forward, original
+from ...own_forward import Entry, fused_forward, give, has_another_forward, is_fused, original
 from ...tracing import tracing
 from ..torch_nn import go_together
 
@@ -24,10 +24,10 @@ ROWS = range(2, 257)
 @fused_forward
 def projection(module: nn.Linear, input: Tensor) -> Any:
     """pyfused.linear"""
-    weight = module.weight
-    if not weight.is_cpu or tracing() or input.shape[:-1].numel() not in ROWS:
+    if type(module) is not nn.Linear or tracing() or input.is_nested or input.shape[:-1].numel() not in ROWS:
         return original(module, input)
-    if type(module) is not nn.Linear or not go_together(module, input):
+    weight = module.weight
+    if not weight.is_cpu or not go_together(module, input):
         return original(module, input)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or _learns(module.bias)):
         return original(module, input)
@@ -47,7 +47,7 @@ def fuse_projections(model: nn.Module, wanted: Callable[[str, nn.Module], bool])
             continue
         for name, child in layer.named_children():
             path = f"{above}.{name}" if above else name
-            if _is_large(child) and wanted(path, child) and not has_another_forward(child):
+            if _is_large(child) and wanted(path, child) and not is_fused(child) and not has_another_forward(child):
                 give(child, projection)
                 done.append(Entry(path, "Linear", "pyfused.linear"))
     return done
