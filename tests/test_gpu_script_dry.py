@@ -234,7 +234,8 @@ def test_the_table_has_items_figures_and_correctness(dry):
     table = (dry / "table.txt").read_text()  # the second call's
     assert re.search(r"^profile +ok", table, re.MULTILINE)
     first = gpu_session.table([row for row in rows_of(dry) if row["item"].startswith(("correct", "generate"))])
-    assert "21 of 21 right, worst 0." in first
+    for cases in (33, 24, 2):  # CUDA's, Triton's and Gluon's
+        assert f"{cases} of {cases} right, worst 0." in first
     assert "2 of 2 right" in first  # the kernel for Hopper
     assert re.search(r"model=t5 .*us_per_token=", first)
 

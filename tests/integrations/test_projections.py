@@ -82,9 +82,9 @@ class Own(nn.Linear):
 def test_linear_layers_that_are_fused_stay_so():
     model = livened(MODELS["BERT"]())
     pyfused.fuse_(model, linear=True)
-    before = model.encoder.layer[0].attention.self.query.forward.__func__
+    before = model.encoder.layer[0].attention.self.query.forward.func
     pyfused.fuse_(model)
-    assert model.encoder.layer[0].attention.self.query.forward.__func__ is before
+    assert model.encoder.layer[0].attention.self.query.forward.func is before
 
 
 def test_a_parametrized_layer_computes_its_weight_once():
