@@ -54,7 +54,7 @@ def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
     has = {"cuda": CUDA_OPERATORS, "cudnn": CUDNN_OPERATORS, "triton": OPERATORS, "gluon": GLUON_OPERATORS}
     lists = {backend: [name for name in operators if name in has[backend]] for backend in has}
     return [
-        own("correct", group, backend, seconds=90, patience=60, resumes=True)
+        own("correct", group, backend, seconds=120, patience=60, resumes=True)
         for backend, names in lists.items()
         for group in each(names, dry)
     ]
