@@ -88,6 +88,7 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
         own("peers", seconds=50, least=20, alone=True),
         own("backward", seconds=40, least=20, alone=True),
+        own("bench", seconds=80, least=40, alone=True),
         own("host", seconds=20, alone=True),
         *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),
     ]

@@ -39,7 +39,8 @@ class Launch(NamedTuple):
     def source(self) -> tuple[Any, Any, dict[str, Any]]:
         """The arguments of triton.compile: source, target, options."""
         from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+
+        from .kernels.triton._launch import settle_cache_key
 
         module, _, name = self.kernel.partition(":")
         found = json.loads(self.specialisation)
@@ -47,7 +48,12 @@ class Launch(NamedTuple):
         attributes = dict(zip(map(tuple, found["attrs_keys"]), found["attrs_vals"], strict=True))
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in found["options"].items()}
         kernel = getattr(importlib.import_module(module), name)
-        return ASTSource(kernel, found["signature"], constants, attributes), GPUTarget(*self.target), options
+        settle_cache_key(kernel)
+        if kernel.is_gluon():
+            from triton.experimental.gluon._runtime import GluonASTSource as Source
+        else:
+            from triton.compiler import ASTSource as Source
+        return Source(kernel, found["signature"], constants, attributes), GPUTarget(*self.target), options
 
 
 class Compiled(NamedTuple):

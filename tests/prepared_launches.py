@@ -10,6 +10,7 @@ import weakref
 import fake_gpu
 import torch
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 import pyfused
 from pyfused import compile_ahead, dispatch, extensions, tiles
@@ -185,6 +186,20 @@ def by_hand(driver):
     return [[name, grid, [type(a).__name__ for a in arguments[:3]]] for name, grid, _, arguments in driver.started[-2:]]
 
 
+def cache_keys(driver):
+    """How many kernels and helpers there are, and those whose key in Triton's cache depends on which were used before."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("pyfused.kernels.triton", "pyfused.kernels.gluon"))]
+    functions = {f.__qualname__: f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}
+    found = []
+    for order in (list, reversed):
+        for function in functions.values():
+            function.hash, function.used_global_vals = None, {}
+        for name in order(list(functions)):
+            _launch.settle_cache_key(functions[name])
+        found.append({name: function.cache_key for name, function in functions.items()})
+    return [len(functions), [name for name in functions if found[0][name] != found[1][name]]]
+
+
 def times(driver):
     """Microseconds of a call that starts nothing, prepared and through Triton. For readers; no test uses it."""
     found = {}
@@ -211,7 +226,7 @@ def main(wanted):
             driver.started.clear()
             call()
             facts["counts"][name] = {"starts": len(driver.started), **counted(call)}
-        for fact in (watched, forgotten, held, by_hand):
+        for fact in (watched, forgotten, held, by_hand, cache_keys):
             facts[fact.__name__] = fact(driver)
         if "times" in wanted:
             facts["times"] = times(driver)

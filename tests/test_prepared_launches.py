@@ -63,6 +63,13 @@ def test_no_launch_keeps_a_tensor(facts):
     assert facts["held"] == {"layer_norm": 0, "attention": 0}
 
 
+def test_a_kernel_has_one_key_on_disk(facts):
+    """What one process compiles another finds, whatever either has used before."""
+    functions, different = facts["cache_keys"]
+    assert functions > 40
+    assert different == []
+
+
 def test_the_kernel_for_hopper_starts(facts):
     """Two programs of 128 queries for each head, behind the bias by distance."""
     (first, _, _), (second, grid, arguments) = facts["by_hand"]

@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pyfused.arguments import AttentionForward, taking
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
+from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
 
 from ._attention_forward import ROWS, forward_kernel
@@ -62,6 +63,7 @@ def _descriptor(tensor, rows):
 
 
 def start(kernel, grid, *args, **options):
+    settle_cache_key(kernel)
     kernel[grid](*args, **options)
 
 

@@ -8,6 +8,7 @@ alignment of each given tensor. torch's allocator aligns new tensors to 256 byte
 
 import torch
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from pyfused.kernels.shared.prepared import current_device, current_stream, recorder
 
@@ -19,6 +20,20 @@ _hands_over = None  # whether this Triton calls a launcher as `start` does; None
 def on_gpu(device):
     """Whether kernels on this device are compiled. Elsewhere they run in Triton's interpreter."""
     return device.type == "cuda"
+
+
+def settle_cache_key(function):
+    """Gives a kernel the same key in Triton's cache on disk in every process.
+
+    The key has the constants that the kernel's helpers read. Triton 3.6 leaves out those of a helper whose own key is not known
+    yet, so the key depended on which kernels a process had used before, and what another process had compiled was not found.
+    """
+    if function.hash is None:
+        for name in function.fn.__code__.co_names:
+            helper = function.__globals__.get(name)
+            if isinstance(helper, JITFunction):
+                settle_cache_key(helper)
+        function.cache_key  # noqa: B018 - computes the key
 
 
 def starter(kernel, grid, device, *numbers, **options):
@@ -33,6 +48,9 @@ def starter(kernel, grid, device, *numbers, **options):
     for blocks, most in zip(grid, GRID_LIMITS):
         if blocks > most:
             raise ValueError(f"{kernel.fn.__name__}: a grid of {tuple(grid)} programs; a GPU takes {GRID_LIMITS}")
+
+    if isinstance(kernel, JITFunction):  # the interpreter's functions have no key
+        settle_cache_key(kernel)
 
     def through_triton(*tensors):
         return kernel[grid](*tensors, *numbers, **options)
