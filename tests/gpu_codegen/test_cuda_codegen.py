@@ -67,4 +67,10 @@ def test_nothing_spills(extension, architecture):
     assert len(usage) >= 30, f"{len(usage)} kernels for {architecture}"
     spilled = [row for row in usage if int(row[2]) or int(row[4])]
     assert not spilled
-    assert all(int(shared) <= 48 * 1024 for _, _, _, shared, _ in usage)  # static shared memory
+    reserved = 1024 if architecture == "sm_90a" else 0  # by the driver, in each block
+    own = {name: int(shared) - reserved for name, _, _, shared, _ in usage}
+    assert max(own.values()) <= 48 * 1024
+    # Beside dynamic shared memory: what allow_shared() of csrc/include/pyfused/launch.h takes for granted
+    beside = {name: size for name, size in own.items() if re.search("attention|decode|fourier_mix", name)}
+    assert len(beside) >= 10
+    assert max(beside.values()) <= 1024, beside
