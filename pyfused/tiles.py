@@ -241,7 +241,7 @@ def files(where: torch.device | str) -> list[tuple[Path, str]]:
     else:
         device = str(where) if where.type == "cuda" else "interpreter"
         chip = architecture(where)
-        found = [(path, evidence.kind(device)) for path in evidence.files(device)]
+        found = [(path, path.stem) for path in evidence.files(device)]
     names = (f"triton_{chip}", "triton")
     return list(dict.fromkeys([*found, *((evidence.SHIPPED / f"{name}.json", name) for name in names)]))
 
