@@ -48,11 +48,14 @@ def main(preset, *lengths):
     narrow, x = [{"ROWS": rows, "num_warps": 4} for rows in (1, 2)], torch.ones(4, 40, dtype=torch.bfloat16)
     norm = dispatch.kernel("triton", "rms_norm")
     before = len(driver.started)
+    tried, processes = [], set()
+
+    def normalise():
+        norm.forward(x, x[0], 1e-6, None, False)
+
     with compile_ahead.Workers(1) as workers:
-        tried, processes = [], set()
         for tile in narrow:
-            call = lambda: norm.forward(x, x[0], 1e-6, None, False)
-            tried += compile_ahead.compile_tiles(call, "row_norm_forward", [tile], workers)
+            tried += compile_ahead.compile_tiles(normalise, "row_norm_forward", [tile], workers)
             processes |= set(workers._idle)
     ended = [process.poll() for process in processes]
     facts = {
