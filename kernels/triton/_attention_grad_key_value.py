@@ -3,7 +3,7 @@
 The formulas are in _attention_grad_query.py. Its kernel runs first and writes each row's log-sum-exp and delta.
 
 Both compute the scores and dP: seven products. With the queries' gradient added up by atomics, here, it was five. An H200 took
-1.46 ms in place of 1.35 for that (B8 H16 S2048 D64), and its sums were not repeatable.
+1.40 ms at best in place of 1.35 for that (B8 H16 S2048 D64), and its sums were not repeatable.
 """
 
 import triton
