@@ -14,15 +14,24 @@
 // while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on floats: the result
 // is the same to the last bit, with any number of blocks.
 //
-// Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
-//   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the
-//                 operand from the L2 and 0.6 us for norm, product and sums: 60 x 2.5 = 150 us. The layers' 170 MB hide behind.
-//                 The head's 77 MB take 26 us. In all about 180 us.
-//   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
-//                 In all about 260 us.
-//   GPT-2 124M as transformers stores it, without its head: 170 MB by columns, 57 us. 60 barriers: 60 x 2.5 = 150 us. Requests
-//                 of 64 bytes hold the load unit 0.4 us for 49 KB, twice as long as whole lines, and a branch of 4 parts is
-//                 read in 0.1 us more: 48 x 0.2 + 24 x 0.1 = 12 us. In all about 160 us.
+// An H200 ran it once, in bfloat16 with 129 keys, as a CUDA graph, with 1, 4 and 8 rows. What it showed has been mended since; the
+// predictions are for the code as it is, which no GPU has run yet. Floors: the weights' bytes at 3.0 TB/s.
+//                                                       floor   measured before        predicted now
+//   GPT-2 124M, 249 MB, 60 barriers                       83 us   548, 972, 1066 us      260, 300, 350 us
+//   GPT-2 124M by columns, no head, 170 MB, 60 barriers   57 us   487, 955, 1078 us      245, 315, 365 us
+//   T5 1.1 base's decoder, 248 MB, 96 barriers            83 us   776, 1494, 1506 us     390, 450, 500 us
+// A phase has little to compute, so what counts is how often it waits for the L2, one wait behind the other. In a layer of GPT-2:
+//                                                         measured before    now, 1, 4 and 8 rows
+//   query, key and value: the branch; the norm's weights    4, 15, 30          1, 1, 1
+//   attention: places and queries, then keys and values     6, 8, 12           1.5, 2, 3
+//   output: the chunks of keys                             18, 48, 24          1, 1, 2
+//   up: as the first                                        4, 15, 30          1, 1, 1
+//   down: the operand                                       3, 12, 24          1, 3, 3
+// Together 35, 98 and 120 before. The measured times of 4 and 8 rows, 424 and 518 us above that of one, make it 0.5 us a wait, 210
+// us of the 548. The other 5 us a phase were the barrier, whose fence came behind the requests for the next weights and may have
+// waited for them, some 1,100 instructions before it that divide the next product (two 64-bit divisions), and the product.
+// Now: 5.5 waits, 2.7 us. Five barriers of 2 us, with the division's 450 instructions in their shadow: 10 us. Four products with
+// their sums, 1.2 us each: 5 us. Statistics of two norms and the sums of attention's warps: 1.4 us. A layer takes 19 us, the head 26.
 // Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
 // index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
 // bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
@@ -226,7 +235,7 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
   // stream += the parts of the last branch, in order.
   __device__ void add_branch() {
     read_rows<(ROWS > 4 ? ROWS : 4)>(a.branch, branch_parts * m, hidden, [&](int row, int c, const Pack<float, 4>& quad) {
-      float* to = stream + (ROWS == 1 ? 0 : row % m) * stream_pitch + c;
+      float* to = stream + (ROWS == 1 ? 0 : row - quotient(row, m) * m) * stream_pitch + c;
       Pack<float, 4> x = load<4>(to);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
