@@ -87,7 +87,7 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         *generation(dry),
         *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
         own("peers", seconds=50, least=20, alone=True),
-        own("bench", seconds=80, least=40, alone=True),
+        *(own("bench", group, seconds=45, least=25, alone=True) for group in ("operators", "networks")),
         own("host", seconds=20, alone=True),
         *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),
     ]
@@ -99,8 +99,11 @@ def second(dry: bool, changed: Sequence[str]) -> list[Item]:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers)
     return [
         own("environment", seconds=30, least=5, alone=True),
+        own("warm", "networks", seconds=75),
         *correctness(changed, dry),
-        own("bench", seconds=110, least=30, alone=True),
+        own("decode", seconds=40, alone=True),
+        own("peers", seconds=50, least=20, alone=True),
+        *(own("bench", group, seconds=60, least=25, alone=True) for group in gpu_commands.BENCHMARKS),
         own("profile", seconds=60, least=30, alone=True),
         *sanitizer("memcheck", dry),
         Item("streams", (*pytest, str(STREAMS)), 60, 20),

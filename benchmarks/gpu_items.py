@@ -14,7 +14,7 @@ from typing import Any
 import gpu_correct
 import torch
 from gpu_device import DEVICE, DRY, Row, error_row, synchronize
-from gpu_models import compile, decode, generate, transformers
+from gpu_models import OneStep, compile, decode, generate, transformers
 from gpu_peers import attention_shapes, flex, heads, peers
 from gpu_session import ROOT
 
@@ -117,7 +117,7 @@ def _cpu_seconds(call: Callable[[], Any]) -> float:
 
 
 def kernels(start: int) -> Iterator[Row]:
-    """The five calls that `profile` measures."""
+    """The six calls that `profile` measures."""
     b, h, s, d = attention_shapes()[0]
     q, k, v = (t.requires_grad_() for t in heads(b, h, s, d))
     table = torch.randn(32, h, device=DEVICE, dtype=torch.bfloat16)
@@ -131,6 +131,7 @@ def kernels(start: int) -> Iterator[Row]:
         "attention backward": lambda: torch.autograd.grad(out, (q, k, v), out.detach(), retain_graph=True),
         "layer_norm": lambda: pyfused.layer_norm(x, weight, weight, residual=x),
         "linear, one row": lambda: pyfused.linear(row, w_wide),
+        "decode": OneStep("gpt2", 1),
     }
     for name, call in calls.items():
         call()

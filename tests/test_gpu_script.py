@@ -199,7 +199,7 @@ def test_items_come_in_order_of_value():
 
 @pytest.mark.parametrize(
     "command",
-    [gpu_commands.tune_command(["attention"], 50, "f.json"), gpu_commands.bench_command(["attention"], 50, "f.json")],
+    [gpu_commands.tune_command(["attention"], 50, "f.json"), gpu_commands.bench_command("attention", 50, "f.json")],
     ids=lambda command: command[0],
 )
 def test_command_lines_are_those_that_pyfused_takes(command):
@@ -248,4 +248,4 @@ def test_what_travels_is_small_enough():
         pytest.skip("not a checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     built = [path for path in gpu.BUILT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in (*files, *built)) < 48 << 20
+    assert sum(path.stat().st_size for path in (*files, *built)) < 60 << 20
