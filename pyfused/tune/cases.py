@@ -104,6 +104,8 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
     yield from norms("backward")
     for r in (1, 16) if quick or tiny else (1, 4, 16):
         yield Case("linear", "forward", f"linear {r} rows", linear(r, width, inner))
+        if not tiny:
+            yield Case("linear", "forward", f"linear {r} rows, a vocabulary", linear(r, 768, 50257))
         yield Case("linear", "forward", f"linear int8 {r} rows", linear_int8(r, width, inner))
         yield Case("ffn", "forward", f"ffn {r} rows", ffn(r, width, inner))
         yield Case("gated_ffn", "forward", f"gated_ffn {r} rows", gated_ffn(r, width, inner))
