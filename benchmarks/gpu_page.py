@@ -77,7 +77,8 @@ def _attention(items: dict[str, list[dict]]) -> list[str]:
     ways = list(dict.fromkeys(how for each in found.values() for how in each))
     rows = [[how, *(f"{each[how]:.0f}" if how in each else "" for each in found.values())] for how in ways]
     words = (
-        "TFLOP/s in bfloat16 (B x H x S x D), with a cold cache; a causal mask halves the FLOPs. `pyfused` is what dispatch takes."
+        "TFLOP/s in bfloat16 (B x H x S x D), with a cold cache; a causal mask halves the FLOPs. `pyfused` is what dispatch "
+        "takes."
     )
     return _table("Attention", words, ("", *found), rows)
 

@@ -99,10 +99,9 @@ def _line_for(device: str, operator: str, function: str, dtype: torch.dtype, sha
     return by_threads[nearest_threads(by_threads)]
 
 
-def _of_class(device: str, operator: str, *of_shapes: str) -> dict[int, Line] | None:
+def _of_class(device: str, operator: str, function: str, dtype: str, shapes: str) -> dict[int, Line] | None:
     """The lines of a class of shapes, by number of threads."""
-    function, dtype, shapes = of_shapes
-    found = _by_class(device).get((operator, *of_shapes))
+    found = _by_class(device).get((operator, function, dtype, shapes))
     if found is None and shapes.startswith("huge"):
         found = _by_class(device).get((operator, function, dtype, shapes.replace("huge", "large")))
     return found
