@@ -13,6 +13,7 @@ This file needs only the standard library. The items are in gpu_items.py and gpu
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -22,11 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_ahead
 import gpu_commands
 from gpu_session import ROOT, Item, Session
 
 PYTHON = sys.executable
-BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions
+BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions, and Triton's kernels
 OPERATORS = ("attention", "decode", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
@@ -169,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop_at)
     if copied := place_extensions():
         print("copied", ", ".join(copied), "from", BUILT)
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if not arguments.dry and (count := gpu_ahead.place(BUILT / "triton", cache)):
+        print(f"copied {count} compiled kernels")
     items = CALLS[arguments.call](arguments.dry, arguments.changed)
     if arguments.only:
         items = [item for item in items if any(f"{item.name} ".startswith(f"{name} ") for name in arguments.only)]

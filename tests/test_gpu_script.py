@@ -147,6 +147,7 @@ def test_a_signal_keeps_what_is_known_and_prints_the_table(tmp_path, number):
 import sys
 sys.path[:0] = [{str(ROOT / "benchmarks")!r}]
 import gpu
+gpu.BUILT = gpu.ROOT / "nowhere"
 from gpu_session import Item
 code = "print('{{\\"x\\": 1}}', flush=True)\\nimport time; time.sleep(100)"
 items = [Item("long", (sys.executable, "-c", code), 90), Item("never", ("true",), 9, alone=True)]
@@ -239,6 +240,35 @@ def test_make_builds_for_hopper_into_an_ignored_folder_and_installs_nothing_ther
     run = commands("gpu", "BUDGET=390", "RESULTS=out", "CALL=second")
     assert "benchmarks/gpu.py --call second --budget 390 --results out" in run
     assert "pip" not in run
+
+
+AHEAD = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/benchmarks", {root!r} + "/tests/cuda_on_cpu"]
+import fake_gpu, gpu_ahead, os, pathlib
+from pyfused import compile_ahead
+fake_gpu.install()
+launches = gpu_ahead.record(["relative_bias"])
+with compile_ahead.Workers(1) as workers:
+    (done,) = workers.compile(launches[:1])
+built, there = pathlib.Path(os.environ["TRITON_CACHE_DIR"]), pathlib.Path({there!r})
+count = gpu_ahead.place(built, there)
+for path in built.rglob("*.*"):
+    path.unlink()
+os.environ["TRITON_CACHE_DIR"] = str(there)
+print(len(launches), done.error, count, compile_ahead._is_on_disk(launches[0]))
+"""
+
+
+def test_kernels_compiled_ahead_are_found_elsewhere(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "built"), "TRITON_STORE_BINARY_ONLY": "1"}
+    script = AHEAD.format(root=str(ROOT), there=str(tmp_path / "there"))
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches, *rest = done.stdout.split()
+    assert int(launches) > 30
+    assert rest == ["1", "True"]
 
 
 def test_what_travels_is_small_enough():
