@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if copied := place_extensions():
         print("copied", ", ".join(copied), "from", BUILT)
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    if not arguments.dry and (count := gpu_ahead.place(BUILT / "triton", cache)):
+    if not arguments.dry and (count := gpu_ahead.place(BUILT / "triton.tar.xz", cache)):
         print(f"copied {count} compiled kernels")
     items = CALLS[arguments.call](arguments.dry, arguments.changed)
     if arguments.only:

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels of gpu.py's items where there is no GPU: `python benchmarks/gpu_ahead.py` (`make gpu-build`).
 
 On a machine that is lent for minutes their compilation would take minutes. The launches are recorded on an imaginary Hopper GPU
-(tests/fake_gpu.py) and compiled into build/gpu/triton, without their intermediate code; gpu.py moves them into Triton's cache
-there. They are found if that machine has the same release of Triton. Which tiles `pyfused tune` tries after its first round
-depends on what it measures, so those are compiled there.
+(tests/fake_gpu.py), compiled, and packed into build/gpu/triton.tar.xz; gpu.py unpacks them into Triton's cache there. They
+are found if that machine has the same release of Triton. Which tiles `pyfused tune` tries after its first round depends on what
+it measures, so those are compiled there.
 """
 
 from __future__ import annotations
@@ -12,29 +12,39 @@ import contextlib
 import json
 import os
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "build" / "gpu" / "triton"
+FOLDER = ROOT / "build" / "gpu-triton"
+ARCHIVE = ROOT / "build" / "gpu" / "triton.tar.xz"
 MOST_SHARED = 227 << 10  # bytes of shared memory that a block of a Hopper chip may have
 
 
-def place(built: Path, cache: Path) -> int:
-    """Copies compiled kernels into a cache of Triton's, which finds a kernel's files by their whole paths. Returns how many
-    kernels there are."""
+def pack(cache: Path, archive: Path) -> None:
+    """Writes the kernels of a cache of Triton's, without their source, into an archive: a sixth of their size."""
+    with tarfile.open(archive, "w:xz") as packed:
+        for path in sorted(path for path in cache.glob("*/*") if path.suffix in (".json", ".cubin")):
+            packed.add(path, f"{path.parent.name}/{path.name}")
+
+
+def place(archive: Path, cache: Path) -> int:
+    """Unpacks kernels into a cache of Triton's, which finds a kernel's files by their whole paths. Returns how many there
+    are."""
     count = 0
-    for folder in sorted(path for path in built.glob("*") if path.is_dir()):
-        to = cache / folder.name
-        to.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.*"):
-            if path.name.startswith("__grp__"):
-                names = json.loads(path.read_text())["child_paths"]
-                (to / path.name).write_text(json.dumps({"child_paths": {name: str(to / name) for name in names}}))
+    if not archive.exists():
+        return count
+    with tarfile.open(archive) as packed:
+        for member in packed:
+            content, to = packed.extractfile(member).read(), cache / member.name  # type: ignore[union-attr]
+            if to.name.startswith("__grp__"):
+                names = json.loads(content)["child_paths"]
+                content = json.dumps({"child_paths": {name: str(to.parent / name) for name in names}}).encode()
                 count += 1
-            elif path.suffix in (".json", ".cubin"):
-                (to / path.name).write_bytes(path.read_bytes())
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(content)
     return count
 
 
@@ -160,7 +170,9 @@ def main(operators: Iterable[str]) -> int:
     with compile_ahead.Workers() as workers:
         done = workers.compile(launches, lambda text: print(text, flush=True))
     failed = [row for row in done if row.error]
-    print(f"{len(done) - len(failed)} kernels in {FOLDER}; {len(failed)} do not compile")
+    ARCHIVE.parent.mkdir(parents=True, exist_ok=True)
+    pack(FOLDER, ARCHIVE)
+    print(f"{len(done) - len(failed)} kernels in {ARCHIVE}; {len(failed)} do not compile")
     return 0
 
 

@@ -252,9 +252,10 @@ launches = gpu_ahead.record(["relative_bias"])
 with compile_ahead.Workers(1) as workers:
     (done,) = workers.compile(launches[:1])
 built, there = pathlib.Path(os.environ["TRITON_CACHE_DIR"]), pathlib.Path({there!r})
-count = gpu_ahead.place(built, there)
+gpu_ahead.pack(built, there / "kernels.tar.xz")
 for path in built.rglob("*.*"):
     path.unlink()
+count = gpu_ahead.place(there / "kernels.tar.xz", there)
 os.environ["TRITON_CACHE_DIR"] = str(there)
 print(len(launches), done.error, count, compile_ahead._is_on_disk(launches[0]))
 """
@@ -263,6 +264,7 @@ print(len(launches), done.error, count, compile_ahead._is_on_disk(launches[0]))
 def test_kernels_compiled_ahead_are_found_elsewhere(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "built"), "TRITON_STORE_BINARY_ONLY": "1"}
+    (tmp_path / "there").mkdir()
     script = AHEAD.format(root=str(ROOT), there=str(tmp_path / "there"))
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
