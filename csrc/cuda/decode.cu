@@ -9,10 +9,10 @@
 //   "up"                     norm, product with gate and inner, activation
 //   "down"                   one product
 // then "logits", and a token is chosen (decode_choice.cuh). Every block keeps the residual stream in its shared memory and
-// computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than a barrier. Activations are float32
-// from the embedding to the logits; caches and logits have the weights' dtype. The next product's weights are on their way
-// while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on floats: the result
-// is the same to the last bit, with any number of blocks.
+// computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than a barrier (decode_operand.cuh).
+// Activations are float32 from the embedding to the logits; caches and logits have the weights' dtype. The next product's weights
+// are on their way while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on
+// floats: the result is the same to the last bit, with any number of blocks.
 //
 // An H200 ran it once, in bfloat16 with 129 keys, as a CUDA graph, with 1, 4 and 8 rows. What it showed has been mended since; the
 // predictions are for the code as it is, which no GPU has run yet. Floors: the weights' bytes at 3.0 TB/s.
@@ -31,7 +31,9 @@
 // us of the 548. The other 5 us a phase were the barrier, whose fence came behind the requests for the next weights and may have
 // waited for them, some 1,100 instructions before it that divide the next product (two 64-bit divisions), and the product.
 // Now: 5.5 waits, 2.7 us. Five barriers of 2 us, with the division's 450 instructions in their shadow: 10 us. Four products with
-// their sums, 1.2 us each: 5 us. Statistics of two norms and the sums of attention's warps: 1.4 us. A layer takes 19 us, the head 26.
+// their sums, 1.2 us each: 5 us. Statistics of two norms and the sums of attention's warps: 1.4 us. A layer takes 19 us, the head
+// 26.
+//
 // Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
 // index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
 // bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
@@ -39,21 +41,17 @@
 // (1,040 us, 240 barriers) about 60% hide behind barriers.
 #include "kernels.h"
 
-#include "decode_choice.cuh"
+#include "decode_operand.cuh"
 
 namespace pyfused::cuda {
 namespace {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
-  using Base = DecodeChoice<T, ROWS>;
-  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::sums, Base::operand,
-      Base::top;
-
-  const int hidden = (int)this->a.plan.hidden, inner = (int)(this->a.plan.heads * this->a.plan.head_size);
-  const int stream_pitch = padded_row(hidden);
-  int branch_parts = 1;  // of the product that wrote the branch
+template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
+  using Base = DecodeOperand<T, ROWS>;
+  using Base::a, Base::m, Base::layers, Base::operand, Base::top, Base::hidden, Base::inner, Base::stream_pitch,
+      Base::branch_parts, Base::embed, Base::prepare, Base::norm_of;
 
   __device__ Decode(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -129,45 +127,6 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
       cp_async16((char*)(layers + i % 2) + at, source + at, true);
   }
 
-  // stream = token_embedding[tokens] + position_embedding[positions]. An id out of range takes the nearest row: it never reads
-  // beyond the table. The reads of all rows are under way at once.
-  __device__ void embed() {
-    const DecodeMatrix &t = a.plan.token_embedding, &p = a.plan.position_embedding;
-    int64_t token[ROWS], at[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int b = min(r, m - 1);
-      token[r] = row_in(t, ((const int64_t*)a.call.tokens)[b]);
-      at[r] = row_in(p, a.call.position_ids ? ((const int64_t*)a.call.position_ids)[b] : this->place(b));
-    }
-    for (int c = threadIdx.x; c < stream_pitch; c += blockDim.x)
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        if (r == m) break;
-        float x = 0;
-        if (c < hidden) {
-          x = t.scale ? widen(((const int8_t*)t.weight)[token[r] * t.stride + c]) * ((const float*)t.scale)[token[r]]
-                      : widen(((const T*)t.weight)[token[r] * t.stride + c]);
-          if (p.n) x += widen(((const T*)p.weight)[at[r] * p.stride + c]);
-        }
-        stream[r * stream_pitch + c] = x;
-      }
-  }
-  __device__ static int64_t row_in(const DecodeMatrix& table, int64_t id) {
-    return id < 0 || table.n == 0 ? 0 : id < table.n ? id : table.n - 1;
-  }
-
-  // The norm that makes a phase's operand, or null.
-  __device__ const DecodeNorm* norm_of(Phase phase, const DecodeLayer& layer) const {
-    switch (phase) {
-      case Phase::kQueryKeyValue: return &layer.attention_norm;
-      case Phase::kCrossQuery: return &layer.cross_norm;
-      case Phase::kUp: return &layer.feed_forward_norm;
-      case Phase::kLogits: return &a.plan.final_norm;
-      default: return nullptr;
-    }
-  }
-
   // Has sent, while the block waits for the operand: the weights of a product and of its norm, and the keys and values that the
   // block attends to before.
   __device__ void announce(Phase phase, const DecodeLayer& layer, int i) {
@@ -179,129 +138,6 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
         if (norm->bias) prefetch_l2((const T*)norm->bias + c);
       }
     if (phase == Phase::kOutput || phase == Phase::kCrossOutput) this->prefetch_keys(i, phase == Phase::kCrossOutput);
-  }
-
-  // The product's operand, from what the phases before wrote.
-  __device__ void prepare(Phase phase, const DecodeLayer& layer, int i) {
-    const int bits = this->operand_bits();
-    if (const DecodeNorm* norm = norm_of(phase, layer))
-      return normalise(*norm, bits, phase == Phase::kLogits ? a.plan.layers > 0 : phase != Phase::kQueryKeyValue || i > 0);
-    const int k = phase == Phase::kDown ? (int)a.plan.intermediate : inner;
-    if (phase == Phase::kDown) {
-      read_rows<ROWS>(a.active, m, k, [&](int row, int c, Pack<float, 4> quad) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) quad.at[e] = c + e < k ? quad.at[e] : 0.0f;
-        store(operand_at(row, c, bits), quad);
-      });
-    } else {
-      const bool whole = a.plan.head_size % 4 == 0;
-      this->attended(phase == Phase::kCrossOutput, [&](int row, int c, int count, const Pack<float, 4>& quad) {
-        if (whole) return store(operand_at(row, c, bits), quad);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (e < count) *operand_at(row, c + e, bits) = quad.at[e];
-      });
-    }
-    for (int c = (phase == Phase::kDown ? padded_row(k) : k) + threadIdx.x; c < operand_width(k, bits); c += blockDim.x)
-      for (int row = 0; row < m; ++row) *operand_at(row, c, bits) = 0;
-  }
-
-  __device__ float* operand_at(int row, int c, int bits) const { return operand + row * a.pitch + operand_place(c, bits); }
-  // k, with the zeros up to the end of a step.
-  __device__ int operand_width(int k, int bits) const { return this->steps_of(k, bits) << (bits + 5); }
-
-  // use(row, c, quad) for all quads of rows of k floats in scratch memory. A thread has the same quads of all rows. At least four
-  // reads are under way at once, of TOGETHER rows.
-  template <int TOGETHER, class Use> __device__ void read_rows(const float* from, int rows, int k, const Use& use) const {
-    constexpr int QUADS = TOGETHER < 4 ? 4 / TOGETHER : 1;
-    const int pitch = padded_row(k), apart = 4 * (int)blockDim.x;
-    for (int start = 4 * threadIdx.x; start < pitch; start += QUADS * apart)
-      for (int first = 0; first < rows; first += TOGETHER) {
-        Pack<float, 4> found[QUADS][TOGETHER];
-#pragma unroll
-        for (int u = 0; u < QUADS; ++u)
-#pragma unroll
-          for (int r = 0; r < TOGETHER; ++r)
-            if (const int c = start + u * apart; c < pitch && first + r < rows)
-              found[u][r] = load_shared_by_grid<4>(from + (int64_t)(first + r) * pitch + c);
-#pragma unroll
-        for (int u = 0; u < QUADS; ++u)
-#pragma unroll
-          for (int r = 0; r < TOGETHER; ++r)
-            if (const int c = start + u * apart; c < pitch && first + r < rows) use(first + r, c, found[u][r]);
-      }
-  }
-
-  // stream += the parts of the last branch, in order.
-  __device__ void add_branch() {
-    read_rows<(ROWS > 4 ? ROWS : 4)>(a.branch, branch_parts * m, hidden, [&](int row, int c, const Pack<float, 4>& quad) {
-      float* to = stream + (ROWS == 1 ? 0 : row - quotient(row, m) * m) * stream_pitch + c;
-      Pack<float, 4> x = load<4>(to);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (c + e < hidden) x.at[e] += quad.at[e];
-      store(to, x);
-    });
-  }
-
-  // Elements c .. c + 3 of a norm's weight or bias, as bits: taking them apart would wait for the L2.
-  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  __device__ Bits read_norm(std::uintptr_t from, int c) const {
-    const T* at = (const T*)from + c;
-    if (from && c + 4 <= hidden && (std::uintptr_t)at % sizeof(Bits) == 0) return __ldcg((const Bits*)at);
-    Pack<T, 4> out;
-    for (int e = 0; e < 4; ++e) out.at[e] = from && c + e < hidden ? __ldcg(at + e) : narrow<T>(0.0f);
-    Bits bits;
-    memcpy(&bits, &out, sizeof(Bits));
-    return bits;
-  }
-
-  // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the
-  // mean of squared deviations. A warp computes a row's; then a thread has the same quads of all rows, whose weights it reads
-  // together with the branch.
-  __device__ void normalise(const DecodeNorm& norm, int bits, bool adds) {
-    int c = 4 * threadIdx.x;
-    Bits weight = read_norm(norm.weight, c), bias = read_norm(norm.bias, c);
-    if (adds) add_branch();
-    __syncthreads();
-    for (int row = warp; row < m; row += warps) find_statistics(row, (float)norm.eps);
-    __syncthreads();
-    for (const int width = operand_width(hidden, bits); c < width; c += 4 * blockDim.x) {
-      Pack<T, 4> w, b;
-      memcpy(&w, &weight, sizeof(Bits)), memcpy(&b, &bias, sizeof(Bits));
-      if (c + 4 * (int)blockDim.x < width)
-        weight = read_norm(norm.weight, c + 4 * blockDim.x), bias = read_norm(norm.bias, c + 4 * blockDim.x);
-      for (int row = 0; row < m; ++row) {
-        const float mean = sums[2 * row], rstd = sums[2 * row + 1];
-        Pack<float, 4> x = {};
-        if (c < hidden) x = load<4>(stream + row * stream_pitch + c);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x.at[e] = c + e < hidden ? (x.at[e] - mean) * rstd * widen(w.at[e]) + widen(b.at[e]) : 0.0f;
-        store(operand_at(row, c, bits), x);
-      }
-    }
-  }
-
-  // A row's mean, 0 for an RMS norm, and 1 / deviation, into the product's sums, which nobody reads now. A warp calls it.
-  __device__ void find_statistics(int row, float eps) const {
-    const float* x = stream + row * stream_pitch;
-    float mean = 0;
-    if (!a.plan.is_rms) mean = warp_sum(sum_of(x, [](float v) { return v; })) / hidden;
-    const float squares = warp_sum(sum_of(x, [mean](float v) { return (v - mean) * (v - mean); }));
-    if (lane == 0) sums[2 * row] = mean, sums[2 * row + 1] = 1.0f / sqrtf(squares / hidden + eps);
-  }
-
-  // A lane's part of the sum of value(x) over a row. Four sums: each addition waits for the one before.
-  template <class Value> __device__ float sum_of(const float* x, const Value& value) const {
-    float sum[4] = {};
-#pragma unroll 4
-    for (int c = 4 * lane; c < hidden; c += 4 * kWarp) {
-      const Pack<float, 4> quad = load<4>(x + c);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (c + e < hidden) sum[e] += value(quad.at[e]);
-    }
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // ---- results ------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ def test_kernels(architecture):
         assert kernel.count("LDGSTS.E.BYPASS.128") >= 8, kernel
         # Four reads of 16 bytes under way at once, of the keys and values, the branch, the operand and the chunks.
         assert kernel.count("LDG.E.128.STRONG.GPU") >= 16, kernel
-        # One for the barriers behind products, behind attention and before the choice: integers. A draw counts in shared memory,
-        # with integers too.
+        # One for the barriers behind products, behind attention and before the choice: integers. A draw counts in shared
+        # memory, with integers too.
         assert kernel.count("ATOMG") + kernel.count("RED") == 3, kernel
         assert kernel.count("ATOMS.F") == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
