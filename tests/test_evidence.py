@@ -52,6 +52,18 @@ def test_the_nearest_size_decides(cache):
     assert found == {1: False, 3: False, 5: True, 16: True, 60: True, 70: False, 5000: False}
 
 
+def test_huge_weights_go_by_large_ones_where_only_these_were_measured(cache):
+    x, weight = torch.empty(4, 4096, device="meta"), torch.empty(4096, 4096, device="meta")
+    shapes, size = evidence.shapes_of("linear", "forward", (x, weight, None, None))
+    assert (shapes, size) == ("huge", 4)
+    asked = "cpu", "linear", "forward", "cpu", torch.float32, shapes, size
+    large = row(shapes="large", **{"4": 0.5})
+    cache(large)
+    assert "2.00 times" in evidence.slower(*asked)
+    cache(large, row(shapes="huge", **{"4": 1.5}))
+    assert evidence.slower(*asked) is None
+
+
 def test_explain_names_the_line(cache):
     path = cache(row(**{"16": 0.5}))
     said = str(pyfused.explain("linear", X, W))
@@ -398,3 +410,15 @@ def test_the_commands():
     said = json.loads(run("evidence", "--json").stdout)
     assert said["files"][0] == {"path": str(evidence.own_file()), "exists": True}
     assert any(line["source"].startswith(evidence.kind()) for line in said["lines"])
+
+
+@pytest.mark.parametrize("name, capability", [("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA A100-SXM4-80GB", (8, 0))])
+def test_every_hopper_chip_goes_by_what_one_showed(monkeypatch, tmp_path, name, capability):
+    monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dispatch.forget()
+    speed = evidence.rank("cuda:0", "attention", "forward", torch.bfloat16, "many queries, D 64", 1 << 26)
+    monkeypatch.undo()
+    dispatch.forget()
+    assert (speed.get("cudnn", 0.0) > speed.get("triton", 0.0)) == (capability == (9, 0))
