@@ -31,8 +31,8 @@ def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str,
 
 def product_shapes(rows: int, *weights: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[str, int]:
     """x W^T by the smallest weight, "huge", "large" or "small". Without lines about huge ones those about large ones count.
-    Weights are stored by rows, as in nn.Linear, or by columns, as in Conv1D, with few rows of x or many. Integers are classes of
-    their own. The size is how many rows x has."""
+    Weights are stored by rows, as in nn.Linear, or by columns, as in Conv1D, with few rows of x or many. Integers are classes
+    of their own. The size is how many rows x has."""
     form = format_of(scale)
     if form is not None:
         extent = "large" if min(form.columns(w) * w.shape[0] for w in weights) >= _LARGE else "small"
