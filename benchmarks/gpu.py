@@ -54,7 +54,7 @@ def correctness(operators: Sequence[str], dry: bool) -> list[Item]:
     has = {"cuda": CUDA_OPERATORS, "cudnn": CUDNN_OPERATORS, "triton": OPERATORS, "gluon": GLUON_OPERATORS}
     lists = {backend: [name for name in operators if name in has[backend]] for backend in has}
     return [
-        own("correct", group, backend, seconds=120, patience=60, resumes=True)
+        own("correct", group, backend, seconds=90, patience=60, resumes=True)
         for backend, names in lists.items()
         for group in each(names, dry)
     ]
@@ -87,7 +87,6 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         *generation(dry),
         *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
         own("peers", seconds=50, least=20, alone=True),
-        own("backward", seconds=40, least=20, alone=True),
         own("bench", seconds=80, least=40, alone=True),
         own("host", seconds=20, alone=True),
         *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pyfused import extensions
+from pyfused.timing import time_cuda
 
 DRY = os.environ.get("PYFUSED_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
@@ -71,19 +72,9 @@ def seconds_of(call: Callable[[], Any], times: int) -> float:
 def medians(calls: dict[str, Callable[[], Any]], rounds: int = 1 if DRY else 15) -> dict[str, float]:
     """Median device seconds of each call. The calls run in turn, each with a cold cache."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    flush = None if DRY else torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
     for round in range(rounds + 1):
         for name, call in calls.items():
-            if DRY:
-                seconds = seconds_of(call, 1)
-            else:
-                flush.zero_()  # type: ignore[union-attr]
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                seconds = begin.elapsed_time(end) / 1e3
+            seconds = seconds_of(call, 1) if DRY else time_cuda(call)
             if round:
                 samples[name].append(seconds)
     return {name: statistics.median(values) for name, values in samples.items()}

@@ -13,7 +13,6 @@ from typing import Any
 
 import gpu_correct
 import torch
-from gpu_backward import backward
 from gpu_device import DEVICE, DRY, Row, error_row, synchronize
 from gpu_models import compile, decode, generate, transformers
 from gpu_peers import attention_shapes, flex, heads, peers
@@ -143,5 +142,5 @@ def kernels(start: int) -> Iterator[Row]:
 
 
 ITEMS: dict[str, Callable[..., Iterator[Row]]] = {
-    f.__name__: f for f in (environment, compile, correct, decode, generate, transformers, flex, peers, backward, host, kernels)
+    f.__name__: f for f in (environment, compile, correct, decode, generate, transformers, flex, peers, host, kernels)
 }

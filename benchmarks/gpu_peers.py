@@ -35,6 +35,7 @@ def _flex(score_mod: Any, block_mask: Any) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64  # one for each shape, variant and direction
+    torch._functorch.config.donated_buffer = False  # the backward runs many times on one graph
     call: Any = flex_attention if DRY else torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: call(q, k, v, score_mod=score_mod, block_mask=block_mask)
 

@@ -1,8 +1,8 @@
 """Writes what was measured into the documents: `python benchmarks/publish.py [--run]`.
 
 --run measures first, with one CPU thread and with all (`make bench` does). Written are the README's block and picture, and
-the site's pages docs/performance/index.md (tables) and rows.md (every row). Every number and picture there comes from the
-files that `pyfused bench --json` wrote; tests/test_publish.py holds that.
+the site's pages docs/performance/index.md (tables), rows.md (every row) and gpus.md. Every number and picture there comes from
+the files that `pyfused bench --json` and `make gpu-publish` wrote; tests/test_publish.py holds that.
 """
 
 import json
@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import gpu_page
 
 from pyfused.bench import report
 
@@ -345,6 +347,7 @@ def written(runs: list[dict]) -> dict[Path, str]:
         README: with_block(README.read_text(), block(runs)),
         SITE / "index.md": tables(runs),
         SITE / "rows.md": page(runs),
+        SITE / "gpus.md": gpu_page.page(gpu_page.results()),
         SITE / "speed.svg": chart(front(runs)),
     }
 

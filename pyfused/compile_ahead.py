@@ -102,47 +102,75 @@ def recording() -> Iterator[list[Launch]]:
         found += launches
 
 
-def compile_tiles(run: Callable[[], Any], kernel: str, candidates: Sequence[dict[str, int]]) -> list[Compiled]:
+def compile_tiles(
+    run: Callable[[], Any], kernel: str, candidates: Sequence[dict[str, int]], workers: Workers
+) -> list[Compiled]:
     """Compiles the kernels of a call with each candidate tile, in parallel. `pyfused tune` then times them one after another.
 
     Args:
         run: the call.
         kernel: the kernel that uses the tiles, a name in tiles.KERNELS.
         candidates: the tiles. A tile that the launcher refuses is skipped.
+        workers: the processes that compile.
     """
     with recording() as launches:
         for tile in candidates:
             with tiles.trying(kernel, tile), contextlib.suppress(Exception):
                 run()
                 dispatch.forget()
-    return compile_in_parallel(launches)
+    return workers.compile(launches)
 
 
 def compile_in_parallel(
     launches: Sequence[Launch], workers: int | None = None, say: Callable[[str], None] = lambda text: None
 ) -> list[Compiled]:
-    """Compiles launches into Triton's cache on disk, in worker processes that use no GPU. A launch that does not compile gives
-    a row with an error.
+    """Workers(workers).compile(launches, say), after which the processes end."""
+    with Workers(workers) as processes:
+        return processes.compile(launches, say)
+
+
+class Workers:
+    """Processes that compile launches into Triton's cache on disk. They use no GPU. Each starts when it is first needed, which
+    takes seconds, and runs until the block ends.
 
     Args:
-        launches: the list from recording().
-        workers: the largest number of processes; os.cpu_count() by default.
-        say: gets a line for each finished launch.
+        most: the largest number of processes; os.cpu_count() by default.
     """
-    done = [Compiled(launch, 0.0, True, "") for launch in launches if _is_on_disk(launch)]
-    on_disk = {row.launch for row in done}
-    waiting: queue.SimpleQueue[Launch] = queue.SimpleQueue()
-    missing = [launch for launch in launches if launch not in on_disk]
-    for launch in missing:
-        waiting.put(launch)
-    count = min(len(missing), workers or os.cpu_count() or 1)
 
-    def feed_a_worker() -> None:
-        with _start_worker() as process:
+    def __init__(self, most: int | None = None):
+        self._most = most or os.cpu_count() or 1
+        self._idle: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._idle:
+            with process:  # closes its input, so that it ends, and waits
+                pass
+        self._idle.clear()
+
+    def compile(self, launches: Sequence[Launch], say: Callable[[str], None] = lambda text: None) -> list[Compiled]:
+        """A row for each launch; for one that does not compile, the row has an error.
+
+        Args:
+            launches: the list from recording().
+            say: gets a line for each finished launch.
+        """
+        done = [Compiled(launch, 0.0, True, "") for launch in launches if _is_on_disk(launch)]
+        on_disk = {row.launch for row in done}
+        waiting: queue.SimpleQueue[Launch] = queue.SimpleQueue()
+        missing = [launch for launch in launches if launch not in on_disk]
+        for launch in missing:
+            waiting.put(launch)
+
+        def feed_a_worker() -> None:
+            process = self._idle.pop() if self._idle else _start_worker()
             while True:
                 try:
                     launch = waiting.get_nowait()
                 except queue.Empty:
+                    self._idle.append(process)
                     return
                 print(json.dumps(launch), file=process.stdin, flush=True)
                 answer = process.stdout.readline()  # type: ignore[union-attr]
@@ -153,16 +181,17 @@ def compile_in_parallel(
                 name = launch.kernel.rpartition(":")[2]
                 say(f"{len(done)} of {len(launches)}: {name}, {row.error or f'{row.seconds:.1f} s'}")
                 if not answer:
+                    process.wait()
                     return
 
-    threads = [threading.Thread(target=feed_a_worker) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    while not waiting.empty():
-        done.append(Compiled(waiting.get(), 0.0, False, "no process was left to compile it"))
-    return done
+        threads = [threading.Thread(target=feed_a_worker) for _ in range(min(len(missing), self._most))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        while not waiting.empty():
+            done.append(Compiled(waiting.get(), 0.0, False, "no process was left to compile it"))
+        return done
 
 
 def _start_worker() -> subprocess.Popen[str]:

@@ -47,7 +47,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention_decode": (*_ATTENTION, "PER_PROCESSOR", "LEAST_KEYS"),
     "attention_grad_query": _ATTENTION,
     "attention_grad_key_value": _ATTENTION,
-    "attention_grad_five": _ATTENTION,  # of a backward in five products, with atomics: no shipped file has it
     "attention_combine": ("num_warps",),
     "attention_spread": _BLOCK,
     "row_norm_forward": _WHOLE_ROWS,  # row length; longer rows use row_norm_forward_long, which reads them again
@@ -74,9 +73,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "relative_bias_forward": ("ROWS", "COLUMNS", "num_warps"),
     "relative_bias_backward": ("ROWS", "COLUMNS", "num_warps"),
 }
-# If no row serves a call, these do not run: the library multiplies, few blocks have attention_forward's tile, and the backward
-# takes seven products.
-OPTIONAL = ("gated_ffn_product", "attention_few", "attention_grad_five")
+# If no row serves a call, these do not run: the library multiplies, and few blocks have attention_forward's tile.
+OPTIONAL = ("gated_ffn_product", "attention_few")
 _LAUNCHER_NUMBERS = ("PER_PROCESSOR", "LEAST_KEYS", "LEAST_K")
 _ANY_NUMBER = ("num_stages", "GROUP", "PER_PROCESSOR")
 _LIMITS = {"num_warps": 32, "num_stages": 8, "GROUP": 64, "PER_PROCESSOR": 1024}  # a block has at most 32 warps
@@ -241,7 +239,7 @@ def files(where: torch.device | str) -> list[tuple[Path, str]]:
     else:
         device = str(where) if where.type == "cuda" else "interpreter"
         chip = architecture(where)
-        found = [(path, evidence.kind(device)) for path in evidence.files(device)]
+        found = [(path, path.stem) for path in evidence.files(device)]
     names = (f"triton_{chip}", "triton")
     return list(dict.fromkeys([*found, *((evidence.SHIPPED / f"{name}.json", name) for name in names)]))
 

@@ -189,7 +189,8 @@ def by_hand(driver):
 
 def cache_keys(driver):
     """How many kernels and helpers there are, and those whose key in Triton's cache depends on which were used before."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(("pyfused.kernels.triton", "pyfused.kernels.gluon"))]
+    folders = "pyfused.kernels.triton", "pyfused.kernels.gluon"
+    modules = [module for name, module in sys.modules.items() if name.startswith(folders)]
     functions = {f.__qualname__: f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}
     found = []
     for order in (list, reversed):

@@ -384,3 +384,15 @@ def test_the_commands():
     said = json.loads(run("evidence", "--json").stdout)
     assert said["files"][0] == {"path": str(evidence.own_file()), "exists": True}
     assert any(line["source"].startswith(evidence.kind()) for line in said["lines"])
+
+
+@pytest.mark.parametrize("name, capability", [("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA A100-SXM4-80GB", (8, 0))])
+def test_every_hopper_chip_goes_by_what_one_showed(monkeypatch, tmp_path, name, capability):
+    monkeypatch.setenv("PYFUSED_EVIDENCE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dispatch.forget()
+    speed = evidence.rank("cuda:0", "attention", "forward", torch.bfloat16, "many queries, D 64", 1 << 26)
+    monkeypatch.undo()
+    dispatch.forget()
+    assert (speed.get("cudnn", 0.0) > speed.get("triton", 0.0)) == (capability == (9, 0))

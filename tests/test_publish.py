@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 _spec = importlib.util.spec_from_file_location("publish", ROOT / "benchmarks" / "publish.py")
 publish = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(publish)
@@ -17,7 +19,7 @@ UNITS = "us|µs|ms|seconds|MiB|GiB|GB/s|GFLOP/s|TFLOP/s|tokens/s|tok/s"
 MEASURED = re.compile(rf"\d[\d.,]*\s*({UNITS})\b|\b\d[\d.]* times (as fast|faster|slower)|\bx\d\.\d")
 
 PREDICTED = {ROOT / "docs" / "performance" / f"{name}_predicted.md" for name in ("h100", "amx")}  # no measurements, they say
-GENERATED = {publish.SITE / "index.md", publish.SITE / "rows.md"}
+GENERATED = {publish.SITE / name for name in ("index.md", "rows.md", "gpus.md")}
 BY_HAND = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
     *sorted(set((ROOT / "docs").rglob("*.md")) - GENERATED - PREDICTED),

@@ -1,6 +1,7 @@
 """Does `pyfused tune --device cuda` run end to end and keep its results, and does dispatch then follow them? Uses Triton's
 interpreter, the CUDA kernels' host shim, tiny sizes and a clock that makes one tile fast."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -92,6 +93,22 @@ def test_the_fastest_tile_is_found_and_then_used(own):
     assert after.options["num_warps"] == 2
     # A row of the same class for another dtype does not change.
     assert tiles.find("row_norm_forward", torch.device("cpu"), torch.float16, 16).options == before.options
+
+
+def test_launches_are_prepared_once_for_each_tile(monkeypatch):
+    """As in the operator, so that the time of small calls is not the host's."""
+    module, prepared, started = dispatch.kernel("triton", "rms_norm"), [], []
+    prepare = module.forward.prepare
+
+    def noted(*args):
+        launch = prepare(*args)
+        prepared.append(dict(tiles._trial))
+        return lambda *args: started.append(1) or launch(*args)
+
+    monkeypatch.setattr(module.forward, "prepare", noted)
+    tune(work("rms_norm")[:1])
+    assert len(started) > len(prepared) > 2
+    assert all(one != other for one, other in itertools.pairwise(prepared))
 
 
 def test_a_tile_that_is_wrong_or_raises_is_left_out(monkeypatch):

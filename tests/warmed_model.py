@@ -48,9 +48,19 @@ def main(preset, *lengths):
     narrow, x = [{"ROWS": rows, "num_warps": 4} for rows in (1, 2)], torch.ones(4, 40, dtype=torch.bfloat16)
     norm = dispatch.kernel("triton", "rms_norm")
     before = len(driver.started)
-    tried = compile_ahead.compile_tiles(lambda: norm.forward(x, x[0], 1e-6, None, False), "row_norm_forward", narrow)
+    tried, processes = [], set()
+
+    def normalise():
+        norm.forward(x, x[0], 1e-6, None, False)
+
+    with compile_ahead.Workers(1) as workers:
+        for tile in narrow:
+            tried += compile_ahead.compile_tiles(normalise, "row_norm_forward", [tile], workers)
+            processes |= set(workers._idle)
+    ended = [process.poll() for process in processes]
     facts = {
         "tiles": [len(tried), len(driver.started) - before, [row.error for row in tried if row.error]],
+        "processes": ended,
         "launches": len(launches),
         "started while recording": started,
         "by another thread": others,

@@ -2,7 +2,7 @@
 //
 // Moves keys and values once: 2 B Hkv Sk D elements with 4 FLOPs for each element and row, so it is memory-bound. B8 H32
 // Hkv8 S4096 D128, 16 bits: 134 MB, predicted 48 us at 3.0 TB/s with 6 us for launches, fill and combination; GPT-2's B1
-// H12 S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. Not yet measured.
+// H12 S1024 D64: 3 MB, predicted 4 us, of which 1 is memory. An H200 took 14 us, Triton 15.6 and cuDNN 10.3.
 //
 // Tiling: a block takes a chunk of keys, so a few heads fill the chip. Four warps share each tile, 16 keys each. All rows
 // are in one mma tile: 16 rows cost the tensor cores as much as one, and memory stays the limit. A ring of three tiles

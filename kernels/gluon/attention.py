@@ -1,4 +1,5 @@
-"""attention's forward for Hopper, by hand: launches _attention_forward.py. Unproven: no GPU has run it.
+"""attention's forward for Hopper, by hand: launches _attention_forward.py. An H200 found it right; its speed is not yet
+measured.
 
 So it is no candidate for a call, whatever evidence says; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it.
 The gradient is Triton's.
@@ -22,7 +23,7 @@ _HEAD_SIZES = (64, 128)
 TURNS = True  # benchmarks/gpu_peers.py times both
 
 
-UNPROVEN = " (unproven: no GPU has run it)"
+UNPROVEN = " (its speed is not yet measured)"
 
 
 def remark_forward(*args):

@@ -22,10 +22,10 @@ def block_d(head_size: int) -> int:
 def config(
     kernel: str, head_size: int, dtype: torch.dtype, where: torch.device | str, extras: int, relative: bool = False
 ) -> tiles.Tile | None:
-    """The tile of one launch. None only for "few" and "grad_five", if no row serves it.
+    """The tile of one launch. None only for "few", if no row serves it.
 
     Args:
-        kernel: "forward", "few", "decode", "grad_query", "grad_key_value" or "grad_five".
+        kernel: "forward", "few", "decode", "grad_query" or "grad_key_value".
         where: the tensors' device, or a name in tiles.ARCHITECTURES.
         extras: how many of attn_bias and dropout there are.
         relative: whether there is T5's bias.

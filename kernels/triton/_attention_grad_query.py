@@ -102,11 +102,11 @@ def grad_query_kernel(
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_bb, stride_bh, stride_bq, stride_bk,
     heads, query_length, key_length, sequences,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    BUCKETS: tl.constexpr, IS_CAUSAL: tl.constexpr, START_AT_BIAS: tl.constexpr, STATS_ONLY: tl.constexpr,
+    BUCKETS: tl.constexpr, IS_CAUSAL: tl.constexpr, START_AT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
     and correction and stats for the other kernels. stats are a row's log-sum-exp, in the scores' units, and delta. A head has
-    stride_stats rows of them. grad_query has the strides of out. With STATS_ONLY it writes the stats and nothing else.
+    stride_stats rows of them. grad_query has the strides of out.
 
     Of the gradient of T5's table this kernel sums the tiles beyond span, in which a side's pairs share one bucket. Each program
     stores one (BUCKETS,) row, of a head's table_rows rows. _attention_grad_table.py has the other tiles.
@@ -165,8 +165,6 @@ def grad_query_kernel(
     stats = stats_ptr + 2 * ((batch64 * heads + head64) * stride_stats + queries)
     tl.store(stats, lse, mask=live)
     tl.store(stats + 1, delta, mask=live)
-    if STATS_ONLY:
-        return
     query = None
     if NATURAL:
         grad_out = None  # dot_rows reads it and query in pieces

@@ -175,13 +175,6 @@ def unsupported_backward(a):
     return None
 
 
-def _five(a) -> tiles.Tile | None:
-    """The tile for five products in place of seven. No shipped file has one, since the sums of atomics are not repeatable."""
-    if a.query.dtype == torch.float32 or a.wants_bias or a.wants_table:
-        return None
-    return config("grad_five", a.query.shape[3], a.query.dtype, a.query.device, *_kind(a))
-
-
 @prepares_launch
 @taking(AttentionBackward)
 def backward(a):
@@ -197,14 +190,12 @@ def backward(a):
     query_tile, key_tile = (
         config(f"grad_{kernel}", d, dtype, device, extras, relative) for kernel in ("query", "key_value")
     )
-    five_tile = _five(a)
-    key_tiles = [key_tile] if five_tile is None else [key_tile, five_tile]
-    middle, new_bias_by_distance = spread(a, query_tile.options, *(tile.options for tile in key_tiles))
+    middle, new_bias_by_distance = spread(a, query_tile.options, key_tile.options)
     block_m, block_n = query_tile.options["BLOCK_M"], query_tile.options["BLOCK_N"]
     tiles_of_head = _tiles(b, sq, block_m, a.cu_seqlens)
     # Room for the last tile of queries, wherever a packed sequence begins.
-    most = max(tile.options["BLOCK_M"] for tile in key_tiles)
-    rows = (triton.cdiv(sq, most) + (sequences is not None)) * most
+    of_key = key_tile.options["BLOCK_M"]
+    rows = (triton.cdiv(sq, of_key) + (sequences is not None)) * of_key
     # The registered operator may be called with an `out` of any strides. launch() copies it to these.
     out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
     wants_bias, wants_table = a.wants_bias, a.wants_table
@@ -224,27 +215,18 @@ def backward(a):
         )  # fmt: skip
         new_tiles = maker((shares * count * h, block_m, block_n), torch.float32, None, device)
 
-    def query_starter(only_stats):
-        return starter(
-            grad_query_kernel, (h * tiles_of_head,), device,
-            grad_scale, *scalars, middle, table_rows,
-            rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
-            BUCKETS=num_buckets, **shared, STATS_ONLY=only_stats, **query_tile.options,
-        )  # fmt: skip
-
-    def key_starter(tile, hides_keys):
-        return starter(
-            grad_key_value_kernel, (hkv * _tiles(b, sk, tile.options["BLOCK_N"], a.cu_seqlens),), device,
-            grad_scale, *scalars, middle,
-            rows, *inputs, *key_strides[:3], *_bias_strides(a.attn_bias), hkv, sq, sk, sequences,
-            **shared, HIDES_KEYS=hides_keys, **tile.options,
-        )  # fmt: skip
-
-    by_query, by_key = query_starter(False), key_starter(key_tile, False)
-    if five_tile is not None:
-        whole = a.padding_mask is None and a.cu_seqlens is None and sk % five_tile.options["BLOCK_N"] == 0
-        stats_alone, by_key_adding = query_starter(True), key_starter(five_tile, not whole)
-        scale = a.scale
+    by_query = starter(
+        grad_query_kernel, (h * tiles_of_head,), device,
+        grad_scale, *scalars, middle, table_rows,
+        rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
+        BUCKETS=num_buckets, **shared, **query_tile.options,
+    )  # fmt: skip
+    by_key = starter(
+        grad_key_value_kernel, (hkv * _tiles(b, sk, key_tile.options["BLOCK_N"], a.cu_seqlens),), device,
+        grad_scale, *scalars, middle,
+        rows, *inputs, *key_strides[:3], *_bias_strides(a.attn_bias), hkv, sq, sk, sequences,
+        **shared, **key_tile.options,
+    )  # fmt: skip
     new_query, new_key = maker(out_like[0], dtype, out_like[1], device), maker(key_shape, dtype, key_strides, device)
     new_stats = maker((b, h, rows, 2), torch.float32, None, device)
     new_correction = maker((b, h, sq), torch.float32, None, device)
@@ -270,15 +252,6 @@ def backward(a):
             buckets = distance_buckets(bidirectional, table.shape[0], max_distance, device)
             table_sums = new_sums((h, table_rows, num_buckets), dtype=torch.float32, device=device)
         extra = mask, bias, by_distance
-        if five_tile is not None and not torch.are_deterministic_algorithms_enabled():
-            query_sums = torch.zeros((b, h, rows, d), dtype=torch.float32, device=device)
-            stats_alone(
-                grad_out, query, key, value, out, lse, *extra, None, seed, cu_seqlens, grad_query, stats, None, None, None
-            )
-            gradients = grad_key, grad_value, query_sums
-            by_key_adding(grad_out, query, key, value, stats, None, *extra, seed, cu_seqlens, *gradients)
-            torch.mul(query_sums[:, :, :sq], scale, out=grad_query)
-            return grad_query, grad_key, grad_value, None, None
         gradients = grad_query, stats, correction, grad_bias, table_sums
         by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
         if by_corner is not None:
@@ -291,7 +264,7 @@ def backward(a):
                 grad_bias.zero_()
             elif correction is not None:
                 grad_bias *= correction[..., None]
-        by_key(grad_out, query, key, value, stats, correction, *extra, seed, cu_seqlens, grad_key, grad_value, None)
+        by_key(grad_out, query, key, value, stats, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
         return grad_query, grad_key, grad_value, grad_bias, grad_table
 
     return launch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -127,7 +128,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         path = Path(arguments.save) if arguments.save else tune_gpu.own_file()
         limit = float("inf") if arguments.limit is None else arguments.limit
         options |= {"limit": limit, "save": lambda found: evidence.write(path, found)}
-        found = tune_gpu.tune(**options, compile_ahead=compile_ahead.compile_tiles)
+        with compile_ahead.Workers() as workers:
+            compile_tiles = functools.partial(compile_ahead.compile_tiles, workers=workers)
+            found = tune_gpu.tune(**options, compile_ahead=compile_tiles)
         left = f"pyfused: {found['skipped']} tiles left out: they do not compile, do not fit or give a wrong output"
         print(left, *filter(None, (found["stopped"],)), sep="; stopped: ", file=sys.stderr)
     else:

@@ -39,6 +39,8 @@ _T = TypeVar("_T")
 _MOST = 1 << 62  # bound of a size, and of a number of threads
 
 
+_HOPPER = "cuda_nvidia_h200"  # an H100 has the same multiprocessors
+
 # Without lines of their own these go by those of their products.
 BY_PRODUCT = ("ffn", "gated_ffn")
 
@@ -89,6 +91,8 @@ def files(device: str = "cpu") -> list[Path]:
             similar.append("cpu_intel_avx512_bfloat16")
         similar.append("cpu_amd_baseline_torch_avx2" if extensions.base_isa() == "baseline" else "cpu_amd_avx2")
         found += [SHIPPED / f"{name}.json" for name in similar]
+    elif device.startswith("cuda") and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9:
+        found.append(SHIPPED / f"{_HOPPER}.json")
     return list(dict.fromkeys(found))
 
 

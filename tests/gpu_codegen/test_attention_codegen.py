@@ -27,18 +27,10 @@ KERNELS = {
     "grad_query": (_attention_grad_query, "grad_query_kernel"),
     "grad_key_value": (_attention_grad_key_value, "grad_key_value_kernel"),
     "grad_table": (_attention_grad_table, "grad_table_kernel"),
-    "grad_five": (_attention_grad_key_value, "grad_key_value_kernel"),
-}
-# BLOCK_M, BLOCK_N, warps and stages of grad_five by target and head size: no shipped file has a row for it. Hopper's are
-# among those that benchmarks/gpu_backward.py measures.
-FIVE = {
-    "sm_90": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2)},
-    "sm_80": {64: (32, 64, 8, 2), 128: (32, 32, 4, 1)},
-    "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1)},
 }
 UNALIGNED = ("threshold", "span", "center", "query_length", "key_length", "heads", "key_heads", "sequences", "chunk")
 UNALIGNED += ("table_rows", "first_table_row", "first_corner", "count", "parts", "visits")
-FLOATS = ("lse_ptr", "stats_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr", "query_sum_ptr")
+FLOATS = ("lse_ptr", "stats_ptr", "correction_ptr", "spread_ptr", "tile_ptr", "table_sum_ptr")
 
 
 def case(kernel, d, kind, target, given="causal"):
@@ -46,7 +38,7 @@ def case(kernel, d, kind, target, given="causal"):
     bias), table (its gradient too) and packed (sequences)."""
     module, function = KERNELS[kernel]
     c = config(
-        {"grad_table": "grad_query", "grad_five": "grad_key_value"}.get(kernel, kernel),
+        {"grad_table": "grad_query"}.get(kernel, kernel),
         d,
         DTYPES[kind],
         target,
@@ -54,15 +46,12 @@ def case(kernel, d, kind, target, given="causal"):
         "relative" in given,
     )
     numbers = dict(c.options)
-    if kernel == "grad_five":
-        numbers = dict(zip(numbers, FIVE[target][d]))
     warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
     constants = {"D": d, "BLOCK_D": block_d(d), **numbers, "GROUP": 1, "stride_bk": 1}
     constants |= {"IS_CAUSAL": "causal" in given, "SCALE_FIRST": "bias" in given.split(), "PACKED": kernel == "decode"}
     constants["START_AT_BIAS"] = "relative" in given and kind != "fp32"
     constants["MASKED_STAGES"] = stages if kernel == "few" else _attention_tiles.MASKED_STAGES.value
     constants["BUCKETS"] = 32 if "table" in given else 1
-    constants |= {"STATS_ONLY": False, "HIDES_KEYS": kernel == "grad_five" and "whole" not in given}
     absent = {
         "mask_ptr": "mask" not in given,
         "bias_ptr": "bias" not in given,
@@ -74,7 +63,6 @@ def case(kernel, d, kind, target, given="causal"):
         "cu_seqlens_ptr": "packed" not in given,
         "sequences": "packed" not in given,
         "correction_ptr": kind != "fp32",
-        "query_sum_ptr": kernel != "grad_five",
     }
     types = {}
     names = list(inspect.signature(getattr(module, function).fn).parameters)
@@ -165,31 +153,6 @@ def test_few_blocks_take_short_steps():
         assert count(counts, "LDGSTS"), counts
         assert not count(counts, "LDG.E."), counts
         assert count(counts, "HGMMA"), counts
-
-
-def five_cases(target):
-    yield case("grad_five", 64, "bf16", target, "whole")
-    yield case("grad_five", 64, "bf16", target, "causal mask relative")
-    yield case("grad_five", 128, "bf16", target, "causal mask relative")
-    stats = case("grad_query", 64, "bf16", target)
-    yield dataclasses.replace(stats, name="stats alone", constexprs={**stats.constexprs, "STATS_ONLY": True})
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_five_products_compile(target):
-    """On Hopper scores, dP and their exponentials are computed once for the three gradients, and the queries' rows are added to
-    by four numbers at a time."""
-    chosen = [dataclasses.replace(each, sass="whole" in each.name) for each in five_cases(target)]
-    for name, compiled in compile_cases(chosen, target).items():
-        check_resources(compiled, name, target)
-        assert name != "stats alone" or "mma" not in compiled.asm["ttgir"].partition("tt.func")[2]
-        if target != "sm_90" or "whole" not in name:
-            continue
-        step = loops(compiled.asm["sass"])[0]
-        assert count(step, "REDG.E.ADD.F32x4") == count(step, "RED") == 64 * 64 // (4 * BLOCK[name, target])
-        assert count(step, "MUFU.EX2") == PER_THREAD[name, target]
-        assert count(step, "HGMMA") == 4 * 4 + 8  # each 64 x 64 x 16, and dQ's over 128 keys 64 x 32 x 16
-        assert count(step, "BAR") <= 4
 
 
 def packed_cases(target):

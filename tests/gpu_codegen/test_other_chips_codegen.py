@@ -21,8 +21,6 @@ def on_blackwell(chip):
     yield of_attention(chip, "few")  # a forward with T5's bias, too
     yield of_attention(chip, "grad_key_value")
     yield of_attention(chip, "grad_table")
-    yield of_attention(chip, "grad_five")
-    yield of_attention(chip, "grad_five", 128)
     yield from gated_ffn.product(chip)
     yield layer_norm.forward("bf16", 768, chip)
     yield layer_norm.backward("bf16", 768, chip)
