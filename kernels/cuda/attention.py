@@ -9,7 +9,7 @@ from pyfused.kernels.shared.attention_layout import AttentionLayout, buckets, by
 from pyfused.kernels.shared.buckets import EACH
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
-from ._launch import multiprocessors, pointers, shared_memory, where
+from ._launch import multiprocessors, shared_memory, where
 
 _ROWS = 16  # rows of a decode block: the queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
@@ -79,11 +79,11 @@ def forward(a):
         out, lse = new_out(), new_lse() if save else None
         inputs = query, key, value, mask, bias, table, of_distances, seed, cu_seqlens
         if chunks == 1:
-            kernel(*pointers(*inputs, out, lse), whole, work, code, *place())
+            kernel(*inputs, out, lse, whole, work, code, *place())
             return out, lse
         part, part_lse = new_part(), new_part_lse()
-        kernel(*pointers(*inputs, part, part_lse), by_part, work, code, *place())
-        combine(*pointers(part, part_lse, out, lse), whole, chunks, code, *place())
+        kernel(*inputs, part, part_lse, by_part, work, code, *place())
+        combine(part, part_lse, out, lse, whole, chunks, code, *place())
         return out, lse
 
     launch.layouts = layout, parts

@@ -9,7 +9,7 @@ from pyfused.kernels.shared.fourier import plan
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 from pyfused.kernels.shared.tables import kept_on_device
 
-from ._launch import pointers, shared_memory, where
+from ._launch import shared_memory, where
 
 
 @kept_on_device
@@ -47,7 +47,7 @@ def forward(x):
 
     def launch(x):
         y, scratch = new_y(), new_scratch()
-        kernel(*pointers(x, y, scratch, plan_s, table_s, plan_n, table_n), *numbers, *place())
+        kernel(x, y, scratch, plan_s, table_s, plan_n, table_n, *numbers, *place())
         return (y,)
 
     return launch
