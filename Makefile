@@ -9,7 +9,8 @@
 # make lint           ruff and mypy
 # make docs           builds the site into build/site, with warnings as errors
 # make bench          every benchmark on the CPU; updates benchmarks/results, the README and docs/performance
-# make gpu-build      builds the extensions for a machine with a Hopper GPU and Python 3.12, where nothing can be installed
+# make gpu-build      builds the extensions and compiles Triton's kernels for a machine with a Hopper GPU and Python 3.12, where
+#                     nothing can be installed
 # make gpu            the GPU's checks and measurements, within BUDGET seconds, into RESULTS; then again with CALL=second
 # make gpu-publish    turns the results in RESULTS into evidence, result file and README
 # make clean          removes everything that the other commands made
@@ -79,9 +80,10 @@ gpu-publish:
 	$(PYTHON) benchmarks/gpu.py --publish $(RESULTS)
 
 # The object files have their own folder: those of an install have code for other chips too.
-gpu-build: .venv-gpu/stamp
+gpu-build: .venv-gpu/stamp $(VENV)/test.stamp
 	PYFUSED_REQUIRE_EXTENSIONS=1 PYFUSED_BUILD_ARCHITECTURES=90a-real .venv-gpu/bin/python setup.py --quiet build_ext \
 	  --build-temp build/gpu-objects --build-lib build/gpu
+	$(BIN)/python benchmarks/gpu_ahead.py
 	ls -l build/gpu/pyfused
 
 .venv-gpu/stamp:

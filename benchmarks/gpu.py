@@ -13,6 +13,7 @@ This file needs only the standard library. The items are in gpu_items.py and gpu
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -22,11 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_ahead
 import gpu_commands
 from gpu_session import ROOT, Item, Session
 
 PYTHON = sys.executable
-BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions
+BUILT = ROOT / "build" / "gpu"  # where `make gpu-build` writes the extensions, and Triton's kernels
 OPERATORS = ("attention", "decode", "ffn", "fourier_mix", "gated_ffn", "layer_norm", "linear", "relative_bias", "rms_norm")
 CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
@@ -87,7 +89,7 @@ def first(dry: bool, changed: Sequence[str]) -> list[Item]:
         *generation(dry),
         *(own("tune", names, seconds=s, least=25, alone=True) for names, s in zip(tuned, (60, 30, 30))),
         own("peers", seconds=50, least=20, alone=True),
-        own("bench", seconds=80, least=40, alone=True),
+        *(own("bench", group, seconds=45, least=25, alone=True) for group in ("operators", "networks")),
         own("host", seconds=20, alone=True),
         *(own("transformers", model, seconds=60, least=25, alone=True) for model in each(("gpt2", "t5"), dry)),
     ]
@@ -99,8 +101,11 @@ def second(dry: bool, changed: Sequence[str]) -> list[Item]:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers)
     return [
         own("environment", seconds=30, least=5, alone=True),
+        own("warm", "networks", seconds=75),
         *correctness(changed, dry),
-        own("bench", seconds=110, least=30, alone=True),
+        own("decode", seconds=40, alone=True),
+        own("peers", seconds=50, least=20, alone=True),
+        *(own("bench", group, seconds=60, least=25, alone=True) for group in gpu_commands.BENCHMARKS),
         own("profile", seconds=60, least=30, alone=True),
         *sanitizer("memcheck", dry),
         Item("streams", (*pytest, str(STREAMS)), 60, 20),
@@ -166,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop_at)
     if copied := place_extensions():
         print("copied", ", ".join(copied), "from", BUILT)
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if not arguments.dry and (count := gpu_ahead.place(BUILT / "triton.tar.xz", cache)):
+        print(f"copied {count} compiled kernels")
     items = CALLS[arguments.call](arguments.dry, arguments.changed)
     if arguments.only:
         items = [item for item in items if any(f"{item.name} ".startswith(f"{name} ") for name in arguments.only)]

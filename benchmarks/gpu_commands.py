@@ -40,9 +40,10 @@ def tune_command(operators: Sequence[str], seconds: float, file: str) -> list[st
     return ["tune", "--device", "cuda", "--limit", str(int(seconds)), "--save", file, *operators]
 
 
-def bench_command(names: Sequence[str], seconds: float, file: str) -> list[str]:
-    limits = ["--limit", str(int(seconds)), "--seconds", "0.5"]
-    return ["bench", *names, "--device", "cuda", "--dtype", "bfloat16", "--json", file, *limits]
+def bench_command(group: str, seconds: float, file: str) -> list[str]:
+    names, peers = BENCHMARKS[group]
+    limits = ["--limit", str(int(seconds)), "--seconds", "0.3"]
+    return ["bench", *names, "--device", "cuda", "--dtype", "bfloat16", "--json", file, *limits, "--peers", ",".join(peers)]
 
 
 def tune(start: int, operators: str) -> Iterator[Row]:
@@ -56,14 +57,26 @@ def tune(start: int, operators: str) -> Iterator[Row]:
             yield {"refused": refused, "ok": False}
 
 
-# attention last: it has the most cases, and `peers` has the most important ones.
-BENCHMARKS = ("layer_norm", "rms_norm", "gated_ffn", "ffn", "linear", "fourier_mix", "gpt2", "t5", "attention")
+# Groups of benchmarks, and the peers beside plain PyTorch: torch.compile takes seconds for each case.
+_OURS = ("triton", "cuda")
+BENCHMARKS = {
+    "operators": (("layer_norm", "rms_norm", "fourier_mix", "linear"), _OURS),
+    "networks": (("gated_ffn", "ffn"), (*_OURS, "compile")),
+    "models": (("gpt2", "t5"), _OURS),
+    "attention": (("attention",), (*_OURS, "cudnn", "flash", "flex")),
+}
 
 
-def bench(start: int) -> Iterator[Row]:
-    """`pyfused bench`: its whole file in one row."""
-    for content in _from_command(partial(bench_command, BENCHMARKS)):
+def bench(start: int, group: str) -> Iterator[Row]:
+    """`pyfused bench` on a group: its whole file in one row."""
+    for content in _from_command(partial(bench_command, group)):
         yield {"cases": len(content.get("rows", ())), "bench": content}
+
+
+def warm(start: int, group: str) -> Iterator[Row]:
+    """Runs a group of benchmarks beside other items, so that its kernels are compiled when it is measured."""
+    for content in _from_command(lambda seconds, file: [*bench_command(group, seconds, file), "--seconds", "0"]):
+        yield {"cases": len(content.get("rows", ()))}
 
 
 def _from_command(command: Callable[[float, str], list[str]]) -> Iterator[Row]:
@@ -89,11 +102,11 @@ KEPT += ("Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy", 
 
 
 def profile(start: int) -> Iterator[Row]:
-    """Nsight Compute's metrics of five calls, a row for each kernel. The GPU's clocks stay as they are."""
+    """Nsight Compute's metrics of six calls, a row for each kernel, and what it advises. The GPU's clocks stay as they are."""
     tool = shutil.which("ncu")
     if tool is None:
         raise RuntimeError("ncu is not on the PATH")
-    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "LaunchStats")]
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")]
     options = ["--csv", "--page=details", "--clock-control=none", "--profile-from-start=off", "--launch-count=40"]
     command = [tool, *sections, *options, sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--item", "kernels"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left() - 5, 5))
@@ -111,7 +124,9 @@ def profiled(text: str) -> list[Row]:
         row = rows.setdefault(metric["ID"], {"kernel": metric["Kernel Name"][:120], "metrics": {}})
         if metric["Metric Name"] in KEPT:
             row["metrics"][metric["Metric Name"]] = f"{metric['Metric Value']} {metric['Metric Unit']}".strip()
+        if metric.get("Rule Description"):
+            row.setdefault("advice", {})[metric["Rule Name"]] = metric["Rule Description"][:300]
     return list(rows.values())
 
 
-ITEMS: dict[str, Callable[..., Iterator[Row]]] = {"tune": tune, "bench": bench, "profile": profile}
+ITEMS: dict[str, Callable[..., Iterator[Row]]] = {"tune": tune, "bench": bench, "warm": warm, "profile": profile}

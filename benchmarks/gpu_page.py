@@ -31,7 +31,7 @@ def page(found: list[dict]) -> str:
             f"{limits['copy_gb_per_s'] / 1e3:.2f} TB/s and multiplies {limits['bfloat16_gflop_per_s'] / 1e3:.0f} TFLOP/s in "
             "bfloat16.",
         ]
-        for part in (_checked, _texts, _steps, _host):
+        for part in (_checked, _attention, _texts, _steps, _host):
             lines += part(gpu["items"])
     return "\n".join([*lines, ""])
 
@@ -67,6 +67,20 @@ def _checked(items: dict[str, list[dict]]) -> list[str]:
 
 def _how_wrong(row: dict) -> str:
     return f"{row['ratio']:.2f}" if row.get("ratio") else "did not run"
+
+
+def _attention(items: dict[str, list[dict]]) -> list[str]:
+    found: dict[str, dict[str, float]] = {}
+    for row in _of(items, "peers"):
+        if "tflops" in row:
+            found.setdefault(row["case"], {})[row["provider"]] = row["tflops"]
+    ways = list(dict.fromkeys(how for each in found.values() for how in each))
+    rows = [[how, *(f"{each[how]:.0f}" if how in each else "" for each in found.values())] for how in ways]
+    words = (
+        "TFLOP/s in bfloat16 (B x H x S x D), with a cold cache; a causal mask halves the FLOPs. `pyfused` is what dispatch "
+        "takes."
+    )
+    return _table("Attention", words, ("", *found), rows)
 
 
 def _texts(items: dict[str, list[dict]]) -> list[str]:

@@ -98,6 +98,17 @@ def figures(rows: Sequence[Row], old: Row) -> Row:
     return {**{k: about.get(k) for k in ("device", "kind", "commit", "versions")}, "ceilings": ceilings, "items": items}
 
 
+def benchmarks(rows: Sequence[Row], old: Row) -> Row:
+    """The file of `pyfused bench`: the last run's, with the rows of earlier runs that it has not."""
+    runs = [old] if old else []
+    runs += [row["bench"] for row in rows if "bench" in row]
+    found: dict[tuple[Any, ...], Row] = {}
+    for run in runs:
+        for row in run["rows"]:
+            found[_key(row, ("benchmark", "case", "dtype"))] = row
+    return {**runs[-1], "left": 0, "rows": list(found.values())}
+
+
 def _about(rows: Sequence[Row]) -> Row:
     return next(row for row in reversed(rows) if "kind" in row)
 
@@ -111,9 +122,8 @@ def publish(folders: Sequence[Path], root: Path = ROOT) -> list[Path]:
         root / "pyfused" / "evidence" / f"{kind}.json": evidence,
         results / "gpu" / f"{kind}.json": figures,
     }
-    benchmarks = [row["bench"] for row in rows if "bench" in row]
-    if benchmarks:
-        made[results / f"{kind}.json"] = lambda rows, old: benchmarks[-1]
+    if any("bench" in row for row in rows):
+        made[results / f"{kind}.json"] = benchmarks
     for path, function in made.items():
         old = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)

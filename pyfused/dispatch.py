@@ -53,7 +53,9 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def backend(name: str, *, strict: bool = False) -> Iterator[None]:
-    """Runs every operator inside the block on one backend, if that supports the call.
+    """Runs every operator inside the block on one backend, if that supports the call. So does the backward of such an operator
+    wherever it is called, except inside another such block. On a GPU, where the backward runs in a thread of its own, a block
+    around the backward alone is not seen.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", "cudnn" or "gluon".

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -112,6 +113,29 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
         assert x.grad is not None
     finally:
         dispatch.forget()
+
+
+def test_a_backward_in_another_thread_runs_on_the_forwards_backend(monkeypatch):
+    """As autograd does for a GPU."""
+    ran = []
+    for name in ("reference", "cpu"):
+        module = dispatch.kernel(name, "layer_norm")
+        original = module.backward
+        monkeypatch.setattr(module, "backward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
+    dispatch.forget()
+    try:
+        for forward in ("reference", "cpu"):
+            with pyfused.backend(forward):
+                y = pyfused.layer_norm(X, W.clone().requires_grad_())
+            thread = threading.Thread(target=y.sum().backward)
+            thread.start()
+            thread.join()
+        y = pyfused.layer_norm(X, W.clone().requires_grad_())
+        with pyfused.backend("reference"):
+            y.sum().backward()
+    finally:
+        dispatch.forget()
+    assert ran == ["reference", "cpu", "reference"]
 
 
 def test_threads_follow_torch():

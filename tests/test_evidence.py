@@ -51,6 +51,18 @@ def test_the_nearest_size_decides(cache):
     assert found == {1: False, 3: False, 5: True, 16: True, 60: True, 70: False, 5000: False}
 
 
+def test_huge_weights_go_by_large_ones_where_only_these_were_measured(cache):
+    x, weight = torch.empty(4, 4096, device="meta"), torch.empty(4096, 4096, device="meta")
+    shapes, size = evidence.shapes_of("linear", "forward", (x, weight, None, None))
+    assert (shapes, size) == ("huge", 4)
+    asked = "cpu", "linear", "forward", "cpu", torch.float32, shapes, size
+    large = row(shapes="large", **{"4": 0.5})
+    cache(large)
+    assert "2.00 times" in evidence.slower(*asked)
+    cache(large, row(shapes="huge", **{"4": 1.5}))
+    assert evidence.slower(*asked) is None
+
+
 def test_explain_names_the_line(cache):
     path = cache(row(**{"16": 0.5}))
     said = str(pyfused.explain("linear", X, W))

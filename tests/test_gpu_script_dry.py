@@ -193,7 +193,7 @@ def test_the_rows_of_other_commands(monkeypatch):
     assert command[-2:] == ["linear", "ffn"]
     assert 0 < seconds - float(command[command.index("--limit") + 1]) < 10
     run({"rows": [1, 2]}, 3)
-    rows = gpu_commands.bench(0)
+    rows = gpu_commands.bench(0, "attention")
     assert next(rows) == {"cases": 2, "bench": {"rows": [1, 2]}}
     with pytest.raises(RuntimeError, match="exit status 3"):
         next(rows)

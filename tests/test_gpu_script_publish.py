@@ -55,6 +55,10 @@ def a_run(folder):
 
 
 def test_what_was_wrong_or_not_judged_gets_no_evidence(tmp_path):
+    before = tmp_path / "benchmarks" / "results" / "cuda_nvidia_h100.json"
+    before.parent.mkdir(parents=True)
+    kept, replaced = ({"benchmark": name, "case": case} for name, case in (("gpt2", "token"), (None, "16x768")))
+    before.write_text(json.dumps({"rows": [kept, replaced], "left": 3}))
     made, items, benchmarks = gpu_publish.publish([a_run(tmp_path / "run")], tmp_path)
     assert made == tmp_path / "pyfused" / "evidence" / "cuda_nvidia_h100.json"
     content = json.loads(made.read_text())
@@ -64,8 +68,8 @@ def test_what_was_wrong_or_not_judged_gets_no_evidence(tmp_path):
     assert [line["operator"] for line in content["lines"]] == ["ffn", "rms_norm"]
     for line in content["lines"]:
         assert evidence.line_from(line, "a file").at(16) == {"reference": 1.1, "triton": 2.0}
-    assert benchmarks == tmp_path / "benchmarks" / "results" / "cuda_nvidia_h100.json"
-    assert json.loads(benchmarks.read_text()) == {"rows": [{"case": "16x768", "ratio": {"torch": 1.5}}]}
+    assert benchmarks == before
+    assert json.loads(before.read_text()) == {"rows": [kept, {"case": "16x768", "ratio": {"torch": 1.5}}], "left": 0}
     found = json.loads(items.read_text())
     assert found["ceilings"] == {"copy_gb_per_s": 3000.0}
     assert found["items"]["generate gpt2"] == [{"model": "gpt2", "us_per_token": 230.0}]

@@ -1,4 +1,7 @@
-"""How does attention's forward run on Hopper, by hand? An H200 found it right; its speed is not yet measured.
+"""How does attention's forward run on Hopper, by hand? An H200 found it right, and not faster than Triton's.
+
+B8 H16 S2048 D64 took 356 us (343 in Triton, 306 in cuDNN), 224 causal (226, 189), 403 with T5's bias (372). The turns gained
+1% without a mask, and lost 1% causal. Predicted were 300.
 
 A program has 128 queries of one head, and 12 warps. Two warpgroups attend, each for 64 of the queries; a warp copies tiles of
 keys and values into two stages of shared memory (TMA), and barriers in memory say which stage is full and which is free. Three

@@ -1,5 +1,5 @@
-"""attention's forward for Hopper, by hand: launches _attention_forward.py. An H200 found it right; its speed is not yet
-measured.
+"""attention's forward for Hopper, by hand: launches _attention_forward.py. An H200 found it right, and not faster than
+Triton's.
 
 So it is no candidate for a call, whatever evidence says; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it.
 The gradient is Triton's.
@@ -23,7 +23,7 @@ _HEAD_SIZES = (64, 128)
 TURNS = True  # benchmarks/gpu_peers.py times both
 
 
-UNPROVEN = " (its speed is not yet measured)"
+UNPROVEN = " (not faster than Triton's)"
 
 
 def remark_forward(*args):

@@ -93,10 +93,18 @@ def _by_class(device: str) -> dict[tuple[str, str, str, str], dict[int, Line]]:
 
 def _line_for(device: str, operator: str, function: str, dtype: torch.dtype, shapes: str) -> Line | None:
     """The line for a class of shapes, measured with as many threads as torch uses now, or the nearest number."""
-    by_threads = _by_class(device).get((operator, function, name_of(dtype), shapes))
+    by_threads = _of_class(device, operator, function, name_of(dtype), shapes)
     if by_threads is None:
         return None
     return by_threads[nearest_threads(by_threads)]
+
+
+def _of_class(device: str, operator: str, function: str, dtype: str, shapes: str) -> dict[int, Line] | None:
+    """The lines of a class of shapes, by number of threads."""
+    found = _by_class(device).get((operator, function, dtype, shapes))
+    if found is None and shapes.startswith("huge"):
+        found = _by_class(device).get((operator, function, dtype, shapes.replace("huge", "large")))
+    return found
 
 
 def nearest_threads(measured: Iterable[int]) -> int:
@@ -141,9 +149,9 @@ def _decides(
     """The line for this call and its speeds at this size. If judge(speeds) differs between the measured numbers of threads, the
     set of threads_noticed() gets them."""
     of_shapes = function, name_of(dtype), shapes
-    by_threads = _by_class(device).get((operator, *of_shapes))
+    by_threads = _of_class(device, operator, *of_shapes)
     if by_threads is None and operator in BY_PRODUCT:
-        by_threads = _by_class(device).get(("linear", *of_shapes))
+        by_threads = _of_class(device, "linear", *of_shapes)
     if by_threads is None:
         return None, {}
     counts = _thread_counts.get()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import dispatch, extensions
+from ..setting import set_to
 from .autocast import without_autocast
 from .call import WATCHERS, Call
 from .cost import COSTS, Cost
@@ -97,13 +98,21 @@ class Operator(Call):
         def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
             outputs = self.direct(*args)
             setup_context(ctx, args, outputs)
+            ctx.forced = dispatch._forced.get()
             ctx.set_materialize_grads(len(outputs) == 1)
             if getattr(ctx, "follows_kept", False):
                 return outputs
             return outputs[: self.results_of(args)]  # tensors kept for backward are no outputs: saves 4 us
 
+        def backward_of_forced(ctx: Any, *grads: Any) -> Any:
+            """On a GPU the backward runs in a thread of its own, which sees no backend() around it. The forward's is meant."""
+            if ctx.forced is None or dispatch._forced.get() is not None:
+                return backward(ctx, *grads)
+            with set_to(dispatch._forced, ctx.forced):
+                return backward(ctx, *grads)
+
         # With a separate setup_context torch would inspect forward's signature at every call, in 40 us.
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_forced)}
         self.autograd = type(f"pyfused.{self.name}", (torch.autograd.Function,), members)
 
     def _inference(self, arguments: str, count: int) -> Any:

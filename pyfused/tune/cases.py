@@ -32,10 +32,12 @@ def _sdpa(t: Tensors, options: dict[str, Any]) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, t["value"], bias, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, relative: bool) -> Problem:
-    """Attention, with T5's relative bias or without. Plain PyTorch is SDPA with the bias as a dense tensor."""
-    table = ("table",) if relative else ()
-    return problems.attention(b, h, hkv, sq, sk, d, *table, ways=(_sdpa,), dense=dense)
+_BIASES = {"": "", "table": " relative bias", "bias": " dense bias"}
+
+
+def attention(b: int, h: int, hkv: int, sq: int, sk: int, d: int, bias: str) -> Problem:
+    """Attention with a bias of _BIASES. Plain PyTorch is SDPA with the bias as a dense tensor."""
+    return problems.attention(b, h, hkv, sq, sk, d, bias, ways=(_sdpa,), dense=dense)
 
 
 def linear_int8(rows: int, n: int, m: int, dynamic: bool = False) -> Problem:
@@ -78,12 +80,12 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
 
     def attend(function: str) -> Iterator[Case]:
         for d in heads:
-            for relative in (False, True):
-                name = f"attention {function} D {d}{' relative bias' * relative}"
-                yield Case("attention", function, name, attention(b, h, h, s, s, d, relative))
+            for kind, said in _BIASES.items():
+                name = f"attention {function} D {d}{said}"
+                yield Case("attention", function, name, attention(b, h, h, s, s, d, kind))
                 if not quick and not tiny:
-                    yield Case("attention", function, f"{name}, short", attention(8, 12, 12, 512, 512, d, relative))
-                    yield Case("attention", function, f"{name}, one text", attention(1, 12, 12, 128, 128, d, relative))
+                    yield Case("attention", function, f"{name}, short", attention(8, 12, 12, 512, 512, d, kind))
+                    yield Case("attention", function, f"{name}, one text", attention(1, 12, 12, 128, 128, d, kind))
 
     def norms(function: str) -> Iterator[Case]:
         for operator in ("layer_norm", "rms_norm"):
@@ -97,13 +99,15 @@ def cases(quick: bool = False, tiny: bool = False) -> Iterator[Case]:
     yield from attend("forward")
     yield from attend("backward")
     for d in heads:
-        for relative in (False, True):
-            make = attention(b, h, h, 1, few, d, relative)
-            yield Case("attention", "forward", f"attention few queries D {d}{' relative bias' * relative}", make)
+        for kind in "", "table":
+            make = attention(b, h, h, 1, few, d, kind)
+            yield Case("attention", "forward", f"attention few queries D {d}{_BIASES[kind]}", make)
     yield from norms("forward")
     yield from norms("backward")
     for r in (1, 16) if quick or tiny else (1, 4, 16):
         yield Case("linear", "forward", f"linear {r} rows", linear(r, width, inner))
+        if not tiny:
+            yield Case("linear", "forward", f"linear {r} rows, a vocabulary", linear(r, 768, 50257))
         yield Case("linear", "forward", f"linear int8 {r} rows", linear_int8(r, width, inner))
         yield Case("ffn", "forward", f"ffn {r} rows", ffn(r, width, inner))
         yield Case("gated_ffn", "forward", f"gated_ffn {r} rows", gated_ffn(r, width, inner))
