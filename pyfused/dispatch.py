@@ -162,7 +162,8 @@ class _Candidate(NamedTuple):
     call: Callable[..., tuple[Any, ...]] | None
     reason: str  # why it runs no call at all; "" if it may
     objections: tuple[Callable[..., str | None], ...]  # of a call's arguments: why it does not run that call, or None
-    settings: Callable[[], Any] | None = None  # what of the process its objections depend on; None if on nothing
+    # reads the settings of the process that may change its mind, and the objection that comes of them; None if none may
+    settings: tuple[Callable[[], Any], str] | None = None
 
 
 class _Candidates(NamedTuple):
@@ -203,7 +204,7 @@ def _candidates(
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)
-        settings = None if reason else getattr(module, "settings", None)
+        settings = (module.settings, module.SETTINGS_FORBID) if hasattr(module, "settings") else None
         rows.append(_Candidate(name, call, reason, tuple(filter(None, objections)), settings))
     return _Candidates(tuple(rows), forced is None and evidence.ranks(operator, function, device))
 
@@ -268,7 +269,8 @@ def chosen(
     """choose(), and a function that reads the settings of the process on which the choice depends; None if on none."""
     settings = None
     for candidate, reason in judged(operator, function, args):
-        settings = settings or candidate.settings
+        if candidate.settings is not None and reason in ("", candidate.settings[1]):
+            settings = candidate.settings[0]
         if not reason:
             return candidate.call, settings  # type: ignore[return-value]
     name, reason = next((candidate.backend, reason) for candidate, reason in judged(operator, function, args))

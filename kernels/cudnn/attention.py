@@ -19,6 +19,7 @@ from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 _MOST = 65535  # of batches and of heads
 _MOST_WITH_GRADIENT = 128  # of a head's size
+SETTINGS_FORBID = "torch says no; torch.backends.cuda.can_use_cudnn_attention(..., debug=True) says why"
 _C = torch._C
 
 
@@ -63,7 +64,7 @@ def _unsupported(a):
             return reason
     options = SDPAParams(a.query, a.key, a.value, None, 0.0, a.is_causal, h != a.key.shape[1])
     if not torch.backends.cuda.can_use_cudnn_attention(options):
-        return "torch says no; torch.backends.cuda.can_use_cudnn_attention(..., debug=True) says why"
+        return SETTINGS_FORBID
     return None
 
 

@@ -229,6 +229,22 @@ def test_a_setting_that_changes_is_seen_by_the_next_call(asked, switch, gradient
             assert ran() == ((wanted, 2) if on else ([], 0))
 
 
+def test_a_launch_reads_settings_only_where_they_decide(monkeypatch):
+    """cuDNN takes no padding, whatever they are."""
+    tensors, mask = [stored("bshd", 2, 2, 16, 8) for _ in NAMES], torch.ones(2, 16, dtype=torch.bool, device=DEVICE)
+    read, module = [], dispatch.kernel("cudnn", "attention")
+    original = module.settings
+    monkeypatch.setattr(module, "settings", lambda: read.append(1) or original())
+    dispatch.forget()
+    with pyfused.backend("cudnn"), torch.no_grad():
+        for _ in range(3):
+            pyfused.attention(*tensors, padding_mask=mask)
+        assert not read
+        for _ in range(3):
+            pyfused.attention(*tensors)
+        assert len(read) >= 3
+
+
 def test_another_order_of_log_sum_exps_is_refused(monkeypatch):
     good = stored("bshd", *Q)
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
