@@ -204,7 +204,9 @@ def _candidates(
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)
-        settings = (module.settings, module.SETTINGS_FORBID) if hasattr(module, "settings") else None
+        settings = None
+        if module is not None and hasattr(module, "settings"):
+            settings = module.settings, module.SETTINGS_FORBID
         rows.append(_Candidate(name, call, reason, tuple(filter(None, objections)), settings))
     return _Candidates(tuple(rows), forced is None and evidence.ranks(operator, function, device))
 
@@ -316,11 +318,17 @@ class Conditional:
     """A launch that serves as long as `settings()` returns what it returns now. After a change, otherwise(*args) runs."""
 
     def __init__(self, settings: Callable[[], Any], launch: Callable[..., Any], otherwise: Callable[..., Any]):
-        self.settings, self.launch, self.otherwise = settings, launch, otherwise
+        self._settings, self.launch, self._otherwise = settings, launch, otherwise
         self._now = settings()
 
     def __call__(self, *args: Any) -> Any:
-        return (self.launch if self.settings() == self._now else self.otherwise)(*args)
+        return (self.launch if self._settings() == self._now else self._otherwise)(*args)
+
+    def but(self, launch: Callable[..., Any], otherwise: Callable[..., Any]) -> Conditional:
+        """Another launch under the same settings."""
+        found = Conditional(self._settings, launch, otherwise)
+        found._now = self._now
+        return found
 
 
 @contextmanager

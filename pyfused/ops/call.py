@@ -101,7 +101,7 @@ def _for_given(
     return None, and then the arguments are checked again. `same`: whether the tensors are the same."""
     if isinstance(launch, dispatch.Conditional):
         found = _for_given(launch.launch, given, bound, same)
-        return found and dispatch.Conditional(launch.settings, found, lambda *args: None)
+        return found and launch.but(found, lambda *args: None)
     if not isinstance(launch, dispatch.WholeCall):
         return launch
     complete = _completing(given, bound)
