@@ -14,15 +14,24 @@
 // while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on floats: the result
 // is the same to the last bit, with any number of blocks.
 //
-// Floors and predictions for an H100, one row, bfloat16, 128 keys, 3.0 TB/s. Not yet measured.
-//   GPT-2 124M    weights 249 MB, 83 us. 60 barriers of 1.2 to 2 us: 72 to 120 us. With a barrier come 0.7 us to read the
-//                 operand from the L2 and 0.6 us for norm, product and sums: 60 x 2.5 = 150 us. The layers' 170 MB hide behind.
-//                 The head's 77 MB take 26 us. In all about 180 us.
-//   T5 1.1 base   its decoder, 248 MB, 83 us. 96 barriers: 115 to 190 us. 96 x 2.5 = 240 us, and 16 us for the head's 49 MB.
-//                 In all about 260 us.
-//   GPT-2 124M as transformers stores it, without its head: 170 MB by columns, 57 us. 60 barriers: 60 x 2.5 = 150 us. Requests
-//                 of 64 bytes hold the load unit 0.4 us for 49 KB, twice as long as whole lines, and a branch of 4 parts is
-//                 read in 0.1 us more: 48 x 0.2 + 24 x 0.1 = 12 us. In all about 160 us.
+// An H200 ran it once, in bfloat16 with 129 keys, as a CUDA graph, with 1, 4 and 8 rows. What it showed has been mended since; the
+// predictions are for the code as it is, which no GPU has run yet. Floors: the weights' bytes at 3.0 TB/s.
+//                                                       floor   measured before        predicted now
+//   GPT-2 124M, 249 MB, 60 barriers                       83 us   548, 972, 1066 us      260, 300, 350 us
+//   GPT-2 124M by columns, no head, 170 MB, 60 barriers   57 us   487, 955, 1078 us      245, 315, 365 us
+//   T5 1.1 base's decoder, 248 MB, 96 barriers            83 us   776, 1494, 1506 us     390, 450, 500 us
+// A phase has little to compute, so what counts is how often it waits for the L2, one wait behind the other. In a layer of GPT-2:
+//                                                         measured before    now, 1, 4 and 8 rows
+//   query, key and value: the branch; the norm's weights    4, 15, 30          1, 1, 1
+//   attention: places and queries, then keys and values     6, 8, 12           1.5, 2, 3
+//   output: the chunks of keys                             18, 48, 24          1, 1, 2
+//   up: as the first                                        4, 15, 30          1, 1, 1
+//   down: the operand                                       3, 12, 24          1, 3, 3
+// Together 35, 98 and 120 before. The measured times of 4 and 8 rows, 424 and 518 us above that of one, make it 0.5 us a wait, 210
+// us of the 548. The other 5 us a phase were the barrier, whose fence came behind the requests for the next weights and may have
+// waited for them, some 1,100 instructions before it that divide the next product (two 64-bit divisions), and the product.
+// Now: 5.5 waits, 2.7 us. Five barriers of 2 us, with the division's 450 instructions in their shadow: 10 us. Four products with
+// their sums, 1.2 us each: 5 us. Statistics of two norms and the sums of attention's warps: 1.4 us. A layer takes 19 us, the head 26.
 // Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
 // index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
 // bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
@@ -39,9 +48,11 @@ namespace {
 
 template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
   using Base = DecodeChoice<T, ROWS>;
-  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::operand, Base::top;
+  using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::layers, Base::stream, Base::sums, Base::operand,
+      Base::top;
 
   const int hidden = (int)this->a.plan.hidden, inner = (int)(this->a.plan.heads * this->a.plan.head_size);
+  const int stream_pitch = padded_row(hidden);
   int branch_parts = 1;  // of the product that wrote the branch
 
   __device__ Decode(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
@@ -55,45 +66,40 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
     __syncthreads();
     const bool has_cross = count && layers[0].cross_query.n;
     Phase phase = count ? Phase::kQueryKeyValue : Phase::kLogits;
-    announce(phase, layers[0]);
-    embed();
+    const char* ended = nullptr;
     for (int i = 0;;) {
       const DecodeLayer& layer = layers[i % 2];
-      const char* ended = name_of(phase);
-      if (phase == Phase::kAttend || phase == Phase::kCrossAttend) {
-        const bool cross = phase == Phase::kCrossAttend;
+      announce(phase, layer, i);
+      ended ? this->barrier.wait(ended) : embed();
+      if (phase == Phase::kOutput || phase == Phase::kCrossOutput) {
+        const bool cross = phase == Phase::kCrossOutput;
         this->attend(i, cross, cross ? layer.cross_scale : layer.scale);
-        phase = cross ? Phase::kCrossOutput : Phase::kOutput;
-      } else {
-        if (phase == Phase::kQueryKeyValue) fetch_layer(i + 1);  // the place of the last layer, which no thread reads now
-        prepare(phase, layer, i);
-        __syncthreads();
-        if (phase == Phase::kLogits && !a.plan.head.n) return put_hidden();
-        this->multiply([&](int part, int row, int feature, float value, float up) {
-          put(phase, i, part, row, feature, value, up);
-        });
-        if (phase == Phase::kLogits) break;
-        if (!norm_of(phase, layer)) branch_parts = this->parts;
-        const Phase attention = phase == Phase::kQueryKeyValue ? Phase::kAttend : Phase::kCrossAttend;
-        const bool attends = phase == Phase::kQueryKeyValue || phase == Phase::kCrossQuery;
-        if (phase == Phase::kDown) ++i;
-        phase = next_product(phase, has_cross, i == count);
-        announce(phase, layers[i % 2]);
-        if (attends) phase = attention;
+        this->barrier.arrive();
+        this->barrier.wait(cross ? "cross attention" : "attention");
       }
-      grid_barrier(a.barrier, ended);
+      if (phase == Phase::kQueryKeyValue) fetch_layer(i + 1);  // the place of the last layer, which no thread reads now
+      prepare(phase, layer, i);
+      __syncthreads();
+      if (phase == Phase::kLogits && !a.plan.head.n) return put_hidden();
+      this->multiply([&](int part, int row, int feature, float value, float up) {
+        put(phase, i, part, row, feature, value, up);
+      });
+      if (phase == Phase::kLogits) break;
+      this->barrier.arrive();
+      if (!norm_of(phase, layer)) branch_parts = this->parts;
+      ended = name_of(phase);
+      if (phase == Phase::kDown) ++i;
+      phase = next_product(phase, has_cross, i == count);
     }
     if (a.call.chosen) this->choose();
   }
 
-  // A barrier has the name of the phase that it ends.
+  // A barrier has the name of the phase that it ends, a product or attention.
   __device__ static const char* name_of(Phase phase) {
     switch (phase) {
       case Phase::kQueryKeyValue: return "query, key and value";
-      case Phase::kAttend: return "attention";
       case Phase::kOutput: return "output";
       case Phase::kCrossQuery: return "cross query";
-      case Phase::kCrossAttend: return "cross attention";
       case Phase::kCrossOutput: return "cross output";
       case Phase::kUp: return "up";
       case Phase::kDown: return "down";
@@ -124,19 +130,28 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
   }
 
   // stream = token_embedding[tokens] + position_embedding[positions]. An id out of range takes the nearest row: it never reads
-  // beyond the table.
+  // beyond the table. The reads of all rows are under way at once.
   __device__ void embed() {
     const DecodeMatrix &t = a.plan.token_embedding, &p = a.plan.position_embedding;
-    for (int b = 0; b < m; ++b) {
-      const int64_t token = row_in(t, ((const int64_t*)a.call.tokens)[b]);
-      const int64_t at = row_in(p, a.call.position_ids ? ((const int64_t*)a.call.position_ids)[b] : this->place(b));
-      for (int c = threadIdx.x; c < hidden; c += blockDim.x) {
-        float x = t.scale ? widen(((const int8_t*)t.weight)[token * t.stride + c]) * ((const float*)t.scale)[token]
-                          : widen(((const T*)t.weight)[token * t.stride + c]);
-        if (p.n) x += widen(((const T*)p.weight)[at * p.stride + c]);
-        stream[b * hidden + c] = x;
-      }
+    int64_t token[ROWS], at[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int b = min(r, m - 1);
+      token[r] = row_in(t, ((const int64_t*)a.call.tokens)[b]);
+      at[r] = row_in(p, a.call.position_ids ? ((const int64_t*)a.call.position_ids)[b] : this->place(b));
     }
+    for (int c = threadIdx.x; c < stream_pitch; c += blockDim.x)
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (r == m) break;
+        float x = 0;
+        if (c < hidden) {
+          x = t.scale ? widen(((const int8_t*)t.weight)[token[r] * t.stride + c]) * ((const float*)t.scale)[token[r]]
+                      : widen(((const T*)t.weight)[token[r] * t.stride + c]);
+          if (p.n) x += widen(((const T*)p.weight)[at[r] * p.stride + c]);
+        }
+        stream[r * stream_pitch + c] = x;
+      }
   }
   __device__ static int64_t row_in(const DecodeMatrix& table, int64_t id) {
     return id < 0 || table.n == 0 ? 0 : id < table.n ? id : table.n - 1;
@@ -153,88 +168,140 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
     }
   }
 
-  // Has the weights of a product and of its norm sent before the barrier that its operand waits for.
-  __device__ void announce(Phase phase, const DecodeLayer& layer) {
-    this->request(phase, &layer);
+  // Has sent, while the block waits for the operand: the weights of a product and of its norm, and the keys and values that the
+  // block attends to before.
+  __device__ void announce(Phase phase, const DecodeLayer& layer, int i) {
+    this->request(phase, layer);
     constexpr int LINE = 128 / sizeof(T);
     if (const DecodeNorm* norm = norm_of(phase, layer))
       for (int c = threadIdx.x * LINE; c < hidden; c += blockDim.x * LINE) {
         prefetch_l2((const T*)norm->weight + c);
         if (norm->bias) prefetch_l2((const T*)norm->bias + c);
       }
+    if (phase == Phase::kOutput || phase == Phase::kCrossOutput) this->prefetch_keys(i, phase == Phase::kCrossOutput);
   }
 
   // The product's operand, from what the phases before wrote.
   __device__ void prepare(Phase phase, const DecodeLayer& layer, int i) {
-    if (const DecodeNorm* norm = norm_of(phase, layer)) {
-      normalise(*norm, phase == Phase::kLogits ? a.plan.layers > 0 : phase != Phase::kQueryKeyValue || i > 0);
-    } else if (phase == Phase::kDown) {
-      const int f = (int)a.plan.intermediate;
-      fill(f, [&](int row, int c) { return __ldcg(a.active + (int64_t)row * f + c); });
+    const int bits = this->operand_bits();
+    if (const DecodeNorm* norm = norm_of(phase, layer))
+      return normalise(*norm, bits, phase == Phase::kLogits ? a.plan.layers > 0 : phase != Phase::kQueryKeyValue || i > 0);
+    const int k = phase == Phase::kDown ? (int)a.plan.intermediate : inner;
+    if (phase == Phase::kDown) {
+      read_rows<ROWS>(a.active, m, k, [&](int row, int c, Pack<float, 4> quad) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) quad.at[e] = c + e < k ? quad.at[e] : 0.0f;
+        store(operand_at(row, c, bits), quad);
+      });
     } else {
-      fill(inner, [&](int row, int c) { return this->attended(phase == Phase::kCrossOutput, row, c); });
+      const bool whole = a.plan.head_size % 4 == 0;
+      this->attended(phase == Phase::kCrossOutput, [&](int row, int c, int count, const Pack<float, 4>& quad) {
+        if (whole) return store(operand_at(row, c, bits), quad);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (e < count) *operand_at(row, c + e, bits) = quad.at[e];
+      });
     }
+    for (int c = (phase == Phase::kDown ? padded_row(k) : k) + threadIdx.x; c < operand_width(k, bits); c += blockDim.x)
+      for (int row = 0; row < m; ++row) *operand_at(row, c, bits) = 0;
   }
 
-  // operand = value(row, c) for c < k, and zeros up to the end of a step. Four reads are under way at once.
-  template <class Value> __device__ void fill(int k, const Value& value) {
-    const int bits = this->operand_bits(), width = this->steps_of(k, bits) << (bits + 5), all = m * width;
-    constexpr int AT_ONCE = 4;
-    for (int start = threadIdx.x; start < all; start += AT_ONCE * blockDim.x) {
-      float found[AT_ONCE];
-      int to[AT_ONCE];
+  __device__ float* operand_at(int row, int c, int bits) const { return operand + row * a.pitch + operand_place(c, bits); }
+  // k, with the zeros up to the end of a step.
+  __device__ int operand_width(int k, int bits) const { return this->steps_of(k, bits) << (bits + 5); }
+
+  // use(row, c, quad) for all quads of rows of k floats in scratch memory. A thread has the same quads of all rows. At least four
+  // reads are under way at once, of TOGETHER rows.
+  template <int TOGETHER, class Use> __device__ void read_rows(const float* from, int rows, int k, const Use& use) const {
+    constexpr int QUADS = TOGETHER < 4 ? 4 / TOGETHER : 1;
+    const int pitch = padded_row(k), apart = 4 * (int)blockDim.x;
+    for (int start = 4 * threadIdx.x; start < pitch; start += QUADS * apart)
+      for (int first = 0; first < rows; first += TOGETHER) {
+        Pack<float, 4> found[QUADS][TOGETHER];
 #pragma unroll
-      for (int u = 0; u < AT_ONCE; ++u) {
-        const int i = start + u * blockDim.x, row = ROWS == 1 ? 0 : i / width, c = i - row * width;
-        to[u] = row * a.pitch + operand_place(c, bits);
-        found[u] = i < all && c < k ? value(row, c) : 0.0f;
+        for (int u = 0; u < QUADS; ++u)
+#pragma unroll
+          for (int r = 0; r < TOGETHER; ++r)
+            if (const int c = start + u * apart; c < pitch && first + r < rows)
+              found[u][r] = load_shared_by_grid<4>(from + (int64_t)(first + r) * pitch + c);
+#pragma unroll
+        for (int u = 0; u < QUADS; ++u)
+#pragma unroll
+          for (int r = 0; r < TOGETHER; ++r)
+            if (const int c = start + u * apart; c < pitch && first + r < rows) use(first + r, c, found[u][r]);
       }
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; ++u)
-        if (start + u * (int)blockDim.x < all) operand[to[u]] = found[u];
-    }
   }
 
-  // stream += the parts of the last branch, in order. Up to 16 reads are under way at once.
+  // stream += the parts of the last branch, in order.
   __device__ void add_branch() {
-    constexpr int AT_ONCE = 4;
-    const int all = m * hidden;
-    for (int start = threadIdx.x; start < all; start += AT_ONCE * blockDim.x) {
-      float sum[AT_ONCE] = {};
-#pragma unroll 4
-      for (int part = 0; part < branch_parts; ++part)
+    read_rows<(ROWS > 4 ? ROWS : 4)>(a.branch, branch_parts * m, hidden, [&](int row, int c, const Pack<float, 4>& quad) {
+      float* to = stream + (ROWS == 1 ? 0 : row - quotient(row, m) * m) * stream_pitch + c;
+      Pack<float, 4> x = load<4>(to);
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u)
-          if (const int at = start + u * blockDim.x; at < all) sum[u] += __ldcg(a.branch + (int64_t)part * all + at);
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; ++u)
-        if (const int at = start + u * blockDim.x; at < all) stream[at] += sum[u];
-    }
+      for (int e = 0; e < 4; ++e)
+        if (c + e < hidden) x.at[e] += quad.at[e];
+      store(to, x);
+    });
+  }
+
+  // Elements c .. c + 3 of a norm's weight or bias, as bits: taking them apart would wait for the L2.
+  using Bits = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  __device__ Bits read_norm(std::uintptr_t from, int c) const {
+    const T* at = (const T*)from + c;
+    if (from && c + 4 <= hidden && (std::uintptr_t)at % sizeof(Bits) == 0) return __ldcg((const Bits*)at);
+    Pack<T, 4> out;
+    for (int e = 0; e < 4; ++e) out.at[e] = from && c + e < hidden ? __ldcg(at + e) : narrow<T>(0.0f);
+    Bits bits;
+    memcpy(&bits, &out, sizeof(Bits));
+    return bits;
   }
 
   // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the
-  // mean of squared deviations. The warps of a row compute its statistics each for itself: no barrier between.
-  __device__ void normalise(const DecodeNorm& norm, bool adds) {
+  // mean of squared deviations. A warp computes a row's; then a thread has the same quads of all rows, whose weights it reads
+  // together with the branch.
+  __device__ void normalise(const DecodeNorm& norm, int bits, bool adds) {
+    int c = 4 * threadIdx.x;
+    Bits weight = read_norm(norm.weight, c), bias = read_norm(norm.bias, c);
     if (adds) add_branch();
     __syncthreads();
-    const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
-    const int sharing = m >= warps ? 1 : (warps - 1 - warp % m) / m + 1, part = m >= warps ? 0 : warp / m;
-    const int bits = this->operand_bits(), width = this->steps_of(hidden, bits) << (bits + 5);
-    for (int row = warp % m; row < m; row += warps) {
-      const float* x = stream + row * hidden;
-      float mean = 0, squares = 0;
-      if (!a.plan.is_rms) {
-        for (int c = lane; c < hidden; c += kWarp) mean += x[c];
-        mean = warp_sum(mean) / hidden;
-      }
-      for (int c = lane; c < hidden; c += kWarp) squares += (x[c] - mean) * (x[c] - mean);
-      const float rstd = 1.0f / sqrtf(warp_sum(squares) / hidden + (float)norm.eps);
-      for (int c = part * kWarp + lane; c < width; c += sharing * kWarp) {
-        float y = 0;
-        if (c < hidden) y = (x[c] - mean) * rstd * widen(weight[c]) + (bias ? widen(bias[c]) : 0.0f);
-        operand[row * a.pitch + operand_place(c, bits)] = y;
+    for (int row = warp; row < m; row += warps) find_statistics(row, (float)norm.eps);
+    __syncthreads();
+    for (const int width = operand_width(hidden, bits); c < width; c += 4 * blockDim.x) {
+      Pack<T, 4> w, b;
+      memcpy(&w, &weight, sizeof(Bits)), memcpy(&b, &bias, sizeof(Bits));
+      if (c + 4 * (int)blockDim.x < width)
+        weight = read_norm(norm.weight, c + 4 * blockDim.x), bias = read_norm(norm.bias, c + 4 * blockDim.x);
+      for (int row = 0; row < m; ++row) {
+        const float mean = sums[2 * row], rstd = sums[2 * row + 1];
+        Pack<float, 4> x = {};
+        if (c < hidden) x = load<4>(stream + row * stream_pitch + c);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x.at[e] = c + e < hidden ? (x.at[e] - mean) * rstd * widen(w.at[e]) + widen(b.at[e]) : 0.0f;
+        store(operand_at(row, c, bits), x);
       }
     }
+  }
+
+  // A row's mean, 0 for an RMS norm, and 1 / deviation, into the product's sums, which nobody reads now. A warp calls it.
+  __device__ void find_statistics(int row, float eps) const {
+    const float* x = stream + row * stream_pitch;
+    float mean = 0;
+    if (!a.plan.is_rms) mean = warp_sum(sum_of(x, [](float v) { return v; })) / hidden;
+    const float squares = warp_sum(sum_of(x, [mean](float v) { return (v - mean) * (v - mean); }));
+    if (lane == 0) sums[2 * row] = mean, sums[2 * row + 1] = 1.0f / sqrtf(squares / hidden + eps);
+  }
+
+  // A lane's part of the sum of value(x) over a row. Four sums: each addition waits for the one before.
+  template <class Value> __device__ float sum_of(const float* x, const Value& value) const {
+    float sum[4] = {};
+#pragma unroll 4
+    for (int c = 4 * lane; c < hidden; c += 4 * kWarp) {
+      const Pack<float, 4> quad = load<4>(x + c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e < hidden) sum[e] += value(quad.at[e]);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // ---- results ------------------------------------------------------------------------------------------------------
@@ -247,10 +314,10 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
       case Phase::kCrossQuery: a.query[(int64_t)row * inner + feature] = value; return;
       case Phase::kUp:
         value = activate((int)a.plan.activation, value);
-        a.active[(int64_t)row * a.plan.intermediate + feature] = this->gated ? value * up : value;
+        a.active[(int64_t)row * padded_row(a.plan.intermediate) + feature] = this->gated ? value * up : value;
         return;
       case Phase::kLogits: return put_logit(row, feature, value * (float)a.plan.logits_scale);
-      default: a.branch[((int64_t)part * m + row) * hidden + feature] = value;
+      default: a.branch[((int64_t)part * m + row) * stream_pitch + feature] = value;
     }
   }
 
@@ -258,7 +325,8 @@ template <class T, int ROWS> struct Decode : DecodeChoice<T, ROWS> {
     const int d = (int)a.plan.head_size, keys = (int)a.plan.kv_heads * d, is_value = feature >= keys;
     const int c = feature - is_value * keys;
     T* at = (T*)a.address[2 * i + is_value] + row * a.call.batch_stride + this->place(row) * a.call.row_stride;
-    at[c / d * a.call.head_stride + c % d] = narrow<T>(value);
+    const int head = quotient(c, d);
+    at[head * a.call.head_stride + c - head * d] = narrow<T>(value);
   }
 
   // Without a head the last norm, in place of logits.
@@ -318,9 +386,9 @@ int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int block
     return (float*)from;
   };
   a.barrier = (unsigned*)take(1);
-  a.query = take(c.rows * p.heads * p.head_size), a.active = take(c.rows * p.intermediate);
-  a.branch = take(c.rows * p.hidden * (by_columns ? kMostParts : 1));
-  a.part = take(parts * p.head_size), a.part_state = take(parts * 2);
+  a.query = take(c.rows * p.heads * p.head_size), a.active = take(c.rows * padded_row(p.intermediate));
+  a.branch = take(c.rows * padded_row(p.hidden) * (by_columns ? kMostParts : 1));
+  a.part = take(parts * padded_row(p.head_size)), a.part_state = take(parts * 2);
   a.top = take(blocks * c.rows), a.winner = (int*)take(blocks * c.rows);
   return (int64_t)(at - scratch);
 }

@@ -58,18 +58,23 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
   const int size, cross_size;  // keys in a chunk
 
   __device__ DecodeAttention(const DecodeArguments& arguments, unsigned char* shared)
-      : Base(arguments, shared), size(chunk_size(false)), cross_size(arguments.call.cross_caches ? chunk_size(true) : 0) {}
+      : Base(arguments, shared), size(chunk_size(false)), cross_size(arguments.call.cross_caches ? chunk_size(true) : 0) {
+    if ((int)threadIdx.x < m) this->places[threadIdx.x] = place_of(threadIdx.x);
+  }
 
-  __device__ int place(int row) const { return (int)(a.call.places ? ((const int64_t*)a.call.places)[row] : a.call.place); }
+  // A row's place in the cache. Behind the first barrier of the block place() knows it, without waiting for the L2.
+  __device__ int place_of(int row) const { return (int)(a.call.places ? ((const int64_t*)a.call.places)[row] : a.call.place); }
+  __device__ int place(int row) const { return this->places[row]; }
 
   // Keys that a row sees, its mask aside.
   __device__ int extent(bool cross, int row) const { return cross ? (int)a.call.source_length : place(row) + 1; }
 
   // Keys in a chunk.
   __device__ int chunk_size(bool cross) const {
-    int most = extent(cross, 0);
+    int most = cross ? (int)a.call.source_length : place_of(0) + 1;
     if (!cross && a.call.places)
-      for (int row = 1; row < m; ++row) most = max(most, place(row) + 1);
+#pragma unroll
+      for (int row = 1; row < ROWS; ++row) most = max(most, place_of(min(row, m - 1)) + 1);
     const int chunks = cross ? a.cross_chunks : a.chunks, size = (most + chunks - 1) / chunks;
     return max(kLeastKeys, (size + 15) / 16 * 16);
   }
@@ -80,9 +85,9 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     const T *key = (const T*)a.address[at], *value = (const T*)a.address[at + 1];
     if (cross)
       return {key, value, c.cross_batch_stride, c.cross_head_stride, c.cross_row_stride, (int)a.plan.heads, (int)c.sources,
-              m / (int)c.sources, a.cross_chunks, cross_size};
+              quotient(m, (int)c.sources), a.cross_chunks, cross_size};
     return {key, value, c.batch_stride, c.head_stride, c.row_stride, (int)a.plan.kv_heads, m,
-            (int)(a.plan.heads / a.plan.kv_heads), a.chunks, size};
+            quotient((int)a.plan.heads, (int)a.plan.kv_heads), a.chunks, size};
   }
 
   // Row and head of query q of an item.
@@ -94,72 +99,113 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     return ((int64_t)row * a.plan.heads + head) * chunks + chunk;
   }
 
+  // A block's part of attention: a key head, and keys begin .. end - 1 of a chunk.
+  struct Item {
+    int source, head, chunk, begin, end;
+  };
+  __device__ Item item_of(const DecodeKeys<T>& k, bool cross, int item) const {
+    const int pair = quotient(item, k.chunks), chunk = item - pair * k.chunks;
+    const int source = quotient(pair, k.heads), head = pair - source * k.heads;
+    return {source, head, chunk, chunk * k.size, min(chunk * k.size + k.size, extent(cross, source))};
+  }
+
   __device__ void attend(int layer, bool cross, double scale) {
     const DecodeKeys<T> k = keys_of(layer, cross);
     const int items = k.sources * k.heads * k.chunks;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const int chunk = item % k.chunks, head = item / k.chunks % k.heads, source = item / k.chunks / k.heads;
-      const int begin = chunk * k.size, end = min(begin + k.size, extent(cross, source));
-      if (begin >= end) continue;
-      const float by = (float)scale;
-      if (k.queries == 1) visit<1>(k, cross, source, head, chunk, 0, begin, end, by);
+    for (int i = blockIdx.x; i < items; i += gridDim.x) {
+      const Item item = item_of(k, cross, i);
+      if (item.begin >= item.end) continue;
+      if (k.queries == 1) visit<1>(k, cross, item, 0, (float)scale);
       else
-        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, cross, source, head, chunk, q, begin, end, by);
+        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, cross, item, q, (float)scale);
     }
   }
 
-  // The part of a key or value that belongs to a lane.
-  __device__ Pack<T, V> read(const T* row, int at) const {
-    const int d = (int)a.plan.head_size;
-    if (a.wide_keys && at < d) return load_shared_by_grid<V>(row + at);
-    Pack<T, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) out.at[i] = at + i < d ? __ldcg(row + at + i) : narrow<T>(0.0f);
-    return out;
+  // Has the keys and values of the block's first item sent to the L2.
+  __device__ void prefetch_keys(int layer, bool cross) const {
+    const DecodeKeys<T> k = keys_of(layer, cross);
+    if ((int)blockIdx.x >= k.sources * k.heads * k.chunks) return;
+    const Item item = item_of(k, cross, blockIdx.x);
+    const int64_t first = item.source * k.batch + item.head * k.head;
+    for (int j = item.begin + threadIdx.x; j < item.end; j += blockDim.x)
+      for (int c = 0; c < (int)a.plan.head_size; c += 128 / sizeof(T)) {
+        prefetch_l2(k.key + first + j * k.row + c);
+        prefetch_l2(k.value + first + j * k.row + c);
+      }
   }
 
-  // What is added to the score of a key at `distance` <= 0 from the query: T5's bias.
-  __device__ float bias(int distance, int head) const {
+  // A lane's part of a key and its value, as bits: taking them apart would wait for them.
+  struct Seen {
+    uint4 key[kPacks], value[kPacks];
+    int is;      // nonzero: seen
+    int bucket;  // of its distance, if there is T5's bias
+  };
+  // Elements own .. own + V - 1, and those `step` further on. All reads are under way at once.
+  __device__ void read(const T* from, int own, int step, uint4* out) const {
+    const int d = (int)a.plan.head_size;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int at = p * step + own;
+      out[p] = {};
+      if (at >= d) continue;
+      if (a.wide_keys) {
+        out[p] = __ldcg((const uint4*)(from + at));
+      } else {
+        Pack<T, V> pack;
+#pragma unroll
+        for (int i = 0; i < V; ++i) pack.at[i] = at + i < d ? __ldcg(from + at + i) : narrow<T>(0.0f);
+        memcpy(&out[p], &pack, 16);
+      }
+    }
+  }
+
+  // The weight of a sum whose largest score is `peak`, beside others up to `most`. 0 for one that has seen no key, with no branch.
+  __device__ static float weight_of(float peak, float most) { return expf(peak - (most == -INFINITY ? 0.0f : most)); }
+
+  // What is added to the score of a key in a bucket: T5's bias.
+  __device__ float bias(int bucket, int head) const {
     const DecodePlan& p = a.plan;
-    const int span = (int)p.span, bucket = ((const int*)p.buckets)[max(distance, -span) + span];
     const int64_t at = bucket * p.table_bucket + head * p.table_head;
     return p.table_float32 ? ((const float*)p.table)[at] : widen(((const T*)p.table)[at]);
   }
 
   // Queries q0 .. q0 + Q - 1 of an item visit keys begin .. end - 1. The block calls it together.
   template <int Q>
-  __device__ void visit(const DecodeKeys<T>& k, bool cross, int source, int head, int chunk, int q0, int begin, int end,
-                        float scale) {
+  __device__ void visit(const DecodeKeys<T>& k, bool cross, const Item& item, int q0, float scale) {
+    const int source = item.source, head = item.head, end = item.end;
     const int d = (int)a.plan.head_size, lanes = key_lanes(d, V), padded = padded_head(d, V), own = lane % lanes * V;
     const int inner = (int)a.plan.heads * d, step = lanes * V;
+    const T* keys = k.key + source * k.batch + head * k.head;
+    const T* values = k.value + source * k.batch + head * k.head;
+    const uint8_t* mask = (const uint8_t*)(cross ? a.call.cross_mask : a.call.mask);
+    if (mask) mask += cross ? source * a.call.source_length : source * a.call.mask_stride;
+    const int together = kWarp / lanes, apart = warps * together;  // keys of a warp at once, and of the block
+    Seen now = {}, next = {};
+    const int here = cross ? 0 : place(source), span = (int)a.plan.span;
+    const bool is_biased = !cross && a.plan.table;
+    const auto read_at = [&](int first, Seen& out) {
+      const int j = first + lane / lanes, near = min(j, end - 1);
+      read(keys + near * k.row, own, step, out.key), read(values + near * k.row, own, step, out.value);
+      out.is = j < end;
+      if (mask && j < end) out.is = mask[j];
+      if (is_biased) out.bucket = ((const int*)a.plan.buckets)[max(near - here, -span) + span];
+    };
+    int first = item.begin + warp * together;
+    if (first < end) read_at(first, now);
     float *queries = operand, *states = queries + Q * padded;
     __syncthreads();  // the last item's states have been read
     for (int i = threadIdx.x; i < Q * padded; i += blockDim.x) {
-      const int q = i / padded, c = i % padded;
+      const int q = Q == 1 ? 0 : i / padded, c = i - q * padded;
       int row, of_head;
       query_of(k, cross, source, head, min(q0 + q, k.queries - 1), row, of_head);
       queries[i] = c < d ? __ldcg(a.query + (int64_t)row * inner + of_head * d + c) * scale : 0.0f;
     }
     __syncthreads();
-    const T* keys = k.key + source * k.batch + head * k.head;
-    const T* values = k.value + source * k.batch + head * k.head;
-    const uint8_t* mask = (const uint8_t*)(cross ? a.call.cross_mask : a.call.mask);
-    if (mask) mask += cross ? source * a.call.source_length : source * a.call.mask_stride;
-    const int here = cross ? 0 : place(source);
     float peak[Q], total[Q], sum[Q][kPacks * V] = {};
 #pragma unroll
     for (int q = 0; q < Q; ++q) peak[q] = -INFINITY, total[q] = 0;
-    const int together = kWarp / lanes;  // keys of a warp at once
-    for (int first = begin + warp * together; first < end; first += warps * together) {  // the same for the whole warp
-      const int j = first + lane / lanes;
-      const bool seen = j < end && (!mask || mask[j]);
-      const int64_t at = (int64_t)(j < end ? j : end - 1) * k.row;
-      Pack<T, V> key[kPacks], value[kPacks];
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-        if (p * step >= d) break;
-        key[p] = read(keys + at, p * step + own), value[p] = read(values + at, p * step + own);
-      }
+    for (; first < end; first += apart) {  // the same for the whole warp
+      if (first + apart < end) read_at(first + apart, next);
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         float score = 0;
@@ -167,34 +213,38 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
         for (int p = 0; p < kPacks; ++p) {
           if (p * step >= d) break;
           const float* query = queries + q * padded + p * step + own;
+          Pack<T, V> key;
+          memcpy(&key, &now.key[p], 16);
 #pragma unroll
           for (int i = 0; i < V; i += 4) {
             const Pack<float, 4> four = load<4>(query + i);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) score += four.at[e] * widen(key[p].at[i + e]);
+            for (int e = 0; e < 4; ++e) score += four.at[e] * widen(key.at[i + e]);
           }
         }
         for (int offset = lanes / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(kAllLanes, score, offset);
-        if (!seen) continue;  // no lane waits for another until the next query
-        if (!cross && a.plan.table) score += bias(j - here, head * k.queries + min(q0 + q, k.queries - 1));
+        if (!now.is) continue;  // no lane waits for another until the next query
+        if (is_biased) score += bias(now.bucket, head * k.queries + min(q0 + q, k.queries - 1));
         const float before = peak[q];
         peak[q] = fmaxf(before, score);
-        const float kept = before == -INFINITY ? 0.0f : expf(before - peak[q]), weight = expf(score - peak[q]);
+        const float kept = weight_of(before, peak[q]), weight = weight_of(score, peak[q]);
         total[q] = total[q] * kept + weight;
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
           if (p * step >= d) break;
+          Pack<T, V> value;
+          memcpy(&value, &now.value[p], 16);
 #pragma unroll
-          for (int i = 0; i < V; ++i) sum[q][p * V + i] = sum[q][p * V + i] * kept + weight * widen(value[p].at[i]);
+          for (int i = 0; i < V; ++i) sum[q][p * V + i] = sum[q][p * V + i] * kept + weight * widen(value.at[i]);
         }
       }
+      now = next;
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
       for (int offset = lanes; offset < kWarp; offset *= 2) {  // the lane groups of the warp
         const float other = __shfl_xor_sync(kAllLanes, peak[q], offset), most = fmaxf(peak[q], other);
-        const float mine = peak[q] == -INFINITY ? 0.0f : expf(peak[q] - most);
-        const float theirs = other == -INFINITY ? 0.0f : expf(other - most);
+        const float mine = weight_of(peak[q], most), theirs = weight_of(other, most);
         total[q] = total[q] * mine + __shfl_xor_sync(kAllLanes, total[q], offset) * theirs, peak[q] = most;
 #pragma unroll
         for (int i = 0; i < kPacks * V; ++i)
@@ -213,42 +263,88 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     }
     __syncthreads();
     for (int i = threadIdx.x; i < Q * d; i += blockDim.x) {  // the warps of the block
-      const int q = i / d, c = i % d;
+      const int q = Q == 1 ? 0 : i / d, c = i - q * d;
       if (q0 + q >= k.queries) break;
       int row, of_head;
       query_of(k, cross, source, head, q0 + q, row, of_head);
       const float* state = states + q * (padded + 2);
-      const int next = Q * (padded + 2);
-      float most = -INFINITY, all = 0, value = 0;
-      for (int w = 0; w < warps; ++w) most = fmaxf(most, state[w * next + padded]);
-      for (int w = 0; w < warps; ++w) {
-        const float peak_of_warp = state[w * next + padded];
-        const float weight = peak_of_warp == -INFINITY ? 0.0f : expf(peak_of_warp - most);
-        all += state[w * next + padded + 1] * weight, value += state[w * next + c] * weight;
+      const int of_warp = Q * (padded + 2);
+      float peaks[kDecodeWarps], most = -INFINITY, all = 0, value = 0;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        peaks[w] = w < warps ? state[w * of_warp + padded] : -INFINITY;
+        most = fmaxf(most, peaks[w]);
       }
-      const int64_t to = part_of(row, of_head, k.chunks, chunk);
-      a.part[to * d + c] = value;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const int at = min(w, warps - 1) * of_warp;
+        const float weight = weight_of(peaks[w], most);
+        all += state[at + padded + 1] * weight, value += state[at + c] * weight;
+      }
+      const int64_t to = part_of(row, of_head, k.chunks, item.chunk);
+      a.part[to * padded_row(d) + c] = value;
       if (c == 0) a.part_state[to * 2] = most, a.part_state[to * 2 + 1] = all;
     }
   }
 
-  // Element c of a row of attention's result: its chunks, weighted by their sums. A row that sees no key gives zeros.
-  __device__ float attended(bool cross, int row, int c) const {
-    const int d = (int)a.plan.head_size, most_of_all = cross ? a.cross_chunks : a.chunks;
-    const int keys = cross ? cross_size : size, chunks = (extent(cross, row) + keys - 1) / keys;
-    const int64_t first = part_of(row, c / d, most_of_all, 0);
-    const float *part = a.part + first * d + c % d, *state = a.part_state + first * 2;
-    float most = __ldcg(state), total = __ldcg(state + 1), value = __ldcg(part);
-    if (chunks > 1) {
-      for (int i = 1; i < chunks; ++i) most = fmaxf(most, __ldcg(state + 2 * i));
-      total = value = 0;
-#pragma unroll 4
-      for (int i = 0; i < chunks; ++i) {
-        const float peak = __ldcg(state + 2 * i), weight = peak == -INFINITY ? 0.0f : expf(peak - most);
-        total += __ldcg(state + 2 * i + 1) * weight, value += __ldcg(part + (int64_t)i * d) * weight;
+  // put(row, c, count, quad) for all quads of attention's result: elements c .. c + count - 1 of a row. They are the chunks'
+  // values, weighted by their sums. A row that sees no key gives zeros. A thread has the same quad of several rows, and all that
+  // it reads of some chunks is under way at once.
+  template <class Put> __device__ void attended(bool cross, const Put& put) const {
+    constexpr int TOGETHER = ROWS < 4 ? ROWS : 4, CHUNKS = ROWS < 4 ? 4 : 2;
+    const int d = (int)a.plan.head_size, pitch = padded_row(d), heads = (int)a.plan.heads;
+    const int chunks = cross ? a.cross_chunks : a.chunks, keys = cross ? cross_size : size;
+    for (int i = threadIdx.x; i < heads * pitch / 4; i += blockDim.x) {
+      const int head = quotient(i, pitch / 4), at = i * 4 - head * pitch;
+      for (int first = 0; first < m; first += TOGETHER) {
+        Pack<float, 4> value[TOGETHER] = {};
+        float most[TOGETHER], total[TOGETHER] = {};
+        int seen[TOGETHER], longest = 0;
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r) {
+          most[r] = -INFINITY, seen[r] = first + r < m ? extent(cross, first + r) : 0;
+          longest = max(longest, seen[r]);
+        }
+        for (int chunk = 0; chunk * keys < longest; chunk += CHUNKS) {
+          Pack<float, 4> part[TOGETHER][CHUNKS];
+          Pack<float, 2> state[TOGETHER][CHUNKS];
+#pragma unroll
+          for (int r = 0; r < TOGETHER; ++r)
+#pragma unroll
+            for (int j = 0; j < CHUNKS; ++j) {
+              const int64_t from = part_of(first + r, head, chunks, chunk + j);
+              part[r][j] = {}, state[r][j] = {-INFINITY, 0};
+              if ((chunk + j) * keys >= seen[r]) continue;
+              part[r][j] = load_shared_by_grid<4>(a.part + from * pitch + at);
+              state[r][j] = load_shared_by_grid<2>(a.part_state + from * 2);
+            }
+#pragma unroll
+          for (int r = 0; r < TOGETHER; ++r) {
+            const float before = most[r];
+#pragma unroll
+            for (int j = 0; j < CHUNKS; ++j) most[r] = fmaxf(most[r], state[r][j].at[0]);
+            const float kept = weight_of(before, most[r]);
+            total[r] *= kept;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) value[r].at[e] *= kept;
+#pragma unroll
+            for (int j = 0; j < CHUNKS; ++j) {
+              const float weight = weight_of(state[r][j].at[0], most[r]);
+              total[r] += state[r][j].at[1] * weight;
+#pragma unroll
+              for (int e = 0; e < 4; ++e) value[r].at[e] += part[r][j].at[e] * weight;
+            }
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < TOGETHER; ++r) {
+          if (first + r >= m) break;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) value[r].at[e] = total[r] == 0.0f ? 0.0f : value[r].at[e] / total[r];
+          put(first + r, head * d + at, min(4, d - at), value[r]);
+        }
       }
     }
-    return total == 0.0f ? 0.0f : value / total;
   }
 };
 

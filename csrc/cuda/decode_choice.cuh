@@ -32,7 +32,8 @@ template <class T, int ROWS> struct DecodeChoice : DecodeAttention<T, ROWS> {
   // Writes the tokens of all rows. The grid waits once. -1 where the largest logit is not finite.
   __device__ void choose() {
     put_top();
-    grid_barrier(a.barrier, "logits");
+    this->barrier.arrive();
+    this->barrier.wait("logits");
     for (int row = blockIdx.x; row < m; row += gridDim.x) {
       const Top best = best_of(row);
       int64_t token = fabsf(best.value) < INFINITY ? best.token : -1;

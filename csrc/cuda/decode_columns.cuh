@@ -24,7 +24,7 @@ namespace {
 template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
   using Base = DecodeProduct<T, ROWS>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::sums, Base::operand;
-  using Base::phase, Base::layer, Base::int8, Base::gated, Base::first, Base::last, Base::width, Base::splits, Base::rounds,
+  using Base::phase, Base::int8, Base::gated, Base::first, Base::last, Base::width, Base::splits, Base::rounds,
       Base::k, Base::ahead_round, Base::ahead_step, Base::filled;
   static constexpr int V = 16 / sizeof(T), kTile = kColumns * V, kApart = kWarp / kColumns, kStep = kColumns * kApart;
 
@@ -38,25 +38,25 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
 
   __device__ int operand_bits() const { return by_columns ? 2 : this->vector_bits(int8); }  // with 2 in x's own order
 
-  __device__ void request(Phase which, const DecodeLayer* of) {
-    this->set(which, of);
-    int row;
-    const DecodeMatrix& matrix = this->matrix_of(0, false, row);
-    by_columns = matrix.kind == kByColumns, parts = 1;
-    if (!by_columns) return Base::request(which, of);
-    features = this->features_of(matrix), int8 = false, k = (int)matrix.k, width = gated ? kTile / 2 : kTile;
-    const int tiles = (features - 1) / width + 1;
+  __device__ void request(Phase which, const DecodeLayer& layer) {
+    this->set(which, layer);
+    by_columns = this->matrices->kind == kByColumns, parts = 1;
+    if (!by_columns) return Base::request();
+    features = this->feature_count(), int8 = false, k = (int)this->matrices->k, width = gated ? kTile / 2 : kTile;
+    const int tiles = quotient(features - 1, width) + 1;
     steps = (k - 1) / kStep + 1, splits = min(warps, steps);
     const bool is_branch = which == Phase::kOutput || which == Phase::kCrossOutput || which == Phase::kDown;
-    if (is_branch) parts = max(1, min(min(kTilesWanted / kDecodeWarps / tiles, steps / splits), kMostParts));
-    share = (steps - 1) / (splits * parts) + 1;
-    const int64_t items = (int64_t)tiles * parts;
-    first = (int)(items * blockIdx.x / gridDim.x), last = (int)(items * (blockIdx.x + 1) / gridDim.x);
+    if (is_branch) parts = max(1, min(min(quotient(kTilesWanted / kDecodeWarps, tiles), quotient(steps, splits)), kMostParts));
+    share = quotient(steps - 1, splits * parts) + 1;
+    this->find_share(tiles * parts);
     rounds = last - first, ahead_round = -1, filled = 0;
     next_item();
-    if (warp == 0 && own)
+    if (warp == 0 && own) {
+      int row;
       if (const DecodeMatrix& of_bias = this->matrix_of(feature_of(0), is_second(), row); of_bias.bias)
         prefetch_l2((const T*)of_bias.bias + row);
+    }
+#pragma unroll 1
     for (int i = 0; i < kDepth; ++i) request_step();
   }
 
@@ -74,7 +74,7 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
         cp_async_wait<kDepth - 1>();
 #pragma unroll
         for (int i = 0; i < kColumns; ++i)
-          w[i] = a.wide_weights ? load<V>((const T*)this->slot(used, i)) : gather(round, row_of(step, i));
+          w[i] = load<V>((const T*)this->slot(used, i));
         request_step();
         used = used + 1 == kDepth ? 0 : used + 1;
 #pragma unroll
@@ -122,12 +122,18 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
   }
 
   __device__ void request_step() {
-    if (a.wide_weights && ahead_step < ahead_end) {
+    if (ahead_step < ahead_end) {
+      if (a.wide_weights) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int at = row_of(ahead_step, i);
-        const bool inside = own && at < k;
-        cp_async16(this->slot(filled, i), inside ? own + at * apart : (const T*)a.branch, inside);
+        for (int i = 0; i < kColumns; ++i) {
+          const int at = row_of(ahead_step, i);
+          const bool inside = own && at < k;
+          cp_async16(this->slot(filled, i), inside ? own + at * apart : (const T*)a.branch, inside);
+        }
+      } else {  // not aligned, or not of one matrix
+#pragma unroll 1
+        for (int i = 0; i < kTile; ++i)
+          ((T*)this->slot(filled, i / V))[i % V] = weight(feature_of(ahead_round) + i % V, row_of(ahead_step, i / V));
       }
       if (++ahead_step == ahead_end) next_item();
     }
@@ -135,18 +141,11 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
     filled = filled + 1 == kDepth ? 0 : filled + 1;
   }
 
-  // This lane's V elements of a row of memory, where 16 bytes are not aligned or not of one matrix.
-  __device__ Pack<T, V> gather(int round, int at) const {
-    Pack<T, V> out;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int feature = feature_of(round) + j;
-      const bool inside = at < k && feature < features;
-      int row;
-      const DecodeMatrix& matrix = this->matrix_of(inside ? feature : 0, is_second(), row);
-      out.at[j] = inside ? ((const T*)matrix.weight)[at * matrix.stride + row] : narrow<T>(0.0f);
-    }
-    return out;
+  __device__ T weight(int feature, int at) const {
+    if (at >= k || feature >= features) return narrow<T>(0.0f);
+    int row;
+    const DecodeMatrix& matrix = this->matrix_of(feature, is_second(), row);
+    return ((const T*)matrix.weight)[at * matrix.stride + row];
   }
 
   // Adds the warps' sums of an item in order.
@@ -155,17 +154,18 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
     for (int i = threadIdx.x; i < m * width; i += blockDim.x) {
       const int row = i / width, at = i % width, feature = item / parts * width + at;
       if (feature >= features) continue;
-      float scale = 1, bias = 0, up_bias = 0, value = 0, up = 0;
+      typename Base::Terms of_value, of_up;
+      float value = 0, up = 0;
       if (part == 0) {
-        this->terms(feature, false, scale, bias);
-        if (gated) this->terms(feature, true, scale, up_bias);
+        of_value = this->terms(feature, false);
+        if (gated) of_up = this->terms(feature, true);
       }
       const float* sum = total + row * kTile + at;
       for (int w = 0; w < splits; ++w, sum += ROWS * kTile) {
         value += sum[0];
         if (gated) up += sum[width];
       }
-      put(part, row, feature, value + bias, up + up_bias);
+      put(part, row, feature, of_value.of(value), of_up.of(up));
     }
   }
 };

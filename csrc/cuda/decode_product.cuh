@@ -22,9 +22,14 @@ namespace pyfused {
 
 constexpr int kMostAddresses = 400;   // of caches; all arguments of a kernel take at most 4 KB
 constexpr int kDecodeWarps = 8;       // most warps of a block: a thread has up to 255 registers
+constexpr int kMostRows = 8;
 constexpr int kDepth = 4;             // steps of the ring
 constexpr int kPitchUnit = 32 * 16;   // a row of the operand is padded to whole steps of any dtype
 constexpr int kTilesWanted = 132 * 8; // a constant, so that the splits depend on the shape alone
+
+// Floats of a row in scratch memory and of the stream: whole quads, 16 bytes, so that one access reads four. What pads a row in
+// scratch memory may be anything.
+template <class I> __host__ __device__ I padded_row(I count) { return (count + 3) / 4 * 4; }
 
 // The parameter of the kernel. Addresses below are in `scratch`.
 struct DecodeArguments {
@@ -41,7 +46,7 @@ struct DecodeArguments {
 };
 static_assert(sizeof(DecodeArguments) <= 4096, "what a launch takes");
 
-enum class Phase { kQueryKeyValue, kAttend, kOutput, kCrossQuery, kCrossAttend, kCrossOutput, kUp, kDown, kLogits };
+enum class Phase { kQueryKeyValue, kOutput, kCrossQuery, kCrossOutput, kUp, kDown, kLogits };  // the products
 
 namespace {
 
@@ -61,6 +66,10 @@ __device__ inline float widen(int8_t v) {  // exact; the conversion instruction 
 }
 using pyfused::widen;
 
+// a / b for 0 <= a < 2^21 and b > 0, in six instructions in place of twenty. Exact: (a + 0.5) / b is 0.5 / b or more away from an
+// integer, and the error is below (a + 0.5) / b / 2^22.
+__device__ inline int quotient(int a, int b) { return (int)__fdividef(a + 0.5f, (float)b); }
+
 // Where does x's element p lie in the operand, if the product reads 2^bits elements of a row with one access? Four neighbours
 // stay together, and the lanes' fours lie side by side, so that a warp reads 512 bytes without a bank conflict.
 __device__ int operand_place(int p, int bits) {
@@ -71,30 +80,33 @@ __device__ int operand_place(int p, int bits) {
 // What a block has in shared memory, and who the thread is.
 template <class T, int ROWS> struct DecodeBlock {
   const DecodeArguments& a;
+  GridBarrier barrier;
   const int m, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   unsigned char* ring;   // [kDepth][4][thread] of 16 bytes
   DecodeLayer* layers;   // this layer and the next, by turns
   DecodeMatrix* head;
   float* sums;           // [2][warp][row][column]; a tile by columns is 16 bytes' elements times as wide
-  float* stream;         // (m, hidden), the residual stream: every block keeps all of it
+  int* places;           // (8), of the rows in the cache
+  float* stream;         // (m, padded_row(hidden)), the residual stream: every block keeps all of it. What pads a row is 0
   float* operand;        // (m, pitch), or attention's queries and states
 
   __device__ DecodeBlock(const DecodeArguments& arguments, unsigned char* shared)
-      : a(arguments), m((int)arguments.call.rows) {
+      : a(arguments), barrier{arguments.barrier}, m((int)arguments.call.rows) {
     ring = shared;
     layers = (DecodeLayer*)(ring + kDepth * kColumns * 16 * blockDim.x);
     head = (DecodeMatrix*)(layers + 2);
-    sums = (float*)(head + 2);  // two, to keep 16 bytes' alignment
+    places = (int*)(head + 2);  // two, to keep 16 bytes' alignment
+    sums = (float*)(places + kMostRows);
     stream = sums + 2 * warps * ROWS * kColumns * (a.by_columns ? 16 / sizeof(T) : 1);
-    operand = stream + (m * (int)a.plan.hidden + 3) / 4 * 4;
+    operand = stream + m * padded_row((int)a.plan.hidden);
   }
 };
 
 // Bytes of all that; `columns` of a tile. Host code.
 inline size_t block_bytes(int threads, int rows_kept, int columns, int64_t rows, int64_t hidden, int64_t operand_floats) {
-  const int64_t sums = 2 * threads / kWarp * rows_kept * columns, stream = (rows * hidden + 3) / 4 * 4;
+  const int64_t sums = 2 * threads / kWarp * rows_kept * columns, stream = rows * padded_row(hidden);
   return kDepth * kColumns * 16 * threads + 2 * sizeof(DecodeLayer) + 2 * sizeof(DecodeMatrix) +
-         4 * (sums + stream + operand_floats);
+         4 * (kMostRows + sums + stream + operand_floats);
 }
 
 template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
@@ -104,13 +116,14 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
 
   // The product that the ring has the first steps of.
   Phase phase;
-  const DecodeLayer* layer;
+  const DecodeMatrix* matrices;        // in shared memory: one, query and its neighbours key and value, or gate and inner
   bool int8, gated;
   int first, last, width;              // the block's features, and how many a tile has: gated, 2 of gate and 2 of inner
   int splits, groups, group, rounds;   // `groups` tiles at once; this warp belongs to tile round * groups + group
+  int first_warp;                      // of those that share its tile
   int begin, end, k;                   // this warp's steps of a tile
   int ahead_round, ahead_step, filled; // the next step to request, and its slot
-  const void* from[kColumns];          // the rows of W of its tile
+  std::uintptr_t from[kColumns];       // the rows of W of its tile
 
   __device__ explicit DecodeProduct(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -121,22 +134,13 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
   // The matrix that a feature belongs to, and its row there. `second`: inner's row for a gated feature.
   __device__ const DecodeMatrix& matrix_of(int feature, bool second, int& row) const {
     row = feature;
-    switch (phase) {
-      case Phase::kQueryKeyValue: {
-        const int queries = (int)layer->query.n, keys = (int)layer->key.n;
-        if (feature < queries) return layer->query;
-        row = feature - queries;
-        if (row < keys) return layer->key;
-        row -= keys;
-        return layer->value;
-      }
-      case Phase::kOutput: return layer->output;
-      case Phase::kCrossQuery: return layer->cross_query;
-      case Phase::kCrossOutput: return layer->cross_output;
-      case Phase::kUp: return gated && !second ? layer->gate : layer->inner;
-      case Phase::kDown: return layer->outer;
-      default: return *head;
-    }
+    if (phase != Phase::kQueryKeyValue) return matrices[gated && second];
+    const int queries = (int)matrices[0].n, keys = (int)matrices[1].n;
+    if (feature < queries) return matrices[0];
+    row = feature - queries;
+    if (row < keys) return matrices[1];
+    row -= keys;
+    return matrices[2];
   }
 
   // The feature of a tile's column; at least `last` if there is none.
@@ -144,68 +148,87 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     return first + (round * groups + group) * width + (gated ? column % 2 : column);
   }
 
-  __device__ void set(Phase which, const DecodeLayer* of) {
-    phase = which, layer = of;
-    gated = which == Phase::kUp && layer->gate.n;
+  __device__ void set(Phase which, const DecodeLayer& layer) {
+    phase = which, gated = which == Phase::kUp && layer.gate.n;
+    switch (phase) {
+      case Phase::kQueryKeyValue: matrices = &layer.query; return;
+      case Phase::kOutput: matrices = &layer.output; return;
+      case Phase::kCrossQuery: matrices = &layer.cross_query; return;
+      case Phase::kCrossOutput: matrices = &layer.cross_output; return;
+      case Phase::kUp: matrices = gated ? &layer.gate : &layer.inner; return;
+      case Phase::kDown: matrices = &layer.outer; return;
+      default: matrices = head;
+    }
   }
-  __device__ int features_of(const DecodeMatrix& first_of_phase) const {
-    return (int)(first_of_phase.n + (phase == Phase::kQueryKeyValue ? layer->key.n + layer->value.n : 0));
+  __device__ int feature_count() const {
+    return (int)(matrices[0].n + (phase == Phase::kQueryKeyValue ? matrices[1].n + matrices[2].n : 0));
   }
 
-  // Divides a phase's product among blocks and warps, and requests the first steps. The last product's are consumed.
-  __device__ void request(Phase which, const DecodeLayer* of) {
-    set(which, of);
-    int row;
-    const DecodeMatrix& matrix = matrix_of(0, false, row);
-    const int n = features_of(matrix);
-    int8 = matrix.scale, k = (int)matrix.k, width = gated ? kColumns / 2 : kColumns;
-    first = (int)((int64_t)n * blockIdx.x / gridDim.x), last = (int)((int64_t)n * (blockIdx.x + 1) / gridDim.x);
+  // The block's share of `count` features or items.
+  __device__ void find_share(int count) {
+    const int each = (int)((unsigned)count / gridDim.x), rest = count - each * (int)gridDim.x, block = (int)blockIdx.x;
+    first = each * block + min(block, rest), last = first + each + (block < rest);
+  }
+
+  // Divides the phase's product among blocks and warps, and requests the first steps. The last product's are consumed.
+  __device__ void request() {
+    const int n = feature_count();
+    int8 = matrices->scale, k = (int)matrices->k, width = gated ? kColumns / 2 : kColumns;
+    find_share(n);
     ahead_round = 0, ahead_step = begin = end = rounds = filled = 0;
     if (n == 0) return;  // a plan without a head
     const int steps = steps_of(k, vector_bits(int8));
-    splits = max(1, min(kTilesWanted * width / n, min(steps, warps)));
-    const int share = (steps - 1) / splits + 1;
-    splits = (steps - 1) / share + 1, groups = warps / splits, group = warp / splits;
-    const int tiles = (last - first + width - 1) / width;
-    rounds = (tiles + groups - 1) / groups;
-    begin = warp % splits * share, end = min(begin + share, steps);
+    splits = max(1, min(quotient(kTilesWanted * width, n), min(steps, warps)));
+    const int share = quotient(steps - 1, splits) + 1;
+    splits = quotient(steps - 1, share) + 1, groups = quotient(warps, splits), group = quotient(warp, splits);
+    const int tiles = quotient(last - first + width - 1, width);
+    rounds = quotient(tiles + groups - 1, groups), first_warp = group * splits;
+    begin = (warp - first_warp) * share, end = min(begin + share, steps);
     if (group >= groups) end = begin;  // a warp left over
     ahead_step = begin;
     find_rows();
+#pragma unroll 1
     for (int i = 0; i < kDepth; ++i) int8 ? request_step<int8_t>() : request_step<T>();
     if (lane < kColumns)
-      if (const int feature = feature_of(0, lane); feature < last)
+      if (const int feature = feature_of(0, lane); feature < last) {
+        int row;
         if (const DecodeMatrix& of_bias = matrix_of(feature, lane >= 2, row); of_bias.bias)
           prefetch_l2((const T*)of_bias.bias + row);
+      }
   }
 
   __device__ unsigned char* slot(int step, int column) const {
     return ring + ((step * kColumns + column) * (int)blockDim.x + (int)threadIdx.x) * 16;
   }
 
-  template <class W> __device__ const W* weight_of(int round, int column) const {
-    int row;
-    const DecodeMatrix& matrix = matrix_of(feature_of(round, column), column >= 2, row);
-    return (const W*)matrix.weight + row * matrix.stride;
-  }
-
-  // Finds the rows of W of a tile, for the requests; null past the last feature.
+  // Finds the rows of W of a tile, for the requests; null past the last feature. Lane c looks column c up.
   __device__ void find_rows() {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const bool inside = ahead_round < rounds && group < groups && feature_of(ahead_round, c) < last;
-      from[c] = !inside ? nullptr : int8 ? (const void*)weight_of<int8_t>(ahead_round, c) : weight_of<T>(ahead_round, c);
+    const int column = lane % kColumns, feature = feature_of(ahead_round, column);
+    std::uintptr_t found = 0;
+    if (ahead_round < rounds && group < groups && feature < last) {
+      int row;
+      const DecodeMatrix& matrix = matrix_of(feature, column >= 2, row);
+      found = matrix.weight + row * matrix.stride * (int8 ? 1 : sizeof(T));
     }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) from[c] = __shfl_sync(kAllLanes, found, c);
   }
 
   template <class W> __device__ void request_step() {
     constexpr int V = 16 / sizeof(W);
-    if (a.wide_weights && from[0] && ahead_step < end) {
+    if (from[0] && ahead_step < end) {
       const int at = (ahead_step * kWarp + lane) * V;
+      if (a.wide_weights) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const bool inside = from[c] && at < k;
-        cp_async16(slot(filled, c), inside ? (const W*)from[c] + at : (const W*)a.branch, inside);
+        for (int c = 0; c < kColumns; ++c) {
+          const bool inside = from[c] && at < k;
+          cp_async16(slot(filled, c), inside ? (const W*)from[c] + at : (const W*)a.branch, inside);
+        }
+      } else {  // not aligned
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+#pragma unroll 1
+          for (int j = 0; j < V; ++j) ((W*)slot(filled, c))[j] = from[c] && at + j < k ? ((const W*)from[c])[at + j] : W{};
       }
       if (++ahead_step == end) {
         ahead_step = begin, ++ahead_round;
@@ -214,16 +237,6 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     }
     cp_async_commit();
     filled = filled + 1 == kDepth ? 0 : filled + 1;
-  }
-
-  // 16 bytes of a row of W, where they are not aligned.
-  template <class W, int V> __device__ Pack<W, V> gather(int round, int column, int at) const {
-    Pack<W, V> out;
-    const bool inside = feature_of(round, column) < last;
-    const W* from = inside ? weight_of<W>(round, column) : nullptr;
-#pragma unroll
-    for (int j = 0; j < V; ++j) out.at[j] = inside && at + j < k ? from[at + j] : W{};
-    return out;
   }
 
   // Calls put(row, feature, value, up) for every sum of the block: value = x W^T + bias, and up the same of inner if gated.
@@ -235,12 +248,12 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     for (int round = 0; round < rounds; ++round) {
       // Lane i writes sum i. Its bias and scale arrive meanwhile.
       const int column = lane % kColumns, feature = feature_of(round, column);
-      const bool writes = lane < kSums && lane / kColumns < m && warp % splits == 0 && group < groups && feature < last &&
+      const bool writes = lane < kSums && lane / kColumns < m && warp == first_warp && group < groups && feature < last &&
                           column < width;
-      float scale = 1, bias = 0, up_scale = 1, up_bias = 0;
+      Terms of_value, of_up;
       if (writes) {
-        terms(feature, false, scale, bias);
-        if (gated) terms(feature, true, up_scale, up_bias);
+        of_value = terms(feature, false);
+        if (gated) of_up = terms(feature, true);
       }
       float sum[kSums] = {};
       if (feature_of(round, 0) < last)
@@ -249,7 +262,7 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
           cp_async_wait<kDepth - 1>();
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
-            w[c] = a.wide_weights ? load<V>((const W*)slot(used, c)) : gather<W, V>(round, c, (step * kWarp + lane) * V);
+            w[c] = load<V>((const W*)slot(used, c));
           request_step<W>();
           used = used + 1 == kDepth ? 0 : used + 1;
           const float* x = operand + step * kWarp * V + lane * 4;
@@ -278,18 +291,26 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
           value += mine[part * kSums + lane];
           if (gated) up += mine[part * kSums + lane + width];
         }
-        put(lane / kColumns, feature, value * scale + bias, up * up_scale + up_bias);
+        put(lane / kColumns, feature, of_value.of(value), of_up.of(up));
       }
     }
     cp_async_commit();  // a layer's struct, see fetch_layer()
     cp_async_wait<0>();
   }
 
-  __device__ void terms(int feature, bool second, float& scale, float& bias) const {
+  // What makes a result of a sum. The bias is widened where it is used: a conversion would wait for the L2 before the product.
+  struct Terms {
+    float scale = 1;
+    T bias = narrow<T>(0.0f);
+    __device__ float of(float sum) const { return sum * scale + widen(bias); }
+  };
+  __device__ Terms terms(int feature, bool second) const {
     int row;
     const DecodeMatrix& matrix = matrix_of(feature, second, row);
-    if (matrix.scale) scale = ((const float*)matrix.scale)[row];
-    if (matrix.bias) bias = widen(((const T*)matrix.bias)[row]);
+    Terms found;
+    if (matrix.scale) found.scale = __ldcg((const float*)matrix.scale + row);
+    if (matrix.bias) found.bias = __ldcg((const T*)matrix.bias + row);
+    return found;
   }
 };
 

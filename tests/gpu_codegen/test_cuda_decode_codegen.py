@@ -22,7 +22,10 @@ def test_kernels(architecture):
         assert kernel.registers <= 255, kernel  # for one block of 256 threads on a multiprocessor
         # A step copies 16 bytes of four rows; the ring is filled before the barrier and refilled in the product.
         assert kernel.count("LDGSTS.E.BYPASS.128") >= 8, kernel
-        # One for a phase's barrier, one for the choice's: integers. A draw counts in shared memory, with integers too.
-        assert kernel.count("ATOMG") + kernel.count("RED.") == 2, kernel
+        # Four reads of 16 bytes under way at once, of the keys and values, the branch, the operand and the chunks.
+        assert kernel.count("LDG.E.128.STRONG.GPU") >= 16, kernel
+        # One for the barriers behind products, behind attention and before the choice: integers. A draw counts in shared memory,
+        # with integers too.
+        assert kernel.count("ATOMG") + kernel.count("RED") == 3, kernel
         assert kernel.count("ATOMS.F") == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel

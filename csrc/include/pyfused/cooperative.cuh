@@ -4,6 +4,8 @@
 // capture it. The host shim (tests/cuda_on_cpu) has its own versions of both.
 #pragma once
 
+#include <type_traits>
+
 #include "pyfused/device.cuh"
 
 #ifndef PYFUSED_CUDA_ON_CPU
@@ -25,25 +27,40 @@ void launch_cooperative(void (*kernel)(A), dim3 grid, dim3 block, size_t shared,
 }
 #endif
 
-// Waits for all threads of the grid. What they wrote before it can be read behind it, but not through the L1: use __ldcg.
-// *counter is 0 before the first launch. Each barrier adds 2^31 to it in all, so waiting is over when the highest bit
-// changes, and the next barrier or launch needs no reset. `name` is for the shim's messages.
-__device__ inline void grid_barrier([[maybe_unused]] unsigned* counter, [[maybe_unused]] const char* name) {
-#ifdef PYFUSED_CUDA_ON_CPU
-  cuda_on_cpu::grid_barrier({name, __FILE__, __LINE__});
-#else
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned share = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
-    unsigned before, now;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(share) : "memory");
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (((before ^ now) & 0x80000000u) == 0);
-  }
-  __syncthreads();
+// A barrier for all threads of the grid: what they wrote before arrive() can be read behind wait(), but not through the L1: use
+// __ldcg. Work between the two costs no time while other blocks are late. Its requests to memory come behind the arrival's fence,
+// which would wait for them. All blocks poll the word that they add to: with another word for the release, the last block's
+// answer and its store, two trips to the L2, would come between the last arrival and the first poll that sees it.
+struct GridBarrier {
+  unsigned* counter;  // 0 before the launch
+  unsigned turn = 0;  // in its highest bit, which a barrier changes: each adds 2^31 to the counter in all
+
+  __device__ void arrive() const {
+#ifndef PYFUSED_CUDA_ON_CPU
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const unsigned share = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+      asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(share) : "memory");
+    }
 #endif
-}
+  }
+
+  // `name` is for the shim's messages.
+  __device__ void wait([[maybe_unused]] const char* name) {
+#ifdef PYFUSED_CUDA_ON_CPU
+    cuda_on_cpu::grid_barrier({name, __FILE__, __LINE__});
+#else
+    turn ^= 0x80000000u;
+    if (threadIdx.x == 0) {
+      unsigned now;
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+      } while ((now ^ turn) & 0x80000000u);
+    }
+    __syncthreads();
+#endif
+  }
+};
 
 // Fetches a line of 128 bytes into the L2, without waiting.
 __device__ inline void prefetch_l2([[maybe_unused]] const void* p) {
@@ -52,12 +69,13 @@ __device__ inline void prefetch_l2([[maybe_unused]] const void* p) {
 #endif
 }
 
-// V neighbours that another block may have written, past the L1; V * sizeof(T) is 16.
+// V neighbours that another block may have written, past the L1; V * sizeof(T) is 8 or 16.
 template <int V, class T> __device__ inline Pack<T, V> load_shared_by_grid(const T* p) {
-  static_assert(V * sizeof(T) == 16, "one access");
-  const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(p));
+  using Bits = std::conditional_t<V * sizeof(T) == 8, uint2, uint4>;
+  static_assert(V * sizeof(T) == sizeof(Bits), "one access");
+  const Bits bits = __ldcg(reinterpret_cast<const Bits*>(p));
   Pack<T, V> out;
-  memcpy(&out, &bits, 16);
+  memcpy(&out, &bits, sizeof(Bits));
   return out;
 }
 
