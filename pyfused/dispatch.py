@@ -162,6 +162,8 @@ class _Candidate(NamedTuple):
     call: Callable[..., tuple[Any, ...]] | None
     reason: str  # why it runs no call at all; "" if it may
     objections: tuple[Callable[..., str | None], ...]  # of a call's arguments: why it does not run that call, or None
+    # reads the settings of the process that may change its mind, and the objection that comes of them; None if none may
+    settings: tuple[Callable[[], Any], str] | None = None
 
 
 class _Candidates(NamedTuple):
@@ -202,7 +204,10 @@ def _candidates(
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)
-        rows.append(_Candidate(name, call, reason, tuple(filter(None, objections))))
+        settings = None
+        if module is not None and hasattr(module, "settings"):
+            settings = module.settings, module.SETTINGS_FORBID
+        rows.append(_Candidate(name, call, reason, tuple(filter(None, objections)), settings))
     return _Candidates(tuple(rows), forced is None and evidence.ranks(operator, function, device))
 
 
@@ -257,9 +262,19 @@ def choose(operator: str, function: str, args: tuple[Any, ...]) -> Callable[...,
     Raises:
         BackendError: a backend was forced with strict=True and cannot run them.
     """
+    return chosen(operator, function, args)[0]
+
+
+def chosen(
+    operator: str, function: str, args: tuple[Any, ...]
+) -> tuple[Callable[..., tuple[Any, ...]], Callable[[], Any] | None]:
+    """choose(), and a function that reads the settings of the process on which the choice depends; None if on none."""
+    settings = None
     for candidate, reason in judged(operator, function, args):
+        if candidate.settings is not None and reason in ("", candidate.settings[1]):
+            settings = candidate.settings[0]
         if not reason:
-            return candidate.call  # type: ignore[return-value]
+            return candidate.call, settings  # type: ignore[return-value]
     name, reason = next((candidate.backend, reason) for candidate, reason in judged(operator, function, args))
     raise BackendError(f"{operator}: backend {name!r} was forced with strict=True and cannot run this call: {reason}")
 
@@ -293,6 +308,27 @@ def _thread_switch(count: int) -> Callable[..., Callable[..., tuple[Any, ...]]]:
     code = f"lambda {names}=None: {call}({names})"
     made: Callable[..., Callable[..., tuple[Any, ...]]] = eval(f"lambda launch_of, threads, nearest: {code}")
     return made
+
+
+class WholeCall(functools.partial[Any]):
+    """A kernel in the place of a prepared launch: the choice of it is kept. It reads all arguments."""
+
+
+class Conditional:
+    """A launch that serves as long as `settings()` returns what it returns now. After a change, otherwise(*args) runs."""
+
+    def __init__(self, settings: Callable[[], Any], launch: Callable[..., Any], otherwise: Callable[..., Any]):
+        self._settings, self.launch, self._otherwise = settings, launch, otherwise
+        self._now = settings()
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.launch if self._settings() == self._now else self._otherwise)(*args)
+
+    def but(self, launch: Callable[..., Any], otherwise: Callable[..., Any]) -> Conditional:
+        """Another launch under the same settings."""
+        found = Conditional(self._settings, launch, otherwise)
+        found._now = self._now
+        return found
 
 
 @contextmanager

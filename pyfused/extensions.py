@@ -44,9 +44,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
             reason = "the extension pyfused._cpu was built for instruction sets that this processor lacks"
             warnings.warn(f"{reason}; it is not used", RuntimeWarning, stacklevel=2)
             return None, reason
-        # torch 2.10 and later have this capsule. Without it C++ reads tensors more slowly, and CPU calls have no signature.
-        if name == "_cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-            module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+        use_tensors(module)
         return module, ""
     except ModuleNotFoundError as error:
         if error.name != f"pyfused.{name}":
@@ -55,6 +53,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except Exception as error:  # a broken build must not break `import pyfused`
         warnings.warn(f"pyfused.{name} cannot be loaded and is not used: {error}", RuntimeWarning, stacklevel=2)
         return None, f"the extension pyfused.{name} cannot be loaded: {error}"
+
+
+def use_tensors(module: ModuleType) -> None:
+    """Lets an extension read tensors by torch's capsule, which torch 2.10 and later have. Without it C++ reads tensors more
+    slowly, and CPU calls have no signature."""
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        module.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
 
 
 def _outdated(name: str, module: ModuleType) -> str:

@@ -7,6 +7,7 @@ Triton's own code runs unchanged, so the launcher gets the same arguments at the
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 
 from pyfused import dispatch, tiles
 from pyfused.kernels.shared import prepared
@@ -41,18 +42,23 @@ class Driver:
         return Launcher(self, source.name)
 
 
-class Launcher:
-    """Takes the same arguments as triton.backends.nvidia.driver.CudaLauncher."""
+class Launcher(CudaLauncher):
+    """Triton's own launcher, with another C function."""
+
+    global_scratch_size = profile_scratch_size = 0
+    global_scratch_align = profile_scratch_align = num_ctas = 1
+    launch_cooperative_grid = launch_pdl = False
 
     def __init__(self, driver, name):
-        self.driver, self.name = driver, name
+        def launch(x, y, z, stream, function, cooperative, pdl, scratch, profile, metadata, of_hooks, enter, leave, *arguments):
+            assert (cooperative, pdl, scratch, profile) == (False, False, None, None)
+            if enter is not None:
+                enter(of_hooks)
+            driver.started.append((name, (x, y, z), stream, arguments))
+            if leave is not None:
+                leave(of_hooks)
 
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        if enter is not None:
-            enter(launch_metadata)
-        self.driver.started.append((self.name, (x, y, z), stream, arguments))
-        if leave is not None:
-            leave(launch_metadata)
+        self.launch = launch
 
 
 def install():

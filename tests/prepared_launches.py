@@ -81,6 +81,7 @@ def starts(driver):
     inputs = [0, 1, 2, 3, *range(8, len(first[3]))]  # 4 to 7 are results, which each call allocates
     return {
         "through Triton until": [known for known, _ in facts],
+        "reaches C": _launch._reaches_c,
         "streams": [start[2] for _, start in facts],
         "same": [
             start[:2] == first[:2] and same([start[3][i] for i in inputs], [first[3][i] for i in inputs])

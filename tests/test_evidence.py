@@ -10,6 +10,7 @@ import torch
 
 import pyfused
 from pyfused import dispatch, evidence
+from pyfused.evidence import storage
 from pyfused.tune import run
 from pyfused.tune.run import tune
 
@@ -95,6 +96,19 @@ def test_networks_go_by_the_products_where_only_these_were_measured(cache, name,
     cache(row(**{"16": 0.5}), row(name, **{"16": 2.0}))
     assert runs(name, *tensors, activation="relu") == "kernel"
     assert runs(name, X.clone().requires_grad_(), *tensors[1:], activation="relu") == "library"
+
+
+def test_many_rows_by_columns_have_to_be_measured(cache, tmp_path, monkeypatch):
+    """On this kind of machine: a similar kind's lines do not count, nor those of few rows."""
+    columns, many, similar = W.t().contiguous().t(), "small, by columns, many rows", tmp_path / "similar.json"
+    similar.write_text(json.dumps({"kind": evidence.kind(), "lines": [row(shapes=many, **{"16": 2.0})]}))
+    monkeypatch.setattr(storage, "files", lambda device="cpu": [evidence.own_file(device), similar])
+    for shapes, expected in (("small, by columns", "library"), (many, "kernel")):
+        cache(row(shapes=shapes, **{"8": 2.0}))
+        assert runs("linear", X, columns) == expected
+        assert runs("ffn", X, columns, None, columns, None, activation="relu") == expected
+        with pyfused.backend("cpu"):
+            assert runs("linear", X, columns) == "kernel"
 
 
 def test_the_reference_runs_what_a_faster_backend_has_not(cache):

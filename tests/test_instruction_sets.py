@@ -88,7 +88,8 @@ def test_tune_measures_them_and_they_are_used(zen4, few_points):
     assert by_class["bfloat16", "small"].keys() == {"cpu", "avx512_bf16"}
     for dtype in ("float32", "bfloat16", "float16"):
         assert by_class[dtype, "small, int8, dynamic"].keys() == {"avx512_bf16"}
-    for other in (("float32", "small"), ("bfloat16", "small, by columns"), ("bfloat16", "small, int8")):
+    by_columns = ("bfloat16", "small, by columns"), ("bfloat16", "small, by columns, many rows")
+    for other in (("float32", "small"), *by_columns, ("bfloat16", "small, int8")):
         assert by_class[other].keys() == {"cpu"}
     for name, args, options in everything():
         zen4.ran.clear()

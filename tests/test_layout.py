@@ -99,7 +99,6 @@ CAPABILITIES = {
     "kernels/triton/_attention_grad_table.py": {"_LEAST_TILES", "_MOST_PROGRAMS"},  # the same sums on every chip
     "kernels/triton/_product.py": {"FEW_ROWS"},
     "kernels/cpu/decode.py": {"MOST_ROWS"},  # whose activations stay in L1 and L2
-    "kernels/cpu/linear.py": {"MOST_ROWS_BY_COLUMNS"},  # kMost of gemv_columns.h
     "kernels/cuda/decode.py": {"MOST_ROWS"},  # compiled into csrc/cuda/decode.cu
     "kernels/shared/int8.py": {"FEW_ROWS"},  # torch._int_mm takes more rows on every GPU
     "kernels/cuda/linear.py": {"FEW_ROWS", "FEW_ROWS_BY_COLUMNS"},  # kFewRows of few_rows.cuh, kFewRowsByColumns

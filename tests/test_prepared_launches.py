@@ -35,6 +35,7 @@ def test_a_prepared_start_is_the_one_that_triton_makes(facts):
     """The first two starts go through Triton, and pyfused records the second. Later starts pass the launcher the same."""
     found = facts["starts"]
     assert found["through Triton until"] == [None, True, True, True]
+    assert found["reaches C"], "Triton's launcher is not the one that pyfused knows: each start takes 1 us more"
     assert found["same"] == [True] * 4
     assert found["streams"] == [0, 1, 2, 3]
     assert found["results differ"] == 4
@@ -108,6 +109,11 @@ class Compiled:
         return self._run
 
 
+def tritons(grid, place, hooks, rest):
+    """The order of Triton's arguments."""
+    return (*grid, *place, *hooks, *rest)
+
+
 class Kernel:
     """A @triton.jit function of a Triton version with its own order of launcher arguments."""
 
@@ -134,10 +140,13 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(_launch, "current_device", lambda: 0)
     monkeypatch.setattr(_launch, "current_stream", lambda index: 9)
     monkeypatch.setattr(_launch, "_hands_over", None)
+    monkeypatch.setattr(_launch, "_reaches_c", False)
 
 
-def started_four_times(order):
+def started_four_times(order, launcher=None):
     kernel = Kernel(order)
+    if launcher is not None:
+        launcher.launch, kernel.compiled._run = kernel.compiled._run, launcher
     start = _launch.starter(kernel, (3,), CPU, 7, BLOCK=16, num_warps=4)
     tensors = [torch.empty(1) for _ in range(4)]
     for tensor in tensors:
@@ -147,7 +156,7 @@ def started_four_times(order):
 
 
 def test_another_triton_starts_its_kernels_itself(on_gpu):
-    kernel, tensors = started_four_times(lambda grid, place, hooks, rest: (*grid, *place, *hooks, *rest))
+    kernel, tensors = started_four_times(tritons)
     assert _launch._hands_over is True
     assert kernel.through == 2
     assert kernel.compiled.started[3][:6] == (3, 1, 1, 9, Compiled.function, Compiled.packed_metadata)
@@ -163,6 +172,35 @@ def test_another_triton_starts_its_kernels_itself(on_gpu):
         kernel, _ = started_four_times(order)
         assert _launch._hands_over is False
         assert kernel.through == 4
+
+
+class InPython:
+    """A launcher as Triton's: an object that adds four arguments for its C function."""
+
+    profile_scratch_size, launch_cooperative_grid, launch_pdl = 0, False, True
+
+    def __init__(self, scratch=0, added=lambda self: (self.launch_cooperative_grid, self.launch_pdl, None, None)):
+        self.global_scratch_size, self.added, self.called = scratch, added, 0
+
+    def __call__(self, x, y, z, stream, function, *args):
+        self.called += 1
+        self.launch(x, y, z, stream, function, *self.added(self), *args)
+
+
+def test_a_start_calls_the_c_function_of_the_launcher(on_gpu):
+    """Where the launcher does no more than to call it, and calls it so."""
+    launcher = InPython()
+    kernel, tensors = started_four_times(tritons, launcher)
+    assert (kernel.through, launcher.called) == (2, 2)
+    first, *others = kernel.compiled.started
+    for started, tensor in zip(others, tensors[1:]):  # from 11 on: two hooks, the tensor
+        assert started[13] is tensor
+        assert started[:11] + started[14:] == first[:11] + first[14:]
+    assert others[-1][11:13] == (None, None)
+    for other in (InPython(scratch=8), InPython(added=lambda self: (self.launch_pdl, False, None, None))):
+        _launch._hands_over = None
+        kernel, _ = started_four_times(tritons, other)
+        assert (kernel.through, other.called) == (2, 4)
 
 
 def test_a_triton_without_these_names_starts_its_kernels_itself(on_gpu):

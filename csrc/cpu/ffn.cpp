@@ -1,10 +1,12 @@
-// ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h in one region.
+// ffn on the CPU: y = activation(x w_in^T + b_in) w_out^T + b_out (+ residual), two products of gemm.h, or of gemv_columns.h and
+// gemm_columns.h for weights by columns, in one region.
 //
 // For a few rows it moves the weights once, N F + F M elements, and nothing else of that size. The activation, the
 // biases and the residual are applied while the sums are in L1. What lies between the products, (rows, F), is stored in x's
 // dtype, as in plain PyTorch; of many rows only a block's exists at a time, in float32 (run_in_order.h).
 #include "kernels.h"
 
+#include "pyfused/gemm_columns.h"
 #include "pyfused/gemv_columns.h"
 #include "pyfused/run_in_order.h"
 
@@ -18,11 +20,13 @@ void ffn_forward(addr x, addr w_in, addr b_in, addr w_out, addr b_out, addr resi
                   rows, f, n, x_stride, w_in_stride, 0, activation};
     Product<T> out{nullptr, (const T*)w_out, (const T*)b_out, (const T*)residual, (T*)y, nullptr,
                    rows, m, f, f, w_out_stride, residual_stride, kIdentity};
-    if (transposed) {
-      ColumnsProduct<T> in_columns{in}, out_columns{out};
-      run_network(in_columns, out_columns);
+    if (!transposed) return run_network(in, out);
+    if (rows <= ColumnsProduct<T>::kMost) {
+      ColumnsProduct<T> few_in{in}, few_out{out};
+      run_network(few_in, few_out);
     } else {
-      run_network(in, out);
+      PackedColumnsProduct<T> many_in{in}, many_out{out};
+      run_network(many_in, many_out);
     }
   })
 }

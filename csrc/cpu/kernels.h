@@ -34,7 +34,7 @@ void relative_bias_backward(addr grad_out, addr buckets, addr grad_table, int64_
                             int64_t offset, int64_t span, int dtype);
 
 // ---- linear ---------------------------------------------------------------------------------------------------------
-// transposed: the weight (ffn: both weights) is stored as (k, n), weight_stride from row to row, and rows is at most 8.
+// transposed: the weight (ffn: both weights) is stored as (k, n), weight_stride from row to row.
 // bits: 8 for an int8 weight with scale float32 (n), 4 for int4 (n, k / 2) with scale bfloat16 (n, k / 32), 0 for one of the dtype.
 void linear_forward(addr x, addr weight, addr scale, addr bias, addr residual, addr y, int64_t rows, int64_t n, int64_t k,
                     int64_t x_stride, int64_t weight_stride, int64_t residual_stride, bool transposed, int bits, int dtype);

@@ -1,6 +1,8 @@
-// linear on the CPU: y = x W^T + b (+ residual), with the kernels of gemm.h and gemv_columns.h. W may be int8 or int4, with scales.
+// linear on the CPU: y = x W^T + b (+ residual), with the kernels of gemm.h, gemv_columns.h and gemm_columns.h. W may be
+// int8 or int4, with scales.
 #include "kernels.h"
 
+#include "pyfused/gemm_columns.h"
 #include "pyfused/gemv_columns.h"
 #include "pyfused/run_in_order.h"
 
@@ -19,11 +21,13 @@ void linear_forward(addr x, addr weight, addr scale, addr bias, addr residual, a
     if (bits == 8) return by_integers((const int8_t*)weight, (const float*)scale);
     Product<T> p{(const T*)x, (const T*)weight, (const T*)bias, (const T*)residual, (T*)y, nullptr,
                  rows, n, k, x_stride, weight_stride, residual_stride, kIdentity};
-    if (transposed) {
-      ColumnsProduct<T> columns{p};
-      run_in_order(columns);
+    if (!transposed) return run_in_order(p);
+    if (rows <= ColumnsProduct<T>::kMost) {
+      ColumnsProduct<T> few{p};
+      run_in_order(few);
     } else {
-      run_in_order(p);
+      PackedColumnsProduct<T> many{p};
+      run_in_order(many);
     }
   })
 }

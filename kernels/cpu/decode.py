@@ -4,13 +4,12 @@ import ctypes
 
 import torch
 
+from pyfused.evidence import MOST_ROWS_BY_COLUMNS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
 from pyfused.kernels.shared.draw import drawn_token
 from pyfused.kernels.shared.prepared import CPU
 from pyfused.weight_format import format_of
-
-from .linear import MOST_ROWS_BY_COLUMNS
 
 MOST_ROWS = 16  # the activations of so many rows stay in L1 and L2; for more, the products of whole batches are faster
 

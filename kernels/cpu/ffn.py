@@ -29,7 +29,7 @@ def remark_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 @prepares_launch
 def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
     rows = x.shape[:-1].numel()
-    transposed = by_columns(rows, w_in, w_out)
+    transposed = by_columns(w_in, w_out)
     if left_to_library_forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
         return lambda x, w_in, b_in, w_out, b_out, _activation, residual, _save=False: _library_forward(
             x, w_in, b_in, w_out, b_out, activation, residual, save

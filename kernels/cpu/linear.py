@@ -13,14 +13,13 @@ from pyfused.weight_format import dequantized, format_of
 
 from . import dot
 
-MOST_ROWS_BY_COLUMNS = 8  # kMost of gemv_columns.h
 _PART = 1 << 18  # values of an integer weight that are widened at a time: their float32 form stays in a cache
 
 
-def by_columns(rows, *weights):
-    """Whether csrc/include/pyfused/gemv_columns.h takes these weights. All must be transposed views of matrices stored as
-    (K, N), like the weights of Hugging Face's Conv1D."""
-    return rows <= MOST_ROWS_BY_COLUMNS and all(map(is_by_columns, weights))
+def by_columns(*weights):
+    """Whether the kernels for weights by columns take these. All must be transposed views of matrices stored as (K, N), like
+    the weights of Hugging Face's Conv1D."""
+    return all(map(is_by_columns, weights))
 
 
 def would_copy(*weights):
@@ -33,11 +32,14 @@ def library_is_faster(operator, rows, *weights):
     """Why the library (MKL or oneDNN) does an operator's products. None if the kernels do."""
     if dot.chosen(dot.of_floats(operator, rows, *weights)):
         return None
-    reason = None if by_columns(rows, *weights) else would_copy(*weights)
+    columns = by_columns(*weights)
+    reason = None if columns else would_copy(*weights)
     if reason:
         return reason
     shapes, size = evidence.product_shapes(rows, *weights)
-    return evidence.slower("cpu", operator, "forward", "cpu", weights[0].dtype, shapes, size)
+    # The libraries are good at many rows, whatever the layout: by columns the kernel has to be measured first.
+    known = not columns or rows <= evidence.MOST_ROWS_BY_COLUMNS
+    return evidence.slower("cpu", operator, "forward", "cpu", weights[0].dtype, shapes, size, unmeasured=known)
 
 
 def in_float(x, weight, scale):
@@ -79,7 +81,7 @@ def forward(x, weight, bias, residual, scale=None, dynamic=False):
     if left_to_library_forward(x, weight, bias, residual, scale, dynamic):
         return _library_forward if scale is None else _integers_by_library
     of_x, of_residual = rows_of(x), rows_of(residual)
-    transposed = scale is None and by_columns(x.shape[:-1].numel(), weight)
+    transposed = scale is None and by_columns(weight)
     of_weight = rows_of(weight.t() if transposed else weight)
     if of_x is None or of_weight is None or of_residual is None or not dense(bias, scale):
         return None

@@ -1,1 +1,1 @@
-"""Launchers of csrc/cuda: allocate the outputs and pass pointers and the stream to pyfused._cuda."""
+"""Launchers of csrc/cuda: allocate the outputs and pass them and the stream to pyfused._cuda."""

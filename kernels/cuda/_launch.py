@@ -1,4 +1,4 @@
-"""What does every CUDA launcher pass to its kernel besides sizes? The tensors' addresses, the device and the stream.
+"""What does every CUDA launcher pass to its kernel besides tensors and sizes? The device and the stream.
 
 Only the tests' host shim takes CPU tensors. It has one device with four multiprocessors and no streams.
 """
@@ -8,11 +8,6 @@ import functools
 import torch
 
 from pyfused.kernels.shared.prepared import current_stream
-
-
-def pointers(*tensors):
-    """The addresses, 0 for None. The caller holds the tensors until its kernel has started."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def where(device):

@@ -6,13 +6,13 @@ import torch
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.prepared import maker
 
-from ._launch import multiprocessors, pointers, where
+from ._launch import multiprocessors, where
 
 
 def begin_forward(norm):
     numbers = norm.rows, norm.n, norm.x_stride, norm.residual_stride, norm.eps, DTYPE_CODES[norm.dtype]
     kernel, place = getattr(cuda(), f"{norm.operator}_forward"), where(norm.device)
-    return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
+    return lambda *tensors: kernel(*tensors, *numbers, *place())
 
 
 def begin_backward(norm):
@@ -23,6 +23,6 @@ def begin_backward(norm):
 
     def start(*tensors):
         partial = new_partial()  # held until the kernel has started
-        kernel(*pointers(*tensors, partial), *numbers, *place())
+        kernel(*tensors, partial, *numbers, *place())
 
     return start

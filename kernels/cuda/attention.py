@@ -5,11 +5,11 @@ import torch
 
 from pyfused.arguments import AttentionForward, forward_launch, taking
 from pyfused.extensions import DTYPE_CODES, cuda
-from pyfused.kernels.shared.attention_layout import AttentionLayout, by_rows, span
-from pyfused.kernels.shared.buckets import EACH, distance_buckets
+from pyfused.kernels.shared.attention_layout import AttentionLayout, buckets, by_rows, span
+from pyfused.kernels.shared.buckets import EACH
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
-from ._launch import multiprocessors, pointers, shared_memory, where
+from ._launch import multiprocessors, shared_memory, where
 
 _ROWS = 16  # rows of a decode block: the queries of the heads that share a key head
 _TILE = 64  # a multiple of the keys in every kernel's tile
@@ -72,19 +72,18 @@ def forward(a):
         new_part = maker((chunks, b, h, sq, d), torch.float32, None, device)
         new_part_lse = maker((chunks, b, h, sq), torch.float32, None, device)
     whole, by_part, code, place, save = layout.address, parts.address, DTYPE_CODES[dtype], where(device), a.save
-    relative = None if a.bias_table is None else (a.bidirectional, a.bias_table.shape[0], a.max_distance, device)
+    of_distances = buckets(a)
 
     @forward_launch
     def launch(query, key, value, mask, bias, seed, table, cu_seqlens):
         out, lse = new_out(), new_lse() if save else None
-        buckets = distance_buckets(*relative) if relative else None
-        inputs = query, key, value, mask, bias, table, buckets, seed, cu_seqlens
+        inputs = query, key, value, mask, bias, table, of_distances, seed, cu_seqlens
         if chunks == 1:
-            kernel(*pointers(*inputs, out, lse), whole, work, code, *place())
+            kernel(*inputs, out, lse, whole, work, code, *place())
             return out, lse
         part, part_lse = new_part(), new_part_lse()
-        kernel(*pointers(*inputs, part, part_lse), by_part, work, code, *place())
-        combine(*pointers(part, part_lse, out, lse), whole, chunks, code, *place())
+        kernel(*inputs, part, part_lse, by_part, work, code, *place())
+        combine(part, part_lse, out, lse, whole, chunks, code, *place())
         return out, lse
 
     launch.layouts = layout, parts

@@ -13,7 +13,7 @@ from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.ffn import linear_gradients
-from ._launch import pointers, where
+from ._launch import where
 from .linear import few, layout_of
 
 
@@ -36,7 +36,7 @@ def forward(x, w_in, b_in, w_out, b_out, activation, residual, save):
 
     def launch(x, w_in, b_in, w_out, b_out, _activation, residual, _save=False):
         y, inner, pre = new_y(), new_inner(), new_inner() if save else None
-        kernel(*pointers(x, w_in, b_in, w_out, b_out, residual, inner, pre, y), *numbers, *place())
+        kernel(x, w_in, b_in, w_out, b_out, residual, inner, pre, y, *numbers, *place())
         return y, pre
 
     return launch
@@ -61,7 +61,7 @@ def prepare_activation(size, activation, dtype, device):
     and grad_pre = grad_inner activation'(pre). An output may be its own input."""
     numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().ffn_activation
-    return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
+    return lambda *tensors: kernel(*tensors, *numbers, *place())
 
 
 @prepares_launch

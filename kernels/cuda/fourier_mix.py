@@ -9,7 +9,7 @@ from pyfused.kernels.shared.fourier import plan
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 from pyfused.kernels.shared.tables import kept_on_device
 
-from ._launch import pointers, shared_memory, where
+from ._launch import shared_memory, where
 
 
 @kept_on_device
@@ -40,14 +40,14 @@ def forward(x):
         return None
     (b, s, n), device, kernel = x.shape, x.device, cuda().fourier_mix_forward
     plan_s, plan_n = plan(s)[0], plan(n)[0]  # on the host
+    table_s, table_n = _fourier_table(s, device=device), _fourier_table(n, device=device)
     floats = cuda().fourier_mix_scratch(plan_s.data_ptr(), b, s, n)
     new_y, new_scratch = maker(x.shape, x.dtype, None, device), maker((floats,), torch.float32, None, device)
     numbers, place = (b, s, n, x.stride(0), x.stride(1), DTYPE_CODES[x.dtype]), where(device)
 
     def launch(x):
         y, scratch = new_y(), new_scratch()
-        table_s, table_n = _fourier_table(s, device=device), _fourier_table(n, device=device)
-        kernel(*pointers(x, y, scratch, plan_s, table_s, plan_n, table_n), *numbers, *place())
+        kernel(x, y, scratch, plan_s, table_s, plan_n, table_n, *numbers, *place())
         return (y,)
 
     return launch

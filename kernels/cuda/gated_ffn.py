@@ -14,7 +14,7 @@ from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
 from ..reference.gated_ffn import hidden_dtype, linear_gradients
-from ._launch import pointers, where
+from ._launch import where
 from .linear import few
 
 
@@ -38,7 +38,7 @@ def forward(x, w_gate, w_up, w_out, activation, residual, save):
     def launch(x, w_gate, w_up, w_out, _activation, residual, _save=False):
         y, hidden = new_y(), new_hidden()
         gate, up = (new(), new()) if save else (None, None)
-        kernel(*pointers(x, w_gate, w_up, w_out, residual, hidden, gate, up, y), *numbers, *place())
+        kernel(x, w_gate, w_up, w_out, residual, hidden, gate, up, y, *numbers, *place())
         return y, gate, up
 
     return launch
@@ -55,9 +55,9 @@ def _prepare_library_forward(outer, f, m, residual_stride, activation, save, dty
         hidden = gate.new_empty(gate.shape) if save else gate
         if dtype == torch.float16:
             scale = new_scale()
-            scaled(*pointers(gate, up, hidden, scale), rows, f, code, *place())
+            scaled(gate, up, hidden, scale, rows, f, code, *place())
             found = F.linear(hidden, w_out).contiguous()
-            unscale(*pointers(found, scale, residual), rows, m, residual_stride, *place())
+            unscale(found, scale, residual, rows, m, residual_stride, *place())
         else:
             activate(gate, up, None, hidden, None, None)
             found = F.linear(hidden, w_out)
@@ -72,7 +72,7 @@ def prepare_activation(size, activation, dtype, device):
     activation(gate) * up. If grad_hidden is given, it sets both gradients. It may run in place."""
     numbers, place = (size, ACTIVATIONS[activation].code, DTYPE_CODES[dtype]), where(device)
     kernel = cuda().gated_ffn_activation
-    return lambda *tensors: kernel(*pointers(*tensors), *numbers, *place())
+    return lambda *tensors: kernel(*tensors, *numbers, *place())
 
 
 @prepares_launch

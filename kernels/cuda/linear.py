@@ -7,7 +7,7 @@ from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 
-from ._launch import pointers, where
+from ._launch import where
 
 FEW_ROWS = 16  # kFewRows of few_rows.cuh
 FEW_ROWS_BY_COLUMNS = 8  # kFewRowsByColumns of few_rows_columns.cuh
@@ -45,7 +45,7 @@ def forward(x, weight, bias, residual):
 
     def launch(x, weight, bias, residual):
         y = new()
-        kernel(*pointers(x, weight, bias, residual, y, None), *numbers, *place())
+        kernel(x, weight, bias, residual, y, None, *numbers, *place())
         return (y,)
 
     return launch

@@ -1,8 +1,8 @@
 """attention by cuDNN: the two operators that scaled_dot_product_attention runs with SDPBackend.CUDNN_ATTENTION.
 
 Refused is what cuDNN lacks, and what torch 2.10 to 2.13 gets wrong with it. The numbers below are of issues of pytorch, or of
-cudnn-frontend where that is said. Whether this GPU and this cuDNN have the rest, torch says itself. Its answer may change from
-call to call (torch.backends.cuda.enable_cudnn_sdp, deterministic algorithms), so no launch is prepared.
+cudnn-frontend where that is said. Whether this GPU and this cuDNN have the rest, torch says itself. Its answer depends on
+settings of the process, so every call of a prepared launch reads settings(), in 0.2 us. The question itself takes 40.
 
 torch compiles a graph for each shape of query, key and value and keeps it. The key it is kept by leaves out the strides of
 `out` and `grad_out`, so both have one layout here: (B, S, H, D), for queries whose `out` torch itself would store so.
@@ -13,10 +13,21 @@ import os
 import torch
 from torch.backends.cuda import SDPAParams
 
-from pyfused.arguments import AttentionBackward, AttentionForward, taking
+from pyfused.arguments import AttentionBackward, AttentionForward, backward_launch, forward_launch, taking
+from pyfused.kernels.shared.attention_layout import by_rows
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 _MOST = 65535  # of batches and of heads
 _MOST_WITH_GRADIENT = 128  # of a head's size
+SETTINGS_FORBID = "torch says no; torch.backends.cuda.can_use_cudnn_attention(..., debug=True) says why"
+_C = torch._C
+
+
+def settings():
+    """What torch's answer depends on besides the call, the GPU and the libraries: whether the user wants cuDNN's attention
+    (enable_cudnn_sdp, sdpa_kernel), and only algorithms that give the same bits each time."""
+    deterministic, warns_only = _C._get_deterministic_algorithms(), _C._get_deterministic_algorithms_warn_only()
+    return _C._get_cudnn_sdp_enabled(), _C._get_cudnn_enabled(), deterministic, warns_only
 
 
 @taking(AttentionForward)
@@ -53,7 +64,7 @@ def _unsupported(a):
             return reason
     options = SDPAParams(a.query, a.key, a.value, None, 0.0, a.is_causal, h != a.key.shape[1])
     if not torch.backends.cuda.can_use_cudnn_attention(options):
-        return "torch says no; torch.backends.cuda.can_use_cudnn_attention(..., debug=True) says why"
+        return SETTINGS_FORBID
     return None
 
 
@@ -68,30 +79,49 @@ def _avoids_compilation():
     return os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1"
 
 
+@prepares_launch
 @taking(AttentionForward)
 def forward(a):
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-        _query(a), a.key, a.value, None, a.save, 0.0, a.is_causal, False, scale=a.scale
-    )
-    return _by_rows(out), lse.reshape(out.shape[:3]) if a.save else None
+    attend = torch._scaled_dot_product_cudnn_attention  # the same in torch.ops.aten takes 1.4 us more
+    copied, (shape, strides) = _is_copied(a.query), by_rows(a.query)
+    save, is_causal, scale = a.save, a.is_causal, a.scale
+
+    @forward_launch
+    def launch(query, key, value, *_absent):
+        query = _by_rows(query) if copied else query
+        out, lse, *_ = attend(query, key, value, None, save, 0.0, is_causal, False, scale=scale)
+        return _stored(out, strides), lse.reshape(shape[:3]) if save else None
+
+    return launch
 
 
+@prepares_launch
 @taking(AttentionBackward)
 def backward(a):
-    sq, sk = a.query.shape[2], a.key.shape[2]
-    no_seed = torch.zeros((), dtype=torch.int64, device=a.query.device)
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
-        *(_by_rows(a.grad_out), _query(a), a.key, a.value, _by_rows(a.out), a.lse.contiguous()[..., None]),
-        *(no_seed, no_seed, None, None, None, sq, sk, 0.0, a.is_causal),
-        scale=a.scale,
-    )
-    return *map(_by_rows, grads), None, None
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+    copied, of_query, of_key = _is_copied(a.query), by_rows(a.query)[1], by_rows(a.key)[1]
+    numbers = a.query.shape[2], a.key.shape[2], 0.0, a.is_causal
+    new_seed, scale = maker((), torch.int64, None, a.query.device), a.scale  # nobody reads a seed without dropout
+
+    @backward_launch
+    def launch(grad_out, query, key, value, out, lse, *_absent):
+        seed, query = new_seed(), _by_rows(query) if copied else query
+        grad_out, out, lse = _stored(grad_out, of_query), _stored(out, of_query), lse.contiguous().unsqueeze(3)
+        of_forward = grad_out, query, key, value, out, lse
+        grads = gradients(*of_forward, seed, seed, None, None, None, *numbers, scale=scale)
+        return _stored(grads[0], of_query), _stored(grads[1], of_key), _stored(grads[2], of_key), None, None
+
+    return launch
 
 
-def _query(a):
-    """The query, copied if torch would not store this query's `out` as (B, S, H, D)."""
-    out = torch.empty_like(a.query, device="meta")
-    return a.query if out.transpose(1, 2).is_contiguous() else _by_rows(a.query)
+def _is_copied(query):
+    """Whether torch would not store the `out` of this query as (B, S, H, D). Such a query is copied."""
+    return not torch.empty_like(query, device="meta").transpose(1, 2).is_contiguous()
+
+
+def _stored(tensor, strides):
+    """_by_rows(), where `strides` are those that it gives; most tensors have them already."""
+    return tensor if tensor.stride() == strides and tensor.data_ptr() % 16 == 0 else _by_rows(tensor)
 
 
 def _by_rows(tensor):

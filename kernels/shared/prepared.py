@@ -1,8 +1,8 @@
 """How does a kernel call spend little time in Python? Its launch is prepared once and reused for every call of the same
 signature. pyfused.ops finds the launch (csrc/include/pyfused/python_call.h). Every backend uses this.
 
-A launch on a GPU holds numbers and a compiled kernel, but no tensor. It allocates from torch's allocator, asks for the current
-stream each time and waits for nothing, so a CUDA graph can capture it.
+A launch on a GPU holds numbers, a compiled kernel and tables of tables.py, but no tensor of a call. It allocates from torch's
+allocator, asks for the current stream each time and waits for nothing, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from pyfused.kernels.shared.prepared import current_device, current_stream, reco
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 _hands_over = None  # whether this Triton calls a launcher as `start` does; None until _watch() found out
+_NO_SCRATCH = None, None  # the memory that a launcher makes for a kernel that uses none
+_reaches_c = False  # whether its launcher then calls its C function as `start` does
 
 
 def on_gpu(device):
@@ -61,20 +63,35 @@ def starter(kernel, grid, device, *numbers, **options):
         return through_triton
     sizes = (*grid, 1, 1)[:3]
     rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
-    compiled = run = function = metadata = None
+    compiled = run = function = described = None
 
     def start(*tensors):
-        nonlocal compiled, run, function, metadata
+        nonlocal compiled, run, function, described
         if run is not None and not _is_watched(kernel):
-            run(*sizes, current_stream(current_device()), function, metadata, None, None, None, *tensors, *rest)
+            run(*sizes, current_stream(current_device()), function, *described, *tensors, *rest)
         elif compiled is None or _hands_over is not None:
             compiled = through_triton(*tensors)
         else:
             _watch(compiled, lambda: through_triton(*tensors), sizes, (*tensors, *rest))
         if run is None and _hands_over and compiled is not None:
-            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+            function = compiled.function
+            run, described = _function_of(compiled)
 
     return start
+
+
+def _function_of(compiled):
+    """What starts a compiled kernel, and its arguments between the function and the kernel's own. The launcher is an object in
+    Python, which takes 0.7 us to call its C function."""
+    run, described = compiled.run, (compiled.packed_metadata, None, None, None)
+    if _reaches_c and not run.global_scratch_size and not run.profile_scratch_size:
+        return run.launch, (*_in_front(run), *described)
+    return run, described
+
+
+def _in_front(run):
+    """What a launcher puts in front of the metadata for its C function."""
+    return run.launch_cooperative_grid, run.launch_pdl, *_NO_SCRATCH
 
 
 def _is_watched(kernel):
@@ -87,32 +104,51 @@ def _is_watched(kernel):
 def _watch(compiled, begin, sizes, arguments):
     """Calls begin(), which starts `compiled`, and checks how Triton calls the launcher.
 
-    That call is no public interface; `start` imitates Triton 3.6's. If this Triton differs, every start goes through Triton.
+    That call is no public interface; `start` imitates Triton 3.6's. If this Triton differs, every start goes through Triton, or
+    through the launcher.
     """
-    global _hands_over
-    seen = ()
+    global _hands_over, _reaches_c
+    seen, inside = (), ()
 
     def watching(*args):
         nonlocal seen
         seen = args
         return run(*args)
 
+    def watching_inside(*args):
+        nonlocal inside
+        inside = args
+        return launch(*args)
+
+    launch = None
     try:
         run, hooks = compiled.run, (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-        place = current_stream(current_device()), compiled.function, compiled.packed_metadata
-        expected = (*sizes, *place, None, *hooks, *arguments)
+        place = current_stream(current_device()), compiled.function
+        described = (compiled.packed_metadata, None, *hooks, *arguments)
         compiled._run = watching
     except AttributeError:
         _hands_over = False
         begin()
         return
     try:
+        in_front = _in_front(run)
+        launch, run.launch = run.launch, watching_inside
+    except AttributeError:  # another launcher
+        pass
+    try:
         begin()
     finally:
         compiled._run = run
-    # The seventh argument differs: it is Triton's metadata for its hooks.
-    pairs = zip(seen[:6] + seen[7:], expected[:6] + expected[7:])
-    _hands_over = len(seen) == len(expected) and all(found is hoped or _equal(found, hoped) for found, hoped in pairs)
+        if launch is not None:
+            run.launch = launch
+    _hands_over = _are_alike(seen, (*sizes, *place, *described), 6)
+    _reaches_c = launch is not None and _are_alike(inside, (*sizes, *place, *in_front, *described), 10)
+
+
+def _are_alike(found, hoped, metadata):
+    """Whether two lists of arguments are. The one at `metadata` differs: it is Triton's metadata for its hooks."""
+    pairs = zip(found[:metadata] + found[metadata + 1 :], hoped[:metadata] + hoped[metadata + 1 :])
+    return len(found) == len(hoped) and all(a is b or _equal(a, b) for a, b in pairs)
 
 
 def _equal(a, b):

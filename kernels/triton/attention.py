@@ -7,8 +7,7 @@ import triton
 
 from pyfused import tiles
 from pyfused.arguments import AttentionBackward, AttentionForward, backward_launch, forward_launch, taking
-from pyfused.kernels.shared.attention_layout import by_rows, span
-from pyfused.kernels.shared.buckets import distance_buckets
+from pyfused.kernels.shared.attention_layout import buckets, by_rows, span
 from pyfused.kernels.shared.prepared import maker, prepares_launch
 
 from ._attention_configs import block_d, config
@@ -60,18 +59,18 @@ def spread(a, *blocks):
     if a.bias_table is None:
         return 0, None
     table, device = a.bias_table, a.query.device
-    num_buckets, heads = table.shape
+    heads = table.shape[1]
     middle = max(center(span(a), each["BLOCK_M"], each["BLOCK_N"]) for each in blocks)
     unit = 1.0 if a.query.dtype == torch.float32 else 1.0 / a.scale if _starts_at_bias(a) else _LOG2E
     options = tiles.find("attention_spread", device).options
     grid = heads * COPIES.value, triton.cdiv(2 * middle, options["BLOCK"])
     start = starter(spread_kernel, grid, device, unit, span(a), middle, *table.stride(), **options)
     new = maker((heads, COPIES.value, 2 * middle), torch.float32, None, device)
-    bidirectional, max_distance = a.bidirectional, a.max_distance
+    of_distances = buckets(a)
 
     def of(table):
         out = new()
-        start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), out)
+        start(table, of_distances, out)
         return out
 
     return middle, of
@@ -197,6 +196,7 @@ def backward(a):
     of_key = key_tile.options["BLOCK_M"]
     rows = (triton.cdiv(sq, of_key) + (sequences is not None)) * of_key
     # The registered operator may be called with an `out` of any strides. launch() copies it to these.
+    out_by_rows = a.out.transpose(1, 2).is_contiguous()
     out_like, (key_shape, key_strides) = by_rows(a.query), by_rows(a.key)
     wants_bias, wants_table = a.wants_bias, a.wants_table
     sums_table, table_rows, by_corner = wants_table and not constant, 0, None
@@ -233,32 +233,32 @@ def backward(a):
     # The kernels skip tiles that no query may see, so grad_bias must start as zeros there. With cu_seqlens, spare slots have
     # no tile and write nothing, so the sums must start as zeros too.
     new_bias = torch.zeros if a.is_causal or a.padding_mask is not None else torch.empty
-    new_sums = torch.empty if a.cu_seqlens is None else torch.zeros
-    bidirectional, max_distance = a.bidirectional, a.max_distance
+    sums = (h, table_rows, num_buckets), torch.float32, None, device
+    new_sums = maker(*sums) if a.cu_seqlens is None else lambda: torch.zeros(sums[0], dtype=sums[1], device=device)
+    of_distances = buckets(a) if sums_table else None
+    if wants_table:
+        new_table = maker(a.bias_table.shape, a.bias_table.dtype, None, device)
 
     @backward_launch
     def launch(grad_out, query, key, value, out, lse, mask, bias, seed, table, cu_seqlens):
-        out = out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
+        out = out if out_by_rows else out.transpose(1, 2).contiguous().transpose(1, 2)
         lse = lse.contiguous()
         grad_query, grad_key, grad_value, stats = new_query(), new_key(), new_key(), new_stats()
         correction = new_correction() if dtype == torch.float32 else None
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
-        by_distance = buckets = table_sums = grad_table = None
-        if relative:
-            by_distance = new_bias_by_distance(table)
-        if wants_table:
-            grad_table = torch.zeros(table.shape, dtype=table.dtype, device=device)
-        if sums_table:
-            buckets = distance_buckets(bidirectional, table.shape[0], max_distance, device)
-            table_sums = new_sums((h, table_rows, num_buckets), dtype=torch.float32, device=device)
+        by_distance = new_bias_by_distance(table) if relative else None
+        table_sums = new_sums() if sums_table else None
         extra = mask, bias, by_distance
         gradients = grad_query, stats, correction, grad_bias, table_sums
-        by_query(grad_out, query, key, value, out, lse, *extra, buckets, seed, cu_seqlens, *gradients)
+        by_query(grad_out, query, key, value, out, lse, *extra, of_distances, seed, cu_seqlens, *gradients)
         if by_corner is not None:
-            behind = *extra, buckets, seed, cu_seqlens, new_tiles(), table_sums
+            behind = *extra, of_distances, seed, cu_seqlens, new_tiles(), table_sums
             by_corner(grad_out, query, key, value, stats, correction, *behind)
-        if table_sums is not None:
+        grad_table = new_table() if wants_table else None
+        if sums_table:
             grad_table.copy_(table_sums.sum(1)[:, : table.shape[0]].t())
+        elif wants_table:
+            grad_table.zero_()
         if grad_bias is not None:
             if constant:
                 grad_bias.zero_()

@@ -148,12 +148,13 @@ def forward(x):
         n,
         **of_sequence,
     )
+    cas_n, cas_s = _cas(n, device=device), _cas(s, device=device)
     new_y, new_w = maker(x.shape, x.dtype, None, device), maker((b, s, kept), torch.float32, None, device)
 
     def launch(x):
         y, w = new_y(), new_w()
-        along_features(x, _cas(n, device=device), w)
-        along_sequence(w, _cas(s, device=device), y)
+        along_features(x, cas_n, w)
+        along_sequence(w, cas_s, y)
         return (y,)
 
     return launch

@@ -72,7 +72,8 @@ def _backward_kernel(
 @prepares_launch
 def forward(table, query_length, key_length, bidirectional, max_distance, query_offset):
     (num_buckets, heads), device = table.shape, table.device
-    span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance, device)
+    span = buckets.shape[0] // 2
     tile = tiles.find("relative_bias_forward", device).options
     high, wide = triton.cdiv(query_length, tile["ROWS"]), triton.cdiv(key_length, tile["COLUMNS"])
     start = starter(
@@ -83,7 +84,7 @@ def forward(table, query_length, key_length, bidirectional, max_distance, query_
 
     def launch(table, *_):
         bias = new()
-        start(table, distance_buckets(bidirectional, num_buckets, max_distance, device), bias)
+        start(table, buckets, bias)
         return (bias,)
 
     return launch
@@ -94,7 +95,8 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
     if not grad_out.is_contiguous():
         return None
     (_, heads, sq, sk), device, dtype = grad_out.shape, grad_out.device, grad_out.dtype
-    span = distance_buckets(bidirectional, num_buckets, max_distance, device).shape[0] // 2
+    buckets = distance_buckets(bidirectional, num_buckets, max_distance, device)
+    span = buckets.shape[0] // 2
     tile = tiles.find("relative_bias_backward", device).options
     high = triton.cdiv(sq, tile["ROWS"])
     start = starter(
@@ -105,7 +107,7 @@ def backward(grad_out, num_buckets, bidirectional, max_distance, query_offset):
 
     def launch(grad_out, *_):
         parts = new_parts()
-        start(grad_out, distance_buckets(bidirectional, num_buckets, max_distance, device), parts)
+        start(grad_out, buckets, parts)
         return (parts.sum(0).to(dtype),)
 
     return launch

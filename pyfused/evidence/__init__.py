@@ -18,10 +18,11 @@ from .. import extensions
 from ..setting import set_to
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
-from .shapes import SHAPES, product_shapes, shapes_of
+from .shapes import MOST_ROWS_BY_COLUMNS, SHAPES, product_shapes, shapes_of
 from .storage import BY_PRODUCT, OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
 
 __all__ = [
+    "MOST_ROWS_BY_COLUMNS",
     "OPERATORS",
     "SHIPPED",
     "dot_products",
@@ -115,11 +116,21 @@ def nearest_threads(measured: Iterable[int]) -> int:
 
 # ---- the library or the kernel, on a CPU ------------------------------------------------------------------------------
 
+_UNMEASURED_HERE = "not yet measured on this processor; `pyfused tune` does it"
+
 
 def slower(
-    backend: str, operator: str, function: str, device: str, dtype: torch.dtype, shapes: str, size: int
+    backend: str,
+    operator: str,
+    function: str,
+    device: str,
+    dtype: torch.dtype,
+    shapes: str,
+    size: int,
+    unmeasured: bool = True,
 ) -> str | None:
-    """Why the library should run this call instead of the backend, with the line that says so. None if the backend should."""
+    """Why the library should run this call instead of the backend, with the line that says so. None if the backend should.
+    unmeasured: whether the backend runs where there is no such line."""
     by_library = _by_library.get()
     if by_library is None and os.environ.get("PYFUSED_BACKEND") == backend:
         by_library = False
@@ -128,6 +139,8 @@ def slower(
     line, speeds = _decides(
         operator, function, device, dtype, shapes, size, lambda speeds: _is_slower(backend, _usual(speeds))
     )
+    if line is None and not unmeasured:
+        return _UNMEASURED_HERE
     if line is None or not _is_slower(backend, speeds := _usual(speeds)):
         return None
     best = max(speeds, key=speeds.__getitem__)
@@ -199,7 +212,7 @@ def dot_products(operator: str, function: str, dtype: torch.dtype, shapes: str, 
 
     line, speeds = _decides(operator, function, "cpu", dtype, shapes, size, fastest)
     if line is None or name not in speeds:
-        return Instructions(name, False, "not yet measured on this processor; `pyfused tune` does it")
+        return Instructions(name, False, _UNMEASURED_HERE)
     return Instructions(
         name, fastest(speeds), f"{speeds[name]:.2f} times the speed of plain PyTorch ({line.describe(size)})"
     )

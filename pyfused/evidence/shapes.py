@@ -16,6 +16,8 @@ from ..weight_format import format_of
 
 _LARGE = 1 << 18  # elements of a weight: 1 MB in float32, as much as a core's L2 cache holds
 _HUGE = 1 << 24  # a vocabulary's, larger than half of a GPU's L2 cache
+MOST_ROWS_BY_COLUMNS = 8  # kMost of csrc/include/pyfused/gemv_columns.h; gemm_columns.h multiplies more
+MANY_BY_COLUMNS = ", by columns, many rows"
 
 
 def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str, int]:
@@ -29,16 +31,17 @@ def shapes_of(operator: str, function: str, args: tuple[Any, ...]) -> tuple[str,
 
 def product_shapes(rows: int, *weights: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[str, int]:
     """x W^T by the smallest weight, "huge", "large" or "small". Without lines about huge ones those about large ones count.
-    Weights are stored by rows, as in nn.Linear, or by columns, as in Conv1D. Integers are classes of their own. The size is how
-    many rows x has."""
+    Weights are stored by rows, as in nn.Linear, or by columns, as in Conv1D, with few rows of x or many. Integers are classes
+    of their own. The size is how many rows x has."""
     form = format_of(scale)
     if form is not None:
         extent = "large" if min(form.columns(w) * w.shape[0] for w in weights) >= _LARGE else "small"
         return f"{extent}, {form.name}", rows
     least = min(w.numel() for w in weights)
     extent = "huge" if least >= _HUGE else "large" if least >= _LARGE else "small"
-    by_rows = all(w.stride()[1] == 1 for w in weights)
-    return extent if by_rows else f"{extent}, by columns", rows
+    if all(w.stride()[1] == 1 for w in weights):
+        return extent, rows
+    return extent + (", by columns" if rows <= MOST_ROWS_BY_COLUMNS else MANY_BY_COLUMNS), rows
 
 
 def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:

@@ -31,7 +31,7 @@ import torch
 from .. import extensions
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
-from .shapes import SHAPES
+from .shapes import MANY_BY_COLUMNS, SHAPES
 
 SHIPPED = Path(__file__).parent
 OF_CPU = frozenset({"cpu", *extensions.DOT_PRODUCTS})  # what a line about a CPU may hold speeds of
@@ -99,11 +99,14 @@ def files(device: str = "cpu") -> list[Path]:
 @remembered
 def lines(device: str = "cpu") -> tuple[Line, ...]:
     """The lines in force. For each function, dtype and class of shapes they come from the first file that has any. Of a similar
-    kind's file, speeds with instructions for dot products do not count: processors differ most in these."""
+    kind's file, speeds with instructions for dot products do not count, nor those of many rows by columns: processors differ
+    most in these."""
     taken: dict[tuple[str, str, str, str], tuple[Path, list[Line]]] = {}
     for path in files(device):
         for line in read(path, None if path.parent == SHIPPED else kind(device), "lines", line_from):
             if device == "cpu" and path.stem != kind(device):
+                if line.shapes.endswith(MANY_BY_COLUMNS):
+                    continue
                 line = line._replace(speed={name: s for name, s in line.speed.items() if name not in extensions.DOT_PRODUCTS})
             if not line.speed:
                 continue

@@ -79,6 +79,35 @@ def _address(value: Any) -> int | None:
     return value.data_ptr() if isinstance(value, torch.Tensor) else None
 
 
+def _completing(given: tuple[Any, ...], bound: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], list[Any]]:
+    """A function that makes checked arguments of others that differ from `given` only in their memory. `bound` are those of
+    `given`, with the same tensors."""
+    others = [(i, b) for i, (g, b) in enumerate(zip(given, bound)) if b is not g]
+    more = bound[len(given) :]
+
+    def complete(args: tuple[Any, ...]) -> list[Any]:
+        found = [*args, *more]
+        for i, value in others:
+            found[i] = value
+        return found
+
+    return complete
+
+
+def _for_given(
+    launch: Callable[..., Any], given: tuple[Any, ...], bound: tuple[Any, ...], same: bool
+) -> Callable[..., Any] | None:
+    """The launch for arguments like `given` of the one for arguments like `bound`; None if it needs the checked ones. It may
+    return None, and then the arguments are checked again. `same`: whether the tensors are the same."""
+    if isinstance(launch, dispatch.Conditional):
+        found = _for_given(launch.launch, given, bound, same)
+        return found and launch.but(found, lambda *args: None)
+    if not isinstance(launch, dispatch.WholeCall):
+        return launch
+    complete = _completing(given, bound)
+    return (lambda *args: launch(*complete(args))) if same else None
+
+
 class Call:
     """The table above, for one operator.
 
@@ -112,7 +141,8 @@ class Call:
         not need the extra arguments at the end of `bound`, such as `save`.
 
         A launch reads addresses, so it is kept only if both have the same memory. If the checks took a view, the launch is
-        prepared for that view. Autograd would miss the view, so its record is kept only if the tensors are the same.
+        prepared for that view. Autograd and kernels without a launch would miss the view, so they are kept only if the tensors
+        are the same.
         """
         outputs = self(*bound)
         if _is_compiling() or transformed() or any(watcher() for watcher in WATCHERS):
@@ -120,11 +150,13 @@ class Call:
         signature = _signature(*given)
         if signature is None or list(map(_address, given)) != list(map(_address, bound[: len(given)])):
             return outputs
+        same = all(b is g or not _is_tensor(b) for g, b in zip(given, bound))
         if not _is_grad_enabled():
-            launch = self._launches.get((_forced(), _signature(*bound)))
-            if launch is not None:
+            whole = _signature(*bound)
+            launch = self._launches.get((_forced(), whole)) if whole != signature else None
+            if launch is not None and (launch := _for_given(launch, given, bound, same)) is not None:
                 self._launches.keep((_forced(), signature), launch)
-        elif _wants_gradient(bound) and all(b is g or not _is_tensor(b) for g, b in zip(given, bound)):
+        elif same and _wants_gradient(bound):
             self._recorded.keep((_forced(), signature), self._recording(given, bound))
         return outputs
 
@@ -133,16 +165,10 @@ class Call:
         argument wants a gradient."""
         # torch.autograd.Function.apply in Python spends 5 us on checks that do not apply here.
         apply = super(torch.autograd.Function, self.autograd).apply  # type: ignore[misc, arg-type]
-        others = [(i, b) for i, (g, b) in enumerate(zip(given, bound)) if b is not g]
-        more = bound[len(given) :]
+        complete = _completing(given, bound)
 
         def record(*args: Any) -> tuple[Any, ...] | None:
-            if not _wants_gradient(args):
-                return None
-            found = [*args, *more]
-            for i, value in others:
-                found[i] = value
-            return apply(*found)
+            return apply(*complete(args)) if _wants_gradient(args) else None
 
         return record
 
@@ -170,15 +196,26 @@ class Call:
         key = _forced(), _signature(*args)
         if key[1] is None and any(isinstance(a, torch.Tensor) and _is_batched(a) for a in args):
             return self.plainly(*args)
-        launch = self._launches.get(key)
+        return (self._launches.get(key) or self._choose(key, args))(*args)
+
+    def _choose(self, key: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+        """The launch of a call that has none yet. It is kept if the call has a signature."""
+        kernel, settings = dispatch.chosen(self.kernel, self.function, args)
+        if key[1] is None:
+            return kernel
+        prepare = getattr(kernel, "prepare", None)
+        launch = dispatch.WholeCall(kernel) if prepare is None else dispatch.prepared(prepare, args)
         if launch is None:
-            launch = dispatch.choose(self.kernel, self.function, args)
-            prepare = getattr(launch, "prepare", None)
-            prepared = dispatch.prepared(prepare, args) if prepare is not None and key[1] is not None else None
-            if prepared is not None:
-                launch = prepared
-                self._launches.keep(key, launch)
-        return launch(*args)
+            return kernel
+        if settings is not None:
+
+            def choose_again(*args: Any) -> tuple[Any, ...]:
+                self._launches.pop(key, None)
+                return self.direct(*args)
+
+            launch = dispatch.Conditional(settings, launch, choose_again)
+        self._launches.keep(key, launch)
+        return launch
 
     def _in_plain_torch(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The reference. torch.func's transforms and forward-mode derivatives can follow it like any torch code, and

@@ -27,6 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (128, 768)  # a small and a large weight
 _TURNS, _SECONDS = 3, 0.03  # of measurements, unless they are to be quick; for each point in a turn
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512, 1024)
+_ROWS_BY_COLUMNS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512)
 _NETWORK_ROWS = (1, 8, 32, 128, 512, 1024)
 _NETWORKS = ("ffn", "gated_ffn")
 _PRODUCTS = ("linear", *_NETWORKS)
@@ -118,7 +119,7 @@ def points(quick: bool = False) -> Iterator[Point]:
         weight = torch.randn(width, width) / width**0.5
         for rows in _ROWS[::3] if quick else _ROWS:
             yield Point("linear", F.linear, (torch.randn(rows, width), weight))
-        for rows in (1, 8) if quick else (1, 2, 4, 8):
+        for rows in (1, 8, 128) if quick else _ROWS_BY_COLUMNS:
             yield Point("linear", F.linear, (torch.randn(rows, width), weight.t()))
         for scheme in FORMATS:
             for rows in (1, 128) if quick else (1, 16, 64, 512):

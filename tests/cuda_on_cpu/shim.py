@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from pyfused import extensions
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_on_cpu"
@@ -134,6 +136,8 @@ def load(name: str = "_cuda", files: tuple[Path, ...] = ()) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    if hasattr(module, "use_tensors"):
+        extensions.use_tensors(module)
     return module
 
 

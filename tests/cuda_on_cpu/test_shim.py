@@ -98,7 +98,7 @@ def test_the_sanitizer_finds_a_read_out_of_bounds(which, beyond):
         (1, 1, 1025, 0, False, "a block of 1025 threads"),
         (0, 1, 32, 0, False, "a grid of .0, 1, 1. blocks"),
         (1, 65536, 32, 0, False, "a grid of .1, 65536, 1. blocks"),
-        (1, 1, 32, 48 * 1024 + 1, False, "49153 bytes of dynamic shared memory; allowed are 49152"),
+        (1, 1, 32, 47 * 1024 + 1, False, "48129 bytes of dynamic shared memory; allowed are 48128"),
         (1, 1, 32, 228 * 1024, True, "invalid argument"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from fused_pairs import Trio, check_changed_child, counted, padded
-from hf_cases import BERT, DECODER, VOCABULARY, livened, tokens
+from hf_cases import BERT, DECODER, GPT2, VOCABULARY, livened, tokens
 from torch import nn
 
 import pyfused
@@ -18,7 +18,9 @@ MODELS = {
     "BERT": lambda: hf.BertModel(hf.BertConfig(**BERT)),
     "MPNet": lambda: hf.MPNetModel(hf.MPNetConfig(**BERT)),
     "Llama": lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER)),
+    "GPT-2": lambda: hf.GPT2Model(hf.GPT2Config(**GPT2)),
 }
+COUNTS = {"BERT": 6, "MPNet": 8, "Llama": 8, "GPT-2": 4}  # GPT-2's keys and values lie in one Conv1D with the queries
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +37,9 @@ def products(monkeypatch):
 def test_outputs(name, products):
     trio, (ids, mask) = Trio(livened(MODELS[name]())), padded(2, 9, VOCABULARY)
     trio.check(live=mask, input_ids=ids, attention_mask=mask)
-    assert products["linear"] >= 6
-    notes = [entry.note for entry in trio.report.replaced if entry.kind == "Linear"]
-    assert notes == ["pyfused.linear"] * (6 if name == "BERT" else 8)
+    assert products["linear"] >= min(COUNTS[name], 6)
+    notes = [entry.note for entry in trio.report.replaced if entry.kind in ("Linear", "Conv1D")]
+    assert notes == ["pyfused.linear"] * COUNTS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -46,11 +48,12 @@ def test_half_precision(dtype):
     Trio(livened(MODELS["BERT"]()), dtype=dtype).check(live=mask, input_ids=ids, attention_mask=mask)
 
 
-def test_where_the_own_code_runs(products):
+@pytest.mark.parametrize("name, place", [("BERT", "encoder.layer.0.attention.self.query"), ("GPT-2", "h.0.attn.c_attn")])
+def test_where_the_own_code_runs(products, name, place):
     """Where a gradient is wanted, in a trace, for one row or many, and in float64."""
-    model = livened(MODELS["BERT"]())
+    model = livened(MODELS[name]())
     pyfused.fuse_(model)
-    layer, x = model.encoder.layer[0].attention.self.query, torch.randn(2, 3, 32)
+    layer, x = model.get_submodule(place), torch.randn(2, 3, 32)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad():
@@ -58,7 +61,7 @@ def test_where_the_own_code_runs(products):
         torch.compile(layer, backend="eager", fullgraph=True)(x)
         copy.deepcopy(layer).double()(x.double())
         assert products == {"linear": 0}
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
         assert products == {"linear": 1}
         layer.requires_grad_(False)
     layer(x)
@@ -73,6 +76,18 @@ def test_replaced_and_hooked_later(place):
     ids = tokens(2, 9)
     trio = Trio(livened(MODELS["BERT"]()))
     check_changed_child(trio, lambda model: model.encoder.layer[0].attention.self, place, input_ids=ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, place", [("BERT", "encoder.layer.0.attention.self.query"), ("GPT-2", "h.0.attn.c_attn")])
+def test_a_class_that_is_patched_later(monkeypatch, name, place):
+    model, x = livened(MODELS[name]()), torch.randn(2, 3, 32)
+    pyfused.fuse_(model)
+    layer = model.get_submodule(place)
+    kind, before = type(layer), layer(x)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0.5)
+    torch.testing.assert_close(layer(x), before * 0.5)
 
 
 class Own(nn.Linear):

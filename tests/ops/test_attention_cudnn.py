@@ -167,21 +167,82 @@ def test_a_gradient_of_wide_heads_is_refused():
     assert "forced" in refusal(narrow, narrow, narrow, "backward")
 
 
-def test_torch_has_the_last_word(monkeypatch):
-    """About the GPU, cuDNN's version, and what the user switched off; asked anew in each call."""
-    asked = []
-    takes = [True, False]
-    monkeypatch.setattr(
-        torch.backends.cuda, "can_use_cudnn_attention", lambda params: asked.append(params) or takes[len(asked) > 1]
-    )
+@pytest.fixture
+def asked(monkeypatch):
+    """torch's settings can be changed, and torch answers by them. Returns what it was asked."""
+    questions, wants = [], torch.backends.cuda.cudnn_sdp_enabled
+    repeatable = torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled
+
+    def answer(params):
+        questions.append(params)
+        return wants() and not (repeatable[0]() and not repeatable[1]())
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", answer)
+    yield questions
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_torch_has_the_last_word(asked):
+    """About the GPU, cuDNN's version, and what the user switched off; asked anew after each change of a setting."""
     tensors = stored("bshd", 2, 4, 16, 8), *[stored("bshd", 2, 2, 16, 8) for _ in range(2)]
     with pyfused.backend("cudnn", strict=True):
-        pyfused.attention(*tensors, is_causal=True)
+        for _ in range(3):
+            pyfused.attention(*tensors, is_causal=True)
+        assert len(asked) == 1
+        torch.backends.cuda.enable_cudnn_sdp(False)
         with pytest.raises(pyfused.BackendError, match="debug=True"):
             pyfused.attention(*tensors, is_causal=True)
     for params in asked:
         assert (params.dropout, params.attn_mask, params.is_causal, params.enable_gqa) == (0.0, None, True, True)
         assert [t.shape for t in (params.query, params.key, params.value)] == [t.shape for t in tensors]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the stand-in counts its calls")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda on: torch.backends.cuda.enable_cudnn_sdp(on),
+        lambda on: torch.use_deterministic_algorithms(not on),
+        lambda on: torch.use_deterministic_algorithms(True, warn_only=on),
+    ],
+    ids=["enable_cudnn_sdp", "deterministic", "warn_only"],
+)
+def test_a_setting_that_changes_is_seen_by_the_next_call(asked, switch, gradient):
+    """In both directions, with prepared launches for both answers, also in the backward and in the registered operator."""
+    leaves = [stored("bshd", 2, 2, 16, 8).requires_grad_(gradient) for _ in NAMES]
+    wanted = [cudnn_on_cpu.FORWARD, cudnn_on_cpu.BACKWARD][: 1 + gradient]
+
+    def ran():
+        cudnn_on_cpu.calls.clear()
+        out = pyfused.attention(*leaves)
+        if gradient:
+            torch.autograd.grad(out.sum(), leaves)
+        else:
+            torch.ops.pyfused.attention_inference(*pyfused.ops.MODULES["attention"].bind(*leaves))
+        return cudnn_on_cpu.calls[: 1 + gradient], len(cudnn_on_cpu.calls)
+
+    with pyfused.backend("cudnn"), torch.set_grad_enabled(gradient):
+        for on in (True, True, False, False, True, True):
+            switch(on)
+            assert ran() == ((wanted, 2) if on else ([], 0))
+
+
+def test_a_launch_reads_settings_only_where_they_decide(monkeypatch):
+    """cuDNN takes no padding, whatever they are."""
+    tensors, mask = [stored("bshd", 2, 2, 16, 8) for _ in NAMES], torch.ones(2, 16, dtype=torch.bool, device=DEVICE)
+    read, module = [], dispatch.kernel("cudnn", "attention")
+    original = module.settings
+    monkeypatch.setattr(module, "settings", lambda: read.append(1) or original())
+    dispatch.forget()
+    with pyfused.backend("cudnn"), torch.no_grad():
+        for _ in range(3):
+            pyfused.attention(*tensors, padding_mask=mask)
+        assert not read
+        for _ in range(3):
+            pyfused.attention(*tensors)
+        assert len(read) >= 3
 
 
 def test_another_order_of_log_sum_exps_is_refused(monkeypatch):

@@ -270,9 +270,9 @@ def test_opcheck(each_backend, device, full):
     opcheck(torch.ops.pyfused.ffn_backward, (*arguments, full, *[not full] * 4))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 17, 139])
 def test_weights_stored_transposed(each_backend, dtype, device, rows):
-    """As in Hugging Face's Conv1D: one weight alone, and both."""
+    """As in Hugging Face's Conv1D: one weight alone, and both. 128 rows, and 9 more, are blocks of both products."""
     n, f, m = 40, 140, 24
     x, b_in, b_out = (torch.randn(s, device=device).to(dtype) for s in ((rows, n), (f,), (m,)))
     stored_in, stored_out = (torch.randn(s, device=device).mul(s[0] ** -0.5).to(dtype) for s in ((n, f), (f, m)))

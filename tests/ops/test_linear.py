@@ -106,8 +106,10 @@ def test_strides(each_backend, dtype, device):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
-def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows, transposed):
     x, weight = make(dtype, device, rows, 70), make(dtype, device, 30, 70)
+    weight = weight.t().contiguous().t() if transposed else weight
     x[0, 69] = float("nan")
     x[-1, 3] = float("inf")
     weight[7, 5] = float("-inf")
@@ -120,8 +122,10 @@ def test_infinity_and_nan_stay_in_their_row(each_backend, dtype, device, rows):
 @pytest.mark.cpu_kernels
 def test_threads_agree(each_backend, dtype):
     """Threads share the outputs, or the rows where there are many."""
-    x, every_weight, every_bias = make(dtype, "cpu", 400, 200), make(dtype, "cpu", 700, 200), make(dtype, "cpu", 700)
-    for rows, outputs in ((1, 700), (5, 700), (33, 700), (131, 700), (400, 700), (400, 20)):
+    x, by_rows, every_bias = make(dtype, "cpu", 400, 200), make(dtype, "cpu", 700, 200), make(dtype, "cpu", 700)
+    by_columns = by_rows.t().contiguous().t()
+    sizes = (1, 700), (5, 700), (33, 700), (131, 700), (400, 700), (400, 20)
+    for every_weight, (rows, outputs) in itertools.product((by_rows, by_columns), sizes):
         weight, bias = every_weight[:outputs], every_bias[:outputs]
         expected = plain(x[:rows], weight, bias)
         truth = plain(x[:rows].double(), weight.double(), bias.double())
@@ -138,11 +142,11 @@ def test_opcheck(each_backend, device, full):
     check_registered("linear", arguments)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 9, 16, 17, 44, 131])
 def test_stored_transposed(each_backend, dtype, device, rows):
     """As in Hugging Face's Conv1D, with more outputs and products than a kernel sums at a time."""
-    for k, n, start in [(531, 577, 0), (5, 3, 2), (64, 128, 8), (531, 584, 0)]:
-        weight = make(dtype, device, k, n + start, scale=k**-0.5)[:, start:].t()
+    for k, n, start in [(531, 577, 0), (5, 3, 2), (64, 128, 8), (531, 584, 0), (1541, 139, 3), (0, 40, 1)]:
+        weight = make(dtype, device, k, n + start, scale=max(k, 1) ** -0.5)[:, start:].t()
         x, bias, residual = make(dtype, device, rows, k), make(dtype, device, n), make(dtype, device, rows, n)
         truth = plain(*(t.double() for t in (x, weight, bias, residual)))
         y = pyfused.linear(x, weight, bias, residual=residual)
@@ -150,9 +154,9 @@ def test_stored_transposed(each_backend, dtype, device, rows):
 
 
 def test_explain_names_the_reason_for_a_transposed_weight():
-    weight = torch.randn(64, 32).t()
+    transposed, neither = torch.randn(64, 32).t(), torch.randn(32, 128)[:, ::2]
     if "cpu:baseline" in BACKENDS:
-        for rows, copies in (8, False), (9, True):
+        for rows, (weight, copies) in itertools.product((8, 9), ((transposed, False), (neither, True))):
             assert ("would be copied" in str(pyfused.explain("linear", torch.randn(rows, 64), weight))) == copies
 
 

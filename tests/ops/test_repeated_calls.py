@@ -50,8 +50,13 @@ CALLS = {
 }  # fmt: skip
 
 
-# Inputs that the checks or the kernel replace by another tensor
-CONVERTED = ("transposed", "floats")
+# Inputs that the checks or the kernel replace by another tensor, and by a view, which a launch reads like its memory
+CONVERTED, VIEWED = ("transposed", "floats"), ("of all heads",)
+WAYS = {
+    "kernel": lambda: evidence.one_way(False),
+    "library": lambda: evidence.one_way(True),
+    "reference": lambda: pyfused.backend("reference"),  # no launch is prepared, but the choice is kept
+}
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +75,24 @@ def checks(monkeypatch):
     return count
 
 
+@pytest.fixture
+def choices(monkeypatch):
+    """Counts the calls for which a backend is chosen."""
+    count = []
+    original = dispatch.chosen
+    monkeypatch.setattr(dispatch, "chosen", lambda *args: count.append(1) or original(*args))
+    return count
+
+
 def parts(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CALLS)
-def test_same_as_when_every_call_is_checked(name, dtype, library, checks):
+def test_same_as_when_every_call_is_checked(name, dtype, way, checks, choices):
     call, inputs = CALLS[name], [torch.randn(2, 3, 4, 8).to(dtype) for _ in range(3)]
-    with evidence.one_way(library):
+    with WAYS[way]():
         expected = [parts(call(x)) for x in inputs]  # enabled gradients check each call
         assert len(checks) == 3
         with torch.no_grad():
@@ -87,7 +101,8 @@ def test_same_as_when_every_call_is_checked(name, dtype, library, checks):
         assert all(map(torch.equal, a, e))
         assert all(one.stride() == other.stride() for one, other in zip(a, e))
     assert len({a[0].data_ptr() for a in actual}) == 3
-    if not any(word in name for word in CONVERTED):
+    assert len(choices) == 1
+    if not any(word in name for word in (*CONVERTED, *(VIEWED if way == "reference" else ()))):
         assert len(checks) <= 4  # the later two need none
 
 

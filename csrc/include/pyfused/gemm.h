@@ -35,6 +35,10 @@ constexpr int kGemmBlock = kTiles ? 64 : 48;  // outputs of a gemm finished toge
 constexpr int kPanel = 2 * kWidth;  // rows of x in its micro-kernel
 constexpr int64_t kMostPadding = kGroupsAtOnce * kScaleGroup > kPairStep ? kGroupsAtOnce * kScaleGroup : kPairStep;
 
+struct Nothing {
+  PYFUSED_INLINE void operator()() {}
+};
+
 // ---- one product ----------------------------------------------------------------------------------------------------
 
 // y (m, n) = activation(x (m, k) weight (n, k)^T + bias) + residual. `pre` receives the activation's argument.
@@ -486,36 +490,38 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     else return M::row(from + c, depth, to);
   }
 
-  // apart: bytes from a row of w to the next. depth: in lanes.
-  template <int V>
-  static void outer_tile(const Lane* w, int64_t apart, const float* panel, int64_t depth, float* out, int64_t ld, bool first) {
+  // R rows of w times V vectors of a panel. apart: bytes from a row of w to the next. depth: in lanes. ahead() runs at each step.
+  template <int V, int R = kWeightRows, class Ahead = Nothing>
+  static void outer_tile(const Lane* w, int64_t apart, const float* panel, int64_t depth, float* out, int64_t ld, bool first,
+                         Ahead ahead = {}) {
     using Sum = typename M::Sum;
     constexpr int64_t kChain = M::kChain / M::kGroup;
-    const Lane* third[kWeightRows / 3];  // every third row: an address of its own for each would not fit the registers
+    const Lane* third[(R + 2) / 3];  // every third row: an address of its own for each would not fit the registers
 #pragma GCC unroll 4
-    for (int r = 0; r < kWeightRows / 3; ++r) third[r] = (const Lane*)((const char*)w + 3 * r * apart);
+    for (int r = 0; r < (R + 2) / 3; ++r) third[r] = (const Lane*)((const char*)w + 3 * r * apart);
     int64_t c = 0;
     do {
       const int64_t stop = depth - c < kChain ? depth : c + kChain;
-      Sum acc[kWeightRows][V];
+      Sum acc[R][V];
 #pragma GCC unroll 12
-      for (int r = 0; r < kWeightRows; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = Sum{};
 #pragma GCC unroll 4  // the loop's own instructions take slots of the multiply-adds: 8% to 15%
       for (; c < stop; ++c) {
+        ahead();
         vfloat u[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) u[v] = load(panel + (c * V + v) * kWidth);
 #pragma GCC unroll 12
-        for (int r = 0; r < kWeightRows; ++r) {
+        for (int r = 0; r < R; ++r) {
           const Lane s = *(const Lane*)((const char*)(third[r / 3] + c) + r % 3 * apart);
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[r][v] = M::add(acc[r][v], s, u[v]);
         }
       }
 #pragma GCC unroll 12
-      for (int r = 0; r < kWeightRows; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           float* p = out + r * ld + v * kWidth;

@@ -15,7 +15,7 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
   using Base = Product<T, X>;
   using Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride, Base::x, Base::x_stride;
 
-  static constexpr int64_t kMost = 8;  // most rows of x; for more the library's packed product is faster
+  static constexpr int64_t kMost = 8;  // most rows of x; gemm_columns.h multiplies more
   static constexpr int64_t kChunk = 3072;
   static constexpr int64_t kUnit = 64;
   static constexpr int kStreams = 8;

@@ -34,6 +34,7 @@ struct Exchange {
 };
 
 inline const Exchange* exchange = nullptr;
+inline bool for_cpu = true;  // whether the extension's kernels run on the CPU
 inline PyObject *tensor_type = nullptr, *parameter_type = nullptr;
 
 // use_tensors(capsule, Tensor, Parameter): from now on the capsule's function table reads these two types.
@@ -62,7 +63,7 @@ inline std::uintptr_t address(PyObject* value) {
   if (is_plain_tensor(value)) {
     View view;
     if (exchange->view(value, &view)) return 0;
-    if (view.device_type != 1) PyErr_SetString(PyExc_ValueError, "a CPU kernel was given a tensor of another device");
+    if (for_cpu && view.device_type != 1) PyErr_SetString(PyExc_ValueError, "a CPU kernel was given a tensor of another device");
     return reinterpret_cast<std::uintptr_t>(view.data + view.byte_offset);
   }
   if (PyLong_Check(value)) return PyLong_AsUnsignedLongLong(value);

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...ops import linear
 from ...own_forward import Entry, fused_forward, give, has_another_forward, is_fused, original
@@ -19,22 +20,37 @@ WORTH_A_CALL = 1 << 19
 # Of an input. One row takes as long as reading the weight, in both; from 384 rows on both take the same time within 2%.
 # Between, dispatch asks the evidence.
 ROWS = range(2, 257)
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, Conv1D)}  # a later patch of a class counts
 
 
 @fused_forward
 def projection(module: nn.Linear, input: Tensor) -> Any:
     """pyfused.linear"""
-    if type(module) is not nn.Linear or tracing() or input.is_nested or input.shape[:-1].numel() not in ROWS:
+    if not _runs(module, nn.Linear, input):
         return original(module, input)
+    return linear(input, module.weight, module.bias)
+
+
+@fused_forward
+def projection_by_columns(module: Conv1D, x: Tensor) -> Any:
+    """pyfused.linear"""
+    if not _runs(module, Conv1D, x):
+        return original(module, x)
+    return linear(x, module.weight.t(), module.bias)  # Conv1D keeps (in, out)
+
+
+def _runs(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
+    if type(module) is not kind or tracing() or kind.forward is not _FORWARDS[kind]:
+        return False
+    if x.is_nested or x.shape[:-1].numel() not in ROWS:
+        return False
     weight = module.weight
-    if not weight.is_cpu or not go_together(module, input):
-        return original(module, input)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or _learns(module.bias)):
-        return original(module, input)
-    return linear(input, weight, module.bias)
+    if not weight.is_cpu or not go_together(module, x):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(module.bias)))
 
 
-def _learns(bias: Tensor | None) -> bool:
+def _learns(bias: Any) -> bool:
     return bias is not None and bias.requires_grad
 
 
@@ -48,10 +64,10 @@ def fuse_projections(model: nn.Module, wanted: Callable[[str, nn.Module], bool])
         for name, child in layer.named_children():
             path = f"{above}.{name}" if above else name
             if _is_large(child) and wanted(path, child) and not is_fused(child) and not has_another_forward(child):
-                give(child, projection)
-                done.append(Entry(path, "Linear", "pyfused.linear"))
+                give(child, projection if type(child) is nn.Linear else projection_by_columns)
+                done.append(Entry(path, type(child).__name__, "pyfused.linear"))
     return done
 
 
-def _is_large(child: nn.Module) -> bool:
-    return type(child) is nn.Linear and child.weight.is_cpu and child.weight.numel() >= WORTH_A_CALL
+def _is_large(child: Any) -> bool:
+    return type(child) in _FORWARDS and child.weight.is_cpu and child.weight.numel() >= WORTH_A_CALL
