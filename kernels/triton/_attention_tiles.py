@@ -4,6 +4,8 @@ choice of a program's packed sequence and tile."""
 import triton
 import triton.language as tl
 
+from ._dot import add_product
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _SCAN = tl.constexpr(1024)
@@ -63,7 +65,7 @@ def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N
         dims = start + tl.arange(0, 32)
         a = tl.load(a_rows[:, None] + dims[None, :], mask=a_mask[:, None] & (dims < D)[None, :], other=0.0)
         b = tl.load(b_rows[:, None] + dims[None, :], mask=b_mask[:, None] & (dims < D)[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total = add_product(total, a, tl.trans(b))
     return total
 
 
