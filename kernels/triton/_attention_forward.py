@@ -191,7 +191,7 @@ def forward_kernel(
     flat_heads = batch * heads + head
 
     part = tl.program_id(1)
-    full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
+    full_start, full_end, front_start, front_count, tail_start, tail_count, _ = key_tiles(
         mask_row,
         first_query,
         last_query,
