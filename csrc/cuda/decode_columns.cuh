@@ -68,6 +68,8 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
     for (int round = 0; round < rounds; ++round) {
       int step, end;
       find_stretch(round, step, end);
+      typename Base::Terms of_value, of_up;  // of this thread's first result. They arrive during the product
+      find_terms(first + round, threadIdx.x, of_value, of_up);
       float sum[ROWS * V] = {};
       for (; step < end; ++step) {
         Pack<T, V> w[kColumns];
@@ -83,7 +85,7 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
       float* total = sums + round % 2 * warps * ROWS * kTile;  // [warp][row][column]
       store_columns<V, kColumns, ROWS>(sum, total + warp * ROWS * kTile);
       __syncthreads();
-      finish(first + round, total, put);
+      finish(first + round, total, of_value, of_up, put);
     }
     cp_async_commit();  // as in Base::multiply()
     cp_async_wait<0>();
@@ -95,13 +97,14 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
 
   // The first of this lane's features in a round. The upper two of four lanes have inner's, if gated.
   __device__ int feature_of(int round) const {
-    return (first + round) / parts * width + lane % (gated ? kColumns / 2 : kColumns) * V;
+    return quotient(first + round, parts) * width + lane % (gated ? kColumns / 2 : kColumns) * V;
   }
   __device__ bool is_second() const { return gated && lane % kColumns >= kColumns / 2; }
 
   // This warp's steps of a round.
   __device__ void find_stretch(int round, int& begin, int& end) const {
-    begin = ((first + round) % parts * splits + warp) * share, end = warp < splits ? min(begin + share, steps) : 0;
+    const int part = first + round - quotient(first + round, parts) * parts;
+    begin = (part * splits + warp) * share, end = warp < splits ? min(begin + share, steps) : 0;
   }
 
   // The next round in which this warp has steps to request. Without one ahead_step is not below ahead_end.
@@ -148,24 +151,30 @@ template <class T, int ROWS> struct DecodeColumns : DecodeProduct<T, ROWS> {
     return ((const T*)matrix.weight)[at * matrix.stride + row];
   }
 
+  // The terms of result i of an item, if there is one. The first part of a tile has them.
+  __device__ void find_terms(int item, int i, typename Base::Terms& of_value, typename Base::Terms& of_up) const {
+    const int tile = quotient(item, parts), feature = tile * width + i - quotient(i, width) * width;
+    if (item > tile * parts || i >= m * width || feature >= features) return;
+    of_value = this->terms(feature, false);
+    if (gated) of_up = this->terms(feature, true);
+  }
+
   // Adds the warps' sums of an item in order.
-  template <class Put> __device__ void finish(int item, const float* total, const Put& put) const {
-    const int part = item % parts;
+  template <class Put>
+  __device__ void finish(int item, const float* total, typename Base::Terms of_value, typename Base::Terms of_up,
+                         const Put& put) const {
+    const int tile = quotient(item, parts);
     for (int i = threadIdx.x; i < m * width; i += blockDim.x) {
-      const int row = i / width, at = i % width, feature = item / parts * width + at;
+      const int row = quotient(i, width), at = i - row * width, feature = tile * width + at;
+      if (i >= (int)blockDim.x) find_terms(item, i, of_value, of_up);
       if (feature >= features) continue;
-      typename Base::Terms of_value, of_up;
       float value = 0, up = 0;
-      if (part == 0) {
-        of_value = this->terms(feature, false);
-        if (gated) of_up = this->terms(feature, true);
-      }
       const float* sum = total + row * kTile + at;
       for (int w = 0; w < splits; ++w, sum += ROWS * kTile) {
         value += sum[0];
         if (gated) up += sum[width];
       }
-      put(part, row, feature, of_value.of(value), of_up.of(up));
+      put(item - tile * parts, row, feature, of_value.of(value), of_up.of(up));
     }
   }
 };
