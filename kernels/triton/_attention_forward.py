@@ -14,6 +14,7 @@ from ._attention_tiles import (
     load_tile,
     sequence_tile,
 )
+from ._dot import add_product
 
 
 @triton.jit
@@ -97,7 +98,8 @@ def _step(
     if seed is not None:
         p = tl.where(keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M, BLOCK_N), p, 0.0)
     value = load_tile(value_ptr + key_rows * stride_vs + dims[None, :], visible, dims, D, MASKED)
-    acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision="ieee")
+    p = p.to(value.dtype)
+    acc = add_product(acc * alpha[:, None], p, value)
     return acc, row_sum, new_max
 
 
@@ -189,7 +191,7 @@ def forward_kernel(
     flat_heads = batch * heads + head
 
     part = tl.program_id(1)
-    full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
+    full_start, full_end, front_start, front_count, tail_start, tail_count, _ = key_tiles(
         mask_row,
         first_query,
         last_query,

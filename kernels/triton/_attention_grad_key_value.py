@@ -19,6 +19,7 @@ from ._attention_tiles import (
     load_tile,
     sequence_tile,
 )
+from ._dot import add_product
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _key_step(
         flat_heads = flat_head + tl.zeros_like(queries)
         keep = tl.trans(keep_tile(seed, flat_heads, queries, first_key, threshold, BLOCK_M, BLOCK_N).to(tl.int8)) != 0
         kept = tl.where(keep, p, 0.0)
-    grad_value = tl.dot(kept.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
+    grad_value = add_product(grad_value, kept.to(grad_out.dtype), grad_out)
     if NATURAL:
         dp = dot_rows(value_rows, visible, grad_out_ptr + queries.to(tl.int64) * stride_gs, live, D, BLOCK_N, BLOCK_M)
     else:
@@ -96,7 +97,7 @@ def _key_step(
     if seed is not None:
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[None, :])
-    grad_key = tl.dot(ds.to(query.dtype), query, grad_key, input_precision="ieee")
+    grad_key = add_product(grad_key, ds.to(query.dtype), query)
     return grad_key, grad_value
 
 

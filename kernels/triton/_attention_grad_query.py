@@ -19,25 +19,25 @@ from ._attention_tiles import (
     load_tile,
     sequence_tile,
 )
+from ._dot import add_product
 
 # A larger log-sum-exp is rounded so much that half precision's P, which has no correction, may be off by a fifth.
 _LARGEST_LSE = tl.constexpr(2.0**20)
 
 
 @triton.jit
-def _query_step(
-    grad_query, row_sum, before_sum, after_sum, query, query_rows, grad_out, grad_rows, lse, delta,
+def _pairs(
+    query, query_rows, grad_out, grad_rows, lse,
     key_ptr, value_ptr,
-    mask_row, bias_rows, grad_bias_rows, spread, far,
-    buckets_ptr,
-    span, center, seed, flat_heads, queries, first_query, live, start, scale, keep_scale, threshold,
+    mask_row, bias_rows, spread, far,
+    center, seed, flat_heads, queries, first_query, live, start, scale, keep_scale, threshold,
     stride_ks, stride_vs, stride_bk,
     query_length, key_length,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     START_AT_BIAS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of keys. before_sum and after_sum are each row's sum of dS over the tiles beyond span. `spread` and `far`
-    are those of the forward."""
+    """(P, dP, keys, which keys are visible) of one tile. P of hidden pairs may be anything. `spread` and `far` are those of the
+    forward."""
     NATURAL: tl.constexpr = query is None
     NEAR: tl.constexpr = spread is not None and far is None
     keys = start + tl.arange(0, BLOCK_N)
@@ -74,22 +74,56 @@ def _query_step(
         dp = tl.dot(grad_out, tl.trans(value))
     if seed is not None:
         dp = tl.where(keep_tile(seed, flat_heads, queries, start, threshold, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
+    return p, dp, key, visible
+
+
+@triton.jit
+def _allowed(visible, queries, start, query_length, key_length, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    allowed = visible[None, :]
+    if IS_CAUSAL:
+        keys = start + tl.arange(0, BLOCK_N)
+        allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
+    return allowed
+
+
+@triton.jit
+def _query_step(
+    grad_query, row_sum, before_sum, after_sum, query, query_rows, grad_out, grad_rows, lse, delta,
+    key_ptr, value_ptr,
+    mask_row, bias_rows, grad_bias_rows, spread, far,
+    buckets_ptr,
+    span, center, seed, flat_heads, queries, first_query, live, start, scale, keep_scale, threshold,
+    stride_ks, stride_vs, stride_bk,
+    query_length, key_length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    START_AT_BIAS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of keys. before_sum and after_sum are each row's sum of dS over the tiles beyond span."""
+    NATURAL: tl.constexpr = query is None
+    p, dp, key, visible = _pairs(
+        query, query_rows, grad_out, grad_rows, lse, key_ptr, value_ptr, mask_row, bias_rows, spread, far, center, seed,
+        flat_heads, queries, first_query, live, start, scale, keep_scale, threshold, stride_ks, stride_vs, stride_bk,
+        query_length, key_length, D, BLOCK_D, BLOCK_M, BLOCK_N, START_AT_BIAS, MASKED,
+    )  # fmt: skip
     ds = p * (dp - delta[:, None])
     if MASKED:
-        allowed = visible[None, :]
-        if IS_CAUSAL:
-            allowed = allowed & (keys[None, :] <= queries[:, None] + (key_length - query_length))
+        allowed = _allowed(visible, queries, start, query_length, key_length, BLOCK_N, IS_CAUSAL)
         p = tl.where(allowed, p, 0.0)
         ds = tl.where(allowed, ds, 0.0)
     if NATURAL:
         row_sum += tl.sum(p, 1)
     if grad_bias_rows is not None:
+        keys = start + tl.arange(0, BLOCK_N)
+        tile_mask = live[:, None]
+        if MASKED:
+            tile_mask = tile_mask & visible[None, :]
         tl.store(grad_bias_rows[:, None] + keys[None, :], ds.to(key.dtype), mask=tile_mask)
     if buckets_ptr is not None and (MASKED or far is not None):
+        corner = start - first_query - (key_length - query_length)
         sums = tl.sum(ds, 1)
         before_sum += tl.where(corner + BLOCK_N - 1 <= -span, sums, 0.0)
         after_sum += tl.where(corner - (BLOCK_M - 1) >= span, sums, 0.0)
-    grad_query = tl.dot(ds.to(key.dtype), key, grad_query, input_precision="ieee")
+    grad_query = add_product(grad_query, ds.to(key.dtype), key)
     return grad_query, row_sum, before_sum, after_sum
 
 
@@ -102,11 +136,11 @@ def grad_query_kernel(
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_bb, stride_bh, stride_bq, stride_bk,
     heads, query_length, key_length, sequences,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    BUCKETS: tl.constexpr, IS_CAUSAL: tl.constexpr, START_AT_BIAS: tl.constexpr,
+    BUCKETS: tl.constexpr, IS_CAUSAL: tl.constexpr, START_AT_BIAS: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles * B * heads), with cu_seqlens as in forward_kernel. Writes grad_query, the gradients of the biases,
     and correction and stats for the other kernels. stats are a row's log-sum-exp, in the scores' units, and delta. A head has
-    stride_stats rows of them. grad_query has the strides of out.
+    stride_stats rows of them. grad_query has the strides of out. FEW is how many keys are few, or 0.
 
     Of the gradient of T5's table this kernel sums the tiles beyond span, in which a side's pairs share one bucket. Each program
     stores one (BUCKETS,) row, of a head's table_rows rows. _attention_grad_table.py has the other tiles.
@@ -164,7 +198,6 @@ def grad_query_kernel(
     lse = in_units(lse, NATURAL)
     stats = stats_ptr + 2 * ((batch64 * heads + head64) * stride_stats + queries)
     tl.store(stats, lse, mask=live)
-    tl.store(stats + 1, delta, mask=live)
     query = None
     if NATURAL:
         grad_out = None  # dot_rows reads it and query in pieces
@@ -191,7 +224,7 @@ def grad_query_kernel(
         seed = tl.load(seed_ptr)
     flat_heads = batch * heads + head + tl.zeros_like(queries)
 
-    full_start, full_end, front_start, front_count, tail_start, tail_count = key_tiles(
+    full_start, full_end, front_start, front_count, tail_start, tail_count, seen = key_tiles(
         mask_row,
         first_query,
         first_query + BLOCK_M - 1,
@@ -202,6 +235,26 @@ def grad_query_kernel(
         IS_CAUSAL,
         BLOCK_N,
     )
+    if FEW > 0:  # noqa: SIM102 - FEW is known to the compiler
+        # Where a row looks at one key nearly alone, dP - delta cancels. What is left shows that an output in half precision is
+        # rounded, and delta with it. If the tile's first row sees few keys, delta is the sum of P dP in place of that. Narrow
+        # tiles leave registers to the loops below.
+        if seen <= FEW:
+            HALF: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 16 else 16
+            dp_sum = tl.zeros((BLOCK_M,), tl.float32)
+            p_sum = tl.zeros((BLOCK_M,), tl.float32)
+            first = full_start - front_count * BLOCK_N
+            for start in tl.range(first, full_end + tail_count * BLOCK_N, HALF, num_stages=2):
+                p, dp, _, visible = _pairs(
+                    query, query_rows, grad_out, grad_rows, lse, key_ptr, value_ptr, mask_row, bias_rows, spread, None,
+                    center, seed, flat_heads, queries, first_query, live, start, scale, keep_scale, threshold, stride_ks,
+                    stride_vs, stride_bk, query_length, key_length, D, BLOCK_D, BLOCK_M, HALF, START_AT_BIAS, True,
+                )  # fmt: skip
+                allowed = _allowed(visible, queries, start, query_length, key_length, HALF, IS_CAUSAL)
+                dp_sum += tl.sum(tl.where(allowed, p * dp, 0.0), 1)
+                p_sum += tl.sum(tl.where(allowed, p, 0.0), 1)
+            delta = dp_sum / tl.where(p_sum == 0.0, 1.0, p_sum)
+    tl.store(stats + 1, delta, mask=live)
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     before_sum = tl.zeros((BLOCK_M,), tl.float32)

@@ -4,6 +4,8 @@ choice of a program's packed sequence and tile."""
 import triton
 import triton.language as tl
 
+from ._dot import add_product
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _SCAN = tl.constexpr(1024)
@@ -63,7 +65,7 @@ def dot_rows(a_rows, a_mask, b_rows, b_mask, D: tl.constexpr, M: tl.constexpr, N
         dims = start + tl.arange(0, 32)
         a = tl.load(a_rows[:, None] + dims[None, :], mask=a_mask[:, None] & (dims < D)[None, :], other=0.0)
         b = tl.load(b_rows[:, None] + dims[None, :], mask=b_mask[:, None] & (dims < D)[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total = add_product(total, a, tl.trans(b))
     return total
 
 
@@ -121,8 +123,9 @@ def key_tiles(
 ):  # fmt: skip
     """The tiles of the keys [chunk_start, chunk_end) that queries first_query to last_query need.
 
-    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count). In the tiles [full_start, full_end)
-    every query sees every key; front and tail tiles need masks. chunk_start is a multiple of BLOCK_N.
+    Returns (full_start, full_end, front_start, front_count, tail_start, tail_count, seen). In the tiles [full_start, full_end)
+    every query sees every key; front and tail tiles need masks. The first query sees at most `seen` keys. chunk_start is a
+    multiple of BLOCK_N.
     """
     first = chunk_start
     end = tl.minimum(chunk_end, key_length)
@@ -136,6 +139,7 @@ def key_tiles(
         shift = key_length - query_length
         end = tl.minimum(end, last_query + shift + 1)
         full_end = tl.minimum(end, first_query + shift + 1)
+    seen = full_end - first
     end = tl.maximum(end, first)
     front_start = first // BLOCK_N * BLOCK_N
     full_start = tl.cdiv(first, BLOCK_N) * BLOCK_N
@@ -143,7 +147,7 @@ def key_tiles(
     full_end = tl.where(whole, full_end, full_start)
     front_count = tl.where(end > first, (full_start - front_start) // BLOCK_N, 0)
     tail_count = tl.cdiv(tl.maximum(end - full_end, 0), BLOCK_N)
-    return full_start, full_end, front_start, front_count, full_end, tail_count
+    return full_start, full_end, front_start, front_count, full_end, tail_count, seen
 
 
 @triton.jit

@@ -17,13 +17,13 @@ The backward has no such kernel: docs/performance/h100_predicted.md says what it
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
 from pyfused import tiles
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._activation import activate
+from pyfused.kernels.triton._dot import add_product
 from pyfused.kernels.triton._launch import starter
 
 
@@ -43,7 +43,7 @@ def _place(tile, high, wide, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 def gated_product_kernel(
     x_ptr, w_gate_ptr, w_up_ptr, gate_ptr, up_ptr, hidden_ptr,
     rows, n, k, x_stride, w_gate_stride_n, w_gate_stride_k, w_up_stride_n, w_up_stride_k,
-    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """hidden (rows, n); with FACTORS gate and up too. x (rows, k), w_gate and w_up (n, k)."""
@@ -65,8 +65,8 @@ def gated_product_kernel(
                 x = tl.load(x_at, mask=deep[None, :] < k - start, other=0.0)
                 w_gate = tl.load(w_gate_at, mask=deep[:, None] < k - start, other=0.0)
                 w_up = tl.load(w_up_at, mask=deep[:, None] < k - start, other=0.0)
-            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            gate = add_product(gate, x, w_gate)
+            up = add_product(up, x, w_up)
             x_at += BLOCK_K
             w_gate_at += BLOCK_K * w_gate_stride_k
             w_up_at += BLOCK_K * w_up_stride_k
@@ -89,10 +89,9 @@ def prepare_gated_product(outer, x_stride, w_gate, w_up, activation, factors):
     options = tile.options
     if triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]) < tile.programs:
         return None
-    precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
     start = starter(
         gated_product_kernel, (tile.programs,), device, rows, n, k, x_stride, *w_gate.stride(), *w_up.stride(),
-        ACTIVATION=activation, FACTORS=factors, EVEN_K=k % options["BLOCK_K"] == 0, PRECISION=precision, **options,
+        ACTIVATION=activation, FACTORS=factors, EVEN_K=k % options["BLOCK_K"] == 0, **options,
     )  # fmt: skip
     new = maker((*outer, n), dtype, None, device)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from pyfused import tiles
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._activation import activate
+from pyfused.kernels.triton._dot import add_product
 from pyfused.kernels.triton._launch import starter
 
 FEW_ROWS = 16  # the least height of a tensor-core tile
@@ -46,7 +47,7 @@ def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, scale_ptr, step_ptr,
     rows, n, k, x_stride, w_stride_n, w_stride_k, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y (rows, n) = activation(x (rows, k) w (n, k)^T + bias) + residual, one tile per program. If x is int8, row i of it
@@ -71,7 +72,7 @@ def _linear_kernel(
         else:
             x = tl.load(x_at, mask=deep[None, :] < k - start, other=0.0)
             w = tl.load(w_at, mask=deep[:, None] < k - start, other=0.0)
-        total = tl.dot(x, w.to(x.dtype), total, input_precision=PRECISION, out_dtype=total.dtype)
+        total = add_product(total, x, w.to(x.dtype))
         x_at += BLOCK_K
         w_at += BLOCK_K * w_stride_k
     if OF_INTEGERS:
@@ -88,7 +89,7 @@ def _stream_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, pre_ptr, scale_ptr, partial_ptr,
     rows, n, k, share, x_stride, w_stride_n, w_stride_k, residual_stride,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same product for rows <= ROWS. With SPLIT, a float32 partial sum over `share` values of k.
@@ -117,7 +118,7 @@ def _stream_kernel(
             at = start + piece
             x = tl.load(x_ptr + at, mask=at < end, other=0.0)
             w = tl.load(w_ptr[None] + at.to(tl.int64) * w_stride_k, mask=at < end, other=0.0)
-            pieces = tl.dot(x, tl.trans(w.to(x.dtype), 0, 2, 1), pieces, input_precision=PRECISION)
+            pieces = add_product(pieces, x, tl.trans(w.to(x.dtype), 0, 2, 1))
         total = tl.sum(pieces, axis=0)
     live = (row < rows)[:, None] & (col < n)[None, :]
     if SPLIT:
@@ -181,14 +182,13 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
     strides = (x_stride, *w.stride(), residual_stride or 0)
     flags = {"ACTIVATION": activation, "HAS_BIAS": has_bias, "HAS_RESIDUAL": residual_stride is not None, "SAVE": save}
     flags["HAS_SCALE"] = is_int8
-    precision = "ieee" if of_tile == torch.float32 else "tf32"  # of no effect on 16-bit inputs and integers
     new_y = maker((*outer, n), dtype, None, device)
     parts = 0
     if rows > FEW_ROWS:
         tile = tiles.find("ffn_linear", device, of_tile, cases=cases).options
         multiply = starter(
             _linear_kernel, (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),), device,
-            rows, n, k, *strides, **flags, PRECISION=precision, EVEN_K=k % tile["BLOCK_K"] == 0, **tile,
+            rows, n, k, *strides, **flags, EVEN_K=k % tile["BLOCK_K"] == 0, **tile,
         )  # fmt: skip
     else:
         tile = tiles.find("ffn_stream", device, of_tile, rows, cases)
@@ -197,7 +197,7 @@ def prepare_product(outer, x_stride, w, has_bias, activation, residual_stride, s
         parts = triton.cdiv(k, each)
         stream = starter(
             _stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
-            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, PRECISION=precision, **options,
+            rows, n, k, each, *strides, **flags, SPLIT=parts > 1, **options,
         )  # fmt: skip
     if parts > 1:
         block = tiles.find("ffn_combine", device).options

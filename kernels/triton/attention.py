@@ -23,6 +23,7 @@ _LOG2E = math.log2(math.e)
 _PACK_ROWS = 16  # heads that share a key head share one query tile while it has at most this many rows
 _MOST_CHUNKS = 64  # the most chunks combine_kernel adds up
 _MOST_BUCKETS = 512  # of a table with a gradient: each program sums into all of them
+_FEW_KEYS = 32  # with more keys, delta from an output in half precision is as good as the rest of a gradient
 least_scale = 1e-3  # a bias is divided by it
 
 
@@ -174,6 +175,13 @@ def unsupported_backward(a):
     return None
 
 
+def _few_keys(a) -> int:
+    """FEW of grad_query_kernel. At D = 128 the sums of the table's gradient leave it no registers."""
+    any_few = a.is_causal or a.padding_mask is not None or a.cu_seqlens is not None or a.key.shape[2] <= _FEW_KEYS
+    fits = a.query.dtype != torch.float32 and not (a.wants_table and a.query.shape[3] > 64)
+    return _FEW_KEYS if any_few and fits else 0
+
+
 @prepares_launch
 @taking(AttentionBackward)
 def backward(a):
@@ -219,7 +227,7 @@ def backward(a):
         grad_query_kernel, (h * tiles_of_head,), device,
         grad_scale, *scalars, middle, table_rows,
         rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
-        BUCKETS=num_buckets, **shared, **query_tile.options,
+        BUCKETS=num_buckets, **shared, FEW=_few_keys(a), **query_tile.options,
     )  # fmt: skip
     by_key = starter(
         grad_key_value_kernel, (hkv * _tiles(b, sk, key_tile.options["BLOCK_N"], a.cu_seqlens),), device,

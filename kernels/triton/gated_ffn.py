@@ -30,6 +30,7 @@ from pyfused.kernels.reference.gated_ffn import linear_gradients
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
 from pyfused.kernels.triton._activation import activate, activate_with_slope
+from pyfused.kernels.triton._dot import add_product
 from pyfused.kernels.triton._gated_product import prepare_gated_product
 from pyfused.kernels.triton._launch import starter
 from pyfused.kernels.triton._product import FEW_ROWS, prepare_product, share, stream_options
@@ -54,8 +55,7 @@ def stream_kernel(
     x_ptr, w_gate_ptr, w_up_ptr, gate_ptr, up_ptr, hidden_ptr, partial_ptr,
     rows, n, k, share, x_stride, w_gate_stride_n, w_gate_stride_k, w_up_stride_n, w_up_stride_k,
     ACTIVATION: tl.constexpr, FACTORS: tl.constexpr, HIDDEN: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """gate and up (rows, n), rows <= ROWS. With SPLIT, float32 partial sums over `share` values of k. PIECES as in ffn."""
     part = tl.program_id(1)
@@ -88,8 +88,8 @@ def stream_kernel(
             x = tl.load(x_ptr + at, mask=at < end, other=0.0)
             w_gate = tl.load(w_gate_ptr[None] + at.to(tl.int64) * w_gate_stride_k, mask=at < end, other=0.0)
             w_up = tl.load(w_up_ptr[None] + at.to(tl.int64) * w_up_stride_k, mask=at < end, other=0.0)
-            gates = tl.dot(x, tl.trans(w_gate, 0, 2, 1), gates, input_precision=PRECISION)
-            ups = tl.dot(x, tl.trans(w_up, 0, 2, 1), ups, input_precision=PRECISION)
+            gates = add_product(gates, x, tl.trans(w_gate, 0, 2, 1))
+            ups = add_product(ups, x, tl.trans(w_up, 0, 2, 1))
         gate, up = tl.sum(gates, axis=0), tl.sum(ups, axis=0)
     live = (row < rows)[:, None] & (col < n)[None, :]
     if SPLIT:
@@ -198,7 +198,6 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
     are None without `factors`, hidden is None without `hidden`."""
     (n, k), rows, dtype, device = w_gate.shape, math.prod(outer), w_gate.dtype, w_gate.device
     flags = {"ACTIVATION": activation, "FACTORS": factors, "HIDDEN": hidden}
-    precision = "ieee" if dtype == torch.float32 else "tf32"  # of no effect on 16-bit inputs
     tile = tiles.find("gated_ffn_stream", device, dtype, rows)
     options = stream_options(rows, tile)
     each = share(n, k, tile, options)
@@ -206,7 +205,7 @@ def prepare_stream(outer, x_stride, w_gate, w_up, activation, factors, hidden):
     stream = starter(
         stream_kernel, (triton.cdiv(n, tile.options["BLOCK_N"]), parts), device,
         rows, n, k, each, x_stride, *w_gate.stride(), *w_up.stride(),
-        **flags, SPLIT=parts > 1, PRECISION=precision, **options,
+        **flags, SPLIT=parts > 1, **options,
     )  # fmt: skip
     if parts > 1:
         block = tiles.find("gated_ffn_combine", device).options

@@ -33,6 +33,9 @@ TARGETS = ("sm_80", "sm_90", "gfx942")
 _KILOBYTES = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 SHARED_LIMIT = {target: 1024 * kilobytes for target, kilobytes in _KILOBYTES.items()}
 
+# A product of float32 tiles in Triton's intermediate code: its kind, the name of the value that it is added to, and its options
+_FLOAT32_PRODUCT = re.compile(r"\b(\w+\.\w*dot) %\S+, %\S+, %([\w#]+)(.*?) : (?:!ttg\.)?\w+<[\dx]+xf32\b")
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -172,8 +175,13 @@ def _compile(case: Case, target: str, path: list[str]) -> Compiled:
 
 
 def check_resources(compiled: Compiled, name: str, target: str) -> None:
-    """Raises AssertionError if a kernel spills, or needs more shared memory than the chip has."""
+    """Raises AssertionError if a kernel spills, needs more shared memory than the chip has, or multiplies float32 as
+    kernels/triton/_dot.py does not: in TF32, or with chains of additions that go on from tile to tile."""
     what = f"{name} on {target}"
+    for kind, total, options in _FLOAT32_PRODUCT.findall(compiled.asm.get("ttgir", "")):
+        in_tf32 = kind != "tt.dot" or "inputPrecision" in options
+        assert not in_tf32, f"{what}: a float32 product is in TF32"
+        assert total.startswith("cst"), f"{what}: a float32 product does not start at zero, but at %{total}"
     assert compiled.spills == 0, f"{what}: {compiled.spills} bytes a thread spilled ({compiled.registers} registers)"
     limit = SHARED_LIMIT[target]
     assert compiled.shared <= limit, f"{what}: {compiled.shared} bytes of shared memory; the chip has {limit}"

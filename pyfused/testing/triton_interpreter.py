@@ -6,7 +6,7 @@ Three errors, in Triton 3.6 to 3.9. The interpreter stores bfloat16 as 16 bits i
 - conversion from float32 cuts bits off, but the hardware rounds to nearest even. Subnormals come out wrong.
 One difference: a float32 tl.dot uses BLAS. Its order of summation depends on shapes and layouts, so a b^T and (b a^T)^T differ
 in their last bits. On a GPU each element is one chain of multiply-adds over the inner dimension, and they agree. Attention's
-backward needs that: two of its kernels compute the same scores.
+backward needs that: two of its kernels compute the same scores. And a long chain has larger errors than BLAS.
 The kernels contain no workaround for any of this: they are right and fast on a GPU.
 
 And four things take most of its time, without a part in any result:
@@ -41,9 +41,9 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     """total + a @ b, each element summed over the inner dimension from its first index to its last."""
-    total = np.array(np.broadcast_to(total, (a.shape[0], b.shape[1])))
-    for k in range(a.shape[1]):
-        total += a[:, k, None] * b[None, k, :]
+    total = np.array(np.broadcast_to(total, (*a.shape[:-1], b.shape[-1])))
+    for k in range(a.shape[-1]):
+        total += a[..., k, None] * b[..., k, None, :]
     return total
 
 
@@ -85,7 +85,7 @@ def repair_interpreter() -> None:
         return handle
 
     def create_dot(self, a, b, d, *rest):
-        if a.dtype.scalar == b.dtype.scalar == d.dtype.scalar == tl.float32 and a.data.ndim == 2:
+        if a.dtype.scalar == b.dtype.scalar == d.dtype.scalar == tl.float32:
             return interpreter.TensorHandle(ordered_product(a.data, b.data, d.data), tl.float32)
         if a.dtype.scalar == b.dtype.scalar == tl.int8:  # NumPy has no BLAS for integers either; float64 sums are exact
             sums = a.data.astype(np.float64) @ b.data.astype(np.float64)

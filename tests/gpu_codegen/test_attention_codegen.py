@@ -52,6 +52,7 @@ def case(kernel, d, kind, target, given="causal"):
     constants["START_AT_BIAS"] = "relative" in given and kind != "fp32"
     constants["MASKED_STAGES"] = stages if kernel == "few" else _attention_tiles.MASKED_STAGES.value
     constants["BUCKETS"] = 32 if "table" in given else 1
+    constants["FEW"] = 0 if kind == "fp32" or ("table" in given and d > 64) else 32
     absent = {
         "mask_ptr": "mask" not in given,
         "bias_ptr": "bias" not in given,

@@ -24,7 +24,7 @@ def product(name, kernel, kind, tile, scalars, pointers="", **constants):
     types |= dict.fromkeys(("n", "k", "x_stride", "w_stride_n", "residual_stride", *scalars), "i32:16")
     types["rows"] = "i32"
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    constants |= {**FLAGS, **tile, "w_stride_k": 1, "PRECISION": "ieee" if kind == "fp32" else "tf32"}
+    constants |= {**FLAGS, **tile, "w_stride_k": 1}
     return Case(name, f"{MODULE}:{kernel}", types, constants, warps, stages)
 
 

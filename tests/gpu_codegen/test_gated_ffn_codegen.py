@@ -32,7 +32,6 @@ def stream(kind, rows, split, activation, target):
     constants |= {
         "FACTORS": kind == "fp16",
         "HIDDEN": kind != "fp16",
-        "PRECISION": "ieee" if kind == "fp32" else "tf32",
     }
     return Case(f"stream {kind} {rows}", f"{MODULE}:stream_kernel", types, constants, warps, stages)
 
@@ -45,7 +44,7 @@ def product(target):
         tile = dict(found.options)
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         constants = {"w_gate_stride_k": 1, "w_up_stride_k": 1, "ACTIVATION": "gelu_tanh", "FACTORS": False}
-        constants |= {"EVEN_K": True, "PRECISION": "tf32", **tile}
+        constants |= {"EVEN_K": True, **tile}
         kernel = f"{MODULE.replace('gated_ffn', '_gated_product')}:gated_product_kernel"
         yield Case("product", kernel, types, constants, warps, stages)
 

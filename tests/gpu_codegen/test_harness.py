@@ -24,6 +24,16 @@ def heavy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
         a = tl.load(x_ptr + k * BLOCK * 16 + i[:, None] * 16 + j[None, :])
         total = tl.dot(a, tl.trans(a), total)
     tl.store(y_ptr + i[:, None] * BLOCK + i[None, :], total)
+
+
+@triton.jit
+def product(x_ptr, y_ptr, n, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    place = i[:, None] * BLOCK + i[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, n):
+        total += tl.dot(tl.load(x_ptr + place), tl.load(x_ptr + k + place), input_precision=PRECISION)
+    tl.store(y_ptr + place, total)
 '''
 POINTERS = {"x_ptr": "*bf16:16", "y_ptr": "*bf16:16", "n": "i32:16"}
 
@@ -54,6 +64,17 @@ def test_a_spill_is_found(kernels):
     assert compiled.spills > 0
     with pytest.raises(AssertionError, match=r"heavy on sm_80: .* spilled"):
         check_resources(compiled, "heavy", "sm_80")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tf32_and_long_chains_of_float32_are_found(kernels, target):
+    """Triton moves the addition of a product that starts at zero into the product."""
+    types = {"x_ptr": "*fp32:16", "y_ptr": "*fp32:16", "n": "i32"}
+    for precision, error in (("tf32", "is in TF32"), ("ieee", "does not start at zero")):
+        case = Case(precision, f"{kernels}:product", types, {"BLOCK": 64, "PRECISION": precision}, sass=False)
+        compiled = compile_cases([case], target)[precision]
+        with pytest.raises(AssertionError, match=f"{precision} on {target}: a float32 product {error}"):
+            check_resources(compiled, precision, target)
 
 
 def test_a_wrong_case_says_its_name(kernels):

@@ -20,7 +20,7 @@ def product(name, kernel, kind, tile, scalars, pointers, x=None, **constants):
         "rows": "i32"
     }
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-    constants |= {**FLAGS, **tile, "w_stride_k": 1, "PRECISION": "ieee" if kind == "fp32" else "tf32"}
+    constants |= {**FLAGS, **tile, "w_stride_k": 1}
     return Case(name, f"{MODULE}:{kernel}", types, constants, warps, stages)
 
 
