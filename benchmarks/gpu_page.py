@@ -31,7 +31,7 @@ def page(found: list[dict]) -> str:
             f"{limits['copy_gb_per_s'] / 1e3:.2f} TB/s and multiplies {limits['bfloat16_gflop_per_s'] / 1e3:.0f} TFLOP/s in "
             "bfloat16.",
         ]
-        for part in (_checked, _attention, _texts, _steps, _host):
+        for part in (_checked, _attention, _texts, _steps, _kernels, _host):
             lines += part(gpu["items"])
     return "\n".join([*lines, ""])
 
@@ -106,6 +106,11 @@ def _steps(items: dict[str, list[dict]]) -> list[str]:
     ]
     words = "The CUDA kernel for a whole step, in a graph: microseconds on the device, and the weights' bytes in that time."
     return _table("A step in one kernel", words, ("model", "rows", "us", "GB/s"), rows)
+
+
+def _kernels(items: dict[str, list[dict]]) -> list[str]:
+    rows = [[row["kernel"], row["metrics"].get("Duration", "")] for row in _of(items, "profile")]
+    return _table("Kernels by themselves", "By Nsight Compute, in bfloat16.", ("kernel", "duration"), rows)
 
 
 def _host(items: dict[str, list[dict]]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 import pyfused
 from pyfused import dispatch, evidence
 from pyfused.evidence import storage
+from pyfused.ops.decode import step_of
 from pyfused.tune import run
 from pyfused.tune.run import tune
 
@@ -62,6 +63,14 @@ def test_huge_weights_go_by_large_ones_where_only_these_were_measured(cache):
     assert "2.00 times" in evidence.slower(*asked)
     cache(large, row(shapes="huge", **{"4": 1.5}))
     assert evidence.slower(*asked) is None
+
+
+@pytest.mark.parametrize("rows, expected", [(2, "decoder, narrow, few rows"), (5, "decoder, narrow, many rows")])
+def test_classes_of_a_generation_step(rows, expected):
+    model = pyfused.GPT2Backbone.from_preset("gpt2_tiny_en")
+    plan, cache = pyfused.plan_of(model), model.new_cache(rows, 8)
+    step = step_of(torch.zeros(rows, dtype=torch.int64), cache)
+    assert evidence.shapes_of("decode", "forward", (plan.dtype_and_device, plan, step)) == (expected, rows)
 
 
 def test_explain_names_the_line(cache):

@@ -104,6 +104,16 @@ def _relative_bias_backward(grad_out, *_):
     return "plain", grad_out.numel()
 
 
+def _decode(like, plan, step):
+    """A generation step by what its plan has, its width and its rows: they decide whether barriers or bytes set the pace."""
+    weights = [matrix.weight for matrix in plan.matrices()]
+    kind = "cross-attention" if plan.has_cross else "decoder"
+    kind += "" if all(w.is_floating_point() for w in weights) else ", integers"
+    kind += "" if all(w.stride()[1] == 1 for w in weights) else ", by columns"
+    rows = step.tokens.shape[0]
+    return f"{kind}, {'narrow' if plan.hidden <= 1024 else 'wide'}, {'few' if rows <= 4 else 'many'} rows", rows
+
+
 # Every function that evidence may be about.
 SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("linear", "forward"): _linear,
@@ -120,4 +130,5 @@ SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("attention", "backward"): taking(AttentionBackward)(_attention),
     ("relative_bias", "forward"): _relative_bias,
     ("relative_bias", "backward"): _relative_bias_backward,
+    ("decode", "forward"): _decode,
 }
