@@ -114,18 +114,21 @@ def operators(found: dict) -> list[str]:
     return lines
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds > 1e-3 else f"{seconds * 1e3:.3f}"
+
+
 def models(found: dict) -> list[str]:
     """A line for each case of a model; on a GPU, whose operators have other sizes, of an operator too."""
     lines = []
     for name in MODELS if found["device"] == "cpu" else dict.fromkeys(row["benchmark"] for row in found["rows"]):
         for (case, dtype), row in rows_of(found, name).items():
             if "seconds" in row:
-                peers = ", ".join(
-                    f"{'transformers' if peer == 'eager' else peer} {value:.2f}" for peer, value in row["ratio"].items()
-                )
+                eager = "transformers" if name in MODELS else "eager"
+                peers = ", ".join(f"{eager if peer == 'eager' else peer} {value:.2f}" for peer, value in row["ratio"].items())
                 label = f"{name} {case}" if name not in FUSED else after_fuse(row)
                 mark = "~" if row["noisy"] else ""
-                lines.append(f"| {label} | {dtype} | {row['seconds']['pyfused'] * 1e3:.1f}{mark} | {peers} |")
+                lines.append(f"| {label} | {dtype} | {_milliseconds(row['seconds']['pyfused'])}{mark} | {peers} |")
     return ["| work | dtype | pyfused, ms | times as fast as |", "|---|---|---|---|", *lines] if lines else []
 
 
@@ -176,6 +179,8 @@ def verdict(found: dict) -> str:
 
 
 def threads_of(found: dict) -> str:
+    if found["device"] != "cpu":
+        return "a GPU"
     return f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
 
 

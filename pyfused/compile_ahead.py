@@ -150,6 +150,16 @@ class Workers:
                 pass
         self._idle.clear()
 
+    def _worker(self) -> subprocess.Popen[str]:
+        """An idle process that still runs, or a new one."""
+        while True:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                return _start_worker()
+            if process.poll() is None:
+                return process
+
     def compile(self, launches: Sequence[Launch], say: Callable[[str], None] = lambda text: None) -> list[Compiled]:
         """A row for each launch; for one that does not compile, the row has an error.
 
@@ -165,15 +175,17 @@ class Workers:
             waiting.put(launch)
 
         def feed_a_worker() -> None:
-            process = self._idle.pop() if self._idle else _start_worker()
+            process = self._worker()
             while True:
                 try:
                     launch = waiting.get_nowait()
                 except queue.Empty:
                     self._idle.append(process)
                     return
-                print(json.dumps(launch), file=process.stdin, flush=True)
-                answer = process.stdout.readline()  # type: ignore[union-attr]
+                answer = ""
+                with contextlib.suppress(OSError):  # it has ended
+                    print(json.dumps(launch), file=process.stdin, flush=True)
+                    answer = process.stdout.readline()  # type: ignore[union-attr]
                 row = Compiled(
                     launch, *(json.loads(answer) if answer else (0.0, False, "the compiler's process ended"))
                 )

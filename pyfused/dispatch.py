@@ -55,7 +55,7 @@ class BackendError(RuntimeError):
 def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Runs every operator inside the block on one backend, if that supports the call. So does the backward of such an operator
     wherever it is called, except inside another such block. On a GPU, where the backward runs in a thread of its own, a block
-    around the backward alone is not seen.
+    around the backward alone is not seen. Compiled programs look when they run: their backward on a GPU sees no block.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", "cudnn" or "gluon".
@@ -67,7 +67,14 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
         ValueError: `name` is not a backend, or cannot run on this machine at all.
     """
     _check_backend(name, "name")
-    with set_to(_forced, (name, strict)), evidence.one_way(library=False):
+    with as_forced((name, strict)):
+        yield
+
+
+@contextmanager
+def as_forced(forced: tuple[str, bool]) -> Iterator[None]:
+    """Inside the block the backend of that name is forced, strictly or not."""
+    with set_to(_forced, forced), evidence.one_way(library=False):
         yield
 
 

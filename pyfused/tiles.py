@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import evidence
+from .notices import once
 
 # Each has a shipped file. An NVIDIA chip without a file of its own uses "sm_80" if it has as much shared memory as an A100, and
 # "sm_86" otherwise.
@@ -256,9 +257,18 @@ def _rows(where: torch.device | str) -> dict[str, list[tuple[int, Row]]]:
     table: dict[str, list[tuple[int, Row]]] = {}
     limit = shared_memory(where)
     for place, (path, kind) in enumerate(files(where)):
-        for row in evidence.read(path, kind, "tiles", lambda row, file: row_from(row, file, limit)):
-            table.setdefault(row.kernel, []).append((place, row))
+        for row in evidence.read(path, kind, "tiles", lambda row, file: _row_of_ours(row, file, limit)):
+            if row is not None:
+                table.setdefault(row.kernel, []).append((place, row))
     return table
+
+
+def _row_of_ours(row: dict[str, Any], file: str, shared: int) -> Row | None:
+    """row_from(), and None for a kernel that this release does not have."""
+    if isinstance(row["kernel"], str) and row["kernel"] not in KERNELS:
+        once(f"evidence file {file}: this pyfused has no kernel {row['kernel']!r}; its tiles are left out")
+        return None
+    return row_from(row, file, shared)
 
 
 def row_from(row: dict[str, Any], file: str, shared: int = _NO_LIMIT) -> Row:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused import dispatch, extensions
@@ -136,6 +137,35 @@ def test_a_backward_in_another_thread_runs_on_the_forwards_backend(monkeypatch):
     finally:
         dispatch.forget()
     assert ran == ["reference", "cpu", "reference"]
+
+
+def test_what_a_forced_backward_computes_again_is_not_forced():
+    """A checkpoint's block runs again while the backward unpacks its tensors."""
+    wide = W.double()
+
+    def block(x):
+        h = pyfused.layer_norm(x, wide)
+        with pyfused.backend("cpu", strict=True):
+            return pyfused.layer_norm(h.float(), W)
+
+    x = X.double().requires_grad_()
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+
+
+def test_the_profiler_changes_no_backend(monkeypatch):
+    ran, module = [], dispatch.kernel("reference", "layer_norm")
+    original = module.backward
+    monkeypatch.setattr(module, "backward", lambda *a: ran.append(1) or original(*a))
+    dispatch.forget()
+    try:
+        with torch.profiler.profile():
+            with pyfused.backend("reference"):
+                y = pyfused.layer_norm(X, W.clone().requires_grad_())
+            y.sum().backward()
+    finally:
+        dispatch.forget()
+    assert ran == [1]
 
 
 def test_threads_follow_torch():

@@ -109,7 +109,6 @@ def test_forget_reads_again(own):
         (row(tile={**TILE, "BLOCK_M": 8192, "BLOCK_N": 8192}), "has more than 1048576 elements"),
         (row(tile={"BLOCK_M": 64}), "it takes \\['BLOCK_M', 'BLOCK_N', 'num_stages', 'num_warps'\\]"),
         (row(tile=[]), "it takes"),
-        (row("conv_forward"), "conv_forward"),
         (row(dtype="int8"), "dtype is 'int8'"),
         (row(up_to=0), "up_to is 0"),
         ({"kernel": "attention_forward"}, "KeyError"),
@@ -122,6 +121,12 @@ def test_a_bad_row_is_a_warning_and_the_shipped_rows(own, bad, said):
     path = own(row(up_to=64, case="0"), bad)
     with pytest.warns(RuntimeWarning, match=f"{path}: its tiles are ignored: .*{said}"):
         assert attention(CPU) == expected
+
+
+def test_a_kernel_of_another_release_leaves_the_other_rows(own):
+    own(row(up_to=64), row("attention_of_tomorrow"))
+    with pytest.warns(UserWarning, match="no kernel 'attention_of_tomorrow'"):
+        assert attention(CPU, cases=("",)).options == TILE
 
 
 def test_a_foreign_file_is_a_warning_and_the_shipped_rows(own):

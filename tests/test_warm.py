@@ -37,6 +37,7 @@ def test_a_model_loads_what_was_compiled_ahead(tmp_path):
     assert facts["seconds again"] < 1.0
     assert facts["tiles"] == [2, 0, []]  # both compiled, neither started
     assert facts["processes"] == [0]  # one compiled both, and ended
+    assert facts["after a death"]
     cached, error = facts["broken"]
     assert error
     assert not cached

@@ -58,9 +58,15 @@ def main(preset, *lengths):
             tried += compile_ahead.compile_tiles(normalise, "row_norm_forward", [tile], workers)
             processes |= set(workers._idle)
     ended = [process.poll() for process in processes]
+    with compile_ahead.Workers(1) as workers:
+        workers.compile([broken])
+        workers._idle[0].kill()
+        workers._idle[0].wait()
+        (after_a_death,) = workers.compile([broken])
     facts = {
         "tiles": [len(tried), len(driver.started) - before, [row.error for row in tried if row.error]],
         "processes": ended,
+        "after a death": after_a_death.error == failed.error,
         "launches": len(launches),
         "started while recording": started,
         "by another thread": others,

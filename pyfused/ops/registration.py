@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import dispatch, extensions
-from ..setting import set_to
 from .autocast import without_autocast
 from .call import WATCHERS, Call
 from .cost import COSTS, Cost
@@ -25,6 +24,16 @@ def operator_of(overload: Any) -> str:
     """The name of the operator that a dispatch mode meets in one of its registered forms; "" for torch's own."""
     namespace, _, name = overload._schema.name.partition("::")
     return re.sub("_inference(_sum)?$", "", name) if namespace == "pyfused" else ""
+
+
+class _Unpacked:
+    """An autograd context whose saved tensors are unpacked. They can be unpacked only once."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class Operator(Call):
@@ -89,11 +98,21 @@ class Operator(Call):
         def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             setup_context(ctx, inputs, outputs)
+            ctx.forced = dispatch._forced.get()
             ctx.set_materialize_grads(len(outputs) == 1)  # else backward gets None for absent gradients
             if not getattr(ctx, "follows_kept", False):
                 ctx.mark_non_differentiable(*outputs[self.results_of(inputs) :])
 
-        torch.library.register_autograd(f"pyfused::{self.name}", backward, setup_context=setup_registered, lib=LIBRARY)
+        def backward_of_forced(ctx: Any, *grads: Any) -> Any:
+            """On a GPU the backward runs in a thread of its own, which sees no backend() around it. The forward's is meant."""
+            if ctx.forced is None or dispatch._forced.get() is not None:
+                return backward(ctx, *grads)
+            ctx = _Unpacked(ctx)  # unpacking may run a user's code: checkpoints compute their block again
+            with dispatch.as_forced(ctx.forced):
+                return backward(ctx, *grads)
+
+        name = f"pyfused::{self.name}"
+        torch.library.register_autograd(name, backward_of_forced, setup_context=setup_registered, lib=LIBRARY)
 
         def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
             outputs = self.direct(*args)
@@ -103,13 +122,6 @@ class Operator(Call):
             if getattr(ctx, "follows_kept", False):
                 return outputs
             return outputs[: self.results_of(args)]  # tensors kept for backward are no outputs: saves 4 us
-
-        def backward_of_forced(ctx: Any, *grads: Any) -> Any:
-            """On a GPU the backward runs in a thread of its own, which sees no backend() around it. The forward's is meant."""
-            if ctx.forced is None or dispatch._forced.get() is not None:
-                return backward(ctx, *grads)
-            with set_to(dispatch._forced, ctx.forced):
-                return backward(ctx, *grads)
 
         # With a separate setup_context torch would inspect forward's signature at every call, in 40 us.
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_forced)}
