@@ -17,7 +17,7 @@ FLAGS = {
     "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 # The tile of the gemm, and that of the gemv where the set has it
-OUTER = "outer_tile<2>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool);\n"
+OUTER = "outer_tile<2, kWeightRows, Nothing>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool, Nothing);\n"
 GEMM = f"template void Product<float, float, int8_t, Quads>::{OUTER}"
 PAIRS = f"template void Product<bf16>::{OUTER}"
 PAIRS += "template void Product<bf16>::dot_tile<4, 4>(int64_t, int64_t, int64_t, float*) const;\n"
