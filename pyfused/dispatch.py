@@ -207,7 +207,7 @@ def _candidates(
                 )
                 if name not in listed:
                     reason = f"not used for {device} tensors unless forced"
-                    reason += getattr(module, "UNPROVEN", "")
+                    reason += getattr(module, "NOT_CHOSEN", "")
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)

@@ -26,24 +26,29 @@ def test_explain_names_every_backend():
     assert pyfused.explain("layer_norm", X.double(), W.double()).backend == "reference"
 
 
-def test_explain_agrees_with_what_runs(monkeypatch):
-    ran = []
+@pytest.fixture
+def ran(monkeypatch):
+    """Which backend ran layer_norm: (its name, "forward" or "backward"), in order."""
+    found = []
     for name in ("reference", "cpu"):
         module = dispatch.kernel(name, "layer_norm")
-        original = module.forward
-        monkeypatch.setattr(module, "forward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
+        for function in ("forward", "backward"):
+            original = getattr(module, function)
+            noted = name, function
+            monkeypatch.setattr(module, function, lambda *a, noted=noted, f=original: found.append(noted) or f(*a))
     dispatch.forget()
-    try:
-        for forced in (None, "reference", "cpu"):
-            if forced is None:
-                pyfused.layer_norm(X, W)
-                assert ran[-1] == pyfused.explain("layer_norm", X, W).backend
-            else:
-                with pyfused.backend(forced):
-                    pyfused.layer_norm(X, W)
-                    assert ran[-1] == forced == pyfused.explain("layer_norm", X, W).backend
-    finally:
-        dispatch.forget()
+    yield found
+    dispatch.forget()
+
+
+def test_explain_agrees_with_what_runs(ran):
+    pyfused.layer_norm(X, W)
+    assert ran[-1] == (pyfused.explain("layer_norm", X, W).backend, "forward")
+    for forced in ("reference", "cpu"):
+        with pyfused.backend(forced):
+            pyfused.layer_norm(X, W)
+            assert ran[-1] == (forced, "forward")
+            assert pyfused.explain("layer_norm", X, W).backend == forced
 
 
 def test_unknown_names_are_refused():
@@ -116,27 +121,19 @@ def test_a_backend_without_a_backward_is_no_candidate_for_it(monkeypatch):
         dispatch.forget()
 
 
-def test_a_backward_in_another_thread_runs_on_the_forwards_backend(monkeypatch):
+def test_a_backward_in_another_thread_runs_on_the_forwards_backend(ran):
     """As autograd does for a GPU."""
-    ran = []
-    for name in ("reference", "cpu"):
-        module = dispatch.kernel(name, "layer_norm")
-        original = module.backward
-        monkeypatch.setattr(module, "backward", lambda *a, n=name, f=original: ran.append(n) or f(*a))
-    dispatch.forget()
-    try:
-        for forward in ("reference", "cpu"):
-            with pyfused.backend(forward):
-                y = pyfused.layer_norm(X, W.clone().requires_grad_())
-            thread = threading.Thread(target=y.sum().backward)
-            thread.start()
-            thread.join()
-        y = pyfused.layer_norm(X, W.clone().requires_grad_())
-        with pyfused.backend("reference"):
-            y.sum().backward()
-    finally:
-        dispatch.forget()
-    assert ran == ["reference", "cpu", "reference"]
+    for forward in ("reference", "cpu"):
+        with pyfused.backend(forward):
+            y = pyfused.layer_norm(X, W.clone().requires_grad_())
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+        assert ran[-1] == (forward, "backward")
+    y = pyfused.layer_norm(X, W.clone().requires_grad_())
+    with pyfused.backend("reference"):
+        y.sum().backward()
+    assert ran[-1] == ("reference", "backward")
 
 
 def test_what_a_forced_backward_computes_again_is_not_forced():
@@ -153,19 +150,12 @@ def test_what_a_forced_backward_computes_again_is_not_forced():
     assert x.grad is not None
 
 
-def test_the_profiler_changes_no_backend(monkeypatch):
-    ran, module = [], dispatch.kernel("reference", "layer_norm")
-    original = module.backward
-    monkeypatch.setattr(module, "backward", lambda *a: ran.append(1) or original(*a))
-    dispatch.forget()
-    try:
-        with torch.profiler.profile():
-            with pyfused.backend("reference"):
-                y = pyfused.layer_norm(X, W.clone().requires_grad_())
-            y.sum().backward()
-    finally:
-        dispatch.forget()
-    assert ran == [1]
+def test_the_profiler_changes_no_backend(ran):
+    with torch.profiler.profile():
+        with pyfused.backend("reference"):
+            y = pyfused.layer_norm(X, W.clone().requires_grad_())
+        y.sum().backward()
+    assert ran[-1] == ("reference", "backward")
 
 
 def test_threads_follow_torch():

@@ -23,11 +23,11 @@ _HEAD_SIZES = (64, 128)
 TURNS = True  # benchmarks/gpu_peers.py times both
 
 
-UNPROVEN = " (not faster than Triton's)"
+NOT_CHOSEN = " (not faster than Triton's)"
 
 
 def remark_forward(*args):
-    return UNPROVEN.strip(" ()")
+    return NOT_CHOSEN.strip(" ()")
 
 
 @taking(AttentionForward)
