@@ -1,5 +1,6 @@
 """Are transformers models of many families right after fuse_, and is each fused as far as the documents say?"""
 
+import collections
 import copy
 import functools
 import pickle
@@ -49,6 +50,23 @@ def test_gradients(name):
 def test_half_precision(name, dtype):
     trio = Trio(copy.deepcopy(family(name)), dtype=dtype)
     trio.check(**FAMILIES[name][1]())
+
+
+@pytest.mark.parametrize("name", ["BART", "BERT", "GPT-NeoX", "Llama", "MPNet", "Switch Transformers", "T5", "UMT5", "ViT"])
+def test_a_module_runs_as_often_as_before(name):
+    """Where the children's hooks keep a layer from the kernels, no child has run before the class's own statements do."""
+    plain, fused = (copy.deepcopy(family(name)) for _ in range(2))
+    pyfused.fuse_(fused)
+    given, calls = FAMILIES[name][1](), []
+    for model in (plain, fused):
+        count = collections.Counter()
+        for place, module in model.named_modules():
+            if not isinstance(module, nn.Dropout) and not any(module.children()):
+                module.register_forward_hook(lambda *_, place=place, count=count: count.update([place]))
+        with torch.no_grad():
+            model(**given)
+        calls.append(count)
+    assert calls[0] == calls[1]
 
 
 def test_the_page_of_families():
