@@ -74,8 +74,8 @@ def make_mask(
 
 
 def read_mask(mask: Tensor, query: Tensor, key: Tensor, biased: bool = False) -> Visibility:
-    """Which keys a query sees. The mask is bool (True is visible) or a float that is added to the scores. Beside a position bias
-    (`biased`) sdpa turns a bool mask into the least finite number.
+    """Which keys a query sees. The mask is bool (True is visible) or a float that is added to the scores. Beside a position
+    bias (`biased`) sdpa turns a bool mask into the least finite number.
 
     Raises:
         TypeError: the mask holds integers, which could mean either.
@@ -124,9 +124,9 @@ def _recognised(mask: Tensor, all_see: bool) -> Visibility | None:
 def with_blind_queries(
     mask: Tensor, query: Tensor, key: Tensor, biased: bool
 ) -> tuple[Visibility, Tensor | None] | None:
-    """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a mask, float or beside a position bias, that
-    hides every key from some queries; None for others. Only a finite least number does that; behind -inf they get zeros, and
-    the second is None."""
+    """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a mask, float or beside a position bias,
+    that hides every key from some queries; None for others. Only a finite least number does that; behind -inf they get zeros,
+    and the second is None."""
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
     # Beside float16's least number float32 scores still count, as in sdpa, which a bool mask stands for. Scores in float16, to
     # which older code adds a float mask, do not.
