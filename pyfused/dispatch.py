@@ -1,7 +1,7 @@
 """Which backend runs an operator? One order of preference, and the reasons that overrule it.
 
 A backend is a folder of kernels/: `reference` (plain PyTorch), `cpu` (csrc/cpu), `triton`, `cuda` (csrc/cuda), `cudnn`
-(NVIDIA's, attention alone), `gluon` (Triton's language for one chip: attention's forward for Hopper, never used unless forced).
+(NVIDIA's, attention alone), `gluon` (Triton's language for one chip: attention for Hopper, by hand).
 It has a module for each operator, with `forward`, `backward` or both. If it lacks one, the next backend runs that, even with
 strict=True.
 
@@ -39,8 +39,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda", "cudnn", "gluon")
 # The order on each device where nothing was measured. `reference` is last and can run everything.
 PREFERENCES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    # The CUDA kernels and cuDNN's have not run on every GPU: Triton comes first until evidence shows them right and faster.
-    "cuda": ("triton", "cuda", "cudnn", "reference"),
+    # The CUDA kernels, cuDNN's and those for Hopper have not run on every GPU: Triton comes first until evidence shows them
+    # right and faster.
+    "cuda": ("triton", "cuda", "cudnn", "gluon", "reference"),
 }
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -207,7 +208,6 @@ def _candidates(
                 )
                 if name not in listed:
                     reason = f"not used for {device} tensors unless forced"
-                    reason += getattr(module, "NOT_CHOSEN", "")
                 elif strictly:
                     reason = f"{strictly!r} is forced with strict=True"
         call = None if module is None else getattr(module, function, None)

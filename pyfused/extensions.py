@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import os
 import re
 import warnings
@@ -31,6 +32,7 @@ _active_isa: str | None = None
 _emulated: Callable[[], ModuleType] | None = None
 _emulated_cudnn = False
 _emulated_gluon = False
+GLUON_NEEDS = "3.6."  # the release of Triton whose Gluon the kernels are written in and were measured with
 
 
 @functools.cache
@@ -305,6 +307,9 @@ def gluon_missing() -> str:
         return "no CUDA device"
     if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:  # an MI300 says 9.4
         return "its kernels are for Hopper (sm_90)"
+    found = importlib.metadata.version("triton")
+    if not found.startswith(GLUON_NEEDS):
+        return f"Triton {found} is installed; its language for one chip still changes, and {GLUON_NEEDS[:-1]} is tested"
     return ""
 
 

@@ -226,7 +226,7 @@ def slower_call(backend: str, operator: str, args: tuple[Any, ...]) -> str | Non
 
 # ---- the order of backends, on a GPU ----------------------------------------------------------------------------------
 
-# Without measurements Triton is the default. A CUDA kernel and cuDNN's have no rank: they come after every backend with one.
+# Without measurements Triton is the default. The others have no rank: they come after every backend with one.
 _UNMEASURED = {"triton": 1.0 + 1e-9, "reference": 1.0}
 
 
@@ -245,9 +245,9 @@ def rank(device: str, operator: str, function: str, dtype: torch.dtype, shapes: 
 
 
 def unproven(backend: str, operator: str, function: str, device: str) -> Callable[..., str | None] | None:
-    """For a CUDA kernel, ours or cuDNN's: a function of a call's arguments that returns why it must not run, or None if
-    evidence shows it right. For other backends: None."""
-    if backend not in ("cuda", "cudnn"):
+    """For a CUDA kernel, ours or cuDNN's, and one for Hopper: a function of a call's arguments that returns why it must not run,
+    or None if evidence shows it right. For other backends: None."""
+    if backend not in ("cuda", "cudnn", "gluon"):
         return None
 
     def reason(*args: Any) -> str | None:

@@ -164,7 +164,7 @@ def line_from(row: dict[str, Any], file: str) -> Line:
     if (operator, function) not in SHAPES:
         raise ValueError(f"no evidence is kept for {operator}'s {function}")
     of_cpu = speed.keys() & OF_CPU
-    if not speed or not speed.keys() <= {*OF_CPU, "triton", "cuda", "cudnn", "reference"}:
+    if not speed or not speed.keys() <= {*OF_CPU, "triton", "cuda", "cudnn", "gluon", "reference"}:
         raise ValueError(f"speed of {operator}: unknown backends, or none: {sorted(speed)}")
     for by_size in speed.values():
         if not by_size or not all(0 < s < _MOST and 0 <= v < math.inf for s, v in by_size.items()):

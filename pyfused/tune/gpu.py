@@ -27,7 +27,7 @@ from ..testing.problems import Problem, Tensors, outputs_of
 from .cases import Case, cases
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BACKENDS = ("triton", "cuda", "cudnn", "reference")
+BACKENDS = ("triton", "cuda", "cudnn", "gluon", "reference")
 _WORTH = 0.98  # a tile replaces another if it takes less than this share of its time
 _JUDGED = 1 << 18  # elements of an output to check: the tolerance rule runs on the CPU
 

@@ -124,18 +124,17 @@ def relative_cases(target):
         yield case("decode", 64, "bf16", target, "causal relative")
 
 
-@pytest.mark.parametrize("given, width", [("causal", 128), ("causal packed", 64)])
-def test_row_stats_come_in_vectors(given, width):
-    """Without a mask a tile's log-sum-exps and deltas take 8 copies of 16 bytes, or 16 of 8 where a sequence begins anywhere.
-    They took 32 of 4 bytes."""
+@pytest.mark.parametrize("given", ["causal", "causal packed"])
+def test_row_stats_come_in_one_copy(given):
+    """Without a mask a tile's log-sum-exps and deltas, 64 each, take one copy of each of the 128 threads. They took 32."""
     one = dataclasses.replace(case("grad_key_value", 64, "bf16", "sm_90", given), sass=True)
     compiled = compile_cases([one], "sm_90")[one.name]
     check_resources(compiled, one.name, "sm_90")
     step = loops(compiled.asm["sass"])[0]
     copies = {name: n for name, n in step.items() if name.startswith("LDG") and name != "LDGDEPBAR;"}
-    tiles_of_rows = 2 * 64 * 64 // (8 * BLOCK[one.name, "sm_90"])  # of queries and grad_out
-    assert sum(copies.values()) == tiles_of_rows + 1024 // width, copies
-    assert all(name.endswith(("64", "128")) for name in copies), copies
+    of_rows = 2 * 64 * 64 * 2 // 16 // 128  # of queries and grad_out, 16 bytes a thread
+    assert sum(copies.values()) == of_rows + 1, copies
+    assert sum(n for name, n in copies.items() if name.endswith("128")) == of_rows, copies
 
 
 def test_few_blocks_take_short_steps():
@@ -198,7 +197,7 @@ def check_reads_the_bias_in_place(compiled, name, target):
         assert not count(counts, "LDG.E.U16"), (name, counts)
         assert count(counts, "LDG.E.64") <= PER_THREAD[name, target] // 2, (name, counts)
         assert count(counts, "MUFU.EX2") <= PER_THREAD[name, target] + 4, (name, counts)  # 4: of each row's maximum
-        assert count(counts, "BAR") <= 6, (name, counts)
+        assert count(counts, "BAR") <= 8, (name, counts)
     assert any(count(counts, "LDG.E.64") >= 4 and count(counts, "LDGSTS") for counts in found) or "grad_table" in name
     if target == "sm_90" and name.startswith(("forward", "grad_query")):
         assert 2 * BLOCK[name, target] * compiled.registers <= 65536, (name, compiled.registers)  # two blocks fit
