@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 _MOST = 1 << 62  # bound of a size, and of a number of threads
 
 
-_HOPPER = "cuda_nvidia_h200"  # an H100 has the same multiprocessors
+_HOPPER = "cuda_hopper"  # an H100 and an H200 have the same multiprocessors
 
 # Without lines of their own these go by those of their products.
 BY_PRODUCT = ("ffn", "gated_ffn")

@@ -49,7 +49,8 @@ def others(target):
     types |= {"parts": "i32", "rows": "i32", "n": "i32:16", "residual_stride": "i32:16"}
     constants = {"ACTIVATION": "none", **FLAGS, "SAVE": False, **tile}
     yield Case("combine", f"{MODULE}:_combine_kernel", types, constants, warps)
-    types = {f"{p}_ptr": "*bf16:16" for p in ("pre", "grad", "inner")} | {"size": "i32:16"}
+    types = {f"{p}_ptr": "*bf16:16" for p in ("pre", "grad", "inner")}
+    types |= {"sums_ptr": "*fp32:16", "rows": "i32", "columns": "i32:16"}
     tile = options("ffn_activation_backward", target)
     warps = tile.pop("num_warps")
     yield Case(
