@@ -15,12 +15,63 @@ from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
 
+from . import _attention_trial
 from ._attention_forward import ROWS, forward_kernel
 
 _ROWS = ROWS.value
 _BLOCK_N, _STAGES = 128, 2  # they fill the registers of two warpgroups, and at D = 128 the shared memory
 _HEAD_SIZES = (64, 128)
 TURNS = True  # benchmarks/gpu_peers.py times both
+TRIAL = None  # options of _attention_trial.py's kernel; with them it runs
+STAMPS = None  # a tensor for its clocks
+DEFAULTS = {
+    "BLOCK_N": 128, "STAGES": 3, "CONSUMERS": 3, "TURNS": False, "PARTS": True, "TREE": True, "POWERS": 0, "EARLY": False, "REGISTERS": 160, "QREG": False, "DOUBLE": False,
+    "PERSISTENT": True,
+}  # fmt: skip
+
+
+def programs_at_once(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _together(b, h, sk, d):
+    """How many heads' keys and values stay in half of the L2."""
+    most = max(24 * 2**20 // (4 * sk * d), 1)
+    return max(n for n in range(1, b * h + 1) if b * h % n == 0 and n <= most)
+
+
+def _try(a, out, lse):
+    (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    options = DEFAULTS | TRIAL
+    persistent = options.pop("PERSISTENT")
+    rows = options["CONSUMERS"] * _ROWS
+    works = b * h * -(-sq // rows)
+    center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": options["BLOCK_N"]})
+    start(
+        _attention_trial.forward_kernel,
+        (min(works, programs_at_once(device)) if persistent else works,),
+        _descriptor(a.query, _ROWS),
+        *(_descriptor(tensor, options["BLOCK_N"]) for tensor in (a.key, a.value)),
+        out,
+        lse,
+        None if by_distance is None else by_distance(a.bias_table),
+        STAMPS,
+        in_units(a.scale, dtype),
+        span(a),
+        center,
+        *by_rows(a.query)[1][:3],
+        h,
+        sq,
+        sk,
+        works,
+        h // hkv,
+        _together(b, h, sk, d) if a.is_causal else 1,
+        D=d,
+        IS_CAUSAL=a.is_causal,
+        **options,
+        num_warps=4,
+    )
+    return out, lse
 
 
 NOT_CHOSEN = " (not faster than Triton's)"
@@ -74,6 +125,8 @@ def forward(a):
     shape, strides = by_rows(a.query)
     out = maker(shape, dtype, strides, device)()
     lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
+    if TRIAL is not None:
+        return _try(a, out, lse)
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
     start(
         forward_kernel,
