@@ -123,10 +123,14 @@ def _copy(
 def _bias(spread, corner, center, BLOCK_N: gl.constexpr):
     """(ROWS, BLOCK_N): element (i, j) is the bias of distance corner + j - i."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    E: gl.constexpr = gl.reshape(gl.zeros([ROWS, BLOCK_N], gl.float32, S), [ROWS, BLOCK_N // 8, 8]).type.layout
     first = gl.minimum(gl.maximum(corner, ROWS - center), center - BLOCK_N) + center
-    row = first - gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    row = first - gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, E)))
     place = row % 2 * (2 * center) + row // 2 * 2  # of the two copies the one in which this address is even
-    return gl.load(spread + place[:, None] + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))[None, :])
+    eight = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, E)))
+    eights = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, E))) * 8  # a thread's are constants
+    found = gl.load(spread + (place[:, None, None] + eight[None, None, :]) + eights[None, :, None])
+    return gl.convert_layout(gl.reshape(found, [ROWS, BLOCK_N]), S)
 
 
 @gluon.jit
@@ -346,7 +350,20 @@ def _attend(
         first_query += WHICH * ROWS
         spread = spread_ptr
         far_before, far_after = 0.0, 0.0
-        start = (count - 1) * BLOCK_N
+        skip, own_masked = 0, masked
+        if IS_CAUSAL:  # this warpgroup's queries may see no key of the first tiles, and all keys of some masked ones
+            own_end = gl.minimum(key_length, first_query + ROWS + shift)
+            skip = count - gl.maximum(gl.cdiv(own_end, BLOCK_N), 1)
+            if not NEAR:
+                own_masked = count - gl.maximum(gl.minimum(own_end, first_query + shift + 1), 0) // BLOCK_N
+            own_masked = gl.maximum(own_masked, skip + 1)
+            for i in range(skip):
+                mbarrier.wait(key_ready.index((n + i) % STAGES), (n + i) // STAGES % 2)
+                if TURNS:
+                    mbarrier.wait(turns.index(WHICH), (step + i + (WHICH == 0)) % 2)
+                    mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
+                mbarrier.arrive(free.index((n + i) % STAGES))
+        start = (count - 1 - skip) * BLOCK_N
         if NEAR:
             spread = spread_ptr + head * (_COPIES * 2 * center)
             far_before, far_after = gl.load(spread + center - span) * scale, gl.load(spread + center + span) * scale
@@ -358,15 +375,17 @@ def _attend(
         if QREG:
             query = query.load(gl.DotOperandLayout(0, S, 2))
             mbarrier.arrive(query_free.index(WHICH))
-        mbarrier.wait(key_ready.index(n % STAGES), n // STAGES % 2)
-        s = warpgroup_mma(query, keys.index(n % STAGES).reshape([BLOCK_N, D]).permute([1, 0]), s, use_acc=NEAR)
+        here = n + skip
+        mbarrier.wait(key_ready.index(here % STAGES), here // STAGES % 2)
+        s = warpgroup_mma(query, keys.index(here % STAGES).reshape([BLOCK_N, D]).permute([1, 0]), s, use_acc=NEAR)
         if DOUBLE:
-            stage = (n + gl.minimum(count - 1, 1)) % STAGES
-            mbarrier.wait(key_ready.index(stage), (n + gl.minimum(count - 1, 1)) // STAGES % 2)
+            following = here + gl.minimum(count - 1 - skip, 1)
+            stage = following % STAGES
+            mbarrier.wait(key_ready.index(stage), following // STAGES % 2)
             key = keys.index(stage).reshape([BLOCK_N, D]).permute([1, 0])
             scores = warpgroup_mma(query, key, gl.zeros([ROWS, BLOCK_N], gl.float32, S), use_acc=False, is_async=True)
         else:
-            mbarrier.arrive(free.index(n % STAGES))
+            mbarrier.arrive(free.index(here % STAGES))
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         if PARTS:
             row_sum = _parts(gl.zeros([ROWS, BLOCK_N], gl.float32, S))
@@ -380,30 +399,29 @@ def _attend(
         acc = gl.zeros([ROWS, D], gl.float32, O)
         if DOUBLE:
             s = warpgroup_mma_wait(0, [scores])
-            mbarrier.arrive(free.index(n % STAGES))
-            for i in range(1, masked):
+            mbarrier.arrive(free.index(here % STAGES))
+            for i in range(skip + 1, own_masked):
                 start = _start(i, count, masked, near_first, near_last, BLOCK_N)
                 s, p, acc, row_max, row_sum = _double_step(
                     query, keys, values, key_ready, value_ready, free, turns, stamps, s, p, acc, row_max, row_sum, n + i,
                     gl.minimum(count - 1 - i, 1), step + i - 1, start, 0.0, scale, first_query, shift, key_length,
                     WHICH, CONSUMERS, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, True, PARTS, TREE, POWERS, STAMP,
                 )  # fmt: skip
-            for i in range(masked, count):
+            for i in range(own_masked, count):
                 start = _start(i, count, masked, near_first, near_last, BLOCK_N)
                 s, p, acc, row_max, row_sum = _double_step(
                     query, keys, values, key_ready, value_ready, free, turns, stamps, s, p, acc, row_max, row_sum, n + i,
                     gl.minimum(count - 1 - i, 1), step + i - 1, start, 0.0, scale, first_query, shift, key_length,
                     WHICH, CONSUMERS, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, False, PARTS, TREE, POWERS, STAMP,
                 )  # fmt: skip
-            masked, near_first, near_last = count, 0, 0  # nothing is left for the loops below
-        for i in range(1, 0 if DOUBLE else masked):
+        for i in range(skip + 1, 0 if DOUBLE else own_masked):
             start = _start(i, count, masked, near_first, near_last, BLOCK_N)
             p, acc, row_max, row_sum = _step(
                 query, keys, values, key_ready, value_ready, free, turns, spread, stamps, p, acc, row_max, row_sum, n + i,
                 step + i - 1, start, 0.0, scale, first_query, shift, key_length, center,
                 WHICH, CONSUMERS, D, BLOCK_N, STAGES, IS_CAUSAL, TURNS, NEAR, True, PARTS, TREE, POWERS, EARLY, QREG, DOUBLE, STAMP,
             )  # fmt: skip
-        for i in range(masked, 0 if DOUBLE else count - (near_last - near_first)):
+        for i in range(own_masked, 0 if DOUBLE else count - (near_last - near_first)):
             start = _start(i, count, masked, near_first, near_last, BLOCK_N)
             far = gl.where(start < near_first * BLOCK_N, far_before, far_after)
             p, acc, row_max, row_sum = _step(
