@@ -5,6 +5,8 @@ So it is no candidate for a call, whatever evidence says; `with pyfused.backend(
 The gradient is Triton's.
 """
 
+import functools
+
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -23,10 +25,8 @@ _BLOCK_N, _STAGES = 128, 2  # they fill the registers of two warpgroups, and at 
 _HEAD_SIZES = (64, 128)
 TURNS = True  # benchmarks/gpu_peers.py times both
 TRIAL = None  # options of _attention_trial.py's kernel; with them it runs
-STAMPS = None  # a tensor for its clocks
 DEFAULTS = {
-    "BLOCK_N": 128, "STAGES": 3, "CONSUMERS": 3, "TURNS": False, "PARTS": True, "TREE": True, "POWERS": 0, "EARLY": False, "REGISTERS": 160, "QREG": False, "DOUBLE": False,
-    "PERSISTENT": True,
+    "BLOCK_N": 128, "STAGES": 3, "CONSUMERS": 3, "TURNS": False, "LAZY": True, "BIAS_BEHIND": False, "REGISTERS": 160, "PERSISTENT": True,
 }  # fmt: skip
 
 
@@ -34,10 +34,23 @@ def programs_at_once(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _together(b, h, sk, d):
-    """How many heads' keys and values stay in half of the L2."""
-    most = max(24 * 2**20 // (4 * sk * d), 1)
-    return max(n for n in range(1, b * h + 1) if b * h % n == 0 and n <= most)
+@functools.lru_cache(maxsize=256)
+def heads_together(rows, tiles, rows_of_tile, block, query_length, key_length, bytes_of_head, programs):
+    """How many heads' tiles come together under a causal mask, so that the busiest program has little to do, and the keys and
+    values stay in the L2."""
+    shift = key_length - query_length
+    lengths = [-(-min(key_length, query_length - tile * rows_of_tile + shift) // block) for tile in range(tiles)]
+    lengths = [1 + max(length, 1) for length in lengths]  # a tile of queries costs about one tile of keys more
+
+    def busiest(together):
+        loads = [0] * programs
+        for work in range(rows * tiles):
+            k, place = divmod(work, programs)
+            loads[place if k % 2 == 0 else programs - 1 - place] += lengths[work % (tiles * together) // together]
+        return max(loads)
+
+    most = max((24 << 20) // bytes_of_head, 1)
+    return min((n for n in range(1, rows + 1) if rows % n == 0 and n <= most), key=busiest)
 
 
 def _try(a, out, lse):
@@ -45,27 +58,36 @@ def _try(a, out, lse):
     options = DEFAULTS | TRIAL
     persistent = options.pop("PERSISTENT")
     rows = options["CONSUMERS"] * _ROWS
-    works = b * h * -(-sq // rows)
+    tiles = -(-sq // rows)
+    works = b * h * tiles
+    programs = min(works, programs_at_once(device)) if persistent else works
+    late, together = works, 1
+    if a.is_causal:
+        together = heads_together(b * h, tiles, rows, options["BLOCK_N"], sq, sk, 4 * sk * d, programs_at_once(device))
+    elif sq % rows and tiles > 1:
+        tiles -= 1
+        late = b * h * tiles
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": options["BLOCK_N"]})
     start(
         _attention_trial.forward_kernel,
-        (min(works, programs_at_once(device)) if persistent else works,),
+        (programs,),
         _descriptor(a.query, _ROWS),
         *(_descriptor(tensor, options["BLOCK_N"]) for tensor in (a.key, a.value)),
         out,
         lse,
         None if by_distance is None else by_distance(a.bias_table),
-        STAMPS,
         in_units(a.scale, dtype),
         span(a),
         center,
         *by_rows(a.query)[1][:3],
+        works,
+        late,
+        tiles,
+        together,
         h,
+        h // hkv,
         sq,
         sk,
-        works,
-        h // hkv,
-        _together(b, h, sk, d) if a.is_causal else 1,
         D=d,
         IS_CAUSAL=a.is_causal,
         **options,
