@@ -208,9 +208,8 @@ def _softmax(
         if IS_CAUSAL:
             i = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, S))
             last = gl.minimum(last, i + (key_length - query_length - start))
-        if IS_CAUSAL or start + BLOCK_N > key_length:
-            # to a thread j // 8 is a constant, and it has two j % 8
-            s = gl.where((j // 8 * 8)[None, :] <= last[:, None] - (j % 8)[None, :], s, float("-inf"))
+        # to a thread j // 8 is a constant, and it has two j % 8
+        s = gl.where((j // 8 * 8)[None, :] <= last[:, None] - (j % 8)[None, :], s, float("-inf"))
     left, right = gl.split(gl.permute(gl.reshape(s, [ROWS, 2, BLOCK_N // 2]), (0, 2, 1)))
     highest = gl.max(gl.maximum(left, right), 1)  # a chain of half the length
     new_max = gl.maximum(row_max, gl.convert_layout(highest, gl.SliceLayout(1, S)) * scale + far)
