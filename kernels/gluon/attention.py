@@ -49,7 +49,7 @@ def heads_together(rows, tiles, rows_of_tile, block, query_length, key_length, b
             loads[place if k % 2 == 0 else programs - 1 - place] += lengths[work % (tiles * together) // together]
         return max(loads)
 
-    most = max((24 << 20) // bytes_of_head, 1)
+    most = max((36 << 20) // bytes_of_head, 1)
     return min((n for n in range(1, rows + 1) if rows % n == 0 and n <= most), key=busiest)
 
 
