@@ -14,7 +14,6 @@ from gpu_device import DEVICE, DRY, Row, error_row, medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyfused
-from pyfused import dispatch
 from pyfused.testing import judge, running
 
 
@@ -99,12 +98,10 @@ def peers(start: int) -> Iterator[Row]:
                 def sdpa(q, k, v, options=options):
                     return F.scaled_dot_product_attention(q, k, v, **options)
 
-                # gluon's backward is Triton's
-                by_hand = {"pyfused gluon": partial(_gluon, True), "pyfused gluon, no turns": partial(_gluon, False)}
                 providers = {
                     "pyfused": (contextlib.nullcontext, fused),
                     **{f"pyfused {x}": (partial(running, x), fused) for x in ("triton", "cuda", "cudnn")},
-                    **({} if backward else {name: (context, fused) for name, context in by_hand.items()}),
+                    **({} if backward else {"pyfused gluon": (partial(running, "gluon"), fused)}),  # its backward is Triton's
                     **{f"sdpa {x}": (partial(sdpa_kernel, which), sdpa) for x, which in SDPA.items()},
                     "flex": (contextlib.nullcontext, by_flex),
                 }
@@ -114,18 +111,6 @@ def peers(start: int) -> Iterator[Row]:
                     if "seconds" in row:
                         row["tflops"] = flops / row["seconds"] / 1e12
                     yield {"case": title, **row}
-
-
-@contextlib.contextmanager
-def _gluon(turns: bool) -> Iterator[None]:
-    """Inside the block the kernel for Hopper runs, whose warpgroups take turns or not."""
-    kernel: Any = dispatch.kernel("gluon", "attention")
-    before, kernel.TURNS = kernel.TURNS, turns
-    try:
-        with running("gluon"):
-            yield
-    finally:
-        kernel.TURNS = before
 
 
 def _compare(providers: dict[str, Any], options: Row, inputs: Any, backward: bool) -> Iterator[Row]:

@@ -241,7 +241,8 @@ def _attend(
         far_before, far_after = 0.0, 0.0
         if NEAR:
             spread = spread_ptr + head * (_COPIES * 2 * center)
-            far_before, far_after = gl.load(spread + (center - span)) * scale, gl.load(spread + (center + span)) * scale
+            middle = (head * (_COPIES * 2) + 1) * center  # with the span alone, sums would stay in registers all the time
+            far_before, far_after = gl.load(spread_ptr + (middle - span)) * scale, gl.load(spread_ptr + (middle + span)) * scale
         hidden, own_masked = 0, masked
         if IS_CAUSAL:  # the first tiles may hold no key for this warpgroup, and some of the masked ones all keys
             own_end = gl.minimum(key_length, first_query + ROWS + shift)

@@ -1,8 +1,8 @@
 """Which queries does a program of the forward for Hopper attend for, and in which order does it walk the keys?
 
 A block is the queries of one head that a program takes at a time. As many programs as the GPU has multiprocessors share the
-blocks. A tile is BLOCK_N keys. Tiles are walked from those that need a mask, last first, to those that need none: far tiles, then
-near ones (T5's bias, as in pyfused/kernels/triton/_attention_relative.py).
+blocks. A tile is BLOCK_N keys. Tiles are walked from those that need a mask, last first, to those that need none: far tiles,
+then near ones (T5's bias, as in pyfused/kernels/triton/_attention_relative.py).
 
 The last block of a head ends with its last query, so the first one may begin before query 0. Under a causal mask that one has
 the fewest keys too. Without one these short blocks come after all others, and programs end at about the same time.

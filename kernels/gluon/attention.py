@@ -11,6 +11,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pyfused.arguments import AttentionForward, taking
+from pyfused.kernels.cuda._launch import multiprocessors
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
@@ -75,12 +76,6 @@ def start(kernel, grid, *args, **options):
     kernel[grid](*args, **options)
 
 
-@functools.cache
-def _programs_at_once(device):
-    """As many as the GPU has multiprocessors: a program fills one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 @functools.lru_cache(maxsize=1024)
 def _together(rows, blocks, queries, key_length, bytes_of_head, programs):
     """How many heads' blocks come together under a causal mask (_attention_schedule.py): with which number the busiest program
@@ -106,7 +101,7 @@ def forward(a):
     out = maker(shape, dtype, strides, device)()
     lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
-    queries, programs = options["CONSUMERS"] * _ROWS, _programs_at_once(device)
+    queries, programs = options["CONSUMERS"] * _ROWS, multiprocessors(device)
     of_head = -(-sq // queries)
     blocks = late = b * h * of_head
     together = 1
