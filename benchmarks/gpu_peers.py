@@ -18,7 +18,6 @@ from gpu_device import DEVICE, DRY, Row, error_row, medians
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyfused
-from pyfused import dispatch
 from pyfused.testing import judge, running
 
 
@@ -120,12 +119,9 @@ def peers(start: int) -> Iterator[Row]:
             for variant in _variants(h, s):
                 fused = partial(Provider, call=variant.own, bias=variant.table)
                 sdpa = partial(Provider, call=variant.sdpa, bias=variant.dense)
-                # gluon's backward is Triton's
-                by_hand = {"pyfused gluon": partial(_gluon, True), "pyfused gluon, no turns": partial(_gluon, False)}
                 providers = {
                     "pyfused": fused(contextlib.nullcontext),
-                    **{f"pyfused {x}": fused(partial(running, x)) for x in ("triton", "cuda", "cudnn")},
-                    **({} if backward else {name: fused(context) for name, context in by_hand.items()}),
+                    **{f"pyfused {x}": fused(partial(running, x)) for x in ("triton", "cuda", "cudnn", "gluon")},
                     **{f"sdpa {x}": sdpa(partial(sdpa_kernel, which)) for x, which in SDPA.items()},
                     "flex": Provider(contextlib.nullcontext, variant.flex, variant.table),
                 }
@@ -136,18 +132,6 @@ def peers(start: int) -> Iterator[Row]:
                     if "seconds" in row:
                         row["tflops"] = flops / row["seconds"] / 1e12
                     yield {"case": title, **row}
-
-
-@contextlib.contextmanager
-def _gluon(turns: bool) -> Iterator[None]:
-    """Inside the block the kernel for Hopper runs, whose warpgroups take turns or not."""
-    kernel: Any = dispatch.kernel("gluon", "attention")
-    before, kernel.TURNS = kernel.TURNS, turns
-    try:
-        with running("gluon"):
-            yield
-    finally:
-        kernel.TURNS = before
 
 
 def _compare(providers: dict[str, Provider], plain: Provider, heads: Sequence[torch.Tensor], backward: bool) -> Iterator[Row]:

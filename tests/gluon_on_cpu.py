@@ -11,6 +11,7 @@ threads of a partition do together, they do at once.
 
 import contextlib
 import random
+import re
 import threading
 import types
 
@@ -25,8 +26,8 @@ _block = None  # the program that runs
 class _Block:
     """A program's partitions, and the copies under way."""
 
-    def __init__(self, program, seed):
-        self.program, self.random = program, random.Random(seed)
+    def __init__(self, program, programs, seed):
+        self.program, self.programs, self.random = program, programs, random.Random(seed)
         self.copies, self.threads, self.turn = [], [], threading.Semaphore(0)
         self.started = []  # the partition of each asynchronous product, in the order of their starts
 
@@ -143,9 +144,11 @@ class _Descriptor:
     def tile(self, place):
         """Zeros where the tile reaches beyond the tensor."""
         found = torch.zeros(self.block, dtype=self.dtype)
-        ends = [min(int(at) + size, limit) for at, size, limit in zip(place, self.block, self.tensor.shape)]
-        part = self.tensor[tuple(slice(int(at), end) for at, end in zip(place, ends))]
-        found[tuple(slice(0, size) for size in part.shape)] = part
+        starts = [int(at) for at in place]
+        ends = [min(at + size, limit) for at, size, limit in zip(starts, self.block, self.tensor.shape)]
+        part = self.tensor[tuple(slice(max(at, 0), max(end, 0)) for at, end in zip(starts, ends))]
+        firsts = [max(-at, 0) for at in starts]
+        found[tuple(slice(first, first + size) for first, size in zip(firsts, part.shape))] = part
         return found
 
 
@@ -227,16 +230,28 @@ def _store(pointer, value, mask):
     pointer.memory[places[mask].long()] = value[mask]
 
 
+def _inline_asm(code, constraints, args, *_):
+    """Conversions and products compute; everything else hands its first argument on."""
+    if "mul.f32" in code:
+        return args[0] * args[1]
+    if (kind := re.match(r"cvt\.rn\.(bf16|f16)x2\.f32 ", code)) is None:
+        return args[0]
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind[1]]
+    return torch.stack([x.to(dtype) for x in args], -1).view(torch.int32)[..., 0]
+
+
 def _either(of_tensors):
     """A function of two numbers or tensors."""
     return lambda a, b: of_tensors(torch.as_tensor(a), torch.as_tensor(b))
 
 
 _gl = types.SimpleNamespace(
-    int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=lambda value: value,
+    int16=torch.int16, int32=torch.int32, int64=torch.int64, float32=torch.float32, bfloat16=torch.bfloat16,
+    constexpr=lambda value: value,
     NVMMADistributedLayout=lambda *_: None, DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None,
     BlockedLayout=lambda *_: None,
     program_id=lambda axis: torch.tensor(_block.program, dtype=torch.int32),
+    num_programs=lambda axis: torch.tensor(_block.programs, dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
     minimum=_either(torch.minimum), maximum=_either(torch.maximum),
     arange=lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
@@ -244,7 +259,9 @@ _gl = types.SimpleNamespace(
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log,
-    convert_layout=lambda x, layout: x, inline_asm_elementwise=lambda asm, constraints, args, *_: args[0],
+    reshape=torch.reshape, permute=torch.permute, join=lambda a, b: torch.stack([a, b], -1),
+    split=lambda x: x.unbind(-1), cast=lambda x, dtype, bitcast: x.view(dtype),
+    convert_layout=lambda x, layout: x, inline_asm_elementwise=_inline_asm,
     static_range=range, allocate_shared_memory=_allocate, load=_load, store=_store,
     warp_specialize=lambda functions_and_args, warps, registers: _block.run(functions_and_args),
 )  # fmt: skip
@@ -284,7 +301,7 @@ def run(kernel, grid, *args, seed=0, **constants):
     function = _plain(kernel)
     constants.pop("num_warps", None)
     for program in range(grid[0]):
-        _block = _Block(program, seed + program)
+        _block = _Block(program, grid[0], seed + program)
         function(*map(given, args), **constants)
 
 

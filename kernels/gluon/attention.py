@@ -1,15 +1,17 @@
-"""attention's forward for Hopper, by hand: launches _attention_forward.py. An H200 found it right, and not faster than
-Triton's.
+"""attention's forward for Hopper, by hand: launches _attention_forward.py.
 
-So it is no candidate for a call, whatever evidence says; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it.
-The gradient is Triton's.
+On an H100 it was right, and faster than Triton's and than cuDNN's, but for short sequences. Evidence cannot name it yet, so it
+is no candidate for a call; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it. The gradient is Triton's.
 """
+
+import functools
 
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pyfused.arguments import AttentionForward, taking
+from pyfused.kernels.cuda._launch import multiprocessors
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
@@ -18,12 +20,17 @@ from pyfused.kernels.triton.attention import in_units, least_scale, spread
 from ._attention_forward import ROWS, forward_kernel
 
 _ROWS = ROWS.value
-_BLOCK_N, _STAGES = 128, 2  # they fill the registers of two warpgroups, and at D = 128 the shared memory
-_HEAD_SIZES = (64, 128)
-TURNS = True  # benchmarks/gpu_peers.py times both
+_BLOCK_N = 128
+# By head size: warpgroups that attend, registers of a thread of theirs, stages. They fill the registers of a multiprocessor,
+# and at 128 its shared memory.
+_OPTIONS = {
+    64: {"CONSUMERS": 3, "REGISTERS": 160, "STAGES": 3},
+    128: {"CONSUMERS": 2, "REGISTERS": 240, "STAGES": 2},
+}
+_TOGETHER = 36 << 20  # bytes of keys and values, of the L2's 50 MB
 
 
-NOT_CHOSEN = " (not faster than Triton's)"
+NOT_CHOSEN = " (evidence cannot name it yet)"
 
 
 def remark_forward(*args):
@@ -34,14 +41,15 @@ def remark_forward(*args):
 def unsupported_forward(a):
     (_, _, sq, d), sk = a.query.shape, a.key.shape[2]
     biased = a.bias_table is not None
+    sizes = tuple(_OPTIONS)
     reasons = {
         "padding": a.padding_mask is not None,
         "a dense bias": a.attn_bias is not None,
         "packed sequences": a.cu_seqlens is not None,
         "dropout": a.seed is not None,
         "float32": a.query.dtype == torch.float32,
-        f"a head size other than {_HEAD_SIZES}": d not in _HEAD_SIZES,
-        "a bias by distance at a head size of 128: it would spill registers": biased and d == _HEAD_SIZES[1],
+        f"a head size other than {sizes}": d not in sizes,
+        "a bias by distance at a head size of 128: it would spill registers": biased and d == 128,
         "a scale that is not positive, or too small to divide a bias by": not a.scale > (least_scale if biased else 0),
         "2^30 queries or keys": max(sq, sk) >= 2**30,
         "tensors that are not aligned to 16 bytes, or are expanded": not all(map(_aligned, (a.query, a.key, a.value))),
@@ -68,16 +76,43 @@ def start(kernel, grid, *args, **options):
     kernel[grid](*args, **options)
 
 
+@functools.lru_cache(maxsize=1024)
+def _together(rows, blocks, queries, key_length, bytes_of_head, programs):
+    """How many heads' blocks come together under a causal mask (_attention_schedule.py): with which number the busiest program
+    has least to do. The keys and values of so many heads stay in the L2."""
+    number = torch.arange(rows * blocks, device="cpu")
+    k, place = number // programs, number % programs
+    program = torch.where(k % 2 == 0, place, programs - 1 - place)
+    tiles = ((key_length - queries * torch.arange(blocks, device="cpu")) / _BLOCK_N).ceil().clamp(min=1)
+    loads = 1 + tiles.clamp(max=-(-key_length // _BLOCK_N))  # to begin and to end a block takes as long as a tile
+
+    def busiest(together):
+        return torch.bincount(program, loads[number % (blocks * together) // together]).max().item()
+
+    most = max(_TOGETHER // bytes_of_head, 1)
+    return min((n for n in range(1, rows + 1) if rows % n == 0 and n <= most), key=busiest)
+
+
 @taking(AttentionForward)
 def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
+    options = _OPTIONS[d]
     shape, strides = by_rows(a.query)
     out = maker(shape, dtype, strides, device)()
     lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
+    queries, programs = options["CONSUMERS"] * _ROWS, multiprocessors(device)
+    of_head = -(-sq // queries)
+    blocks = late = b * h * of_head
+    together = 1
+    if a.is_causal:
+        together = _together(b * h, of_head, queries, sk, 4 * sk * d, programs)
+    elif sq % queries and of_head > 1:
+        of_head -= 1
+        late = b * h * of_head
     start(
         forward_kernel,
-        (b * h * -(-sq // (2 * _ROWS)),),
+        (min(blocks, programs),),
         _descriptor(a.query, _ROWS),
         *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
         out,
@@ -87,15 +122,18 @@ def forward(a):
         span(a),
         center,
         *strides[:3],
+        blocks,
+        late,
+        of_head,
+        together,
         h,
+        h // hkv,
         sq,
         sk,
         D=d,
         BLOCK_N=_BLOCK_N,
-        STAGES=_STAGES,
-        GROUP=h // hkv,
+        **options,
         IS_CAUSAL=a.is_causal,
-        TURNS=TURNS,
         num_warps=4,
     )
     return out, lse

@@ -53,7 +53,24 @@ CASES = [
     ((1, 2, 2, 700, 700, 64), False, True),  # far tiles on both sides
     ((1, 2, 1, 260, 900, 64), True, False),
     ((1, 1, 1, 129, 70, 64), False, True),
+    ((2, 3, 3, 500, 500, 64), True, None),  # programs with several blocks, and a short first one
+    ((1, 5, 1, 210, 130, 64), False, None),
 ]
+
+
+def test_rows_whose_maxima_grow():
+    """Exponentials may reach 2^8 before a row is scaled again."""
+
+    def once():
+        query, key, value = drawn((1, 2, 2, 200, 700, 64))
+        key *= torch.linspace(0, 8, 700, device=DEVICE)[:, None].to(key.dtype)
+        inputs, options = (query, key, value), {"is_causal": False, "scale": None}
+        with pyfused.backend("gluon", strict=True):
+            out = pyfused.attention(*inputs)
+        truth = plain(dict(zip(NAMES, (t.double() for t in inputs))), options)
+        return {"output": (out, plain(dict(zip(NAMES, inputs)), options), truth)}
+
+    check(once)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -82,20 +99,28 @@ def test_values_and_log_sum_exps(sizes, causal, both, half):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter says who started a product")
 def test_warpgroups_start_their_products_in_turn(monkeypatch):
-    """Whatever happens first, one starts both of a step's products, then the other. Without TURNS any order comes."""
-    inputs, found, results = drawn((1, 1, 1, 128, 900, 64)), {True: [], False: []}, []
-    for turns, orders in found.items():
-        monkeypatch.setattr(attention, "TURNS", turns)
-        for seed in range(6):
-            monkeypatch.setattr(attention, "start", partial(gluon_on_cpu.run, seed=seed))
-            with pyfused.backend("gluon", strict=True):
-                out = pyfused.attention(*inputs)
-            orders.append(gluon_on_cpu._block.started)
-            results.append(out)
+    """Whatever happens first, one starts both of a step's products, then the next."""
+    inputs, results = drawn((1, 1, 1, 192, 900, 64)), []
+    for seed in range(6):
+        monkeypatch.setattr(attention, "start", partial(gluon_on_cpu.run, seed=seed))
+        with pyfused.backend("gluon", strict=True):
+            results.append(pyfused.attention(*inputs))
+        assert gluon_on_cpu._block.started == [0, 0, 1, 1, 2, 2] * (-(-900 // 128) - 1)
     assert all(torch.equal(out, results[0]) for out in results)
-    tiles = -(-900 // 128)
-    assert found[True] == [[0, 0, 1, 1] * (tiles - 1)] * 6
-    assert any(order != found[True][0] for order in found[False])
+
+
+@pytest.mark.parametrize("rows, keys, d", [(128, 2048, 64), (64, 2048, 128), (32, 8192, 64)])
+def test_no_program_has_much_more_than_its_share_under_a_causal_mask(rows, keys, d):
+    """With 16 heads together, which the L2 allows, the busiest of 132 programs had 57% more at a head size of 128."""
+    queries = {64: 192, 128: 128}[d]
+    blocks = -(-keys // queries)
+    together = attention._together(rows, blocks, queries, keys, 4 * keys * d, 132)
+    loads = [0] * 132
+    for number in range(rows * blocks):
+        k, place = divmod(number, 132)
+        back = number % (blocks * together) // together
+        loads[place if k % 2 == 0 else 131 - place] += 1 + -(-(keys - back * queries) // 128)
+    assert max(loads) < 1.06 * sum(loads) / 132
 
 
 @pytest.mark.interpreted
@@ -119,10 +144,10 @@ def test_it_runs_only_if_forced():
     said = pyfused.explain("attention", *inputs)
     assert said.backend != "gluon"
     mine = next(v for v in said.verdicts if v.backend == "gluon")
-    assert (mine.runs, mine.reason) == (False, f"not used for {DEVICE} tensors unless forced (not faster than Triton's)")
+    assert (mine.runs, mine.reason) == (False, f"not used for {DEVICE} tensors unless forced (evidence cannot name it yet)")
     with pyfused.backend("gluon"):
         said = pyfused.explain("attention", *inputs)
-        assert (said.backend, said.verdicts[0].reason) == ("gluon", "forced; not faster than Triton's")
+        assert (said.backend, said.verdicts[0].reason) == ("gluon", "forced; evidence cannot name it yet")
     assert not any("gluon" in order for order in dispatch.PREFERENCES.values())
 
 
@@ -165,24 +190,29 @@ def test_it_says_what_it_lacks(sizes, options, reason):
 
 # A line of the kernel, and a wrong one.
 FAULTS = {
-    "keys are free before they were read": (
-        "    s = warpgroup_mma_wait(1, [scores])\n    mbarrier.arrive(key_free.index(stage))\n",
-        "    mbarrier.arrive(key_free.index(stage))\n    s = warpgroup_mma_wait(1, [scores])\n",
-    ),
-    "values are free before they were read": (
-        "    acc, p = warpgroup_mma_wait(0, [product, p])\n    mbarrier.arrive(value_free.index(before))\n",
-        "    mbarrier.arrive(value_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [product, p])\n",
+    "a stage is free before its values were read": (
+        "        acc, half = warpgroup_mma_wait(0, [product, half])\n    mbarrier.arrive(free.index(stage))\n",
+        "        mbarrier.arrive(free.index(stage))\n        acc, half = warpgroup_mma_wait(0, [product, half])\n",
     ),
     "a product is used before it was waited for": ("warpgroup_mma_wait(1, [scores])", "warpgroup_mma_wait(2, [scores])"),
-    "nobody waits for the values": ("    mbarrier.wait(value_ready.index(before), (i - 1) // STAGES % 2)\n", ""),
-    "the values' phase is another tile's": ("before), (i - 1) // STAGES % 2)", "before), (i + 1) // STAGES % 2)"),
-    "the copies wait for the wrong phase": ("i // STAGES % 2 ^ 1)", "i // STAGES % 2)"),
-    "stages are overwritten": ("    mbarrier.wait(free.index(stage), i // STAGES % 2 ^ 1)\n", ""),
-    "one warpgroup's word is enough": ("mbarrier.init(key_free.index(i), _CONSUMERS)", "mbarrier.init(key_free.index(i), 1)"),
-    "earlier rows are not rescaled": ("    acc = acc * gl.convert_layout(alpha", "    acc = acc + 0 * gl.convert_layout(alpha"),
-    "nobody gives the turn away": ("        mbarrier.arrive(turns.index(1 - WHICH))\n", "        pass\n"),
-    "a warpgroup gives the turn to itself": ("arrive(turns.index(1 - WHICH))", "arrive(turns.index(WHICH))"),
-    "a diagonal of keys too many": ("last = gl.minimum(last, i + shift)", "last = gl.minimum(last, i + shift + 1)"),
+    "nobody waits for the values": (
+        "use_acc=False, is_async=True)\n        mbarrier.wait(value_ready.index(before), (n - 1) // STAGES % 2)\n",
+        "use_acc=False, is_async=True)\n",
+    ),
+    "the values' phase is another tile's": ("(n + count - 1) // STAGES % 2)", "(n + count + 2) // STAGES % 2)"),
+    "the copies wait for the wrong phase": ("            mbarrier.wait(free.index(n % STAGES), n // STAGES % 2 ^ 1)\n",
+                                            "            mbarrier.wait(free.index(n % STAGES), n // STAGES % 2)\n"),
+    "stages are overwritten": ("            mbarrier.wait(free.index(n % STAGES), n // STAGES % 2 ^ 1)\n", ""),
+    "one warpgroup's word is enough": ("mbarrier.init(free.index(i), CONSUMERS)", "mbarrier.init(free.index(i), 1)"),
+    "queries are overwritten": ("                    mbarrier.wait(query_free.index(c), k % 2 ^ 1)\n", ""),
+    "earlier rows are not rescaled": ("[acc, alpha]", "[acc, 0 * alpha + 1]"),
+    "earlier sums are not rescaled": ("row_sum * gl.convert_layout(alpha", "row_sum + 0 * gl.convert_layout(alpha"),
+    "nobody gives the turn away": (
+        "        mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))\n        s = warpgroup_mma_wait(1",
+        "        s = warpgroup_mma_wait(1",
+    ),
+    "a diagonal of keys too many": ("i + shift - start)", "i + shift - start + 1)"),
+    "hidden tiles are not counted": ("            mbarrier.arrive(free.index((n + i) % STAGES))\n", ""),
 }  # fmt: skip
 
 
@@ -200,7 +230,8 @@ def test_the_interpreter_finds(fault, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(attention, "forward_kernel", module.forward_kernel)
-    inputs = drawn((1, 1, 1, 128, 900, 64))
+    query, key, value = drawn((1, 4, 4, 450, 500, 64))
+    inputs = query, key * torch.linspace(8, 0, 500)[:, None].to(key.dtype), value  # the rows' maxima grow from tile to tile
     truth = plain(dict(zip(NAMES, (t.double() for t in inputs))), {"is_causal": True, "scale": None})
     same = plain(dict(zip(NAMES, inputs)), {"is_causal": True, "scale": None})
 
