@@ -25,8 +25,8 @@ _block = None  # the program that runs
 class _Block:
     """A program's partitions, and the copies under way."""
 
-    def __init__(self, program, seed):
-        self.program, self.random = program, random.Random(seed)
+    def __init__(self, program, programs, seed):
+        self.program, self.programs, self.random = program, programs, random.Random(seed)
         self.copies, self.threads, self.turn = [], [], threading.Semaphore(0)
         self.started = []  # the partition of each asynchronous product, in the order of their starts
 
@@ -114,6 +114,12 @@ class _Shared:
     def permute(self, order):
         return _Shared(self.memory.permute(order))
 
+    def slice(self, start, length):
+        return _Shared(self.memory[start : start + length])
+
+    def load(self, layout):
+        return self.memory.clone()
+
 
 class _Barrier:
     """An mbarrier: a phase ends when `count` have arrived and all expected bytes have come."""
@@ -186,6 +192,7 @@ class _Product:
         if self.result is None:
             a, b, acc, use_acc = self.operands
             a, b = (x.memory if isinstance(x, _Shared) else x for x in (a, b))
+            acc = acc.finish() if isinstance(acc, _Product) else acc  # products of a partition add up in the order of their starts
             self.result = a.float() @ b.float() + (acc if use_acc else 0)
         return self.result
 
@@ -218,8 +225,11 @@ def _allocate(dtype, shape, layout):
     return _Shared(torch.full(shape, torch.nan, dtype=dtype))
 
 
-def _load(pointer):
-    return pointer.memory[torch.as_tensor(pointer.at).long()]
+def _load(pointer, mask=None, other=None):
+    places = torch.as_tensor(pointer.at).long()
+    if mask is None:
+        return pointer.memory[places]
+    return torch.where(mask, pointer.memory[torch.where(mask, places, 0)], other)
 
 
 def _store(pointer, value, mask):
@@ -235,8 +245,9 @@ def _either(of_tensors):
 _gl = types.SimpleNamespace(
     int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=lambda value: value,
     NVMMADistributedLayout=lambda *_: None, DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None,
-    BlockedLayout=lambda *_: None,
+    BlockedLayout=lambda *_: None, DistributedLinearLayout=lambda *_: None,
     program_id=lambda axis: torch.tensor(_block.program, dtype=torch.int32),
+    num_programs=lambda axis: torch.tensor(_block.programs, dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
     minimum=_either(torch.minimum), maximum=_either(torch.maximum),
     arange=lambda start, end, layout: torch.arange(start, end, dtype=torch.int32),
@@ -244,6 +255,7 @@ _gl = types.SimpleNamespace(
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log,
+    abs=torch.abs, split=lambda x: x.unbind(-1),
     convert_layout=lambda x, layout: x, inline_asm_elementwise=lambda asm, constraints, args, *_: args[0],
     static_range=range, allocate_shared_memory=_allocate, load=_load, store=_store,
     warp_specialize=lambda functions_and_args, warps, registers: _block.run(functions_and_args),
@@ -253,6 +265,7 @@ _mbarrier = types.SimpleNamespace(
     expect=lambda barrier, bytes: barrier.barriers[0].change(arrivals=1, bytes=bytes),
 )  # fmt: skip
 _LANGUAGE = {
+    "range": lambda *ends: (torch.tensor(i, dtype=torch.int32) for i in range(*map(int, ends))),
     "gl": _gl, "mbarrier": _mbarrier, "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
     "fence_async_shared": lambda: None, "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait,
 }  # fmt: skip
@@ -284,7 +297,7 @@ def run(kernel, grid, *args, seed=0, **constants):
     function = _plain(kernel)
     constants.pop("num_warps", None)
     for program in range(grid[0]):
-        _block = _Block(program, seed + program)
+        _block = _Block(program, grid[0], seed + program)
         function(*map(given, args), **constants)
 
 
