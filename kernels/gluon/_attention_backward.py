@@ -7,72 +7,98 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pyfused import tiles
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
-from pyfused.kernels.triton.attention import _few_keys, in_units, spread
+from pyfused.kernels.triton.attention import few_keys, in_units, spread
 
 from . import attention
-from ._attention_grad_key_value import ROWS, grad_key_value_kernel
-from ._attention_grad_query import grad_query_kernel
+from ._attention_grad_key_value import grad_key_value_kernel
+from ._attention_grad_query import GROUPS, ROWS, TILE, grad_query_kernel
 
-_ROWS = ROWS.value
-KEY = {"CONSUMERS": 2, "BLOCK_M": 128, "STAGES": 2, "IN_REGISTERS": 1}
-QUERY = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2, "IN_REGISTERS": True, "LATE": True, "HALVES": True}
-PERSISTENT = True
+_ROWS, _TILE, _OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
+_STAGES = 2
 
 
-def stats_like(query, block_m):
-    """Uninitialised (log-sum-exp, delta) of each row, with room for the last tile of queries."""
-    b, h, sq, _ = query.shape
-    return maker((b * h, -(-sq // block_m) * block_m * 2), torch.float32, None, query.device)()
-
-
-def _stats_descriptor(stats, block_m):
+def _stats_descriptor(stats):
+    """(log-sum-exp, delta) of TILE queries."""
+    rows = stats.view(-1, stats.shape[2] * 2)
     layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2 * block_m], layout)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, 2 * _TILE], layout)
 
 
 def _grid(works, device):
-    return (min(works, tiles.multiprocessors(device)) if PERSISTENT else works,)
+    return (min(works, tiles.multiprocessors(device)),)
 
 
-def grad_query(a, stats, center, by_distance, options):
-    """(dQ); fills stats."""
+def new_stats(query):
+    b, h, sq, _ = query.shape
+    return maker((b, h, -(-sq // _TILE) * _TILE, 2), torch.float32, None, query.device)()
+
+
+def grad_query(a, stats, center, by_distance):
+    """The gradient of the queries. Fills stats, (B, H, rows, 2)."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     shape, strides = by_rows(a.query)
-    found = maker(shape, dtype, strides, device)()
-    block_n = options["BLOCK_N"]
-    works = b * h * -(-sq // (options["CONSUMERS"] * _ROWS))
-    descriptors = [attention._descriptor(tensor, _ROWS) for tensor in (a.grad_out, a.query, a.out)]
-    descriptors += [attention._descriptor(tensor, block_n) for tensor in (a.key, a.value)]
+    found, works = maker(shape, dtype, strides, device)(), b * h * -(-sq // _OWN)
     attention.start(
-        grad_query_kernel, _grid(works, device), *descriptors, a.lse.contiguous(), by_distance, stats, found,
-        0.0 if sk == 1 else a.scale, in_units(a.scale, dtype), span(a), center, stats.shape[1] // 2, *strides[:3], h, sq, sk, works,
-        D=d, GROUP=h // hkv, FEW=_few_keys(a), IS_CAUSAL=a.is_causal, **options, num_warps=4,
-    )  # fmt: skip
+        grad_query_kernel,
+        _grid(works, device),
+        *(attention.descriptor(tensor, _ROWS) for tensor in (a.grad_out, a.query, a.out)),
+        *(attention.descriptor(tensor, _TILE) for tensor in (a.key, a.value)),
+        a.lse.contiguous(),
+        by_distance,
+        stats,
+        found,
+        in_units(a.scale, dtype),
+        span(a),
+        center,
+        stats.shape[2],
+        h,
+        sq,
+        sk,
+        works,
+        D=d,
+        STAGES=_STAGES,
+        GROUP=h // hkv,
+        FEW=few_keys(a),
+        IS_CAUSAL=a.is_causal,
+        num_warps=4,
+    )
     return found
 
 
-def grad_key_value(a, stats, center, by_distance, options):
+def grad_key_value(a, stats, center, by_distance):
+    """The gradients of key and value, with the stats that a kernel for the queries has written."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     shape, strides = by_rows(a.key)
     grad_key, grad_value = (maker(shape, dtype, strides, device)() for _ in range(2))
-    block_m = options["BLOCK_M"]
-    works = b * hkv * -(-sk // (options["CONSUMERS"] * _ROWS))
-    descriptors = [attention._descriptor(tensor, block_m) for tensor in (a.grad_out, a.query)]
-    descriptors += [_stats_descriptor(stats, block_m)]
-    descriptors += [attention._descriptor(tensor, _ROWS) for tensor in (a.key, a.value)]
+    works = b * hkv * -(-sk // _OWN)
     attention.start(
-        grad_key_value_kernel, _grid(works, device), *descriptors, by_distance, grad_key, grad_value,
-        0.0 if sk == 1 else a.scale, in_units(a.scale, dtype), span(a), center, *strides[:3], hkv, sq, sk, works,
-        D=d, GROUP=h // hkv, IS_CAUSAL=a.is_causal, **options, num_warps=4,
-    )  # fmt: skip
+        grad_key_value_kernel,
+        _grid(works, device),
+        *(attention.descriptor(tensor, _TILE) for tensor in (a.grad_out, a.query)),
+        _stats_descriptor(stats),
+        *(attention.descriptor(tensor, _ROWS) for tensor in (a.key, a.value)),
+        by_distance,
+        grad_key,
+        grad_value,
+        in_units(a.scale, dtype),
+        span(a),
+        center,
+        hkv,
+        sq,
+        sk,
+        works,
+        D=d,
+        STAGES=_STAGES,
+        GROUP=h // hkv,
+        IS_CAUSAL=a.is_causal,
+        num_warps=4,
+    )
     return grad_key, grad_value
 
 
-def backward(a, query=None, key=None):
-    """(dQ, dK, dV)."""
-    query, key = query or QUERY, key or KEY
-    center, of = spread(a, {"BLOCK_M": 192, "BLOCK_N": 128})
+def backward(a, *_):
+    center, of = spread(a, {"BLOCK_M": _OWN, "BLOCK_N": _TILE})
     by_distance = None if of is None else of(a.bias_table)
-    stats = stats_like(a.query, key["BLOCK_M"])
-    found = grad_query(a, stats, center, by_distance, query)
-    return (found, *grad_key_value(a, stats, center, by_distance, key))
+    stats = new_stats(a.query)
+    found = grad_query(a, stats, center, by_distance)
+    return found, *grad_key_value(a, stats, center, by_distance)

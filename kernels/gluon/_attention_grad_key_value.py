@@ -1,15 +1,15 @@
 """How do the gradients of key and value run on Hopper, by hand? No tile of scores leaves the registers.
 
-A program has 128 keys of one head, and 12 warps. Two warpgroups add up dK and dV for 64 keys each; a warp copies tiles of
-queries, their cotangents and their (log-sum-exp, delta) into stages of shared memory (TMA). The formulas are in
-pyfused/kernels/triton/_attention_grad_query.py. Scores are (keys, queries), so that P^T and dS^T, which come out of the matrix
-unit, are its next operands as they are:
+A program has 12 warps and one tile of 128 keys after another. Two warpgroups add up dK and dV for 64 of the keys each; a warp
+copies keys and values, and tiles of 128 queries, their cotangents and their (log-sum-exp, delta), into shared memory (TMA). The
+formulas are in pyfused/kernels/triton/_attention_grad_query.py. Scores are (keys, queries), so P^T and dS^T leave one product in
+the layout in which the next one reads its first operand. A tile of queries has two halves:
 
-    a step    S^T = K Q_i^T and dP^T = V dO_i^T start together; while the second runs, P^T of S^T is computed; dV += P^T dO_i
-              starts; while it runs, dS^T is computed; dK += dS^T Q_i
+    started    S0^T = K Q0^T    dP0^T = V dO0^T    S1^T    dV += P0^T dO0    dK += dS0^T Q0    dP1^T    dV    dK
+    computed                    P0^T                       dS0^T             P1^T                       dS1^T
 
-For a tile of 128 keys, 64 queries and D = 64 a multiprocessor needs 1024 clocks for its products (4096 FLOP a clock), 512 for
-its exponentials (16 a clock), and about 520 to issue 8 warps' instructions.
+For 128 x 128 scores and D = 64 a multiprocessor needs 2048 clocks for its products (4096 FLOP a clock), 1024 for its exponentials
+(16 a clock), and about 900 to issue 8 warps' instructions. One warpgroup alone would take about 1300.
 """
 
 from triton.experimental import gluon
@@ -22,34 +22,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-ROWS = gl.constexpr(64)  # keys of a warpgroup: one instruction's
-_COPIES = gl.constexpr(4)  # of a head's bias, as _attention_relative.py describes them
-_BY_KEY = gl.constexpr(2)
-OWN = gl.constexpr(2)  # tiles of keys and values in shared memory: the next one's are on their way
-HALF = gl.constexpr(64)  # queries of a product
-S_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-_PAIRS = gl.constexpr(gl.DistributedLinearLayout([[1], [2], [16], [32], [64]], [[4], [8], [0], [0], [0]], [[0], [0]], [], [128]))
+from ._attention_grad_query import COPIES, GROUPS, HALF, LN2, ROWS, SCORES, TILE, first_scores
+
+_BY_KEY = gl.constexpr(2)  # of a head's copies of T5's bias, the first by negated distance
+_OWN = gl.constexpr(2)  # tiles of keys and values in shared memory: the next ones come while these are in use
+# A thread reads (log-sum-exp, delta) of two neighbouring columns at once, 16 bytes.
+_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout([[1], [2], [16], [32], [64]], [[4], [8], [0], [0], [0]], [[0], [0]], [], [128])
+)
 
 
 @gluon.jit
-def _walk(
-    first_key, span, query_length, key_length,
-    KEYS: gl.constexpr, BLOCK_M: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
-):  # fmt: skip
+def _walk(first_key, span, query_length, key_length, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr):
     """(first, full, full_end, end, near, near_end), in tiles of queries. [first, full) cross the diagonal, and [full_end, end)
     the end. Of the others T5's bias differs from pair to pair in [near, near_end)."""
-    shift = key_length - query_length
-    end = gl.cdiv(query_length, BLOCK_M)
+    start = first_key - (key_length - query_length)  # the query at the distance 0 from the first key
+    end = gl.cdiv(query_length, TILE)
     first, full = 0, 0
     if IS_CAUSAL:
-        first = gl.minimum(gl.maximum(first_key - shift, 0) // BLOCK_M, end)
-        full = gl.minimum(gl.cdiv(gl.maximum(first_key + KEYS - 1 - shift, 0), BLOCK_M), end)
-    full_end = gl.maximum(query_length // BLOCK_M, full)
+        first = gl.minimum(gl.maximum(start, 0) // TILE, end)
+        full = gl.minimum(gl.cdiv(gl.maximum(start + GROUPS * ROWS - 1, 0), TILE), end)
+    full_end = gl.maximum(query_length // TILE, full)
     near, near_end = full, full
     if NEAR:
-        near = gl.cdiv(gl.maximum(first_key - shift - span - BLOCK_M + 2, 0), BLOCK_M)
+        near = gl.cdiv(gl.maximum(start - span - TILE + 2, 0), TILE)
         near = gl.minimum(gl.maximum(near, full), full_end)
-        near_end = gl.cdiv(gl.maximum(first_key - shift + KEYS - 1 + span, 0), BLOCK_M)
+        near_end = gl.cdiv(gl.maximum(start + GROUPS * ROWS - 1 + span, 0), TILE)
         near_end = gl.minimum(gl.maximum(near_end, near), full_end)
     return first, full, full_end, end, near, near_end
 
@@ -68,38 +66,31 @@ def _tile(i, first, full, full_end, end, near, near_end):
 @gluon.jit
 def _copy(
     grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready, own_free, ready,
-    free, program, programs, works, key_tiles, key_heads, span, query_length, key_length,
-    CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    NEAR: gl.constexpr,
+    free, works, key_tiles, key_heads, span, query_length, key_length,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies, in the order in which _add() reads. Rows behind a tensor's end become zeros."""
     n, item = 0, 0
-    for work in range(program, works, programs):
-        first_key = work % key_tiles * (CONSUMERS * ROWS)
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        first_key = work % key_tiles * (GROUPS * ROWS)
         key_head, batch = work // key_tiles % key_heads, work // key_tiles // key_heads
-        own = item % OWN
-        mbarrier.wait(own_free.index(own), item // OWN % 2 ^ 1)
-        mbarrier.expect(own_ready.index(own), CONSUMERS * (key_desc.block_type.nbytes + value_desc.block_type.nbytes))
-        for c in gl.static_range(CONSUMERS):
-            place = [batch, key_head, first_key + c * ROWS, 0]
-            tma.async_copy_global_to_shared(key_desc, place, own_ready.index(own), keys.index(own * CONSUMERS + c))
-            tma.async_copy_global_to_shared(value_desc, place, own_ready.index(own), values.index(own * CONSUMERS + c))
-        first, full, full_end, end, near, near_end = _walk(
-            first_key, span, query_length, key_length, CONSUMERS * ROWS, BLOCK_M, IS_CAUSAL, NEAR
-        )
+        own = item % _OWN
+        mbarrier.wait(own_free.index(own), item // _OWN % 2 ^ 1)
+        mbarrier.expect(own_ready.index(own), 2 * GROUPS * key_desc.block_type.nbytes)
+        for group in gl.static_range(GROUPS):
+            place = [batch, key_head, first_key + group * ROWS, 0]
+            tma.async_copy_global_to_shared(key_desc, place, own_ready.index(own), keys.index(own * GROUPS + group))
+            tma.async_copy_global_to_shared(value_desc, place, own_ready.index(own), values.index(own * GROUPS + group))
+        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, NEAR)
         for member in range(GROUP):
             head = key_head * GROUP + member
             for i in range(end - first):
-                start = _tile(i, first, full, full_end, end, near, near_end) * BLOCK_M
+                start = _tile(i, first, full, full_end, end, near, near_end) * TILE
                 stage = n % STAGES
                 mbarrier.wait(free.index(stage), n // STAGES % 2 ^ 1)
-                mbarrier.expect(
-                    ready.index(stage),
-                    query_desc.block_type.nbytes + grad_desc.block_type.nbytes + stats_desc.block_type.nbytes,
-                )
-                place = [batch, head, start, 0]
+                mbarrier.expect(ready.index(stage), 2 * query_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                place, row = [batch, head, start, 0], [batch * (key_heads * GROUP) + head, 2 * start]
                 tma.async_copy_global_to_shared(query_desc, place, ready.index(stage), queries.index(stage))
-                row = [batch * (key_heads * GROUP) + head, 2 * start]
                 tma.async_copy_global_to_shared(stats_desc, row, ready.index(stage), stats.index(stage))
                 tma.async_copy_global_to_shared(grad_desc, place, ready.index(stage), grads.index(stage))
                 n += 1
@@ -107,236 +98,180 @@ def _copy(
 
 
 @gluon.jit
-def _first_scores(spread, corner, center, NEAR: gl.constexpr):
-    """(ROWS, HALF): what the scores start from. With NEAR, element (i, j) is the bias of negated distance corner + j - i."""
-    if NEAR:
-        first = gl.minimum(gl.maximum(corner, ROWS - center), center - HALF) + center
-        row = first - gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-        place = row % 2 * (2 * center) + row // 2 * 2  # of the two copies the one in which this address is even
-        return gl.load(spread + place[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, S_LAYOUT))[None, :])
-    else:
-        return gl.zeros([ROWS, HALF], gl.float32, S_LAYOUT)
-
-
-@gluon.jit
-def _row_stats(stats):
-    """(lse, delta) of HALF queries. A thread reads what its two neighbouring columns need at once, 16 bytes."""
+def _row_stats(stats, start, query_length, MASKED: gl.constexpr):
+    """(log-sum-exp, delta) of HALF queries. Past the last query P is 0."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     lse, delta = gl.split(stats.load(_PAIRS).reshape([HALF, 2]))
-    return gl.convert_layout(lse, gl.SliceLayout(0, S_LAYOUT)), gl.convert_layout(delta, gl.SliceLayout(0, S_LAYOUT))
+    lse, delta = gl.convert_layout(lse, COLUMN), gl.convert_layout(delta, COLUMN)
+    if MASKED:
+        live = start + gl.arange(0, HALF, COLUMN) < query_length
+        lse, delta = gl.where(live, lse, float("inf")), gl.where(live, delta, 0.0)
+    return lse, delta
 
 
 @gluon.jit
-def _p(
-    s, lse, delta, start, far, scale, first_key, shift, query_length, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr
-):
-    """(P, delta) of HALF queries from `start` on."""
-    if MASKED:
-        j = start + gl.arange(0, HALF, gl.SliceLayout(0, S_LAYOUT))
-        lse = gl.where(j < query_length, lse, float("inf"))  # p = 0 past the last query
-        delta = gl.where(j < query_length, delta, 0.0)
-        if IS_CAUSAL:
-            i = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-            s = gl.where(i[:, None] <= (j + shift)[None, :], s, float("-inf"))
-    return gl.exp2(s * scale - (lse - far)[None, :]), delta
+def _probabilities(
+    s, lse, start, far, scale, first_key, shift, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr
+):  # fmt: skip
+    if MASKED and IS_CAUSAL:
+        i = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        j = start + gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
+        s = gl.where(i[:, None] <= (j + shift)[None, :], s, float("-inf"))
+    return gl.exp2(s * scale - (lse - far)[None, :])
 
 
 @gluon.jit
 def _step(
-    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n, start, far, scale, first_key,
-    shift, query_length, center,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
-    MASKED: gl.constexpr,
+    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n, start, far, scale, first_key, shift,
+    query_length, center,
+    D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds one tile of queries, the n-th that this program visits. `far` is a bias of all pairs, in the units of scale * s."""
     A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
+    dtype: gl.constexpr = queries.dtype
     stage = n % STAGES
-    first_scores = _first_scores(spread, start + shift - first_key, center, NEAR)
-    zero = gl.zeros([ROWS, HALF], gl.float32, S_LAYOUT)
-    if BLOCK_M == HALF:
-        mbarrier.wait(ready.index(stage), n // STAGES % 2)
-        query, grad = queries.index(stage).reshape([BLOCK_M, D]), grads.index(stage).reshape([BLOCK_M, D])
-        scores = warpgroup_mma(key, query.permute([1, 0]), first_scores, use_acc=NEAR, is_async=True)
-        product = warpgroup_mma(value, grad.permute([1, 0]), zero, use_acc=False, is_async=True)
-        lse, delta = _row_stats(stats.index(stage).reshape([2 * BLOCK_M]))
-        s = warpgroup_mma_wait(1, [scores])
-        p32, delta = _p(s, lse, delta, start, far, scale, first_key, shift, query_length, IS_CAUSAL, MASKED)
-        p = gl.convert_layout(p32.to(queries.dtype), A)
-        grad_value = warpgroup_mma(p, grad, grad_value, is_async=True)
-        dp = warpgroup_mma_wait(1, [product])
-        ds = gl.convert_layout((p32 * (dp - delta[None, :])).to(queries.dtype), A)
-        grad_key = warpgroup_mma(ds, query, grad_key, is_async=True)
-    else:
-        more_scores = _first_scores(spread, start + HALF + shift - first_key, center, NEAR)
-        mbarrier.wait(ready.index(stage), n // STAGES % 2)
-        queries2, grads2 = queries.index(stage).reshape([BLOCK_M, D]), grads.index(stage).reshape([BLOCK_M, D])
-        stats2 = stats.index(stage).reshape([2 * BLOCK_M])
-        query, grad = queries2.slice(0, HALF), grads2.slice(0, HALF)
-        scores = warpgroup_mma(key, query.permute([1, 0]), first_scores, use_acc=NEAR, is_async=True)
-        product = warpgroup_mma(value, grad.permute([1, 0]), zero, use_acc=False, is_async=True)
-        query1, grad1 = queries2.slice(HALF, HALF), grads2.slice(HALF, HALF)
-        scores1 = warpgroup_mma(key, query1.permute([1, 0]), more_scores, use_acc=NEAR, is_async=True)
-        lse, delta = _row_stats(stats2.slice(0, 2 * HALF))
-        s = warpgroup_mma_wait(2, [scores])
-        p32, delta = _p(s, lse, delta, start, far, scale, first_key, shift, query_length, IS_CAUSAL, MASKED)
-        p = gl.convert_layout(p32.to(queries.dtype), A)
-        grad_value = warpgroup_mma(p, grad, grad_value, is_async=True)
-        dp = warpgroup_mma_wait(2, [product])
-        ds = gl.convert_layout((p32 * (dp - delta[None, :])).to(queries.dtype), A)
-        grad_key = warpgroup_mma(ds, query, grad_key, is_async=True)
-        product1 = warpgroup_mma(value, grad1.permute([1, 0]), zero, use_acc=False, is_async=True)
-        lse, delta = _row_stats(stats2.slice(2 * HALF, 2 * HALF))
-        s = warpgroup_mma_wait(3, [scores1])
-        p32, delta = _p(s, lse, delta, start + HALF, far, scale, first_key, shift, query_length, IS_CAUSAL, MASKED)
-        p = gl.convert_layout(p32.to(queries.dtype), A)
-        grad_value = warpgroup_mma(p, grad1, grad_value, is_async=True)
-        dp = warpgroup_mma_wait(1, [product1])
-        ds = gl.convert_layout((p32 * (dp - delta[None, :])).to(queries.dtype), A)
-        grad_key = warpgroup_mma(ds, query1, grad_key, is_async=True)
+    corner = start + shift - first_key
+    s = first_scores(spread, corner, center, NEAR)
+    zero = gl.zeros([ROWS, HALF], gl.float32, SCORES)
+    mbarrier.wait(ready.index(stage), n // STAGES % 2)
+    query, grad = queries.index(stage).reshape([TILE, D]), grads.index(stage).reshape([TILE, D])
+    row_stats = stats.index(stage).reshape([2 * TILE])
+    query0, query1 = query.slice(0, HALF), query.slice(HALF, HALF)
+    grad0, grad1 = grad.slice(0, HALF), grad.slice(HALF, HALF)
+    scores = warpgroup_mma(key, query0.permute([1, 0]), s, use_acc=NEAR, is_async=True)
+    product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s = first_scores(spread, corner + HALF, center, NEAR)
+    more_scores = warpgroup_mma(key, query1.permute([1, 0]), s, use_acc=NEAR, is_async=True)
+    lse, delta = _row_stats(row_stats.slice(0, 2 * HALF), start, query_length, MASKED)
+    s = warpgroup_mma_wait(2, [scores])
+    p = _probabilities(s, lse, start, far, scale, first_key, shift, IS_CAUSAL, MASKED)
+    grad_value = warpgroup_mma(gl.convert_layout(p.to(dtype), A), grad0, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(2, [product])
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query0, grad_key, is_async=True)
+    product = warpgroup_mma(value, grad1.permute([1, 0]), zero, use_acc=False, is_async=True)
+    lse, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), start + HALF, query_length, MASKED)
+    s = warpgroup_mma_wait(3, [more_scores])
+    p = _probabilities(s, lse, start + HALF, far, scale, first_key, shift, IS_CAUSAL, MASKED)
+    grad_value = warpgroup_mma(gl.convert_layout(p.to(dtype), A), grad1, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(1, [product])
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query1, grad_key, is_async=True)
+    # A sum that is in flight at the loop's end makes ptxas wait for each product.
     grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
     mbarrier.arrive(free.index(stage))
     return grad_key, grad_value
 
 
 @gluon.jit
-def _store(ptr, tile, first_key, key_length, stride, D: gl.constexpr):
+def _store(ptr, tile, batch, key_head, first_key, key_heads, key_length, D: gl.constexpr):
+    """Writes rows of a tensor stored as (B, S, H, D)."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
-    tile = gl.convert_layout(tile, WIDE)
     i = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    row = ((batch.to(gl.int64) * key_length + i) * key_heads + key_head) * D
     columns = gl.arange(0, D, gl.SliceLayout(0, WIDE))
-    gl.store(ptr + (i.to(gl.int64) * stride)[:, None] + columns[None, :], tile, mask=(i < key_length)[:, None])
+    gl.store(ptr + row[:, None] + columns[None, :], gl.convert_layout(tile, WIDE), mask=(i < key_length)[:, None])
 
 
 @gluon.jit
 def _add(
-    grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread_ptr, program,
-    programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length, stride_db, stride_dh,
-    stride_ds,
-    WHICH: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread_ptr, works,
+    key_tiles, key_heads, scale, span, center, query_length, key_length,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that adds up, for its 64 keys of each of the program's tiles."""
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     shift = key_length - query_length
     n, item = 0, 0
-    for work in range(program, works, programs):
-        first_of_tile = work % key_tiles * (CONSUMERS * ROWS)
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        first_key = work % key_tiles * (GROUPS * ROWS)
         key_head, batch = work // key_tiles % key_heads, work // key_tiles // key_heads
-        first_key = first_of_tile + WHICH * ROWS
-        first, full, full_end, end, near, near_end = _walk(
-            first_of_tile, span, query_length, key_length, CONSUMERS * ROWS, BLOCK_M, IS_CAUSAL, NEAR
-        )
+        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, NEAR)
+        first_key += WHICH * ROWS
         masked, count = full - first + end - full_end, end - first
-        far_end = count - (near_end - near)
-        own = item % OWN
-        key, value = keys.index(own * CONSUMERS + WHICH), values.index(own * CONSUMERS + WHICH)
-        key, value = key.reshape([ROWS, D]), value.reshape([ROWS, D])
-        mbarrier.wait(own_ready.index(own), item // OWN % 2)
-        if IN_REGISTERS >= 1:
-            value = value.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-        if IN_REGISTERS >= 2:
-            key = key.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-            mbarrier.arrive(own_free.index(own))
-        grad_key = gl.zeros([ROWS, D], gl.float32, O)
-        grad_value = gl.zeros([ROWS, D], gl.float32, O)
+        own = item % _OWN
+        mbarrier.wait(own_ready.index(own), item // _OWN % 2)
+        key = keys.index(own * GROUPS + WHICH).reshape([ROWS, D])
+        # In registers: two operands in shared memory are all that it can deliver to products of 64 columns.
+        value = values.index(own * GROUPS + WHICH).reshape([ROWS, D]).load(gl.DotOperandLayout(0, SCORES, 2))
+        grad_key, grad_value = gl.zeros([ROWS, D], gl.float32, O), gl.zeros([ROWS, D], gl.float32, O)
         for member in range(GROUP):
             spread, far_before, far_after = spread_ptr, 0.0, 0.0
             if NEAR:
-                spread = spread_ptr + ((key_head * GROUP + member) * _COPIES + _BY_KEY) * (2 * center)
+                spread = spread_ptr + ((key_head * GROUP + member) * COPIES + _BY_KEY) * (2 * center)
                 far_before = gl.load(spread + center - span) * scale
                 far_after = gl.load(spread + center + span) * scale
             for i in range(masked):
-                start = _tile(i, first, full, full_end, end, near, near_end) * BLOCK_M
+                start = _tile(i, first, full, full_end, end, near, near_end) * TILE
                 grad_key, grad_value = _step(
-                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale, first_key, shift, query_length, center, D, BLOCK_M, STAGES, IS_CAUSAL,
-                    NEAR, True,
+                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale,
+                    first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, NEAR, True,
                 )  # fmt: skip
-            for i in range(masked, far_end):
+            for i in range(masked, count - (near_end - near)):
                 tile = _tile(i, first, full, full_end, end, near, near_end)
                 far = gl.where(tile < near, far_before, far_after)
                 grad_key, grad_value = _step(
-                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, tile * BLOCK_M, far, scale, first_key, shift, query_length, center, D, BLOCK_M, STAGES,
-                    IS_CAUSAL, False, False,
+                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, tile * TILE, far, scale,
+                    first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, False, False,
                 )  # fmt: skip
             if NEAR:
-                for i in range(far_end, count):
-                    start = _tile(i, first, full, full_end, end, near, near_end) * BLOCK_M
+                for i in range(count - (near_end - near), count):
+                    start = _tile(i, first, full, full_end, end, near, near_end) * TILE
                     grad_key, grad_value = _step(
-                        grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale, first_key, shift, query_length, center, D, BLOCK_M, STAGES,
-                        IS_CAUSAL, True, False,
+                        grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale,
+                        first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, True, False,
                     )  # fmt: skip
             n += count
-        if IN_REGISTERS < 2:
-            mbarrier.arrive(own_free.index(own))
-        offset = batch.to(gl.int64) * stride_db + key_head.to(gl.int64) * stride_dh
-        _store(grad_value_ptr + offset, grad_value.to(queries.dtype), first_key, key_length, stride_ds, D)
-        _store(grad_key_ptr + offset, (grad_key * grad_scale).to(queries.dtype), first_key, key_length, stride_ds, D)
+        mbarrier.arrive(own_free.index(own))
+        _store(grad_value_ptr, grad_value.to(queries.dtype), batch, key_head, first_key, key_heads, key_length, D)
+        grad_key *= scale * LN2
+        _store(grad_key_ptr, grad_key.to(queries.dtype), batch, key_head, first_key, key_heads, key_length, D)
         item += 1
 
 
 @gluon.jit(do_not_specialize=["span", "center", "key_heads", "query_length", "key_length", "works"])
 def grad_key_value_kernel(
-    grad_desc, query_desc, stats_desc, key_desc, value_desc, spread_ptr, grad_key_ptr, grad_value_ptr, grad_scale, scale, span,
-    center, stride_db, stride_dh, stride_ds, key_heads, query_length, key_length, works,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    grad_desc, query_desc, stats_desc, key_desc, value_desc, spread_ptr, grad_key_ptr, grad_value_ptr, scale, span, center,
+    key_heads, query_length, key_length, works,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """A grid of any size shares `works` = key tiles * B * key heads tiles. The descriptors have blocks (1, 1, ROWS or BLOCK_M,
-    D), that of stats (1, 2 * BLOCK_M). With spread_ptr the scores start at T5's bias divided by the scale."""
+    """A grid of any size shares `works` = key tiles * B * key heads tiles. The descriptors have blocks (1, 1, ROWS or TILE, D),
+    that of stats, (B * heads, 2 * rows), has (1, 2 * TILE). The gradients are stored as (B, S, H, D). With spread_ptr the scores
+    start at T5's bias divided by the scale. `scale` is in units of log2."""
     dtype: gl.constexpr = query_desc.dtype
     NEAR: gl.constexpr = spread_ptr is not None
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    key_tiles = gl.cdiv(key_length, CONSUMERS * ROWS)
+    key_tiles = gl.cdiv(key_length, GROUPS * ROWS)
     spread = grad_key_ptr  # a partition takes no None
     if NEAR:
         spread = spread_ptr
-    keys = gl.allocate_shared_memory(dtype, [OWN * CONSUMERS, 1, 1, ROWS, D], key_desc.layout)
-    values = gl.allocate_shared_memory(dtype, [OWN * CONSUMERS, 1, 1, ROWS, D], value_desc.layout)
-    queries = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], query_desc.layout)
-    grads = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], grad_desc.layout)
-    stats = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BLOCK_M], stats_desc.layout)
-    own_ready = gl.allocate_shared_memory(gl.int64, [OWN, 1], mbarrier.MBarrierLayout())
-    own_free = gl.allocate_shared_memory(gl.int64, [OWN, 1], mbarrier.MBarrierLayout())
+    keys = gl.allocate_shared_memory(dtype, [_OWN * GROUPS, 1, 1, ROWS, D], key_desc.layout)
+    values = gl.allocate_shared_memory(dtype, [_OWN * GROUPS, 1, 1, ROWS, D], value_desc.layout)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, D], query_desc.layout)
+    grads = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, D], grad_desc.layout)
+    stats = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * TILE], stats_desc.layout)
+    own_ready = gl.allocate_shared_memory(gl.int64, [_OWN, 1], mbarrier.MBarrierLayout())
+    own_free = gl.allocate_shared_memory(gl.int64, [_OWN, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(OWN):
+    for i in gl.static_range(_OWN):
         mbarrier.init(own_ready.index(i), 1)
-        mbarrier.init(own_free.index(i), CONSUMERS)
+        mbarrier.init(own_free.index(i), GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), 1)
-        mbarrier.init(free.index(i), CONSUMERS)
+        mbarrier.init(free.index(i), GROUPS)
     fence_async_shared()  # the copy engine sees the barriers
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
-                        program, programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length,
-                        stride_db, stride_dh, stride_ds, 0, CONSUMERS, D, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR, IN_REGISTERS)),
-                (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
-                        program, programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length,
-                        stride_db, stride_dh, stride_ds, 1, CONSUMERS, D, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR, IN_REGISTERS)),
-                (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
-                        program, programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length,
-                        stride_db, stride_dh, stride_ds, 2, CONSUMERS, D, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR, IN_REGISTERS)),
-                (_copy, (grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready,
-                         own_free, ready, free, program, programs, works, key_tiles, key_heads, span, query_length, key_length,
-                         CONSUMERS, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
-                        program, programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length,
-                        stride_db, stride_dh, stride_ds, 0, CONSUMERS, D, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR, IN_REGISTERS)),
-                (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
-                        program, programs, works, key_tiles, key_heads, grad_scale, scale, span, center, query_length, key_length,
-                        stride_db, stride_dh, stride_ds, 1, CONSUMERS, D, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR, IN_REGISTERS)),
-                (_copy, (grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready,
-                         own_free, ready, free, program, programs, works, key_tiles, key_heads, span, query_length, key_length,
-                         CONSUMERS, BLOCK_M, STAGES, GROUP, IS_CAUSAL, NEAR)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
+                    works, key_tiles, key_heads, scale, span, center, query_length, key_length, 0, D, STAGES, GROUP, IS_CAUSAL,
+                    NEAR)),
+            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
+                    works, key_tiles, key_heads, scale, span, center, query_length, key_length, 1, D, STAGES, GROUP, IS_CAUSAL,
+                    NEAR)),
+            (_copy, (grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready,
+                     own_free, ready, free, works, key_tiles, key_heads, span, query_length, key_length, STAGES, GROUP, IS_CAUSAL,
+                     NEAR)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -56,7 +56,7 @@ def _aligned(tensor):
     return whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def _descriptor(tensor, rows):
+def descriptor(tensor, rows):
     """Tiles of `rows` rows of one head. A dimension of size 1 may have any stride; a descriptor wants multiples of 16 bytes."""
     strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride())]
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -78,8 +78,8 @@ def forward(a):
     start(
         forward_kernel,
         (b * h * -(-sq // (2 * _ROWS)),),
-        _descriptor(a.query, _ROWS),
-        *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
+        descriptor(a.query, _ROWS),
+        *(descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
         out,
         lse,
         None if by_distance is None else by_distance(a.bias_table),

@@ -175,7 +175,7 @@ def unsupported_backward(a):
     return None
 
 
-def _few_keys(a) -> int:
+def few_keys(a) -> int:
     """FEW of grad_query_kernel. At D = 128 the sums of the table's gradient leave it no registers."""
     any_few = a.is_causal or a.padding_mask is not None or a.cu_seqlens is not None or a.key.shape[2] <= _FEW_KEYS
     fits = a.query.dtype != torch.float32 and not (a.wants_table and a.query.shape[3] > 64)
@@ -227,7 +227,7 @@ def backward(a):
         grad_query_kernel, (h * tiles_of_head,), device,
         grad_scale, *scalars, middle, table_rows,
         rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
-        BUCKETS=num_buckets, **shared, FEW=_few_keys(a), **query_tile.options,
+        BUCKETS=num_buckets, **shared, FEW=few_keys(a), **query_tile.options,
     )  # fmt: skip
     by_key = starter(
         grad_key_value_kernel, (hkv * _tiles(b, sk, key_tile.options["BLOCK_N"], a.cu_seqlens),), device,
