@@ -9,12 +9,14 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pyfused.arguments import AttentionForward, taking
+from pyfused.arguments import AttentionBackward, AttentionForward, taking
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
+from pyfused.kernels.triton.attention import unsupported_backward as unsupported_by_triton
 
+from ._attention_backward import gradients
 from ._attention_forward import ROWS, forward_kernel
 
 _ROWS = ROWS.value
@@ -32,6 +34,10 @@ def remark_forward(*args):
 
 @taking(AttentionForward)
 def unsupported_forward(a):
+    return _unsupported(a)
+
+
+def _unsupported(a):
     (_, _, sq, d), sk = a.query.shape, a.key.shape[2]
     biased = a.bias_table is not None
     reasons = {
@@ -56,7 +62,7 @@ def _aligned(tensor):
     return whole and tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
 
 
-def descriptor(tensor, rows):
+def _descriptor(tensor, rows):
     """Tiles of `rows` rows of one head. A dimension of size 1 may have any stride; a descriptor wants multiples of 16 bytes."""
     strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride())]
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -78,8 +84,8 @@ def forward(a):
     start(
         forward_kernel,
         (b * h * -(-sq // (2 * _ROWS)),),
-        descriptor(a.query, _ROWS),
-        *(descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
+        _descriptor(a.query, _ROWS),
+        *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
         out,
         lse,
         None if by_distance is None else by_distance(a.bias_table),
@@ -99,3 +105,25 @@ def forward(a):
         num_warps=4,
     )
     return out, lse
+
+
+@taking(AttentionBackward)
+def unsupported_backward(a):
+    sq, sk, d = a.query.shape[2], a.key.shape[2], a.query.shape[3]
+    reasons = {
+        "a head size other than 64": d != _HEAD_SIZES[0],
+        "more queries than keys under a causal mask: rows without a key may hold anything": a.is_causal and sq > sk,
+        "one key": sk == 1,
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    return found or _unsupported(a) or unsupported_by_triton(*a)
+
+
+@taking(AttentionBackward)
+def backward(a):
+    whole = {name: _copied(getattr(a, name)) for name in ("grad_out", "out")}
+    return gradients(a._replace(**whole), start, _descriptor)
+
+
+def _copied(tensor):
+    return tensor if _aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
