@@ -54,13 +54,11 @@ def _walk(first_key, span, query_length, key_length, IS_CAUSAL: gl.constexpr, NE
 
 @gluon.jit
 def _tile(i, first, full, full_end, end, near, near_end):
-    """The tile of queries that comes i-th: those with a mask, far ones, near ones."""
-    front = full - first
-    k = i - front - (end - full_end)
-    far = full_end - full - (near_end - near)
-    whole = gl.where(k < near - full, full + k, full + k + near_end - near)
-    whole = gl.where(k < far, whole, near + k - far)
-    return gl.where(k >= 0, whole, gl.where(i < front, first + i, full_end + i - front))
+    """The tile of queries that comes i-th: those at the diagonal, near ones, those at the end, far ones."""
+    front, nears = full - first, near_end - near
+    near_or_last = gl.where(i - front < nears, near + i - front, full_end + i - front - nears)
+    k = full + i - (front + nears + end - full_end)
+    return gl.where(k >= full, gl.where(k < near, k, k + nears), gl.where(i < front, first + i, near_or_last))
 
 
 @gluon.jit
@@ -188,7 +186,7 @@ def _add(
         key_head, batch = work // key_tiles % key_heads, work // key_tiles // key_heads
         first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, NEAR)
         first_key += WHICH * ROWS
-        masked, count = full - first + end - full_end, end - first
+        special, count = full - first + near_end - near + end - full_end, end - first
         own = item % _OWN
         mbarrier.wait(own_ready.index(own), item // _OWN % 2)
         key = keys.index(own * GROUPS + WHICH).reshape([ROWS, D])
@@ -201,26 +199,19 @@ def _add(
                 spread = spread_ptr + ((key_head * GROUP + member) * COPIES + _BY_KEY) * (2 * center)
                 far_before = gl.load(spread + center - span) * scale
                 far_after = gl.load(spread + center + span) * scale
-            for i in range(masked):
+            for i in range(special):
                 start = _tile(i, first, full, full_end, end, near, near_end) * TILE
                 grad_key, grad_value = _step(
                     grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale,
                     first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, NEAR, True,
                 )  # fmt: skip
-            for i in range(masked, count - (near_end - near)):
+            for i in range(special, count):
                 tile = _tile(i, first, full, full_end, end, near, near_end)
                 far = gl.where(tile < near, far_before, far_after)
                 grad_key, grad_value = _step(
                     grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, tile * TILE, far, scale,
                     first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, False, False,
                 )  # fmt: skip
-            if NEAR:
-                for i in range(count - (near_end - near), count):
-                    start = _tile(i, first, full, full_end, end, near, near_end) * TILE
-                    grad_key, grad_value = _step(
-                        grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale,
-                        first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, True, False,
-                    )  # fmt: skip
             n += count
         mbarrier.arrive(own_free.index(own))
         _store(grad_value_ptr, grad_value.to(queries.dtype), batch, key_head, first_key, key_heads, key_length, D)
