@@ -15,7 +15,8 @@ from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import GROUPS, ROWS, TILE, grad_query_kernel
 
 _ROWS, _TILE, _OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
-_STAGES = 2
+QUERY = {"STAGES": 2, "TURNS": 0, "WHOLE": True}
+KEYS = {"STAGES": 2, "TURNS": 0, "OWN": 1}
 
 
 def _stats_descriptor(stats):
@@ -57,7 +58,7 @@ def grad_query(a, stats, center, by_distance, start, descriptor):
         sk,
         works,
         D=d,
-        STAGES=_STAGES,
+        **QUERY,
         GROUP=h // hkv,
         FEW=few_keys(a),
         IS_CAUSAL=a.is_causal,
@@ -89,7 +90,7 @@ def grad_key_value(a, start, descriptor, stats, center, by_distance):
         sk,
         works,
         D=d,
-        STAGES=_STAGES,
+        **KEYS,
         GROUP=h // hkv,
         IS_CAUSAL=a.is_causal,
         num_warps=4,
