@@ -140,7 +140,7 @@ def _step(
     row_stats = stats.index(stage).reshape([2 * TILE])
     query0, query1 = query.slice(0, HALF), query.slice(HALF, HALF)
     grad0, grad1 = grad.slice(0, HALF), grad.slice(HALF, HALF)
-    if TURNS > 0:
+    if TURNS > 0 and TURNS < 3:
         mbarrier.wait(turns.index(WHICH), (n + 1 - WHICH) % 2)
     scores = warpgroup_mma(key, query0.permute([1, 0]), s, use_acc=NEAR, is_async=True)
     product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
@@ -168,6 +168,76 @@ def _step(
     # A sum that is in flight at the loop's end makes ptxas wait for each product.
     grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
     mbarrier.arrive(free.index(stage))
+    return grad_key, grad_value
+
+
+@gluon.jit
+def _two(
+    grad_key, grad_value, key, value, grads, queries, stats, ready, free, n, far, next_far, scale, first_key, shift,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Two of _step(), without a mask or bias. The matrix unit has work between them."""
+    A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
+    dtype: gl.constexpr = queries.dtype
+    stage, then = n % STAGES, (n + 1) % STAGES
+    zero = gl.zeros([ROWS, HALF], gl.float32, SCORES)
+    mbarrier.wait(ready.index(stage), n // STAGES % 2)
+    query, grad = queries.index(stage).reshape([TILE, D]), grads.index(stage).reshape([TILE, D])
+    row_stats = stats.index(stage).reshape([2 * TILE])
+    query0, query1 = query.slice(0, HALF), query.slice(HALF, HALF)
+    grad0, grad1 = grad.slice(0, HALF), grad.slice(HALF, HALF)
+    mbarrier.wait(ready.index(then), (n + 1) // STAGES % 2)
+    scores = warpgroup_mma(key, query0.permute([1, 0]), zero, use_acc=False, is_async=True)
+    product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
+    lse, _ = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
+    s = warpgroup_mma_wait(1, [scores])
+    p = _probabilities(s, lse, 0, far, scale, first_key, shift, False, False)
+    p16 = gl.convert_layout(p.to(dtype), A)
+    scores = warpgroup_mma(key, query1.permute([1, 0]), zero, use_acc=False, is_async=True)
+    grad_value = warpgroup_mma(p16, grad0, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(2, [product])
+    _, delta = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query0, grad_key, is_async=True)
+    product = warpgroup_mma(value, grad1.permute([1, 0]), zero, use_acc=False, is_async=True)
+    lse, _ = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
+    s = warpgroup_mma_wait(3, [scores])
+    p = _probabilities(s, lse, 0, far, scale, first_key, shift, False, False)
+    query, grad = queries.index(then).reshape([TILE, D]), grads.index(then).reshape([TILE, D])
+    query2, query3 = query.slice(0, HALF), query.slice(HALF, HALF)
+    grad2, grad3 = grad.slice(0, HALF), grad.slice(HALF, HALF)
+    p16 = gl.convert_layout(p.to(dtype), A)
+    scores = warpgroup_mma(key, query2.permute([1, 0]), zero, use_acc=False, is_async=True)
+    grad_value = warpgroup_mma(p16, grad1, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(2, [product])
+    _, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query1, grad_key, is_async=True)
+    product = warpgroup_mma(value, grad2.permute([1, 0]), zero, use_acc=False, is_async=True)
+    row_stats = stats.index(then).reshape([2 * TILE])
+    lse, _ = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
+    s = warpgroup_mma_wait(3, [scores])
+    p = _probabilities(s, lse, 0, next_far, scale, first_key, shift, False, False)
+    p16 = gl.convert_layout(p.to(dtype), A)
+    scores = warpgroup_mma(key, query3.permute([1, 0]), zero, use_acc=False, is_async=True)
+    grad_value = warpgroup_mma(p16, grad2, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(2, [product])
+    _, delta = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query2, grad_key, is_async=True)
+    product = warpgroup_mma(value, grad3.permute([1, 0]), zero, use_acc=False, is_async=True)
+    lse, _ = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
+    s = warpgroup_mma_wait(3, [scores])
+    p = _probabilities(s, lse, 0, next_far, scale, first_key, shift, False, False)
+    p16 = gl.convert_layout(p.to(dtype), A)
+    grad_value = warpgroup_mma(p16, grad3, grad_value, is_async=True)
+    dp = warpgroup_mma_wait(1, [product])
+    _, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
+    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
+    grad_key = warpgroup_mma(ds, query3, grad_key, is_async=True)
+    grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
+    mbarrier.arrive(free.index(stage))
+    mbarrier.arrive(free.index(then))
     return grad_key, grad_value
 
 
@@ -220,6 +290,17 @@ def _add(
                     grad_key, grad_value, key, value, grads, queries, stats, ready, free, turns, spread, n + i, start, 0.0, scale,
                     first_key, shift, query_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, NEAR, True,
                 )  # fmt: skip
+            odd = (count - special) % 2
+            if TURNS == 3:
+                for i in range(special, count - odd, 2):
+                    tile = _tile(i, first, full, full_end, end, near, near_end)
+                    then = _tile(i + 1, first, full, full_end, end, near, near_end)
+                    grad_key, grad_value = _two(
+                        grad_key, grad_value, key, value, grads, queries, stats, ready, free, n + i,
+                        gl.where(tile < near, far_before, far_after), gl.where(then < near, far_before, far_after), scale,
+                        first_key, shift, D, STAGES,
+                    )  # fmt: skip
+                special = count - odd
             for i in range(special, count):
                 tile = _tile(i, first, full, full_end, end, near, near_end)
                 far = gl.where(tile < near, far_before, far_after)
