@@ -15,7 +15,7 @@ from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import GROUPS, ROWS, TILE, grad_query_kernel
 
 _ROWS, _TILE, _OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
-QUERY = {"STAGES": 2, "TURNS": 0, "WHOLE": True}
+QUERY = {"STAGES": 2}
 KEYS = {"STAGES": 2, "TURNS": 0, "OWN": 1}
 
 

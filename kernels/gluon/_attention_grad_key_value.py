@@ -22,8 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._attention_grad_query import COPIES, GROUPS, HALF, LN2, ROWS, SCORES, TILE, first_scores
+from ._attention_grad_query import COPIES, GROUPS, LN2, ROWS, TILE, first_scores
 
+HALF = gl.constexpr(64)  # of a tile's queries: the columns of a product
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (ROWS, HALF)
 _BY_KEY = gl.constexpr(2)  # of a head's copies of T5's bias, the first by negated distance
 # A thread reads (log-sum-exp, delta) of two neighbouring columns at once, 16 bytes.
 _PAIRS = gl.constexpr(
@@ -133,7 +135,7 @@ def _step(
     dtype: gl.constexpr = queries.dtype
     stage = n % STAGES
     corner = start + shift - first_key
-    s = first_scores(spread, corner, center, NEAR)
+    s = first_scores(spread, corner, center, NEAR, HALF)
     zero = gl.zeros([ROWS, HALF], gl.float32, SCORES)
     mbarrier.wait(ready.index(stage), n // STAGES % 2)
     query, grad = queries.index(stage).reshape([TILE, D]), grads.index(stage).reshape([TILE, D])
@@ -144,7 +146,7 @@ def _step(
         mbarrier.wait(turns.index(WHICH), (n + 1 - WHICH) % 2)
     scores = warpgroup_mma(key, query0.permute([1, 0]), s, use_acc=NEAR, is_async=True)
     product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
-    s = first_scores(spread, corner + HALF, center, NEAR)
+    s = first_scores(spread, corner + HALF, center, NEAR, HALF)
     more_scores = warpgroup_mma(key, query1.permute([1, 0]), s, use_acc=NEAR, is_async=True)
     if TURNS == 1:
         mbarrier.arrive(turns.index(1 - WHICH))

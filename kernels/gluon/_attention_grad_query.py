@@ -24,9 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 GROUPS = gl.constexpr(2)  # warpgroups that add up
 ROWS = gl.constexpr(64)  # rows of a warpgroup: one instruction's
-TILE = gl.constexpr(128)  # the columns of a step, in two halves
-HALF = gl.constexpr(64)
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # (ROWS, HALF)
+TILE = gl.constexpr(128)  # the columns of a step
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # (ROWS, TILE)
 COPIES = gl.constexpr(4)  # of a head's bias, as _attention_relative.py describes them
 LN2 = gl.constexpr(0.6931471805599453)
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -34,15 +33,16 @@ _LARGEST_LSE = gl.constexpr(2.0**20)  # as in Triton's kernel
 
 
 @gluon.jit
-def first_scores(spread, corner, center, NEAR: gl.constexpr):
-    """(ROWS, HALF): what the scores start from. With NEAR, element (i, j) is the bias of distance corner + j - i."""
+def first_scores(spread, corner, center, NEAR: gl.constexpr, COLUMNS: gl.constexpr):
+    """(ROWS, COLUMNS): what the scores start from. With NEAR, element (i, j) is the bias of distance corner + j - i."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     if NEAR:
-        first = gl.minimum(gl.maximum(corner, ROWS - center), center - HALF) + center
-        row = first - gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        first = gl.minimum(gl.maximum(corner, ROWS - center), center - COLUMNS) + center
+        row = first - gl.arange(0, ROWS, gl.SliceLayout(1, S))
         place = row % 2 * (2 * center) + row // 2 * 2  # of the two copies the one in which this address is even
-        return gl.load(spread + place[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, SCORES))[None, :])
+        return gl.load(spread + place[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, S))[None, :])
     else:
-        return gl.zeros([ROWS, HALF], gl.float32, SCORES)
+        return gl.zeros([ROWS, COLUMNS], gl.float32, S)
 
 
 @gluon.jit
@@ -117,105 +117,46 @@ def _copy(
 
 
 @gluon.jit
-def _probabilities(
-    s, lse, start, far, scale, first_query, shift, key_length, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr
-):  # fmt: skip
-    if MASKED:
-        i = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        j = start + gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
-        last = gl.full([ROWS], key_length - 1, gl.int32, gl.SliceLayout(1, SCORES))
-        if IS_CAUSAL:
-            last = gl.minimum(last, i + shift)
-        s = gl.where(j[None, :] <= last[:, None], s, float("-inf"))
-    return gl.exp2(s * scale - (lse - far)[:, None])
-
-
-@gluon.jit
-def _whole(
-    grad_query, query, grad, lse, delta, keys, values, ready, free, turns, n, far, scale,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-):  # fmt: skip
-    """_step() without a mask or bias, with products of all columns."""
-    A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
-    W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    stage = n % STAGES
-    zero = gl.zeros([ROWS, TILE], gl.float32, W)
-    less = gl.convert_layout(lse - far, gl.SliceLayout(1, W))
-    delta = gl.convert_layout(delta, gl.SliceLayout(1, W))
-    mbarrier.wait(ready.index(stage), n // STAGES % 2)
-    key, value = keys.index(stage).reshape([TILE, D]), values.index(stage).reshape([TILE, D])
-    if TURNS > 0:
-        mbarrier.wait(turns.index(WHICH), (n + 1 - WHICH) % 2)
-    scores = warpgroup_mma(query, key.permute([1, 0]), zero, use_acc=False, is_async=True)
-    product = warpgroup_mma(grad, value.permute([1, 0]), zero, use_acc=False, is_async=True)
-    if TURNS == 1:
-        mbarrier.arrive(turns.index(1 - WHICH))
-    s = warpgroup_mma_wait(1, [scores])
-    p = gl.exp2(s * scale - less[:, None])
-    dp = warpgroup_mma_wait(0, [product])
-    ds = gl.convert_layout((p * (dp - delta[:, None])).to(keys.dtype), A)
-    grad_query = warpgroup_mma(ds, key, grad_query, is_async=True)
-    if TURNS == 2:
-        mbarrier.arrive(turns.index(1 - WHICH))
-    grad_query = warpgroup_mma_wait(0, [grad_query])
-    mbarrier.arrive(free.index(stage))
-    return grad_query
-
-
-@gluon.jit
 def _step(
-    grad_query, p_sum, dp_sum, query, grad, lse, delta, keys, values, ready, free, turns, spread, n, start, far, scale, first_query,
+    grad_query, p_sum, dp_sum, query, grad, lse, delta, keys, values, ready, free, spread, n, start, far, scale, first_query,
     shift, key_length, center,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr, NEAR: gl.constexpr,
-    MASKED: gl.constexpr, SUMS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr, MASKED: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys, the n-th that this program visits, to grad_query. With SUMS it adds each row's P and P dP to the sums
     instead. `far` is a bias of all pairs, in the units of scale * s."""
     A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
-    dtype: gl.constexpr = keys.dtype
     stage = n % STAGES
-    corner = start - shift - first_query
-    s, more = first_scores(spread, corner, center, NEAR), first_scores(spread, corner + HALF, center, NEAR)
-    zero = gl.zeros([ROWS, HALF], gl.float32, SCORES)
+    s = first_scores(spread, start - shift - first_query, center, NEAR, TILE)
     mbarrier.wait(ready.index(stage), n // STAGES % 2)
     key, value = keys.index(stage).reshape([TILE, D]), values.index(stage).reshape([TILE, D])
-    key0, key1, value0, value1 = key.slice(0, HALF), key.slice(HALF, HALF), value.slice(0, HALF), value.slice(HALF, HALF)
-    if TURNS > 0:
-        mbarrier.wait(turns.index(WHICH), (n + 1 - WHICH) % 2)
-    scores = warpgroup_mma(query, key0.permute([1, 0]), s, use_acc=NEAR, is_async=True)
-    product = warpgroup_mma(grad, value0.permute([1, 0]), zero, use_acc=False, is_async=True)
-    more_scores = warpgroup_mma(query, key1.permute([1, 0]), more, use_acc=NEAR, is_async=True)
-    more_product = warpgroup_mma(grad, value1.permute([1, 0]), zero, use_acc=False, is_async=True)
-    if TURNS == 1:
-        mbarrier.arrive(turns.index(1 - WHICH))
-    s, dp = warpgroup_mma_wait(2, [scores, product])
-    p = _probabilities(s, lse, start, far, scale, first_query, shift, key_length, IS_CAUSAL, MASKED)
-    if SUMS:
-        p_sum, dp_sum = p_sum + gl.sum(p, 1), dp_sum + gl.sum(p * dp, 1)
-        s, dp = warpgroup_mma_wait(0, [more_scores, more_product])
-    else:
-        ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), A)
-        grad_query = warpgroup_mma(ds, key0, grad_query, is_async=True)
-        s, dp = warpgroup_mma_wait(1, [more_scores, more_product])
-    if TURNS == 2:
-        mbarrier.arrive(turns.index(1 - WHICH))
-    p = _probabilities(s, lse, start + HALF, far, scale, first_query, shift, key_length, IS_CAUSAL, MASKED)
+    scores = warpgroup_mma(query, key.permute([1, 0]), s, use_acc=NEAR, is_async=True)
+    zero = gl.zeros([ROWS, TILE], gl.float32, SCORES)
+    product = warpgroup_mma(grad, value.permute([1, 0]), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, [scores])
+    if MASKED:
+        i = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        j = start + gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
+        last = gl.full([ROWS], key_length - 1, gl.int32, gl.SliceLayout(1, SCORES))
+        if IS_CAUSAL:
+            last = gl.minimum(last, i + shift)
+        s = gl.where(j[None, :] <= last[:, None], s, float("-inf"))
+    p = gl.exp2(s * scale - (lse - far)[:, None])
+    dp = warpgroup_mma_wait(0, [product])
     if SUMS:
         p_sum, dp_sum = p_sum + gl.sum(p, 1), dp_sum + gl.sum(p * dp, 1)
     else:
-        ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), A)
-        grad_query = warpgroup_mma(ds, key1, grad_query, is_async=True)
-        grad_query = warpgroup_mma_wait(0, [grad_query])
+        ds = gl.convert_layout((p * (dp - delta[:, None])).to(keys.dtype), A)
+        grad_query = warpgroup_mma(ds, key, grad_query)
     mbarrier.arrive(free.index(stage))
     return grad_query, p_sum, dp_sum
 
 
 @gluon.jit
 def _add(
-    grads, queries, outs, keys, values, own_ready, own_free, ready, free, turns, lse_ptr, stats_ptr, grad_query_ptr, spread_ptr, works,
+    grads, queries, outs, keys, values, own_ready, own_free, ready, free, lse_ptr, stats_ptr, grad_query_ptr, spread_ptr, works,
     tiles, heads, scale, span, center, query_length, key_length, stride_stats,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, FEW: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    TURNS: gl.constexpr, WHOLE: gl.constexpr, NEAR: gl.constexpr,
+    NEAR: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that adds up, for its 64 queries of each of the program's tiles."""
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -253,8 +194,8 @@ def _add(
                 for k in range(count):
                     start = _start(k, count, masked, near, near_end)
                     _, p_sum, dp_sum = _step(
-                        grad_query, p_sum, dp_sum, query, grad, lse, delta, keys, values, ready, free, turns, spread, n + k, start, 0.0,
-                        scale, first_query, shift, key_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, NEAR, True, True,
+                        grad_query, p_sum, dp_sum, query, grad, lse, delta, keys, values, ready, free, spread, n + k, start, 0.0,
+                        scale, first_query, shift, key_length, center, D, STAGES, IS_CAUSAL, NEAR, True, True,
                     )  # fmt: skip
                 delta = dp_sum / gl.where(p_sum == 0.0, 1.0, p_sum)
                 n += count
@@ -264,27 +205,22 @@ def _add(
         for k in range(masked):
             start = _start(k, count, masked, near, near_end)
             grad_query, _, _ = _step(
-                grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, turns, spread, n + k, start, 0.0, scale,
-                first_query, shift, key_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, NEAR, True, False,
+                grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, spread, n + k, start, 0.0, scale,
+                first_query, shift, key_length, center, D, STAGES, IS_CAUSAL, NEAR, True, False,
             )  # fmt: skip
         for k in range(masked, count - (near_end - near)):
             start = _start(k, count, masked, near, near_end)
             far = gl.where(start < near * TILE, far_before, far_after)
-            if WHOLE:
-                grad_query = _whole(
-                    grad_query, query, grad, lse, delta, keys, values, ready, free, turns, n + k, far, scale, WHICH, D, STAGES, TURNS
-                )  # fmt: skip
-            else:
-                grad_query, _, _ = _step(
-                    grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, turns, spread, n + k, start, far, scale,
-                    first_query, shift, key_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, False, False, False,
-                )  # fmt: skip
+            grad_query, _, _ = _step(
+                grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, spread, n + k, start, far, scale,
+                first_query, shift, key_length, center, D, STAGES, IS_CAUSAL, False, False, False,
+            )  # fmt: skip
         if NEAR:
             for k in range(count - (near_end - near), count):
                 start = _start(k, count, masked, near, near_end)
                 grad_query, _, _ = _step(
-                    grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, turns, spread, n + k, start, 0.0, scale,
-                    first_query, shift, key_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, True, False, False,
+                    grad_query, zeros, zeros, query, grad, lse, delta, keys, values, ready, free, spread, n + k, start, 0.0, scale,
+                    first_query, shift, key_length, center, D, STAGES, IS_CAUSAL, True, False, False,
                 )  # fmt: skip
         n += count
         found = gl.convert_layout((grad_query * (scale * LN2)).to(keys.dtype), WIDE)
@@ -299,8 +235,7 @@ def _add(
 def grad_query_kernel(
     grad_desc, query_desc, out_desc, key_desc, value_desc, lse_ptr, spread_ptr, stats_ptr, grad_query_ptr, scale, span, center,
     stride_stats, heads, query_length, key_length, works,
-    D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, FEW: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr,
-    WHOLE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, FEW: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A grid of any size shares `works` = query tiles * B * heads tiles. The descriptors have blocks (1, 1, ROWS or TILE, D). A
     head has stride_stats rows of stats. The gradient is stored as (B, S, H, D). With spread_ptr the scores start at T5's bias
@@ -320,9 +255,6 @@ def grad_query_kernel(
     own_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), 1)
     mbarrier.init(own_ready, 1)
     mbarrier.init(own_free, GROUPS)
     for i in gl.static_range(STAGES):
@@ -331,12 +263,12 @@ def grad_query_kernel(
     fence_async_shared()  # the copy engine sees the barriers
     gl.warp_specialize(
         [
-            (_add, (grads, queries, outs, keys, values, own_ready, own_free, ready, free, turns, lse_ptr, stats_ptr, grad_query_ptr,
+            (_add, (grads, queries, outs, keys, values, own_ready, own_free, ready, free, lse_ptr, stats_ptr, grad_query_ptr,
                     spread, works, tiles, heads, scale, span, center, query_length, key_length, stride_stats, 0, D, STAGES, GROUP,
-                    FEW, IS_CAUSAL, TURNS, WHOLE, NEAR)),
-            (_add, (grads, queries, outs, keys, values, own_ready, own_free, ready, free, turns, lse_ptr, stats_ptr, grad_query_ptr,
+                    FEW, IS_CAUSAL, NEAR)),
+            (_add, (grads, queries, outs, keys, values, own_ready, own_free, ready, free, lse_ptr, stats_ptr, grad_query_ptr,
                     spread, works, tiles, heads, scale, span, center, query_length, key_length, stride_stats, 1, D, STAGES, GROUP,
-                    FEW, IS_CAUSAL, TURNS, WHOLE, NEAR)),
+                    FEW, IS_CAUSAL, NEAR)),
             (_copy, (grad_desc, query_desc, out_desc, key_desc, value_desc, grads, queries, outs, keys, values, own_ready, own_free,
                      ready, free, works, tiles, heads, span, query_length, key_length, STAGES, GROUP, FEW, IS_CAUSAL, NEAR)),
         ],
