@@ -107,7 +107,8 @@ def _row_stats(stats, start, query_length, MASKED: gl.constexpr):
     lse, delta = gl.split(stats.load(_PAIRS).reshape([HALF, 2]))
     lse, delta = gl.convert_layout(lse, COLUMN), gl.convert_layout(delta, COLUMN)
     if MASKED:
-        live = start + gl.arange(0, HALF, COLUMN) < query_length
+        j = gl.arange(0, HALF, COLUMN)
+        live = j // 8 * 8 < query_length - start - j % 8  # to a thread j // 8 is a constant, and it has two j % 8
         lse, delta = gl.where(live, lse, float("inf")), gl.where(live, delta, 0.0)
     return lse, delta
 
@@ -117,9 +118,9 @@ def _probabilities(
     s, lse, start, far, scale, first_key, shift, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr
 ):  # fmt: skip
     if MASKED and IS_CAUSAL:
-        i = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        j = start + gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
-        s = gl.where(i[:, None] <= (j + shift)[None, :], s, float("-inf"))
+        i = (first_key - shift - start) + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        j = gl.arange(0, HALF, gl.SliceLayout(0, SCORES))
+        s = gl.where((j // 8 * 8)[None, :] >= i[:, None] - (j % 8)[None, :], s, float("-inf"))
     return gl.exp2(s * scale - (lse - far)[None, :])
 
 

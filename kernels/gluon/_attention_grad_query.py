@@ -40,7 +40,8 @@ def first_scores(spread, corner, center, NEAR: gl.constexpr, COLUMNS: gl.constex
         first = gl.minimum(gl.maximum(corner, ROWS - center), center - COLUMNS) + center
         row = first - gl.arange(0, ROWS, gl.SliceLayout(1, S))
         place = row % 2 * (2 * center) + row // 2 * 2  # of the two copies the one in which this address is even
-        return gl.load(spread + place[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, S))[None, :])
+        j = gl.arange(0, COLUMNS, gl.SliceLayout(0, S))  # to a thread j // 8 is a constant, and it has two j % 8
+        return gl.load(spread + (place[:, None] + (j % 8)[None, :]) + (j // 8 * 8)[None, :])
     else:
         return gl.zeros([ROWS, COLUMNS], gl.float32, S)
 
@@ -134,12 +135,13 @@ def _step(
     product = warpgroup_mma(grad, value.permute([1, 0]), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, [scores])
     if MASKED:
-        i = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        j = start + gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
-        last = gl.full([ROWS], key_length - 1, gl.int32, gl.SliceLayout(1, SCORES))
+        j = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
+        last = gl.full([ROWS], key_length - 1 - start, gl.int32, gl.SliceLayout(1, SCORES))
         if IS_CAUSAL:
-            last = gl.minimum(last, i + shift)
-        s = gl.where(j[None, :] <= last[:, None], s, float("-inf"))
+            i = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+            last = gl.minimum(last, i + (shift - start))
+        # To a thread j // 8 is a constant, and it has two j % 8.
+        s = gl.where((j // 8 * 8)[None, :] <= last[:, None] - (j % 8)[None, :], s, float("-inf"))
     p = gl.exp2(s * scale - (lse - far)[:, None])
     dp = warpgroup_mma_wait(0, [product])
     if SUMS:
