@@ -15,8 +15,7 @@ from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import GROUPS, ROWS, TILE, grad_query_kernel
 
 _ROWS, _TILE, _OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
-QUERY = {"STAGES": 2}
-KEYS = {"STAGES": 2, "TURNS": 0, "OWN": 1}
+_STAGES = 2  # tiles in shared memory; a third gained nothing
 
 
 def _stats_descriptor(stats):
@@ -58,7 +57,7 @@ def grad_query(a, stats, center, by_distance, start, descriptor):
         sk,
         works,
         D=d,
-        **QUERY,
+        STAGES=_STAGES,
         GROUP=h // hkv,
         FEW=few_keys(a),
         IS_CAUSAL=a.is_causal,
@@ -90,7 +89,7 @@ def grad_key_value(a, start, descriptor, stats, center, by_distance):
         sk,
         works,
         D=d,
-        **KEYS,
+        STAGES=_STAGES,
         GROUP=h // hkv,
         IS_CAUSAL=a.is_causal,
         num_warps=4,

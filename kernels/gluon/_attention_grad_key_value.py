@@ -34,7 +34,7 @@ _PAIRS = gl.constexpr(
 
 
 @gluon.jit
-def _walk(first_key, span, query_length, key_length, IS_CAUSAL: gl.constexpr, OWN: gl.constexpr, NEAR: gl.constexpr):
+def _walk(first_key, span, query_length, key_length, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr):
     """(first, full, full_end, end, near, near_end), in tiles of queries. [first, full) cross the diagonal, and [full_end, end)
     the end. Of the others T5's bias differs from pair to pair in [near, near_end)."""
     start = first_key - (key_length - query_length)  # the query at the distance 0 from the first key
@@ -50,10 +50,6 @@ def _walk(first_key, span, query_length, key_length, IS_CAUSAL: gl.constexpr, OW
         near = gl.minimum(gl.maximum(near, full), full_end)
         near_end = gl.cdiv(gl.maximum(start + GROUPS * ROWS - 1 + span, 0), TILE)
         near_end = gl.minimum(gl.maximum(near_end, near), full_end)
-    # ptxas 12.9 computes the keys' descriptor for both loops in front of the first, behind the branch around it: so the first runs.
-    if OWN > 1:
-        nothing = (full == first) & (near == near_end) & (full_end == end)
-        near_end = gl.where(nothing, near + 1, near_end)
     return first, full, full_end, end, near, near_end
 
 
@@ -70,21 +66,20 @@ def _tile(i, first, full, full_end, end, near, near_end):
 def _copy(
     grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready, own_free, ready,
     free, works, key_tiles, key_heads, span, query_length, key_length,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, OWN: gl.constexpr, NEAR: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies, in the order in which _add() reads. Rows behind a tensor's end become zeros."""
     n, item = 0, 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         first_key = work % key_tiles * (GROUPS * ROWS)
         key_head, batch = work // key_tiles % key_heads, work // key_tiles // key_heads
-        own = item % OWN
-        mbarrier.wait(own_free.index(own), item // OWN % 2 ^ 1)
-        mbarrier.expect(own_ready.index(own), 2 * GROUPS * key_desc.block_type.nbytes)
+        mbarrier.wait(own_free, item % 2 ^ 1)
+        mbarrier.expect(own_ready, 2 * GROUPS * key_desc.block_type.nbytes)
         for group in gl.static_range(GROUPS):
             place = [batch, key_head, first_key + group * ROWS, 0]
-            tma.async_copy_global_to_shared(key_desc, place, own_ready.index(own), keys.index(own * GROUPS + group))
-            tma.async_copy_global_to_shared(value_desc, place, own_ready.index(own), values.index(own * GROUPS + group))
-        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, OWN, NEAR)
+            tma.async_copy_global_to_shared(key_desc, place, own_ready, keys.index(group))
+            tma.async_copy_global_to_shared(value_desc, place, own_ready, values.index(group))
+        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, NEAR)
         for member in range(GROUP):
             head = key_head * GROUP + member
             for i in range(end - first):
@@ -126,10 +121,9 @@ def _probabilities(
 
 @gluon.jit
 def _step(
-    grad_key, grad_value, key, value, grads, queries, stats, ready, free, turns, spread, n, start, far, scale, first_key, shift,
+    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n, start, far, scale, first_key, shift,
     query_length, center,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr, NEAR: gl.constexpr,
-    MASKED: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Adds one tile of queries, the n-th that this program visits. `far` is a bias of all pairs, in the units of scale * s."""
     A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
@@ -143,14 +137,10 @@ def _step(
     row_stats = stats.index(stage).reshape([2 * TILE])
     query0, query1 = query.slice(0, HALF), query.slice(HALF, HALF)
     grad0, grad1 = grad.slice(0, HALF), grad.slice(HALF, HALF)
-    if TURNS > 0 and TURNS < 3:
-        mbarrier.wait(turns.index(WHICH), (n + 1 - WHICH) % 2)
     scores = warpgroup_mma(key, query0.permute([1, 0]), s, use_acc=NEAR, is_async=True)
     product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
     s = first_scores(spread, corner + HALF, center, NEAR, HALF)
     more_scores = warpgroup_mma(key, query1.permute([1, 0]), s, use_acc=NEAR, is_async=True)
-    if TURNS == 1:
-        mbarrier.arrive(turns.index(1 - WHICH))
     lse, delta = _row_stats(row_stats.slice(0, 2 * HALF), start, query_length, MASKED)
     s = warpgroup_mma_wait(2, [scores])
     p = _probabilities(s, lse, start, far, scale, first_key, shift, IS_CAUSAL, MASKED)
@@ -159,8 +149,6 @@ def _step(
     ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
     grad_key = warpgroup_mma(ds, query0, grad_key, is_async=True)
     product = warpgroup_mma(value, grad1.permute([1, 0]), zero, use_acc=False, is_async=True)
-    if TURNS == 2:
-        mbarrier.arrive(turns.index(1 - WHICH))
     lse, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), start + HALF, query_length, MASKED)
     s = warpgroup_mma_wait(3, [more_scores])
     p = _probabilities(s, lse, start + HALF, far, scale, first_key, shift, IS_CAUSAL, MASKED)
@@ -171,76 +159,6 @@ def _step(
     # A sum that is in flight at the loop's end makes ptxas wait for each product.
     grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
     mbarrier.arrive(free.index(stage))
-    return grad_key, grad_value
-
-
-@gluon.jit
-def _two(
-    grad_key, grad_value, key, value, grads, queries, stats, ready, free, n, far, next_far, scale, first_key, shift,
-    D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Two of _step(), without a mask or bias. The matrix unit has work between them."""
-    A: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
-    dtype: gl.constexpr = queries.dtype
-    stage, then = n % STAGES, (n + 1) % STAGES
-    zero = gl.zeros([ROWS, HALF], gl.float32, SCORES)
-    mbarrier.wait(ready.index(stage), n // STAGES % 2)
-    query, grad = queries.index(stage).reshape([TILE, D]), grads.index(stage).reshape([TILE, D])
-    row_stats = stats.index(stage).reshape([2 * TILE])
-    query0, query1 = query.slice(0, HALF), query.slice(HALF, HALF)
-    grad0, grad1 = grad.slice(0, HALF), grad.slice(HALF, HALF)
-    mbarrier.wait(ready.index(then), (n + 1) // STAGES % 2)
-    scores = warpgroup_mma(key, query0.permute([1, 0]), zero, use_acc=False, is_async=True)
-    product = warpgroup_mma(value, grad0.permute([1, 0]), zero, use_acc=False, is_async=True)
-    lse, _ = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
-    s = warpgroup_mma_wait(1, [scores])
-    p = _probabilities(s, lse, 0, far, scale, first_key, shift, False, False)
-    p16 = gl.convert_layout(p.to(dtype), A)
-    scores = warpgroup_mma(key, query1.permute([1, 0]), zero, use_acc=False, is_async=True)
-    grad_value = warpgroup_mma(p16, grad0, grad_value, is_async=True)
-    dp = warpgroup_mma_wait(2, [product])
-    _, delta = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
-    grad_key = warpgroup_mma(ds, query0, grad_key, is_async=True)
-    product = warpgroup_mma(value, grad1.permute([1, 0]), zero, use_acc=False, is_async=True)
-    lse, _ = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
-    s = warpgroup_mma_wait(3, [scores])
-    p = _probabilities(s, lse, 0, far, scale, first_key, shift, False, False)
-    query, grad = queries.index(then).reshape([TILE, D]), grads.index(then).reshape([TILE, D])
-    query2, query3 = query.slice(0, HALF), query.slice(HALF, HALF)
-    grad2, grad3 = grad.slice(0, HALF), grad.slice(HALF, HALF)
-    p16 = gl.convert_layout(p.to(dtype), A)
-    scores = warpgroup_mma(key, query2.permute([1, 0]), zero, use_acc=False, is_async=True)
-    grad_value = warpgroup_mma(p16, grad1, grad_value, is_async=True)
-    dp = warpgroup_mma_wait(2, [product])
-    _, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
-    grad_key = warpgroup_mma(ds, query1, grad_key, is_async=True)
-    product = warpgroup_mma(value, grad2.permute([1, 0]), zero, use_acc=False, is_async=True)
-    row_stats = stats.index(then).reshape([2 * TILE])
-    lse, _ = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
-    s = warpgroup_mma_wait(3, [scores])
-    p = _probabilities(s, lse, 0, next_far, scale, first_key, shift, False, False)
-    p16 = gl.convert_layout(p.to(dtype), A)
-    scores = warpgroup_mma(key, query3.permute([1, 0]), zero, use_acc=False, is_async=True)
-    grad_value = warpgroup_mma(p16, grad2, grad_value, is_async=True)
-    dp = warpgroup_mma_wait(2, [product])
-    _, delta = _row_stats(row_stats.slice(0, 2 * HALF), 0, 0, False)
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
-    grad_key = warpgroup_mma(ds, query2, grad_key, is_async=True)
-    product = warpgroup_mma(value, grad3.permute([1, 0]), zero, use_acc=False, is_async=True)
-    lse, _ = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
-    s = warpgroup_mma_wait(3, [scores])
-    p = _probabilities(s, lse, 0, next_far, scale, first_key, shift, False, False)
-    p16 = gl.convert_layout(p.to(dtype), A)
-    grad_value = warpgroup_mma(p16, grad3, grad_value, is_async=True)
-    dp = warpgroup_mma_wait(1, [product])
-    _, delta = _row_stats(row_stats.slice(2 * HALF, 2 * HALF), 0, 0, False)
-    ds = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A)
-    grad_key = warpgroup_mma(ds, query3, grad_key, is_async=True)
-    grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
-    mbarrier.arrive(free.index(stage))
-    mbarrier.arrive(free.index(then))
     return grad_key, grad_value
 
 
@@ -256,10 +174,9 @@ def _store(ptr, tile, batch, key_head, first_key, key_heads, key_length, D: gl.c
 
 @gluon.jit
 def _add(
-    grads, queries, stats, keys, values, own_ready, own_free, ready, free, turns, grad_key_ptr, grad_value_ptr, spread_ptr, works,
+    grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread_ptr, works,
     key_tiles, key_heads, scale, span, center, query_length, key_length,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr,
-    OWN: gl.constexpr, NEAR: gl.constexpr,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, NEAR: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that adds up, for its 64 keys of each of the program's tiles."""
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -269,17 +186,15 @@ def _add(
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         first_key = work % key_tiles * (GROUPS * ROWS)
         key_head, batch = work // key_tiles % key_heads, work // key_tiles // key_heads
-        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, OWN, NEAR)
+        first, full, full_end, end, near, near_end = _walk(first_key, span, query_length, key_length, IS_CAUSAL, NEAR)
         first_key += WHICH * ROWS
         special, count = full - first + near_end - near + end - full_end, end - first
-        own = item % OWN
-        mbarrier.wait(own_ready.index(own), item // OWN % 2)
-        # In registers: two operands in shared memory are all that it can deliver to products of 64 columns.
-        key = keys.index(own * GROUPS + WHICH).reshape([ROWS, D])
-        value = values.index(own * GROUPS + WHICH).reshape([ROWS, D]).load(A)
-        if OWN == 1:
-            key = key.load(A)
-            mbarrier.arrive(own_free.index(own))
+        mbarrier.wait(own_ready, item % 2)
+        # In registers: two operands in shared memory are all that it can deliver to products of 64 columns. And ptxas 12.9 computes
+        # the address of keys there for both loops in front of the first, behind the branch that skips it.
+        key = keys.index(WHICH).reshape([ROWS, D]).load(A)
+        value = values.index(WHICH).reshape([ROWS, D]).load(A)
+        mbarrier.arrive(own_free)
         grad_key, grad_value = gl.zeros([ROWS, D], gl.float32, O), gl.zeros([ROWS, D], gl.float32, O)
         for member in range(GROUP):
             spread, far_before, far_after = spread_ptr, 0.0, 0.0
@@ -290,30 +205,17 @@ def _add(
             for i in range(special):
                 start = _tile(i, first, full, full_end, end, near, near_end) * TILE
                 grad_key, grad_value = _step(
-                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, turns, spread, n + i, start, 0.0, scale,
-                    first_key, shift, query_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, NEAR, True,
+                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, start, 0.0, scale,
+                    first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, NEAR, True,
                 )  # fmt: skip
-            odd = (count - special) % 2
-            if TURNS == 3:
-                for i in range(special, count - odd, 2):
-                    tile = _tile(i, first, full, full_end, end, near, near_end)
-                    then = _tile(i + 1, first, full, full_end, end, near, near_end)
-                    grad_key, grad_value = _two(
-                        grad_key, grad_value, key, value, grads, queries, stats, ready, free, n + i,
-                        gl.where(tile < near, far_before, far_after), gl.where(then < near, far_before, far_after), scale,
-                        first_key, shift, D, STAGES,
-                    )  # fmt: skip
-                special = count - odd
             for i in range(special, count):
                 tile = _tile(i, first, full, full_end, end, near, near_end)
                 far = gl.where(tile < near, far_before, far_after)
                 grad_key, grad_value = _step(
-                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, turns, spread, n + i, tile * TILE, far, scale,
-                    first_key, shift, query_length, center, WHICH, D, STAGES, IS_CAUSAL, TURNS, False, False,
+                    grad_key, grad_value, key, value, grads, queries, stats, ready, free, spread, n + i, tile * TILE, far, scale,
+                    first_key, shift, query_length, center, D, STAGES, IS_CAUSAL, False, False,
                 )  # fmt: skip
             n += count
-        if OWN > 1:
-            mbarrier.arrive(own_free.index(own))
         _store(grad_value_ptr, grad_value.to(queries.dtype), batch, key_head, first_key, key_heads, key_length, D)
         grad_key *= scale * LN2
         _store(grad_key_ptr, grad_key.to(queries.dtype), batch, key_head, first_key, key_heads, key_length, D)
@@ -324,8 +226,7 @@ def _add(
 def grad_key_value_kernel(
     grad_desc, query_desc, stats_desc, key_desc, value_desc, spread_ptr, grad_key_ptr, grad_value_ptr, scale, span, center,
     key_heads, query_length, key_length, works,
-    D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr, TURNS: gl.constexpr,
-    OWN: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A grid of any size shares `works` = key tiles * B * key heads tiles. The descriptors have blocks (1, 1, ROWS or TILE, D),
     that of stats, (B * heads, 2 * rows), has (1, 2 * TILE). The gradients are stored as (B, S, H, D). With spread_ptr the scores
@@ -336,36 +237,32 @@ def grad_key_value_kernel(
     spread = grad_key_ptr  # a partition takes no None
     if NEAR:
         spread = spread_ptr
-    keys = gl.allocate_shared_memory(dtype, [OWN * GROUPS, 1, 1, ROWS, D], key_desc.layout)
-    values = gl.allocate_shared_memory(dtype, [OWN * GROUPS, 1, 1, ROWS, D], value_desc.layout)
+    keys = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], key_desc.layout)
+    values = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], value_desc.layout)
     queries = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, D], query_desc.layout)
     grads = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, D], grad_desc.layout)
     stats = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * TILE], stats_desc.layout)
-    own_ready = gl.allocate_shared_memory(gl.int64, [OWN, 1], mbarrier.MBarrierLayout())
-    own_free = gl.allocate_shared_memory(gl.int64, [OWN, 1], mbarrier.MBarrierLayout())
+    own_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    own_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), 1)
-    for i in gl.static_range(OWN):
-        mbarrier.init(own_ready.index(i), 1)
-        mbarrier.init(own_free.index(i), GROUPS)
+    mbarrier.init(own_ready, 1)
+    mbarrier.init(own_free, GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), 1)
         mbarrier.init(free.index(i), GROUPS)
     fence_async_shared()  # the copy engine sees the barriers
     gl.warp_specialize(
         [
-            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, turns, grad_key_ptr, grad_value_ptr, spread,
+            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
                     works, key_tiles, key_heads, scale, span, center, query_length, key_length, 0, D, STAGES, GROUP, IS_CAUSAL,
-                    TURNS, OWN, NEAR)),
-            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, turns, grad_key_ptr, grad_value_ptr, spread,
+                    NEAR)),
+            (_add, (grads, queries, stats, keys, values, own_ready, own_free, ready, free, grad_key_ptr, grad_value_ptr, spread,
                     works, key_tiles, key_heads, scale, span, center, query_length, key_length, 1, D, STAGES, GROUP, IS_CAUSAL,
-                    TURNS, OWN, NEAR)),
+                    NEAR)),
             (_copy, (grad_desc, query_desc, stats_desc, key_desc, value_desc, grads, queries, stats, keys, values, own_ready,
                      own_free, ready, free, works, key_tiles, key_heads, span, query_length, key_length, STAGES, GROUP, IS_CAUSAL,
-                     OWN, NEAR)),
+                     NEAR)),
         ],
         [4, 1],
         [240, 24],
