@@ -192,7 +192,7 @@ class _Product:
         if self.result is None:
             a, b, acc, use_acc = self.operands
             a, b = (x.memory if isinstance(x, _Shared) else x for x in (a, b))
-            acc = acc.finish() if isinstance(acc, _Product) else acc  # products of a partition add up in the order of their starts
+            acc = acc.finish() if isinstance(acc, _Product) else acc
             self.result = a.float() @ b.float() + (acc if use_acc else 0)
         return self.result
 

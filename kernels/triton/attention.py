@@ -189,8 +189,8 @@ def backward(a):
 
 
 def prepare_backward(a, key_value=None):
-    """The launch of a backward. key_value(stats, center, by_distance) returns the gradients of key and value in the place of this
-    file's kernel."""
+    """The launch of a backward. key_value(stats, center, by_distance) returns the gradients of key and value in the place of
+    this file's kernel."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.

@@ -1,5 +1,5 @@
-"""Does attention's backward for Hopper compile to what it was written for: copies by TMA, operands that stay in registers, products
-that nothing serialises, exponentials while a product runs, and registers that fit?"""
+"""Does attention's backward for Hopper compile to what it was written for: copies by TMA, operands that stay in registers,
+products that nothing serialises, exponentials while a product runs, and registers that fit?"""
 
 import dataclasses
 import re
@@ -93,4 +93,6 @@ def test_exponentials_run_beside_a_product(compiled, name):
         assert orders == {"w" + product * 2 + "1e0e" + product * 2 + "0a"}
     else:
         e = "e" * (64 * 64 // 128)
-        assert orders == {"w" + product * 3 + "2" + e + product + "2" + product * 2 + "3" + e + product + "1" + product + "0a"}
+        assert orders == {
+            "w" + product * 3 + "2" + e + product + "2" + product * 2 + "3" + e + product + "1" + product + "0a"
+        }

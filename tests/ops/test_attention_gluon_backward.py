@@ -83,7 +83,7 @@ def test_gradients(sizes, causal, both, half):
             leaves = [cast(t).detach().requires_grad_() for t in inputs]
             out = plain({**dict(zip(NAMES, leaves)), **bias}, {"is_causal": causal, "scale": None})
             others.append(torch.autograd.grad(out, leaves, cast(cotangent)))
-        return {name: each for name, each in zip(NAMES, zip(found, *others, strict=True))}
+        return dict(zip(NAMES, zip(found, *others, strict=True)))
 
     check(once)
 
@@ -137,14 +137,14 @@ def test_it_says_what_it_lacks(sizes, options, reason):
     assert reason in attention.unsupported_backward(*call.backward(cotangent, out, lse, False, False))
 
 
+WAIT = "    grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])\n"
+FREE = "    mbarrier.arrive(free.index(stage))\n"
+
 # A line of a kernel, and a wrong one.
 FAULTS = {
     _attention_grad_key_value: {
-        "queries are free before they were read": (
-            "    grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])\n    mbarrier.arrive(free.index(stage))\n",
-            "    mbarrier.arrive(free.index(stage))\n    grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])\n",
-        ),
-        "scores are used before they were waited for": ("warpgroup_mma_wait(2, [scores])", "warpgroup_mma_wait(3, [scores])"),
+        "queries are free before they were read": (WAIT + FREE, FREE + WAIT),
+        "scores are used before they came": ("warpgroup_mma_wait(2, [scores])", "warpgroup_mma_wait(3, [scores])"),
         "the second half's too": ("warpgroup_mma_wait(3, [more_scores])", "warpgroup_mma_wait(4, [more_scores])"),
         "nobody waits for the queries": ("    mbarrier.wait(ready.index(stage), n // STAGES % 2)\n", ""),
         "the copies wait for the wrong phase": ("n // STAGES % 2 ^ 1)", "n // STAGES % 2)"),
@@ -159,8 +159,8 @@ FAULTS = {
             "    p = gl.exp2(s * scale - (lse - far)[:, None])\n",
             "    p = gl.exp2(s * scale - (lse - far)[:, None])\n    mbarrier.arrive(free.index(stage))\n",
         ),
-        "scores are used before they were waited for": ("warpgroup_mma_wait(1, [scores])", "warpgroup_mma_wait(2, [scores])"),
-        "dP is used before it was waited for": ("warpgroup_mma_wait(0, [product])", "warpgroup_mma_wait(1, [product])"),
+        "scores are used before they came": ("warpgroup_mma_wait(1, [scores])", "warpgroup_mma_wait(2, [scores])"),
+        "dP is used before it came": ("warpgroup_mma_wait(0, [product])", "warpgroup_mma_wait(1, [product])"),
         "nobody frees the queries": ("        mbarrier.arrive(own_free)\n", "        pass\n"),
         "a diagonal of keys too many": ("i + (shift - start)", "i + (shift + 1 - start)"),
     },
