@@ -59,7 +59,7 @@ def compiled():
 def test_registers_and_copies(compiled, name):
     found = compiled[name]
     if "key_value" in name:  # some numbers of a tile of keys, outside of the loops
-        found = dataclasses.replace(found, spills=max(found.spills - 16, 0))
+        found = dataclasses.replace(found, spills=max(found.spills - 24, 0))
     check_resources(found, name, "sm_90")
     assert found.registers * 12 * 32 <= 65536
     ptx = found.asm["ptx"]
