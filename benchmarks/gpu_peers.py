@@ -120,12 +120,11 @@ def peers(start: int) -> Iterator[Row]:
             for variant in _variants(h, s):
                 fused = partial(Provider, call=variant.own, bias=variant.table)
                 sdpa = partial(Provider, call=variant.sdpa, bias=variant.dense)
-                # gluon's backward is Triton's
                 by_hand = {"pyfused gluon": partial(_gluon, True), "pyfused gluon, no turns": partial(_gluon, False)}
                 providers = {
                     "pyfused": fused(contextlib.nullcontext),
                     **{f"pyfused {x}": fused(partial(running, x)) for x in ("triton", "cuda", "cudnn")},
-                    **({} if backward else {name: fused(context) for name, context in by_hand.items()}),
+                    **{name: fused(context) for name, context in by_hand.items() if not (backward and "turns" in name)},
                     **{f"sdpa {x}": sdpa(partial(sdpa_kernel, which)) for x, which in SDPA.items()},
                     "flex": Provider(contextlib.nullcontext, variant.flex, variant.table),
                 }

@@ -26,7 +26,7 @@ _BACKEND_COSTS = {
     "triton": "only GPU tensors need it",
     "cuda": "only GPU tensors need it",
     "cudnn": "only attention on GPU tensors can use it; torch for CUDA 12.9 and newer brings it along",
-    "gluon": "nothing uses it unless forced: attention for Hopper, not faster than Triton's",
+    "gluon": "nothing uses it unless forced: attention for Hopper, whose forward is not faster than Triton's",
 }
 # What to do about an extension that is not built.
 _BUILD = {"cpu": "; to have it, install with a C++ compiler", "cuda": "; to have it, install with nvcc"}

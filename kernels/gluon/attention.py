@@ -2,7 +2,7 @@
 Triton's.
 
 So it is no candidate for a call, whatever evidence says; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it.
-The gradient is Triton's.
+The gradient is in _attention_backward.py.
 """
 
 import torch
