@@ -99,7 +99,7 @@ def calls(operators: Iterable[str]) -> Iterator[Callable[[], Any]]:
         for shape in gpu_peers.attention_shapes():
             bias = pyfused.RelativeBias(torch.randn(32, shape[1], dtype=torch.bfloat16), True)
             for options in ({}, {"is_causal": True}, {"relative_bias": bias}):
-                for backend, backward in (("triton", False), ("triton", True), ("gluon", False)):
+                for backend, backward in (("triton", False), ("triton", True), ("gluon", False), ("gluon", True)):
                     yield lambda call=(backend, backward, shape, options): attention(*call)
         yield from (lambda name=name: model(name) for name in ("gpt2", "t5"))
     for operator in set(operators) - {"attention", "decode", "relative_bias"}:

@@ -115,6 +115,12 @@ class _Shared:
     def permute(self, order):
         return _Shared(self.memory.permute(order))
 
+    def slice(self, start, length):
+        return _Shared(self.memory[start : start + length])
+
+    def load(self, layout):
+        return self.memory.clone()
+
 
 class _Barrier:
     """An mbarrier: a phase ends when `count` have arrived and all expected bytes have come."""
@@ -189,6 +195,7 @@ class _Product:
         if self.result is None:
             a, b, acc, use_acc = self.operands
             a, b = (x.memory if isinstance(x, _Shared) else x for x in (a, b))
+            acc = acc.finish() if isinstance(acc, _Product) else acc
             self.result = a.float() @ b.float() + (acc if use_acc else 0)
         return self.result
 
@@ -221,8 +228,11 @@ def _allocate(dtype, shape, layout):
     return _Shared(torch.full(shape, torch.nan, dtype=dtype))
 
 
-def _load(pointer):
-    return pointer.memory[torch.as_tensor(pointer.at).long()]
+def _load(pointer, mask=None, other=None):
+    places = torch.as_tensor(pointer.at).long()
+    if mask is None:
+        return pointer.memory[places]
+    return torch.where(mask, pointer.memory[torch.where(mask, places, 0)], other)
 
 
 def _store(pointer, value, mask):
@@ -249,7 +259,7 @@ _gl = types.SimpleNamespace(
     int16=torch.int16, int32=torch.int32, int64=torch.int64, float32=torch.float32, bfloat16=torch.bfloat16,
     constexpr=lambda value: value,
     NVMMADistributedLayout=lambda *_: None, DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None,
-    BlockedLayout=lambda *_: None,
+    BlockedLayout=lambda *_: None, DistributedLinearLayout=lambda *_: None,
     program_id=lambda axis: torch.tensor(_block.program, dtype=torch.int32),
     num_programs=lambda axis: torch.tensor(_block.programs, dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
@@ -261,6 +271,7 @@ _gl = types.SimpleNamespace(
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log=torch.log,
     reshape=torch.reshape, permute=torch.permute, join=lambda a, b: torch.stack([a, b], -1),
     split=lambda x: x.unbind(-1), cast=lambda x, dtype, bitcast: x.view(dtype),
+    abs=torch.abs,
     convert_layout=lambda x, layout: x, inline_asm_elementwise=_inline_asm,
     static_range=range, allocate_shared_memory=_allocate, load=_load, store=_store,
     warp_specialize=lambda functions_and_args, warps, registers: _block.run(functions_and_args),
@@ -270,6 +281,7 @@ _mbarrier = types.SimpleNamespace(
     expect=lambda barrier, bytes: barrier.barriers[0].change(arrivals=1, bytes=bytes),
 )  # fmt: skip
 _LANGUAGE = {
+    "range": lambda *ends: (torch.tensor(i, dtype=torch.int32) for i in range(*map(int, ends))),
     "gl": _gl, "mbarrier": _mbarrier, "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
     "fence_async_shared": lambda: None, "warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait,
 }  # fmt: skip

@@ -103,6 +103,7 @@ CAPABILITIES = {
     "kernels/shared/int8.py": {"FEW_ROWS"},  # torch._int_mm takes more rows on every GPU
     "kernels/cuda/linear.py": {"FEW_ROWS", "FEW_ROWS_BY_COLUMNS"},  # kFewRows of few_rows.cuh, kFewRowsByColumns
     "kernels/gluon/attention.py": {"num_warps"},  # the 4 of a warpgroup, which a product of Hopper takes
+    "kernels/gluon/_attention_backward.py": {"num_warps"},  # so here
     "kernels/cuda/attention.py": {
         "_ROWS",
         "_TILE",

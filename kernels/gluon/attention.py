@@ -1,7 +1,6 @@
-"""attention's forward for Hopper, by hand: launches _attention_forward.py.
+"""attention for Hopper, by hand: launches _attention_forward.py; _attention_backward.py launches the gradient's kernels.
 
-On an H100 it was right, and faster than Triton's and than cuDNN's, but for short sequences. Evidence cannot name it yet, so it
-is no candidate for a call; `with pyfused.backend("gluon")` or PYFUSED_BACKEND=gluon runs it. The gradient is Triton's.
+On an H100 both were right, and faster than Triton's, and than cuDNN's but for short sequences. Evidence chooses them.
 """
 
 import functools
@@ -10,13 +9,15 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pyfused.arguments import AttentionForward, taking
-from pyfused.kernels.cuda._launch import multiprocessors
+from pyfused import tiles
+from pyfused.arguments import AttentionBackward, AttentionForward, taking
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
+from pyfused.kernels.triton.attention import unsupported_backward as unsupported_by_triton
 
+from ._attention_backward import gradients
 from ._attention_forward import ROWS, forward_kernel
 
 _ROWS = ROWS.value
@@ -30,15 +31,12 @@ _OPTIONS = {
 _TOGETHER = 36 << 20  # bytes of keys and values, of the L2's 50 MB
 
 
-NOT_CHOSEN = " (evidence cannot name it yet)"
-
-
-def remark_forward(*args):
-    return NOT_CHOSEN.strip(" ()")
-
-
 @taking(AttentionForward)
 def unsupported_forward(a):
+    return _unsupported(a)
+
+
+def _unsupported(a):
     (_, _, sq, d), sk = a.query.shape, a.key.shape[2]
     biased = a.bias_table is not None
     sizes = tuple(_OPTIONS)
@@ -83,8 +81,8 @@ def _together(rows, blocks, queries, key_length, bytes_of_head, programs):
     number = torch.arange(rows * blocks, device="cpu")
     k, place = number // programs, number % programs
     program = torch.where(k % 2 == 0, place, programs - 1 - place)
-    tiles = ((key_length - queries * torch.arange(blocks, device="cpu")) / _BLOCK_N).ceil().clamp(min=1)
-    loads = 1 + tiles.clamp(max=-(-key_length // _BLOCK_N))  # to begin and to end a block takes as long as a tile
+    steps = ((key_length - queries * torch.arange(blocks, device="cpu")) / _BLOCK_N).ceil().clamp(min=1)
+    loads = 1 + steps.clamp(max=-(-key_length // _BLOCK_N))  # to begin and to end a block takes as long as a tile
 
     def busiest(together):
         return torch.bincount(program, loads[number % (blocks * together) // together]).max().item()
@@ -101,7 +99,7 @@ def forward(a):
     out = maker(shape, dtype, strides, device)()
     lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
-    queries, programs = options["CONSUMERS"] * _ROWS, multiprocessors(device)
+    queries, programs = options["CONSUMERS"] * _ROWS, tiles.multiprocessors(device)
     of_head = -(-sq // queries)
     blocks = late = b * h * of_head
     together = 1
@@ -137,3 +135,25 @@ def forward(a):
         num_warps=4,
     )
     return out, lse
+
+
+@taking(AttentionBackward)
+def unsupported_backward(a):
+    sq, sk, d = a.query.shape[2], a.key.shape[2], a.query.shape[3]
+    reasons = {
+        "a head size other than 64": d != 64,
+        "more queries than keys under a causal mask: rows without a key may hold anything": a.is_causal and sq > sk,
+        "one key": sk == 1,
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    return found or _unsupported(a) or unsupported_by_triton(*a)
+
+
+@taking(AttentionBackward)
+def backward(a):
+    whole = {name: _copied(getattr(a, name)) for name in ("grad_out", "out")}
+    return gradients(a._replace(**whole), start, _descriptor)
+
+
+def _copied(tensor):
+    return tensor if _aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)

@@ -175,7 +175,7 @@ def unsupported_backward(a):
     return None
 
 
-def _few_keys(a) -> int:
+def few_keys(a) -> int:
     """FEW of grad_query_kernel. At D = 128 the sums of the table's gradient leave it no registers."""
     any_few = a.is_causal or a.padding_mask is not None or a.cu_seqlens is not None or a.key.shape[2] <= _FEW_KEYS
     fits = a.query.dtype != torch.float32 and not (a.wants_table and a.query.shape[3] > 64)
@@ -185,6 +185,12 @@ def _few_keys(a) -> int:
 @prepares_launch
 @taking(AttentionBackward)
 def backward(a):
+    return prepare_backward(a)
+
+
+def prepare_backward(a, key_value=None):
+    """The launch of a backward. key_value(stats, center, by_distance) returns the gradients of key and value in the place of
+    this file's kernel."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
@@ -227,7 +233,7 @@ def backward(a):
         grad_query_kernel, (h * tiles_of_head,), device,
         grad_scale, *scalars, middle, table_rows,
         rows, *inputs, *out_like[1][:3], *_bias_strides(a.attn_bias), h, sq, sk, sequences,
-        BUCKETS=num_buckets, **shared, FEW=_few_keys(a), **query_tile.options,
+        BUCKETS=num_buckets, **shared, FEW=few_keys(a), **query_tile.options,
     )  # fmt: skip
     by_key = starter(
         grad_key_value_kernel, (hkv * _tiles(b, sk, key_tile.options["BLOCK_N"], a.cu_seqlens),), device,
@@ -251,7 +257,8 @@ def backward(a):
     def launch(grad_out, query, key, value, out, lse, mask, bias, seed, table, cu_seqlens):
         out = out if out_by_rows else out.transpose(1, 2).contiguous().transpose(1, 2)
         lse = lse.contiguous()
-        grad_query, grad_key, grad_value, stats = new_query(), new_key(), new_key(), new_stats()
+        grad_query, stats = new_query(), new_stats()
+        grad_key, grad_value = (new_key(), new_key()) if key_value is None else (None, None)
         correction = new_correction() if dtype == torch.float32 else None
         grad_bias = new_bias((b, h, sq, sk), dtype=dtype, device=device) if wants_bias else None
         by_distance = new_bias_by_distance(table) if relative else None
@@ -272,7 +279,10 @@ def backward(a):
                 grad_bias.zero_()
             elif correction is not None:
                 grad_bias *= correction[..., None]
-        by_key(grad_out, query, key, value, stats, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
+        if key_value is None:
+            by_key(grad_out, query, key, value, stats, correction, *extra, seed, cu_seqlens, grad_key, grad_value)
+        else:
+            grad_key, grad_value = key_value(stats, middle, by_distance)
         return grad_query, grad_key, grad_value, grad_bias, grad_table
 
     return launch

@@ -245,8 +245,8 @@ def rank(device: str, operator: str, function: str, dtype: torch.dtype, shapes: 
 
 
 def unproven(backend: str, operator: str, function: str, device: str) -> Callable[..., str | None] | None:
-    """For a CUDA kernel, ours or cuDNN's, and one for Hopper: a function of a call's arguments that returns why it must not run,
-    or None if evidence shows it right. For other backends: None."""
+    """For a CUDA kernel, ours or cuDNN's, and one for Hopper by hand: a function of a call's arguments that returns why it must
+    not run, or None if evidence shows it right. For other backends: None."""
     if backend not in ("cuda", "cudnn", "gluon"):
         return None
 
