@@ -9,8 +9,8 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pyfused import tiles
 from pyfused.arguments import AttentionBackward, AttentionForward, taking
+from pyfused.kernels.cuda._launch import multiprocessors
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton._launch import settle_cache_key
@@ -24,10 +24,7 @@ _ROWS = ROWS.value
 _BLOCK_N = 128
 # By head size: warpgroups that attend, registers of a thread of theirs, stages. They fill the registers of a multiprocessor,
 # and at 128 its shared memory.
-_OPTIONS = {
-    64: {"CONSUMERS": 3, "REGISTERS": 160, "STAGES": 3},
-    128: {"CONSUMERS": 2, "REGISTERS": 240, "STAGES": 2},
-}
+_BY_HEAD_SIZE = {64: (3, 160, 3), 128: (2, 240, 2)}
 _TOGETHER = 36 << 20  # bytes of keys and values, of the L2's 50 MB
 
 
@@ -39,7 +36,7 @@ def unsupported_forward(a):
 def _unsupported(a):
     (_, _, sq, d), sk = a.query.shape, a.key.shape[2]
     biased = a.bias_table is not None
-    sizes = tuple(_OPTIONS)
+    sizes = tuple(_BY_HEAD_SIZE)
     reasons = {
         "padding": a.padding_mask is not None,
         "a dense bias": a.attn_bias is not None,
@@ -69,6 +66,10 @@ def _descriptor(tensor, rows):
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, tensor.shape[3]], layout)
 
 
+def options_for(head_size):
+    return dict(zip(("CONSUMERS", "REGISTERS", "STAGES"), _BY_HEAD_SIZE[head_size]))
+
+
 def start(kernel, grid, *args, **options):
     settle_cache_key(kernel)
     kernel[grid](*args, **options)
@@ -94,12 +95,12 @@ def _together(rows, blocks, queries, key_length, bytes_of_head, programs):
 @taking(AttentionForward)
 def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
-    options = _OPTIONS[d]
+    options = options_for(d)
     shape, strides = by_rows(a.query)
     out = maker(shape, dtype, strides, device)()
     lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
-    queries, programs = options["CONSUMERS"] * _ROWS, tiles.multiprocessors(device)
+    queries, programs = options["CONSUMERS"] * _ROWS, multiprocessors(device)
     of_head = -(-sq // queries)
     blocks = late = b * h * of_head
     together = 1

@@ -7,7 +7,7 @@ import pytest
 from test_attention_codegen import bodies
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from pyfused.kernels.gluon.attention import _BLOCK_N, _OPTIONS, _ROWS
+from pyfused.kernels.gluon.attention import _BLOCK_N, _ROWS, options_for
 from pyfused.testing.triton_compile import Case, check_resources, compile_cases
 
 MODULE = "pyfused.kernels.gluon._attention_forward"
@@ -22,7 +22,7 @@ def case(kind, d, given=""):
     types |= dict.fromkeys(("stride_ob", "stride_oh", "stride_os"), "i32:16")
     numbers = "span", "center", "blocks", "late", "blocks_of_head", "together", "heads", "group", "query_length", "key_length"
     types |= dict.fromkeys(numbers, "i32")
-    constants = {"D": d, "BLOCK_N": _BLOCK_N, "IS_CAUSAL": "causal" in given, **_OPTIONS[d]}
+    constants = {"D": d, "BLOCK_N": _BLOCK_N, "IS_CAUSAL": "causal" in given, **options_for(d)}
     for name, option in (("spread_ptr", "relative"), ("lse_ptr", "save")):
         if option in given:
             types[name] = "*fp32:16"
@@ -51,7 +51,7 @@ def test_registers_and_copies(compiled, name):
     """All warps begin with the same part of a multiprocessor's registers. The warpgroups that attend go on with more."""
     found, d = compiled[name], 128 if " D=128" in name else 64
     check_resources(found, name, "sm_90")
-    consumers = _OPTIONS[d]["CONSUMERS"]
+    consumers = options_for(d)["CONSUMERS"]
     assert found.registers * (consumers + 1) * 128 <= 65536
     ptx = found.asm["ptx"]
     registers = {64: {24, 80, 160, 168, 256}, 128: {24, 120, 240, 256}}[d]
@@ -70,7 +70,7 @@ def test_exponentials_run_beside_a_product(compiled, name):
     d = 128 if " D=128" in name else 64
     found = bodies(compiled[name].asm["sass"])
     parts = 1 + ("causal" in name) + ("relative" in name)  # of the keys: far; masked; near
-    assert len(found) == _OPTIONS[d]["CONSUMERS"] * parts
+    assert len(found) == options_for(d)["CONSUMERS"] * parts
     for body in found:
         kinds = [(r"SYNCS\.PHASECHK", "w"), (r"SYNCS\.ARRIVE", "a"), (r"HGMMA", "p"), (r"MUFU\.EX2", "e"), (r"LDG", "l")]
         kinds += [(r"WARPGROUP\.DEPBAR.* 0x1\b", "1"), (r"WARPGROUP\.DEPBAR.* 0x0\b", "0")]

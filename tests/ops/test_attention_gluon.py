@@ -1,6 +1,7 @@
 """Is attention for Hopper right, and never run unless forced? Without a GPU an interpreter (tests/gluon_on_cpu.py) runs it,
 with copies and products at every time at which they may happen."""
 
+import importlib.metadata
 import importlib.util
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ from attention_cases import plain
 from draws import check
 
 import pyfused
-from pyfused import dispatch, extensions
+from pyfused import dispatch, evidence, extensions
 from pyfused.evidence import storage
 from pyfused.kernels.gluon import _attention_forward, attention
 from pyfused.testing import assert_close
@@ -123,16 +124,21 @@ def test_no_program_has_much_more_than_its_share_under_a_causal_mask(rows, keys,
     assert max(loads) < 1.06 * sum(loads) / 132
 
 
-def test_it_runs_only_if_forced():
-    inputs = drawn((1, 1, 1, 4, 4, 64))
-    said = pyfused.explain("attention", *inputs)
-    assert said.backend != "gluon"
+@pytest.mark.parametrize(
+    "speed, size, runs", [(0.9, 64, False), (1.5, 64, True), (0.0, 64, False), (1.5, 80, False), (None, 64, False)]
+)
+def test_evidence_chooses(monkeypatch, speed, size, runs):
+    """It runs where it was measured right and fastest, and takes the call; without evidence it runs nowhere."""
+    shapes = f"many queries, D {64 if size == 64 else 128}"
+    line = {"operator": "attention", "function": "forward", "dtype": "bfloat16", "shapes": shapes, "date": "2026-01-02"}
+    found = () if speed is None else (storage.line_from(line | {"speed": {"gluon": {"64": speed}}}, "gpu.json"),)
+    monkeypatch.setattr(evidence, "lines", lambda device: found)
+    monkeypatch.setitem(dispatch.PREFERENCES, DEVICE, dispatch.PREFERENCES["cuda"])
+    dispatch.forget()
+    said = pyfused.explain("attention", *drawn((1, 1, 1, 24, 24, size)))
+    assert (said.backend == "gluon") == runs
     mine = next(v for v in said.verdicts if v.backend == "gluon")
-    assert (mine.runs, mine.reason) == (False, f"not used for {DEVICE} tensors unless forced (evidence cannot name it yet)")
-    with pyfused.backend("gluon"):
-        said = pyfused.explain("attention", *inputs)
-        assert (said.backend, said.verdicts[0].reason) == ("gluon", "forced; evidence cannot name it yet")
-    assert not any("gluon" in order for order in dispatch.PREFERENCES.values())
+    assert ("unproven on this device" in mine.reason) == (not speed)
 
 
 @pytest.mark.parametrize("hip, capability, runs", [(None, (9, 0), True), (None, (10, 0), False), ("7.1", (9, 4), False)])
@@ -144,11 +150,14 @@ def test_it_is_for_hopper_alone(monkeypatch, hip, capability, runs):
     assert (extensions.gluon_missing() == "") == runs
 
 
-def test_evidence_cannot_name_it():
-    line = {"operator": "attention", "function": "forward", "dtype": "bfloat16", "shapes": "", "date": "2026-11-27"}
-    storage.line_from(line | {"speed": {"cudnn": {"64": 9.0}}}, "a file")
-    with pytest.raises(ValueError, match="unknown backends"):
-        storage.line_from(line | {"speed": {"gluon": {"64": 9.0}}}, "a file")
+@pytest.mark.parametrize("version, runs", [("3.6.0", True), ("3.6.1", True), ("3.7.0", False), ("3.60.0", False)])
+def test_it_wants_the_release_of_triton_that_was_measured(monkeypatch, version, runs):
+    """Gluon still changes from release to release."""
+    monkeypatch.setattr(extensions, "_emulated_gluon", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    assert (extensions.gluon_missing() == "") == runs
 
 
 @pytest.mark.parametrize(
