@@ -6,7 +6,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pyfused.kernels.cuda._launch import multiprocessors
+from pyfused import tiles
 from pyfused.kernels.shared.attention_layout import by_rows, span
 from pyfused.kernels.shared.prepared import maker
 from pyfused.kernels.triton.attention import few_keys, in_units, prepare_backward, spread
@@ -26,7 +26,7 @@ def _stats_descriptor(stats):
 
 
 def _grid(works, device):
-    return (min(works, multiprocessors(device)),)
+    return (min(works, tiles.multiprocessors(device)),)
 
 
 def new_stats(query):
