@@ -96,5 +96,8 @@ CASES = {
         (8, 40),
         {"columns": True, "relative": True, "rms": True, "gated": True, "sources": 2, "inner": 1096, "uneven": True},
     ),
+    # With the first, all that csrc/cuda has a kernel of its own for: see Form in decode_product.cuh.
+    "plain columns": ((2, 70), {"columns": True, "bias": True, "inner": 1104}),
+    "own sources": ((3, 40), {"relative": True, "rms": True, "gated": True, "sources": 3, "inner": 200}),
     "grouped": ((5, 70), {"heads": 6, "kv_heads": 1, "head_size": 8, "gated": True, "integers": "int8", "mask": True}),
 }

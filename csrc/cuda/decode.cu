@@ -1,45 +1,42 @@
 // decode on CUDA: one token per row through a whole decoder, at most 8 rows, in one persistent kernel.
 //
-// One block of 256 threads on each multiprocessor takes part in every phase. A barrier for the grid ends a phase and has its
-// name. Per layer:
+// One block of 256 threads on each multiprocessor takes part in every phase, a product. Per layer:
 //   "query, key and value"   norm, one product; keys and values go into the cache
-//   "attention"              chunks of keys (decode_attention.cuh)
-//   "output"                 adds the chunks, one product
-//   "cross query", "cross attention", "cross output"   the same, if there is an encoder
+//   "output"                 attention: chunks of keys (decode_attention.cuh); adds the chunks, one product
+//   "cross query", "cross output"   the same, if there is an encoder
 //   "up"                     norm, product with gate and inner, activation
 //   "down"                   one product
 // then "logits", and a token is chosen (decode_choice.cuh). Every block keeps the residual stream in its shared memory and
-// computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than a barrier (decode_operand.cuh).
-// Activations are float32 from the embedding to the logits; caches and logits have the weights' dtype. The next product's weights
-// are on their way while a block waits (decode_product.cuh; decode_columns.cuh for weights stored transposed). No atomics on
-// floats: the result is the same to the last bit, with any number of blocks.
+// computes the norms for itself: it reads 3 KB a row from the L2, which takes less time than to wait for another block's norm
+// (decode_operand.cuh). Activations are float32 from the embedding to the logits; caches and logits have the weights' dtype.
+// The next product's weights are on their way while a block waits (decode_product.cuh; decode_columns.cuh for weights stored
+// transposed). No atomics on floats: the result is the same to the last bit, with any number of blocks.
 //
-// An H200 ran it in bfloat16 with 129 keys, as a CUDA graph, with 1, 4 and 8 rows. What it showed has been mended since. Then
-// GPT-2 took 318 us with one row, and a token of the Generator 335 with one row and 427 with four. Floors: the weights' bytes at
-// 3.0 TB/s.
-//                                                       floor   measured before        predicted now
-//   GPT-2 124M, 249 MB, 60 barriers                       83 us   548, 972, 1066 us      260, 300, 350 us
-//   GPT-2 124M by columns, no head, 170 MB, 60 barriers   57 us   487, 955, 1078 us      245, 315, 365 us
-//   T5 1.1 base's decoder, 248 MB, 96 barriers            83 us   776, 1494, 1506 us     390, 450, 500 us
-// A phase has little to compute, so what counts is how often it waits for the L2, one wait behind the other. In a layer of GPT-2:
-//                                                         measured before    now, 1, 4 and 8 rows
-//   query, key and value: the branch; the norm's weights    4, 15, 30          1, 1, 1
-//   attention: places and queries, then keys and values     6, 8, 12           1.5, 2, 3
-//   output: the chunks of keys                             18, 48, 24          1, 1, 2
-//   up: as the first                                        4, 15, 30          1, 1, 1
-//   down: the operand                                       3, 12, 24          1, 3, 3
-// Together 35, 98 and 120 before. The measured times of 4 and 8 rows, 424 and 518 us above that of one, make it 0.5 us a wait, 210
-// us of the 548. The other 5 us a phase were the barrier, whose fence came behind the requests for the next weights and may have
-// waited for them, some 1,100 instructions before it that divide the next product (two 64-bit divisions), and the product.
-// Now: 5.5 waits, 2.7 us. Five barriers of 2 us, with the division's 450 instructions in their shadow: 10 us. Four products with
-// their sums, 1.2 us each: 5 us. Statistics of two norms and the sums of attention's warps: 1.4 us. A layer takes 19 us, the head
-// 26.
+// Between phases there is no barrier. A block sends floats through scratch memory, which starts as kAbsent, and whoever needs
+// them looks until they have come (send() and receive() of cooperative.cuh). Each layer has scratch memory of its own, so
+// nobody overwrites what another may still look at. Each phase needs all that the one before sent, so blocks stay together.
+// Only the choice of a token has a barrier, because it reads the logits.
 //
-// Choosing a token adds a barrier. A draw from 50,257 logits in bfloat16 adds a pass of one block over them and searches. By
-// index 7 and 2 us; by score 12 us, for the sums of 64 bits are compare-and-swap loops, and 7 us for each search (4 to list a
-// bucket, 3 for the bits). So 9 us with a temperature alone, 26 with top p. As operators it is 15 to 20 launches, one of them a
-// sort. So barriers, not bytes, set the pace of small models, and int8 shortens only the head there. Of GPT-2 XL's 3.1 GB
-// (1,040 us, 240 barriers) about 60% hide behind barriers.
+// An H100 ran it in bfloat16 with 129 keys, as a CUDA graph, with 1, 4 and 8 rows. Before, a barrier for the grid ended every
+// phase and attention. Floors: the weights' bytes at 3.0 TB/s.
+//                                                       floor   with barriers: 1, 4 rows   now: 1, 4, 8 rows
+//   GPT-2 124M, 249 MB                                    83 us   327, 411 us                261, 379, 602 us
+//   GPT-2 124M by columns, no head, 170 MB                57 us   303 us                     252, 434, 778 us
+//   T5 1.1 base's decoder, 248 MB                         83 us   458 us                     356, 505, 773 us
+// Neither memory nor the way from block to block sets the pace, but instructions: in a phase nothing repeats, and a warp needs
+// six or seven cycles for each. Time stamps in a layer of GPT-2 with one row, 37,000 cycles at 1.94 GHz:
+//   requests of the next product's weights       7,000      norms                            3,400
+//   looks for a branch and `down`'s operand      8,600      products with their sums         8,600
+//   attention 1,900, and until its chunks have come and are added 7,500
+// So what saves instructions helps. Before, the same layer took 51,000 cycles. Now a warp keeps how a product is divided, and
+// kernels for plain weights (Form) have 100 KB of instructions in their loop, not 280. What brought weights earlier did not
+// help, for no product waits for them: a second ring for the product behind the next, or a layer's weights fetched into the L2
+// a layer ahead. With 8 rows a block reads 98 KB of `down`'s operand, 9 us a layer.
+//
+// Choosing a token adds a barrier: 4 us with the search for the likeliest. A draw from 50,257 logits in bfloat16 adds a pass of
+// one block over them and searches. Not measured: by index 7 and 2 us; by score 12 us, for the sums of 64 bits are
+// compare-and-swap loops, and 7 us for each search (4 to list a bucket, 3 for the bits). So 9 us with a temperature alone, 26
+// with top p. As operators it is 15 to 20 launches, one of them a sort.
 #include "kernels.h"
 
 #include "decode_operand.cuh"
@@ -49,10 +46,10 @@ namespace {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
-  using Base = DecodeOperand<T, ROWS>;
+template <class T, int ROWS, Form FORM> struct Decode : DecodeOperand<T, ROWS, FORM> {
+  using Base = DecodeOperand<T, ROWS, FORM>;
   using Base::a, Base::m, Base::layers, Base::operand, Base::top, Base::hidden, Base::inner, Base::stream_pitch,
-      Base::branch_parts, Base::embed, Base::prepare, Base::norm_of;
+      Base::branch_parts, Base::has_cross, Base::embed, Base::prepare, Base::norm_of;
 
   __device__ Decode(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -60,21 +57,26 @@ template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
     const int count = (int)a.plan.layers;
     fetch_layer(0);
     cp_async_commit();
-    if (threadIdx.x == 0) *this->head = a.plan.head;
+    if (threadIdx.x == 0) *this->head = a.plan.head, *this->final_norm = a.plan.final_norm;
     cp_async_wait<0>();
     __syncthreads();
-    const bool has_cross = count && layers[0].cross_query.n;
+    has_cross = count && layers[0].cross_query.n;
     Phase phase = count ? Phase::kQueryKeyValue : Phase::kLogits;
-    const char* ended = nullptr;
+    bool begins = true;
     for (int i = 0;;) {
       const DecodeLayer& layer = layers[i % 2];
-      announce(phase, layer, i);
-      ended ? this->barrier.wait(ended) : embed();
-      if (phase == Phase::kOutput || phase == Phase::kCrossOutput) {
+      if (phase == Phase::kOutput || phase == Phase::kCrossOutput) {  // before the requests: all blocks wait for the result
         const bool cross = phase == Phase::kCrossOutput;
-        this->attend(i, cross, cross ? layer.cross_scale : layer.scale);
-        this->barrier.arrive();
-        this->barrier.wait(cross ? "cross attention" : "attention");
+        if (this->attends(cross)) {
+          this->attend(i, cross, cross ? layer.cross_scale : layer.scale);
+          __syncthreads();  // its states have been read
+        }
+      }
+      announce(phase, layer, i);
+      if (begins) {
+        begins = false;
+        embed();
+        __syncthreads();
       }
       if (phase == Phase::kQueryKeyValue) fetch_layer(i + 1);  // the place of the last layer, which no thread reads now
       prepare(phase, layer, i);
@@ -84,26 +86,12 @@ template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
         put(phase, i, part, row, feature, value, up);
       });
       if (phase == Phase::kLogits) break;
-      this->barrier.arrive();
+      __syncthreads();  // operand and sums have been read, and the next layer's struct has come
       if (!norm_of(phase, layer)) branch_parts = this->parts;
-      ended = name_of(phase);
       if (phase == Phase::kDown) ++i;
       phase = next_product(phase, has_cross, i == count);
     }
     if (a.call.chosen) this->choose();
-  }
-
-  // A barrier has the name of the phase that it ends, a product or attention.
-  __device__ static const char* name_of(Phase phase) {
-    switch (phase) {
-      case Phase::kQueryKeyValue: return "query, key and value";
-      case Phase::kOutput: return "output";
-      case Phase::kCrossQuery: return "cross query";
-      case Phase::kCrossOutput: return "cross output";
-      case Phase::kUp: return "up";
-      case Phase::kDown: return "down";
-      default: return "logits";
-    }
   }
 
   __device__ static Phase next_product(Phase phase, bool has_cross, bool is_last) {
@@ -129,32 +117,36 @@ template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
   }
 
   // Has sent, while the block waits for the operand: the weights of a product and of its norm, and the keys and values that the
-  // block attends to before.
+  // block attends to after it.
   __device__ void announce(Phase phase, const DecodeLayer& layer, int i) {
     this->request(phase, layer);
     constexpr int LINE = 128 / sizeof(T);
     if (const DecodeNorm* norm = norm_of(phase, layer))
-      for (int c = threadIdx.x * LINE; c < hidden; c += blockDim.x * LINE) {
+      for (int c = (blockDim.x - 1 - threadIdx.x) * LINE; c < hidden; c += blockDim.x * LINE) {  // the last warps have less to do
         prefetch_l2((const T*)norm->weight + c);
         if (norm->bias) prefetch_l2((const T*)norm->bias + c);
       }
-    if (phase == Phase::kOutput || phase == Phase::kCrossOutput) this->prefetch_keys(i, phase == Phase::kCrossOutput);
+    if (phase == Phase::kQueryKeyValue || phase == Phase::kCrossQuery)
+      if (const bool cross = phase == Phase::kCrossQuery; this->attends(cross)) this->prefetch_keys(i, cross);
   }
 
   // ---- results ------------------------------------------------------------------------------------------------------
 
   __device__ void put(Phase phase, int i, int part, int row, int feature, float value, float up) {
+    float* at = phase == Phase::kLogits ? nullptr : this->result_of(phase, i);
     switch (phase) {
       case Phase::kQueryKeyValue:
-        if (feature >= inner) return put_in_cache(i, row, feature - inner, value);
-        [[fallthrough]];
-      case Phase::kCrossQuery: a.query[(int64_t)row * inner + feature] = value; return;
+        if (feature >= inner) value = widen(narrow<T>(value));  // as the cache will have it
+        send(at + row * padded_row(this->attended_features(false)) + feature, value);
+        if (feature >= inner) put_in_cache(i, row, feature - inner, value);
+        return;
+      case Phase::kCrossQuery: send(at + row * padded_row(inner) + feature, value); return;
       case Phase::kUp:
         value = activate((int)a.plan.activation, value);
-        a.active[(int64_t)row * padded_row(a.plan.intermediate) + feature] = this->gated ? value * up : value;
+        send(at + row * padded_row((int)a.plan.intermediate) + feature, this->gated ? value * up : value);
         return;
       case Phase::kLogits: return put_logit(row, feature, value * (float)a.plan.logits_scale);
-      default: a.branch[((int64_t)part * m + row) * stream_pitch + feature] = value;
+      default: send(at + (part * m + row) * stream_pitch + feature, value);
     }
   }
 
@@ -182,20 +174,27 @@ template <class T, int ROWS> struct Decode : DecodeOperand<T, ROWS> {
   }
 };
 
-template <class T, int ROWS>
+template <class T, int ROWS, Form FORM>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp, 1) decode_kernel(const PYFUSED_GRID_CONSTANT DecodeArguments a) {
   PYFUSED_SHARED_BYTES(shared);
-  Decode<T, ROWS>(a, shared).run();
+  Decode<T, ROWS, FORM>(a, shared).run();
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
 using Kernel = void(DecodeArguments);
 
-template <class T> Kernel* kernel_of(int64_t rows) {
-  if (rows == 1) return decode_kernel<T, 1>;
-  if (rows == 2) return decode_kernel<T, 2>;
-  return rows <= 4 ? decode_kernel<T, 4> : decode_kernel<T, 8>;
+template <class T, Form FORM> Kernel* kernel_of_rows(int64_t rows) {
+  if (rows == 1) return decode_kernel<T, 1, FORM>;
+  if (rows == 2) return decode_kernel<T, 2, FORM>;
+  return rows <= 4 ? decode_kernel<T, 4, FORM> : decode_kernel<T, 8, FORM>;
+}
+template <class T> Kernel* kernel_of(int64_t rows, Form form) {
+  if constexpr (sizeof(T) == 2) {
+    if (form == Form::kRows) return kernel_of_rows<T, Form::kRows>(rows);
+    if (form == Form::kColumns) return kernel_of_rows<T, Form::kColumns>(rows);
+  }
+  return kernel_of_rows<T, Form::kAny>(rows);
 }
 int rows_kept(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : (int)rows; }
 
@@ -215,7 +214,6 @@ int cross_chunks(const DecodePlan& p, const DecodeCall& c) { return c.sources ? 
 // Divides scratch memory. Returns its bytes.
 int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int blocks, bool by_columns, DecodeArguments& a) {
   a.chunks = most_chunks(c.rows * p.kv_heads), a.cross_chunks = cross_chunks(p, c);
-  const int64_t parts = c.rows * p.heads * larger(a.chunks, a.cross_chunks);
   addr at = scratch;
   const auto take = [&](int64_t count) {
     const addr from = at;
@@ -223,11 +221,26 @@ int64_t divide(const DecodePlan& p, const DecodeCall& c, addr scratch, int block
     return (float*)from;
   };
   a.barrier = (unsigned*)take(1);
-  a.query = take(c.rows * p.heads * p.head_size), a.active = take(c.rows * padded_row(p.intermediate));
-  a.branch = take(c.rows * padded_row(p.hidden) * (by_columns ? kMostParts : 1));
-  a.part = take(parts * padded_row(p.head_size)), a.part_state = take(parts * 2);
   a.top = take(blocks * c.rows), a.winner = (int*)take(blocks * c.rows);
-  return (int64_t)(at - scratch);
+  const addr layer = at;
+  const int64_t branch = c.rows * padded_row(p.hidden) * (by_columns ? kMostParts : 1), inner = p.heads * p.head_size;
+  const auto product = [&](Phase phase, int64_t count) { a.result[(int)phase] = take(count); };
+  const auto attention = [&](bool cross, int64_t chunks) {
+    const int64_t parts = c.rows * p.heads * chunks;
+    a.part[cross] = take(parts * padded_row(p.head_size)), a.part_state[cross] = take(parts * 4);
+  };
+  product(Phase::kQueryKeyValue, c.rows * padded_row(inner + 2 * p.kv_heads * p.head_size));
+  attention(false, a.chunks);
+  product(Phase::kOutput, branch);
+  if (c.sources) {
+    product(Phase::kCrossQuery, c.rows * padded_row(inner));
+    attention(true, a.cross_chunks);
+    product(Phase::kCrossOutput, branch);
+  }
+  product(Phase::kUp, c.rows * padded_row(p.intermediate));
+  product(Phase::kDown, branch);
+  a.layer_bytes = (int64_t)(at - layer);
+  return (int64_t)(layer - scratch) + larger(p.layers, 1) * a.layer_bytes;
 }
 
 bool wide_keys(const DecodePlan& p, const DecodeCall& c, const DecodeArguments& a, int element) {
@@ -257,7 +270,7 @@ int decode_blocks(addr plan, addr call, int threads, bool by_columns, int multip
   if (!cooperative) return 0;
   const size_t bytes = shared_bytes(p, c, threads, by_columns, dtype == 0 ? 4 : 2);
   PYFUSED_BY_DTYPE(dtype, {
-    auto kernel = kernel_of<T>(c.rows);
+    auto kernel = kernel_of<T>(c.rows, Form::kAny);  // all forms have one block on a multiprocessor
     allow_shared(launch, kernel, bytes);
     launch.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, bytes));
   })
@@ -272,8 +285,8 @@ int64_t decode_scratch(addr plan, addr call, int blocks, bool by_columns) {
 
 int decode_most_addresses() { return kMostAddresses; }
 
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int dtype,
-                    int device, addr stream) {
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int form,
+                    int dtype, int device, addr stream) {
   DecodeArguments a{*(const DecodePlan*)plan, *(const DecodeCall*)call};
   const DecodePlan& p = a.plan;
   const DecodeCall& c = a.call;
@@ -281,17 +294,18 @@ void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads,
   const Launch launch{"decode", c.rows, p.hidden, device};
   const OnDevice guard(launch);
   const int element = dtype == 0 ? 4 : 2;
-  divide(p, c, scratch, blocks, by_columns, a);
+  const int64_t scratch_bytes = divide(p, c, scratch, blocks, by_columns, a);
   for (int64_t i = 0; i < 2 * p.layers; ++i) {
     a.address[i] = ((const addr*)c.caches)[i];
     if (c.cross_caches) a.address[2 * p.layers + i] = ((const addr*)c.cross_caches)[i];
   }
   a.pitch = (int)(up(larger(larger(p.hidden, p.heads * p.head_size), p.intermediate), kPitchUnit) * kPitchUnit);
   a.by_columns = by_columns, a.wide_weights = wide, a.wide_keys = wide_keys(p, c, a, element);
+  const bool is_plain = a.wide_keys && p.heads == p.kv_heads && (!c.sources || c.rows == c.sources);
   const size_t bytes = shared_bytes(p, c, threads, by_columns, element);
-  launch.check(cudaMemsetAsync(a.barrier, 0, sizeof(unsigned), (cudaStream_t)stream));
+  launch.check(cudaMemsetAsync((void*)scratch, kAbsentByte, scratch_bytes, (cudaStream_t)stream));
   PYFUSED_BY_DTYPE(dtype, {
-    auto kernel = kernel_of<T>(c.rows);
+    auto kernel = kernel_of<T>(c.rows, is_plain ? (Form)form : Form::kAny);
     allow_shared(launch, kernel, bytes);
     PYFUSED_LAUNCH_COOPERATIVE(kernel, blocks, threads, bytes, stream, a);
   })

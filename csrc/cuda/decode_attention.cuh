@@ -3,7 +3,8 @@
 // An item is a key head of a row, or of an encoder's source, and a chunk of its keys. The queries that share the keys are the
 // heads of a group, or the beams of a source. A block takes items; its warps share the keys of a chunk, and `lanes` lanes share
 // a key, 16 bytes each. Every lane group has its own running maximum, sum and values. They are merged in the warp, then in
-// shared memory, and the block writes the chunk's values, maximum and sum. Whoever reads the result adds the chunks in order.
+// shared memory, and the block sends the chunk's values, maximum and sum. Whoever needs the result adds the chunks in order.
+// Keys of earlier steps are read before the query comes. The step's own key and value come as the query does, not by the cache.
 //
 // There are about kItemsWanted items: one for each multiprocessor of an H100, a constant, so that the chunks, and the last bit,
 // depend on the shape alone. A chunk has at least 64 keys, four for each warp.
@@ -33,10 +34,10 @@ __host__ __device__ inline int padded_head(int d, int vector) {
   const int together = key_lanes(d, vector) * vector;
   return (d + together - 1) / together * together;
 }
-// Floats in shared memory: the queries, then each warp's values, maximum and sum of each.
+// Floats in shared memory: the queries, the step's own key and value, then each warp's values, maximum and sum of each query.
 inline int64_t attention_floats(int64_t queries, int padded, int warps) {
   const int64_t count = queries > 1 ? kQueries : 1;
-  return count * padded + warps * count * (padded + 2);
+  return (count + 2) * padded + warps * count * (padded + 2);
 }
 
 namespace {
@@ -49,8 +50,8 @@ template <class T> struct DecodeKeys {
   int chunks, size;              // of keys: the most chunks, keys in each
 };
 
-template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
-  using Base = DecodeColumns<T, ROWS>;
+template <class T, int ROWS, Form FORM> struct DecodeAttention : DecodeColumns<T, ROWS, FORM> {
+  using Base = DecodeColumns<T, ROWS, FORM>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::operand;
   using Base::V;
   static constexpr int kPacks = kMostHeadSize / (kWarp * V) > 0 ? kMostHeadSize / (kWarp * V) : 1;
@@ -94,7 +95,7 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
   __device__ void query_of(const DecodeKeys<T>& k, bool cross, int source, int head, int q, int& row, int& of_head) const {
     row = cross ? source * k.queries + q : source, of_head = cross ? head : head * k.queries + q;
   }
-  // Where a query's chunk is in `part`, in units of head_size, and in `part_state`, in units of 2.
+  // Where a query's chunk is in `part`, in units of padded_row(head_size), and in `part_state`, in units of 4.
   __device__ int64_t part_of(int row, int head, int chunks, int chunk) const {
     return ((int64_t)row * a.plan.heads + head) * chunks + chunk;
   }
@@ -109,25 +110,42 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     return {source, head, chunk, chunk * k.size, min(chunk * k.size + k.size, extent(cross, source))};
   }
 
+  __device__ float* result_of(Phase phase, int layer) const {
+    return (float*)((char*)a.result[(int)phase] + layer * a.layer_bytes);
+  }
+  __device__ float* parts_of(int layer, bool cross) const { return (float*)((char*)a.part[cross] + layer * a.layer_bytes); }
+  __device__ float* states_of(int layer, bool cross) const {
+    return (float*)((char*)a.part_state[cross] + layer * a.layer_bytes);
+  }
+  // Features of the product before attention: queries, then in self-attention keys and values.
+  __device__ int attended_features(bool cross) const {
+    return (int)((a.plan.heads + (cross ? 0 : 2 * a.plan.kv_heads)) * a.plan.head_size);
+  }
+
+  // Whether the block has an item.
+  __device__ bool attends(bool cross) const {
+    const int items = cross ? (int)a.call.sources * (int)a.plan.heads * a.cross_chunks : m * (int)a.plan.kv_heads * a.chunks;
+    return (int)blockIdx.x < items;
+  }
+
   __device__ void attend(int layer, bool cross, double scale) {
     const DecodeKeys<T> k = keys_of(layer, cross);
     const int items = k.sources * k.heads * k.chunks;
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
       const Item item = item_of(k, cross, i);
       if (item.begin >= item.end) continue;
-      if (k.queries == 1) visit<1>(k, cross, item, 0, (float)scale);
+      if (Base::kPlain || k.queries == 1) visit<1>(k, layer, cross, item, 0, (float)scale);
       else
-        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, cross, item, q, (float)scale);
+        for (int q = 0; q < k.queries; q += kQueries) visit<kQueries>(k, layer, cross, item, q, (float)scale);
     }
   }
 
   // Has the keys and values of the block's first item sent to the L2.
   __device__ void prefetch_keys(int layer, bool cross) const {
     const DecodeKeys<T> k = keys_of(layer, cross);
-    if ((int)blockIdx.x >= k.sources * k.heads * k.chunks) return;
     const Item item = item_of(k, cross, blockIdx.x);
     const int64_t first = item.source * k.batch + item.head * k.head;
-    for (int j = item.begin + threadIdx.x; j < item.end; j += blockDim.x)
+    for (int j = item.begin + blockDim.x - 1 - threadIdx.x; j < item.end; j += blockDim.x)
       for (int c = 0; c < (int)a.plan.head_size; c += 128 / sizeof(T)) {
         prefetch_l2(k.key + first + j * k.row + c);
         prefetch_l2(k.value + first + j * k.row + c);
@@ -148,7 +166,7 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
       const int at = p * step + own;
       out[p] = {};
       if (at >= d) continue;
-      if (a.wide_keys) {
+      if (Base::kPlain || a.wide_keys) {
         out[p] = __ldcg((const uint4*)(from + at));
       } else {
         Pack<T, V> pack;
@@ -159,8 +177,21 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     }
   }
 
+  // V floats that are values of T, as bits.
+  __device__ static uint4 narrowed(const float* from) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int i = 0; i < V; ++i) pack.at[i] = narrow<T>(from[i]);
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    return bits;
+  }
+
   // The weight of a sum whose largest score is `peak`, beside others up to `most`. 0 for one that has seen no key, with no branch.
-  __device__ static float weight_of(float peak, float most) { return expf(peak - (most == -INFINITY ? 0.0f : most)); }
+  // A difference of 100 costs 2^-17 of the weight, which is e^-100 then.
+  __device__ static float weight_of(float peak, float most) {
+    return fast_exp2((peak - (most == -INFINITY ? 0.0f : most)) * 1.4426950408889634f);
+  }
 
   // What is added to the score of a key in a bucket: T5's bias.
   __device__ float bias(int bucket, int head) const {
@@ -171,7 +202,7 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
 
   // Queries q0 .. q0 + Q - 1 of an item visit keys begin .. end - 1. The block calls it together.
   template <int Q>
-  __device__ void visit(const DecodeKeys<T>& k, bool cross, const Item& item, int q0, float scale) {
+  __device__ void visit(const DecodeKeys<T>& k, int layer, bool cross, const Item& item, int q0, float scale) {
     const int source = item.source, head = item.head, end = item.end;
     const int d = (int)a.plan.head_size, lanes = key_lanes(d, V), padded = padded_head(d, V), own = lane % lanes * V;
     const int inner = (int)a.plan.heads * d, step = lanes * V;
@@ -192,13 +223,22 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     };
     int first = item.begin + warp * together;
     if (first < end) read_at(first, now);
-    float *queries = operand, *states = queries + Q * padded;
+    float *queries = operand, *fresh = queries + Q * padded, *states = fresh + 2 * padded;
+    const bool is_last = !cross && end == here + 1;  // the chunk has the step's own key
+    const float* product = result_of(cross ? Phase::kCrossQuery : Phase::kQueryKeyValue, layer);
+    const int pitch = padded_row(attended_features(cross));
     __syncthreads();  // the last item's states have been read
-    for (int i = threadIdx.x; i < Q * padded; i += blockDim.x) {
-      const int q = Q == 1 ? 0 : i / padded, c = i - q * padded;
-      int row, of_head;
-      query_of(k, cross, source, head, min(q0 + q, k.queries - 1), row, of_head);
-      queries[i] = c < d ? __ldcg(a.query + (int64_t)row * inner + of_head * d + c) * scale : 0.0f;
+    for (int i = threadIdx.x; i < (Q + 2 * is_last) * padded; i += blockDim.x) {
+      const int q = quotient(i, padded), c = i - q * padded;
+      int row = source, at = inner + ((q - Q) * k.heads + head) * d + c;
+      if (q < Q) {
+        int of_head;
+        query_of(k, cross, source, head, min(q0 + q, k.queries - 1), row, of_head);
+        at = of_head * d + c;
+      }
+      Pack<float, 1> found[1] = {};
+      if (c < d) receive(found, [&](int) { return product + (int64_t)row * pitch + at; }, [](int) { return 1; });
+      queries[i] = q < Q ? found[0].at[0] * scale : found[0].at[0];
     }
     __syncthreads();
     float peak[Q], total[Q], sum[Q][kPacks * V] = {};
@@ -206,6 +246,14 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
     for (int q = 0; q < Q; ++q) peak[q] = -INFINITY, total[q] = 0;
     for (; first < end; first += apart) {  // the same for the whole warp
       if (first + apart < end) read_at(first + apart, next);
+      if (is_last && first + lane / lanes == here) {
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p)
+          if (const int at = p * step + own; at < d) {
+            now.key[p] = narrowed(fresh + at);
+            now.value[p] = narrowed(fresh + padded + at);
+          }
+      }
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         float score = 0;
@@ -282,16 +330,18 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
         all += state[at + padded + 1] * weight, value += state[at + c] * weight;
       }
       const int64_t to = part_of(row, of_head, k.chunks, item.chunk);
-      a.part[to * padded_row(d) + c] = value;
-      if (c == 0) a.part_state[to * 2] = most, a.part_state[to * 2 + 1] = all;
+      send(parts_of(layer, cross) + to * padded_row(d) + c, value);
+      if (c == 0) send(states_of(layer, cross) + to * 4, most), send(states_of(layer, cross) + to * 4 + 1, all);
     }
   }
 
   // put(row, c, count, quad) for all quads of attention's result: elements c .. c + count - 1 of a row. They are the chunks'
   // values, weighted by their sums. A row that sees no key gives zeros. A thread has the same quad of several rows, and all that
   // it reads of some chunks is under way at once.
-  template <class Put> __device__ void attended(bool cross, const Put& put) const {
-    constexpr int TOGETHER = ROWS < 4 ? ROWS : 4, CHUNKS = ROWS < 4 ? 4 : 2;
+  template <class Put> __device__ void attended(int layer, bool cross, const Put& put) const {
+    constexpr int TOGETHER = ROWS < 4 ? ROWS : ROWS < 8 || Base::kPlain ? 4 : 2;  // with 4 of 8 some registers would spill
+    constexpr int CHUNKS = ROWS < 4 ? 4 : 2, EACH = TOGETHER * CHUNKS;
+    const float *parts = parts_of(layer, cross), *states = states_of(layer, cross);
     const int d = (int)a.plan.head_size, pitch = padded_row(d), heads = (int)a.plan.heads;
     const int chunks = cross ? a.cross_chunks : a.chunks, keys = cross ? cross_size : size;
     for (int i = threadIdx.x; i < heads * pitch / 4; i += blockDim.x) {
@@ -306,41 +356,43 @@ template <class T, int ROWS> struct DecodeAttention : DecodeColumns<T, ROWS> {
           longest = max(longest, seen[r]);
         }
         for (int chunk = 0; chunk * keys < longest; chunk += CHUNKS) {
-          Pack<float, 4> part[TOGETHER][CHUNKS];
-          Pack<float, 2> state[TOGETHER][CHUNKS];
+          Pack<float, 4> found[2 * EACH];  // each chunk's values, then their states
 #pragma unroll
-          for (int r = 0; r < TOGETHER; ++r)
-#pragma unroll
-            for (int j = 0; j < CHUNKS; ++j) {
-              const int64_t from = part_of(first + r, head, chunks, chunk + j);
-              part[r][j] = {}, state[r][j] = {-INFINITY, 0};
-              if ((chunk + j) * keys >= seen[r]) continue;
-              part[r][j] = load_shared_by_grid<4>(a.part + from * pitch + at);
-              state[r][j] = load_shared_by_grid<2>(a.part_state + from * 2);
-            }
+          for (int i = 0; i < EACH; ++i) found[i] = {}, found[EACH + i] = {-INFINITY, 0};
+          receive(
+              found,
+              [&](int i) -> const float* {
+                const int r = i % EACH / CHUNKS, j = i % CHUNKS;
+                if ((chunk + j) * keys >= seen[r]) return nullptr;
+                const int64_t from = part_of(first + r, head, chunks, chunk + j);
+                return i < EACH ? parts + from * pitch + at : states + from * 4;
+              },
+              [&](int i) { return i < EACH ? min(4, d - at) : 2; });
 #pragma unroll
           for (int r = 0; r < TOGETHER; ++r) {
             const float before = most[r];
 #pragma unroll
-            for (int j = 0; j < CHUNKS; ++j) most[r] = fmaxf(most[r], state[r][j].at[0]);
+            for (int j = 0; j < CHUNKS; ++j) most[r] = fmaxf(most[r], found[EACH + r * CHUNKS + j].at[0]);
             const float kept = weight_of(before, most[r]);
             total[r] *= kept;
 #pragma unroll
             for (int e = 0; e < 4; ++e) value[r].at[e] *= kept;
 #pragma unroll
             for (int j = 0; j < CHUNKS; ++j) {
-              const float weight = weight_of(state[r][j].at[0], most[r]);
-              total[r] += state[r][j].at[1] * weight;
+              const Pack<float, 4>&part = found[r * CHUNKS + j], &state = found[EACH + r * CHUNKS + j];
+              const float weight = weight_of(state.at[0], most[r]);
+              total[r] += state.at[1] * weight;
 #pragma unroll
-              for (int e = 0; e < 4; ++e) value[r].at[e] += part[r][j].at[e] * weight;
+              for (int e = 0; e < 4; ++e) value[r].at[e] += part.at[e] * weight;
             }
           }
         }
 #pragma unroll
         for (int r = 0; r < TOGETHER; ++r) {
           if (first + r >= m) break;
+          const float per_total = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) value[r].at[e] = total[r] == 0.0f ? 0.0f : value[r].at[e] / total[r];
+          for (int e = 0; e < 4; ++e) value[r].at[e] *= per_total;
           put(first + r, head * d + at, min(4, d - at), value[r]);
         }
       }

@@ -21,8 +21,8 @@ using Weight = unsigned long long;
 
 namespace {
 
-template <class T, int ROWS> struct DecodeChoice : DecodeAttention<T, ROWS> {
-  using Base = DecodeAttention<T, ROWS>;
+template <class T, int ROWS, Form FORM> struct DecodeChoice : DecodeAttention<T, ROWS, FORM> {
+  using Base = DecodeAttention<T, ROWS, FORM>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::sums, Base::ring, Base::kSums;
 
   Top top{-INFINITY, 0x7fffffff};  // of the logits that this lane wrote, all of one row
@@ -64,8 +64,17 @@ template <class T, int ROWS> struct DecodeChoice : DecodeAttention<T, ROWS> {
   // The likeliest token of a row. Each warp finds it for itself.
   __device__ Top best_of(int row) const {
     Top best{-INFINITY, 0x7fffffff};
-    for (int block = lane; block < (int)gridDim.x; block += kWarp)
-      best = better(best, {__ldcg(a.top + block * m + row), __ldcg(a.winner + block * m + row)});
+    constexpr int AT_ONCE = 5;  // one trip to the L2 for up to 160 blocks
+    for (int first = lane; first < (int)gridDim.x; first += AT_ONCE * kWarp) {
+      Top found[AT_ONCE];
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u) {
+        const int at = min(first + u * kWarp, (int)gridDim.x - 1) * m + row;  // the last one again and again does no harm
+        found[u] = {__ldcg(a.top + at), __ldcg(a.winner + at)};
+      }
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u) best = better(best, found[u]);
+    }
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       best = better(best, {__shfl_xor_sync(kAllLanes, best.value, offset), __shfl_xor_sync(kAllLanes, best.token, offset)});
     return best;

@@ -1,8 +1,8 @@
 // What does a product of decode multiply, and how does it come into every block's shared memory? The residual stream and its norm,
 // the hidden row, or attention's result.
 //
-// What other blocks wrote comes from the L2, 0.5 us away. So reads are under way together, 16 bytes at a time, and a thread has the
-// same columns of all rows, for which it reads a norm's weights once.
+// What other blocks send comes through the L2 (send() of cooperative.cuh). A thread looks at all that it needs together, 16
+// bytes at a time, and has the same columns of all rows, for which it reads a norm's weights once.
 #pragma once
 
 #include "decode_choice.cuh"
@@ -10,13 +10,14 @@
 namespace pyfused {
 namespace {
 
-template <class T, int ROWS> struct DecodeOperand : DecodeChoice<T, ROWS> {
-  using Base = DecodeChoice<T, ROWS>;
+template <class T, int ROWS, Form FORM> struct DecodeOperand : DecodeChoice<T, ROWS, FORM> {
+  using Base = DecodeChoice<T, ROWS, FORM>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::stream, Base::sums, Base::operand;
 
   const int hidden = (int)this->a.plan.hidden, inner = (int)(this->a.plan.heads * this->a.plan.head_size);
   const int stream_pitch = padded_row(hidden);
-  int branch_parts = 1;  // of the product that wrote the branch
+  int branch_parts = 1;  // of the product that sent the branch
+  bool has_cross = false;
 
   __device__ DecodeOperand(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
 
@@ -62,7 +63,7 @@ template <class T, int ROWS> struct DecodeOperand : DecodeChoice<T, ROWS> {
       case Phase::kQueryKeyValue: return &layer.attention_norm;
       case Phase::kCrossQuery: return &layer.cross_norm;
       case Phase::kUp: return &layer.feed_forward_norm;
-      case Phase::kLogits: return &a.plan.final_norm;
+      case Phase::kLogits: return this->final_norm;
       default: return nullptr;
     }
   }
@@ -71,17 +72,17 @@ template <class T, int ROWS> struct DecodeOperand : DecodeChoice<T, ROWS> {
   __device__ void prepare(Phase phase, const DecodeLayer& layer, int i) {
     const int bits = this->operand_bits();
     if (const DecodeNorm* norm = norm_of(phase, layer))
-      return normalise(*norm, bits, phase == Phase::kLogits ? a.plan.layers > 0 : phase != Phase::kQueryKeyValue || i > 0);
+      return normalise(*norm, bits, branch_of(phase, i));
     const int k = phase == Phase::kDown ? (int)a.plan.intermediate : inner;
     if (phase == Phase::kDown) {
-      read_rows<ROWS>(a.active, m, k, [&](int row, int c, Pack<float, 4> quad) {
+      read_rows<ROWS, (ROWS < 4 ? 4 / ROWS : 1)>(this->result_of(Phase::kUp, i), m, k, [&](int row, int c, Pack<float, 4> quad) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) quad.at[e] = c + e < k ? quad.at[e] : 0.0f;
         store(operand_at(row, c, bits), quad);
       });
     } else {
       const bool whole = a.plan.head_size % 4 == 0;
-      this->attended(phase == Phase::kCrossOutput, [&](int row, int c, int count, const Pack<float, 4>& quad) {
+      this->attended(i, phase == Phase::kCrossOutput, [&](int row, int c, int count, const Pack<float, 4>& quad) {
         if (whole) return store(operand_at(row, c, bits), quad);
 #pragma unroll
         for (int e = 0; e < 4; ++e)
@@ -92,35 +93,46 @@ template <class T, int ROWS> struct DecodeOperand : DecodeChoice<T, ROWS> {
       for (int row = 0; row < m; ++row) *operand_at(row, c, bits) = 0;
   }
 
+  // The branch that the stream takes up before a phase's norm, or null.
+  __device__ const float* branch_of(Phase phase, int i) const {
+    switch (phase) {
+      case Phase::kCrossQuery: return this->result_of(Phase::kOutput, i);
+      case Phase::kUp: return this->result_of(has_cross ? Phase::kCrossOutput : Phase::kOutput, i);
+      default: return i ? this->result_of(Phase::kDown, i - 1) : nullptr;
+    }
+  }
+
   __device__ float* operand_at(int row, int c, int bits) const { return operand + row * a.pitch + operand_place(c, bits); }
   // k, with the zeros up to the end of a step.
   __device__ int operand_width(int k, int bits) const { return this->steps_of(k, bits) << (bits + 5); }
 
-  // use(row, c, quad) for all quads of rows of k floats in scratch memory. A thread has the same quads of all rows. At least four
-  // reads are under way at once, of TOGETHER rows.
-  template <int TOGETHER, class Use> __device__ void read_rows(const float* from, int rows, int k, const Use& use) const {
-    constexpr int QUADS = TOGETHER < 4 ? 4 / TOGETHER : 1;
+  // use(row, c, quad) for all quads of rows of k floats in scratch memory. A thread has the same quads of all rows. QUADS of
+  // TOGETHER rows are under way at once.
+  template <int TOGETHER, int QUADS, class Use>
+  __device__ void read_rows(const float* from, int rows, int k, const Use& use) const {
     const int pitch = padded_row(k), apart = 4 * (int)blockDim.x;
     for (int start = 4 * threadIdx.x; start < pitch; start += QUADS * apart)
       for (int first = 0; first < rows; first += TOGETHER) {
-        Pack<float, 4> found[QUADS][TOGETHER];
+        Pack<float, 4> found[QUADS * TOGETHER];
+        receive(
+            found,
+            [&](int i) {
+              const int c = start + i / TOGETHER * apart, row = first + i % TOGETHER;
+              return c < pitch && row < rows ? from + (int64_t)row * pitch + c : nullptr;
+            },
+            [&](int i) { return k - start - i / TOGETHER * apart; });
 #pragma unroll
         for (int u = 0; u < QUADS; ++u)
 #pragma unroll
           for (int r = 0; r < TOGETHER; ++r)
-            if (const int c = start + u * apart; c < pitch && first + r < rows)
-              found[u][r] = load_shared_by_grid<4>(from + (int64_t)(first + r) * pitch + c);
-#pragma unroll
-        for (int u = 0; u < QUADS; ++u)
-#pragma unroll
-          for (int r = 0; r < TOGETHER; ++r)
-            if (const int c = start + u * apart; c < pitch && first + r < rows) use(first + r, c, found[u][r]);
+            if (const int c = start + u * apart; c < pitch && first + r < rows) use(first + r, c, found[u * TOGETHER + r]);
       }
   }
 
-  // stream += the parts of the last branch, in order.
-  __device__ void add_branch() {
-    read_rows<(ROWS > 4 ? ROWS : 4)>(a.branch, branch_parts * m, hidden, [&](int row, int c, const Pack<float, 4>& quad) {
+  // stream += the parts of a branch, in order.
+  __device__ void add(const float* branch) {
+    constexpr int PARTS = FORM == Form::kRows ? 1 : kMostParts;  // by rows a product has one part
+    read_rows<(ROWS > PARTS ? ROWS : PARTS), 1>(branch, branch_parts * m, hidden, [&](int row, int c, const Pack<float, 4>& quad) {
       float* to = stream + (ROWS == 1 ? 0 : row - quotient(row, m) * m) * stream_pitch + c;
       Pack<float, 4> x = load<4>(to);
 #pragma unroll
@@ -143,51 +155,73 @@ template <class T, int ROWS> struct DecodeOperand : DecodeChoice<T, ROWS> {
   }
 
   // The stream takes up the last branch, and the operand is its norm. Statistics in float32; a layer norm's variance is the
-  // mean of squared deviations. A warp computes a row's; then a thread has the same quads of all rows, whose weights it reads
-  // together with the branch.
-  __device__ void normalise(const DecodeNorm& norm, int bits, bool adds) {
+  // mean of squared deviations. A thread has the same quads of all rows throughout, and reads their weights together with the
+  // branch.
+  __device__ void normalise(const DecodeNorm& norm, int bits, const float* branch) {
     int c = 4 * threadIdx.x;
     Bits weight = read_norm(norm.weight, c), bias = read_norm(norm.bias, c);
-    if (adds) add_branch();
-    __syncthreads();
-    for (int row = warp; row < m; row += warps) find_statistics(row, (float)norm.eps);
-    __syncthreads();
+    if (branch) add(branch);
+    const float per_hidden = __fdividef(1.0f, (float)hidden);
+    float mean[ROWS] = {}, rstd[ROWS];
+    if (!a.plan.is_rms) {
+      find_sums(mean, [](int, float v) { return v; }, sums);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) mean[r] *= per_hidden;
+    }
+    find_sums(rstd, [&](int r, float v) { return (v - mean[r]) * (v - mean[r]); }, sums + warps * ROWS);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) rstd[r] = rsqrtf(rstd[r] * per_hidden + (float)norm.eps);
     for (const int width = operand_width(hidden, bits); c < width; c += 4 * blockDim.x) {
       Pack<T, 4> w, b;
       memcpy(&w, &weight, sizeof(Bits)), memcpy(&b, &bias, sizeof(Bits));
       if (c + 4 * (int)blockDim.x < width)
         weight = read_norm(norm.weight, c + 4 * blockDim.x), bias = read_norm(norm.bias, c + 4 * blockDim.x);
-      for (int row = 0; row < m; ++row) {
-        const float mean = sums[2 * row], rstd = sums[2 * row + 1];
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+        if (row >= m) break;
         Pack<float, 4> x = {};
         if (c < hidden) x = load<4>(stream + row * stream_pitch + c);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x.at[e] = c + e < hidden ? (x.at[e] - mean) * rstd * widen(w.at[e]) + widen(b.at[e]) : 0.0f;
+        for (int e = 0; e < 4; ++e)
+          x.at[e] = c + e < hidden ? (x.at[e] - mean[row]) * rstd[row] * widen(w.at[e]) + widen(b.at[e]) : 0.0f;
         store(operand_at(row, c, bits), x);
       }
     }
   }
 
-  // A row's mean, 0 for an RMS norm, and 1 / deviation, into the product's sums, which nobody reads now. A warp calls it.
-  __device__ void find_statistics(int row, float eps) const {
-    const float* x = stream + row * stream_pitch;
-    float mean = 0;
-    if (!a.plan.is_rms) mean = warp_sum(sum_of(x, [](float v) { return v; })) / hidden;
-    const float squares = warp_sum(sum_of(x, [mean](float v) { return (v - mean) * (v - mean); }));
-    if (lane == 0) sums[2 * row] = mean, sums[2 * row + 1] = 1.0f / sqrtf(squares / hidden + eps);
-  }
-
-  // A lane's part of the sum of value(x) over a row. Four sums: each addition waits for the one before.
-  template <class Value> __device__ float sum_of(const float* x, const Value& value) const {
-    float sum[4] = {};
-#pragma unroll 4
-    for (int c = 4 * lane; c < hidden; c += 4 * kWarp) {
-      const Pack<float, 4> quad = load<4>(x + c);
+  // The sums of value(row, x) over the stream's rows, for every thread. Warps leave theirs in `parts`, [warp][row], in the
+  // product's sums, which nobody reads now.
+  template <class Value> __device__ void find_sums(float (&sum)[ROWS], const Value& value, float* parts) const {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (c + e < hidden) sum[e] += value(quad.at[e]);
+    for (int r = 0; r < ROWS; ++r) sum[r] = 0;
+    for (int c = 4 * threadIdx.x; c < hidden; c += 4 * blockDim.x)
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (r >= m) break;
+        const Pack<float, 4> x = load<4>(stream + r * stream_pitch + c);
+        float of[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) of[e] = c + e < hidden ? value(r, x.at[e]) : 0.0f;
+        sum[r] += (of[0] + of[1]) + (of[2] + of[3]);
+      }
+    const float total = spread_sum<ROWS>(sum);
+    if (lane % (kWarp / ROWS) == 0) parts[warp * ROWS + lane / (kWarp / ROWS)] = total;
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sum[r] = 0;
+    constexpr int WIDE = ROWS < 4 ? ROWS : 4, AT_ONCE = kDecodeWarps / WIDE;  // 8 to 16 reads on their way
+#pragma unroll 1
+    for (int first = 0; first < warps; first += AT_ONCE) {
+      Pack<float, WIDE> found[AT_ONCE][ROWS / WIDE];
+#pragma unroll
+      for (int w = 0; w < AT_ONCE; ++w)
+#pragma unroll
+        for (int r = 0; r < ROWS; r += WIDE) found[w][r / WIDE] = load<WIDE>(parts + min(first + w, warps - 1) * ROWS + r);
+#pragma unroll
+      for (int w = 0; w < AT_ONCE; ++w)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sum[r] += first + w < warps ? found[w][r / WIDE].at[r % WIDE] : 0.0f;
     }
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 };
 

@@ -6,8 +6,9 @@
 //
 // A step of a warp is 16 bytes of each of four rows of W per lane: 2 KB. Each lane copies its own pieces into its own slots of
 // a ring in shared memory (cp.async), kDepth steps ahead, and nobody else reads them: no barrier, no registers. The first
-// kDepth steps are requested before the grid barrier that the operand waits for. With 256 threads that is 64 KB on each
-// multiprocessor, all that a phase of GPT-2 124M reads there (9 to 36 KB).
+// kDepth steps are requested before the operand comes. With 256 threads that is 64 KB on each multiprocessor, all that a phase
+// of GPT-2 124M reads there (9 to 36 KB). Then a request is short: it needs the rows' addresses alone, and nothing is requested
+// during the product (Division::fits).
 //
 // Shared memory serves 4 FMAs with one float of x. With 8 rows and 16-bit weights at 3 TB/s that is 52 FMAs a cycle of 128,
 // and 13 floats of 32.
@@ -36,7 +37,10 @@ struct DecodeArguments {
   DecodePlan plan;  // plan.layer is on the device
   DecodeCall call;  // its caches are in `address`, first the decoder's, then the encoder's
   unsigned* barrier;
-  float *query, *part, *part_state, *branch, *active, *top;
+  float* result[6];                // of layer 0's products, by phase: (rows, padded_row(features)); a branch has parts of that
+  float *part[2], *part_state[2];  // of layer 0's attention and cross-attention: values; maximum and sum, with a pitch of 4
+  int64_t layer_bytes;             // from one layer's to the next's
+  float* top;
   int* winner;
   int pitch;                    // floats between the operand's rows
   int chunks, cross_chunks;     // the most chunks of keys, see decode_attention.cuh
@@ -47,6 +51,29 @@ struct DecodeArguments {
 static_assert(sizeof(DecodeArguments) <= 4096, "what a launch takes");
 
 enum class Phase { kQueryKeyValue, kOutput, kCrossQuery, kCrossOutput, kUp, kDown, kLogits };  // the products
+constexpr int kPhases = 7;
+
+// What is known of the weights when the kernel is compiled. kRows: the layers' matrices and the head are stored by rows, not as
+// integers, and wide. kColumns: the layers' are stored by columns. With both, keys are wide too and have one query each. A kernel
+// for anything has three times as many instructions in its loop, too many for the instruction cache.
+enum class Form { kAny, kRows, kColumns };
+
+// How a product is divided: this block's and this warp's part. It follows from n, k and the kind, so a warp finds it once for all
+// layers, in several hundred instructions.
+struct alignas(16) Division {
+  int n, k, kind;                // features of all matrices, -1 if nothing has been divided yet; kind | gated << 8
+  int first, last, width;        // the block's features, and how many a tile has: gated, 2 of gate and 2 of inner
+  int splits, groups;            // warps that share a tile, and tiles at once
+  int group, rounds;             // this warp belongs to tile round * groups + group
+  int begin, end;                // this warp's steps of a tile
+  int parts, steps, share;       // see decode_columns.cuh
+  int fits;                      // 1: the ring takes all steps of the warp, and there is one round
+};
+
+// Where a column of a warp's first tile is: a row of one of the phase's matrices, or row -1 past the last feature.
+struct alignas(8) Source {
+  int row, matrix;
+};
 
 namespace {
 
@@ -78,15 +105,19 @@ __device__ int operand_place(int p, int bits) {
 }
 
 // What a block has in shared memory, and who the thread is.
-template <class T, int ROWS> struct DecodeBlock {
+template <class T, int ROWS, Form FORM> struct DecodeBlock {
+  static constexpr bool kPlain = FORM != Form::kAny;
   const DecodeArguments& a;
   GridBarrier barrier;
   const int m, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   unsigned char* ring;   // [kDepth][4][thread] of 16 bytes
   DecodeLayer* layers;   // this layer and the next, by turns
   DecodeMatrix* head;
+  DecodeNorm* final_norm;
   float* sums;           // [2][warp][row][column]; a tile by columns is 16 bytes' elements times as wide
   int* places;           // (8), of the rows in the cache
+  Division* divisions;   // [warp][phase]
+  Source* sources;       // [warp][phase][column]
   float* stream;         // (m, padded_row(hidden)), the residual stream: every block keeps all of it. What pads a row is 0
   float* operand;        // (m, pitch), or attention's queries and states
 
@@ -95,8 +126,11 @@ template <class T, int ROWS> struct DecodeBlock {
     ring = shared;
     layers = (DecodeLayer*)(ring + kDepth * kColumns * 16 * blockDim.x);
     head = (DecodeMatrix*)(layers + 2);
-    places = (int*)(head + 2);  // two, to keep 16 bytes' alignment
-    sums = (float*)(places + kMostRows);
+    final_norm = (DecodeNorm*)(head + 1);
+    places = (int*)(head + 2);  // behind the norm, at a multiple of 16 bytes
+    divisions = (Division*)(places + kMostRows);
+    sources = (Source*)(divisions + warps * kPhases);
+    sums = (float*)(sources + warps * kPhases * kColumns);
     stream = sums + 2 * warps * ROWS * kColumns * (a.by_columns ? 16 / sizeof(T) : 1);
     operand = stream + m * padded_row((int)a.plan.hidden);
   }
@@ -106,26 +140,30 @@ template <class T, int ROWS> struct DecodeBlock {
 inline size_t block_bytes(int threads, int rows_kept, int columns, int64_t rows, int64_t hidden, int64_t operand_floats) {
   const int64_t sums = 2 * threads / kWarp * rows_kept * columns, stream = rows * padded_row(hidden);
   return kDepth * kColumns * 16 * threads + 2 * sizeof(DecodeLayer) + 2 * sizeof(DecodeMatrix) +
+         threads / kWarp * kPhases * (sizeof(Division) + kColumns * sizeof(Source)) +
          4 * (kMostRows + sums + stream + operand_floats);
 }
 
-template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
-  using Base = DecodeBlock<T, ROWS>;
+template <class T, int ROWS, Form FORM> struct DecodeProduct : DecodeBlock<T, ROWS, FORM>, Division {
+  using Base = DecodeBlock<T, ROWS, FORM>;
   using Base::a, Base::m, Base::warp, Base::lane, Base::warps, Base::ring, Base::layers, Base::head, Base::sums, Base::operand;
   static constexpr int kSums = ROWS * kColumns;
 
   // The product that the ring has the first steps of.
   Phase phase;
-  const DecodeMatrix* matrices;        // in shared memory: one, query and its neighbours key and value, or gate and inner
+  const DecodeMatrix* matrices;  // in shared memory: one, query and its neighbours key and value, or gate and inner
   bool int8, gated;
-  int first, last, width;              // the block's features, and how many a tile has: gated, 2 of gate and 2 of inner
-  int splits, groups, group, rounds;   // `groups` tiles at once; this warp belongs to tile round * groups + group
-  int first_warp;                      // of those that share its tile
-  int begin, end, k;                   // this warp's steps of a tile
-  int ahead_round, ahead_step, filled; // the next step to request, and its slot
-  std::uintptr_t from[kColumns];       // the rows of W of its tile
 
-  __device__ explicit DecodeProduct(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {}
+  // The next step to request, its slot, and the rows of W of its tile.
+  struct Ahead {
+    int round, step, filled;
+    std::uintptr_t from[kColumns];
+  };
+
+  __device__ explicit DecodeProduct(const DecodeArguments& arguments, unsigned char* shared) : Base(arguments, shared) {
+    if (lane < kPhases) this->divisions[warp * kPhases + lane].n = -1;
+    __syncwarp();
+  }
 
   // A lane reads 2^bits elements of a row of W at once. k elements fill whole steps of a warp.
   __device__ static int vector_bits(bool is_int8) { return is_int8 ? 4 : sizeof(T) == 2 ? 3 : 2; }
@@ -170,73 +208,134 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
     first = each * block + min(block, rest), last = first + each + (block < rest);
   }
 
-  // Divides the phase's product among blocks and warps, and requests the first steps. The last product's are consumed.
+  // Divides the phase's product, as `divide` does, unless the last layer's was the same.
+  template <class Divide> __device__ void divide_once(const Divide& divide) {
+    Division &own = *this, &kept = this->divisions[warp * kPhases + (int)phase];
+    const int features = feature_count(), terms = (int)matrices->k, of_kind = (int)matrices->kind | gated << 8;
+    if (kept.n == features && kept.k == terms && kept.kind == of_kind) {
+      own = kept;
+      return;
+    }
+    n = features, k = terms, kind = of_kind;
+    divide();
+    __syncwarp();
+    if (lane == 0) kept = own;
+    __syncwarp();
+  }
+
+  __device__ bool is_wide() const { return Base::kPlain || a.wide_weights; }
+
+  __device__ Source& source() const { return this->sources[(warp * kPhases + (int)phase) * kColumns + lane % kColumns]; }
+
+  // Requests the first steps of the phase's product. The last product's are consumed.
   __device__ void request() {
-    const int n = feature_count();
-    int8 = matrices->scale, k = (int)matrices->k, width = gated ? kColumns / 2 : kColumns;
+    int8 = !Base::kPlain && matrices->scale;
+    divide_once([&] { divide(); });
+    if (fits && is_wide()) {
+      const Source source = this->source();
+      const DecodeMatrix& matrix = matrices[source.matrix];
+      const int size = int8 ? 1 : sizeof(T);
+      const std::uintptr_t found = source.row < 0 ? 0 : matrix.weight + source.row * matrix.stride * size;
+      const char* rows[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) rows[c] = (const char*)__shfl_sync(kAllLanes, found, c);
+      int at = (begin * kWarp + lane) * 16;
+#pragma unroll 1
+      for (int i = 0; i < end - begin; ++i, at += kWarp * 16)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const bool inside = rows[c] && at < k * size;
+          cp_async16(slot(i, c), inside ? rows[c] + at : (const char*)a.result[0], inside);
+        }
+      cp_async_commit();
+    } else {
+      Ahead ahead = ahead_from(0);
+#pragma unroll 1
+      for (int i = 0; i < kDepth; ++i) int8 ? request_step<int8_t>(ahead) : request_step<T>(ahead);
+    }
+    // The last warp often has no tile. Two lines at most have the block's biases.
+    if (warp == warps - 1 && lane < 2 && first < last) {
+      int row;
+      if (const DecodeMatrix& of_bias = matrix_of(lane ? last - 1 : first, false, row); of_bias.bias)
+        prefetch_l2((const T*)of_bias.bias + row);
+    }
+  }
+
+  __device__ void divide() {
+    width = gated ? kColumns / 2 : kColumns;
     find_share(n);
-    ahead_round = 0, ahead_step = begin = end = rounds = filled = 0;
+    splits = groups = 1, group = begin = end = rounds = fits = 0;
     if (n == 0) return;  // a plan without a head
     const int steps = steps_of(k, vector_bits(int8));
     splits = max(1, min(quotient(kTilesWanted * width, n), min(steps, warps)));
     const int share = quotient(steps - 1, splits) + 1;
     splits = quotient(steps - 1, share) + 1, groups = quotient(warps, splits), group = quotient(warp, splits);
     const int tiles = quotient(last - first + width - 1, width);
-    rounds = quotient(tiles + groups - 1, groups), first_warp = group * splits;
-    begin = (warp - first_warp) * share, end = min(begin + share, steps);
+    rounds = quotient(tiles + groups - 1, groups);
+    begin = (warp - group * splits) * share, end = min(begin + share, steps);
     if (group >= groups) end = begin;  // a warp left over
-    ahead_step = begin;
-    find_rows();
-#pragma unroll 1
-    for (int i = 0; i < kDepth; ++i) int8 ? request_step<int8_t>() : request_step<T>();
-    if (lane < kColumns)
-      if (const int feature = feature_of(0, lane); feature < last) {
+    fits = rounds <= 1 && end - begin <= kDepth;
+    if (lane < kColumns) {
+      Source source{-1, 0};
+      if (const int feature = feature_of(0, lane); group < groups && feature < last) {
         int row;
-        if (const DecodeMatrix& of_bias = matrix_of(feature, lane >= 2, row); of_bias.bias)
-          prefetch_l2((const T*)of_bias.bias + row);
+        const DecodeMatrix& matrix = matrix_of(feature, lane >= 2, row);
+        source = {row, (int)(&matrix - matrices)};
       }
+      this->source() = source;
+    }
   }
 
   __device__ unsigned char* slot(int step, int column) const {
     return ring + ((step * kColumns + column) * (int)blockDim.x + (int)threadIdx.x) * 16;
   }
 
-  // Finds the rows of W of a tile, for the requests; null past the last feature. Lane c looks column c up.
-  __device__ void find_rows() {
-    const int column = lane % kColumns, feature = feature_of(ahead_round, column);
+  // What is to be requested behind the first `done` steps, whole rings.
+  __device__ Ahead ahead_from(int done) const {
+    const int each = max(1, end - begin), round = quotient(done, each);
+    Ahead ahead{round, begin + done - round * each, 0, {}};
+    find_rows(ahead);
+    return ahead;
+  }
+
+  // Finds the rows of W of a tile; null past the last feature. Lane c looks column c up.
+  __device__ void find_rows(Ahead& ahead) const {
+    const int column = lane % kColumns, feature = feature_of(ahead.round, column);
     std::uintptr_t found = 0;
-    if (ahead_round < rounds && group < groups && feature < last) {
+    if (ahead.round < rounds && group < groups && feature < last) {
       int row;
       const DecodeMatrix& matrix = matrix_of(feature, column >= 2, row);
       found = matrix.weight + row * matrix.stride * (int8 ? 1 : sizeof(T));
     }
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) from[c] = __shfl_sync(kAllLanes, found, c);
+    for (int c = 0; c < kColumns; ++c) ahead.from[c] = __shfl_sync(kAllLanes, found, c);
   }
 
-  template <class W> __device__ void request_step() {
+  template <class W> __device__ void request_step(Ahead& ahead) const {
     constexpr int V = 16 / sizeof(W);
-    if (from[0] && ahead_step < end) {
-      const int at = (ahead_step * kWarp + lane) * V;
-      if (a.wide_weights) {
+    if (ahead.from[0] && ahead.step < end) {
+      const int at = (ahead.step * kWarp + lane) * V;
+      if (is_wide()) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          const bool inside = from[c] && at < k;
-          cp_async16(slot(filled, c), inside ? (const W*)from[c] + at : (const W*)a.branch, inside);
+          const bool inside = ahead.from[c] && at < k;
+          cp_async16(slot(ahead.filled, c), inside ? (const W*)ahead.from[c] + at : (const W*)a.result[0], inside);
         }
       } else {  // not aligned
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
 #pragma unroll 1
-          for (int j = 0; j < V; ++j) ((W*)slot(filled, c))[j] = from[c] && at + j < k ? ((const W*)from[c])[at + j] : W{};
+          for (int j = 0; j < V; ++j)
+            ((W*)slot(ahead.filled, c))[j] = ahead.from[c] && at + j < k ? ((const W*)ahead.from[c])[at + j] : W{};
       }
-      if (++ahead_step == end) {
-        ahead_step = begin, ++ahead_round;
-        find_rows();
+      if (++ahead.step == end) {
+        ahead.step = begin;
+        if (++ahead.round < rounds) find_rows(ahead);
+        else ahead.from[0] = 0;
       }
     }
     cp_async_commit();
-    filled = filled + 1 == kDepth ? 0 : filled + 1;
+    ahead.filled = ahead.filled + 1 == kDepth ? 0 : ahead.filled + 1;
   }
 
   // Calls put(row, feature, value, up) for every sum of the block: value = x W^T + bias, and up the same of inner if gated.
@@ -244,11 +343,15 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
 
   template <class W, class Put> __device__ void multiply_as(const Put& put) {
     constexpr int V = 16 / sizeof(W);
+    const bool is_there = fits && is_wide();  // all that the warp needs, after this
     int used = 0;
+    Ahead ahead;
+    if (is_there) cp_async_wait<0>();
+    else ahead = ahead_from(kDepth);
     for (int round = 0; round < rounds; ++round) {
       // Lane i writes sum i. Its bias and scale arrive meanwhile.
       const int column = lane % kColumns, feature = feature_of(round, column);
-      const bool writes = lane < kSums && lane / kColumns < m && warp == first_warp && group < groups && feature < last &&
+      const bool writes = lane < kSums && lane / kColumns < m && warp == group * splits && group < groups && feature < last &&
                           column < width;
       Terms of_value, of_up;
       if (writes) {
@@ -259,11 +362,11 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
       if (feature_of(round, 0) < last)
         for (int step = begin; step < end; ++step) {
           Pack<W, V> w[kColumns];
-          cp_async_wait<kDepth - 1>();
+          if (!is_there) cp_async_wait<kDepth - 1>();
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
             w[c] = load<V>((const W*)slot(used, c));
-          request_step<W>();
+          if (!is_there) request_step<W>(ahead);
           used = used + 1 == kDepth ? 0 : used + 1;
           const float* x = operand + step * kWarp * V + lane * 4;
 #pragma unroll
@@ -287,6 +390,7 @@ template <class T, int ROWS> struct DecodeProduct : DecodeBlock<T, ROWS> {
       splits > 1 ? __syncthreads() : __syncwarp();
       if (writes) {
         float value = 0, up = 0;
+#pragma unroll 2
         for (int part = 0; part < splits; ++part) {
           value += mine[part * kSums + lane];
           if (gated) up += mine[part * kSums + lane + width];

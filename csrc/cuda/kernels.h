@@ -80,9 +80,9 @@ int decode_blocks(addr plan, addr call, int threads, bool by_columns, int multip
 int64_t decode_scratch(addr plan, addr call, int blocks, bool by_columns);
 // The most caches: keys and values of all layers, and the encoder's.
 int decode_most_addresses();
-// wide: 16-byte accesses to the rows of memory of all weights are aligned and end with the row.
-void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int dtype,
-                    int device, addr stream);
+// wide: 16-byte accesses to the rows of memory of all weights are aligned and end with the row. form: a Form of decode_product.cuh.
+void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads, bool by_columns, bool wide, int form,
+                    int dtype, int device, addr stream);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous features; y is contiguous. The plans are in host memory, the tables on the device;

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from pyfused.decode_plan import Matrix
 from pyfused.extensions import DTYPE_CODES, cuda
 from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
 from pyfused.weight_format import INT4, format_of
@@ -26,6 +27,7 @@ class _Prepared(NamedTuple):
     layers: torch.Tensor
     by_columns: bool  # whether memory holds a weight transposed
     wide: bool  # whether 16-byte accesses to every weight's rows of memory are aligned and end with the row
+    form: int  # a Form of csrc/cuda/decode_product.cuh
     blocks: dict[tuple[int, int], int]  # of a launch, by rows and sources; -1 where shared memory is too small
     together: dict[tuple[int, int], int]  # rows of a group, by a step's rows and sources; 0 if not even one row fits
 
@@ -86,8 +88,16 @@ def _prepared(plan):
         c_plan.layer = layers.data_ptr()
         wide = all(_is_wide(m.weight if _is_by_rows(m) else m.weight.t()) for m in plan.matrices())
         by_columns = not all(map(_is_by_rows, plan.matrices()))
-        found = plan.prepared["cuda"] = _Prepared(c_plan, layers, by_columns, wide, {}, {})
+        found = plan.prepared["cuda"] = _Prepared(c_plan, layers, by_columns, wide, _form(plan, wide), {}, {})
     return found
+
+
+def _form(plan, wide):
+    """2 where the layers' weights are all stored by columns, 1 by rows, 0 for a mixture, integers or narrow accesses."""
+    if not wide or any(matrix.scale is not None for matrix in plan.matrices()):
+        return 0
+    of_layers = {_is_by_rows(m) for layer in plan.layers for m in layer if isinstance(m, Matrix) and m.weight is not None}
+    return 0 if len(of_layers) > 1 else 1 if of_layers <= {True} else 2
 
 
 def _is_wide(weight):
@@ -184,5 +194,5 @@ def _launch(like, plan, step, logits, chosen):
     kernels, at = cuda(), ctypes.addressof(call)
     size = kernels.decode_scratch(c_plan, at, blocks, prepared.by_columns)
     scratch = torch.empty(size, dtype=torch.uint8, device=device)
-    numbers = blocks, threads(device), prepared.by_columns, prepared.wide, DTYPE_CODES[like.dtype]
+    numbers = blocks, threads(device), prepared.by_columns, prepared.wide, prepared.form, DTYPE_CODES[like.dtype]
     kernels.decode_forward(c_plan, at, scratch.data_ptr(), *numbers, *where(device)())

@@ -105,7 +105,7 @@ def _relative_bias_backward(grad_out, *_):
 
 
 def _decode(like, plan, step):
-    """A generation step by what its plan has, its width and its rows: they decide whether barriers or bytes set the pace."""
+    """A generation step by what its plan has, its width and its rows: they decide what sets the pace, instructions or bytes."""
     weights = [matrix.weight for matrix in plan.matrices()]
     kind = "cross-attention" if plan.has_cross else "decoder"
     kind += "" if all(w.is_floating_point() for w in weights) else ", integers"

@@ -29,7 +29,7 @@ namespace {
 constexpr int kWarp = 32;
 
 // ---- what runs ------------------------------------------------------------------------------------------------------
-enum class State { kReady, kBlockBarrier, kWarpOperation, kGridBarrier, kDone };
+enum class State { kReady, kBlockBarrier, kWarpOperation, kGridBarrier, kLooking, kDone };
 
 struct Copy {
   void* to;
@@ -64,9 +64,12 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> dynamic_shared;
   std::vector<unsigned char> saved_static;
-  int done = 0, at_barrier = 0, at_grid_barrier = 0;
+  int done = 0, at_barrier = 0, at_grid_barrier = 0, looking = 0;
   Site barrier{};  // the one that at_barrier threads stand at
 };
+
+constexpr int kPatience = 100;
+uint64_t steps = 0;  // counts what threads do that is more than to look
 
 Block* block = nullptr;
 Thread* thread = nullptr;
@@ -101,6 +104,7 @@ void enter() {
   thread->state = State::kDone;
   if (!thread->copies.empty()) async_wait(0);
   ++block->done;
+  ++steps;
   back_to_scheduler(true);
   abort();  // a finished fiber is never resumed
 }
@@ -114,6 +118,7 @@ void run(Thread& t) {
 }
 
 void wait(State state, Site site) {
+  steps += state != State::kLooking;
   thread->state = state;
   thread->site = site;
   back_to_scheduler(false);
@@ -156,7 +161,7 @@ std::string waiting() {
   return out;
 }
 
-// Runs the block until every thread has returned or stands at a grid barrier.
+// Runs the block until every thread has returned or stands at a grid barrier, or none can go on before another block writes.
 void run_block(Block& b, Order& how) {
   block = &b;
   now.block = b.index;
@@ -179,7 +184,7 @@ void run_block(Block& b, Order& how) {
       } while (ran && how.far);
     }
     if (progress) continue;
-    if (b.done == count || b.at_grid_barrier == count) return;
+    if (b.done == count || b.at_grid_barrier == count || b.looking) return;
     return fail("divergent barrier in block " + text(b.index) + ": " + waiting());
   }
 }
@@ -197,7 +202,7 @@ size_t static_shared_bytes() { return __start_cuda_shared ? __stop_cuda_shared -
 
 void start_block(Block& b, uint3 index, dim3 dim, size_t shared, size_t first_stack) {
   b.index = index;
-  b.done = b.at_barrier = b.at_grid_barrier = 0;
+  b.done = b.at_barrier = b.at_grid_barrier = b.looking = 0;
   const size_t count = (size_t)dim.x * dim.y * dim.z;
   if (!b.dynamic_shared) b.dynamic_shared.reset(new unsigned char[shared + 1]);
   memset(b.dynamic_shared.get(), 0xff, shared);
@@ -232,6 +237,7 @@ void run_one_by_one(dim3 grid, dim3 dim, size_t shared) {
     poison_static_shared();
     run_block(b, how);
     if (!failed && b.at_grid_barrier) fail("grid barrier in a launch that is not cooperative: " + waiting());
+    if (!failed && b.looking) fail("a wait for another block in a launch that is not cooperative: " + waiting());
   }
 }
 
@@ -247,20 +253,31 @@ void run_together(dim3 grid, dim3 dim, size_t shared) {
     blocks[i].saved_static.resize(static_shared_bytes());
     copy_bytes(blocks[i].saved_static.data(), __start_cuda_shared, static_shared_bytes());
   }
+  int idle = 0;  // rounds in which no thread did more than look
   for (uint64_t returned = 0; returned < count && !failed;) {
-    uint64_t arrived = 0;
+    uint64_t arrived = 0, looking = 0;
+    const uint64_t before = steps;
     returned = 0;
     for (uint64_t i = 0; i < count && !failed; ++i) {
       Block& b = blocks[order == 1 ? count - 1 - i : i];
       if (b.done < (int)threads) {
         copy_bytes(__start_cuda_shared, b.saved_static.data(), static_shared_bytes());
+        b.looking = 0;
+        for (Thread& t : b.threads)
+          if (t.state == State::kLooking) t.state = State::kReady;
         run_block(b, how);
         copy_bytes(b.saved_static.data(), __start_cuda_shared, static_shared_bytes());
       }
       returned += b.done == (int)threads;
       arrived += b.at_grid_barrier == (int)threads;
+      looking += b.looking > 0;
     }
     if (failed || returned == count) return;
+    if (looking) {
+      idle = steps == before ? idle + 1 : 0;
+      if (idle > kPatience) return block = &blocks[0], fail("what a thread looks for is never written: " + waiting());
+      continue;
+    }
     if (arrived < count)
       return fail("divergent grid barrier: " + std::to_string(arrived) + " of " + std::to_string(count) + " blocks are there");
     const char* name = blocks[0].threads[0].site.what;
@@ -306,6 +323,11 @@ int block_barrier(Site site, int value) {
     wait(State::kBlockBarrier, site);
   }
   return me->value;
+}
+
+void look_again(Site site) {
+  ++block->looking;
+  wait(State::kLooking, site);
 }
 
 void grid_barrier(Site site) {

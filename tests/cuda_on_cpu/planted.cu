@@ -2,6 +2,7 @@
 // test_shim.py.
 #include "planted.h"
 
+#include "pyfused/cooperative.cuh"
 #include "pyfused/launch.h"
 #include "pyfused/tensor_core.cuh"
 
@@ -161,6 +162,21 @@ template <class T> void multiply(addr a, addr b, addr c, bool transposed, bool w
 }
 
 // ---- grid barrier and atomics -------------------------------------------------------------------------------------------
+// Each block adds its number to what the block behind it sends; the last begins, unless `begins` is false.
+static __global__ void relayed(float* sums, bool begins) {
+  const int block = blockIdx.x, last = gridDim.x - 1;
+  Pack<float, 1> found[1] = {};
+  if (block < last) receive(found, [&](int) { return sums + block + 1; }, [](int) { return 1; });
+  __syncthreads();
+  if (threadIdx.x == 0 && (begins || block < last)) send(sums + block, found[0].at[0] + block);
+}
+void relay(addr sums, int blocks, bool begins, bool cooperative) {
+  float* s = (float*)sums;
+  if (cooperative) PYFUSED_LAUNCH_COOPERATIVE(relayed, blocks, 64, 0, 0, s, begins);
+  else PYFUSED_LAUNCH(relayed, blocks, 64, 0, 0, s, begins);
+  checked();
+}
+
 // Every block adds to one counter; after the barrier, every block must see all of it.
 template <bool BARRIER> static __global__ void counted(int* counter, int* seen) {
   __shared__ int mine;

@@ -19,6 +19,7 @@ void launch_nothing(unsigned grid_x, unsigned grid_y, unsigned threads, size_t s
 void shuffle(addr x, addr out);
 void break_shuffle(addr out, int flaw);
 template <class T> void multiply(addr a, addr b, addr c, bool transposed, bool wait);
+void relay(addr sums, int blocks, bool begins, bool cooperative);
 void count(addr counter, addr seen, int blocks, bool barrier, bool cooperative);
 template <class T> void round_trip(addr x, addr narrow_out, addr wide_out, int n);
 

@@ -13,6 +13,7 @@ PYBIND11_MODULE(planted, m) {
   m.def("break_shuffle", planted::break_shuffle);
   m.def("multiply_float16", planted::multiply<__half>);
   m.def("multiply_bfloat16", planted::multiply<__nv_bfloat16>);
+  m.def("relay", planted::relay);
   m.def("count", planted::count);
   m.def("round_trip_float16", planted::round_trip<__half>);
   m.def("round_trip_bfloat16", planted::round_trip<__nv_bfloat16>);

@@ -170,18 +170,14 @@ def test_what_it_refuses(monkeypatch):
     assert reason(plan, step) == "the device has no cooperative launch"
 
 
-def test_the_barriers_are_those_that_the_prediction_counts():
-    """csrc/cuda/decode.cu: 5 a layer, 8 with cross-attention, and one more to choose a token."""
-    layer = ["query, key and value", "attention", "output", "up", "down"]
-    results(*case("one row", torch.float32))
-    assert shim.grid_barriers(shim.load()) == [*layer * 2, "logits"]
+def test_only_the_choice_of_a_token_has_a_barrier():
+    """Before it floats tell by themselves whether they have come: cooperative.cuh."""
     plan, step = case("relative", torch.float32)
     results(plan, step)
-    layer[3:3] = ["cross query", "cross attention", "cross output"]
-    assert shim.grid_barriers(shim.load()) == [*layer * 2, "logits"]
+    assert shim.grid_barriers(shim.load()) == ["logits"]
     with running("cuda"):
         run(plan, step._replace(choose=False))
-    assert shim.grid_barriers(shim.load()) == layer * 2
+    assert shim.grid_barriers(shim.load()) == []
 
 
 def test_the_plan_is_copied_once():

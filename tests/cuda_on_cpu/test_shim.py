@@ -182,6 +182,23 @@ def test_grid_barrier(planted):
         counts(planted, 7, cooperative=False)
 
 
+def relayed(planted, begins=True, cooperative=True):
+    sums = torch.full((7,), -1, dtype=torch.int32)  # all bits set: nothing has been sent
+    planted.relay(sums.data_ptr(), 7, begins, cooperative)
+    return sums.view(torch.float32)
+
+
+def test_floats_for_other_blocks(planted):
+    expected = torch.arange(6, -1, -1.0).cumsum(0).flip(0)
+    for order in ORDERS:
+        with shim.order(planted, order):
+            assert torch.equal(relayed(planted), expected)
+    with pytest.raises(RuntimeError, match="what a thread looks for is never written"):
+        relayed(planted, begins=False)
+    with pytest.raises(RuntimeError, match="a wait for another block in a launch that is not cooperative"):
+        relayed(planted, cooperative=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_conversions_round_as_torch_does(planted, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)

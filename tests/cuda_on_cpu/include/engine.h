@@ -49,6 +49,8 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t 
 int block_barrier(Site site, int value);
 // Waits for every block of a cooperative launch.
 void grid_barrier(Site site);
+// A thread of a cooperative launch has not found what it waits for in memory: the others run.
+void look_again(Site site);
 
 // Waits for the lanes of `mask`; the last to come calls apply once, with every lane's `mine` (null outside the mask).
 using Apply = void (*)(void** lanes);
