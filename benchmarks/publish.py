@@ -5,7 +5,6 @@ the site's pages docs/performance/index.md (tables), rows.md (every row) and gpu
 the files that `pyfused bench --json` and `make gpu-publish` wrote; tests/test_publish.py holds that.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -13,39 +12,17 @@ import sys
 from pathlib import Path
 
 import gpu_page
+from publish_chart import chart, charted
+from publish_rows import DTYPES, RESULTS, about_bfloat16, front, ratio, results, rows_of, threads_of, verdict
 
 from pyfused.bench import report
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = RESULTS.parents[1]
 README = ROOT / "README.md"
 SITE = ROOT / "docs" / "performance"
-LEAST = 0.97  # of plain PyTorch's speed, as pyfused.bench.run judges it
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
-DTYPES = "float32", "bfloat16", "float16"
 
-# What the README's picture shows: a label, the benchmark, and its case. What a run did not measure is left out.
-CHART = [
-    ("layer_norm + residual, 512 rows of 768", "layer_norm", "512x768 residual"),
-    ("rms_norm + residual, 512 rows of 768", "rms_norm", "512x768 residual"),
-    ("attention, 512 tokens", "attention", "1x12x512x64"),
-    ("attention, causal", "attention", "1x12x512x64 causal"),
-    ("attention, T5's bias", "attention", "1x12x512x64 T5 bias"),
-    ("attention, half of it padding", "attention", "1x12x512x64 half padding"),
-    ("attention, forward and backward", "attention", "train 1x12x512x64"),
-    ("linear 768 to 50257, 1 row", "linear", "1x768 -> 50257"),
-    ("ffn, 16 rows", "ffn", "16x768x3072"),
-    ("ffn, 512 rows", "ffn", "512x768x3072"),
-    ("gated_ffn, 512 rows", "gated_ffn", "512x768x2048"),
-    ("fourier_mix 2x512x768", "fourier_mix", "2x512x768"),
-    ("GPT-2 124M, a prompt of 128", "gpt2", "prompt of 128"),
-    ("GPT-2 124M, a token", "gpt2", "token, 160 cached"),
-    ("T5 base, encoder", "t5", "encoder, 512 tokens"),
-    ("T5 base, a token", "t5", "token, 32 cached, source of 128"),
-    ("ALBERT base, half padding", "albert", "8x128, half padding, skip_padding"),
-    ("FNet base", "fnet", "2x512"),
-]
-# Which of them the README gives as numbers.
+# Which lines of the picture the README gives as numbers.
 HEADLINES = 0, 3, 4, 5, 6, 8, 13, 15, 16
 
 # What the site's page shows of the operators: a label, the benchmark, and its cases.
@@ -81,22 +58,6 @@ FUSED = {
     "answer": "transformers' answer,",
 }
 MODELS = "gpt2", "t5", "albert", "fnet", *FUSED
-
-
-def results() -> list[dict]:
-    """Every run, by the name of its file."""
-    return [json.loads(path.read_text()) | {"file": path.name} for path in sorted(RESULTS.glob("*.json"))]
-
-
-def rows_of(found: dict, benchmark: str) -> dict[tuple[str, str], dict]:
-    """By case and dtype."""
-    return {(r["case"], r["dtype"]): r for r in found["rows"] if r["benchmark"] == benchmark}
-
-
-def ratio(row: dict | None) -> str:
-    if row is None or row.get("baseline") not in row.get("ratio", {}):
-        return "-"
-    return f"{row['ratio'][row['baseline']]:.2f}{'~' if row['noisy'] else ''}"
 
 
 def after_fuse(row: dict) -> str:
@@ -158,58 +119,6 @@ def others(found: dict) -> list[str]:
     return lines
 
 
-def verdict(found: dict) -> str:
-    """Which rows are below plain PyTorch, and which may be."""
-
-    def named(rows: list[dict]) -> str:
-        ratios = [f"{r['ratio'][r['baseline']]:.3f}{'~' if r['noisy'] else ''}" for r in rows]
-        return ", ".join(f"{r['benchmark']} {r['case']} {r['dtype']} ({n})" for r, n in zip(rows, ratios, strict=True))
-
-    checked = [r for r in found["rows"] if r.get("interval")]
-    slow = [r for r in checked if r["slow"]]
-    unsure = [r for r in checked if not r["slow"] and r["ratio"][r["baseline"]] < LEAST]
-    cut = f" ({found['left']} more were not measured: the run ended before them)" if found["left"] else ""
-    text = f"{len(checked)} rows{cut} compare with plain PyTorch in the same dtype. "
-    text += (
-        f"These are slower (below {LEAST} with 95% confidence): {named(slow)}."
-        if slow
-        else f"None is slower (below {LEAST} with 95% confidence)."
-    )
-    return text + (f" Below {LEAST}, but not with that confidence: {named(unsure)}." if unsure else "")
-
-
-def threads_of(found: dict) -> str:
-    if found["device"] != "cpu":
-        return "a GPU"
-    return f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-
-
-def about_bfloat16(found: dict) -> str:
-    """What one must know of a machine that multiplies bfloat16 by way of float32: plain PyTorch is slow there."""
-    rates = [found["ceilings"].get(f"{dtype}_gflop_per_s", 0.0) for dtype in DTYPES[:2]]
-    if not 0 < rates[1] < rates[0] / 4:
-        return ""
-    return (
-        f" torch multiplies bfloat16 at {rates[1]:.0f} GFLOP/s here, float32 at {rates[0]:.0f}: where a processor has "
-        "instructions for bfloat16, expect smaller ratios in that column."
-    )
-
-
-def front(runs: list[dict]) -> dict:
-    """The run that the README shows: on a CPU, with the fewest threads, and of those the one with most rows."""
-    return min(runs, key=lambda found: (found["device"] != "cpu", found["threads"], -len(found["rows"])))
-
-
-def charted(found: dict) -> list[tuple[str, dict[str, dict]]]:
-    """(label, {dtype: row}) of what CHART has and this run measured."""
-    lines = []
-    for label, benchmark, case in CHART:
-        table = rows_of(found, benchmark)
-        by_dtype = {dtype: table[case, dtype] for dtype in DTYPES[:2] if ratio(table.get((case, dtype))) != "-"}
-        lines.append((label, by_dtype))
-    return lines
-
-
 def block(runs: list[dict]) -> str:
     """What stands between the README's two marks."""
     found = front(runs)
@@ -228,57 +137,6 @@ def block(runs: list[dict]) -> str:
             lines.append(f"| {label} | {ratio(row.get('float32'))} | {ratio(row.get('bfloat16'))} |")
     lines += ["", "![How many times as fast as plain PyTorch, by operator](docs/performance/speed.svg)", ""]
     return "\n".join(lines)
-
-
-def chart(found: dict) -> str:
-    """An SVG of bars: how many times as fast as plain PyTorch. Made without a library, so that the same results give the same
-    bytes."""
-    longest, left, right, bar = 6.0, 250, 640, 13
-    colours = {"float32": "#1f6fb4", "bfloat16": "#c05a28"}
-
-    def x(value: float) -> float:
-        return left + (right - left) * min(value, longest) / longest
-
-    def text(at: float, y: float, words: str, extra: str = "") -> str:
-        return f'<text x="{at:.1f}" y="{y:.1f}" {extra}>{words}</text>'
-
-    y, body = 52.0, []
-    for label, by_dtype in charted(found):
-        if not by_dtype:
-            continue
-        height = bar * len(by_dtype)
-        body.append(text(left - 8, y + height / 2 + 4, label, 'text-anchor="end"'))
-        for dtype, row in by_dtype.items():
-            value = row["ratio"][row["baseline"]]
-            width = x(value) - left
-            body.append(
-                f'<rect x="{left}" y="{y:.1f}" width="{width:.1f}" height="{bar - 2}" fill="{colours[dtype]}"/>'
-            )
-            body.append(text(x(value) + 4, y + bar - 4, ratio(row), 'font-size="10"'))
-            y += bar
-        y += 8
-    line = f'<line x1="{x(1):.1f}" x2="{x(1):.1f}" y1="46" y2="{y:.1f}" stroke="#222" stroke-dasharray="3 2"/>'
-    heading = f"Times as fast as plain PyTorch: {found['kind']}, {threads_of(found)}, {found['date']}"
-    legend = [
-        f'<rect x="{left + 110 * i}" y="28" width="10" height="10" fill="{colour}"/>'
-        + text(left + 14 + 110 * i, 37, dtype)
-        for i, (dtype, colour) in enumerate(colours.items())
-    ]
-    below = text(x(1), y + 14, "plain PyTorch", 'text-anchor="middle"')
-    below += "".join(text(x(value), y + 14, str(value), 'text-anchor="middle"') for value in range(2, int(longest) + 1))
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y + 24:.0f}" viewBox="0 0 700 {y + 24:.0f}" '
-            'font-family="sans-serif" font-size="12" fill="#222">',
-            '<rect width="100%" height="100%" fill="#fff"/>',
-            text(8, 18, heading, 'font-size="13" font-weight="bold"'),
-            *legend,
-            *body,
-            line,
-            below,
-            "</svg>\n",
-        ]
-    )
 
 
 def tables(runs: list[dict]) -> str:

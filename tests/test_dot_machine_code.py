@@ -17,10 +17,10 @@ FLAGS = {
     "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
 }
 # The tile of the gemm, and that of the gemv where the set has it
-OUTER = "outer_tile<2, kWeightRows, Nothing>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool, Nothing);\n"
-GEMM = f"template void Product<float, float, int8_t, Quads>::{OUTER}"
-PAIRS = f"template void Product<bf16>::{OUTER}"
-PAIRS += "template void Product<bf16>::dot_tile<4, 4>(int64_t, int64_t, int64_t, float*) const;\n"
+OUTER = "2, kWeightRows, Nothing>(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool, Nothing);\n"
+GEMM = f"template void outer_tile<Quads, {OUTER}"
+PAIRS = f"template void outer_tile<Pairs, {OUTER}"
+PAIRS += "template void Sums<bf16, Pairs>::dot_tile<4, 4>(int64_t, int64_t, int64_t, float*) const;\n"
 
 OF_TILES = "(const lane32*, int64_t, const float*, int64_t, float*, int64_t, bool);\n"
 AMX = "".join(f"template void multiply_tiles<{kind}, 2>{OF_TILES}" for kind in ("Pairs", "Quads"))
@@ -30,7 +30,8 @@ AMX = "".join(f"template void multiply_tiles<{kind}, 2>{OF_TILES}" for kind in (
 def loops(name):
     """{"Pairs gemm", "Pairs gemv" or "Quads gemm": the instructions of the tile's inner loop}"""
     tiles = AMX if "amx" in name else GEMM + (PAIRS if "bf16" in name else "")
-    source = f'#include "pyfused/gemm.h"\nnamespace pyfused::PYFUSED_ISA {{\n{tiles}}}'
+    includes = '#include "pyfused/gemm_tiles.h"\n#include "pyfused/gemv_tiles.h"\n'
+    source = f"{includes}namespace pyfused::PYFUSED_ISA {{\n{tiles}}}"
     flags = f"-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-exceptions -fPIC {FLAGS[name]}"
     include = f"-I{ROOT / 'csrc' / 'include'}"
     command = [shim.compiler(), "-x", "c++", *flags.split(), "-DPYFUSED_ISA=probe", include, "-S", "-o", "-", "-"]

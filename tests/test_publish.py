@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 _spec = importlib.util.spec_from_file_location("publish", ROOT / "benchmarks" / "publish.py")
 publish = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(publish)
+import publish_chart  # noqa: E402
+import publish_rows  # noqa: E402
 
 # A time, a rate, a size in memory, or a ratio of speeds
 UNITS = "us|µs|ms|seconds|MiB|GiB|GB/s|GFLOP/s|TFLOP/s|tokens/s|tok/s"
@@ -91,7 +93,7 @@ def test_a_slow_row_is_named(runs):
 def test_a_row_is_slow_below_what_bench_says():
     from pyfused.bench.run import LEAST
 
-    assert publish.LEAST == LEAST
+    assert publish_rows.LEAST == LEAST
 
 
 def test_the_picture_has_a_bar_for_each_ratio(runs):
@@ -114,7 +116,7 @@ def test_every_published_case_is_one_that_runs():
     from pyfused.bench import Setup
     from pyfused.bench.run import cases
 
-    wanted = [(name, case) for _, name, case in publish.CHART]
+    wanted = [(name, case) for _, name, case in publish_chart.CHART]
     for _, names, listed in publish.OPERATORS:
         wanted += [(name, case) for name in ([names] if isinstance(names, str) else names) for case in listed]
     for name in {name for name, _ in wanted}:

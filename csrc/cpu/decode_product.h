@@ -8,18 +8,18 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Weights stored by rows, as T, int8 or int4.
-template <class T, class W> struct ByRows : Product<T, float, W> {
+// Weights stored by rows, as W. Nothing here ends a product, so y's dtype is any.
+template <class W> struct ByRows : Product<float, float, W> {
   static constexpr int64_t kChunk = kGemvBlock, kUnit = kGemvUnit;
   ByRows(const DecodeMatrix& w, const float* x, int64_t rows, float* packed)
-      : Product<T, float, W>{x, (const W*)w.weight, nullptr, nullptr, nullptr, nullptr, rows, w.n, w.k, w.k, w.stride, 0,
+      : Product<float, float, W>{x, (const W*)w.weight, nullptr, nullptr, nullptr, nullptr, rows, w.n, w.k, w.k, w.stride, 0,
                              kIdentity, (const typename ScaleOf<W>::type*)w.scale} {
     this->packed = packed;
   }
   void pack_rows() const {
     for (int64_t i = 0; i < this->m; ++i) this->pack_row(i);
   }
-  void block(int64_t j, int64_t count, float* sums) const { this->gemv_sums(j, count, sums); }
+  void block(int64_t j, int64_t count, float* sums) const { this->summed().gemv(j, count, sums); }
 };
 
 // Weights stored by columns.
@@ -31,15 +31,15 @@ template <class T> struct ByColumns : ColumnsProduct<T, float> {
     this->packed = packed;
   }
   void pack_rows() const { this->pack(0, this->m); }
-  void block(int64_t j, int64_t count, float* sums) const { this->column_sums(j, count, sums, sums + this->m * kChunk); }
+  void block(int64_t j, int64_t count, float* sums) const { this->summed().run(j, count, sums, sums + this->m * kChunk); }
 };
 
 template <class P> struct Kind { using type = P; };
 template <class T, class Body> void by_kind(const DecodeMatrix& w, const Body& body) {
-  if (w.kind == kInt4) body(Kind<ByRows<T, int4x2>>{});
-  else if (w.kind == kInt8) body(Kind<ByRows<T, int8_t>>{});
+  if (w.kind == kInt4) body(Kind<ByRows<int4x2>>{});
+  else if (w.kind == kInt8) body(Kind<ByRows<int8_t>>{});
   else if (w.kind == kByColumns) body(Kind<ByColumns<T>>{});
-  else body(Kind<ByRows<T, T>>{});
+  else body(Kind<ByRows<T>>{});
 }
 
 // to[c] = value(c's vector) for `count` elements.

@@ -48,10 +48,11 @@ template <class T> struct GatedProduct {
 
   void run_gemv(int64_t first, int64_t last, float* sums) const {
     float* others = sums + second_size();
+    const auto gates = gate.summed(), ups = up.summed();
     for (int64_t j = first; j < last; j += kGemvBlock) {
       const int64_t count = last - j < kGemvBlock ? last - j : kGemvBlock;
-      gate.gemv_sums(j, count, sums);
-      up.gemv_sums(j, count, others);
+      gates.gemv(j, count, sums);
+      ups.gemv(j, count, others);
       for (int64_t i = 0; i < gate.m; ++i) finish(i, j, count, sums + i * kGemvBlock, others + i * kGemvBlock);
     }
   }
@@ -61,12 +62,13 @@ template <class T> struct GatedProduct {
     float *other = own + second_size(), *widened = other + second_size();
     float *sums = widened + kWeightRows * gate.kWidened, *others = sums + kWidth * kGemmBlock;
     const int64_t block = gate.block_m();
+    const auto gates = gate.summed(), ups = up.summed();
     for (int64_t i0 = 0; i0 < gate.m; i0 += block) {
       const int64_t rows = gate.m - i0 < block ? gate.m - i0 : block, ld = gate.padded_m(rows);
       for (int64_t j = first; j < last; j += kGemmBlock) {
         const int64_t count = last - j < kGemmBlock ? last - j : kGemmBlock;
-        gate.gemm_sums(i0, rows, j, count, own, ld, widened);
-        up.gemm_sums(i0, rows, j, count, other, ld, widened);
+        gates.gemm(i0, rows, j, count, own, ld, widened);
+        ups.gemm(i0, rows, j, count, other, ld, widened);
         for (int64_t i = 0; i < rows; i += kWidth) {
           gate.by_rows(own + i, ld, count, sums);
           up.by_rows(other + i, ld, count, others);
@@ -81,10 +83,11 @@ template <class T> struct GatedProduct {
   void run_into(float* panels) const {
     float *own = scratch, *other = own + second_size(), *widened = other + second_size();
     const int64_t ld = gate.padded_m(gate.m);
+    const auto gates = gate.summed(), ups = up.summed();
     for (int64_t j = 0; j < gate.n; j += kGemmBlock) {
       const int64_t count = gate.n - j < kGemmBlock ? gate.n - j : kGemmBlock;
-      gate.gemm_sums(0, gate.m, j, count, own, ld, widened);
-      up.gemm_sums(0, gate.m, j, count, other, ld, widened);
+      gates.gemm(0, gate.m, j, count, own, ld, widened);
+      ups.gemm(0, gate.m, j, count, other, ld, widened);
       PYFUSED_BY_ACTIVATION(gate.activation, gate.into_panels(panels, j, count, [&](int64_t r, int64_t i) {
         return A::value(load(own + r * ld + i)) * load(other + r * ld + i);
       });)

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/dot/bfloat16.cpp"
 #include "../../csrc/cpu/dot/linear_dynamic.cpp"
+#include "../../csrc/cpu/dot/sums.cpp"
 
 namespace pyfused::PYFUSED_ISA {
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "gemm_tiles.h"
 
 namespace pyfused::PYFUSED_ISA {
 
@@ -28,74 +29,26 @@ template <class T> struct NextRows {
   }
 };
 
-// A Product whose weight is (k, n), weight_stride elements from row to row.
-template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
-  using Base = Product<T, T, T, Elements>;
-  using Base::activation, Base::bias, Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride,
-      Base::x, Base::x_stride;
+// The sums over k of x (m, k), packed in rows of row_size(k), times weight (k, n). As the kernels of sums.h, run() is compiled once for
+// an instruction set.
+template <class W> struct PanelSums {
+  const float* packed;
+  const W* weight;
+  int64_t m, k, weight_stride;
 
-  static constexpr int64_t kBlockM = 128;
   static constexpr int64_t kOutputs = 128, kSlab = kManyRegisters ? 768 : 384;
   // Rows of x in a tile. 16 rows are two small tiles: large and small together would be 4 more.
   static constexpr int kThird = kWeightRows / 3, kSmall = 2 * kThird, kLarge = 3 * kThird;
 
-  PackedColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
   int64_t padded_rows() const { return m > kSmall ? (m + kThird - 1) / kThird * kThird : kSmall; }
   int64_t slab() const { return k > kSlab ? (k + slabs() - 1) / slabs() : k; }
   int64_t slabs() const { return (k + kSlab - 1) / kSlab; }
   // Floats from a row of packed x to the next: an odd number of lines, so that the rows of a tile lie in different sets of L1.
   static int64_t row_size(int64_t k) { return ((k + 15) / 16 | 1) * 16; }
 
-  int64_t packed_size() const { return padded_rows() * row_size(k); }
-  int64_t scratch_size() const { return kOutputs * (padded_rows() + slab()); }
-  int64_t pack_items() const { return padded_rows(); }
-  int64_t run_items() const { return (n + kPanel - 1) / kPanel; }
-  int64_t run_work() const { return kPanel * k * m; }
-
-  void pack(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) {
-      float* to = packed + i * row_size(k);
-      for (int64_t c = 0; c < k; c += kWidth)
-        store(to + c, i < m ? Elements::lanes(x + i * x_stride + c, k - c, 0) : vfloat{});
-    }
-  }
-
-  void run(int share, int64_t begin, int64_t end) const {
-    const int64_t last = end * kPanel < n ? end * kPanel : n;
-    each_row(begin * kPanel, last, scratch + share * scratch_size(), [&](int64_t i, int64_t j, int64_t count, const float* sums) {
-      if (i < m) this->finish(i, j, count, sums);
-    });
-  }
-
-  // Instead of run(), as in gemm.h: activation(x weight^T + bias) becomes the packed rows of a product that multiplies it.
-  void run_into(float* rows) const {
-    PYFUSED_BY_ACTIVATION(activation, each_row(0, n, scratch, [&](int64_t i, int64_t j, int64_t count, const float* sums) {
-      float* to = rows + i * row_size(n) + j;
-      for (int64_t c = 0; c < count; c += kWidth) {  // what is written past a row is inside its last line, and nobody reads it
-        vfloat v = load(sums + c);
-        if (bias) v += count - c >= kWidth ? load(bias + j + c) : load_partial(bias + j + c, count - c);
-        store(to + c, A::value(v));
-      }
-    });)
-  }
-
-  // Calls done(i, j, count, the sums over k of row i for outputs [j, j + count)). Rows past m, up to padded_rows(), are zeros.
-  template <class Done> PYFUSED_INLINE void each_row(int64_t first, int64_t last, float* sums, const Done& done) const {
-    float* panels = sums + kOutputs * padded_rows();
-    for (int64_t j = first; j < last; j += kOutputs) {
-      const int64_t count = last - j < kOutputs ? last - j : kOutputs;
-      for (int64_t c = 0; c < k || c == 0; c += slab()) {
-        const int64_t depth = k - c < slab() ? k - c : slab();
-        pack_slab(j, count, c, depth, panels);
-        const T* next = c + depth < k ? weight + (c + depth) * weight_stride + j : weight + j + kOutputs;
-        if (c + depth == k && j + kOutputs >= last) next = nullptr;
-        each_tile([&](int64_t i, auto rows) {
-          for (int64_t o = 0; o < count; o += kPanel) tile<rows>(i, o, count, c, depth, panels, sums, next);
-        });
-      }
-      for (int64_t i = 0; i < padded_rows(); ++i) done(i, j, count, sums + i * kOutputs);
-    }
-  }
+  // sums[i][r], rows kOutputs apart: the sum for row i and output j + r, up to kOutputs of them. Rows past m, up to padded_rows(), are
+  // zeros. `last`: the end of the outputs that will be asked for. `panels` is scratch for a slab.
+  void run(int64_t j, int64_t count, int64_t last, float* sums, float* panels) const;
 
   template <class Body> PYFUSED_INLINE void each_tile(const Body& body) const {
     for (int64_t i = 0; i < padded_rows();) {
@@ -108,9 +61,9 @@ template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
   // A panel holds (depth, width). The last panel of a block is one vector wide if its outputs fit.
   void pack_slab(int64_t j, int64_t count, int64_t begin, int64_t depth, float* panels) const {
     for (int64_t o = 0; o < count; o += kPanel) {
-      const T* from = weight + begin * weight_stride + j + o;
+      const W* from = weight + begin * weight_stride + j + o;
       float* to = panels + o * depth;
-      const int64_t width = Base::width_of(count - o), rest = count - o;
+      const int64_t width = Sums<W, Elements>::width_of(count - o), rest = count - o;
       if (rest >= kPanel) {
 #pragma GCC unroll 4
         for (int64_t c = 0; c < depth; ++c, from += weight_stride, to += kPanel)
@@ -125,14 +78,93 @@ template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
 
   // The tiles of a panel fetch the same outputs of the next slab, each some of its rows.
   template <int R>
-  void tile(int64_t i, int64_t o, int64_t count, int64_t c, int64_t depth, const float* panels, float* sums, const T* next) const {
+  void tile(int64_t i, int64_t o, int64_t count, int64_t c, int64_t depth, const float* panels, float* sums, const W* next) const {
     const float *rows = packed + i * row_size(k) + c, *panel = panels + o * depth;
     const int64_t apart = row_size(k) * sizeof(float), every = padded_rows() / R;
-    NextRows<T> ahead{weight, weight_stride, every, INT64_MAX};
+    NextRows<W> ahead{weight, weight_stride, every, INT64_MAX};
     if (next) ahead.at = next + o + depth * i / padded_rows() * weight_stride, ahead.wait = 1;
     float* out = sums + i * kOutputs + o;
-    count - o > kWidth ? Base::template outer_tile<2, R>(rows, apart, panel, depth, out, kOutputs, c == 0, ahead)
-                       : Base::template outer_tile<1, R>(rows, apart, panel, depth, out, kOutputs, c == 0, ahead);
+    count - o > kWidth ? outer_tile<Elements, 2, R>(rows, apart, panel, depth, out, kOutputs, c == 0, ahead)
+                       : outer_tile<Elements, 1, R>(rows, apart, panel, depth, out, kOutputs, c == 0, ahead);
+  }
+};
+
+template <class W> void PanelSums<W>::run(int64_t j, int64_t count, int64_t last, float* sums, float* panels) const {
+  for (int64_t c = 0; c < k || c == 0; c += slab()) {
+    const int64_t depth = k - c < slab() ? k - c : slab();
+    pack_slab(j, count, c, depth, panels);
+    const W* next = c + depth < k ? weight + (c + depth) * weight_stride + j : weight + j + kOutputs;
+    if (c + depth == k && j + kOutputs >= last) next = nullptr;
+    each_tile([&](int64_t i, auto rows) {
+      for (int64_t o = 0; o < count; o += kPanel) tile<rows>(i, o, count, c, depth, panels, sums, next);
+    });
+  }
+}
+
+extern template struct PanelSums<float>;
+extern template struct PanelSums<f16>;
+extern template struct PanelSums<bf16>;
+
+// A Product whose weight is (k, n), weight_stride elements from row to row.
+template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
+  using Base = Product<T, T, T, Elements>;
+  using Base::activation, Base::bias, Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride,
+      Base::x, Base::x_stride;
+
+  static constexpr int64_t kBlockM = 128;
+
+  PackedColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
+  PanelSums<T> summed() const { return {packed, weight, m, k, weight_stride}; }
+  static int64_t row_size(int64_t k) { return PanelSums<T>::row_size(k); }
+  int64_t padded_rows() const { return summed().padded_rows(); }
+
+  int64_t packed_size() const { return padded_rows() * row_size(k); }
+  int64_t scratch_size() const { return PanelSums<T>::kOutputs * (padded_rows() + summed().slab()); }
+  int64_t pack_items() const { return padded_rows(); }
+  int64_t run_items() const { return (n + kPanel - 1) / kPanel; }
+  int64_t run_work() const { return kPanel * k * m; }
+
+  void pack(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      float* to = packed + i * row_size(k);
+      for (int64_t c = 0; c < k; c += kWidth)
+        store(to + c, i < m ? Elements::lanes(x + i * x_stride + c, k - c, 0) : vfloat{});
+    }
+  }
+
+  void run(int share, int64_t begin, int64_t end) const {
+    const int64_t last = end * kPanel < n ? end * kPanel : n;
+    each_block(begin * kPanel, last, scratch + share * scratch_size(), [&](int64_t j, int64_t count, const float* sums) {
+      this->ending().rows(0, m, j, count, sums, PanelSums<T>::kOutputs);
+    });
+  }
+
+  // Instead of run(), as in gemm.h: activation(x weight^T + bias) becomes the packed rows of a product that multiplies it.
+  void run_into(float* rows) const {
+    each_block(0, n, scratch, [&](int64_t j, int64_t count, const float* sums) {
+      PYFUSED_BY_ACTIVATION(activation, for (int64_t i = 0; i < padded_rows(); ++i)
+        row_into<A>(rows + i * row_size(n) + j, j, count, sums + i * PanelSums<T>::kOutputs);)
+    });
+  }
+
+  // What is written past a row is inside its last line, and nobody reads it.
+  template <class A> void row_into(float* to, int64_t j, int64_t count, const float* sums) const {
+    for (int64_t c = 0; c < count; c += kWidth) {
+      vfloat v = load(sums + c);
+      if (bias) v += count - c >= kWidth ? load(bias + j + c) : load_partial(bias + j + c, count - c);
+      store(to + c, A::value(v));
+    }
+  }
+
+  // Calls done(j, count, the sums for outputs [j, j + count)).
+  template <class Done> PYFUSED_INLINE void each_block(int64_t first, int64_t last, float* sums, const Done& done) const {
+    const PanelSums<T> product = summed();
+    float* panels = sums + product.kOutputs * padded_rows();
+    for (int64_t j = first; j < last; j += product.kOutputs) {
+      const int64_t count = last - j < product.kOutputs ? last - j : product.kOutputs;
+      product.run(j, count, last, sums, panels);
+      done(j, count, sums);
+    }
   }
 };
 

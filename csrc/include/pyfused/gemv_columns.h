@@ -10,58 +10,19 @@
 
 namespace pyfused::PYFUSED_ISA {
 
-// A Product whose weight is (k, n), weight_stride elements from row to row.
-template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
-  using Base = Product<T, X>;
-  using Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride, Base::x, Base::x_stride;
+// The sums over k of x (m, k), packed in rows of k, times weight (k, n). As the kernels of sums.h, run() is compiled once for an
+// instruction set.
+template <class W> struct ColumnSums {
+  const float* packed;
+  const W* weight;
+  int64_t m, k, weight_stride;
 
-  static constexpr int64_t kMost = 8;  // most rows of x; gemm_columns.h multiplies more
   static constexpr int64_t kChunk = 3072;
-  static constexpr int64_t kUnit = 64;
   static constexpr int kStreams = 8;
   static constexpr int64_t kDepth = 32 * kStreams;  // most products summed in one chain: longer chains lose bits
 
-  ColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
-  int64_t packed_size() const { return m * k; }
-  int64_t scratch_size() const { return 2 * m * kChunk; }
-  int64_t pack_items() const { return m; }
-  int64_t run_items() const { return (n + kUnit - 1) / kUnit; }
-  int64_t run_work() const { return kUnit * k * m; }
-
-  void pack(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) {
-      const X* from = x + i * x_stride;
-      float* to = packed + i * k;
-      int64_t c = 0;
-      for (; c + kWidth <= k; c += kWidth) store(to + c, load(from + c));
-      for (; c < k; ++c) to[c] = load_one(from + c);
-    }
-  }
-
-  void run(int share, int64_t begin, int64_t end) const {
-    float *totals = scratch + share * scratch_size(), *sums = totals + m * kChunk;
-    const int64_t last = end * kUnit < n ? end * kUnit : n;
-    for (int64_t j = begin * kUnit; j < last; j += kChunk) {
-      const int64_t count = last - j < kChunk ? last - j : kChunk;
-      column_sums(j, count, totals, sums);
-      for (int64_t i = 0; i < m; ++i) this->finish(i, j, count, totals + i * kChunk);
-    }
-  }
-
-  // totals[i][r], rows kChunk apart: the sum over k for row i and output j + r. `sums` is scratch of the same size.
-  void column_sums(int64_t j, int64_t count, float* totals, float* sums) const {
-    const int64_t apart = k / kStreams;
-    each_sum(count, [&](int64_t q) { store(totals + q, vfloat{}); });
-    for (int64_t c = 0; c < apart || c == 0;) {
-      const int64_t stop = apart - c < kDepth / kStreams ? apart : c + kDepth / kStreams;
-      each_sum(count, [&](int64_t q) { store(sums + q, vfloat{}); });
-      for (; c < stop; ++c) rows<kStreams>(c, apart, j, count, sums);
-      if (c == apart)
-        for (int64_t rest = apart * kStreams; rest < k; ++rest) rows<1>(rest, 0, j, count, sums);
-      each_sum(count, [&](int64_t q) { store(totals + q, load(totals + q) + load(sums + q)); });
-      if (!apart) break;
-    }
-  }
+  // totals[i][r], rows kChunk apart: the sum for row i and output j + r. `sums` is scratch of the same size.
+  void run(int64_t j, int64_t count, float* totals, float* sums) const;
 
   // Calls body with the place of every vector of sums.
   template <class Body> PYFUSED_INLINE void each_sum(int64_t count, const Body& body) const {
@@ -81,7 +42,7 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
   }
 
   template <int MB, int R> void tile(int64_t i, int64_t c, int64_t apart, int64_t j, int64_t count, float* sums) const {
-    const T* w = weight + c * weight_stride + j;
+    const W* w = weight + c * weight_stride + j;
     const float* px = packed + i * k + c;
     const int64_t stream = apart * weight_stride;
     float* out = sums + i * kChunk;
@@ -103,8 +64,64 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
       }
     };
     int64_t q = 0;
-    for (; q + kWidth <= count; q += kWidth) step(q, [](const T* p) { return load(p); });
-    if (q < count) step(q, [rest = count - q](const T* p) { return load_partial(p, rest); });
+    for (; q + kWidth <= count; q += kWidth) step(q, [](const W* p) { return load(p); });
+    if (q < count) step(q, [rest = count - q](const W* p) { return load_partial(p, rest); });
+  }
+};
+
+template <class W> void ColumnSums<W>::run(int64_t j, int64_t count, float* totals, float* sums) const {
+  const int64_t apart = k / kStreams;
+  each_sum(count, [&](int64_t q) { store(totals + q, vfloat{}); });
+  for (int64_t c = 0; c < apart || c == 0;) {
+    const int64_t stop = apart - c < kDepth / kStreams ? apart : c + kDepth / kStreams;
+    each_sum(count, [&](int64_t q) { store(sums + q, vfloat{}); });
+    for (; c < stop; ++c) rows<kStreams>(c, apart, j, count, sums);
+    if (c == apart)
+      for (int64_t rest = apart * kStreams; rest < k; ++rest) rows<1>(rest, 0, j, count, sums);
+    each_sum(count, [&](int64_t q) { store(totals + q, load(totals + q) + load(sums + q)); });
+    if (!apart) break;
+  }
+}
+
+extern template struct ColumnSums<float>;
+extern template struct ColumnSums<f16>;
+extern template struct ColumnSums<bf16>;
+
+// A Product whose weight is (k, n), weight_stride elements from row to row.
+template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
+  using Base = Product<T, X>;
+  using Base::k, Base::m, Base::n, Base::packed, Base::scratch, Base::weight, Base::weight_stride, Base::x, Base::x_stride;
+
+  static constexpr int64_t kMost = 8;  // most rows of x; gemm_columns.h multiplies more
+  static constexpr int64_t kChunk = ColumnSums<T>::kChunk, kUnit = 64;
+
+  ColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
+  int64_t packed_size() const { return m * k; }
+  int64_t scratch_size() const { return 2 * m * kChunk; }
+  int64_t pack_items() const { return m; }
+  int64_t run_items() const { return (n + kUnit - 1) / kUnit; }
+  int64_t run_work() const { return kUnit * k * m; }
+
+  void pack(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const X* from = x + i * x_stride;
+      float* to = packed + i * k;
+      int64_t c = 0;
+      for (; c + kWidth <= k; c += kWidth) store(to + c, load(from + c));
+      for (; c < k; ++c) to[c] = load_one(from + c);
+    }
+  }
+
+  ColumnSums<T> summed() const { return {packed, weight, m, k, weight_stride}; }
+
+  void run(int share, int64_t begin, int64_t end) const {
+    float *totals = scratch + share * scratch_size(), *sums = totals + m * kChunk;
+    const int64_t last = end * kUnit < n ? end * kUnit : n;
+    for (int64_t j = begin * kUnit; j < last; j += kChunk) {
+      const int64_t count = last - j < kChunk ? last - j : kChunk;
+      summed().run(j, count, totals, sums);
+      this->ending().rows(0, m, j, count, totals, kChunk);
+    }
   }
 };
 
