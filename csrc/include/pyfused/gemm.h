@@ -138,31 +138,33 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     by_gemv() ? run_gemv(first, last, own) : run_gemm(first, last, own);
   }
 
-  // Row i of y for outputs [j, j + count), from the sums over k.
-  template <class A> void finish_row(int64_t i, int64_t j, int64_t count, const float* sums) const {
-    const T* r = residual ? residual + i * residual_stride + j : nullptr;
+  // `rows` rows of y from i on for outputs [j, j + count), from the sums over k, `apart` from row to row.
+  template <class A> void finish_rows(int64_t i, int64_t rows, int64_t j, int64_t count, const float* sums, int64_t apart) const {
     const T* b = bias ? bias + j : nullptr;
-    T *out = y + i * n + j, *keep = pre ? pre + i * n + j : nullptr;
-    int64_t c = 0;
-    for (; c + kWidth <= count; c += kWidth) {
-      vfloat v = load(sums + c);
-      if (b) v += load(b + c);
-      if (keep) store(keep + c, v);
-      v = A::value(v);
-      store(out + c, r ? v + load(r + c) : v);
-    }
-    if (const int64_t rest = count - c) {
-      vfloat v = load_partial(sums + c, rest);
-      if (b) v += load_partial(b + c, rest);
-      if (keep) store_partial(keep + c, v, rest);
-      v = A::value(v);
-      store_partial(out + c, r ? v + load_partial(r + c, rest) : v, rest);
+    for (const int64_t end = i + rows; i < end; ++i, sums += apart) {
+      const T* r = residual ? residual + i * residual_stride + j : nullptr;
+      T *out = y + i * n + j, *keep = pre ? pre + i * n + j : nullptr;
+      int64_t c = 0;
+      for (; c + kWidth <= count; c += kWidth) {
+        vfloat v = load(sums + c);
+        if (b) v += load(b + c);
+        if (keep) store(keep + c, v);
+        v = A::value(v);
+        store(out + c, r ? v + load(r + c) : v);
+      }
+      if (const int64_t rest = count - c) {
+        vfloat v = load_partial(sums + c, rest);
+        if (b) v += load_partial(b + c, rest);
+        if (keep) store_partial(keep + c, v, rest);
+        v = A::value(v);
+        store_partial(out + c, r ? v + load_partial(r + c, rest) : v, rest);
+      }
     }
   }
   // Only ffn has activations. Its weights have x's dtype.
-  void finish(int64_t i, int64_t j, int64_t count, const float* sums) const {
-    if constexpr (!std::is_same_v<X, T> || !std::is_same_v<W, T>) finish_row<Identity>(i, j, count, sums);
-    else PYFUSED_BY_ACTIVATION(activation, finish_row<A>(i, j, count, sums);)
+  void finish(int64_t i, int64_t rows, int64_t j, int64_t count, const float* sums, int64_t apart) const {
+    if constexpr (!std::is_same_v<X, T> || !std::is_same_v<W, T>) finish_rows<Identity>(i, rows, j, count, sums, apart);
+    else PYFUSED_BY_ACTIVATION(activation, finish_rows<A>(i, rows, j, count, sums, apart);)
   }
 
   // ---- gemv ---------------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
     for (int64_t j = first; j < last; j += kGemvBlock) {
       const int64_t count = last - j < kGemvBlock ? last - j : kGemvBlock;
       gemv_sums(j, count, sums);
-      for (int64_t i = 0; i < m; ++i) finish(i, j, count, sums + i * kGemvBlock);
+      finish(0, m, j, count, sums, kGemvBlock);
     }
   }
 
@@ -341,6 +343,14 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int64_t c = 0; c < lanes(); c += kWidth) {
         const int64_t rest = lanes() - c, at = c * M::kGroup;
         vfloat v[kWidth];
+        if constexpr (std::is_same_v<X, float> && kOfElements) {
+          if (rows == kWidth && rest >= kWidth) {
+            load_transposed(from + c, x_stride, v);
+#pragma GCC unroll 16
+            for (int r = 0; r < kWidth; ++r) store(to + (c + r) * width + half, v[r]);
+            continue;
+          }
+        }
         for (int r = 0; r < kWidth; ++r)
           v[r] = r < rows ? M::lanes(from + r * x_stride + at, k - at, step[r]) : vfloat{};
         transpose(v);
@@ -364,17 +374,16 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
         if constexpr (kOfIntegers)
           for (int64_t r = 0; r < count; ++r) offset[r] = 128u * M::sum_of(weight + (j + r) * weight_stride, k);
         for (int64_t i = 0; i < rows; i += kWidth) {
-          by_rows(own + i, ld, count, sums, [&](vfloat v, int64_t r) __attribute__((always_inline)) {
+          if constexpr (!kScaled && !kOfIntegers) by_rows(own + i, ld, count, sums);
+          else by_rows(own + i, ld, count, sums, [&](vfloat v, int64_t r) __attribute__((always_inline)) {
             if constexpr (kOfIntegers) {  // the sums may have wrapped around
               const vint whole = bits_as<vint>(bits_as<vuint>(v) - offset[r]);
               return to_float(whole) * load(steps() + i0 + i) * factor[r];
-            } else if constexpr (kScaled) {
-              return v * factor[r];
             } else {
-              return v;
+              return v * factor[r];
             }
           });
-          for (int64_t q = 0; q < kWidth && i + q < rows; ++q) finish(i0 + i + q, j, count, sums + q * kGemmBlock);
+          finish(i0 + i, rows - i < kWidth ? rows - i : kWidth, j, count, sums, kGemmBlock);
         }
       }
     }
@@ -419,8 +428,13 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
     }
   }
-  static void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
-    by_rows(own, ld, count, sums, [](vfloat v, int64_t) { return v; });
+  static PYFUSED_INLINE void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
+    for (int64_t r = 0; r < count; r += kWidth) {
+      vfloat v[kWidth];
+      load_transposed(own + r * ld, ld, v);
+#pragma GCC unroll 16
+      for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
+    }
   }
 
   // Memory that will be written is on its way while the last sums are computed: up to 10% of the time if y is large.
@@ -507,7 +521,7 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = Sum{};
-#pragma GCC unroll 4  // the loop's own instructions take slots of the multiply-adds: 8% to 15%
+#pragma GCC unroll 8  // the loop's own instructions take slots of the multiply-adds: 8% to 15%
       for (; c < stop; ++c) {
         ahead();
         vfloat u[V];

@@ -63,7 +63,7 @@ template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
   void run(int share, int64_t begin, int64_t end) const {
     const int64_t last = end * kPanel < n ? end * kPanel : n;
     each_row(begin * kPanel, last, scratch + share * scratch_size(), [&](int64_t i, int64_t j, int64_t count, const float* sums) {
-      if (i < m) this->finish(i, j, count, sums);
+      if (i < m) this->finish(i, 1, j, count, sums, 0);
     });
   }
 

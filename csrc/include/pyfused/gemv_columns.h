@@ -44,7 +44,7 @@ template <class T, class X = T> struct ColumnsProduct : Product<T, X> {
     for (int64_t j = begin * kUnit; j < last; j += kChunk) {
       const int64_t count = last - j < kChunk ? last - j : kChunk;
       column_sums(j, count, totals, sums);
-      for (int64_t i = 0; i < m; ++i) this->finish(i, j, count, totals + i * kChunk);
+      this->finish(0, m, j, count, totals, kChunk);
     }
   }
 
