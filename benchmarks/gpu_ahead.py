@@ -74,11 +74,13 @@ def calls(operators: Iterable[str]) -> Iterator[Callable[[], Any]]:
                 torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
 
     def attention(backend: str, backward: bool, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-        query, key, value = (t.requires_grad_(backward) for t in gpu_peers.heads(*shape))
+        heads = gpu_peers.heads(*shape)
+        tables = [option.table for option in options.values() if isinstance(option, pyfused.RelativeBias)]
+        leaves = [t.requires_grad_(backward) for t in (*heads, *tables)]
         with running(backend):
-            out = pyfused.attention(query, key, value, **options)
+            out = pyfused.attention(*heads, **options)
             if backward:
-                torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+                torch.autograd.grad(out, leaves, torch.empty_like(out))
 
     def benchmark(case: Any) -> None:
         made = case.make()

@@ -203,15 +203,20 @@ def _theirs(name: str) -> Any:
 
 
 def transformers(start: int, names: str) -> Iterator[Row]:
-    """Hugging Face's models: eager, and with a static cache, for which transformers compiles the step on a GPU."""
+    """Hugging Face's models: eager, with a static cache, for which transformers compiles the step on a GPU, and after fuse_, by
+    default and with the kernel for a whole step."""
     from torch._dynamo.utils import counters
 
-    ways: dict[str, Row] = {"eager": {}, "static cache, compiled": {"cache_implementation": "static"}}
+    ways: dict[str, Row] = {how: {} for how in ("eager", "fused", "fused, cuda")}
+    ways["static cache, compiled"] = {"cache_implementation": "static"}
     shape = SHAPES[0]
     for name, (how, options) in product(names.split(","), ways.items()):
         about = {"model": name, "how": how, "shape": "x".join(map(str, shape))}
         try:
             model = _theirs(name)
+            if "fused" in how:
+                pyfused.fuse_(model)
+            backend = running("cuda", strict=False) if "cuda" in how else contextlib.nullcontext()
             ids = torch.tensor(texts(shape, model.config.vocab_size), device=DEVICE)
 
             def call(count: int, model: Any = model, ids: torch.Tensor = ids, options: Row = options) -> Any:
@@ -219,9 +224,10 @@ def transformers(start: int, names: str) -> Iterator[Row]:
                 with torch.no_grad():
                     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **fixed)
 
-            for _ in range(1 if DRY else 3):  # the first compiles, the second records a CUDA graph
-                call(shape[2])
-            whole, beginning = (seconds_of(partial(call, n), 1 if DRY else 3) for n in (shape[2], 2))
+            with backend:
+                for _ in range(1 if DRY else 3):  # the first compiles, the second records a CUDA graph
+                    call(shape[2])
+                whole, beginning = (seconds_of(partial(call, n), 1 if DRY else 3) for n in (shape[2], 2))
             figure = (whole - beginning) / (shape[2] - 2) * 1e6
             yield {**about, "us_per_token": figure, "graphs": counters["stats"]["unique_graphs"]}
         except Exception as error:

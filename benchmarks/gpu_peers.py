@@ -1,4 +1,8 @@
-"""How fast is attention beside SDPA's backends and FlexAttention? Forward and backward, with the outputs checked."""
+"""How fast is attention beside SDPA's backends and FlexAttention? Forward and backward, with the outputs checked.
+
+Where T5's bias is trained, pyfused and FlexAttention give the gradient of its table, SDPA that of a dense bias: what turns it
+into the table's is not counted.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,61 +22,83 @@ from pyfused import dispatch
 from pyfused.testing import judge, running
 
 
-def _score_mod(table: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """T5's bias for FlexAttention, looked up in the table by bucket."""
-    from pyfused.kernels.shared.buckets import distance_buckets
-
-    buckets = distance_buckets(True, table.shape[0], 128, table.device)
-    span = buckets.shape[0] // 2
-
-    def score_mod(score, batch, head, query, key):
-        return score + table[buckets[(key - query).clamp(-span, span) + span], head]
-
-    return score_mod
-
-
-def _flex(score_mod: Any, block_mask: Any) -> Callable[..., torch.Tensor]:
+def _flex(block_mask: Any = None, buckets: torch.Tensor | None = None) -> Callable[..., torch.Tensor]:
+    """FlexAttention's call, which with buckets takes T5's table and looks the bias up in it."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.recompile_limit = 64  # one for each shape, variant and direction
     torch._functorch.config.donated_buffer = False  # the backward runs many times on one graph
-    call: Any = flex_attention if DRY else torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: call(q, k, v, score_mod=score_mod, block_mask=block_mask)
+
+    def plain(q, k, v):
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+    def biased(q, k, v, table):
+        span = buckets.shape[0] // 2
+
+        def score_mod(score, batch, head, query, key):
+            return score + table[buckets[(key - query).clamp(-span, span) + span], head]
+
+        return flex_attention(q, k, v, score_mod=score_mod)
+
+    call = plain if buckets is None else biased
+    return call if DRY else torch.compile(call, dynamic=False)
 
 
 def attention_shapes() -> tuple[tuple[int, int, int, int], ...]:
     return ((1, 1, 16, 64),) if DRY else ((8, 16, 2048, 64), (4, 16, 2048, 128))
 
 
-def _variants(h: int, s: int) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Callable[..., Any]]]:
-    """(name, options for pyfused, for SDPA, FlexAttention's call)."""
+class Variant(NamedTuple):
+    name: str
+    own: Callable[..., torch.Tensor]  # the calls take query, key and value, then the table, or SDPA's the dense bias
+    sdpa: Callable[..., torch.Tensor]
+    flex: Callable[..., torch.Tensor]
+    table: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+
+class Provider(NamedTuple):
+    context: Callable[[], Any]
+    call: Callable[..., torch.Tensor]
+    bias: torch.Tensor | None = None
+
+    def inputs(self, heads: Sequence[torch.Tensor], trains: bool) -> list[torch.Tensor]:
+        tensors = heads if self.bias is None else (*heads, self.bias)
+        return [t.detach().requires_grad_(trains) for t in tensors]
+
+
+def _variants(h: int, s: int) -> Iterator[Variant]:
     from torch.nn.attention.flex_attention import create_block_mask
+
+    from pyfused.kernels.shared.buckets import distance_buckets
 
     causal = create_block_mask(lambda b, h, q, k: q >= k, None, None, s, s, device=DEVICE)
     table = torch.randn(32, h, device=DEVICE, dtype=torch.bfloat16)
     dense = pyfused.relative_bias(table, s, s, bidirectional=True)
-    yield "", {}, {}, _flex(None, None)
-    yield (
+    sdpa = F.scaled_dot_product_attention
+    yield Variant("", pyfused.attention, sdpa, _flex())
+    yield Variant(
         "T5 bias",
-        {"relative_bias": pyfused.RelativeBias(table, True)},
-        {"attn_mask": dense},
-        _flex(_score_mod(table), None),
+        lambda q, k, v, table: pyfused.attention(q, k, v, relative_bias=pyfused.RelativeBias(table, True)),
+        sdpa,
+        _flex(buckets=distance_buckets(True, table.shape[0], 128, table.device)),
+        table,
+        dense,
     )
-    yield "causal", {"is_causal": True}, {"is_causal": True}, _flex(None, causal)
+    yield Variant("causal", partial(pyfused.attention, is_causal=True), partial(sdpa, is_causal=True), _flex(causal))
 
 
 def flex(start: int, compile: str) -> Iterator[Row]:
     """Compiles FlexAttention's kernels while other items run. `peers` finds them on the disk."""
     for b, h, s, d in attention_shapes():
         q, k, v = heads(b, h, s, d)
-        for name, _, _, call in _variants(h, s):
+        for variant in _variants(h, s):
             began = time.perf_counter()
-            for t in (q, k, v):
-                t.requires_grad_(d == 64 and not DRY)
-            out = call(q, k, v)
+            inputs = [t.requires_grad_(d == 64 and not DRY) for t in (q, k, v, variant.table) if t is not None]
+            out = variant.flex(*inputs)
             if out.requires_grad:  # FlexAttention has no gradients on a CPU
                 out.sum().backward()
-            yield {"case": f"{d} {name}".strip(), "seconds": time.perf_counter() - began}
+            yield {"case": f"{d} {variant.name}".strip(), "seconds": time.perf_counter() - began}
 
 
 def heads(b: int, h: int, s: int, d: int) -> list[torch.Tensor]:
@@ -91,26 +117,22 @@ def peers(start: int) -> Iterator[Row]:
     for b, h, s, d in attention_shapes():
         q, k, v = heads(b, h, s, d)
         for backward in (False, True) if d == 64 or DRY else (False,):
-            for name, own, options, by_flex in _variants(h, s):
-
-                def fused(q, k, v, own=own):
-                    return pyfused.attention(q, k, v, **own)
-
-                def sdpa(q, k, v, options=options):
-                    return F.scaled_dot_product_attention(q, k, v, **options)
-
+            for variant in _variants(h, s):
+                fused = partial(Provider, call=variant.own, bias=variant.table)
+                sdpa = partial(Provider, call=variant.sdpa, bias=variant.dense)
                 # gluon's backward is Triton's
                 by_hand = {"pyfused gluon": partial(_gluon, True), "pyfused gluon, no turns": partial(_gluon, False)}
                 providers = {
-                    "pyfused": (contextlib.nullcontext, fused),
-                    **{f"pyfused {x}": (partial(running, x), fused) for x in ("triton", "cuda", "cudnn")},
-                    **({} if backward else {name: (context, fused) for name, context in by_hand.items()}),
-                    **{f"sdpa {x}": (partial(sdpa_kernel, which), sdpa) for x, which in SDPA.items()},
-                    "flex": (contextlib.nullcontext, by_flex),
+                    "pyfused": fused(contextlib.nullcontext),
+                    **{f"pyfused {x}": fused(partial(running, x)) for x in ("triton", "cuda", "cudnn")},
+                    **({} if backward else {name: fused(context) for name, context in by_hand.items()}),
+                    **{f"sdpa {x}": sdpa(partial(sdpa_kernel, which)) for x, which in SDPA.items()},
+                    "flex": Provider(contextlib.nullcontext, variant.flex, variant.table),
                 }
-                flops = 4 * b * h * s * s * d * (0.5 if name == "causal" else 1) * (2.5 if backward else 1)
-                title = f"{b}x{h}x{s}x{d} {'backward ' * backward}{name}".strip()
-                for row in _compare(providers, options, (q, k, v), backward):
+                flops = 4 * b * h * s * s * d * (0.5 if variant.name == "causal" else 1) * (2.5 if backward else 1)
+                title = f"{b}x{h}x{s}x{d} {'backward ' * backward}{variant.name}".strip()
+                plain = partial(_plain, is_causal=variant.name == "causal")
+                for row in _compare(providers, Provider(contextlib.nullcontext, plain, variant.dense), (q, k, v), backward):
                     if "seconds" in row:
                         row["tflops"] = flops / row["seconds"] / 1e12
                     yield {"case": title, **row}
@@ -128,58 +150,53 @@ def _gluon(turns: bool) -> Iterator[None]:
         kernel.TURNS = before
 
 
-def _compare(providers: dict[str, Any], options: Row, inputs: Any, backward: bool) -> Iterator[Row]:
-    """Times the providers, name -> (context, call), in turn. A provider that fails or is wrong gets a row that says so."""
+def _compare(providers: dict[str, Provider], plain: Provider, heads: Sequence[torch.Tensor], backward: bool) -> Iterator[Row]:
+    """Times the providers in turn. One that fails or is wrong gets a row that says so."""
 
-    def result(call: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        if not backward:
-            with torch.no_grad():
-                return call(*tensors)
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(call(*leaves).square().sum() / 2, leaves[1])[0]
+    def result(provider: Provider, heads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Four heads of the first batch entry: the output, or the keys' gradient. All are computed alike, and the tolerance
+        rule runs on the CPU."""
+        inputs = provider.inputs(heads, backward)
+        with provider.context(), torch.set_grad_enabled(backward):
+            out = provider.call(*inputs)
+            found = torch.autograd.grad(out.square().sum() / 2, inputs[1])[0] if backward else out
+        return found[:1, :4]
 
-    def some(t: torch.Tensor) -> torch.Tensor:
-        """Four heads of the first batch entry. All are computed alike, and the tolerance rule runs on the CPU."""
-        return t[:1, :4]
-
-    first = [t[:1] for t in inputs]
-    truth = some(result(lambda q, k, v: _plain(q, k, v, **options), [t.double() for t in first]))
-    plain = some(result(lambda q, k, v: _plain(q, k, v, **options), first))
+    first = [t[:1] for t in heads]
+    truth, rounded = result(plain, [t.double() for t in first]), result(plain, first)
     to_time: dict[str, Callable[[], Any]] = {}
     ratios: dict[str, float] = {}
-    for name, (context, call) in providers.items():
+    for name, provider in providers.items():
         try:
-            with context():
-                ratios[name] = judge(some(result(call, inputs)), plain, truth).ratio
+            ratios[name] = judge(result(provider, heads), rounded, truth).ratio
+            if ratios[name] > 1 and name.startswith("pyfused"):
+                yield {"provider": name, "ok": False, "error": f"{ratios[name]:.2f} of what the tolerance rule allows"}
+            else:
+                to_time[name] = _call_to_time(provider, heads, backward)
         except Exception as error:
             yield {"provider": name, "missing": error_row(error)["error"][:200]}
-            continue
-        if ratios[name] > 1 and name.startswith("pyfused"):
-            yield {"provider": name, "ok": False, "error": f"{ratios[name]:.2f} of what the tolerance rule allows"}
-        else:
-            to_time[name] = _call_to_time(context, call, inputs, backward)
     with torch.set_grad_enabled(backward):
         for name, seconds in medians(to_time).items():
             yield {"provider": name, "seconds": seconds, "ms": seconds * 1e3, "of_allowed": ratios[name]}
 
 
-def _call_to_time(context: Any, call: Callable[..., Any], inputs: Any, backward: bool) -> Callable[[], Any]:
+def _call_to_time(provider: Provider, heads: Sequence[torch.Tensor], backward: bool) -> Callable[[], Any]:
     """The forward, or only the backward of a forward that runs here. Each chooses its backend, so both run in the context."""
+    inputs = provider.inputs(heads, backward)
     if not backward:
 
         def forward():
-            with context():
-                return call(*inputs)
+            with provider.context():
+                return provider.call(*inputs)
 
         return forward
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    with context():
-        out = call(*leaves)
+    with provider.context():
+        out = provider.call(*inputs)
     grad = torch.randn_like(out)
 
     def gradients():
-        with context():
-            return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        with provider.context():
+            return torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
     return gradients
 

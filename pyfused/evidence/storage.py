@@ -211,13 +211,13 @@ def write(path: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 def render(found: Iterable[Line]) -> str:
     """The table that `pyfused evidence` prints."""
-    rows = ["times as fast as plain PyTorch, by size (below 1 plain PyTorch runs)"]
+    rows, ends = [], []
     for line in found:
         for backend, by_size in line.speed.items():
-            speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
             threads = f"{line.threads} thread{'s' * (line.threads > 1)}" if line.threads else ""
-            call = (
-                f"{line.operator:<12} {line.function:<8} {line.dtype:<9} {line.shapes:<18} {threads:<9} {backend:<11}"
-            )
-            rows.append(f"{call} {speeds}  [{line.source}]")
-    return "\n".join(rows)
+            rows.append((line.operator, line.function, line.dtype, line.shapes, threads, backend))
+            speeds = "  ".join(f"{size}: {speed:.2f}" for size, speed in sorted(by_size.items()))
+            ends.append(f"{speeds}  [{line.source}]")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [" ".join((*map(str.ljust, row, widths), end)) for row, end in zip(rows, ends)]
+    return "\n".join(("times as fast as plain PyTorch, by size (below 1 plain PyTorch runs)", *lines))

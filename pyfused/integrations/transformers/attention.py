@@ -84,8 +84,10 @@ def attend(
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, one row for all
     head_mask = _read_head_mask(module, kwargs.get("head_mask"), query.shape[1])
     packed = None
+    # T5's cross-attention has a bias of zeros, which its fused layer leaves out.
+    biased = position_bias is not None or relative_bias is not None or hasattr(module, "has_relative_attention_bias")
     if attention_mask is not None:
-        visible = read_mask(attention_mask, query, key)
+        visible = read_mask(attention_mask, query, key, biased)
     else:
         packed = _read_packing(kwargs, query, key)
         visible = _without_mask(module, query, key, is_causal, kwargs.get("sliding_window"))
@@ -97,7 +99,7 @@ def attend(
         raise ValueError("cu_seq_lens_q: packed sequences and position_bias do not go together; pass attention_mask")
     if relative_bias is not None:
         visible = replace(visible, relative_bias=relative_bias)
-    given = query, key, value, attention_mask, visible, position_bias, packed
+    given = query, key, value, attention_mask, visible, position_bias, biased, packed
     return _compute(module, *given, dropout, scaling, head_mask, kwargs)
 
 
@@ -125,7 +127,9 @@ def _without_mask(module, query, key, is_causal, window):
     return Visibility(is_causal=True, keys=queries)
 
 
-def _compute(module, query, key, value, mask, visible, position_bias, packed, dropout, scaling, head_mask, kwargs):
+def _compute(
+    module, query, key, value, mask, visible, position_bias, biased, packed, dropout, scaling, head_mask, kwargs
+):  # fmt: skip
     plain = (query, key, visible, position_bias, packed)
     if getattr(module, "reorder_and_upcast_attn", False) and hasattr(module, "_upcast_and_reordered_attn"):
         notices.once("reorder_and_upcast_attn: attention runs in transformers' own code, in float32")
@@ -155,7 +159,7 @@ def _compute(module, query, key, value, mask, visible, position_bias, packed, dr
     else:
         blind = None
         if visible.attn_bias is not None and not dropout and not _learned(visible, position_bias):
-            found = with_blind_queries(mask, query, key)
+            found = with_blind_queries(mask, query, key, biased)
             if found is not None:
                 visible, blind = replace(found[0], relative_bias=visible.relative_bias), found[1]
         every = key, value

@@ -182,6 +182,8 @@ class _Call(NamedTuple):
         mask = _padding(mask, rows, place + 1, length if is_static else place + 1)
         if tokens is None or mask is _UNKNOWN or cross_mask is _UNKNOWN:
             return None
+        if cross_mask is not None and not bool(cross_mask.any(1).all()):  # such a text gets the mean of all values there
+            return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*ready.watch.parameters, *tensors, *cross)):
             return None
         step = DecodeStep(tokens, None, positions, mask, place, place + 1, tensors, cross, cross_mask, False)

@@ -73,8 +73,9 @@ def make_mask(
     return sdpa_mask(**arguments)
 
 
-def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
-    """Which keys a query sees. The mask is bool (True is visible) or a float that is added to the scores.
+def read_mask(mask: Tensor, query: Tensor, key: Tensor, biased: bool = False) -> Visibility:
+    """Which keys a query sees. The mask is bool (True is visible) or a float that is added to the scores. Beside a position
+    bias (`biased`) sdpa turns a bool mask into the least finite number.
 
     Raises:
         TypeError: the mask holds integers, which could mean either.
@@ -86,14 +87,17 @@ def read_mask(mask: Tensor, query: Tensor, key: Tensor) -> Visibility:
     if mask.dim() == 2:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it takes four dimensions, (B, H or 1, Tq, Sk)")
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
-    if mask.dtype == torch.bool and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
+    zeros_if_blind = mask.dtype == torch.bool and not biased
+    if zeros_if_blind and query.shape[2] == 1 and mask.shape[1:] == sizes[1:]:
         return Visibility(padding_mask=mask[:, 0, 0].expand(sizes[0], -1))
     wide = _for_each_query(mask, sizes)
     if wide is not None:
         # Eager's float masks hide keys with finite numbers: a query that sees no key attends to all keys alike.
-        visible = _recognised(wide, all_see=mask.dtype != torch.bool)
+        visible = _recognised(wide, all_see=not zeros_if_blind)
         if visible is not None:
             return visible
+    if biased and mask.dtype == torch.bool:
+        mask = (~mask).to(query.dtype) * torch.finfo(query.dtype).min
     return Visibility(attn_bias=additive(mask, query.dtype))
 
 
@@ -117,16 +121,22 @@ def _recognised(mask: Tensor, all_see: bool) -> Visibility | None:
     return Visibility(end > 0, padding, keys=end or None)
 
 
-def with_blind_queries(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Visibility, Tensor | None] | None:
-    """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a float mask that hides every key from some
-    queries; None for others. Only a finite least number does that; behind -inf they get zeros, and the second is None."""
+def with_blind_queries(
+    mask: Tensor, query: Tensor, key: Tensor, biased: bool
+) -> tuple[Visibility, Tensor | None] | None:
+    """(padding and causality, the queries (B, Tq) that attend to all keys alike) of a mask, float or beside a position bias,
+    that hides every key from some queries; None for others. Only a finite least number does that; behind -inf they get zeros,
+    and the second is None."""
     sizes = (query.shape[0], 1, query.shape[2], key.shape[2])
-    few = math.prod(sizes) * query.shape[1] < WORTH_TELLING_APART
-    wide = _for_each_query(mask, sizes) if mask.is_floating_point() and not few else None
+    # Beside float16's least number float32 scores still count, as in sdpa, which a bool mask stands for. Scores in float16, to
+    # which older code adds a float mask, do not.
+    half = query.dtype == torch.float16
+    few = math.prod(sizes) * query.shape[1] < WORTH_TELLING_APART and not half
+    wide = _for_each_query(mask, sizes) if (mask.is_floating_point() or (biased and not half)) and not few else None
     visible = None if wide is None else _recognised(wide, all_see=False)
     if visible is None or (real := visible.padding_mask) is None:
         return None
-    finite = bool(mask[:, 0, 0].amin() > -torch.inf)  # the first query sees fewest keys
+    finite = mask.dtype == torch.bool or bool(mask[:, 0, 0].amin() > -torch.inf)  # the first query sees fewest keys
     seen = real.cumsum(1)[:, -sizes[2] :] > 0 if visible.is_causal else real.any(1, keepdim=True).expand(-1, sizes[2])
     return visible, ~seen if finite else None
 

@@ -164,9 +164,9 @@ def normed(module: Any, x: Tensor) -> Any:
         inner = module._modules.get(shape.feed_forward)
         of_inner = None if inner is None else shape_of(inner)
         if isinstance(of_inner, FeedForward) and is_fused(inner) and is_bare(inner):  # type: ignore[arg-type]
-            y = _computed(inner, of_inner, getattr(module, shape.norm)(x), x)
-            if y is not None:
-                return y
+            given = getattr(module, shape.norm)(x)
+            y = _computed(inner, of_inner, given, x)
+            return x + inner(given) if y is None else y  # type: ignore[misc]
     return original(module, x)
 
 

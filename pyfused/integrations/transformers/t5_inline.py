@@ -58,7 +58,7 @@ def _layer(module: Any, inner: Any, given: dict[str, Any]) -> Any:
     if not adds_residual(module, inner, x):
         return original(module, **given)
     more = {name: value for name, value in given.items() if name not in ("hidden_states", "attention_mask")}
-    found = _attended(inner, module.layer_norm(x), given.get("attention_mask"), **more)
+    found = _attended(inner, x, given.get("attention_mask"), norm=module.layer_norm, **more)
     if found is None:
         return original(module, **given)
     seen, *others = found
@@ -77,10 +77,11 @@ def _attended(
     cache_position: Tensor | None = None,
     query_length: Any = None,
     use_cache: bool = False,
+    norm: Any = None,
     **others: Any,
 ) -> tuple[Any, ...] | None:
-    """T5Attention's forward without the output projection: (B, S, H * d), the bias for the next layer, and the weights if they
-    are asked for. None if the class's own forward must run."""
+    """T5Attention's forward behind `norm`, if there is one, without the output projection: (B, S, H * d), the bias for the next
+    layer, and the weights if they are asked for. None if the class's own forward must run; then no child has run yet."""
     makes_bias = position_bias is None and module.has_relative_attention_bias
     known = parameters(type(module))
     if getattr(module, "pruned_heads", None) or ("kwargs" not in known and others):
@@ -100,6 +101,8 @@ def _attended(
             **({"relative_bias": bias} if isinstance(bias, RelativeBias) else {"position_bias": bias}),
         )
 
+    if norm is not None:
+        hidden_states = norm(hidden_states)
     seen, handed_on, weights = attend_of_t5(
         *(module, hidden_states, key_value_states, position_bias, past_key_values, compute),
         hands_on_table=makes_bias and not tracing() and _first.get() is module,
