@@ -119,6 +119,7 @@ static bool ask_for_tiles() {
         KERNEL(isa, ffn_forward),            \
         KERNEL(isa, ffn_activation),         \
         KERNEL(isa, decode_forward),         \
+        KERNEL(isa, decode_copies),          \
         KERNEL(isa, fourier_mix_scratch),    \
         KERNEL(isa, fourier_mix_forward),    \
         KERNEL(isa, gated_ffn_forward),      \

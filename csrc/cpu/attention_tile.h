@@ -38,6 +38,7 @@ PYFUSED_INLINE void product(const float* a, int64_t step, const float* b, int64_
   const float* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) row[r] = a + r * step;
+#pragma GCC unroll 4  // the loop's own instructions take slots of the multiply-adds: 3% to 6% with AVX-512
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
     vfloat lanes[V];
 #pragma GCC unroll 2
@@ -102,6 +103,14 @@ inline void to_lanes(const T* from, int64_t row_step, int64_t rows, int64_t d, f
   for (int v = 0; v < 2; ++v)
     for (int64_t i = 0; i < d; i += kWidth) {
       vfloat t[kWidth];
+      if constexpr (std::is_same_v<T, float>) {
+        if (rows == kGroup && d - i >= kWidth) {
+          load_transposed(from + v * kWidth * row_step + i, row_step, t);
+#pragma GCC unroll 16
+          for (int j = 0; j < kWidth; ++j) store(to + (i + j) * step + v * kWidth, t[j]);
+          continue;
+        }
+      }
       if (rows == kGroup && d - i >= kWidth) {
 #pragma GCC unroll 16
         for (int r = 0; r < kWidth; ++r) t[r] = load(from + (v * kWidth + r) * row_step + i);

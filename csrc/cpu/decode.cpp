@@ -359,4 +359,24 @@ void decode_forward(addr plan, addr call, int dtype) {
   PYFUSED_BY_DTYPE(dtype, Decode<T>{*(const DecodePlan*)plan, *(const DecodeCall*)call}.run();)
 }
 
+// Before the copies are read a step reads weights that no cache holds as well. So the copies go past the caches: a third less
+// traffic of memory.
+void decode_copies(addr from, addr to, int64_t count, int64_t heads, int64_t bytes, int64_t step) {
+  constexpr int64_t vector = kWidth * sizeof(float), large = 1 << 20;
+  const int64_t parts = count * heads;
+  auto start = [&](addr list, int64_t part, int64_t step) { return (char*)((addr*)list)[part / heads] + part % heads * step; };
+  parallel_chunks(threads_for(parts, bytes), parts, [&](int, int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const char* old = start(from, part, bytes);
+      char* copy = start(to, part, step);
+      if (parts * bytes < large || ((addr)copy | (addr)bytes) % vector) {
+        std::memcpy(copy, old, bytes);
+        continue;
+      }
+      for (int64_t i = 0; i < bytes; i += vector) stream((float*)(copy + i), load((const float*)(old + i)));
+    }
+    streams_end();
+  });
+}
+
 }  // namespace pyfused::PYFUSED_ISA

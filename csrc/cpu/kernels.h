@@ -48,6 +48,8 @@ void ffn_activation(addr pre, addr grad_inner, addr inner, addr grad_pre, int64_
 // ---- decode ---------------------------------------------------------------------------------------------------------
 // plan: a DecodePlan, call: a DecodeCall; see decode_plan.h.
 void decode_forward(addr plan, addr call, int dtype);
+// from, to: `count` addresses each. Copies `heads` parts of `bytes` bytes, which lie together, to places `step` bytes apart.
+void decode_copies(addr from, addr to, int64_t count, int64_t heads, int64_t bytes, int64_t step);
 
 // ---- fourier_mix ----------------------------------------------------------------------------------------------------
 // x (b, s, n) has contiguous rows; y is contiguous. fft.h documents the plans and tables of s and n.

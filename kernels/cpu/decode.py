@@ -5,8 +5,8 @@ import ctypes
 import torch
 
 from pyfused.evidence import MOST_ROWS_BY_COLUMNS
-from pyfused.extensions import DTYPE_CODES, cpu
-from pyfused.kernels.shared.decode_plan import CCall, CPlan, is_transposed, misfit
+from pyfused.extensions import DTYPE_CODES, cpu, missing
+from pyfused.kernels.shared.decode_plan import CCall, CPlan, addresses, is_transposed, misfit
 from pyfused.kernels.shared.draw import drawn_token
 from pyfused.kernels.shared.prepared import CPU
 from pyfused.weight_format import format_of
@@ -58,3 +58,17 @@ def forward(like, plan, step):
     if draws:
         chosen = drawn_token(logits, step.uniform, step.temperature, step.top_k, step.top_p)
     return logits, chosen
+
+
+def with_room(caches):
+    """Copies of caches (B, H, S, d) of one shape and dtype with a place more, (B, H, S + 1, d). Nothing is in that place."""
+    like = caches[0]
+    b, heads, length, size = like.shape
+    if not like.is_cpu or missing("_cpu") or not all(t.is_contiguous() and not t.is_neg() for t in caches):
+        place = like.new_empty(b, heads, 1, size)
+        return [torch.cat((t, place), -2) for t in caches]
+    copies, of_place = [like.new_empty(b, heads, length + 1, size) for _ in caches], size * like.itemsize
+    lists = addresses(caches), addresses(copies)
+    numbers = len(caches), b * heads, length * of_place, (length + 1) * of_place
+    cpu().decode_copies(*map(ctypes.addressof, lists), *numbers)
+    return copies

@@ -131,7 +131,7 @@ class CCall(ctypes.Structure):
     @classmethod
     def of(cls, step: DecodeStep, logits: Tensor, chosen: Tensor | None) -> CCall:
         mask, cross = step.mask, step.cross
-        caches = _addresses(step.caches)
+        caches = addresses(step.caches)
         made = cls(
             step.tokens.shape[0],
             step.tokens.data_ptr(),
@@ -148,7 +148,7 @@ class CCall(ctypes.Structure):
         made.temperature, made.top_k, made.top_p = step.temperature, step.top_k, step.top_p
         of_cross = None
         if cross:
-            of_cross = _addresses(cross)
+            of_cross = addresses(cross)
             made.cross_caches, made.cross_mask = ctypes.addressof(of_cross), _address(step.cross_mask)
             made.sources, made.source_length = cross[0].shape[0], cross[0].shape[2]
             made.cross_batch_stride, made.cross_head_stride, made.cross_row_stride = cross[0].stride()[:3]
@@ -176,5 +176,5 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(tensors: list[Tensor]) -> Any:
+def addresses(tensors: list[Tensor]) -> Any:
     return (_ADDRESS * len(tensors))(*[t.data_ptr() for t in tensors])

@@ -13,6 +13,7 @@ from pyfused import GPT2Backbone, T5Backbone, dispatch
 from pyfused.decode_plan import DecodePlan, Matrix
 from pyfused.generation import plan_of
 from pyfused.generation.sampling import Sampler
+from pyfused.kernels.cpu.decode import with_room
 from pyfused.models.call import Call
 from pyfused.nn import KVCache, Visibility
 from pyfused.testing import available, running
@@ -385,3 +386,16 @@ def test_a_plan_outlives_its_model_s_memory():
     model.to(torch.float64)
     del model
     assert torch.equal(pyfused.decode(plan, tokens, copy.deepcopy(cache)), expected)
+
+
+@pytest.mark.parametrize("size", [64, 40], ids=["past the caches", "through the caches"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_with_room_for_a_token(dtype, size):
+    """Of more than 1 MB, in whole vectors past the processor's caches. torch.cat, as transformers does it, copies crops."""
+    caches = [torch.randn(2, 3, 703, size).to(dtype) for _ in range(8)]
+    for given in (caches, [t[:, :, :-2] for t in caches], [t[:1, :, :1].contiguous() for t in caches]):
+        for copy_of, cache in zip(with_room(given), given, strict=True):
+            b, heads, length, d = cache.shape
+            assert copy_of.shape == (b, heads, length + 1, d)
+            assert copy_of.is_contiguous()
+            assert torch.equal(copy_of[:, :, :length], cache)

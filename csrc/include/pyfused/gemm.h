@@ -140,6 +140,14 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int64_t c = 0; c < lanes(); c += kWidth) {
         const int64_t rest = lanes() - c, at = c * M::kGroup;
         vfloat v[kWidth];
+        if constexpr (std::is_same_v<X, float> && kOfElements) {
+          if (rows == kWidth && rest >= kWidth) {
+            load_transposed(from + c, x_stride, v);
+#pragma GCC unroll 16
+            for (int r = 0; r < kWidth; ++r) store(to + (c + r) * width + half, v[r]);
+            continue;
+          }
+        }
         for (int r = 0; r < kWidth; ++r)
           v[r] = r < rows ? M::lanes(from + r * x_stride + at, k - at, step[r]) : vfloat{};
         transpose(v);
@@ -165,14 +173,13 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
         if constexpr (kOfIntegers)
           for (int64_t r = 0; r < count; ++r) offset[r] = 128u * M::sum_of(weight + (j + r) * weight_stride, k);
         for (int64_t i = 0; i < rows; i += kWidth) {
-          by_rows(own + i, ld, count, sums, [&](vfloat v, int64_t r) __attribute__((always_inline)) {
+          if constexpr (!kScaled && !kOfIntegers) by_rows(own + i, ld, count, sums);
+          else by_rows(own + i, ld, count, sums, [&](vfloat v, int64_t r) __attribute__((always_inline)) {
             if constexpr (kOfIntegers) {  // the sums may have wrapped around
               const vint whole = bits_as<vint>(bits_as<vuint>(v) - offset[r]);
               return to_float(whole) * load(steps() + i0 + i) * factor[r];
-            } else if constexpr (kScaled) {
-              return v * factor[r];
             } else {
-              return v;
+              return v * factor[r];
             }
           });
           end.rows(i0 + i, rows - i < kWidth ? rows - i : kWidth, j, count, sums, kGemmBlock);
@@ -215,8 +222,13 @@ template <class T, class X = T, class W = T, class M = typename Multiplied<X, W>
       for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
     }
   }
-  static void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
-    by_rows(own, ld, count, sums, [](vfloat v, int64_t) { return v; });
+  static PYFUSED_INLINE void by_rows(const float* own, int64_t ld, int64_t count, float* sums) {
+    for (int64_t r = 0; r < count; r += kWidth) {
+      vfloat v[kWidth];
+      load_transposed(own + r * ld, ld, v);
+#pragma GCC unroll 16
+      for (int q = 0; q < kWidth; ++q) store(sums + q * kGemmBlock + r, v[q]);
+    }
   }
 };
 

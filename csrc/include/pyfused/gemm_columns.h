@@ -7,8 +7,8 @@
 // A slab of W, 768 of K x 128 outputs, is packed into 384 KB of L2. Of 128 rows, 768 x 2304 in bfloat16 takes 3.2 ms on an Emerald
 // Rapids core with AVX-512: the tiles alone 2.8 ms, 160 GFLOP/s of 178. While they multiply a slab they fetch the next one, which
 // makes 128 rows 1.05 times as fast and 16 rows 1.15. Other sizes of a slab, from 768 x 64 to 256 x 256, are as fast within 3%.
-// float32 has twice as much to read: 3.5 ms, where MKL takes 3.0. A panel of K x 32 at a time reads W in pieces of one line, each in
-// another page: 1.1 times as slow.
+// float32 has twice as much to read: 3.5 ms, where MKL takes 3.0. A panel of K x 32 at a time reads W in pieces of one line, each
+// in another page: 1.1 times as slow.
 #pragma once
 
 #include "gemm.h"
@@ -29,8 +29,8 @@ template <class T> struct NextRows {
   }
 };
 
-// The sums over k of x (m, k), packed in rows of row_size(k), times weight (k, n). As the kernels of sums.h, run() is compiled once for
-// an instruction set.
+// The sums over k of x (m, k), packed in rows of row_size(k), times weight (k, n). As the kernels of sums.h, run() is compiled once
+// for an instruction set.
 template <class W> struct PanelSums {
   const float* packed;
   const W* weight;
@@ -46,8 +46,8 @@ template <class W> struct PanelSums {
   // Floats from a row of packed x to the next: an odd number of lines, so that the rows of a tile lie in different sets of L1.
   static int64_t row_size(int64_t k) { return ((k + 15) / 16 | 1) * 16; }
 
-  // sums[i][r], rows kOutputs apart: the sum for row i and output j + r, up to kOutputs of them. Rows past m, up to padded_rows(), are
-  // zeros. `last`: the end of the outputs that will be asked for. `panels` is scratch for a slab.
+  // sums[i][r], rows kOutputs apart: the sum for row i and output j + r, up to kOutputs of them. Rows past m, up to padded_rows(),
+  // are zeros. `last`: the end of the outputs that will be asked for. `panels` is scratch for a slab.
   void run(int64_t j, int64_t count, int64_t last, float* sums, float* panels) const;
 
   template <class Body> PYFUSED_INLINE void each_tile(const Body& body) const {
@@ -112,6 +112,12 @@ template <class T> struct PackedColumnsProduct : Product<T, T, T, Elements> {
       Base::x, Base::x_stride;
 
   static constexpr int64_t kBlockM = 128;
+
+  // A Product of bfloat16 may be one of Pairs, if the builder's own flags allow it.
+  template <class M>
+  PackedColumnsProduct(const Product<T, T, T, M>& p)
+      : Base{p.x, p.weight, p.bias, p.residual, p.y, p.pre, p.m, p.n, p.k, p.x_stride, p.weight_stride, p.residual_stride,
+             p.activation, p.scale, p.packed, p.scratch} {}
 
   PackedColumnsProduct of_rows(int64_t i, int64_t count) const { return {Base::of_rows(i, count)}; }
   PanelSums<T> summed() const { return {packed, weight, m, k, weight_stride}; }

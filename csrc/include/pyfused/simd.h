@@ -167,6 +167,23 @@ PYFUSED_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 PYFUSED_INLINE void store(f16* p, vfloat v) { vhalf h = narrow_f16(v); std::memcpy(p, &h, sizeof(h)); }
 PYFUSED_INLINE void store(bf16* p, vfloat v) { vhalf h = narrow_bf16(v); std::memcpy(p, &h, sizeof(h)); }
 
+// To an aligned address, past the caches where a processor can: memory is written without being read first. Other threads see it
+// after streams_end().
+PYFUSED_INLINE void stream(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+PYFUSED_INLINE void streams_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes, 0 <= n < kWidth; the others read as zero and are not written.
 template <class T> PYFUSED_INLINE vfloat load_partial(const T* p, int64_t n) {
   T lanes[kWidth] = {};
@@ -293,6 +310,32 @@ template <int S = kWidth / 2> PYFUSED_INLINE void transpose(vfloat* v) {
       v[r] = mix_low<S>(a, b, AllLanes{}), v[r + S] = mix_high<S>(a, b, AllLanes{});
     }
   if constexpr (S > 1) transpose<S / 2>(v);
+}
+
+// v[c] receives column c of a square of kWidth floats, its rows `step` apart. AVX-512 shuffles on one port alone. Quarters of
+// rows that memory inserts where they belong halve its work.
+PYFUSED_INLINE void load_transposed(const float* from, int64_t step, vfloat* v) {
+#if defined(__AVX512F__) && !defined(PYFUSED_WIDTH)
+#pragma GCC unroll 4
+  for (int c = 0; c < kWidth; c += 4, from += 4) {
+    __m512 row[4];  // of each quarter of a vector: rows r, r + 4, r + 8 and r + 12
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      row[r] = _mm512_castps128_ps512(_mm_loadu_ps(from + r * step));
+      row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(from + (r + 4) * step), 1);
+      row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(from + (r + 8) * step), 2);
+      row[r] = _mm512_insertf32x4(row[r], _mm_loadu_ps(from + (r + 12) * step), 3);
+    }
+    const __m512d low = (__m512d)_mm512_unpacklo_ps(row[0], row[1]), high = (__m512d)_mm512_unpackhi_ps(row[0], row[1]);
+    const __m512d low2 = (__m512d)_mm512_unpacklo_ps(row[2], row[3]), high2 = (__m512d)_mm512_unpackhi_ps(row[2], row[3]);
+    v[c] = (vfloat)_mm512_unpacklo_pd(low, low2), v[c + 1] = (vfloat)_mm512_unpackhi_pd(low, low2);
+    v[c + 2] = (vfloat)_mm512_unpacklo_pd(high, high2), v[c + 3] = (vfloat)_mm512_unpackhi_pd(high, high2);
+  }
+#else
+#pragma GCC unroll 16
+  for (int r = 0; r < kWidth; ++r) v[r] = load(from + r * step);
+  transpose(v);
+#endif
 }
 
 // Lane i is the sum of v[i]'s lanes. Half the instructions of kWidth times sum_lanes(). v is used up.

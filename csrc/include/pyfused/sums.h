@@ -54,8 +54,8 @@ template <class W, class M> struct Sums {
   static constexpr int64_t kWidened = kDepth / M::kGroup + kWidth;  // floats for a row of W as lanes
 
   // A gemm widens rows of W into L1 and reads them again, so half precision stays with gemv longer: 1.4 times faster at
-  // 16 rows. float32 is as fast either way from 9 rows on. AVX-512's gemv has larger tiles. AMX's tiles wait for memory, of few rows
-  // too; a gemv of 8 rows still does.
+  // 16 rows. float32 is as fast either way from 9 rows on. AVX-512's gemv has larger tiles. AMX's tiles wait for memory, of few
+  // rows too; a gemv of 8 rows still does.
   static constexpr int64_t kGemvRows = kOfIntegers      ? -1
                                        : kInTiles       ? 8
                                        : kManyRegisters ? (sizeof(W) == 2 ? 24 : 12)

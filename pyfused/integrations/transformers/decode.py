@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ...decode_plan import DecodePlan, DecodeStep, Matrix
+from ...kernels.cpu.decode import with_room
 from ...ops.decode import is_native, run
 from ...own_forward import kept
 from ...tracing import profiler_is_on, tracing
@@ -197,9 +198,7 @@ class _Call(NamedTuple):
         else:
             # The old keys and values may have another owner. As in `update`, a longer copy takes their place; `decode` writes
             # the new token's into it.
-            like = step.caches[0]
-            room = like.new_empty(*like.shape[:2], 1, like.shape[3])
-            grown = [torch.cat((t, room), -2) for t in step.caches]
+            grown = with_room(step.caches)
             states, _ = run(self.ready.plan, step._replace(caches=grown))
             for i, layer in enumerate(self.layers):
                 layer.keys, layer.values = grown[2 * i], grown[2 * i + 1]
