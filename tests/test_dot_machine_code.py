@@ -70,9 +70,12 @@ CASES = [
 def test_the_inner_loop(name, kind, instruction, register, sums):
     loop = loops(name)[kind]
     dots = [line for line in loop if instruction in line]
-    assert len(dots) in (sums, 4 * sums), loop
+    assert len(dots) in (sums, 8 * sums), loop
     assert all(register in line for line in dots)
     assert len({line.rsplit("%", 1)[1] for line in dots}) == sums, "each sum has a register"
-    assert not [line for line in loop if "(%rsp" in line or "(%rbp" in line], "a sum is in memory"
+    # An address may be, once in the eight steps of an unrolled loop.
+    of_stack = [line for line in loop if "(%rsp" in line or "(%rbp" in line]
+    assert not [line for line in of_stack if "mm" in line], "a sum is in memory"
+    assert len(of_stack) <= 1
     most = 4.0 if register == "tmm" else 2.8 if kind.endswith("gemv") else 2.0
     assert len(loop) / len(dots) < most, "loads, prefetches, and the loop's own instructions"
