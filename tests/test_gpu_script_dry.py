@@ -128,7 +128,7 @@ def test_the_rows_of_generation(rows):
 def test_the_rows_of_transformers(rows):
     found = of(rows, "transformers gpt2,t5")[:-1]
     assert [(row["model"], row["how"]) for row in found] == [
-        (model, how) for model in ("gpt2", "t5") for how in ("eager", "static cache, compiled")
+        (model, how) for model in ("gpt2", "t5") for how in ("eager", "fused", "fused, cuda", "static cache, compiled")
     ]
     assert all(isinstance(row["us_per_token"], float) for row in found)
 
