@@ -34,7 +34,7 @@ CUDA_OPERATORS = tuple(
     name for name in OPERATORS if name != "relative_bias"
 )  # that one has no CUDA kernel, only Triton's
 CUDNN_OPERATORS = ("attention",)
-GLUON_OPERATORS = ("attention",)  # for Hopper, by hand, and never used unless forced
+GLUON_OPERATORS = ("attention",)  # for Hopper, by hand
 CUDA_CALLS = ROOT / "tests" / "gpu" / "cuda_calls.py"
 STREAMS = ROOT / "tests" / "gpu" / "test_streams_and_graphs.py"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_cuda import Machine
 
-from pyfused import extensions
+from pyfused import dispatch, extensions, ops
 from pyfused.kernels.shared import prepared
 from pyfused.kernels.triton import _launch
 
@@ -72,10 +72,20 @@ def test_a_kernel_has_one_key_on_disk(facts):
 
 
 def test_the_kernel_for_hopper_starts(facts):
-    """Two programs of 128 queries for each head, behind the bias by distance."""
+    """As many programs as the imaginary GPU has multiprocessors, or blocks, behind the bias by distance."""
     (first, _, _), (second, grid, arguments) = facts["by_hand"]
     assert (first, second, grid) == ("spread_kernel", "forward_kernel", [4, 1, 1])
     assert arguments == ["TensorDescriptor"] * 3
+
+
+def test_every_kernel_starts_on_the_device_of_its_tensors():
+    """A kernel starts on the current device, and new tensors are made there; prepares_launch sets it. decode's launcher passes
+    its device on."""
+    kernels = [dispatch.kernel(backend, name) for backend in ("triton", "cuda", "cudnn", "gluon") for name in ops.MODULES]
+    functions = [getattr(module, name) for module in kernels for name in ("forward", "backward") if hasattr(module, name)]
+    assert len(functions) > 20
+    unprepared = [function.__module__ for function in functions if not hasattr(function, "prepare")]
+    assert unprepared == ["pyfused.kernels.cuda.decode"]
 
 
 def test_a_text_that_grows_compiles_nothing_again(facts):

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pyfused.arguments import AttentionBackward, AttentionForward, taking
 from pyfused.kernels.cuda._launch import multiprocessors
 from pyfused.kernels.shared.attention_layout import by_rows, span
-from pyfused.kernels.shared.prepared import maker
+from pyfused.kernels.shared.prepared import maker, prepares_launch
 from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
 from pyfused.kernels.triton.attention import unsupported_backward as unsupported_by_triton
@@ -92,13 +92,13 @@ def _together(rows, blocks, queries, key_length, bytes_of_head, programs):
     return min((n for n in range(1, rows + 1) if rows % n == 0 and n <= most), key=busiest)
 
 
+@prepares_launch
 @taking(AttentionForward)
 def forward(a):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     options = options_for(d)
     shape, strides = by_rows(a.query)
-    out = maker(shape, dtype, strides, device)()
-    lse = maker((b, h, sq), torch.float32, None, device)() if a.save else None
+    new_out, new_lse = maker(shape, dtype, strides, device), maker((b, h, sq), torch.float32, None, device)
     center, by_distance = spread(a, {"BLOCK_M": _ROWS, "BLOCK_N": _BLOCK_N})
     queries, programs = options["CONSUMERS"] * _ROWS, multiprocessors(device)
     of_head = -(-sq // queries)
@@ -109,33 +109,18 @@ def forward(a):
     elif sq % queries and of_head > 1:
         of_head -= 1
         late = b * h * of_head
-    start(
-        forward_kernel,
-        (min(blocks, programs),),
-        _descriptor(a.query, _ROWS),
-        *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value)),
-        out,
-        lse,
-        None if by_distance is None else by_distance(a.bias_table),
-        in_units(a.scale, dtype),
-        span(a),
-        center,
-        *strides[:3],
-        blocks,
-        late,
-        of_head,
-        together,
-        h,
-        h // hkv,
-        sq,
-        sk,
-        D=d,
-        BLOCK_N=_BLOCK_N,
-        **options,
-        IS_CAUSAL=a.is_causal,
-        num_warps=4,
-    )
-    return out, lse
+    numbers = in_units(a.scale, dtype), span(a), center, *strides[:3], blocks, late, of_head, together, h, h // hkv, sq, sk
+    options |= {"D": d, "BLOCK_N": _BLOCK_N, "IS_CAUSAL": a.is_causal, "num_warps": 4}
+
+    @taking(AttentionForward)
+    def launch(a):
+        out, lse = new_out(), new_lse() if a.save else None
+        tiles = _descriptor(a.query, _ROWS), *(_descriptor(tensor, _BLOCK_N) for tensor in (a.key, a.value))
+        bias = None if by_distance is None else by_distance(a.bias_table)
+        start(forward_kernel, (min(blocks, programs),), *tiles, out, lse, bias, *numbers, **options)
+        return out, lse
+
+    return launch
 
 
 @taking(AttentionBackward)
@@ -150,10 +135,15 @@ def unsupported_backward(a):
     return found or _unsupported(a) or unsupported_by_triton(*a)
 
 
+@prepares_launch
 @taking(AttentionBackward)
 def backward(a):
-    whole = {name: _copied(getattr(a, name)) for name in ("grad_out", "out")}
-    return gradients(a._replace(**whole), start, _descriptor)
+    @taking(AttentionBackward)
+    def launch(a):
+        whole = {name: _copied(getattr(a, name)) for name in ("grad_out", "out")}
+        return gradients(a._replace(**whole), start, _descriptor)
+
+    return launch
 
 
 def _copied(tensor):
