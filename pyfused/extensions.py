@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import os
 import re
 import warnings
@@ -299,15 +298,21 @@ def emulating_gluon() -> bool:
     return _emulated_gluon
 
 
+@functools.cache
+def is_hopper(index: int) -> bool:
+    """Whether this GPU is one of NVIDIA's with a compute capability of 9."""
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
 def gluon_missing() -> str:
     """Why kernels for Hopper cannot run here; "" if they can, apart from Triton."""
     if _emulated_gluon:
         return ""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.version.hip or torch.cuda.get_device_capability()[0] != 9:  # an MI300 says 9.4
+    if torch.version.hip or not any(is_hopper(index) for index in range(torch.cuda.device_count())):  # an MI300 says 9.4
         return "its kernels are for Hopper (sm_90)"
-    found = importlib.metadata.version("triton")
+    found = str(getattr(importlib.import_module("triton"), "__version__", "of no known version"))
     if not found.startswith(GLUON_NEEDS):
         return f"Triton {found} is installed; its language for one chip still changes, and {GLUON_NEEDS[:-1]} is tested"
     return ""

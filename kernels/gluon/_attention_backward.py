@@ -14,7 +14,7 @@ from pyfused.kernels.triton.attention import few_keys, in_units, prepare_backwar
 from ._attention_grad_key_value import grad_key_value_kernel
 from ._attention_grad_query import GROUPS, ROWS, TILE, grad_query_kernel
 
-_ROWS, _TILE, _OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
+_ROWS, _TILE, OWN = ROWS.value, TILE.value, ROWS.value * GROUPS.value
 _STAGES = 2  # tiles in shared memory; a third gained nothing
 
 
@@ -38,7 +38,7 @@ def grad_query(a, stats, center, by_distance, start, descriptor):
     """The gradient of the queries. Fills stats, (B, H, rows, 2)."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     shape, strides = by_rows(a.query)
-    found, works = maker(shape, dtype, strides, device)(), b * h * -(-sq // _OWN)
+    found, works = maker(shape, dtype, strides, device)(), b * h * -(-sq // OWN)
     start(
         grad_query_kernel,
         _grid(works, device),
@@ -71,7 +71,7 @@ def grad_key_value(a, start, descriptor, stats, center, by_distance):
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     shape, strides = by_rows(a.key)
     grad_key, grad_value = (maker(shape, dtype, strides, device)() for _ in range(2))
-    works = b * hkv * -(-sk // _OWN)
+    works = b * hkv * -(-sk // OWN)
     start(
         grad_key_value_kernel,
         _grid(works, device),
@@ -100,10 +100,10 @@ def grad_key_value(a, start, descriptor, stats, center, by_distance):
 def gradients(a, start, descriptor):
     """(dQ, dK, dV, None, dtable) of a call. start(kernel, grid, *args, **options) starts a kernel, descriptor(tensor, rows)
     describes tiles of a head's rows to the copy engine."""
-    key_value = functools.partial(grad_key_value, a, start, descriptor)
+    key_value, blocks = functools.partial(grad_key_value, a, start, descriptor), {"BLOCK_M": OWN, "BLOCK_N": _TILE}
     if a.wants_table:  # the kernel for the queries sums up the table's gradient, which this file's does not
-        return prepare_backward(a, key_value)(*a)
-    center, of = spread(a, {"BLOCK_M": _OWN, "BLOCK_N": _TILE})
+        return prepare_backward(a, key_value, blocks)(*a)
+    center, of = spread(a, blocks)
     by_distance = None if of is None else of(a.bias_table)
     stats = new_stats(a.query)
     found = grad_query(a, stats, center, by_distance, start, descriptor)

@@ -9,6 +9,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pyfused import extensions
 from pyfused.arguments import AttentionBackward, AttentionForward, taking
 from pyfused.kernels.cuda._launch import multiprocessors
 from pyfused.kernels.shared.attention_layout import by_rows, span
@@ -17,7 +18,7 @@ from pyfused.kernels.triton._launch import settle_cache_key
 from pyfused.kernels.triton.attention import in_units, least_scale, spread
 from pyfused.kernels.triton.attention import unsupported_backward as unsupported_by_triton
 
-from ._attention_backward import gradients
+from ._attention_backward import OWN, gradients
 from ._attention_forward import ROWS, forward_kernel
 
 _ROWS = ROWS.value
@@ -25,6 +26,8 @@ _BLOCK_N = 128
 # By head size: warpgroups that attend, registers of a thread of theirs, stages. They fill the registers of a multiprocessor,
 # and at 128 its shared memory.
 _BY_HEAD_SIZE = {64: (3, 160, 3), 128: (2, 240, 2)}
+# Scores. An H100 takes some 100 us for them forward and 200 backward; the host as long to describe and start the kernels.
+_WORTH_STARTING = 1 << 27
 _TOGETHER = 36 << 20  # bytes of keys and values, of the L2's 50 MB
 
 
@@ -38,6 +41,7 @@ def _unsupported(a):
     biased = a.bias_table is not None
     sizes = tuple(_BY_HEAD_SIZE)
     reasons = {
+        "a GPU that is not Hopper": a.query.is_cuda and not extensions.is_hopper(a.query.device.index),
         "padding": a.padding_mask is not None,
         "a dense bias": a.attn_bias is not None,
         "packed sequences": a.cu_seqlens is not None,
@@ -50,6 +54,26 @@ def _unsupported(a):
         "tensors that are not aligned to 16 bytes, or are expanded": not all(map(_aligned, (a.query, a.key, a.value))),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@taking(AttentionForward)
+def declined_forward(a):
+    return _declined(a, a.query.shape[1], a.query.shape[2], options_for(a.query.shape[3])["CONSUMERS"] * _ROWS)
+
+
+@taking(AttentionBackward)
+def declined_backward(a):
+    return _declined(a, a.key.shape[1], a.key.shape[2], OWN)
+
+
+def _declined(a, heads, length, rows):
+    """Evidence has one shape for each number of scores, and the device's time alone."""
+    (b, h, sq, _), sk = a.query.shape, a.key.shape[2]
+    if b * h * sq * sk < _WORTH_STARTING:
+        return "so few scores that to start it takes the host longer than another backend takes the device"
+    if b * heads * -(-length // rows) < multiprocessors(a.query.device):
+        return "fewer blocks than the device has multiprocessors"
+    return None
 
 
 def _aligned(tensor):

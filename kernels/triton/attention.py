@@ -188,9 +188,9 @@ def backward(a):
     return prepare_backward(a)
 
 
-def prepare_backward(a, key_value=None):
+def prepare_backward(a, key_value=None, *key_value_blocks):
     """The launch of a backward. key_value(stats, center, by_distance) returns the gradients of key and value in the place of
-    this file's kernel."""
+    this file's kernel; it reads the bias by distance with BLOCK_M and BLOCK_N of key_value_blocks."""
     (b, h, sq, d), (hkv, sk), dtype, device = a.query.shape, a.key.shape[1:3], a.query.dtype, a.query.device
     sequences = _sequences(a.cu_seqlens)
     # A softmax over one key is constant, so its gradient is exactly zero. dP - delta would leave a rounding error.
@@ -203,7 +203,7 @@ def prepare_backward(a, key_value=None):
     query_tile, key_tile = (
         config(f"grad_{kernel}", d, dtype, device, extras, relative) for kernel in ("query", "key_value")
     )
-    middle, new_bias_by_distance = spread(a, query_tile.options, key_tile.options)
+    middle, new_bias_by_distance = spread(a, query_tile.options, key_tile.options, *key_value_blocks)
     block_m, block_n = query_tile.options["BLOCK_M"], query_tile.options["BLOCK_N"]
     tiles_of_head = _tiles(b, sq, block_m, a.cu_seqlens)
     # Room for the last tile of queries, wherever a packed sequence begins.

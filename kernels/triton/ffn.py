@@ -42,8 +42,8 @@ def _activation_backward_kernel(
     """inner = activation(pre). Replaces the gradient of inner in `grad` by the gradient of pre. sums (programs in a column, F),
     or None, gets that gradient's sums over a program's rows."""
     ROWS: tl.constexpr = BLOCK // _COLUMNS
-    column = tl.program_id(0) * _COLUMNS + tl.arange(0, _COLUMNS)
-    row = tl.program_id(1).to(tl.int64) * (ROWS * _STEPS) + tl.arange(0, ROWS)
+    column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
+    row = tl.program_id(0).to(tl.int64) * (ROWS * _STEPS) + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, _COLUMNS], tl.float32)
     for _ in range(_STEPS):
         at = row[:, None] * columns + column[None, :]
@@ -57,7 +57,7 @@ def _activation_backward_kernel(
             total += grad
         row += ROWS
     if sums_ptr is not None:
-        tl.store(sums_ptr + tl.program_id(1) * columns + column, tl.sum(total, 0), mask=column < columns)
+        tl.store(sums_ptr + tl.program_id(0) * columns + column, tl.sum(total, 0), mask=column < columns)
 
 
 @prepares_launch
@@ -88,8 +88,8 @@ def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
         return None
     shape, columns, dtype, device = pre.shape, pre.shape[-1], pre.dtype, pre.device
     rows, tile = pre.numel() // columns, tiles.find("ffn_activation_backward", device).options
-    grid = triton.cdiv(columns, _COLUMNS.value), triton.cdiv(rows, tile["BLOCK"] // _COLUMNS.value * _STEPS.value)
-    new_inner, new_sums = maker(shape, dtype, None, device), maker((grid[1], columns), torch.float32, None, device)
+    grid = triton.cdiv(rows, tile["BLOCK"] // _COLUMNS.value * _STEPS.value), triton.cdiv(columns, _COLUMNS.value)
+    new_inner, new_sums = maker(shape, dtype, None, device), maker((grid[0], columns), torch.float32, None, device)
     start = starter(_activation_backward_kernel, grid, device, rows, columns, ACTIVATION=activation, **tile)
 
     def launch(grad_y, x, w_in, w_out, pre, _activation, *wants):

@@ -36,7 +36,7 @@ class DistanceBias(NamedTuple):
 
     Attributes:
         table: (H, 2 L - 1): column L - 1 + r is the bias of a key r positions after its query. L is at least the number of
-            queries and of keys.
+            queries and of keys. Finite: a number such as -1e4 hides a key; -inf may give NaN on a GPU.
     """
 
     table: torch.Tensor

@@ -1,7 +1,6 @@
 """Is attention for Hopper right, and never run unless forced? Without a GPU an interpreter (tests/gluon_on_cpu.py) runs it,
 with copies and products at every time at which they may happen."""
 
-import importlib.metadata
 import importlib.util
 import sys
 from functools import partial
@@ -10,11 +9,13 @@ from pathlib import Path
 import gluon_on_cpu
 import pytest
 import torch
+import triton
 from attention_cases import plain
 from draws import check
 
 import pyfused
 from pyfused import dispatch, evidence, extensions
+from pyfused.arguments import AttentionForward
 from pyfused.evidence import storage
 from pyfused.kernels.gluon import _attention_forward, attention
 from pyfused.testing import assert_close
@@ -134,6 +135,8 @@ def test_evidence_chooses(monkeypatch, speed, size, runs):
     found = () if speed is None else (storage.line_from(line | {"speed": {"gluon": {"64": speed}}}, "gpu.json"),)
     monkeypatch.setattr(evidence, "lines", lambda device: found)
     monkeypatch.setitem(dispatch.PREFERENCES, DEVICE, dispatch.PREFERENCES["cuda"])
+    monkeypatch.setattr(attention, "_WORTH_STARTING", 0)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 1)
     dispatch.forget()
     said = pyfused.explain("attention", *drawn((1, 1, 1, 24, 24, size)))
     assert (said.backend == "gluon") == runs
@@ -145,9 +148,31 @@ def test_evidence_chooses(monkeypatch, speed, size, runs):
 def test_it_is_for_hopper_alone(monkeypatch, hip, capability, runs):
     monkeypatch.setattr(extensions, "_emulated_gluon", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(extensions, "is_hopper", extensions.is_hopper.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert (extensions.gluon_missing() == "") == runs
+
+
+@pytest.mark.parametrize(
+    "sizes, of_forward, of_backward",
+    [
+        ((1, 3, 3, 128, 400, 64), "so few scores", "so few scores"),
+        ((1, 1, 1, 64, 1 << 21, 64), "fewer blocks", ""),
+        ((1, 14, 2, 2048, 5000, 64), "", "fewer blocks"),
+        ((8, 16, 16, 1024, 1024, 64), "", ""),
+    ],
+)
+def test_it_leaves_calls_in_which_a_gpu_would_idle(monkeypatch, sizes, of_forward, of_backward):
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 132)
+    b, h, hkv, sq, sk, d = sizes
+    query, key = torch.empty(b, h, sq, d, device="meta"), torch.empty(b, hkv, sk, d, device="meta")
+    forward = AttentionForward(query, key, key, False, None, None, 1.0, 0.0, None, False)
+    backward = forward.backward(query, query, query, False, False)
+    said = attention.declined_forward(*forward) or "", attention.declined_backward(*backward) or ""
+    assert [said[0].startswith(of_forward), said[1].startswith(of_backward)] == [True, True]
+    assert list(map(bool, said)) == [bool(of_forward), bool(of_backward)]
 
 
 @pytest.mark.parametrize("version, runs", [("3.6.0", True), ("3.6.1", True), ("3.7.0", False), ("3.60.0", False)])
@@ -155,8 +180,9 @@ def test_it_wants_the_release_of_triton_that_was_measured(monkeypatch, version, 
     """Gluon still changes from release to release."""
     monkeypatch.setattr(extensions, "_emulated_gluon", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(extensions, "is_hopper", lambda index: True)
+    monkeypatch.setattr(triton, "__version__", version)
     assert (extensions.gluon_missing() == "") == runs
 
 

@@ -1,6 +1,7 @@
 """Is attention's backward for Hopper right, whatever happens first? Without a GPU an interpreter (tests/gluon_on_cpu.py) runs
 it, with copies and products at every time at which they may happen."""
 
+import contextlib
 import importlib.util
 import sys
 from functools import partial
@@ -90,14 +91,20 @@ def test_gradients(sizes, causal, both, half):
     check(once)
 
 
-def test_with_the_gradient_of_the_table():
-    """Triton's kernel for the queries sums it up, and writes what this backend's kernel for the keys reads."""
-    *inputs, cotangent = drawn((1, 2, 2, 140, 140, 64), torch.float16)
+@pytest.mark.parametrize("length, side", [(140, None), (420, 32)])
+def test_with_the_gradient_of_the_table(length, side):
+    """Triton's kernel for the queries sums it up, and writes what this backend's kernel for the keys reads, which has tiles of
+    its own."""
+    kernels = ("attention_grad_query", "attention_grad_key_value") if side else ()
+    tile = {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4, "num_stages": 2}
+    *inputs, cotangent = drawn((1, 2, 2, length, length, 64), torch.float16)
     table = torch.randn(32, 2, device=DEVICE).half()
     found = []
     for name, cast in (("gluon", lambda t: t), ("reference", lambda t: t), ("reference", torch.Tensor.double)):
         leaves = [cast(t).detach().requires_grad_() for t in (*inputs, table)]
-        with pyfused.backend(name, strict=True):
+        with pyfused.backend(name, strict=True), contextlib.ExitStack() as small:
+            for kernel in kernels:
+                small.enter_context(tiles.trying(kernel, tile))
             out = pyfused.attention(*leaves[:3], relative_bias=pyfused.RelativeBias(leaves[3], True))
             found.append(torch.autograd.grad(out, leaves, cast(cotangent)))
     for each in zip(*found, strict=True):

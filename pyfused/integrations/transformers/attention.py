@@ -84,8 +84,10 @@ def attend(
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, one row for all
     head_mask = _read_head_mask(module, kwargs.get("head_mask"), query.shape[1])
     packed = None
-    # T5's cross-attention has a bias of zeros, which its fused layer leaves out.
+    # T5's cross-attention has a bias of zeros, which its fused layer leaves out. On a GPU masks are not read: there a query
+    # that sees no key gets zeros.
     biased = position_bias is not None or relative_bias is not None or hasattr(module, "has_relative_attention_bias")
+    biased = biased and query.is_cpu
     if attention_mask is not None:
         visible = read_mask(attention_mask, query, key, biased)
     else:

@@ -182,7 +182,8 @@ class _Call(NamedTuple):
         mask = _padding(mask, rows, place + 1, length if is_static else place + 1)
         if tokens is None or mask is _UNKNOWN or cross_mask is _UNKNOWN:
             return None
-        if cross_mask is not None and not bool(cross_mask.any(1).all()):  # such a text gets the mean of all values there
+        # A text without tokens gets the mean of all values there.
+        if cross_mask is not None and cross_mask.is_cpu and not bool(cross_mask.any(1).all()):
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*ready.watch.parameters, *tensors, *cross)):
             return None
