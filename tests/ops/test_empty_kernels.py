@@ -22,6 +22,7 @@ from pyfused.kernels.shared.fourier import plan
 {load}
 buffers = [torch.zeros(1 << 18) for _ in range(24)]
 ends = torch.tensor([0, 2, 4, 4, 4], dtype=torch.int32)
+caches = [torch.tensor([t.data_ptr()] * 4) for t in buffers[:2]]  # the tables of addresses that decode_copies reads
 none = torch.zeros(8, dtype=torch.int64)  # the plan of length 0
 sizes = ("batch", "heads", "kv_heads", "query_length", "key_length", "head_size", "longest")
 strides = dict.fromkeys(("query", "key", "value", "out", "grad_out"), (4,) * 3) | {{"bias": (4,) * 4, "chunk": 4}}
@@ -42,6 +43,8 @@ def call(kernels, dtype, name, parameters, zero, given):
             stages, table = plan(4)
             stages = none if zero in ("all", length) else stages
             values.append((stages if parameter.startswith("plan") else table).data_ptr())
+        elif name == "decode_copies" and kind == "addr":
+            values.append(caches[i].data_ptr())
         elif kind == "addr":
             values.append(buffers[i].data_ptr())
         elif parameter in ("dtype", "device"):
