@@ -298,7 +298,6 @@ def emulating_gluon() -> bool:
     return _emulated_gluon
 
 
-@functools.cache
 def is_hopper(index: int) -> bool:
     """Whether this GPU is one of NVIDIA's with a compute capability of 9."""
     return torch.cuda.get_device_capability(index)[0] == 9

@@ -149,7 +149,6 @@ def test_it_is_for_hopper_alone(monkeypatch, hip, capability, runs):
     monkeypatch.setattr(extensions, "_emulated_gluon", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(extensions, "is_hopper", extensions.is_hopper.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert (extensions.gluon_missing() == "") == runs
