@@ -10,10 +10,11 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 # The number of kernels
 SOURCES = {"attention": 28, "attention_packed": 28, "attention_decode": 15, "attention_float32": 16}
+# The packed kernels are attention's with other addresses. For sm_80 they would be compiled for this test alone.
+COMPILED = [(s, a) for s in SOURCES for a in ARCHITECTURES if (s, a) != ("attention_packed", "sm_80")]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source, architecture", COMPILED)
 def test_kernels(source, architecture):
     kernels = compile_source(source, architecture)
     assert len(kernels) == SOURCES[source]
@@ -45,8 +46,7 @@ def tile_bytes(arguments):
     return (wm * mr * 16 + 2 * stages * bn) * d * 2
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["attention", "attention_packed", "attention_decode"])
+@pytest.mark.parametrize("source, architecture", [case for case in COMPILED if case[0] != "attention_float32"])
 def test_tiles_fit_the_chip(source, architecture):
     """Leaves room for 16 heads' biases by distance, 511 each. Up to D = 128 two blocks share a multiprocessor."""
     for kernel in compile_source(source, architecture):
