@@ -8,12 +8,14 @@ def forward(x, weight, bias, eps, residual, save):
     total = None if residual is None else (x + residual).contiguous()
     t = x if residual is None else total
     wide = t.double() if t.dtype == torch.float64 else t.float()
-    mean = wide.mean(-1)
-    rstd = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
-    y = (wide - mean[..., None]) * rstd[..., None] * weight
+    # The statistics of one row keep a dimension: the derivative in forward mode of a 0-d float32 tensor plus a number is
+    # float64 in torch.
+    mean = wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    y = (wide - mean) * rstd * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).contiguous(), total, mean if save else None, rstd if save else None
+    return y.to(x.dtype).contiguous(), total, mean[..., 0] if save else None, rstd[..., 0] if save else None
 
 
 def backward(grad_y, grad_total, x, weight, mean, rstd, has_bias):

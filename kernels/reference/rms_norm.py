@@ -8,9 +8,10 @@ def forward(x, weight, eps, residual, save):
     total = None if residual is None else (x + residual).contiguous()
     t = x if residual is None else total
     wide = t.double() if t.dtype == torch.float64 else t.float()
-    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = wide * rstd[..., None] * weight
-    return y.to(x.dtype).contiguous(), total, rstd if save else None
+    # With a dimension for one row too: see layer_norm
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = wide * rstd * weight
+    return y.to(x.dtype).contiguous(), total, rstd[..., 0] if save else None
 
 
 def backward(grad_y, grad_total, x, weight, rstd):

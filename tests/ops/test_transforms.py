@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +55,16 @@ def test_grad_and_forward_mode(call):
         y = call(forward_ad.make_dual(x.detach(), direction))
         tangent = forward_ad.unpack_dual(y.sin().sum()).tangent
     torch.testing.assert_close(tangent, (expected * direction).sum())
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "linear", "ffn", "gated_ffn"])
+def test_forward_mode_of_one_row(name):
+    """The statistics of one row are single numbers. Forward mode makes a 0-d tensor plus a number float64."""
+    x, direction = torch.randn(8), torch.randn(8)
+    value, tangent = jvp(CALLS[name], (x,), (direction,))
+    assert value.dtype == tangent.dtype == torch.float32
+    torch.testing.assert_close(tangent, jacrev(CALLS[name])(x) @ direction)
+    assert hessian(lambda x: CALLS[name](x).sin().sum())(x).dtype == torch.float32
 
 
 def test_batched_gradients(call):
