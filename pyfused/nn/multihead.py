@@ -8,25 +8,38 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..notices import once
 from ..ops import linear
 from ..ops.attention import MAX_HEAD_SIZE
+from ..ops.checks import is_dense
 from ..own_forward import fused_forward
+from ..spread import is_spread
 from .attention import Visibility, bias_in
 
+_STRIDED = torch.strided
+_PLAIN = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these tensors. torch's own functions are better for float64, other devices, nested tensors
-    and, outside of torch.autocast, mixed dtypes."""
+    """Whether the kernels take these tensors; `others` are weights. torch's own functions are better for float64, other
+    devices, nested and sparse tensors, weights of a tensor subclass and, outside of torch.autocast, mixed dtypes."""
     dtype = x.dtype
-    if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or x.is_nested:
+    if dtype not in _DTYPES or not (x.is_cpu or x.is_cuda) or not is_dense(x):
         return False
     if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):
-        return all(t is None or t.dtype in _DTYPES for t in others)
-    return all(t is None or t.dtype == dtype for t in others)
+        return all(t is None or (t.dtype in _DTYPES and _has_memory(t)) for t in others)
+    return all(t is None or (t.dtype == dtype and _has_memory(t)) for t in others)
+
+
+def _has_memory(weight: Tensor) -> bool:
+    """Whether the operators can read this weight: it is neither sparse nor, as torchao's, a wrapper around other tensors.
+    They can read a DTensor."""
+    if weight.layout is not _STRIDED:
+        return False
+    return type(weight) in _PLAIN or not is_traceable_wrapper_subclass(weight) or is_spread(weight)
 
 
 def visible_keys(

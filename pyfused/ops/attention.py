@@ -15,7 +15,7 @@ from ..arguments import AttentionBackward, AttentionForward, schema, taking
 from ..rules import its_kind
 from ..tracing import tracing
 from .autocast import autocast_is_on, autocasts, in_lower_precision, to
-from .checks import check_floating, check_like, check_shape, may_look, name_of
+from .checks import as_float, check_dense, check_floating, check_like, check_shape, may_look, name_of
 from .cost import Cost, size
 from .registration import Operator
 from .relative_bias import EACH, DistanceBias, RelativeBias, by_distance, check_buckets
@@ -164,11 +164,11 @@ def bind(
         cu_seqlens, max_seqlen = _bind_sequences(cu_seqlens, max_seqlen, query, key)
     elif max_seqlen is not None:
         raise ValueError(f"max_seqlen is {max_seqlen} without cu_seqlens; it takes None then")
+    dropout_p = as_float(dropout_p, "dropout_p")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it takes 0 <= dropout_p < 1")
     if padding_mask is not None:
-        if not isinstance(padding_mask, torch.Tensor):
-            raise TypeError(f"padding_mask is {its_kind(padding_mask)}; it takes a torch.Tensor")
+        check_dense(padding_mask, "padding_mask")
         check_shape(padding_mask, "padding_mask", (b, sk), "(B, Sk)")
         if padding_mask.device != query.device:
             raise ValueError(f"padding_mask is on {padding_mask.device}; it takes query's device, {query.device}")
@@ -194,13 +194,13 @@ def bind(
         or (attn_bias is not None and attn_bias.requires_grad)
         or (table is not None and table.requires_grad)
     )
-    scale = 1.0 / math.sqrt(max(d, 1)) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(d, 1)) if scale is None else as_float(scale, "scale")
     if d != 1:
         query = query if query.stride()[3] == 1 else query.contiguous()
         key = key if key.stride()[3] == 1 else key.contiguous()
         value = value if value.stride()[3] == 1 else value.contiguous()
     return AttentionForward(
-        *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, float(dropout_p), seed, save),
+        *(query, key, value, bool(is_causal), padding_mask, attn_bias, scale, dropout_p, seed, save),
         *(table, bidirectional, max_distance, cu_seqlens, max_seqlen or 0),
     )
 
@@ -270,8 +270,7 @@ def _bind_relative_bias(relative_bias, query, key):
         raise TypeError(f"relative_bias is {its_kind(relative_bias)}; it takes {takes}")
     table, bidirectional, max_distance = relative_bias
     name = "relative_bias.table"
-    if not isinstance(table, torch.Tensor):
-        raise TypeError(f"{name} is {its_kind(table)}; it takes a torch.Tensor")
+    check_dense(table, name)
     if table.dtype != query.dtype and table.dtype != torch.float32:
         takes = " or ".join(dict.fromkeys((name_of(query.dtype), "float32")))
         raise TypeError(f"{name} is {name_of(table.dtype)}; it takes query's dtype or float32: {takes}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .autocast import autocast_is_on, autocasts, normalized
-from .checks import check_floating, check_like, check_shape
+from .checks import as_float, check_floating, check_like, check_shape
 from .cost import Cost, size
 from .registration import Operator
 
@@ -72,7 +72,7 @@ def bind(x, weight, bias=None, *, eps=1e-5, residual=None) -> tuple[Any, ...]:
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    return x, weight, bias, float(eps), residual, save
+    return x, weight, bias, as_float(eps, "eps"), residual, save
 
 
 def _fake(x, weight, bias, eps, residual, save):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .autocast import autocast_is_on, autocasts, normalized
-from .checks import check_floating, check_like, check_shape
+from .checks import as_float, check_floating, check_like, check_shape
 from .cost import Cost, size
 from .registration import Operator
 
@@ -73,7 +73,7 @@ def bind(x, weight, *, eps=1e-6, residual=None) -> tuple[Any, ...]:
     save = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     )
-    return x, weight, float(eps), residual, save
+    return x, weight, as_float(eps, "eps"), residual, save
 
 
 def _fake(x, weight, eps, residual, save):

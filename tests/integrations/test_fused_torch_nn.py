@@ -275,3 +275,58 @@ def test_a_model_by_hand(way):
         return {what: [one[what] for one in found] for what in found[0]}
 
     draws.check(once)
+
+
+class Packed(torch.Tensor):
+    """A weight as torchao makes them: F.linear alone can use it."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __tensor_flatten__(self):
+        return ["weight"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, context, size, stride):
+        return cls(tensors["weight"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].weight, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].weight)
+        raise NotImplementedError(f"{function} of a packed weight")
+
+
+@pytest.mark.parametrize("packed", [Packed, torch.Tensor.to_sparse_csr])
+@pytest.mark.parametrize(
+    "kind, places, inputs",
+    [
+        ("Linear", [""], 1),
+        ("TransformerEncoderLayer", ["linear1", "linear2"], 1),
+        ("TransformerDecoderLayer", ["linear1"], 2),
+    ],
+)
+def test_weights_that_only_torch_can_read(kind, places, inputs, packed):
+    """Quantised or sparse weights, which came before fuse_ or after it, in a module that keeps its class. torch's native
+    layers, which run without gradients, cannot read them either."""
+    options = {"bias": True} if kind == "Linear" else {"batch_first": True, "dropout": 0.0}
+    model = shaken(getattr(nn, kind)(E, E if kind == "Linear" else H, **options)).eval()
+    x = torch.randn(B, S, E)
+    expected = model(*[x] * inputs)
+    pyfused.fuse_(model, linear=True)
+    for place in places:
+        layer = model.get_submodule(place)
+        layer.weight = nn.Parameter(packed(layer.weight.detach()), requires_grad=False)
+    for _ in range(2):
+        torch.testing.assert_close(model(*[x] * inputs), expected)
+        pyfused.fuse_(model, linear=True)

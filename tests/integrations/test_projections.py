@@ -90,6 +90,17 @@ def test_a_class_that_is_patched_later(monkeypatch, name, place):
     torch.testing.assert_close(layer(x), before * 0.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["attention.self.query", "intermediate.dense", "output.dense"])
+def test_a_sparse_weight_is_left_to_torch(place):
+    ids, model = tokens(2, 9), livened(MODELS["BERT"]())
+    expected = model(ids).last_hidden_state
+    pyfused.fuse_(model, linear=True)
+    layer = model.encoder.layer[0].get_submodule(place)
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(model(ids).last_hidden_state, expected)
+
+
 class Own(nn.Linear):
     """As LoRA and quantisation have them."""
 

@@ -121,6 +121,10 @@ def test_opcheck(each_backend, device, name, residual):
         ({"bias": torch.ones(1, 8)}, ValueError, "bias has shape"),
         ({"residual": torch.ones(8)}, ValueError, "residual has shape"),
         ({"x": torch.ones(())}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.ones(2, 8).to_sparse()}, TypeError, "x has the layout sparse_coo; it takes a dense tensor"),
+        ({"x": torch.nested.nested_tensor([torch.ones(2, 8)])}, TypeError, "x is a nested tensor"),
+        ({"weight": torch.ones(8).to_mkldnn()}, TypeError, "weight has the layout _mkldnn"),
+        ({"eps": "1e-5"}, TypeError, "eps is '1e-5'; it takes a number"),
     ],
 )
 def test_bad_input_names_the_argument(name, change, error, message):

@@ -169,6 +169,7 @@ def test_explain_names_the_reason_for_a_transposed_weight():
         ({"weight": torch.ones(4, 7)}, ValueError, r"weight has shape \(4, 7\)"),
         ({"weight": torch.ones(8)}, ValueError, r"weight has shape \(8,\)"),
         ({"weight": torch.ones(4, 8, dtype=torch.float16)}, TypeError, "weight is float16"),
+        ({"weight": torch.ones(4, 8).to_sparse_csr()}, TypeError, "weight has the layout sparse_csr"),
         ({"bias": torch.ones(5)}, ValueError, "bias has shape"),
         ({"residual": torch.ones(4)}, ValueError, "residual has shape"),
         ({"residual": torch.ones(2, 4, device="meta")}, ValueError, "residual is on meta"),
