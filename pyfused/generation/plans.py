@@ -30,6 +30,7 @@ from ..nn import (
     SelfAttention,
 )
 from ..notices import once
+from ..ops.checks import is_dense
 from ..rules import its_kind
 from ..spread import has_spread_weights
 
@@ -74,7 +75,8 @@ def plan_of(model: Backbone) -> DecodePlan | None:
 
 
 def _is_plain(model: nn.Module) -> bool:
-    """Whether skipping the modules changes nothing: no hook, no replaced or patched module, no tensor subclass."""
+    """Whether skipping the modules changes nothing: no hook, no replaced or patched module, no tensor subclass, no sparse
+    weight."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     if "logits" in model.__dict__:
@@ -82,7 +84,8 @@ def _is_plain(model: nn.Module) -> bool:
     for m in model.modules():
         if type(m) not in _KNOWN or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
             return False
-    return all(type(p) is nn.Parameter for p in model.parameters()) and all(type(b) is Tensor for b in model.buffers())
+    plain = all(type(p) is nn.Parameter for p in model.parameters()) and all(type(b) is Tensor for b in model.buffers())
+    return plain and all(map(is_dense, model.parameters()))
 
 
 def _are_alike(layers: list[Any]) -> bool:

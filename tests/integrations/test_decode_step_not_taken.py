@@ -79,6 +79,11 @@ def pruned(model):
     prune.l1_unstructured(model.transformer.h[1].mlp.c_proj, "weight", 0.5)
 
 
+def sparse(model):
+    layer = model.transformer.h[1].mlp.c_proj
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+
+
 def training(model):
     model.transformer.h[0].attn.attn_dropout.train()
 
@@ -96,8 +101,8 @@ def asked_by_config(model):
 
 
 CHANGES = (
-    hook, pre_hook, new_forward, lora, subclass, parametrized, pruned, training, partly_unfused, other_attention,
-    asked_by_config,
+    hook, pre_hook, new_forward, lora, subclass, parametrized, pruned, sparse, training, partly_unfused,
+    other_attention, asked_by_config,
 )  # fmt: skip
 COMPUTING = (new_forward, lora, parametrized, pruned, subclass)  # something else than their class, or elsewhere
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ... import extensions
+from ...ops.checks import is_dense
 from ...own_forward import changes, is_bare, is_fused
 from .activations import kernel_activation
 from .config import NAME, FusedConfig
@@ -163,6 +164,9 @@ class Watch:
             config = attributes.get("config")
             if config is not None and not (type(config) is FusedConfig and config._attn_implementation == NAME):
                 return None
+        weights = chain.from_iterable(module._parameters.values() for module in (root, *modules))
+        if not all(p is None or is_dense(p) for p in weights):  # sparse ones have no memory to compare
+            return None
         watch = cls(root, modules, kinds)
         for p in watch.parameters:
             like = watch.parameters[0]
