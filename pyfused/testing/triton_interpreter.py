@@ -9,10 +9,11 @@ in their last bits. On a GPU each element is one chain of multiply-adds over the
 backward needs that: two of its kernels compute the same scores. And a long chain has larger errors than BLAS.
 The kernels contain no workaround for any of this: they are right and fast on a GPU.
 
-And four things take most of its time, without a part in any result:
+And five things take most of its time, without a part in any result:
 - it patches Triton's language anew for every call of a function inside a kernel, tl.sum and tl.zeros included;
 - it computes whether an integer operation overflows, and drops the answer: only `debug` would raise an error;
 - it makes a table of all dtypes to find one, and a type with a name for every tensor and for its shape;
+- it compares the shapes of two operands number by number, in three ways, also where they are the same;
 - erf calls Python for every element.
 """
 
@@ -98,6 +99,7 @@ def repair_interpreter() -> None:
 
 
 def _hasten(interpreter: Any, tl: Any) -> None:
+    semantic = interpreter.TritonSemantic
     patch, patched, numpy_type, known = interpreter._patch_lang, set(), interpreter._get_np_dtype, {}
 
     def patch_once(function):
@@ -123,7 +125,8 @@ def _hasten(interpreter: Any, tl: Any) -> None:
     new_block_type, blocks, shapes = tl.core.block_type.__init__, {}, {}
 
     def known_block_type(self, element_ty, shape):
-        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        sizes = shape.values if isinstance(shape, tl.core.tuple) else shape
+        key = element_ty.name, *[size if size.__class__ is int else getattr(size, "value", size) for size in sizes]
         if key not in blocks:
             new_block_type(self, element_ty, shape)
             blocks[key] = dict(vars(self))
@@ -131,12 +134,33 @@ def _hasten(interpreter: Any, tl: Any) -> None:
 
     def new_tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        sizes = tuple(type.shape) if type.is_block() else ()
+        sizes = tuple(type.shape.values) if type.is_block() else ()
         if sizes not in shapes:
             shapes[sizes] = tl.core.tuple(list(map(tl.constexpr, sizes))), tl.constexpr(math.prod(sizes))
         self.shape, self.numel = shapes[sizes]
 
+    broadcast, equal = semantic.broadcast_impl_value, tl.core.dtype.__eq__
+
+    def broadcast_quickly(self, one, other):
+        sizes, others = one.type.is_block() and one.type.shape.values, other.type.is_block() and other.type.shape.values
+        if sizes == others:
+            return one, other
+        both = sizes and others and len(sizes) == len(others)
+        if not both or any(a != b and 1 not in (a, b) for a, b in zip(sizes, others)):
+            return broadcast(self, one, other)
+        wanted = [b if a == 1 else a for a, b in zip(sizes, others)]
+
+        def broadened(tensor, sizes):
+            if sizes == wanted:
+                return tensor
+            handle = self.builder.create_broadcast(tensor.handle, wanted)
+            return self.tensor(handle, tl.block_type(tensor.type.scalar, wanted))
+
+        return broadened(one, sizes), broadened(other, others)
+
     builder = interpreter.interpreter_builder
+    semantic.broadcast_impl_value = broadcast_quickly
+    tl.core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
     tl.core.block_type.__init__, tl.core.tensor.__init__ = known_block_type, new_tensor
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = patch_once
