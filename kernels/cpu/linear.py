@@ -6,10 +6,9 @@ import torch.nn.functional as F
 
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
-from pyfused.kernels.shared import int8
+from pyfused.kernels.shared import int8, product
 from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
-from pyfused.kernels.shared.product import is_slow
 from pyfused.weight_format import dequantized, format_of
 
 from . import dot
@@ -38,7 +37,7 @@ def library_is_faster(operator, rows, *weights):
     if reason:
         return reason
     dtype = weights[0].dtype
-    if dtype != torch.float32 and evidence.asked_for() is None and is_slow(dtype):
+    if dtype != torch.float32 and evidence.asked_for() is None and product.is_slow(dtype):
         return None  # whatever was measured where the library has instructions for it
     shapes, size = evidence.product_shapes(rows, *weights)
     # The libraries are good at many rows, whatever the layout: by columns the kernel has to be measured first.

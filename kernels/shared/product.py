@@ -1,8 +1,8 @@
 """The library's products of matrices, for gradients. On a CPU those of half precision go through float32 where that is faster.
 
-Without instructions for such products plain PyTorch takes up to 110 times as long (float16 and bfloat16, AVX2, 512 rows, 3072 to
-768), https://github.com/pytorch/pytorch/issues/146508. With them evidence decides: on an Emerald Rapids without AMX float32 takes
-0.6 of bfloat16's time for 512 rows, and 1.1 of float16's.
+Without instructions for such products plain PyTorch takes up to 110 times as long (both dtypes, AVX2, 512 rows, 3072 to 768),
+https://github.com/pytorch/pytorch/issues/146508. With them evidence decides: on an Emerald Rapids without AMX float32 takes 0.6
+of bfloat16's time for 512 rows, and 1.1 of float16's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pyfused import evidence
 
-_PART = 1 << 23  # elements that are in float32 at a time, beside activations: 32 MB
+_PART = 1 << 18  # elements of a weight that are in float32 at a time: 1 MB stays in the L2, and 32 MB are new pages each time
 
 
 def plain_product(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def in_float32(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
-    """plain_product() with one rounding, of sums in float32. Large operands are converted in parts: one of a gradient's three
-    matrices is a weight or has its size, and the others are activations, which are converted whole."""
+    """plain_product() with one rounding, of sums in float32. Of a gradient's three matrices one has a weight's size. It is
+    converted in parts."""
     (m, k), n = a.shape, b.shape[1]
     if m > k and not isinstance(m * k * n, torch.SymInt) and max(m * k, m * n) > _PART and not more:
         y, wide = a.new_empty(m, n), b.float()

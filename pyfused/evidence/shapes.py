@@ -71,7 +71,8 @@ def _linear(x, weight, bias, residual, scale=None, dynamic=False):
 
 
 def _linear_backward(a, b):
-    return gradient_shapes(*a.shape, b.shape[1])
+    (m, k), n = a.shape, b.shape[1]
+    return gradient_shapes(m, k, n)
 
 
 def _ffn(x, w_in, b_in, w_out, *_):

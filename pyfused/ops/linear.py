@@ -144,7 +144,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    """Library products: these are plain matrix products, which cuBLAS and MKL do well, and kernels/shared/product.py knows when."""
+    """Library products: cuBLAS and MKL do plain matrix products well. kernels/shared/product.py knows when not."""
     wants_x, wants_weight, wants_bias, wants_residual, *of_integers = ctx.needs_input_grad
     shape = ctx.shape
     if ctx.of_integers:

@@ -231,8 +231,8 @@ def _measured(
 def _gradients(
     dtype: torch.dtype, quick: bool, seconds: float, clock: Callable[[], float]
 ) -> Iterator[tuple[int, str, float]]:
-    """The size, the class of shapes, and how many times as fast as plain PyTorch a gradient's product in float32 is. Nothing if it
-    never is, or always."""
+    """The size, the class of shapes, and how many times as fast as plain PyTorch a gradient's product in float32 is. Nothing
+    where float32 is plain PyTorch's way, or always faster."""
     if dtype == torch.float32 or product.is_slow(dtype):
         return
     for width in _WIDTHS:

@@ -6,6 +6,9 @@ from evidence_cases import empty_cache, row
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyfused
+from pyfused import evidence as evidence_of
+from pyfused.dispatch import forget
+from pyfused.evidence import storage
 from pyfused.kernels.shared import product
 from pyfused.testing import assert_close
 
@@ -20,7 +23,7 @@ def evidence(tmp_path, monkeypatch):
         yield write
 
 
-@pytest.mark.parametrize("part", [1 << 23, 1000], ids=["at once", "in parts"])
+@pytest.mark.parametrize("part", [1 << 18, 1000], ids=["at once", "in parts"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("m, k, n", SIZES)
 def test_in_float32(m, k, n, dtype, part, monkeypatch):
@@ -100,8 +103,9 @@ def test_evidence_decides_where_plain_pytorch_has_instructions(monkeypatch, evid
     taken = ways(monkeypatch)
     monkeypatch.setattr(product, "is_slow", lambda dtype: False)
     a, b = torch.randn(8, 400).bfloat16(), torch.randn(400, 400).bfloat16()
-    product.product(a, b)
-    evidence(row("linear", function="backward", dtype="bfloat16", shapes="large", **{"8": 0.5, "64": 1.5}))
+    slower = [row("linear", "float16", "large", function="backward", **{"8": 0.5})]
+    slower.append(row("linear", "bfloat16", "small", function="backward", **{"8": 0.5}))
+    evidence(*slower, row("linear", "bfloat16", "large", function="backward", **{"8": 0.5, "64": 1.5}))
     product.product(a, b)
     assert not taken
     many = a.repeat(8, 1)
@@ -111,6 +115,21 @@ def test_evidence_decides_where_plain_pytorch_has_instructions(monkeypatch, evid
     product.product(many, b[:, :7])  # small
     product.product(many.half(), b.half())
     assert len(taken) == 2
+
+
+def test_a_similar_processor_s_evidence_does_not_count(monkeypatch, evidence, tmp_path):
+    """Instructions for half precision differ most between processors."""
+    taken = ways(monkeypatch)
+    monkeypatch.setattr(product, "is_slow", lambda dtype: False)
+    line, a = row("linear", function="backward", dtype="bfloat16", **{"8": 2.0}), torch.randn(8, 8).bfloat16()
+    path = evidence(line)
+    product.product(a, a)
+    assert len(taken) == 1
+    similar = path.rename(tmp_path / "similar.json")
+    monkeypatch.setattr(storage, "files", lambda device="cpu": [path, similar])
+    forget()
+    product.product(a, a)
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("slow", [True, False])
@@ -137,3 +156,17 @@ def test_is_slow_measures_real_products_in_a_trace(dtype):
     seen = []
     make_fx(lambda x: seen.append(product.is_slow.__wrapped__(dtype)) or x, tracing_mode="symbolic")(torch.randn(3))
     assert [type(one) for one in seen] == [bool]
+
+
+def test_the_forward_s_kernel_runs_where_plain_pytorch_is_slow(monkeypatch, evidence):
+    """Whatever a processor with instructions has shown. By columns too, which else has to be measured first."""
+    evidence(*(row(dtype="bfloat16", shapes=f"small{more}", **{"16": 0.5}) for more in ("", ", by columns, many rows")))
+    x, w = torch.randn(16, 8).bfloat16(), torch.randn(8, 8).bfloat16()
+    for slow, expected in (False, "by PyTorch's own code"), (True, ""):
+        monkeypatch.setattr(product, "is_slow", lambda dtype, slow=slow: slow)
+        forget()
+        for weight in w, w.t():
+            said = str(pyfused.explain("linear", x, weight))
+            assert ("by PyTorch's own code" in said) == bool(expected), said
+    with evidence_of.one_way(library=True):  # as `pyfused tune` measures it
+        assert "asked for" in str(pyfused.explain("linear", x, w))

@@ -1,5 +1,5 @@
 """How do the projections of a transformers attention layer run on pyfused? Large ones are pyfused.linear: in float32 where no
-gradient is wanted, in half precision always, for there plain PyTorch may take many times as long (kernels/shared/product.py)."""
+gradient is wanted, in half precision always. There plain PyTorch may take many times as long (kernels/shared/product.py)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..torch_nn import go_together
 WORTH_A_CALL = 1 << 19
 WORTH_IN_HALF = 1 << 12  # plain PyTorch may take 16 times as long for 8 rows of 256
 _HALF = (torch.bfloat16, torch.float16)
-# Of an input in float32. One row takes as long as reading the weight, in both; from 384 rows on both take the same time within 2%.
-# Between, dispatch asks the evidence.
+# Of an input in float32. One row takes as long as reading the weight, in both. From 384 rows on both take the same time within
+# 2%. Between, dispatch asks the evidence.
 ROWS = range(2, 257)
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, Conv1D)}  # a later patch of a class counts
 
