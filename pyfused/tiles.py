@@ -52,7 +52,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention_spread": _BLOCK,
     "row_norm_forward": _WHOLE_ROWS,  # row length; longer rows use row_norm_forward_long, which reads them again
     "row_norm_forward_long": _BLOCK,
-    "row_norm_backward": (*_WHOLE_ROWS, "PER_PROCESSOR"),
+    "row_norm_backward": ("ROWS", "num_warps", "num_stages", "PER_PROCESSOR"),
     "row_norm_backward_long": _BLOCK,
     "row_norm_column_sums": (*_WHOLE_ROWS, "PER_PROCESSOR"),
     "row_norm_reduce": ("PARTS", *_BLOCK),
