@@ -221,6 +221,11 @@ def multiprocessors(where: torch.device | str) -> int:
     return torch.cuda.get_device_properties(where).multi_processor_count
 
 
+def lanes(where: torch.device | str) -> int:
+    """The threads of a warp."""
+    return 64 if (where if isinstance(where, str) else architecture(where)) == "gfx942" else 32
+
+
 def shared_memory(where: torch.device | str) -> int:
     """Bytes that one block may ask for; unlimited for a CPU or the name of an architecture."""
     if isinstance(where, str) or where.type != "cuda":

@@ -303,8 +303,8 @@ def of_forward(n, tile):
     return {**tile.options, "BLOCKS": triton.cdiv(n, columns), "BLOCK": columns}
 
 
-def of_backward(n, dtype, tile, lanes=32):
-    """The options of a backward that keeps whole rows, if warps have so many lanes, each with 16 bytes of a row."""
+def of_backward(n, dtype, tile, lanes):
+    """The options of a backward that keeps whole rows, if warps have so many lanes. A lane loads 16 bytes of a row."""
     block = shortest(n)
     across = block * dtype.itemsize >= tile.options["num_warps"] * lanes * 16
     return {**tile.options, "BLOCK": block, "ACROSS": across, "STAGES": tile.options["num_stages"]}
@@ -329,7 +329,6 @@ def begin_backward(norm):
     # With fused multiply-adds g - mean(g) is not exactly zero at N = 1. Memory sets the time anyway.
     exact = {"enable_fp_fusion": False}
     tile = tiles.find("row_norm_backward", device, dtype, n)
-    lanes = 64 if tiles.architecture(device) == "gfx942" else 32
     long = tile is None
     tile = tile or tiles.find("row_norm_column_sums", device, dtype)
     tile_rows = tile.options["ROWS"]
@@ -347,7 +346,7 @@ def begin_backward(norm):
     else:
         walk_rows = starter(
             backward_kernel, (parts,), device, rows, n, x_stride, steps, HAS_TOTAL=norm.residual,
-            HAS_BIAS=norm.bias, CENTRED=norm.centred, **exact, **of_backward(n, dtype, tile, lanes),
+            HAS_BIAS=norm.bias, CENTRED=norm.centred, **exact, **of_backward(n, dtype, tile, tiles.lanes(device)),
         )  # fmt: skip
     of_reduce = tiles.find("row_norm_reduce", device, dtype, n).options
     grid = (triton.cdiv(n, of_reduce["BLOCK"]),)

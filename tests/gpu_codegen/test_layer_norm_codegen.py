@@ -39,8 +39,7 @@ def forward(kind, n, target):
 
 
 def backward(kind, n, target):
-    lanes = 64 if target == "gfx942" else 32
-    tile = of_backward(n, DTYPES[kind], tile_for("backward", kind, n, target), lanes)
+    tile = of_backward(n, DTYPES[kind], tile_for("backward", kind, n, target), tiles.lanes(target))
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     types = signature("grad_y grad_total x weight mean* rstd* grad_x partial*", kind, "rows n x_stride steps")
     constants = {"HAS_TOTAL": True, "HAS_BIAS": True, "CENTRED": True, **tile}
