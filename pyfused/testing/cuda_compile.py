@@ -1,8 +1,8 @@
 """What does a source of csrc/cuda compile to, on a machine with no GPU? Registers, spills and machine code of every kernel.
 
-If the build of pyfused._cuda left an object file that is newer than its sources, it is read. Otherwise nvcc makes a cubin per
-source and architecture, cached under build/cubin by a hash of all inputs. So CI compiles each source once, and a second run
-compiles nothing. cuobjdump, from the Triton wheel, reads both.
+If the build of pyfused._cuda left an object file that is newer than its sources and has the architecture, it is read.
+Otherwise nvcc makes a cubin per source and architecture, cached under build/cubin by a hash of all inputs. So CI compiles each
+source once, and a second run compiles nothing. cuobjdump, from the Triton wheel, reads both.
 
     for kernel in compile_source("layer_norm", "sm_90a"):
         check_kernel(kernel)
@@ -72,11 +72,11 @@ class Kernel:
         return Counter(re.findall(r"\*/\s+(?:@!?U?P\d+ )?([\w.]+)", self.sass))
 
 
-def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
+def compile_source(name: str | Path, architecture: str) -> tuple[Kernel, ...]:
     """Compiles csrc/cuda/<name>.cu and returns its kernels. A process does this once for each source.
 
     Args:
-        name: an operator, such as "layer_norm".
+        name: an operator, such as "layer_norm", or the path of another source.
         architecture: "sm_80" or "sm_90a".
 
     Raises:
@@ -85,10 +85,10 @@ def compile_source(name: str, architecture: str) -> tuple[Kernel, ...]:
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r} is unknown; it takes {', '.join(ARCHITECTURES)}")
-    source = _ROOT / "csrc" / "cuda" / f"{name}.cu"
+    source = name if isinstance(name, Path) else _ROOT / "csrc" / "cuda" / f"{name}.cu"
     if not source.is_file():
         raise ValueError(f"name={name!r}: there is no {source}")
-    return _kernels(_built(source) or _cubin(source, architecture), architecture)
+    return _kernels(_built(source, architecture) or _cubin(source, architecture), architecture)
 
 
 def check_kernel(kernel: Kernel) -> None:
@@ -123,13 +123,17 @@ def _compiler() -> tuple[str, str]:
     return nvcc, subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _built(source: Path) -> Path | None:
-    """The object file of this source from the build of pyfused._cuda, with code for every architecture. None if outdated."""
+def _built(source: Path, architecture: str) -> Path | None:
+    """The object file of this source from the build of pyfused._cuda. None if outdated or without code for the architecture."""
     changed = max(path.stat().st_mtime for path in _read(source, {}))
     objects = sorted(
         (_ROOT / "build").glob(f"temp*/**/csrc/cuda/{source.name}.o"), key=lambda path: path.stat().st_mtime
     )
-    return objects[-1] if objects and objects[-1].stat().st_mtime > changed else None
+    if not objects or objects[-1].stat().st_mtime < changed:
+        return None
+    command = [cuobjdump(), "--list-elf", str(objects[-1])]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return objects[-1] if f".{architecture.rstrip('a')}.cubin" in listed else None
 
 
 def _cubin(source: Path, architecture: str) -> Path:

@@ -16,7 +16,7 @@ from pyfused.kernels.shared.draw import drawn_token
 if not extensions.emulating_cuda():
     pytest.skip("this machine has a GPU: the kernels run there", allow_module_level=True)
 
-VOCABULARY = 1000
+VOCABULARY = 3000
 TINY = {"hidden": 16, "heads": 1, "kv_heads": 1, "head_size": 8, "inner": 16}
 # temperature, top k, top p; scores all 0 lie in one bucket, more than its list holds
 CUTS = {
@@ -25,7 +25,7 @@ CUTS = {
     "flat": (2.0**126, 0, 1.0),
     "one": (0.7, 1, 1.0),
     "top k": (2.0, 40, 1.0),
-    "flat top k": (2.0**126, 700, 1.0),
+    "flat top k": (2.0**126, 2100, 1.0),
     "all but one": (5.0, VOCABULARY - 1, 1.0),
     "beyond": (1.0, VOCABULARY, 1.0),
     "top p": (1.0, 0, 0.9),
