@@ -141,9 +141,11 @@ def _hasten(interpreter: Any, tl: Any) -> None:
 
     new_block_type, blocks, shapes = tl.core.block_type.__init__, {}, {}
 
+    def listed(shape):  # the list inside Triton's own tuple
+        return getattr(shape, "values", shape)
+
     def known_block_type(self, element_ty, shape):
-        sizes = shape.values if isinstance(shape, tl.core.tuple) else shape
-        key = element_ty.name, *[size if size.__class__ is int else getattr(size, "value", size) for size in sizes]
+        key = element_ty.name, *[size if size.__class__ is int else getattr(size, "value", size) for size in listed(shape)]
         if key not in blocks:
             new_block_type(self, element_ty, shape)
             blocks[key] = dict(vars(self))
@@ -151,7 +153,7 @@ def _hasten(interpreter: Any, tl: Any) -> None:
 
     def new_tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        sizes = tuple(type.shape.values) if type.is_block() else ()
+        sizes = tuple(listed(type.shape)) if type.is_block() else ()
         if sizes not in shapes:
             shapes[sizes] = tl.core.tuple(list(map(tl.constexpr, sizes))), tl.constexpr(math.prod(sizes))
         self.shape, self.numel = shapes[sizes]
@@ -159,7 +161,7 @@ def _hasten(interpreter: Any, tl: Any) -> None:
     broadcast, equal = semantic.broadcast_impl_value, tl.core.dtype.__eq__
 
     def broadcast_quickly(self, one, other):
-        sizes, others = one.type.is_block() and one.type.shape.values, other.type.is_block() and other.type.shape.values
+        sizes, others = (t.type.is_block() and listed(t.type.shape) for t in (one, other))
         if sizes == others:
             return one, other
         both = sizes and others and len(sizes) == len(others)
