@@ -52,7 +52,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention_spread": _BLOCK,
     "row_norm_forward": _WHOLE_ROWS,  # row length; longer rows use row_norm_forward_long, which reads them again
     "row_norm_forward_long": _BLOCK,
-    "row_norm_backward": (*_WHOLE_ROWS, "PER_PROCESSOR"),
+    "row_norm_backward": ("ROWS", "num_warps", "num_stages", "PER_PROCESSOR"),
     "row_norm_backward_long": _BLOCK,
     "row_norm_column_sums": (*_WHOLE_ROWS, "PER_PROCESSOR"),
     "row_norm_reduce": ("PARTS", *_BLOCK),
@@ -219,6 +219,11 @@ def multiprocessors(where: torch.device | str) -> int:
     if isinstance(where, str) or where.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(where).multi_processor_count
+
+
+def lanes(where: torch.device | str) -> int:
+    """The threads of a warp."""
+    return 64 if (where if isinstance(where, str) else architecture(where)) == "gfx942" else 32
 
 
 def shared_memory(where: torch.device | str) -> int:

@@ -94,9 +94,10 @@ def left_out_of_interpreter(item):
 
 def pytest_collection_finish():
     """Python's collector walks through all objects again and again. Those of the imported packages, more than a million, stay
-    anyway."""
+    anyway. It starts after 700 new objects, and a call of Triton's interpreter makes thousands: start a tenth as often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(7000, 10, 10)
 
 
 def pytest_collection_modifyitems(config, items):

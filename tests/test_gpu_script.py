@@ -3,12 +3,15 @@
 Runs without a GPU: the session starts small processes and uses a fast clock.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,12 +33,48 @@ def fast():
     return time.monotonic() * 20
 
 
-def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
-    hangs = "import subprocess\nprint('{\"x\": 1}', flush=True)\nchild = subprocess.Popen(['sleep', '100'])\n"
-    hangs += "print(f'{{\"child\": {child.pid}}}', flush=True)\ntime.sleep(100)"
-    session = Session(tmp_path, 2000, clock=fast)
-    assert session.run([python("hangs", hangs, 100, alone=True), python("next", "print('{\"y\": 2}')", 200)]) == 1
-    rows = rows_of(tmp_path)
+HANGS = """
+import subprocess
+print('{"x": 1}', flush=True)
+child = subprocess.Popen(['sleep', '100'])
+print(f'{{"child": {child.pid}}}', flush=True)
+time.sleep(100)
+"""
+CASES = """
+for i in range(int(start[1]) if start else 0, 5):
+    print(f'{{"begun": {i}, "case": "c{i}"}}', flush=True)
+    if i == 1: os.abort()
+    if i == 3: time.sleep(100)
+    print(f'{{"case": "c{i}", "ok": true}}', flush=True)
+"""
+# Sessions that wait for a limit: budget, items. "side by side": one item hangs, the other runs out of time.
+WAITING = {
+    "hangs": (2000, [python("hangs", HANGS, 100, alone=True), python("next", "print('{\"y\": 2}')", 200)]),
+    "side by side": (
+        1000,
+        [python("hangs", CASES, 900, patience=100, resumes=True), python("late", CASES, 200, resumes=True)],
+    ),
+    "short": (60, [python("first", "time.sleep(100)", 900, alone=True), python("second", "pass")]),
+}
+
+
+@pytest.fixture(scope="module")
+def waited(tmp_path_factory):
+    """The rows of each session in WAITING, and what they printed. All wait at the same time."""
+    folders, said = {name: tmp_path_factory.mktemp("results") for name in WAITING}, io.StringIO()
+
+    def run(name):
+        budget, items = WAITING[name]
+        assert Session(folders[name], budget, clock=fast).run(items) == 1
+        return rows_of(folders[name])
+
+    with contextlib.redirect_stdout(said), ThreadPoolExecutor(len(WAITING)) as pool:
+        found = dict(zip(WAITING, pool.map(run, WAITING), strict=True))
+    return found, said.getvalue()
+
+
+def test_an_item_that_hangs_is_ended_with_all_that_it_started(waited):
+    rows, said = waited[0]["hangs"], waited[1]
     assert ends(rows) == {"hangs": "timeout", "next": "ok"}
     first, second, end = of(rows, "hangs")
     assert first == {"x": 1}
@@ -50,7 +89,8 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path, capsys):
         time.sleep(0.1)
     else:
         pytest.fail("the grandchild lives on")
-    assert "hangs" in capsys.readouterr().out
+    assert "hangs" in said
+    assert "next" in said
 
 
 def test_one_that_only_talks_is_ended_too(tmp_path):
@@ -71,38 +111,17 @@ def test_a_crash_keeps_its_rows_and_its_last_words(tmp_path):
     assert ends(rows_of(tmp_path))["next"] == "ok"
 
 
-CASES = """
-for i in range(int(start[1]) if start else 0, 5):
-    print(f'{{"begun": {i}, "case": "c{i}"}}', flush=True)
-    if i == 1: os.abort()
-    if i == 3: time.sleep(100)
-    print(f'{{"case": "c{i}", "ok": true}}', flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def side_by_side(tmp_path_factory):
-    """The rows of two items that wait at the same time: one hangs, the other runs out of time."""
-    folder = tmp_path_factory.mktemp("results")
-    items = [
-        python("hangs", CASES, 900, patience=100, resumes=True),
-        python("late", CASES, 200, resumes=True),
-    ]
-    assert Session(folder, 1000, clock=fast).run(items) == 1
-    return rows_of(folder)
-
-
-def test_a_case_that_ends_the_process_or_hangs_loses_no_other(side_by_side):
+def test_a_case_that_ends_the_process_or_hangs_loses_no_other(waited):
     """An illegal access on a GPU ends the process this way: nothing works after it."""
-    *rows, end = of(side_by_side, "hangs")
+    *rows, end = of(waited[0]["side by side"], "hangs")
     assert {row["case"]: row["ok"] for row in rows} == {"c0": True, "c1": False, "c2": True, "c3": False, "c4": True}
     assert (end["status"], end["restarts"]) == ("failed", 2)
     assert "no line in 100 s" in rows[3]["error"]
     assert "exit status -6" in rows[1]["error"]
 
 
-def test_a_case_that_only_ran_out_of_time_is_not_called_wrong(side_by_side):
-    *rows, end = of(side_by_side, "late")
+def test_a_case_that_only_ran_out_of_time_is_not_called_wrong(waited):
+    *rows, end = of(waited[0]["side by side"], "late")
     assert [row["case"] for row in rows] == ["c0", "c1", "c2"]
     assert end["status"] == "timeout"
 
@@ -112,11 +131,9 @@ def test_a_wrong_result_fails_its_item(tmp_path):
     assert ends(rows_of(tmp_path)) == {"judges": "failed"}
 
 
-def test_want_of_time_skips_and_says_so(tmp_path):
+def test_want_of_time_skips_and_says_so(waited):
     """The first item gets the rest of the 60 seconds, not its own 900."""
-    session = Session(tmp_path, 60, clock=fast)
-    assert session.run([python("first", "time.sleep(100)", 900, alone=True), python("second", "pass")]) == 1
-    rows = rows_of(tmp_path)
+    rows = waited[0]["short"]
     assert ends(rows) == {"first": "timeout", "second": "skipped"}
     assert of(rows, "second")[0]["said"] == "0 s were left, and it takes 5"
     assert 50 <= of(rows, "first")[-1]["seconds"] < 300

@@ -15,7 +15,7 @@ import torch
 import pyfused
 from pyfused import dispatch, environment, evidence, extensions
 from pyfused.evidence import machine
-from pyfused.kernels.shared import int8
+from pyfused.kernels.shared import int8, product
 from pyfused.testing import assert_close
 from pyfused.tune import run
 
@@ -31,6 +31,7 @@ def zen4(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_vendor", lambda: "amd")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(int8, "library_multiplies", lambda: True)
+    monkeypatch.setattr(product, "is_slow", lambda dtype: False)
     monkeypatch.delenv("PYFUSED_ISA", raising=False)
     with dot_emulation.processor("avx512_bf16") as kernels:
         yield kernels

@@ -34,7 +34,7 @@ def test_a_model_loads_what_was_compiled_ahead(tmp_path):
     assert all(hit for _, hit in facts["found"]), facts["found"]
     assert all(facts["cached again"])
     assert facts["told again"] == 0
-    assert facts["seconds again"] < 1.0
+    assert facts["processes again"] == 0 < facts["processes by tiles and failures"]
     assert facts["tiles"] == [2, 0, []]  # both compiled, neither started
     assert facts["processes"] == [0]  # one compiled both, and ended
     assert facts["after a death"]

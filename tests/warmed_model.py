@@ -3,7 +3,6 @@
 import json
 import sys
 import threading
-import time
 
 import fake_gpu
 import torch
@@ -36,9 +35,10 @@ def main(preset, *lengths):
     started_after = elsewhere(driver)
     told, again = [], []
     done = compile_ahead.compile_in_parallel(launches, 2, told.append)
-    began = time.perf_counter()
+    begun, begin = [], compile_ahead._start_worker
+    compile_ahead._start_worker = lambda: begun.append(begin()) or begun[-1]
     cached = [row.cached for row in compile_ahead.compile_in_parallel(launches, 2, again.append)]
-    seconds = time.perf_counter() - began
+    begun_again = len(begun)
     found = []
     knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append([src.name, cache_hit])
     with pyfused.backend("triton"):
@@ -66,6 +66,7 @@ def main(preset, *lengths):
     facts = {
         "tiles": [len(tried), len(driver.started) - before, [row.error for row in tried if row.error]],
         "processes": ended,
+        "processes by tiles and failures": len(begun) - begun_again,
         "after a death": after_a_death.error == failed.error,
         "launches": len(launches),
         "started while recording": started,
@@ -75,7 +76,7 @@ def main(preset, *lengths):
         "told": len(told),
         "told again": len(again),
         "cached again": cached,
-        "seconds again": seconds,
+        "processes again": begun_again,
         "found": found,
         "starts": len(driver.started),
         "broken": [failed.cached, failed.error],

@@ -4,12 +4,13 @@
 // bias + activation, the second out-projection + bias + residual. The inner activations (R, F) stay in the L2 in the
 // reference's dtype. 2 F (N + M) bytes in 16 bits, 2 R F (N + M) FLOPs. GPT-2 124M, 768 -> 3072 -> 768: 9.4 MB, 3.1 us at
 // 3.0 TB/s; predicted 5.5 us in a CUDA graph for R = 1 and R = 16, because each launch adds about 1.2 us of start and
-// latency. T5-XL's sizes without gate, 2048 -> 5120 -> 2048: 42 MB, 14 us, predicted 17. Not yet measured.
+// latency. T5-XL's sizes without gate, 2048 -> 5120 -> 2048: 42 MB, 14 us, predicted 17.
 //
 // More rows: activation_kernel runs in place between the library's products, which add the biases. It moves 4 R F bytes in
 // 16 bits; a thread reads and writes 16 bytes. R = 4096, F = 3072: 50 MB, 17 us at 3.0 TB/s, beside 48 us of products at
 // 800 TFLOP/s. In the backward the same kernel reads `pre` and the gradient of inner, and writes inner and the gradient of
-// pre in one pass: 8 R F bytes, 34 us there, beside 97 us of products. Not yet measured.
+// pre in one pass: 8 R F bytes, 34 us there, beside 97 us of products.
+// An H100 measured other sizes: docs/performance/index.md.
 #include "kernels.h"
 #include "pyfused/activation.cuh"
 #include "pyfused/launch.h"

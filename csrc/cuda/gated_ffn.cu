@@ -5,14 +5,14 @@
 // and up column in the same warp, and writes activation(gate) * up. The second is linear.cu's product with residual. Each
 // weight is read once: 2 F (2 N + M) bytes in 16 bits, 2 R F (2 N + M) FLOPs. T5-XL, 2048 -> 5120 -> 2048: 63 MB, 21 us at
 // 3.0 TB/s; T5-base, 768 -> 2048 -> 768: 9.4 MB, 3.1 us. Predicted for R = 1 and 16 in bf16: 25 us (84% of the bandwidth)
-// and 5.5 us, of which two launches take 2.4. Not yet measured.
+// and 5.5 us, of which two launches take 2.4. An H100's measurements, outside a graph: docs/performance/index.md.
 // float16: the product may exceed 65504 (Flan-T5: 1e6), so these few rows are kept in float32. The out-projection then runs
 // on the CUDA cores. Beyond 8 rows its FMAs are the bound, not its bytes: about 1.7 times the floor.
 //
 // More rows: one pass between the library's products, 6 R F bytes in 16 bits (R = 4096, F = 5120: 126 MB, 42 us beside
 // 322 us of products at 800 TFLOP/s). In float16 the pass gives each row a power-of-two scale. It reads the row twice for
 // that, the second time from the L2. unscale_kernel multiplies the result by the scale, 2 to 3 accesses to (R, M).
-// Backward: one pass of 12 R F bytes, with hidden in float32 for float16. Not yet measured.
+// Backward: one pass of 12 R F bytes, with hidden in float32 for float16. An H100 timed it with its products.
 #include "kernels.h"
 #include "pyfused/few_rows.cuh"
 

@@ -4,8 +4,9 @@
 //
 // Moves the weights once; x, bias, residual and y are small beside them. 2 R N K FLOPs. Floors at 3.0 TB/s in bf16,
 // R = 1 or 16: GPT-2's 768 -> 3072 4.7 MB, 1.6 us; its head, 768 -> 50257, 77 MB, 26 us; T5-XL's 2048 -> 2048 8.4 MB,
-// 2.8 us. By columns 3072 -> 768 is 48 blocks, which read 32 bytes a clock each: 4 us. Predicted: 80 to 90% of the bandwidth for the head, and about 1.5 us of launch and latency on top of the
-// floor for the small ones. Not yet measured.
+// 2.8 us. By columns 3072 -> 768 is 48 blocks, which read 32 bytes a clock each: 4 us. Predicted: 80 to 90% of the
+// bandwidth for the head, and about 1.5 us of launch and latency on top of the floor for the small ones. An H200 measured the
+// first two kinds: docs/performance/gpus.md.
 //
 // ffn and gated_ffn call this launcher for their projections. They need the activation, `pre` (its argument, kept for a
 // backward) and wide_x (x in float32, weights in float16).

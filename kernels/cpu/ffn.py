@@ -7,6 +7,7 @@ from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import dense, maker, prepares_launch
+from pyfused.kernels.shared.product import product
 
 from ..reference.ffn import linear_gradients
 from . import dot
@@ -72,7 +73,7 @@ def activate(pre, grad_inner, inner, grad_pre, activation):
 
 def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     pre = pre.contiguous()
-    grad_pre = (grad_y @ w_out).contiguous()
+    grad_pre = product(grad_y.reshape(-1, grad_y.shape[-1]), w_out).view(pre.shape)
     inner = torch.empty_like(pre)
     activate(pre, grad_pre, inner, grad_pre, activation)
-    return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
+    return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants, product)

@@ -7,6 +7,7 @@ from pyfused.activations import ACTIVATIONS
 from pyfused.extensions import DTYPE_CODES, cpu
 from pyfused.kernels.shared.layout import rows_of
 from pyfused.kernels.shared.prepared import maker, prepares_launch
+from pyfused.kernels.shared.product import product
 
 from ..reference.gated_ffn import hidden_dtype, linear_gradients, widened
 from . import dot
@@ -70,9 +71,9 @@ def activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation):
 
 def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     gate, up = gate.contiguous(), up.contiguous()
-    wide_grad, wide_out = widened(grad_y, w_out)
-    grad_hidden = (wide_grad @ wide_out).contiguous()
-    hidden = torch.empty_like(gate, dtype=hidden_dtype(gate))
+    wide = hidden_dtype(gate)
+    grad_hidden = product(grad_y.reshape(-1, grad_y.shape[-1]), w_out).to(wide).view(gate.shape)
+    hidden = torch.empty_like(gate, dtype=wide)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     activate(gate, up, grad_hidden, hidden, grad_gate, grad_up, activation)
-    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)
+    return linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants, product)

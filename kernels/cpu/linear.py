@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pyfused import evidence
 from pyfused.extensions import DTYPE_CODES, cpu
-from pyfused.kernels.shared import int8
+from pyfused.kernels.shared import int8, product
 from pyfused.kernels.shared.layout import is_by_columns, rows_of
 from pyfused.kernels.shared.prepared import CPU, dense, maker, prepares_launch
 from pyfused.weight_format import dequantized, format_of
@@ -36,10 +36,13 @@ def library_is_faster(operator, rows, *weights):
     reason = None if columns else would_copy(*weights)
     if reason:
         return reason
+    dtype = weights[0].dtype
+    if dtype != torch.float32 and evidence.asked_for() is None and product.is_slow(dtype):
+        return None  # whatever was measured where the library has instructions for it
     shapes, size = evidence.product_shapes(rows, *weights)
     # The libraries are good at many rows, whatever the layout: by columns the kernel has to be measured first.
     known = not columns or rows <= evidence.MOST_ROWS_BY_COLUMNS
-    return evidence.slower("cpu", operator, "forward", "cpu", weights[0].dtype, shapes, size, unmeasured=known)
+    return evidence.slower("cpu", operator, "forward", "cpu", dtype, shapes, size, unmeasured=known)
 
 
 def in_float(x, weight, scale):

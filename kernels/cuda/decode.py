@@ -1,4 +1,4 @@
-"""decode on CUDA: launches csrc/cuda/decode.cu, one persistent kernel for a whole step of a few rows, and one that draws tokens.
+"""decode on CUDA: launches csrc/cuda/decode.cu, one persistent kernel for a step of a few rows, and one that draws tokens.
 
 More rows run in groups, a launch for each. A group reads all weights again: a step of 16 rows takes twice as long as one of 8.
 """

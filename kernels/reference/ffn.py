@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfused.activations import ACTIVATIONS
+from pyfused.kernels.shared.product import plain_product
 
 _FAR = 1024.0  # beyond it every activation and every derivative is at its limit, in every dtype
 
@@ -41,15 +42,15 @@ def backward(grad_y, x, w_in, w_out, pre, activation, *wants):
     return linear_gradients(grad_y, x, w_in, inner, grad_pre, wants)
 
 
-def linear_gradients(grad_y, x, w_in, inner, grad_pre, wants):
+def linear_gradients(grad_y, x, w_in, inner, grad_pre, wants, product=plain_product):
     """The rest of the backward after the activation: three library products and two sums. Gradients not in `wants`, such as
     those of frozen weights, are None. x may be None if w_in wants none."""
     wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = wants
     g, p, inner = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (grad_y, grad_pre, inner))
     return (
-        (p @ w_in).view(*grad_y.shape[:-1], w_in.shape[1]) if wants_x else None,
-        p.t() @ x.reshape(len(p), w_in.shape[1]) if wants_w_in else None,
+        product(p, w_in).view(*grad_y.shape[:-1], w_in.shape[1]) if wants_x else None,
+        product(p.t(), x.reshape(len(p), w_in.shape[1])) if wants_w_in else None,
         p.sum(0) if wants_b_in else None,
-        g.t() @ inner if wants_w_out else None,
+        product(g.t(), inner) if wants_w_out else None,
         g.sum(0) if wants_b_out else None,
     )

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from pyfused.kernels.shared.product import plain_product
+
 from .ffn import activate, activation_gradient
 
 
@@ -40,7 +42,7 @@ def backward(grad_y, x, w_gate, w_up, w_out, gate, up, activation, *wants):
     return linear_gradients(grad_y, x, w_gate, w_up, active * wide_up, grad_gate, grad_up, wants)
 
 
-def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants):
+def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants, product=plain_product):
     """The rest of the backward after the activation: library products. `hidden` may have a wider dtype than x. Gradients not
     in `wants`, such as those of frozen weights, are None. x may be None if neither w_gate nor w_up wants one."""
     wants_x, wants_gate, wants_up, wants_out = wants
@@ -49,8 +51,8 @@ def linear_gradients(grad_y, x, w_gate, w_up, hidden, grad_gate, grad_up, wants)
     rows = x.reshape(count, n) if wants_gate or wants_up else None
     g, p, q, hidden = (t.reshape(count, t.shape[-1]) for t in (grad_y, grad_gate, grad_up, hidden))
     return (
-        torch.addmm(q @ w_up, p, w_gate).view(*outer, n) if wants_x else None,
-        p.t() @ rows if wants_gate else None,
-        q.t() @ rows if wants_up else None,
-        (g.to(hidden.dtype).t() @ hidden).to(grad_y.dtype) if wants_out else None,
+        product(q, w_up, p, w_gate).view(*outer, n) if wants_x else None,
+        product(p.t(), rows) if wants_gate else None,
+        product(q.t(), rows) if wants_up else None,
+        product(g.to(hidden.dtype).t(), hidden).to(grad_y.dtype) if wants_out else None,
     )

@@ -9,8 +9,8 @@ rest goes to the library. So do calls with fewer tiles than the chip has places 
 
 Programs are persistent: each takes every so-many-th tile, in groups of rows whose weights stay in the L2. On Hopper both
 products are wgmma on two warpgroups, 128 registers of sums a thread. T5-base, 4096 rows, bf16: 26 GFLOP, 32 us at 798 TFLOP/s;
-a step of 64 takes 1024 clocks, an epilogue 3800: predicted 41 us, where the library's products and a pass take 56. Not yet
-measured.
+a step of 64 takes 1024 clocks, an epilogue 3800: predicted 41 us, where the library's products and a pass take 56. An
+H100 timed it together with the second product: docs/performance/index.md.
 
 The backward has no such kernel: docs/performance/h100_predicted.md says what it would take.
 """

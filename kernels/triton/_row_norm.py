@@ -2,20 +2,21 @@
 
 total = x + residual; y = (total - mean) * rstd * weight + bias. Statistics are float32. rms_norm has neither mean nor bias.
 
-Reads x (and residual) once, writes y (and total) once. 8 N float operations a row: always bound by memory. Not yet measured;
-docs/performance/h100_predicted.md has the floors and what the compiled code lets one expect.
+Reads x (and residual) once, writes y (and total) once. 8 N float operations a row: always bound by memory.
+docs/performance/h100_predicted.md has the floors, what was measured, and what the compiled code lets one expect.
 
-Tiling: a program holds ROWS whole rows in registers, each in blocks of BLOCK elements. Triton lays a tile (ROWS, BLOCK) over
-the warps row by row if BLOCK is what the lanes of one warp load with 16 bytes each. So up to N = 4096 forward, and 1024
-backward, a warp owns a row, all lanes work (768 is three blocks of 256), and sums are shuffles without a barrier. Longer rows
-are one block, whose sums cross the warps of a program. Rows beyond the tiles of pyfused.tiles are walked in blocks by one
-program; its second and third pass read from the L2. The variance takes two passes and is corrected by the mean of the
-deviations, so a mean far from zero costs no digits.
+Forward: a program holds ROWS whole rows in registers, each in blocks of BLOCK elements. Triton lays a tile (ROWS, BLOCK) over
+the warps row by row if BLOCK is what the lanes of one warp load with 16 bytes each. So a warp owns a row of moderate length,
+all lanes work (768 is three blocks of 256), and sums are shuffles without a barrier. Longer rows cross the warps of a program.
+Rows beyond the tiles of pyfused.tiles are walked in blocks by one program; its second and third pass read from the L2. The
+variance takes two passes and is corrected by the mean of the deviations, so a mean far from zero costs no digits.
 
 Backward: grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total with g = grad_y * weight, mean(g) only if
 CENTRED. Weight gradients take two stages without atomics, so they are bitwise repeatable: each program sums a fixed share of
-the rows, then a second kernel adds these sums in order. One program has a multiprocessor and its registers, so it also loads
-the next rows while it sums. For rows in blocks x and grad_y are read again, by columns.
+the rows, then a second kernel adds these sums in order. A program holds ROWS whole rows. All its warps lie along a row unless
+rows are short: then a thread has the same columns of each row, and sums them in few registers. The next rows are copied to
+shared memory meanwhile. (Loads into registers started too late: ptxas put them behind a step's sums.) All programs together
+read memory from its start to its end, as a copy does. For rows in blocks x and grad_y are read again, by columns.
 """
 
 import torch
@@ -45,6 +46,15 @@ def _store_of_row(ptr, row, value, inside):
     tl.store(ptr + row + lane, tl.broadcast_to(value, (row.shape[0], 32)), mask=inside & (lane == 0))
 
 
+@triton.jit
+def _sum(blocks, SQUARED: tl.constexpr):
+    """The sum of some blocks, or of their squares."""
+    total = blocks[0] * blocks[0] if SQUARED else blocks[0]
+    for i in tl.static_range(1, len(blocks)):
+        total += blocks[i] * blocks[i] if SQUARED else blocks[i]
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
@@ -63,8 +73,6 @@ def forward_kernel(
         if HAS_RESIDUAL:
             other += (tl.load(residual_ptr + row * residual_stride + at, mask=live, other=0.0),)
     t = ()
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    square = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(BLOCKS):
         at = i * BLOCK + col
         one = x[i]
@@ -72,25 +80,18 @@ def forward_kernel(
             # Rounded: the next layer reads this total.
             one = (one.to(tl.float32) + other[i].to(tl.float32)).to(one.dtype)
             tl.store(total_ptr + row * n + at, one, mask=inside & (at < n))
-        one = one.to(tl.float32)
-        t += (one,)
-        total += one
-        square += one * one
+        t += (one.to(tl.float32),)
     if CENTRED:
-        rough = tl.sum(total, axis=1)[:, None] / n
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        square = tl.zeros((ROWS, BLOCK), tl.float32)
+        rough = tl.sum(_sum(t, False), axis=1)[:, None] / n
         deviation = ()
         for i in tl.static_range(BLOCKS):
-            one = tl.where(i * BLOCK + col < n, t[i] - rough, 0.0)
-            deviation += (one,)
-            total += one
-            square += one * one
+            deviation += (tl.where(i * BLOCK + col < n, t[i] - rough, 0.0),)
         t = deviation
-        shift = tl.sum(total, axis=1)[:, None] / n
-        variance = tl.maximum(tl.sum(square, axis=1)[:, None] / n - shift * shift, 0.0)
+        total, square = tl.split(tl.sum(tl.join(_sum(t, False), _sum(t, True)), axis=1))  # cross the warps together
+        shift = total[:, None] / n
+        variance = tl.maximum(square[:, None] / n - shift * shift, 0.0)
     else:
-        variance = tl.sum(square, axis=1)[:, None] / n
+        variance = tl.sum(_sum(t, True), axis=1)[:, None] / n
     rstd = 1.0 / tl.sqrt(variance + eps)
     for i in tl.static_range(BLOCKS):
         at = i * BLOCK + col
@@ -159,85 +160,55 @@ def forward_long_kernel(
 
 
 @triton.jit
-def _rows_of_backward(
-    grad_y_ptr, grad_total_ptr, x_ptr, row, inside, n, x_stride,
-    HAS_TOTAL: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Starts all loads of some rows. Returns the blocks of grad_y, x and grad_total, as they are stored."""
-    col = tl.arange(0, BLOCK)[None, :]
-    dy, x, extra = (), (), ()
-    for i in tl.static_range(BLOCKS):
-        at = i * BLOCK + col
-        live = inside & (at < n)
-        dy += (tl.load(grad_y_ptr + row * n + at, mask=live, other=0.0),)
-        x += (tl.load(x_ptr + row * x_stride + at, mask=live, other=0.0),)
-        if HAS_TOTAL:
-            extra += (tl.load(grad_total_ptr + row * n + at, mask=live, other=0.0),)
-    return dy, x, extra
+def _add_rows(tile, ACROSS: tl.constexpr):
+    """A tile's sums over its rows, if each thread can add its own columns."""
+    return tl.sum(tile, axis=0, keep_dims=True) if ACROSS else tile
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def backward_kernel(
     grad_y_ptr, grad_total_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
     rows, n, x_stride, steps,
-    HAS_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr, AHEAD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, CENTRED: tl.constexpr,
+    ACROSS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """AHEAD: the loads of the next step's rows are under way while a step's are summed."""
+    """ACROSS: all warps lie along a row, so a thread has the same columns of each row."""
     program = tl.program_id(0).to(tl.int64)
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
     col = tl.arange(0, BLOCK)[None, :]
-    row = (program * steps * ROWS + tl.arange(0, ROWS))[:, None]
-    zero = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_weight, grad_bias = (), ()
-    for _ in tl.static_range(BLOCKS):
-        grad_weight += (zero,)
-        grad_bias += (zero,)
-    if AHEAD:
-        dy, x, extra = _rows_of_backward(
-            grad_y_ptr, grad_total_ptr, x_ptr, row, row < rows, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
-        )
-    for step in range(steps):
+    weight = tl.load(weight_ptr + col, mask=col < n, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((1 if ACROSS else ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((1 if ACROSS else ROWS, BLOCK), tl.float32)
+    share = 1.0 / n
+    for _ in tl.range(0, steps, num_stages=STAGES):
         inside = row < rows
-        if AHEAD:
-            after = (row + ROWS < rows) & (step + 1 < steps)
-            next_dy, next_x, next_extra = _rows_of_backward(
-                grad_y_ptr, grad_total_ptr, x_ptr, row + ROWS, after, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
-            )
-        else:
-            dy, x, extra = _rows_of_backward(
-                grad_y_ptr, grad_total_ptr, x_ptr, row, inside, n, x_stride, HAS_TOTAL, BLOCKS, BLOCK
-            )
+        live = inside & (col < n)
+        dy = tl.load(grad_y_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
+        xhat = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0).to(tl.float32)
+        if CENTRED:
+            xhat -= tl.load(mean_ptr + row, mask=inside, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) if CENTRED else 0.0
-        sum_g, sum_gx = zero, zero
-        g, xhat, next_weight, next_bias = (), (), (), ()
-        for i in tl.static_range(BLOCKS):
-            d, hat = dy[i].to(tl.float32), (x[i].to(tl.float32) - mean) * rstd
-            scaled = d * _weight(weight_ptr, i * BLOCK + col, n, ROWS, BLOCKS)  # zero outside, because d is
-            sum_g += scaled
-            sum_gx += scaled * hat
-            g += (scaled,)
-            xhat += (hat,)
-            next_weight += (grad_weight[i] + d * hat,)
-            next_bias += (grad_bias[i] + d,)
-        grad_weight, grad_bias = next_weight, next_bias
-        mean_gx = tl.sum(sum_gx, axis=1)[:, None] / n
-        mean_g = tl.sum(sum_g, axis=1)[:, None] / n if CENTRED else 0.0
-        for i in tl.static_range(BLOCKS):
-            at = i * BLOCK + col
-            dx = (g[i] - mean_g - xhat[i] * mean_gx) * rstd
-            if HAS_TOTAL:
-                dx += extra[i].to(tl.float32)
-            tl.store(grad_x_ptr + row * n + at, dx, mask=inside & (at < n))
-        row += ROWS
-        if AHEAD:
-            dy, x, extra = next_dy, next_x, next_extra
-    partial_ptr += program * 2 * n
-    for i in tl.static_range(BLOCKS):
-        one = i * BLOCK + tl.arange(0, BLOCK)
-        tl.store(partial_ptr + one, tl.sum(grad_weight[i], axis=0), mask=one < n)
+        xhat *= rstd
+        g = dy * weight  # zero outside, because dy is
+        grad_weight += _add_rows(dy * xhat, ACROSS)
         if HAS_BIAS:
-            tl.store(partial_ptr + n + one, tl.sum(grad_bias[i], axis=0), mask=one < n)
+            grad_bias += _add_rows(dy, ACROSS)
+        dx = g
+        if CENTRED:  # both sums cross the warps together
+            sum_gx, sum_g = tl.split(tl.sum(tl.join(g * xhat, g), axis=1))
+            dx -= sum_g[:, None] * share
+        else:
+            sum_gx = tl.sum(g * xhat, axis=1)
+        dx = tl.fma(-xhat, sum_gx[:, None] * share, dx) * rstd
+        if HAS_TOTAL:
+            dx += tl.load(grad_total_ptr + row * n + col, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + row * n + col, dx, mask=live)
+        row += tl.num_programs(0) * ROWS
+    one = tl.arange(0, BLOCK)
+    partial_ptr += program * 2 * n
+    tl.store(partial_ptr + one, tl.sum(grad_weight, axis=0), mask=one < n)
+    if HAS_BIAS:
+        tl.store(partial_ptr + n + one, tl.sum(grad_bias, axis=0), mask=one < n)
 
 
 @triton.jit
@@ -321,16 +292,22 @@ def reduce_kernel(
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def whole_rows(n, tile):
-    """The options of a kernel that keeps whole rows of n elements, in as few of the tile's blocks as hold them."""
-    shortest = max(triton.next_power_of_2(n), 16)
-    columns = min(tile.options["BLOCK"], shortest)
+def shortest(n):
+    """The least power of two that holds a row, but no tile of a few bytes."""
+    return max(triton.next_power_of_2(n), 16)
+
+
+def of_forward(n, tile):
+    """The options of a forward that keeps whole rows of n elements, in as few of the tile's blocks as hold them."""
+    columns = min(tile.options["BLOCK"], shortest(n))
     return {**tile.options, "BLOCKS": triton.cdiv(n, columns), "BLOCK": columns}
 
 
-def loads_ahead(dtype, tile):
-    """Whether a backward's registers hold two steps' rows: those of warps that own a row do, in 16 bits."""
-    return dtype.itemsize == 2 and tile.options["ROWS"] == tile.options["num_warps"]
+def of_backward(n, dtype, tile, lanes):
+    """The options of a backward that keeps whole rows, if warps have so many lanes. A lane loads 16 bytes of a row."""
+    block = shortest(n)
+    across = block * dtype.itemsize >= tile.options["num_warps"] * lanes * 16
+    return {**tile.options, "BLOCK": block, "ACROSS": across, "STAGES": tile.options["num_stages"]}
 
 
 def begin_forward(norm):
@@ -340,7 +317,7 @@ def begin_forward(norm):
     if tile := tiles.find("row_norm_forward", device, dtype, n):
         return starter(
             forward_kernel, (triton.cdiv(rows, tile.options["ROWS"]),), device,
-            rows, n, *strides, norm.eps, **flags, **whole_rows(n, tile),
+            rows, n, *strides, norm.eps, **flags, **of_forward(n, tile),
         )  # fmt: skip
     tile = tiles.find("row_norm_forward_long", device, dtype)
     return starter(forward_long_kernel, (rows,), device, n, *strides, norm.eps, **flags, **tile.options)
@@ -369,8 +346,7 @@ def begin_backward(norm):
     else:
         walk_rows = starter(
             backward_kernel, (parts,), device, rows, n, x_stride, steps, HAS_TOTAL=norm.residual,
-            HAS_BIAS=norm.bias, CENTRED=norm.centred, AHEAD=loads_ahead(dtype, tile), **exact,
-            **whole_rows(n, tile),
+            HAS_BIAS=norm.bias, CENTRED=norm.centred, **exact, **of_backward(n, dtype, tile, tiles.lanes(device)),
         )  # fmt: skip
     of_reduce = tiles.find("row_norm_reduce", device, dtype, n).options
     grid = (triton.cdiv(n, of_reduce["BLOCK"]),)

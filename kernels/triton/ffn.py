@@ -5,14 +5,14 @@ Three ways, all with float32 accumulation (float32 inputs multiply in float32, n
 1. R <= 16 rows, decoding: bound by the weights, 2 F (N + M) bytes in 16 bits, each read once. A program streams a few
    rows of a weight matrix through shared memory, several steps ahead. Only long sums in few programs are split over
    programs; then a second kernel adds the parts in order. GPT-2 124M, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 2
-   launches of about 1.3 us in a CUDA graph. Not yet measured.
+   launches of about 1.3 us in a CUDA graph.
 2. More rows, only when the Triton backend is forced: two tiled products with bias, activation and residual in their
    epilogues. Tiles run in groups, so a group's weights stay in the L2. This saves the activation's pass over (R, F),
    4 R F bytes in 16 bits: at R = 4096, F = 3072 50 MB, 17 us at 3.0 TB/s, beside 48 us of arithmetic (39 GFLOP at
-   800 TFLOP/s) at N = M = 768. Not yet measured.
+   800 TFLOP/s) at N = M = 768.
 3. More rows by default: declined_forward() hands them to the library products (cuBLAS) of kernels/reference. Published
-   numbers give a Triton product about 80% of cuBLAS's speed on an H100. That costs more than the saved pass. Not yet
-   measured here.
+   numbers give a Triton product about 80% of cuBLAS's speed on an H100. That costs more than the saved pass, and an H100
+   found the second way slower (docs/performance/index.md, which has the first too).
 
 Backward: library products around one kernel. It reads `pre` and the gradient of the inner activations and writes the inner
 activations, grad_pre, and the sums of its rows: one pass of 8 R F bytes in 16 bits. torch keeps the inner activations and needs

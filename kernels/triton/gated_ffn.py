@@ -4,11 +4,13 @@ Three ways, all with float32 accumulation (float32 inputs multiply in float32, n
 
 1. R <= 16 rows, decoding: bound by the weights, 2 F (2 N + M) bytes in 16 bits, each read once. A program streams the
    same few rows of w_gate and w_up, so its epilogue does the activation and the product. Streams and splits are ffn's, and
-   so is the second product. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 2 launches. Not yet measured.
+   so is the second product. Flan-T5 base, one row, bf16: 9.4 MB, 3.1 us at 3.0 TB/s and 2 launches.
 2. More rows: one kernel for both products and the activation (_gated_product.py), where the tiles' evidence has a row for
    N, then the library's product.
 3. Else the library's products (cuBLAS), as in ffn. Between them one kernel reads gate and up and writes the hidden
-   features: 6 R F bytes in 16 bits. Plain PyTorch's activation and product move 10 R F. Not yet measured.
+   features: 6 R F bytes in 16 bits. Plain PyTorch's activation and product move 10 R F.
+
+An H100 measured all three: docs/performance/index.md.
 
 In float16 activation(gate) * up may not fit. Each row of hidden features is divided by a power of two that brings its
 largest below 2^15; it is 1 if the row fits. The second product gives float32 sums. They are multiplied by that power before

@@ -18,17 +18,19 @@ from .. import extensions
 from ..setting import set_to
 from .cache import forget, remembered
 from .machine import kind, multiplies_itself, name_of
-from .shapes import MOST_ROWS_BY_COLUMNS, SHAPES, product_shapes, shapes_of
+from .shapes import MOST_ROWS_BY_COLUMNS, SHAPES, gradient_shapes, product_shapes, shapes_of
 from .storage import BY_PRODUCT, OF_CPU, SHIPPED, Line, files, line_from, lines, own_file, read, render, write
 
 __all__ = [
     "MOST_ROWS_BY_COLUMNS",
     "OPERATORS",
     "SHIPPED",
+    "asked_for",
     "dot_products",
     "files",
     "forget",
     "found",
+    "gradient_shapes",
     "kind",
     "line_from",
     "lines",
@@ -112,6 +114,11 @@ def nearest_threads(measured: Iterable[int]) -> int:
     """The measured number of threads that is nearest to the one torch uses now."""
     now = _assumed_threads.get() or torch.get_num_threads()
     return min(measured, key=lambda threads: abs(math.log2(max(threads, 1) / now)))
+
+
+def asked_for() -> bool | None:
+    """What one_way() asks for; None outside its blocks."""
+    return _by_library.get()
 
 
 # ---- the library or the kernel, on a CPU ------------------------------------------------------------------------------

@@ -45,6 +45,12 @@ def product_shapes(rows: int, *weights: torch.Tensor, scale: torch.Tensor | None
     return extent + (", by columns" if rows <= MOST_ROWS_BY_COLUMNS else MANY_BY_COLUMNS), rows
 
 
+def gradient_shapes(m: int, k: int, n: int) -> tuple[str, int]:
+    """The product (m, k) (k, n) of a gradient. One of the three sizes is the number of rows, and the smallest counts as it."""
+    rows, *weight = sorted((m, k, n))
+    return "large" if weight[0] * weight[1] >= _LARGE else "small", rows
+
+
 def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
     """Attention by the queries that share a key head (few or many), the head size and the bias. The size is the number of
     scores."""
@@ -62,6 +68,11 @@ def _attention(a: AttentionForward | AttentionBackward) -> tuple[str, int]:
 def _linear(x, weight, bias, residual, scale=None, dynamic=False):
     shapes, size = product_shapes(x.shape[:-1].numel(), weight, scale=scale)
     return f"{shapes}, dynamic" if dynamic else shapes, size
+
+
+def _linear_backward(a, b):
+    (m, k), n = a.shape, b.shape[1]
+    return gradient_shapes(m, k, n)
 
 
 def _ffn(x, w_in, b_in, w_out, *_):
@@ -118,6 +129,7 @@ def _decode(like, plan, step):
 # Every function that evidence may be about.
 SHAPES: dict[tuple[str, str], Callable[..., tuple[str, int]]] = {
     ("linear", "forward"): _linear,
+    ("linear", "backward"): _linear_backward,
     ("ffn", "forward"): _ffn,
     ("ffn", "backward"): _ffn_backward,
     ("gated_ffn", "forward"): _gated_ffn,

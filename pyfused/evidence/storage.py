@@ -99,13 +99,13 @@ def files(device: str = "cpu") -> list[Path]:
 @remembered
 def lines(device: str = "cpu") -> tuple[Line, ...]:
     """The lines in force. For each function, dtype and class of shapes they come from the first file that has any. Of a similar
-    kind's file, speeds with instructions for dot products do not count, nor those of many rows by columns: processors differ
-    most in these."""
+    kind's file, speeds with instructions for dot products do not count, nor those of many rows by columns and of gradients:
+    processors differ most in these."""
     taken: dict[tuple[str, str, str, str], tuple[Path, list[Line]]] = {}
     for path in files(device):
         for line in read(path, None if path.parent == SHIPPED else kind(device), "lines", line_from):
             if device == "cpu" and path.stem != kind(device):
-                if line.shapes.endswith(MANY_BY_COLUMNS):
+                if line.shapes.endswith(MANY_BY_COLUMNS) or line.function == "backward":
                     continue
                 line = line._replace(speed={name: s for name, s in line.speed.items() if name not in extensions.DOT_PRODUCTS})
             if not line.speed:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .. import dispatch
+from ..kernels.shared.product import plain_product, product
 from ..rules import FLAG, check, its_kind
 from ..tracing import jit_is_tracing
 from ..weight_format import INT8, WeightFormat, dequantized, format_of
@@ -142,7 +144,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    """Library products: these are plain matrix products, which cuBLAS and MKL do well."""
+    """Library products: cuBLAS and MKL do plain matrix products well. kernels/shared/product.py knows when not."""
     wants_x, wants_weight, wants_bias, wants_residual, *of_integers = ctx.needs_input_grad
     shape = ctx.shape
     if ctx.of_integers:
@@ -153,9 +155,11 @@ def _backward(ctx, grad_y):
     else:
         x, weight = ctx.saved_tensors
     k = shape[-1]
+    forced = dispatch.forced()
+    multiply = plain_product if forced and forced[0] == "reference" else product
     rows = grad_y.reshape(math.prod(shape[:-1]), grad_y.shape[-1])
-    grad_x = (rows @ weight).view(shape) if wants_x else None
-    grad_weight = rows.t() @ x.reshape(rows.shape[0], k) if wants_weight else None
+    grad_x = multiply(rows, weight).view(shape) if wants_x else None
+    grad_weight = multiply(rows.t(), x.reshape(rows.shape[0], k)) if wants_weight else None
     grad_bias = rows.sum(0) if wants_bias else None
     return grad_x, grad_weight, grad_bias, grad_y if wants_residual else None, *[None] * len(of_integers)
 

@@ -1,8 +1,8 @@
 """What does a source of csrc/cuda compile to, on a machine with no GPU? Registers, spills and machine code of every kernel.
 
-If the build of pyfused._cuda left an object file for the architecture that is newer than its sources, it is read. Otherwise
-nvcc makes a cubin per source and architecture, cached under build/cubin by a hash of all inputs. So CI compiles each source once,
-and a second run compiles nothing. cuobjdump, from the Triton wheel, reads both.
+If the build of pyfused._cuda left an object file that is newer than its sources and has the architecture, it is read.
+Otherwise nvcc makes a cubin per source and architecture, cached under build/cubin by a hash of all inputs. So CI compiles each
+source once, and a second run compiles nothing. cuobjdump, from the Triton wheel, reads both.
 
     for kernel in compile_source("layer_norm", "sm_90a"):
         check_kernel(kernel)

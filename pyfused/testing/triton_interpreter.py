@@ -7,12 +7,15 @@ Three errors, in Triton 3.6 to 3.9. The interpreter stores bfloat16 as 16 bits i
 One difference: a float32 tl.dot uses BLAS. Its order of summation depends on shapes and layouts, so a b^T and (b a^T)^T differ
 in their last bits. On a GPU each element is one chain of multiply-adds over the inner dimension, and they agree. Attention's
 backward needs that: two of its kernels compute the same scores. And a long chain has larger errors than BLAS.
+Another: NumPy adds along the last axis in pairs, as the lanes of a GPU do, but along the middle one of three in one chain. To a
+GPU they are the same.
 The kernels contain no workaround for any of this: they are right and fast on a GPU.
 
-And four things take most of its time, without a part in any result:
+And five things take most of its time, without a part in any result:
 - it patches Triton's language anew for every call of a function inside a kernel, tl.sum and tl.zeros included;
 - it computes whether an integer operation overflows, and drops the answer: only `debug` would raise an error;
 - it makes a table of all dtypes to find one, and a type with a name for every tensor and for its shape;
+- it compares the shapes of two operands number by number, in three ways, also where they are the same;
 - erf calls Python for every element.
 """
 
@@ -50,6 +53,12 @@ def ordered_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarr
 def erf(values: np.ndarray) -> np.ndarray:
     """The error function in the values' dtype, computed in float64."""
     return torch.special.erf(torch.from_numpy(np.ascontiguousarray(values, np.float64))).numpy().astype(values.dtype)
+
+
+def sum_in_pairs(values: np.ndarray, axis: int, keep: bool) -> np.ndarray:
+    """The sums along an axis, in NumPy's order for the last axis."""
+    total = np.ascontiguousarray(np.moveaxis(values, axis, -1)).sum(-1)
+    return np.expand_dims(total, axis) if keep else total
 
 
 @functools.cache
@@ -92,12 +101,22 @@ def repair_interpreter() -> None:
             return interpreter.TensorHandle(sums.astype(np.int32) + d.data, tl.int32)
         return dot(self, widened(a), widened(b), d, *rest)
 
+    reduce, sum_of = interpreter.ReduceOps, interpreter.ReduceOps.sum
+
+    def sum_(self, source):
+        values = source.handle.data
+        if self.axis is None or not 0 < self.axis < values.ndim - 1:
+            return sum_of(self, source)
+        return self.to_tensor(sum_in_pairs(values, self.axis, self.keep_dims), source.dtype)
+
+    reduce.sum = sum_
     interpreter._convert_float = convert_float
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
     _hasten(interpreter, tl)
 
 
 def _hasten(interpreter: Any, tl: Any) -> None:
+    semantic = interpreter.TritonSemantic
     patch, patched, numpy_type, known = interpreter._patch_lang, set(), interpreter._get_np_dtype, {}
 
     def patch_once(function):
@@ -122,8 +141,11 @@ def _hasten(interpreter: Any, tl: Any) -> None:
 
     new_block_type, blocks, shapes = tl.core.block_type.__init__, {}, {}
 
+    def listed(shape):  # the list inside Triton's own tuple
+        return getattr(shape, "values", shape)
+
     def known_block_type(self, element_ty, shape):
-        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        key = element_ty.name, *[size if size.__class__ is int else getattr(size, "value", size) for size in listed(shape)]
         if key not in blocks:
             new_block_type(self, element_ty, shape)
             blocks[key] = dict(vars(self))
@@ -131,12 +153,33 @@ def _hasten(interpreter: Any, tl: Any) -> None:
 
     def new_tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        sizes = tuple(type.shape) if type.is_block() else ()
+        sizes = tuple(listed(type.shape)) if type.is_block() else ()
         if sizes not in shapes:
             shapes[sizes] = tl.core.tuple(list(map(tl.constexpr, sizes))), tl.constexpr(math.prod(sizes))
         self.shape, self.numel = shapes[sizes]
 
+    broadcast, equal = semantic.broadcast_impl_value, tl.core.dtype.__eq__
+
+    def broadcast_quickly(self, one, other):
+        sizes, others = (t.type.is_block() and listed(t.type.shape) for t in (one, other))
+        if sizes == others:
+            return one, other
+        both = sizes and others and len(sizes) == len(others)
+        if not both or any(a != b and 1 not in (a, b) for a, b in zip(sizes, others)):
+            return broadcast(self, one, other)
+        wanted = [b if a == 1 else a for a, b in zip(sizes, others)]
+
+        def broadened(tensor, sizes):
+            if sizes == wanted:
+                return tensor
+            handle = self.builder.create_broadcast(tensor.handle, wanted)
+            return self.tensor(handle, tl.block_type(tensor.type.scalar, wanted))
+
+        return broadened(one, sizes), broadened(other, others)
+
     builder = interpreter.interpreter_builder
+    semantic.broadcast_impl_value = broadcast_quickly
+    tl.core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
     tl.core.block_type.__init__, tl.core.tensor.__init__ = known_block_type, new_tensor
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = patch_once

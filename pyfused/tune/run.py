@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import dispatch, evidence, extensions, ops
-from ..kernels.shared import int8
+from ..kernels.shared import int8, product
 from ..testing import judge
 from ..weight_format import FORMATS, dequantized
 
@@ -29,6 +29,7 @@ _TURNS, _SECONDS = 3, 0.03  # of measurements, unless they are to be quick; for 
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 192, 256, 512, 1024)
 _ROWS_BY_COLUMNS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512)
 _NETWORK_ROWS = (1, 8, 32, 128, 512, 1024)
+_GRADIENT_ROWS = (1, 8, 16, 32, 64, 128, 512)
 _NETWORKS = ("ffn", "gated_ffn")
 _PRODUCTS = ("linear", *_NETWORKS)
 # (B, S, N): from few, long signals, which leave most lanes of a vector empty, to many
@@ -191,6 +192,10 @@ def tune(
                                     continue
                                 key = line[0], "forward", *line[1:], count
                                 measured.setdefault(key, {}).setdefault(way, {}).setdefault(size, []).append(speed)
+                        if "linear" in (operators or ("linear",)):
+                            for size, shapes, speed in _gradients(dtype, quick, _SECONDS, clock):
+                                key = "linear", "backward", evidence.name_of(dtype), shapes, count
+                                measured.setdefault(key, {}).setdefault("cpu", {}).setdefault(size, []).append(speed)
     finally:
         torch.set_num_threads(before)
         dispatch.forget()
@@ -223,6 +228,28 @@ def _measured(
         yield instructions or "cpu", size, (point.operator, evidence.name_of(dtype), shapes), speed
 
 
+def _gradients(
+    dtype: torch.dtype, quick: bool, seconds: float, clock: Callable[[], float]
+) -> Iterator[tuple[int, str, float]]:
+    """The size, the class of shapes, and how many times as fast as plain PyTorch a gradient's product in float32 is. Nothing
+    where float32 is plain PyTorch's way, or always faster."""
+    if dtype == torch.float32 or product.is_slow(dtype):
+        return
+    for width in _WIDTHS:
+        for rows in _GRADIENT_ROWS[::3] if quick else _GRADIENT_ROWS:
+            a, b = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
+            shapes, size = evidence.shapes_of("linear", "backward", (a, b))
+
+            def took(library: bool, repeats: int, a: torch.Tensor = a, b: torch.Tensor = b) -> float:
+                way = product.plain_product if library else product.in_float32
+                began = clock()
+                for _ in range(repeats):
+                    way(a, b)
+                return clock() - began
+
+            yield size, shapes, _ratio(took, seconds, clock)
+
+
 def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | None:
     """How many times as fast as PyTorch's library the CPU kernel is; None if its output is wrong. Both run through pyfused's
     operator, so both times include its overhead."""
@@ -241,13 +268,18 @@ def _speed(point: Point, seconds: float, clock: Callable[[], float]) -> float | 
 
     if not judge(run(False, 1)[0], point.in_plain_torch(), point.to(torch.float64).in_plain_torch()).ok:
         return None
-    once = min(run(False, 1)[1] for _ in range(3))
+    return _ratio(lambda library, repeats: run(library, repeats)[1], seconds, clock)
+
+
+def _ratio(took: Callable[[bool, int], float], seconds: float, clock: Callable[[], float]) -> float:
+    """How many times as fast the kernel is. took(library, repeats) runs one of the two and returns the time."""
+    once = min(took(False, 1) for _ in range(3))
     repeats = max(1, min(50, int(1e-3 / max(once, 1e-7))))  # the clock is too coarse for one short call
     kernel: list[float] = []
     library: list[float] = []
     began = clock()
     while len(kernel) < 5 or (clock() - began < seconds and len(kernel) < 200):
-        kernel.append(run(False, repeats)[1])
-        library.append(run(True, repeats)[1])
+        kernel.append(took(False, repeats))
+        library.append(took(True, repeats))
     # Other work on the machine only adds time, so the first quartile says more than the median.
     return statistics.quantiles(library, n=4)[0] / statistics.quantiles(kernel, n=4)[0]

@@ -105,7 +105,8 @@ def test_peak_memory(tmp_path, write):
     for size, line in zip((2, 4), lines, strict=True):
         weights, peak = map(int, line.split())
         assert weights > 290e6 * size / 4
-        assert weights < peak <= 1.15 * weights, f"{peak / weights:.3f} copies of the weights of {size} bytes"
+        # The lower bound only shows that something was measured: pages freed before may be used again.
+        assert 0.9 * weights < peak <= 1.15 * weights, f"{peak / weights:.3f} copies of the weights of {size} bytes"
 
 
 SAVE = """

@@ -29,6 +29,7 @@ def on_blackwell(chip):
 def on_small_chips(chip):
     yield of_attention(chip, "grad_query")
     yield of_attention(chip, "grad_key_value", 128)
+    yield layer_norm.backward("fp32", 4096, chip)
 
 
 @pytest.mark.parametrize(

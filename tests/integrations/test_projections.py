@@ -13,6 +13,7 @@ from torch import nn
 import pyfused
 from pyfused.integrations.transformers import projections
 from pyfused.own_forward import is_fused
+from pyfused.testing import assert_close
 
 MODELS = {
     "BERT": lambda: hf.BertModel(hf.BertConfig(**BERT)),
@@ -69,6 +70,26 @@ def test_where_the_own_code_runs(products, name, place):
     layer(x.requires_grad_()).sum().backward()
     assert products == {"linear": 2}
     assert x.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name, place", [("BERT", "encoder.layer.0.attention.self.query"), ("GPT-2", "h.0.attn.c_attn")])
+def test_half_precision_trains_and_takes_any_rows(products, name, place, dtype):
+    model = livened(MODELS[name]())
+    pyfused.fuse_(model)
+    layer = model.get_submodule(place).to(dtype)
+    for count, rows in enumerate((1, 3, 300), start=1):
+        x = torch.randn(rows, 32).to(dtype).requires_grad_()
+        given = x, layer.weight, layer.bias
+        grad = torch.randn_like(layer(x))
+        assert products == {"linear": 2 * count - 1}
+        found = torch.autograd.grad(layer(x), given, grad)
+        near = torch.autograd.grad(type(layer).forward(layer, x), given, grad)
+        wide = copy.deepcopy(layer).double()
+        wide_x = x.detach().double().requires_grad_()
+        exact = torch.autograd.grad(type(wide).forward(wide, wide_x), (wide_x, wide.weight, wide.bias), grad.double())
+        for one in zip(found, near, exact, strict=True):
+            assert_close(*one)
 
 
 @pytest.mark.parametrize("place", ["query", "value"])
@@ -144,6 +165,11 @@ def test_what_is_left(monkeypatch):
     monkeypatch.setattr(projections, "WORTH_A_CALL", 32 * 32 + 1)
     pyfused.fuse_(model)
     assert not is_fused(attention.value)
+    for least in (32 * 32 + 1, 32 * 32):
+        half = livened(MODELS["BERT"]()).bfloat16()
+        monkeypatch.setattr(projections, "WORTH_IN_HALF", least)
+        pyfused.fuse_(half)
+        assert is_fused(half.encoder.layer[0].attention.self.value) == (least == 32 * 32)
 
 
 def test_copies():

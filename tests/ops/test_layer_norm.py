@@ -1,6 +1,7 @@
 """Are the norms right on every backend? Values, gradients, strides, errors, registration."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from draws import with_gradients
 from opchecks import check_registered, opcheck
 
 import pyfused
-from pyfused.testing import assert_close
+from pyfused import tiles
+from pyfused.testing import assert_close, available
 
 SHAPES = [(1, 1), (200, 1), (7, 5), (2, 3, 96), (2, 127, 768), (3, 1000), (3, 1300), (2, 4097), (0, 8)]
 
@@ -70,6 +72,22 @@ def test_rows_too_long_for_one_tile(each_backend, device, name):
     """Such rows exceed a Triton program's registers: tests a row's blocks and the backward's column sums."""
     x, residual = (make((3, 16400), torch.float32, device) for _ in range(2))
     check(name, x, residual, *parameters_of(name, 16400, torch.float32, device))
+
+
+@NORMS
+@pytest.mark.parametrize("n", [60, 600, 1030])
+def test_few_programs_take_turns(device, name, n):
+    """Triton's programs walk the rows together, some at a time. In the last step some programs have none."""
+    if "triton" not in available(device):
+        pytest.skip("Triton cannot run here")
+    x, residual = (make((23, n), torch.float32, device) for _ in range(2))
+    tile = {"ROWS": 2, "num_warps": 4, "num_stages": 3, "PER_PROCESSOR": 5}
+    with pyfused.backend("triton"), tiles.trying("row_norm_backward", tile):
+        check(name, x, residual, *parameters_of(name, n, torch.float32, device))
+        x.requires_grad_(), (w := make((n,), torch.float32, device).requires_grad_())
+        norm = functools.partial(getattr(pyfused, name), x, w, *[w] * (name == "layer_norm"))
+        first, second = (torch.autograd.grad(norm().square().sum(), [x, w]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @NORMS

@@ -43,3 +43,21 @@ def test_dot(dtype):
     c = torch.empty(32, 32, dtype=dtype)
     product[(1,)](a, b, c, N=32)
     torch.testing.assert_close(c, (a.float() @ b.float()).to(dtype))
+
+
+@triton.jit
+def two_sums(a_ptr, b_ptr, sums_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    both_a, both_b = tl.split(tl.sum(tl.join(a, b), axis=1))
+    one = tl.arange(0, 1)
+    tl.store(sums_ptr + one, both_a - tl.sum(a, axis=1))
+    tl.store(sums_ptr + 1 + one, both_b - tl.sum(b, axis=1))
+
+
+@pytest.mark.skipif(not dispatch.interpreting(), reason="a GPU runs the kernels themselves")
+def test_two_sums_together_are_the_sums():
+    a, b = torch.rand(2, 4096)
+    differences = torch.ones(2)
+    two_sums[(1,)](a, b, differences, N=4096)
+    assert differences.tolist() == [0, 0]

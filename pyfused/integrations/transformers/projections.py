@@ -1,5 +1,5 @@
-"""How do the projections of a transformers attention layer run on pyfused? Large ones are pyfused.linear, where no gradient is
-wanted."""
+"""How do the projections of a transformers attention layer run on pyfused? Large ones are pyfused.linear: in float32 where no
+gradient is wanted, in half precision always. There plain PyTorch may take many times as long (kernels/shared/product.py)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from ..torch_nn import go_together
 
 # Elements of a weight. A product with a smaller one takes so little time that a call's own cost, 3 us, is more than the gain.
 WORTH_A_CALL = 1 << 19
-# Of an input. One row takes as long as reading the weight, in both; from 384 rows on both take the same time within 2%.
-# Between, dispatch asks the evidence.
+WORTH_IN_HALF = 1 << 12  # plain PyTorch may take 16 times as long for 8 rows of 256
+_HALF = (torch.bfloat16, torch.float16)
+# Of an input in float32. One row takes as long as reading the weight, in both. From 384 rows on both take the same time within
+# 2%. Between, dispatch asks the evidence.
 ROWS = range(2, 257)
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, Conv1D)}  # a later patch of a class counts
 
@@ -42,12 +44,13 @@ def projection_by_columns(module: Conv1D, x: Tensor) -> Any:
 def _runs(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
     if type(module) is not kind or tracing() or kind.forward is not _FORWARDS[kind]:
         return False
-    if x.is_nested or x.shape[:-1].numel() not in ROWS:
-        return False
     weight = module.weight
+    is_half = weight.dtype in _HALF
+    if x.is_nested or not (is_half or x.shape[:-1].numel() in ROWS):
+        return False
     if not weight.is_cpu or not go_together(module, x):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(module.bias)))
+    return is_half or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(module.bias)))
 
 
 def _learns(bias: Any) -> bool:
@@ -70,4 +73,6 @@ def fuse_projections(model: nn.Module, wanted: Callable[[str, nn.Module], bool])
 
 
 def _is_large(child: Any) -> bool:
-    return type(child) in _FORWARDS and child.weight.is_cpu and child.weight.numel() >= WORTH_A_CALL
+    if type(child) not in _FORWARDS or not child.weight.is_cpu:
+        return False
+    return child.weight.numel() >= (WORTH_IN_HALF if child.weight.dtype in _HALF else WORTH_A_CALL)
