@@ -72,12 +72,15 @@ LONG = (
     "test_compile.py",
     "test_gpu_script_dry.py",
     "test_packaging.py",
+    "test_cuda_attention_codegen.py",
+    "test_machines.py",
     "test_memory.py",
     "test_export.py",
     "test_tensor_parallel.py",
     "test_examples.py",
     "test_fine_tuning.py",
     "test_training.py",
+    "test_warm.py",
     "test_speed.py",
 )
 ON_THE_DEVICE = ("tests/ops/", "tests/models/", "tests/nn/", "tests/test_generation.py")
