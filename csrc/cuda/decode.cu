@@ -133,7 +133,7 @@ void decode_forward(addr plan, addr call, addr scratch, int blocks, int threads,
     auto kernel = kernel_of<T>(c.rows, is_plain ? (Form)form : Form::kAny);
     allow_shared(launch, kernel, bytes);
     PYFUSED_LAUNCH_COOPERATIVE(kernel, blocks, threads, bytes, stream, a);
-    if (c.uniform) {
+    if (c.chosen && c.uniform) {
       launch.check();
       PYFUSED_LAUNCH(draw_kernel<T>, c.rows, kDrawThreads, kDrawBytes, stream, c, (int)p.head.n);
     }

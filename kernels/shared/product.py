@@ -72,16 +72,17 @@ def in_float32(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
             y[part] = a[part].float() @ wide
         return y
     sums = _sums(a, b)
-    return (sums.add_(_sums(*more)) if more else sums).to(a.dtype)
+    return (sums + _sums(*more) if more else sums).to(a.dtype)
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     if isinstance(m * k * n, torch.SymInt) or max(m * k, k * n) <= _PART:
         return a.float() @ b.float()
-    sums = torch.zeros(m, n, device="cpu")
-    for part in _slices(k, max(m, n)):
-        sums.addmm_(a[:, part].float(), b[part].float())
+    first, *others = _slices(k, max(m, n))
+    sums = a[:, first].float() @ b[first].float()
+    for part in others:  # not in place: vmap may have batched only what is added
+        sums = torch.addmm(sums, a[:, part].float(), b[part].float())
     return sums
 
 

@@ -132,6 +132,22 @@ def test_a_similar_processor_s_evidence_does_not_count(monkeypatch, evidence, tm
     assert len(taken) == 1
 
 
+@pytest.mark.parametrize("operator", ["linear", "ffn", "gated_ffn"])
+def test_batched_gradients_in_parts(operator, monkeypatch, evidence):
+    """torch.autograd.grad(is_grads_batched=True) runs the backward under vmap."""
+    monkeypatch.setattr(product, "is_slow", lambda dtype: True)
+    monkeypatch.setattr(product, "_PART", 100)
+    _, tensors, own, plain = next(row for row in calls_of(torch.bfloat16) if row[0] == operator)
+    grads = torch.randn(3, len(tensors[0]), 40).bfloat16()
+
+    def batched(function, dtype):
+        given = [t.to(dtype).requires_grad_() for t in tensors]
+        return torch.autograd.grad(function(*given), given, grads.to(dtype), is_grads_batched=True)
+
+    for found in zip(batched(own, torch.bfloat16), batched(plain, torch.bfloat16), batched(plain, torch.float64), strict=True):
+        assert_close(*found)
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_traced_with_sizes_that_change(slow, monkeypatch, evidence):
     """The choice is that of the traced call and assumes nothing of later ones."""
